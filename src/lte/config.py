@@ -1,0 +1,89 @@
+"""Configuration of an LTE model: what `sparsify_` builds and what the saved folder remembers."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+Grouping = Literal["kmeans", "coactivation", "random", "contiguous"]
+FfnMode = Literal["dense", "soft", "straight_through", "hard"]
+
+CONFIG_VERSION = 1
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raises a `ValueError` that names the nearest valid choices when `value` is not one of `choices`."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=2)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(choices)}, got {name}={value!r}{hint}")
+
+
+def check_fraction(name: str, value: float, *, upper_closed: bool = False) -> None:
+    """Raises a `ValueError` unless `value` lies in [0, 1), or in [0, 1] if `upper_closed`."""
+    inside = 0 <= value <= 1 if upper_closed else 0 <= value < 1
+    if not inside or math.isnan(value):
+        interval = "[0, 1]" if upper_closed else "[0, 1)"
+        raise ValueError(f"{name} must lie in {interval}, got {name}={value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LteConfig:
+    """What an LTE model is made of (the paper's section 3).
+
+    Attributes:
+        target_sparsity: share of FFN neurons that a token shall skip, mean over tokens and layers, in [0, 1).
+        expert_size: neurons per expert; it must divide the number of FFN neurons.
+        grouping: how neurons are put into experts: balanced `kmeans` on their (gate) input weights as in the
+            paper, `coactivation` on calibration text, `random`, or `contiguous` (the order of the checkpoint).
+        router_rank: rank of a low-rank router D -> rank -> E; `None` is the paper's single linear layer D -> E.
+        threshold: tau; an expert is active where its router score exceeds it. At most 0.9, because every score
+            starts at 0.95 and a converted model must start with all experts active.
+        seed: seed of the grouping and of the router's initialisation.
+    """
+
+    target_sparsity: float = 0.5
+    expert_size: int = 32
+    grouping: Grouping = "kmeans"
+    router_rank: int | None = None
+    threshold: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("target_sparsity", self.target_sparsity)
+        check_choice("grouping", self.grouping, get_args(Grouping))
+        if self.expert_size < 1:
+            raise ValueError(f"expert_size must be at least 1, got expert_size={self.expert_size}")
+        if self.router_rank is not None and self.router_rank < 1:
+            raise ValueError(f"router_rank must be at least 1 or None, got router_rank={self.router_rank}")
+        if not 0 < self.threshold <= 0.9:
+            raise ValueError(f"threshold must lie in (0, 0.9], got threshold={self.threshold}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dict that carries the format's version."""
+        return {"version": CONFIG_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LteConfig:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: if a newer lte wrote it, or a field is unknown.
+        """
+        data = dict(data)
+        version = data.pop("version", None)
+        if not isinstance(version, int) or version < 1:
+            raise ValueError(f"lte config version must be a whole number from 1, got version={version!r}")
+        if version > CONFIG_VERSION:
+            raise ValueError(
+                f"this model was saved by a newer lte: its config has version={version}, this lte reads up to "
+                f"{CONFIG_VERSION}. Upgrade with `pip install --upgrade lte`."
+            )
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"lte config must hold known fields only, got {', '.join(unknown)}")
+        return cls(**data)

@@ -1,0 +1,160 @@
+"""Dense model to LTE model and back, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lte.config import LteConfig
+from lte.hf.families import Family, dense_ffns, family_of
+from lte.hf.install import install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
+from lte.hf.loading import become_dense_, become_sparse_
+from lte.nn.clustering import CoactivationCounts, check_expert_size, group_neurons
+from lte.nn.sparse_ffn import FfnLayout
+
+
+def sparsify_(
+    model: nn.Module, config: LteConfig | None = None, *, calibration: Iterable[Mapping[str, Tensor]] | None = None
+) -> nn.Module:
+    """Turns a dense Hugging Face model into an LTE model in place and returns it.
+
+    Neurons are grouped into experts and permuted so that each expert is contiguous, and every FFN gets a router whose
+    experts all start active: in hard mode the model still computes what it computed before.
+
+    Args:
+        model: a transformers model of a family in `lte.hf.families.FAMILIES`, with floating-point weights.
+        config: what to build; `None` takes `LteConfig()`.
+        calibration: batches (keyword arguments of the model) on which `grouping="coactivation"` counts.
+
+    Raises:
+        ValueError: for an unknown family, a model with nothing to convert or already converted, quantised weights, an
+            `expert_size` that does not divide the neurons, or a missing `calibration`. The model is then unchanged.
+    """
+    config = config or LteConfig()
+    if sparse_ffns(model):
+        raise ValueError("model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew")
+    family = family_of(getattr(model, "config", model))
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model must be a transformers model itself, got the wrapper {type(model).__name__}; merge adapters and "
+            "unwrap the model first"
+        )
+    ffns = dense_ffns(model, family)
+    _check_convertible(ffns, family, config)
+    counts = _count_coactivations(model, ffns, family, calibration) if config.grouping == "coactivation" else {}
+    orders = [
+        group_neurons(
+            counts.get(name) if counts else _neuron_features(ffn, family.layout),
+            num_neurons=num_neurons(ffn, family.layout),
+            expert_size=config.expert_size,
+            method=config.grouping,
+            seed=config.seed + index,
+        )
+        for index, (name, ffn) in enumerate(ffns.items())
+    ]
+    for ffn, order in zip(ffns.values(), orders, strict=True):
+        permute_neurons_(ffn, family.layout, order)
+    install_sparse_ffns_(model, family, config)
+    become_sparse_(model, family, config)
+    return model
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Turns an LTE model into a stock dense model in place, drops the routers, and returns it.
+
+    All neurons run for every token afterwards; they stay in their permuted order, which leaves the function as it is.
+
+    Raises:
+        ValueError: if `model` is not an LTE model.
+    """
+    family = family_of(model.config)
+    stock_config = become_dense_(model, family)
+    for name, sparse in require_sparse_ffns(model).items():
+        with torch.device("meta"):
+            dense = family.stock_class(family.ffn_class)(stock_config)
+        for projection in family.layout.projections:
+            setattr(dense, projection, sparse.get_submodule(projection))
+        dense.train(sparse.training)
+        model.set_submodule(name, dense)
+    return model
+
+
+@torch.no_grad()
+def permute_neurons_(ffn: nn.Module, layout: FfnLayout, order: Tensor) -> None:
+    """Reorders the neurons of an FFN in place: new neuron i is the old neuron `order[i]` (order: [F])."""
+    for name in layout.projections:
+        linear: Any = ffn.get_submodule(name)
+        index = order.to(linear.weight.device)
+        if name == layout.down:
+            linear.weight.copy_(linear.weight[:, index])
+            continue
+        if layout.fused:
+            index = torch.cat([index, index + len(index)])
+        linear.weight.copy_(linear.weight[index])
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias[index])
+
+
+def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
+    """The (gate) input weights of the neurons [F, D], which the paper's k-means groups."""
+    weight: Tensor = ffn.get_submodule(layout.gate or layout.up).weight  # type: ignore[assignment]
+    return weight.detach()[: num_neurons(ffn, layout)]
+
+
+def _check_convertible(ffns: Mapping[str, nn.Module], family: Family, config: LteConfig) -> None:
+    if not ffns:
+        raise ValueError(
+            f"model must contain {family.ffn_class} modules, got none; lte converts the FFNs of "
+            f"{', '.join(family.models.values())}"
+        )
+    for name, ffn in ffns.items():
+        for part in family.layout.projections:
+            linear: Any = ffn.get_submodule(part)
+            # Some quantisers keep nn.Linear and a floating-point dtype, and make the weight a tensor subclass.
+            plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+            if not plain or not linear.weight.is_floating_point():
+                raise ValueError(
+                    f"{name}.{part} must be a plain floating-point nn.Linear, got {type(linear).__name__}; "
+                    "load the model without quantisation and merge adapters first"
+                )
+            if linear.weight.is_meta:
+                raise ValueError(f"{name}.{part} must hold its weights, got a meta tensor; load the model first")
+        check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
+
+
+@torch.no_grad()
+def _count_coactivations(
+    model: nn.Module,
+    ffns: Mapping[str, nn.Module],
+    family: Family,
+    calibration: Iterable[Mapping[str, Tensor]] | None,
+) -> dict[str, Tensor]:
+    """Runs the calibration batches through the dense model and counts which neurons fire together, by FFN."""
+    if calibration is None:
+        raise ValueError('grouping="coactivation" must get calibration batches, got calibration=None')
+    counts = {name: CoactivationCounts(num_neurons(ffn, family.layout)) for name, ffn in ffns.items()}
+    mask: list[Tensor | None] = [None]
+
+    def count(name: str) -> Any:
+        return lambda module, args: counts[name].update(_counted_tokens(args[0], mask[0]))
+
+    hooks = [
+        ffn.get_submodule(family.layout.down).register_forward_pre_hook(count(name)) for name, ffn in ffns.items()
+    ]
+    try:
+        for batch in calibration:
+            mask[0] = batch.get("attention_mask")
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: counter.counts for name, counter in counts.items()}
+
+
+def _counted_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The rows [N, F] of hidden [B, T, F] that are no padding."""
+    return hidden.flatten(0, -2) if attention_mask is None else hidden[attention_mask.to(hidden.device).bool()]

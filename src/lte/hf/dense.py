@@ -1,0 +1,68 @@
+"""Loading dense models and tokenizers from a hub name, a local folder, or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    """A dense causal LM; a GGUF file is de-quantised to `dtype`.
+
+    Args:
+        name_or_path: hub name, folder, or `.gguf` file.
+        dtype: of the weights; `None` keeps the checkpoint's.
+
+    Raises:
+        ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(**_location(name_or_path), dtype=dtype or "auto")
+    forget_gguf_(model)
+    return model
+
+
+def forget_gguf_(model: Any) -> None:
+    """Drops what transformers remembers of a GGUF file: the weights are plain numbers, but training and saving refuse.
+
+    Models quantised in another way keep their marks, and are refused later for what they are.
+    """
+    quantization = getattr(model.config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
+    if "gguf" not in str(getattr(method, "value", method)).lower():
+        return
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name, folder, or `.gguf` file; a missing pad token becomes the end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(**_location(name_or_path))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _is_gguf(name_or_path: str | Path) -> bool:
+    return str(name_or_path).endswith(".gguf")
+
+
+def _location(name_or_path: str | Path) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if not _is_gguf(path):
+        looks_local = str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") > 1
+        if looks_local and not path.expanduser().exists():
+            raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
+        local = path.expanduser().exists()
+        return {"pretrained_model_name_or_path": str(path.expanduser()) if local else str(name_or_path)}
+    if not path.is_file():
+        raise ValueError(f"model must be an existing GGUF file, got {path}")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs the gguf package: pip install 'lte[gguf]'") from error
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

@@ -1,0 +1,200 @@
+"""Saving and loading LTE models through `save_pretrained` and `from_pretrained`.
+
+Every row of the family table gets a config and a model class of its own, made here from the row and registered with
+the Auto classes when lte is imported. A saved folder is guarded twice against running dense without lte:
+
+1. its `model_type` (`lte_llama`) is unknown to stock transformers, so the Auto classes refuse it;
+2. its activation field holds a sentence instead of a function's name, so naming a stock class outright
+   (`LlamaForCausalLM.from_pretrained(folder)`), which only warns about a foreign `model_type`, fails too.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from lte.config import LteConfig
+from lte.hf.dense import forget_gguf_
+from lte.hf.families import FAMILIES, Family, family_of
+from lte.hf.install import install_sparse_ffns_
+
+_GUARD = " (an LTE model: `pip install lte` and `import lte` before loading it)"
+_PREFIX = "Lte"
+
+
+class LteConfigMixin:
+    """What a family's config gains: `lte` (an `LteConfig` as a dict) and `lte_measurement` (or None)."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        field = family_of(self).activation_field
+        setattr(self, field, str(getattr(self, field)).removesuffix(_GUARD))
+        self.lte: dict[str, Any] | None = kwargs.pop("lte", None)
+        self.lte_measurement: dict[str, Any] | None = kwargs.pop("lte_measurement", None)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the stock method, with the guard in the activation field and the stock `architectures`."""
+        out = super().to_dict()  # type: ignore[misc]
+        field = family_of(self).activation_field
+        if field in out:
+            out[field] = f"{out[field]}{_GUARD}"
+        if out.get("architectures"):
+            out["architectures"] = [name.removeprefix(_PREFIX) for name in out["architectures"]]
+        return out
+
+
+class LteModelMixin:
+    """What a family's model class gains: sparse FFNs built from the config, checked loading, atomic saving."""
+
+    # Router scores decide in fp32 whatever dtype the model is loaded in.
+    _keep_in_fp32_modules_strict = frozenset({"router"})
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        if getattr(config, "lte", None) is None:
+            raise ValueError("config.lte must hold an LteConfig dict, got None; start from a dense model with sparsify_")
+        lte_config = LteConfig.from_dict(config.lte)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install_sparse_ffns_(self, family_of(config), lte_config)  # type: ignore[arg-type]
+
+    @property
+    def lte_config(self) -> LteConfig:
+        """The model's `LteConfig`."""
+        return LteConfig.from_dict(self.config.lte)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the stock method, but a folder with damaged or missing weights is an error.
+
+        Raises:
+            ValueError: if weights are missing (stock transformers warns and takes random ones), or a weight file is
+                corrupt.
+        """
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"a weight file of {name_or_path} is corrupt or cut short: {error}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(f"{name_or_path} must hold all weights of the model, got {len(missing)} missing: {shown}")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As the stock method, but a process that dies on the way leaves no folder that loads.
+
+        Files are written to a hidden folder, in `save_directory` if that exists and beside it if not, and moved when
+        complete, `config.json` last. A folder that was there is replaced when all files are written, not before.
+
+        Raises:
+            ValueError: if `save_directory` is a file.
+            OSError: if writing fails, on a full disk say; what was there before is then still there.
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"save_directory must be a folder, got save_directory={target}, which is a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.name)
+        # In the folder itself if possible: it may be a mount point, and files move on one file system only.
+        place = target if target.is_dir() else target.parent
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=place) as partial:
+            try:
+                result = super().save_pretrained(partial, *args, **kwargs)  # type: ignore[misc]
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"could not save to {target}, which is left as it was: {error}") from error
+            publish_folder(Path(partial), target)
+        return result
+
+
+def publish_folder(partial: Path, target: Path) -> None:
+    """Moves the files of `partial` into `target` on the same file system so that `config.json` appears last.
+
+    Without a `config.json` in `partial` (adapters alone, or no main process) the model in `target` stays.
+    """
+    names = {path.name for path in partial.iterdir()}
+    if not names:
+        return
+    target.mkdir(exist_ok=True)
+    if "config.json" in names:
+        (target / "config.json").unlink(missing_ok=True)
+        for stale in [*target.glob("model*.safetensors"), *target.glob("model.safetensors.index.json")]:
+            if stale.name not in names:
+                stale.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            path.replace(target / path.name)
+
+
+def become_sparse_(model: Any, family: Family, config: LteConfig) -> None:
+    """Gives a stock model with sparse FFNs installed the family's sparse model and config classes."""
+    _own_config_(model)
+    model.config.__class__ = _CONFIG_CLASSES[family.model_type]
+    model.config.lte = config.to_dict()
+    model.config.lte_measurement = None
+    forget_gguf_(model)
+    model.__class__ = _sparse_model_class(type(model), family)
+    model._keep_in_fp32_modules_strict = set(LteModelMixin._keep_in_fp32_modules_strict)
+
+
+def become_dense_(model: Any, family: Family) -> Any:
+    """Gives an LTE model its stock classes back; returns the stock config. The FFNs are the caller's to replace."""
+    if not issubclass(type(model), LteModelMixin):
+        raise ValueError(f"model must be an LTE model, got {type(model).__name__}")
+    stock = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+    model.__class__ = stock
+    _own_config_(model)
+    model.config.__class__ = family.stock_class(family.config_class)
+    for name in ("lte", "lte_measurement"):
+        model.config.__dict__.pop(name, None)
+    return model.config
+
+
+def _own_config_(model: Any) -> None:
+    """Replaces the config by a copy: models made by `from_config` share the object, a dense teacher's say."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
+_CONFIG_CLASSES: dict[str, type] = {}
+_MODEL_CLASSES: dict[type, type] = {}
+
+
+def _sparse_model_class(stock: type[nn.Module], family: Family) -> type:
+    """The sparse subclass of a stock model class, made on first use and importable from this module."""
+    if stock not in _MODEL_CLASSES:
+        name = f"{_PREFIX}{stock.__name__}"
+        body = {"config_class": _CONFIG_CLASSES[family.model_type], "__module__": __name__, "__doc__": stock.__doc__}
+        _MODEL_CLASSES[stock] = globals()[name] = type(name, (LteModelMixin, stock), body)
+    return _MODEL_CLASSES[stock]
+
+
+def register_families() -> None:
+    """Registers a config and a model class for every row of the family table with the Auto classes."""
+    for family in FAMILIES.values():
+        stock_config = family.stock_class(family.config_class)
+        name = f"{_PREFIX}{family.config_class}"
+        body = {"model_type": family.sparse_model_type, "__module__": __name__, "__doc__": stock_config.__doc__}
+        config_class = type(name, (LteConfigMixin, stock_config), body)
+        _CONFIG_CLASSES[family.model_type] = globals()[name] = config_class
+        transformers.AutoConfig.register(family.sparse_model_type, config_class, exist_ok=True)
+        for auto_name, stock_name in family.models.items():
+            model_class = _sparse_model_class(family.stock_class(stock_name), family)
+            getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+
+
+register_families()

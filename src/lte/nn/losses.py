@@ -1,0 +1,66 @@
+"""The router losses of the paper (Eq. 4-6), over the tokens that count, in fp32.
+
+Shapes: T tokens, E experts; scores G = sigmoid(logits) in (0, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Added to the squared distance in the separability loss: bounds it by 1 / POLE_GUARD at G = tau, where Eq. 6 is
+# infinite. The steepest slope, 0.65 / POLE_GUARD**1.5, is 650 at 0.01; see docs/method.md for what that means.
+POLE_GUARD = 1e-2
+
+
+def masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Mean of `values` [..., E] over experts and over the tokens [...] where `token_mask` is true, in fp32 at least.
+
+    No token at all gives 0, not NaN, so that a batch of padding adds nothing to a loss.
+    """
+    values = _at_least_fp32(values)
+    if token_mask is None:
+        return values.mean()
+    weights = token_mask.to(values.dtype)
+    return (values.mean(-1) * weights).sum() / weights.sum().clamp_min(1)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def efficiency_loss(scores: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """L_eff = mean of G^2 (Eq. 5), for the scores [..., E] of one layer."""
+    return masked_mean(_at_least_fp32(scores).square(), token_mask)
+
+
+def separability_loss(
+    scores: Tensor, token_mask: Tensor | None = None, *, threshold: float = 0.5, guard: float = POLE_GUARD
+) -> Tensor:
+    """L_sep = mean of 1 / ((G - tau)^2 + guard) (Eq. 6 with a guard at its pole), for one layer [..., E].
+
+    Args:
+        scores: router scores G, [..., E].
+        token_mask: which tokens count, [...]; `None` counts all.
+        threshold: tau.
+        guard: added to the squared distance; 0 is Eq. 6 as printed, infinite at tau.
+    """
+    distance = _at_least_fp32(scores) - threshold
+    return masked_mean(1 / (distance.square() + guard), token_mask)
+
+
+def active_fraction(logits: Tensor, token_mask: Tensor | None = None, *, threshold_logit: float = 0.0) -> Tensor:
+    """Share of experts with G > tau, for router logits [..., E]; tau is given as logit(tau)."""
+    return masked_mean((logits > threshold_logit).float(), token_mask)
+
+
+def near_threshold_fraction(
+    scores: Tensor, token_mask: Tensor | None = None, *, threshold: float = 0.5, width: float = 0.1
+) -> Tensor:
+    """Share of scores within `width` of tau: how far soft and hard mode can disagree."""
+    return masked_mean(((scores - threshold).abs() < width).float(), token_mask)
+
+
+def mean_over_layers(per_layer: list[Tensor]) -> Tensor:
+    """Mean of the scalars of all layers, each layer counting the same (Eq. 5-6)."""
+    return torch.stack(per_layer).mean()

@@ -1,0 +1,149 @@
+"""Settings of the two training stages, and the recipes that combine them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from lte.config import FfnMode, check_choice, check_fraction
+from lte.nn.losses import POLE_GUARD
+
+Recipe = Literal["straight_through", "annealed", "paper", "dense"]
+RouterTraining = Literal["trained", "frozen"]
+Trainable = Literal["all", "ffn", "routers"]
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How `train_two_stage` trains. Every field is a flag of `lte train` and a key of its YAML file."""
+
+    recipe: Recipe = _option(
+        "straight_through",
+        "straight_through: hard switching in the forward pass from the first step; annealed: soft scores that "
+        "sharpen into hard ones; paper: the procedure of the paper, which does not hold a target by itself; dense: "
+        "no switching at all, a control with the same data, schedule, and teacher.",
+    )
+    stage1_epochs: float = _option(1.0, "Passes over the data in stage 1 (model and routers learn to skip).")
+    stage2_epochs: float = _option(1.0, "Passes over the data in stage 2 (the model adapts to its routing).")
+    stage1_steps: int = _option(-1, "Optimiser steps of stage 1; overrides stage1_epochs when positive.")
+    stage2_steps: int = _option(-1, "Optimiser steps of stage 2; overrides stage2_epochs when positive.")
+    learning_rate: float = _option(3e-4, "Peak learning rate of the model.")
+    router_learning_rate: float | None = _option(None, "Peak learning rate of the routers; unset: as the model's.")
+    stage2_learning_rate: float | None = _option(None, "Peak learning rate of stage 2; unset: as in stage 1.")
+    weight_decay: float = _option(0.0, "AdamW weight decay.")
+    warmup_ratio: float = _option(0.06, "Share of each stage's steps with a rising learning rate.")
+    batch_size: int = _option(8, "Sequences per device and forward pass.")
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimiser step.")
+    eta: float | None = _option(None, "Weight of the efficiency loss; unset: a controller finds it.")
+    lambda_: float | None = _option(
+        None, "Weight of the separability loss; unset: 0.5 in the paper's recipe, 0 in the others."
+    )
+    pole_guard: float = _option(POLE_GUARD, "Added to the squared distance to tau in the separability loss.")
+    ramp_ratio: float = _option(0.6, "Share of stage 1 over which the target sparsity rises from 0 to its value.")
+    router_fit_tokens: int = _option(
+        16384, "Tokens on which routers are fitted to the experts' norms before stage 1; 0: start from zero weights."
+    )
+    stage2_routers: RouterTraining | None = _option(
+        None, "Whether stage 2 trains the routers; unset: frozen in the paper's recipe, trained in the others."
+    )
+    router_sharpening: float = _option(20.0, "annealed: factor by which the router logits grow during stage 1.")
+    distillation_weight: float = _option(
+        0.0, "Share of the task loss that is the KL divergence from the teacher; needs a teacher."
+    )
+    calibration_tokens: int = _option(
+        131072, "Training tokens on which the thresholds are set to meet the target at the end; 0: leave them."
+    )
+    trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
+    bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
+    compile: bool = _option(False, "Compile each decoder layer and the loss with torch.compile.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    logging_steps: int = _option(10, "Steps between two log entries.")
+    save_steps: int = _option(500, "Steps between two checkpoints.")
+    seed: int = _option(0, "Seed of data order and dropout.")
+
+    def __post_init__(self) -> None:
+        check_choice("recipe", self.recipe, get_args(Recipe))
+        check_choice("trainable", self.trainable, get_args(Trainable))
+        if self.stage2_routers is not None:
+            check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
+        check_fraction("warmup_ratio", self.warmup_ratio)
+        check_fraction("distillation_weight", self.distillation_weight, upper_closed=True)
+        if not 0 < self.ramp_ratio <= 1:
+            raise ValueError(f"ramp_ratio must lie in (0, 1], got ramp_ratio={self.ramp_ratio}")
+        for name in ("learning_rate", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
+        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard", "stage1_epochs", "stage2_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {name}={getattr(self, name)}")
+        if self.eta is not None and self.eta < 0:
+            raise ValueError(f"eta must not be negative, got eta={self.eta}")
+        if self.router_sharpening < 1:
+            raise ValueError(f"router_sharpening must be at least 1, got router_sharpening={self.router_sharpening}")
+
+    @property
+    def holds_target(self) -> bool:
+        """Whether the recipe meets the target sparsity by itself."""
+        return self.recipe in ("straight_through", "annealed")
+
+    @property
+    def separability_weight(self) -> float:
+        """lambda: as set, else the recipe's own."""
+        if self.lambda_ is not None:
+            return self.lambda_
+        return 0.5 if self.recipe == "paper" else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training, resolved from a `TrainConfig`.
+
+    Attributes:
+        number: 1 or 2.
+        mode: how the FFNs switch their experts in the forward pass.
+        train_routers: whether the router weights get gradients.
+        controls_eta: whether eta follows the target sparsity.
+        controls_bias: whether a shift of all router biases follows the target sparsity.
+        scheduler: name of the learning-rate schedule in transformers.
+    """
+
+    number: int
+    mode: FfnMode
+    train_routers: bool
+    controls_eta: bool
+    controls_bias: bool
+    scheduler: str
+
+
+def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
+    """The two stages of a recipe.
+
+    The paper's: soft scores with both router losses, then frozen routers and the task loss alone, each with its own
+    decaying learning rate. The control `dense` follows the schedule of ours and never switches. Ours: stage 1 keeps the learning rate up while the target ramps, stage 2 decays it to zero
+    at the full target, held by a feedback on the router biases.
+    """
+    if config.recipe == "paper":
+        trained = config.stage2_routers == "trained"
+        return (
+            Stage(1, "soft", True, config.eta is None, False, "linear"),
+            Stage(2, "straight_through" if trained else "hard", trained, False, False, "linear"),
+        )
+    if config.recipe == "dense":
+        return (
+            Stage(1, "dense", False, False, False, "constant_with_warmup"),
+            Stage(2, "dense", False, False, False, "linear"),
+        )
+    first_mode: FfnMode = "soft" if config.recipe == "annealed" else "straight_through"
+    trained = config.stage2_routers != "frozen"
+    return (
+        Stage(1, first_mode, True, config.eta is None, False, "constant_with_warmup"),
+        Stage(2, "straight_through" if trained else "hard", trained, False, True, "linear"),
+    )

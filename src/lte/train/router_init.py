@@ -1,0 +1,165 @@
+"""Fitting the routers before training, and setting the thresholds after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte.config import FfnMode
+from lte.hf.install import require_sparse_ffns
+from lte.nn.router import INITIAL_LOGIT
+from lte.nn.sparse_ffn import SparseFfn
+
+Batch = Mapping[str, Tensor]
+
+
+@contextmanager
+def evaluating(model: nn.Module, mode: FfnMode) -> Iterator[None]:
+    """Runs a block in eval mode, without gradients, with all FFNs in `mode`; restores both afterwards."""
+    ffns = list(require_sparse_ffns(model).values())
+    modes, training = [ffn.mode for ffn in ffns], model.training
+    model.eval()
+    for ffn in ffns:
+        ffn.set_mode(mode)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        for ffn, previous in zip(ffns, modes, strict=True):
+            ffn.set_mode(previous)
+
+
+class _NormRegression:
+    """Running ridge regression of the log output norms of one layer's experts on the FFN's input."""
+
+    def __init__(self, ffn: SparseFfn):
+        self.ffn = ffn
+        down: Tensor = ffn.get_submodule(ffn.layout.down).weight  # type: ignore[assignment]
+        blocks = down.detach().float().unflatten(1, (ffn.num_experts, -1))
+        # ||h_e W_e||^2 = h_e (W_e W_e^T) h_e^T: S x S Gram matrices instead of E outputs of width D per token.
+        self.gram = torch.einsum("des,det->est", blocks, blocks)
+        width = down.shape[0] + 1
+        self.xx = torch.zeros(width, width, device=down.device, dtype=torch.float64)
+        self.xy = torch.zeros(width, ffn.num_experts, device=down.device, dtype=torch.float64)
+        self.y = torch.zeros(ffn.num_experts, device=down.device, dtype=torch.float64)
+        self.yy = torch.zeros((), device=down.device, dtype=torch.float64)
+        self.tokens = torch.zeros((), device=down.device, dtype=torch.float64)
+
+    def update(self, x: Tensor, token_mask: Tensor | None) -> None:
+        hidden = self.ffn.intermediate(x).float().unflatten(-1, (self.ffn.num_experts, -1))
+        squared = torch.einsum("...es,est,...et->...e", hidden, self.gram, hidden)
+        norms = (squared.clamp_min(0).sqrt() + 1e-6).log().flatten(0, -2).double()
+        inputs = nn.functional.pad(x.float(), (0, 1), value=1.0).flatten(0, -2).double()
+        if token_mask is not None:
+            keep = token_mask.flatten().to(inputs.dtype).unsqueeze(-1)
+            norms, inputs = norms * keep, inputs * keep
+        self.xx += inputs.T @ inputs
+        self.xy += inputs.T @ norms
+        self.y += norms.sum(0)
+        self.yy += norms.square().sum()
+        self.tokens += inputs[:, -1].sum()
+
+    def solve_(self) -> None:
+        """Sets the router to the standardised prediction, shifted so that its mean logit is `INITIAL_LOGIT`."""
+        ridge = 1e-2 * self.xx.diagonal().mean() * torch.eye(len(self.xx), device=self.xx.device)
+        solution = torch.linalg.solve(self.xx + ridge, self.xy)
+        mean = self.y.mean() / self.tokens
+        deviation = (self.yy / (self.tokens * len(self.y)) - mean.square()).clamp_min(1e-12).sqrt()
+        router = self.ffn.router
+        router.weight.copy_(solution[:-1].T / deviation)
+        router.bias.copy_((solution[-1] - mean) / deviation + INITIAL_LOGIT)
+
+
+@torch.no_grad()
+def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Fits every full-rank router to how strongly each expert contributes, so that weak experts go off first.
+
+    The logit of expert e starts as a ridge regression, on the FFN's input, of log ||E_e(x)||, standardised over the
+    layer and shifted to a mean of 3. Nearly every expert is on at first, and none sits at the threshold by accident.
+
+    Args:
+        model: an LTE model.
+        batches: `input_ids`, and optionally `attention_mask` and `token_mask` (bool, [B, T]).
+    """
+    ffns = require_sparse_ffns(model)
+    fits = {name: _NormRegression(ffn) for name, ffn in ffns.items() if ffn.router.down is None}
+    mask: list[Tensor | None] = [None]
+
+    def observe(fit: _NormRegression) -> Any:
+        return lambda module, args: fit.update(args[0], mask[0])
+
+    hooks = [ffns[name].register_forward_pre_hook(observe(fit)) for name, fit in fits.items()]
+    try:
+        with evaluating(model, "dense"):
+            for batch in batches:
+                mask[0] = batch.get("token_mask")
+                model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for fit in fits.values():
+        fit.solve_()
+
+
+def calibrate_thresholds_(
+    model: nn.Module, batches: Iterable[Batch], target_sparsity: float, *, rounds: int = 4, tolerance: float = 5e-4
+) -> float:
+    """Shifts all router biases by one number so that the hard-mode sparsity on `batches` meets the target.
+
+    One shift for all layers keeps what training found about which layer needs how much. A shift changes what later
+    layers see, so it is found anew from the measured logits `rounds` times or until within `tolerance`.
+
+    Args:
+        model: an LTE model.
+        batches: as for `fit_routers_`; they are read once per round, so pass a list.
+        target_sparsity: share of experts that shall be off, mean over tokens and layers.
+
+    Returns:
+        The sum of the shifts, in logits.
+    """
+    batches = list(batches)
+    ffns = list(require_sparse_ffns(model).values())
+    total = 0.0
+    for _ in range(rounds):
+        shift, sparsity = _quantile_shift(model, ffns, batches, target_sparsity)
+        if abs(sparsity - target_sparsity) <= tolerance:
+            break
+        for ffn in ffns:
+            with torch.no_grad():
+                ffn.router.bias.add_(shift)
+        total += shift
+    return total
+
+
+def _quantile_shift(
+    model: nn.Module, ffns: list[SparseFfn], batches: list[Batch], target: float
+) -> tuple[float, float]:
+    """The shift that moves the `target` quantile of all logits to the threshold, and the sparsity before it."""
+    edges, bins = 64.0, 1 << 16
+    histogram = torch.zeros(bins, dtype=torch.float64)
+    threshold = ffns[0].threshold_logit
+    below = total = 0.0
+    for ffn in ffns:
+        ffn.record_logits = True
+    try:
+        with evaluating(model, "hard"):
+            for batch in batches:
+                model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
+                mask = batch.get("token_mask")
+                logits = torch.stack([ffn.logits - threshold for ffn in ffns])  # type: ignore[operator]
+                if mask is not None:
+                    logits = logits[:, mask]
+                below += (logits <= 0).sum().item()
+                total += logits.numel()
+                histogram += torch.histc(logits.clamp(-edges, edges).float().cpu(), bins, -edges, edges).double()
+    finally:
+        for ffn in ffns:
+            ffn.record_logits, ffn.logits = False, None
+    cumulative = histogram.cumsum(0) / histogram.sum()
+    index = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64)))
+    return edges - (min(index, bins - 1) + 1) * 2 * edges / bins, below / total

@@ -1,0 +1,230 @@
+"""`transformers.Trainer` with the LTE losses, logs, and sparsity control."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from lte.hf.install import require_sparse_ffns
+from lte.nn.sparse_ffn import SparseFfn
+from lte.train.config import Stage, TrainConfig
+from lte.train.data import token_mask
+from lte.train.objective import language_terms, routing_terms
+from lte.train.sparsity_controller import EtaController, SparsityRamp, shift_router_biases_
+
+CONTROL_STATE_FILE = "lte_control.json"
+# Logits per unit of sparsity error and step. Measured spreads of the logits put 0.05 to 0.15 of them in one unit
+# around tau, so a step corrects 5 to 15% of an error: slow against the noise of one batch, fast against drift.
+BIAS_GAIN = 1.0
+LOG_NAMES = {
+    "task_loss": "task",
+    "efficiency_loss": "eff",
+    "separability_loss": "sep",
+    "eta": "eta",
+    "active_fraction": "active",
+    "near_threshold": "near_tau",
+}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the batch was saved and no checkpoint was overwritten."""
+
+
+class LteTrainer(Trainer):
+    """Trains one stage of an LTE model.
+
+    The loss is (1 - a) L_task + a KL(teacher || student) + eta L_eff + lambda L_sep, with a the distillation weight.
+    Stage 2 has the task terms alone.
+
+    Args:
+        stage: which stage, from `stages_of`.
+        train_config: the recipe's settings.
+        target_sparsity: where the controllers lead.
+        teacher: a dense model for distillation, or `None`.
+        kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: Stage,
+        train_config: TrainConfig,
+        target_sparsity: float,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        # Every loss term is a mean over one forward pass; Trainer then averages over accumulated passes.
+        self.model_accepts_loss_kwargs = False
+        self.stage = stage
+        self.train_config = train_config
+        self.target_sparsity = target_sparsity
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.ffns: list[SparseFfn] = list(require_sparse_ffns(self.model).values())
+        self.eta_controller = EtaController()
+        self.eta = self._first_eta()
+        self.sums: dict[str, Tensor] = {}
+        self.step_active: list[Tensor] = []
+        self._language_terms = torch.compile(language_terms) if train_config.compile else language_terms
+        self._routing_terms = torch.compile(routing_terms) if train_config.compile else routing_terms
+        self.add_callback(SparsityControl(self))
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(LteProgress)
+
+    def _first_eta(self) -> float:
+        if self.stage.number == 2:
+            return 0.0
+        return self.eta_controller.eta if self.stage.controls_eta else float(self.train_config.eta or 0.0)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a parameter group of its own for the routers."""
+        if self.optimizer is None:
+            router_ids = {id(p) for ffn in self.ffns for p in ffn.router.parameters()}
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            rate = self.train_config.router_learning_rate
+            scale = rate / self.train_config.learning_rate if rate else 1.0
+            groups = [
+                {"params": [p for p in trained if id(p) not in router_ids], "weight_decay": self.args.weight_decay},
+                {
+                    "params": [p for p in trained if id(p) in router_ids],
+                    "lr": self.args.learning_rate * scale,
+                    "weight_decay": 0.0,
+                },
+            ]
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The weighted sum of all terms for one batch; collects each term for the log."""
+        labels = inputs["labels"]
+        features = {key: value for key, value in inputs.items() if key != "labels"}
+        outputs = model(**features, use_cache=False)
+        teacher_logits = self._teacher_logits(features)
+        task, divergence = self._language_terms(outputs.logits, labels, teacher_logits)
+        routing = self._routing(token_mask(inputs))
+        weight = self.train_config.distillation_weight if self.teacher is not None else 0.0
+        loss = (1 - weight) * task + weight * divergence
+        if self.stage.number == 1 and routing:
+            loss = loss + self.eta * routing["efficiency"]
+            if self.train_config.separability_weight:
+                loss = loss + self.train_config.separability_weight * routing["separability"]
+        if self.model.training:
+            self._check_finite(loss, inputs)
+            if routing:
+                self.step_active.append(routing["active_fraction"])
+            self._collect({"task_loss": task, "distillation_loss": divergence, "loss_total": loss, **routing})
+        return (loss, outputs) if return_outputs else loss
+
+    def _routing(self, mask: Tensor) -> dict[str, Tensor]:
+        if self.stage.mode == "dense":
+            return {}
+        logits = [ffn.logits for ffn in self.ffns]
+        return self._routing_terms(logits, mask, self.ffns[0].threshold_logit, self.train_config.pole_guard)
+
+    def _teacher_logits(self, features: dict[str, Any]) -> Tensor | None:
+        if self.teacher is None or not self.train_config.distillation_weight:
+            return None
+        with torch.no_grad():
+            return self.teacher(**features, use_cache=False).logits
+
+    def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        if math.isfinite(loss.item()):
+            return
+        path = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: value.cpu() for key, value in inputs.items() if isinstance(value, Tensor)}, path)
+        raise NonFiniteLossError(
+            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch is "
+            f"in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
+        )
+
+    def _collect(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            key = f"{name}_loss" if name in ("efficiency", "separability") else name
+            total, count = self.sums.get(key, (0.0, 0))  # type: ignore[misc]
+            self.sums[key] = (total + value.detach(), count + 1)  # type: ignore[assignment]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of all terms since the last entry, eta, and the target sparsity."""
+        if "loss" in logs and self.sums:
+            logs.update({key: (total / count).item() for key, (total, count) in self.sums.items()})  # type: ignore[misc]
+            logs.update(eta=self.eta, target_sparsity=self.target_at_step(), stage=self.stage.number)
+            self.sums.clear()
+        super().log(logs, start_time)
+
+    def target_at_step(self) -> float:
+        """The target sparsity that holds after the current step."""
+        if self.stage.number == 2:
+            return self.target_sparsity
+        ramp_steps = int(self.train_config.ramp_ratio * self.state.max_steps)
+        return SparsityRamp(self.target_sparsity, ramp_steps).at(self.state.global_step)
+
+    def control_sparsity(self) -> None:
+        """Updates eta and the router biases from the active fraction of the step that just ended."""
+        if not self.step_active:
+            return
+        active = torch.stack(self.step_active).mean()
+        active = self.accelerator.reduce(active, reduction="mean")
+        self.step_active.clear()
+        target, sparsity = self.target_at_step(), 1 - active.item()
+        if self.stage.controls_eta:
+            self.eta = self.eta_controller.update(target, sparsity)
+        if self.stage.controls_bias:
+            shift_router_biases_(self.ffns, BIAS_GAIN * (sparsity - target))
+        if self.train_config.recipe == "annealed" and self.stage.number == 1:
+            self._sharpen_routers_()
+
+    @torch.no_grad()
+    def _sharpen_routers_(self) -> None:
+        factor = self.train_config.router_sharpening ** (1 / self.state.max_steps)
+        for ffn in self.ffns:
+            ffn.router.weight.mul_(factor)
+            ffn.router.bias.sub_(ffn.threshold_logit).mul_(factor).add_(ffn.threshold_logit)
+
+    def control_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond Trainer's own state."""
+        return {"eta": self.eta, "controller": asdict(self.eta_controller)}
+
+    def load_control_state(self, checkpoint: Path) -> None:
+        """Restores `control_state` from a checkpoint folder."""
+        state = json.loads((checkpoint / CONTROL_STATE_FILE).read_text())
+        state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
+        self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
+
+
+class SparsityControl(TrainerCallback):
+    """Calls the trainer's controllers after every optimiser step and saves their state with each checkpoint."""
+
+    def __init__(self, trainer: LteTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.control_sparsity()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.should_save:
+            return
+        # Written last and renamed into place: a checkpoint without this file is not complete.
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROL_STATE_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.trainer.control_state()))
+        partial.replace(path)
+
+
+class LteProgress(ProgressCallback):
+    """Progress bar that shows the losses, eta, and the active fraction instead of printing dicts."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "active_fraction" in logs:
+            shown = {short: f"{logs[name]:.3g}" for name, short in LOG_NAMES.items() if name in logs}
+            self.training_bar.set_postfix(shown)

@@ -1,0 +1,252 @@
+"""Both stages of LTE training in one call, resumable at any step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from lte.hf.install import require_sparse_ffns
+from lte.train.config import Stage, TrainConfig, stages_of
+from lte.train.data import LmCollator, calibration_batches, token_mask
+from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
+from lte.train.trainer import CONTROL_STATE_FILE, LteTrainer
+
+STAGE_RECORD_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What training did.
+
+    Attributes:
+        tokens_trained: tokens in all forward passes with a backward pass, both stages.
+        wall_time_s: seconds of both stages, without what an interrupted run spent.
+        log_history: Trainer's log entries of both stages, each with its `stage`.
+    """
+
+    tokens_trained: int
+    wall_time_s: float
+    log_history: list[dict[str, Any]]
+
+
+def train_two_stage(
+    model: nn.Module,
+    train_dataset: Dataset[Any],
+    config: TrainConfig,
+    output_dir: str | Path,
+    *,
+    teacher: nn.Module | None = None,
+    stages: Sequence[int] = (1, 2),
+    data_collator: Any = None,
+    resume: bool = False,
+) -> TrainingSummary:
+    """Trains an LTE model in place: routing in stage 1, adaptation in stage 2, thresholds at the end.
+
+    Checkpoints and the model after each stage go to `output_dir/stage1` and `output_dir/stage2`. The final model is
+    the one in memory: save it with `model.save_pretrained`.
+
+    Args:
+        model: an LTE model from `sparsify_` (or a saved one).
+        train_dataset: rows with `input_ids` and `labels`, see `lte.train.data.load_lm_datasets`.
+        config: the recipe.
+        output_dir: folder for checkpoints and logs.
+        teacher: dense model whose logits are distilled where `config.distillation_weight` is positive.
+        stages: which stages to run: (1, 2), (1,) or (2,).
+        data_collator: `None` pads with the model's pad token.
+        resume: go on from the newest complete checkpoint in `output_dir`.
+
+    Raises:
+        ValueError: for a dense model, an `output_dir` that holds another run's checkpoints without `resume`, or
+            distillation without a teacher.
+        NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
+    """
+    output = Path(output_dir)
+    ffns = require_sparse_ffns(model)
+    _check_arguments(config, output, teacher, stages, resume)
+    collator = data_collator or LmCollator(_pad_token_id(model))
+    model.config.lte_measurement = None
+    if config.compile:
+        _compile_layers_(model, teacher, list(ffns))
+    summaries = []
+    for stage in stages_of(config):
+        if stage.number in stages:
+            summaries.append(_run_stage(model, train_dataset, config, stage, output, teacher, collator))
+    if 2 in stages and config.holds_target and config.calibration_tokens:
+        batches = masked_batches(model, train_dataset, config.calibration_tokens, config.batch_size, collator)
+        calibrate_thresholds_(model, batches, model.lte_config.target_sparsity)
+    for ffn in ffns.values():
+        ffn.set_mode("hard")
+        ffn.record_logits, ffn.logits = False, None
+    model.requires_grad_(True)
+    return TrainingSummary(
+        tokens_trained=sum(s.tokens_trained for s in summaries),
+        wall_time_s=sum(s.wall_time_s for s in summaries),
+        log_history=[entry for s in summaries for entry in s.log_history],
+    )
+
+
+def masked_batches(
+    model: nn.Module, dataset: Dataset[Any], num_tokens: int, batch_size: int, collator: Any
+) -> list[Batch]:
+    """The first `num_tokens` tokens of `dataset` on the model's device, each batch with its `token_mask`."""
+    device = next(model.parameters()).device
+    batches = []
+    for batch in calibration_batches(dataset, num_tokens, batch_size, collator):
+        moved = {key: value.to(device) for key, value in batch.items()}
+        batches.append({**moved, "token_mask": token_mask(moved)})
+    return batches
+
+
+def _run_stage(
+    model: Any,
+    dataset: Dataset[Any],
+    config: TrainConfig,
+    stage: Stage,
+    output: Path,
+    teacher: nn.Module | None,
+    collator: Any,
+) -> TrainingSummary:
+    folder = output / f"stage{stage.number}"
+    record = _finished_stage_(model, folder)
+    if record is not None:
+        return record
+    checkpoint = _newest_complete_checkpoint(folder)
+    if stage.number == 1 and checkpoint is None and config.router_fit_tokens and config.holds_target:
+        model.to(_training_device())
+        fit_routers_(model, masked_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator))
+    for ffn in require_sparse_ffns(model).values():
+        ffn.set_mode(stage.mode)
+        ffn.record_logits = stage.mode != "dense"
+    _set_trainable_(model, config, stage)
+    trainer = LteTrainer(
+        model=model,
+        args=_training_arguments(config, stage, folder),
+        train_dataset=dataset,
+        data_collator=collator,
+        stage=stage,
+        train_config=config,
+        target_sparsity=model.lte_config.target_sparsity,
+        teacher=None if teacher is None else teacher.to(_training_device()),
+    )
+    if checkpoint is not None:
+        trainer.load_control_state(checkpoint)
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    summary = TrainingSummary(
+        tokens_trained=_tokens_trained(trainer),
+        wall_time_s=time.monotonic() - start,
+        log_history=[{**entry, "stage": stage.number} for entry in trainer.state.log_history],
+    )
+    _record_stage(model, trainer, folder, summary)
+    return summary
+
+
+def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> TrainingArguments:
+    rate = config.stage2_learning_rate if stage.number == 2 else None
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.stage1_epochs if stage.number == 1 else config.stage2_epochs,
+        max_steps=config.stage1_steps if stage.number == 1 else config.stage2_steps,
+        learning_rate=rate or config.learning_rate,
+        lr_scheduler_type=stage.scheduler,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        bf16=config.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+        # Each stage draws its own order of the data.
+        seed=config.seed + stage.number,
+    )
+
+
+def _set_trainable_(model: nn.Module, config: TrainConfig, stage: Stage) -> None:
+    model.requires_grad_(config.trainable == "all")
+    for ffn in require_sparse_ffns(model).values():
+        ffn.requires_grad_(config.trainable != "routers")
+        ffn.router.requires_grad_(stage.train_routers)
+
+
+def _check_arguments(
+    config: TrainConfig, output: Path, teacher: nn.Module | None, stages: Sequence[int], resume: bool
+) -> None:
+    if not stages or any(number not in (1, 2) for number in stages):
+        raise ValueError(f"stages must be (1, 2), (1,) or (2,), got stages={tuple(stages)}")
+    if config.distillation_weight and teacher is None:
+        raise ValueError(
+            f"teacher must be a dense model when distillation_weight={config.distillation_weight}, got teacher=None"
+        )
+    used = [folder for number in stages if any((folder := output / f"stage{number}").glob("*"))]
+    if used and not resume:
+        raise ValueError(
+            f"output_dir must hold no earlier run of these stages, got {used[0]}; pass resume=True (--resume) to go "
+            "on with it, or another output_dir"
+        )
+
+
+def _newest_complete_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step whose last file was written; a killed process leaves others behind."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CONTROL_STATE_FILE}")]
+    return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def _record_stage(model: Any, trainer: LteTrainer, folder: Path, summary: TrainingSummary) -> None:
+    """Saves the model after a stage; `stage.json` appears last and marks the stage as finished."""
+    if not trainer.args.should_save:
+        return
+    model.save_pretrained(folder / "model")
+    partial = folder / f"{STAGE_RECORD_FILE}.partial"
+    partial.write_text(json.dumps(vars(summary), indent=1))
+    partial.replace(folder / STAGE_RECORD_FILE)
+
+
+def _finished_stage_(model: Any, folder: Path) -> TrainingSummary | None:
+    """Loads the weights of a stage that an earlier run finished; `None` if there is none."""
+    path = folder / STAGE_RECORD_FILE
+    if not path.exists():
+        return None
+    trained = type(model).from_pretrained(folder / "model", dtype=next(model.parameters()).dtype)
+    model.load_state_dict(trained.state_dict())
+    return TrainingSummary(**json.loads(path.read_text()))
+
+
+def _tokens_trained(trainer: LteTrainer) -> int:
+    rows = trainer.state.global_step * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    lengths = [len(trainer.train_dataset[i]["input_ids"]) for i in range(min(256, len(trainer.train_dataset)))]
+    return round(rows * trainer.args.world_size * sum(lengths) / len(lengths))
+
+
+def _pad_token_id(model: Any) -> int:
+    pad, eos = model.config.pad_token_id, model.config.eos_token_id
+    eos = eos[0] if isinstance(eos, list) else eos
+    return pad if pad is not None else (eos or 0)
+
+
+def _training_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _compile_layers_(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> None:
+    """Compiles each decoder layer in place: one compilation serves all layers, and parameter names stay."""
+    for network in (model, teacher):
+        if network is None:
+            continue
+        for name in ffn_names:
+            network.get_submodule(name.rpartition(".")[0]).compile()

@@ -1,0 +1,56 @@
+"""What all tests share: seeds, no network, the families in turn, and the error measure."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the libraries are imported, so they come first.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from lte.hf.families import FAMILIES
+from tests.tiny_models import VOCAB
+
+torch.set_num_threads(2)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def relative_rms() -> Callable[[Tensor, Tensor], float]:
+    """RMS of the error over RMS of the reference; an all-zero reference must be met exactly."""
+
+    def measure(actual: Tensor, reference: Tensor) -> float:
+        assert actual.shape == reference.shape
+        error = (actual.double() - reference.double()).square().mean().sqrt()
+        scale = reference.double().square().mean().sqrt()
+        return error.item() if scale == 0 else (error / scale).item()
+
+    return measure
+
+
+@pytest.fixture(params=list(FAMILIES))
+def model_type(request: pytest.FixtureRequest) -> str:
+    """Every `model_type` of the family table in turn."""
+    return request.param
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Token ids [2, 7] without special ones."""
+    return torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
