@@ -73,7 +73,7 @@ def batches(dataset: PackedTokens, size: int, device: torch.device, limit: int |
 
 def build(run: dict[str, Any], args: argparse.Namespace, train: PackedTokens, device: torch.device) -> Any:
     """The model that a run trains: dense and static models are wrapped too, so that one code path trains all."""
-    model = load_dense_model(args.model).to(device)
+    model = load_dense_model(args.work / run["start"] if run.get("start") else args.model).to(device)
     target = run.get("target_sparsity", 0.0)
     if run["method"] == "static":
         config = StaticPruningConfig(target_sparsity=target)
@@ -101,8 +101,11 @@ def train_and_save(
     teacher = None
     if config.distillation_weight:
         teacher = AutoModelForCausalLM.from_pretrained(args.work / run["teacher"], dtype=torch.bfloat16)
-    summary = train_two_stage(model, train, config, folder.with_name(folder.name + ".stages"), teacher=teacher)
-    shutil.rmtree(folder.with_name(folder.name + ".stages"))
+    stages = folder.with_name(f"{folder.name}.stages")
+    # The thresholds are set on training articles alone, since the sparsity is stated on held-out articles.
+    articles = PackedTokens(args.cache, ("wikipedia_train",), run["seed"])
+    summary = train_two_stage(model, train, config, stages, teacher=teacher, calibration_dataset=articles)
+    shutil.rmtree(stages)
     if run["method"] != "lte":
         lte.densify_(model)
     model.save_pretrained(folder)

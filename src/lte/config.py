@@ -39,10 +39,12 @@ class LteConfig:
         target_sparsity: share of FFN neurons that a token shall skip, mean over tokens and layers, in [0, 1).
         expert_size: neurons per expert; it must divide the number of FFN neurons.
         grouping: how neurons are put into experts: balanced `kmeans` on their (gate) input weights as in the
-            paper, `coactivation` on calibration text, `random`, or `contiguous` (the order of the checkpoint).
-        router_rank: rank of a low-rank router D -> rank -> E; `None` is the paper's single linear layer D -> E.
-        threshold: tau; an expert is active where its router score exceeds it. At most 0.9, because every score
-            starts at 0.95 and a converted model must start with all experts active.
+            paper, `coactivation` on calibration text, `random`, or `contiguous` (the order of the
+            checkpoint).
+        router_rank: rank of a low-rank router D -> rank -> E; `None` is the paper's single linear layer,
+            D -> E.
+        threshold: tau; an expert is active where its router score exceeds it. At most 0.9, because every
+            score starts at 0.95 and a converted model must start with all experts active.
         seed: seed of the grouping and of the router's initialisation.
     """
 
@@ -80,8 +82,8 @@ class LteConfig:
             raise ValueError(f"lte config version must be a whole number from 1, got version={version!r}")
         if version > CONFIG_VERSION:
             raise ValueError(
-                f"this model was saved by a newer lte: its config has version={version}, this lte reads up to "
-                f"{CONFIG_VERSION}. Upgrade with `pip install --upgrade lte`."
+                f"this model was saved by a newer lte: its config has version={version}, this lte reads up "
+                f"to {CONFIG_VERSION}. Upgrade with `pip install --upgrade lte`."
             )
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:

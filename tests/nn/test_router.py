@@ -1,4 +1,4 @@
-"""The router: start values, fp32 in models of any dtype, gradients, and what it keeps for the backward pass."""
+"""The router: start values, fp32 in models of any dtype, gradients, and what its backward pass keeps."""
 
 from __future__ import annotations
 

@@ -18,12 +18,15 @@ from lte.nn.sparse_ffn import FfnLayout
 
 
 def sparsify_(
-    model: nn.Module, config: LteConfig | None = None, *, calibration: Iterable[Mapping[str, Tensor]] | None = None
+    model: nn.Module,
+    config: LteConfig | None = None,
+    *,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Turns a dense Hugging Face model into an LTE model in place and returns it.
 
-    Neurons are grouped into experts and permuted so that each expert is contiguous, and every FFN gets a router whose
-    experts all start active: in hard mode the model still computes what it computed before.
+    Neurons are grouped into experts and permuted so that each expert is contiguous, and every FFN gets a
+    router whose experts all start active: in hard mode the model still computes what it computed before.
 
     Args:
         model: a transformers model of a family in `lte.hf.families.FAMILIES`, with floating-point weights.
@@ -31,32 +34,22 @@ def sparsify_(
         calibration: batches (keyword arguments of the model) on which `grouping="coactivation"` counts.
 
     Raises:
-        ValueError: for an unknown family, a model with nothing to convert or already converted, quantised weights, an
-            `expert_size` that does not divide the neurons, or a missing `calibration`. The model is then unchanged.
+        ValueError: for an unknown family, a model with nothing to convert or already converted, quantised
+            weights, an `expert_size` that does not divide the neurons, or a missing `calibration`. The model
+            is then unchanged.
     """
     config = config or LteConfig()
     if sparse_ffns(model):
-        raise ValueError("model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew")
-    family = family_of(getattr(model, "config", model))
-    if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"model must be a transformers model itself, got the wrapper {type(model).__name__}; merge adapters and "
-            "unwrap the model first"
+            "model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew"
         )
+    family = family_of(getattr(model, "config", model))
     ffns = dense_ffns(model, family)
-    _check_convertible(ffns, family, config)
-    counts = _count_coactivations(model, ffns, family, calibration) if config.grouping == "coactivation" else {}
-    orders = [
-        group_neurons(
-            counts.get(name) if counts else _neuron_features(ffn, family.layout),
-            num_neurons=num_neurons(ffn, family.layout),
-            expert_size=config.expert_size,
-            method=config.grouping,
-            seed=config.seed + index,
-        )
-        for index, (name, ffn) in enumerate(ffns.items())
-    ]
-    for ffn, order in zip(ffns.values(), orders, strict=True):
+    _check_convertible(model, ffns, family, config)
+    counts = (
+        _count_coactivations(model, ffns, family, calibration) if config.grouping == "coactivation" else {}
+    )
+    for ffn, order in zip(ffns.values(), _neuron_orders(ffns, counts, family, config), strict=True):
         permute_neurons_(ffn, family.layout, order)
     install_sparse_ffns_(model, family, config)
     become_sparse_(model, family, config)
@@ -66,7 +59,8 @@ def sparsify_(
 def densify_(model: nn.Module) -> nn.Module:
     """Turns an LTE model into a stock dense model in place, drops the routers, and returns it.
 
-    All neurons run for every token afterwards; they stay in their permuted order, which leaves the function as it is.
+    All neurons run for every token afterwards; they stay in their permuted order, which leaves the function
+    as it is.
 
     Raises:
         ValueError: if `model` is not an LTE model.
@@ -105,7 +99,30 @@ def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
     return weight.detach()[: num_neurons(ffn, layout)]
 
 
-def _check_convertible(ffns: Mapping[str, nn.Module], family: Family, config: LteConfig) -> None:
+def _neuron_orders(
+    ffns: Mapping[str, nn.Module], counts: Mapping[str, Tensor], family: Family, config: LteConfig
+) -> list[Tensor]:
+    """The neuron order [F] of every FFN, found before any is changed."""
+    return [
+        group_neurons(
+            counts.get(name) if counts else _neuron_features(ffn, family.layout),
+            num_neurons=num_neurons(ffn, family.layout),
+            expert_size=config.expert_size,
+            method=config.grouping,
+            seed=config.seed + index,
+        )
+        for index, (name, ffn) in enumerate(ffns.items())
+    ]
+
+
+def _check_convertible(
+    model: nn.Module, ffns: Mapping[str, nn.Module], family: Family, config: LteConfig
+) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model must be a transformers model itself, got the wrapper {type(model).__name__}; merge "
+            "adapters and unwrap the model first"
+        )
     if not ffns:
         raise ValueError(
             f"model must contain {family.ffn_class} modules, got none; lte converts the FFNs of "
@@ -114,7 +131,8 @@ def _check_convertible(ffns: Mapping[str, nn.Module], family: Family, config: Lt
     for name, ffn in ffns.items():
         for part in family.layout.projections:
             linear: Any = ffn.get_submodule(part)
-            # Some quantisers keep nn.Linear and a floating-point dtype, and make the weight a tensor subclass.
+            # Some quantisers keep nn.Linear and a floating-point dtype, and make the weight a tensor
+            # subclass.
             plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
             if not plain or not linear.weight.is_floating_point():
                 raise ValueError(
@@ -122,7 +140,9 @@ def _check_convertible(ffns: Mapping[str, nn.Module], family: Family, config: Lt
                     "load the model without quantisation and merge adapters first"
                 )
             if linear.weight.is_meta:
-                raise ValueError(f"{name}.{part} must hold its weights, got a meta tensor; load the model first")
+                raise ValueError(
+                    f"{name}.{part} must hold its weights, got a meta tensor; load the model first"
+                )
         check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
 
 
@@ -143,7 +163,8 @@ def _count_coactivations(
         return lambda module, args: counts[name].update(_counted_tokens(args[0], mask[0]))
 
     hooks = [
-        ffn.get_submodule(family.layout.down).register_forward_pre_hook(count(name)) for name, ffn in ffns.items()
+        ffn.get_submodule(family.layout.down).register_forward_pre_hook(count(name))
+        for name, ffn in ffns.items()
     ]
     try:
         for batch in calibration:
@@ -157,4 +178,6 @@ def _count_coactivations(
 
 def _counted_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The rows [N, F] of hidden [B, T, F] that are no padding."""
-    return hidden.flatten(0, -2) if attention_mask is None else hidden[attention_mask.to(hidden.device).bool()]
+    return (
+        hidden.flatten(0, -2) if attention_mask is None else hidden[attention_mask.to(hidden.device).bool()]
+    )

@@ -1,8 +1,9 @@
 """The model families that lte converts: one row per `model_type`.
 
-To add a family, add a row: the names of its stock classes, and an `FfnLayout` that says which projection of its FFN
-does what. `tests/hf/test_families.py` then converts, trains, saves and reloads it on a tiny random config. A family
-whose FFN is no module of its own (OPT) or spans two (BERT) needs a second kind of row, which does not exist yet.
+To add a family, add a row: the names of its stock classes, and an `FfnLayout` that says which projection of
+its FFN does what. `tests/hf/test_families.py` then converts, trains, saves and reloads it on a tiny random
+config. A family whose FFN is no module of its own (OPT) or spans two (BERT) needs a second kind of row, which
+does not exist yet.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Family:
     def stock_class(self, name: str) -> type[Any]:
         """A class of the family from transformers, by name."""
         part = "configuration" if name == self.config_class else "modeling"
-        return getattr(importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}"), name)
+        return getattr(
+            importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}"), name
+        )
 
 
 def _decoder(model_type: str, prefix: str, module: str | None = None, **row: Any) -> Family:
@@ -91,8 +94,8 @@ def family_of(config: Any) -> Family:
     row = FAMILIES.get(str(model_type).removeprefix("lte_"))
     if row is None:
         raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got model_type={model_type!r}. To support another "
-            "family, add a row to FAMILIES in lte/hf/families.py (its FFN class and projection names)."
+            f"model_type must be one of {', '.join(FAMILIES)}, got model_type={model_type!r}. To "
+            "support another family, add a row to FAMILIES in lte/hf/families.py (its FFN class and projection names)."
         )
     return row
 

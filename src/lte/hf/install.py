@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte.config import LteConfig
 from lte.hf.families import Family, dense_ffns
@@ -21,24 +21,26 @@ def require_sparse_ffns(model: nn.Module) -> dict[str, SparseFfn]:
     """As `sparse_ffns`, but a model without any is a `ValueError`."""
     found = sparse_ffns(model)
     if not found:
-        raise ValueError("model must be an LTE model, got one without sparse FFNs; call lte.sparsify_(model, ...) first")
+        raise ValueError(
+            "model must be an LTE model, got one without sparse FFNs; call lte.sparsify_(model, ...) first"
+        )
     return found
 
 
 def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) -> None:
-    """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device, meta included."""
+    """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
     for index, (name, ffn) in enumerate(dense_ffns(model, family).items()):
-        weight = ffn.get_submodule(family.layout.up).weight
+        weight: Tensor = ffn.get_submodule(family.layout.up).weight  # type: ignore[assignment]
         num_experts = check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
         router = Router(
-            weight.shape[1],  # type: ignore[arg-type]
+            weight.shape[1],
             num_experts,
             config.router_rank,
             device=weight.device,
             dtype=torch.float32,
         )
         if not weight.is_meta and config.router_rank:
-            generator = torch.Generator(weight.device).manual_seed(config.seed + index)  # type: ignore[arg-type]
+            generator = torch.Generator(weight.device).manual_seed(config.seed + index)
             router.reset_parameters(generator)
         projections = {part: ffn.get_submodule(part) for part in family.layout.projections}
         activation = getattr(ffn, family.layout.activation)
@@ -48,4 +50,5 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
 
 def num_neurons(ffn: nn.Module, layout: FfnLayout) -> int:
     """F of a stock FFN."""
-    return ffn.get_submodule(layout.down).weight.shape[1]  # type: ignore[union-attr,return-value]
+    weight: Tensor = ffn.get_submodule(layout.down).weight  # type: ignore[assignment]
+    return weight.shape[1]

@@ -1,7 +1,8 @@
 """Saving and loading LTE models through `save_pretrained` and `from_pretrained`.
 
-Every row of the family table gets a config and a model class of its own, made here from the row and registered with
-the Auto classes when lte is imported. A saved folder is guarded twice against running dense without lte:
+Every row of the family table gets a config and a model class of its own, made here from the row and
+registered with the Auto classes when lte is imported. A saved folder is guarded twice against running dense
+without lte:
 
 1. its `model_type` (`lte_llama`) is unknown to stock transformers, so the Auto classes refuse it;
 2. its activation field holds a sentence instead of a function's name, so naming a stock class outright
@@ -52,14 +53,16 @@ class LteConfigMixin:
 
 
 class LteModelMixin:
-    """What a family's model class gains: sparse FFNs built from the config, checked loading, atomic saving."""
+    """What a family's model class gains: sparse FFNs made from the config, checked loading, atomic saving."""
 
     # Router scores decide in fp32 whatever dtype the model is loaded in.
     _keep_in_fp32_modules_strict = frozenset({"router"})
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         if getattr(config, "lte", None) is None:
-            raise ValueError("config.lte must hold an LteConfig dict, got None; start from a dense model with sparsify_")
+            raise ValueError(
+                "config.lte must hold an LteConfig dict, got None; start from a dense model with sparsify_"
+            )
         lte_config = LteConfig.from_dict(config.lte)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_sparse_ffns_(self, family_of(config), lte_config)  # type: ignore[arg-type]
@@ -70,12 +73,14 @@ class LteModelMixin:
         return LteConfig.from_dict(self.config.lte)  # type: ignore[attr-defined]
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As the stock method, but a folder with damaged or missing weights is an error.
 
         Raises:
-            ValueError: if weights are missing (stock transformers warns and takes random ones), or a weight file is
-                corrupt.
+            ValueError: if weights are missing (stock transformers warns and takes random ones), or a weight
+                file is corrupt.
         """
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
@@ -86,14 +91,17 @@ class LteModelMixin:
         missing = sorted(info["missing_keys"])
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise ValueError(f"{name_or_path} must hold all weights of the model, got {len(missing)} missing: {shown}")
+            raise ValueError(
+                f"{name_or_path} must hold all weights of the model, got {len(missing)} missing: {shown}"
+            )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As the stock method, but a process that dies on the way leaves no folder that loads.
 
-        Files are written to a hidden folder, in `save_directory` if that exists and beside it if not, and moved when
-        complete, `config.json` last. A folder that was there is replaced when all files are written, not before.
+        Files are written to a hidden folder, in `save_directory` if that exists and beside it if not, and
+        moved when complete, `config.json` last. A folder that was there is replaced when all files are
+        written, not before.
 
         Raises:
             ValueError: if `save_directory` is a file.
@@ -149,7 +157,7 @@ def become_sparse_(model: Any, family: Family, config: LteConfig) -> None:
 
 
 def become_dense_(model: Any, family: Family) -> Any:
-    """Gives an LTE model its stock classes back; returns the stock config. The FFNs are the caller's to replace."""
+    """Gives an LTE model its stock classes back, returns the stock config; the caller replaces the FFNs."""
     if not issubclass(type(model), LteModelMixin):
         raise ValueError(f"model must be an LTE model, got {type(model).__name__}")
     stock = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
@@ -178,7 +186,11 @@ def _sparse_model_class(stock: type[nn.Module], family: Family) -> type:
     """The sparse subclass of a stock model class, made on first use and importable from this module."""
     if stock not in _MODEL_CLASSES:
         name = f"{_PREFIX}{stock.__name__}"
-        body = {"config_class": _CONFIG_CLASSES[family.model_type], "__module__": __name__, "__doc__": stock.__doc__}
+        body = {
+            "config_class": _CONFIG_CLASSES[family.model_type],
+            "__module__": __name__,
+            "__doc__": stock.__doc__,
+        }
         _MODEL_CLASSES[stock] = globals()[name] = type(name, (LteModelMixin, stock), body)
     return _MODEL_CLASSES[stock]
 
@@ -188,7 +200,11 @@ def register_families() -> None:
     for family in FAMILIES.values():
         stock_config = family.stock_class(family.config_class)
         name = f"{_PREFIX}{family.config_class}"
-        body = {"model_type": family.sparse_model_type, "__module__": __name__, "__doc__": stock_config.__doc__}
+        body = {
+            "model_type": family.sparse_model_type,
+            "__module__": __name__,
+            "__doc__": stock_config.__doc__,
+        }
         config_class = type(name, (LteConfigMixin, stock_config), body)
         _CONFIG_CLASSES[family.model_type] = globals()[name] = config_class
         transformers.AutoConfig.register(family.sparse_model_type, config_class, exist_ok=True)

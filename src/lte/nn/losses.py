@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Added to the squared distance in the separability loss: bounds it by 1 / POLE_GUARD at G = tau, where Eq. 6 is
-# infinite. The steepest slope, 0.65 / POLE_GUARD**1.5, is 650 at 0.01; see docs/method.md for what that means.
+# Added to the squared distance in the separability loss: bounds it by 1 / POLE_GUARD at G = tau, where Eq. 6
+# is infinite. The steepest slope, 0.65 / POLE_GUARD**1.5, is 650 at 0.01; see docs/method.md for what that
+# means.
 POLE_GUARD = 1e-2
 
 
 def masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Mean of `values` [..., E] over experts and over the tokens [...] where `token_mask` is true, in fp32 at least.
+    """Mean of `values` [..., E] over experts and the tokens [...] where `token_mask` is true, in fp32.
 
     No token at all gives 0, not NaN, so that a batch of padding adds nothing to a loss.
     """
@@ -49,7 +50,9 @@ def separability_loss(
     return masked_mean(1 / (distance.square() + guard), token_mask)
 
 
-def active_fraction(logits: Tensor, token_mask: Tensor | None = None, *, threshold_logit: float = 0.0) -> Tensor:
+def active_fraction(
+    logits: Tensor, token_mask: Tensor | None = None, *, threshold_logit: float = 0.0
+) -> Tensor:
     """Share of experts with G > tau, for router logits [..., E]; tau is given as logit(tau)."""
     return masked_mean((logits > threshold_logit).float(), token_mask)
 

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# sigmoid(INITIAL_LOGIT) = 0.95: every expert starts on, far from the pole of the separability loss at tau = 0.5.
+# sigmoid(INITIAL_LOGIT) = 0.95: every expert starts on, far from the pole of the separability loss at
+# tau = 0.5.
 INITIAL_LOGIT = 3.0
 
 
 class _Fp32Linear(torch.autograd.Function):
     """x @ w.T + b in fp32 that keeps the input in its own dtype for the backward pass.
 
-    A plain `x.float() @ w.T` stores an fp32 copy of the hidden state per layer: 8% more activation memory in bf16.
+    A plain `x.float() @ w.T` stores an fp32 copy of the hidden state per layer: 8% more activation memory in
+    bf16.
     """
 
     @staticmethod
@@ -42,10 +44,11 @@ class _Fp32Linear(torch.autograd.Function):
 class Router(nn.Module):
     """Router logits s = W x + b; the score of expert e is G_e = sigmoid(s_e) (paper, Eq. 1-2).
 
-    Initialisation: W = 0 and b = 3, so that every score is 0.95. The converted model then computes exactly the dense
-    function in hard mode, 0.95 of each FFN in soft mode, and no score sits on the pole of the separability loss;
-    `lte.train.router_init` replaces W by a fit to the experts' norms before training where the recipe asks for it.
-    The low-rank router x -> U (V x) + b starts with U = 0 and a random V for the same reason.
+    Initialisation: W = 0 and b = 3, so that every score is 0.95. The converted model then computes exactly
+    the dense function in hard mode, 0.95 of each FFN in soft mode, and no score sits on the pole of the
+    separability loss; `lte.train.router_init` replaces W by a fit to the experts' norms before training where
+    the recipe asks for it. The low-rank router x -> U (V x) + b starts with U = 0 and a random V for the same
+    reason.
 
     Args:
         hidden_size: D, width of the FFN's input.

@@ -1,4 +1,4 @@
-"""The sparse FFN: the dense FFN of a family, its neurons grouped into experts, and a router that switches them.
+"""The sparse FFN: a family's dense FFN, its neurons grouped into experts, and a router that switches them.
 
 Shapes: D hidden size, F neurons, E experts of S = F / E neurons each.
 """
@@ -52,8 +52,8 @@ class SparseFfn(nn.Module):
     - `straight_through`: m = 1[G > tau] with the gradient of G.
     - `hard`: m = 1[G > tau] (stage 2 and inference, Eq. 7).
 
-    The projections keep the names that the family gives them, so a checkpoint has its own parameter names plus
-    `router.weight` and `router.bias`. Expert e owns the neurons [e S, (e + 1) S).
+    The projections keep the names that the family gives them, so a checkpoint has its own parameter names
+    plus `router.weight` and `router.bias`. Expert e owns the neurons [e S, (e + 1) S).
 
     Args:
         projections: the family's projection modules by their own names.
@@ -138,14 +138,15 @@ class SparseFfn(nn.Module):
         return self.get_submodule(self.layout.down)(scale_experts(activated, self.gate_values(logits), up))
 
     def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, expert_size={self.num_neurons // self.num_experts}, mode={self.mode}"
+        size = self.num_neurons // self.num_experts
+        return f"experts={self.num_experts}, expert_size={size}, mode={self.mode}"
 
 
 class _ScaleExperts(torch.autograd.Function):
     """Gate times hidden (times factor) that keeps the factors, never their product, for the backward pass.
 
-    Plain multiplications keep one more [..., F] tensor per layer: 12% of a layer's activation memory in bf16 at
-    SmolLM2-135M's widths, eager. The backward pass forms the product anew, one elementwise kernel.
+    Plain multiplications keep one more [..., F] tensor per layer: 12% more activation memory in bf16 at the
+    widths of SmolLM2-135M, eager. The backward pass forms the product anew, one elementwise kernel.
     """
 
     @staticmethod
@@ -175,5 +176,5 @@ def _scale(hidden: Tensor, gate: Tensor) -> Tensor:
 
 
 def scale_experts(hidden: Tensor, gate: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Multiplies the neurons [..., F] of each expert by its gate value [..., E], and by `factor` [..., F] if given."""
+    """Multiplies the neurons [..., F] of each expert by its gate value [..., E], and by `factor` [..., F]."""
     return _ScaleExperts.apply(hidden, gate, factor)

@@ -48,7 +48,7 @@ class TrainConfig:
         16384, "Tokens on which routers are fitted to the experts' norms before stage 1; 0: start from zero weights."
     )
     stage2_routers: RouterTraining | None = _option(
-        None, "Whether stage 2 trains the routers; unset: frozen in the paper's recipe, trained in the others."
+        None, "Whether stage 2 trains the routers; unset: frozen."
     )
     router_sharpening: float = _option(20.0, "annealed: factor by which the router logits grow during stage 1.")
     distillation_weight: float = _option(
@@ -113,6 +113,7 @@ class Stage:
         controls_eta: whether eta follows the target sparsity.
         controls_bias: whether a shift of all router biases follows the target sparsity.
         scheduler: name of the learning-rate schedule in transformers.
+        eta: weight of the efficiency loss where no controller sets it.
     """
 
     number: int
@@ -121,6 +122,7 @@ class Stage:
     controls_eta: bool
     controls_bias: bool
     scheduler: str
+    eta: float = 0.0
 
 
 def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
@@ -128,12 +130,12 @@ def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
 
     The paper's: soft scores with both router losses, then frozen routers and the task loss alone, each with its own
     decaying learning rate. The control `dense` follows the schedule of ours and never switches. Ours: stage 1 keeps the learning rate up while the target ramps, stage 2 decays it to zero
-    at the full target, held by a feedback on the router biases.
+    at the full target, which a feedback on the router biases holds (on eta, if the routers train on).
     """
     if config.recipe == "paper":
         trained = config.stage2_routers == "trained"
         return (
-            Stage(1, "soft", True, config.eta is None, False, "linear"),
+            Stage(1, "soft", True, config.eta is None, False, "linear", config.eta or 0.0),
             Stage(2, "straight_through" if trained else "hard", trained, False, False, "linear"),
         )
     if config.recipe == "dense":
@@ -142,8 +144,8 @@ def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
             Stage(2, "dense", False, False, False, "linear"),
         )
     first_mode: FfnMode = "soft" if config.recipe == "annealed" else "straight_through"
-    trained = config.stage2_routers != "frozen"
+    trained = config.stage2_routers == "trained"
     return (
-        Stage(1, first_mode, True, config.eta is None, False, "constant_with_warmup"),
-        Stage(2, "straight_through" if trained else "hard", trained, False, True, "linear"),
+        Stage(1, first_mode, True, config.eta is None, False, "constant_with_warmup", config.eta or 0.0),
+        Stage(2, "straight_through" if trained else "hard", trained, trained, not trained, "linear"),
     )

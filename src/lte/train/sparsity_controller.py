@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lte.nn.sparse_ffn import SparseFfn
 
@@ -52,8 +53,35 @@ class SparsityRamp:
         return self.target * min(1.0, step / max(1, self.ramp_steps))
 
 
+# Share of the measured error that one step corrects: slow against the noise of a batch, fast against the drift of
+# the routers' inputs.
+BIAS_RATE = 0.2
+QUANTILE_SAMPLES = 1 << 18
+
+
 @torch.no_grad()
-def shift_router_biases_(ffns: Iterable[SparseFfn], shift: float) -> None:
+def target_logit(logits: Sequence[Tensor], token_mask: Tensor | None, target: float) -> Tensor:
+    """The logit below which the share `target` of all experts lies, over layers and counted tokens.
+
+    Args:
+        logits: router logits [B, T, E] of each layer.
+        token_mask: [B, T], true where a token counts; `None` counts all.
+        target: target sparsity.
+
+    Returns:
+        A scalar on the logits' device, found on at most `QUANTILE_SAMPLES` logits spread evenly over all.
+    """
+    stacked = torch.stack([layer.detach() for layer in logits])
+    if token_mask is not None:
+        stacked = stacked.masked_fill(~token_mask[None, ..., None], float("nan"))
+    flat = stacked.flatten()
+    # An odd stride meets every expert and layer, whatever their number.
+    stride = max(1, flat.numel() // QUANTILE_SAMPLES) | 1
+    return torch.nanquantile(flat[::stride][: 2 * QUANTILE_SAMPLES], target)
+
+
+@torch.no_grad()
+def shift_router_biases_(ffns: Iterable[SparseFfn], shift: Tensor | float) -> None:
     """Adds `shift` to every router bias: a positive shift switches more experts on, in all layers alike."""
     for ffn in ffns:
         ffn.router.bias.add_(shift)

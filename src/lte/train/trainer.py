@@ -17,12 +17,15 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.train.config import Stage, TrainConfig
 from lte.train.data import token_mask
 from lte.train.objective import language_terms, routing_terms
-from lte.train.sparsity_controller import EtaController, SparsityRamp, shift_router_biases_
+from lte.train.sparsity_controller import (
+    BIAS_RATE,
+    EtaController,
+    SparsityRamp,
+    shift_router_biases_,
+    target_logit,
+)
 
 CONTROL_STATE_FILE = "lte_control.json"
-# Logits per unit of sparsity error and step. Measured spreads of the logits put 0.05 to 0.15 of them in one unit
-# around tau, so a step corrects 5 to 15% of an error: slow against the noise of one batch, fast against drift.
-BIAS_GAIN = 1.0
 LOG_NAMES = {
     "task_loss": "task",
     "efficiency_loss": "eff",
@@ -40,8 +43,8 @@ class NonFiniteLossError(RuntimeError):
 class LteTrainer(Trainer):
     """Trains one stage of an LTE model.
 
-    The loss is (1 - a) L_task + a KL(teacher || student) + eta L_eff + lambda L_sep, with a the distillation weight.
-    Stage 2 has the task terms alone.
+    The loss is (1 - a) L_task + a KL(teacher || student) + eta L_eff + lambda L_sep, with a the distillation weight;
+    lambda is 0 in stage 2, and so is eta while the routers are frozen.
 
     Args:
         stage: which stage, from `stages_of`.
@@ -69,7 +72,8 @@ class LteTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.ffns: list[SparseFfn] = list(require_sparse_ffns(self.model).values())
         self.eta_controller = EtaController()
-        self.eta = self._first_eta()
+        self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
+        self.target_logit = torch.zeros(())
         self.sums: dict[str, Tensor] = {}
         self.step_active: list[Tensor] = []
         self._language_terms = torch.compile(language_terms) if train_config.compile else language_terms
@@ -77,11 +81,6 @@ class LteTrainer(Trainer):
         self.add_callback(SparsityControl(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(LteProgress)
-
-    def _first_eta(self) -> float:
-        if self.stage.number == 2:
-            return 0.0
-        return self.eta_controller.eta if self.stage.controls_eta else float(self.train_config.eta or 0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a parameter group of its own for the routers."""
@@ -114,9 +113,9 @@ class LteTrainer(Trainer):
         routing = self._routing(token_mask(inputs))
         weight = self.train_config.distillation_weight if self.teacher is not None else 0.0
         loss = (1 - weight) * task + weight * divergence
-        if self.stage.number == 1 and routing:
+        if routing:
             loss = loss + self.eta * routing["efficiency"]
-            if self.train_config.separability_weight:
+            if self.stage.number == 1 and self.train_config.separability_weight:
                 loss = loss + self.train_config.separability_weight * routing["separability"]
         if self.model.training:
             self._check_finite(loss, inputs)
@@ -129,6 +128,10 @@ class LteTrainer(Trainer):
         if self.stage.mode == "dense":
             return {}
         logits = [ffn.logits for ffn in self.ffns]
+        for ffn in self.ffns:
+            ffn.logits = None
+        if self.stage.controls_bias:
+            self.target_logit = target_logit(logits, mask, self.target_sparsity)
         return self._routing_terms(logits, mask, self.ffns[0].threshold_logit, self.train_config.pole_guard)
 
     def _teacher_logits(self, features: dict[str, Any]) -> Tensor | None:
@@ -180,7 +183,8 @@ class LteTrainer(Trainer):
         if self.stage.controls_eta:
             self.eta = self.eta_controller.update(target, sparsity)
         if self.stage.controls_bias:
-            shift_router_biases_(self.ffns, BIAS_GAIN * (sparsity - target))
+            error = self.accelerator.reduce(self.target_logit, reduction="mean") - self.ffns[0].threshold_logit
+            shift_router_biases_(self.ffns, -BIAS_RATE * error)
         if self.train_config.recipe == "annealed" and self.stage.number == 1:
             self._sharpen_routers_()
 

@@ -46,6 +46,7 @@ def train_two_stage(
     *,
     teacher: nn.Module | None = None,
     stages: Sequence[int] = (1, 2),
+    calibration_dataset: Dataset[Any] | None = None,
     data_collator: Any = None,
     resume: bool = False,
 ) -> TrainingSummary:
@@ -61,6 +62,8 @@ def train_two_stage(
         output_dir: folder for checkpoints and logs.
         teacher: dense model whose logits are distilled where `config.distillation_weight` is positive.
         stages: which stages to run: (1, 2), (1,) or (2,).
+        calibration_dataset: rows on which the thresholds are set at the end; `None` takes `train_dataset`. The
+            sparsity depends on the text, so take what the model will see in use, but nothing that it is tested on.
         data_collator: `None` pads with the model's pad token.
         resume: go on from the newest complete checkpoint in `output_dir`.
 
@@ -81,7 +84,8 @@ def train_two_stage(
         if stage.number in stages:
             summaries.append(_run_stage(model, train_dataset, config, stage, output, teacher, collator))
     if 2 in stages and config.holds_target and config.calibration_tokens:
-        batches = masked_batches(model, train_dataset, config.calibration_tokens, config.batch_size, collator)
+        source = calibration_dataset or train_dataset
+        batches = masked_batches(model, source, config.calibration_tokens, config.batch_size, collator)
         calibrate_thresholds_(model, batches, model.lte_config.target_sparsity)
     for ffn in ffns.values():
         ffn.set_mode("hard")

@@ -1,0 +1,61 @@
+"""A program that never imports lte must fail to load a saved folder, not run it dense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lte.hf.families import FAMILIES
+from tests.tiny_models import tiny_sparse_model
+
+LOADERS = ("AutoConfig", "AutoModelForCausalLM", "stock class", "pipeline")
+
+PROGRAM = """
+import json, sys
+import transformers
+
+results = {}
+for folder, stock_name in json.loads(sys.argv[1]).items():
+    loaders = {
+        "AutoConfig": lambda: transformers.AutoConfig.from_pretrained(folder),
+        "AutoModelForCausalLM": lambda: transformers.AutoModelForCausalLM.from_pretrained(folder),
+        "stock class": lambda: getattr(transformers, stock_name).from_pretrained(folder),
+        "pipeline": lambda: transformers.pipeline("text-generation", model=folder),
+    }
+    results[folder] = {}
+    for name, load in loaders.items():
+        try:
+            results[folder][name] = ["loaded", str(type(load()))]
+        except Exception as error:
+            results[folder][name] = [type(error).__name__, str(error)]
+assert not any(name.split(".")[0] == "lte" for name in sys.modules)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
+    """What each loader of stock transformers made of each family's folder."""
+    root = tmp_path_factory.mktemp("folders")
+    classes = {}
+    for model_type, family in FAMILIES.items():
+        tiny_sparse_model(model_type).save_pretrained(root / model_type)
+        classes[str(root / model_type)] = family.models["AutoModelForCausalLM"]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(classes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    return {Path(folder).name: result for folder, result in results.items()}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_stock_transformers_refuses_the_folder(
+    model_type: str, loader: str, outcomes: dict[str, dict[str, list[str]]]
+) -> None:
+    kind, message = outcomes[model_type][loader]
+    assert kind != "loaded", f"{loader} loaded {message} and would run it dense"
+    assert f"lte_{model_type}" in message or "import lte" in message, message
