@@ -36,9 +36,7 @@ def test_limits_are_accepted() -> None:
 
 
 def test_dict_round_trip_through_json() -> None:
-    config = LteConfig(
-        target_sparsity=0.8, expert_size=16, grouping="random", router_rank=4, threshold=0.4, seed=7
-    )
+    config = LteConfig(target_sparsity=0.8, expert_size=16, grouping="random", router_rank=4, threshold=0.4, seed=7)
     data = json.loads(json.dumps(config.to_dict()))
     assert data["version"] == CONFIG_VERSION
     assert LteConfig.from_dict(data) == config

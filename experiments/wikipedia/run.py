@@ -149,7 +149,12 @@ def do_run(run: dict[str, Any], args: argparse.Namespace, hashes: dict[str, str]
                 bytes_per_token=bytes_per_token(model, sparsity),
                 tokens_trained=summary.tokens_trained,
                 wall_time_s=summary.wall_time_s,
-                config={"run": run, "train": config.to_dict(), "sequence_length": LENGTH, "data_sha256": hashes},
+                config={
+                    "run": run,
+                    "train": config.to_dict(),
+                    "sequence_length": LENGTH,
+                    "data_sha256": hashes,
+                },
                 measurement=None if measurement is None else measurement.to_dict(),
                 log=summary.log_history if split == TEST_FILES[0] else None,
             )

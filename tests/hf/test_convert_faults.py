@@ -98,9 +98,7 @@ def test_quantised_module_is_refused(model_type: str) -> None:
     model = tiny_dense_model(model_type)
     name, ffn = last_ffn(model, model_type)
     ffn.down_proj = QuantisedLinear(64, 32, bias=False)
-    with refused_unchanged(
-        model, f"{name}.down_proj must be a plain .*QuantisedLinear.*without quantisation"
-    ):
+    with refused_unchanged(model, f"{name}.down_proj must be a plain .*QuantisedLinear.*without quantisation"):
         lte.sparsify_(model, CONFIG)
 
 
@@ -160,9 +158,7 @@ def test_models_that_share_a_config_object_stay_apart(model_type: str, tokens: T
 
 
 def test_densify_needs_an_lte_model(model_type: str) -> None:
-    with refused_unchanged(
-        model := tiny_dense_model(model_type), "model must be an LTE model, got .*CausalLM"
-    ):
+    with refused_unchanged(model := tiny_dense_model(model_type), "model must be an LTE model, got .*CausalLM"):
         lte.densify_(model)
 
 
@@ -190,9 +186,7 @@ instances: list[RecordingCounts] = []
 
 def test_calibration_counts_no_padding(monkeypatch: pytest.MonkeyPatch, tokens: Tensor) -> None:
     monkeypatch.setattr(convert, "CoactivationCounts", RecordingCounts)
-    monkeypatch.setattr(
-        convert, "group_neurons", lambda features, num_neurons, **_: torch.arange(num_neurons)
-    )
+    monkeypatch.setattr(convert, "group_neurons", lambda features, num_neurons, **_: torch.arange(num_neurons))
     instances.clear()
     model = tiny_dense_model()
     expected: list[Tensor] = []
@@ -211,9 +205,7 @@ def test_calibration_counts_no_padding(monkeypatch: pytest.MonkeyPatch, tokens: 
     assert len(instances[0].seen) == 2, "the hooks must be gone"
 
 
-def test_failing_calibration_leaves_the_model_unchanged(
-    monkeypatch: pytest.MonkeyPatch, tokens: Tensor
-) -> None:
+def test_failing_calibration_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch, tokens: Tensor) -> None:
     monkeypatch.setattr(convert, "CoactivationCounts", RecordingCounts)
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -222,7 +214,5 @@ def test_failing_calibration_leaves_the_model_unchanged(
 
     model = tiny_dense_model()
     with refused_unchanged(model, "the text ran out"):
-        lte.sparsify_(
-            model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="coactivation"), calibration=batches()
-        )
+        lte.sparsify_(model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="coactivation"), calibration=batches())
     assert not any(module._forward_pre_hooks for module in model.modules())

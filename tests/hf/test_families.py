@@ -192,9 +192,7 @@ def test_densify_gives_the_stock_class(model_type: str, tokens: Tensor, relative
 
 
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
-def test_three_steps_change_what_is_trainable_and_nothing_else(
-    model_type: str, mode: Any, tokens: Tensor
-) -> None:
+def test_three_steps_change_what_is_trainable_and_nothing_else(model_type: str, mode: Any, tokens: Tensor) -> None:
     model = tiny_sparse_model(model_type).train()
     for ffn in lte.sparse_ffns(model).values():
         ffn.set_mode(mode)

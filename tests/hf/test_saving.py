@@ -226,9 +226,7 @@ def test_saving_adapters_beside_a_model_keeps_the_model(tmp_path: Path, tokens: 
 
 def test_the_hub_name_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        PreTrainedModel, "save_pretrained", lambda self, folder, **kwargs: seen.append(kwargs)
-    )
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, folder, **kwargs: seen.append(kwargs))
     model = tiny_sparse_model()
     model.save_pretrained(tmp_path / "my-model", push_to_hub=True)
     model.save_pretrained(tmp_path / "my-model", push_to_hub=True, repo_id="me/other")

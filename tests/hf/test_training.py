@@ -91,16 +91,12 @@ def test_lora_trains_adapters_alone(model_type: str, tokens: Tensor) -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    changed = {
-        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
-    }
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     assert all(any(f"mlp.{projection}.lora_A" in name for name in changed) for projection in projections)
 
 
-def test_lora_adapters_save_load_and_merge(
-    model_type: str, tokens: Tensor, relative_rms, tmp_path: Path
-) -> None:
+def test_lora_adapters_save_load_and_merge(model_type: str, tokens: Tensor, relative_rms, tmp_path: Path) -> None:
     base = tiny_sparse_model(model_type)
     model = lora_model(copy.deepcopy(base)).eval()
     with torch.no_grad():

@@ -258,9 +258,7 @@ def test_names_and_sizes() -> None:
 
 def llama_layer(dtype: torch.dtype) -> tuple[LlamaDecoderLayer, Any]:
     """A decoder layer at the widths of SmolLM2-135M (D 576, F 1536, 9 heads of which 3 hold keys)."""
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
-    )
+    config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
     config._attn_implementation = "sdpa"
     return LlamaDecoderLayer(config, 0).to(dtype), LlamaRotaryEmbedding(config)
 
@@ -294,9 +292,7 @@ def bytes_kept(layer: nn.Module, rotary: nn.Module, x: Tensor, *, autocast: bool
 
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True)])
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
-def test_activation_memory_is_near_that_of_the_dense_layer(
-    dtype: torch.dtype, autocast: bool, mode: Any
-) -> None:
+def test_activation_memory_is_near_that_of_the_dense_layer(dtype: torch.dtype, autocast: bool, mode: Any) -> None:
     layer, rotary = llama_layer(dtype)
     x = torch.randn(1, 64, 576, dtype=dtype, requires_grad=True)
     dense = bytes_kept(layer, rotary, x, autocast=autocast)

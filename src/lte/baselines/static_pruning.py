@@ -1,106 +1,238 @@
-"""Static pruning: the experts that matter least on average are removed for good.
+"""Static pruning: the neurons that matter least on average are removed for good.
 
-The control that contextual routing must beat: the same share of neurons gone, the same training, and no router. The
-result is a stock dense model with a smaller FFN.
+The control that contextual routing must beat: the same share of neurons gone, the same training, and no
+router. The result is a stock dense model with a smaller FFN, which trains, saves, and loads anywhere.
+
+Shapes: F neurons, E = F / S experts of S neurons.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lte.config import check_fraction
+from lte.config import check_choice, check_fraction
 from lte.hf.families import Family, dense_ffns, family_of
-from lte.hf.install import num_neurons
-from lte.nn.clustering import check_expert_size
+from lte.hf.install import num_neurons, sparse_ffns
+from lte.nn.clustering import check_expert_size, group_neurons
+from lte.nn.sparse_ffn import FfnLayout
+
+Granularity = Literal["neuron", "expert"]
+ExpertGrouping = Literal["kmeans", "random", "contiguous"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StaticPruningConfig:
     """What to remove.
 
+    Every layer loses the same number of neurons, since a stock config has one FFN width for all layers; there
+    is no ranking across layers.
+
     Attributes:
-        target_sparsity: share of the neurons of every layer to remove, rounded to whole experts.
-        expert_size: neurons are kept in multiples of this number, as hardware likes them.
+        target_sparsity: share of the neurons of every layer to remove, rounded to whole experts; one expert
+            at least stays.
+        expert_size: S; neurons are kept in multiples of it, as LTE does and as hardware likes them.
+        granularity: `neuron` removes the neurons of the lowest scores, the stronger baseline; `expert`
+            removes whole experts of the grouping that `sparsify_` makes, by the sums of their neurons'
+            scores.
+        grouping: how neurons are put into experts; only for `granularity="expert"`.
+        seed: seed of the grouping, as in `LteConfig`.
     """
 
     target_sparsity: float = 0.5
     expert_size: int = 32
+    granularity: Granularity = "neuron"
+    grouping: ExpertGrouping = "kmeans"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_fraction("target_sparsity", self.target_sparsity)
+        check_choice("granularity", self.granularity, get_args(Granularity))
+        check_choice("grouping", self.grouping, get_args(ExpertGrouping))
+        if self.expert_size < 1:
+            raise ValueError(f"expert_size must be at least 1, got expert_size={self.expert_size}")
+
+    def kept_neurons(self, neurons: int) -> int:
+        """How many of the F `neurons` of a layer stay; 1 - kept / F is the sparsity that counts.
+
+        Raises:
+            ValueError: if `expert_size` does not divide F.
+        """
+        experts = check_expert_size(neurons, self.expert_size)
+        return self.expert_size * max(1, round(experts * (1 - self.target_sparsity)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return asdict(self)
 
 
 @torch.no_grad()
-def prune_static_(
-    model: nn.Module, config: StaticPruningConfig, batches: Iterable[Mapping[str, Tensor]]
-) -> nn.Module:
-    """Removes the neurons with the smallest mean |h| * ||w_down|| on `batches`, the same number in every layer.
+def prune_static_(model: nn.Module, config: StaticPruningConfig, batches: Iterable[Mapping[str, Tensor]]) -> nn.Module:
+    """Removes the least important neurons of every FFN in place and returns the smaller, stock dense model.
+
+    The score of a neuron is mean |h| * ||w_down||, the mean over the calibration tokens that are no padding.
+    The model then computes what the dense one computes with the removed neurons set to zero.
 
     Args:
-        model: a dense model of a supported family; changed in place and returned.
+        model: a dense model of a supported family.
         config: what to remove.
-        batches: calibration batches with `input_ids` and optionally `attention_mask`.
+        batches: calibration batches with `input_ids` and optionally `attention_mask`, [B, T].
 
     Raises:
-        ValueError: for an unsupported family, an `expert_size` that does not divide the neurons, or no batches.
+        ValueError: for an unknown family, an LTE or quantised model, FFNs of several widths, an `expert_size`
+            that does not divide them, or no calibration token. The model is then unchanged.
     """
-    family = family_of(model.config)
-    ffns = dense_ffns(model, family)
-    sizes = {num_neurons(ffn, family.layout) for ffn in ffns.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"model must have FFNs of one width, got widths {sorted(sizes)}")
-    neurons = sizes.pop()
-    experts = check_expert_size(neurons, config.expert_size)
-    kept = config.expert_size * max(1, round(experts * (1 - config.target_sparsity)))
-    importance = _importance(model, ffns, family, batches)
-    for name, ffn in ffns.items():
-        order = importance[name].argsort(descending=True, stable=True)[:kept].sort().values
-        _keep_neurons_(ffn, family, order, neurons)
-    model.config.intermediate_size = kept  # type: ignore[union-attr]
+    family = family_of(getattr(model, "config", model))
+    ffns = _prunable_ffns(model, family)
+    neurons = num_neurons(next(iter(ffns.values())), family.layout)
+    kept = config.kept_neurons(neurons)
+    importance = neuron_importance(model, batches)
+    picks = [
+        _picked_neurons(importance[name], ffn, family.layout, config, config.seed + index)
+        for index, (name, ffn) in enumerate(ffns.items())
+    ]
+    smaller = _own_config_(model)
+    smaller.intermediate_size = kept
+    for (name, ffn), index in zip(ffns.items(), picks, strict=True):
+        model.set_submodule(name, _smaller_ffn(ffn, family, smaller, index))
     return model
 
 
-def _importance(
-    model: nn.Module, ffns: Mapping[str, nn.Module], family: Family, batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Mean |h| * ||w_down|| of every neuron, [F] by FFN."""
-    sums: dict[str, Tensor] = {}
+@torch.no_grad()
+def neuron_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean |h| * ||w_down|| of every neuron, fp32 [F] by qualified name of the FFN.
+
+    Args:
+        model: a dense model of a supported family; it runs in eval mode, and its modes are restored.
+        batches: as for `prune_static_`.
+
+    Raises:
+        ValueError: if the batches hold no token that is no padding, or an activation is not finite.
+    """
+    family = family_of(getattr(model, "config", model))
+    ffns = dense_ffns(model, family)
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in ffns}
+    weights: list[Tensor] = [torch.ones(())]
 
     def add(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total = args[0].abs().flatten(0, -2).float().sum(0)
-            sums[name] = sums.get(name, torch.zeros_like(total)) + total
+            weighted = args[0].abs().float() * weights[0].to(args[0].device).unsqueeze(-1)
+            total = weighted.flatten(0, -2).sum(0)
+            sums[name] = sums[name].to(total.device) + total
 
         return hook
 
     down = family.layout.down
     hooks = [ffn.get_submodule(down).register_forward_pre_hook(add(name)) for name, ffn in ffns.items()]
     try:
-        for batch in batches:
-            model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
+        tokens = _run(model, batches, weights)
     finally:
         for handle in hooks:
             handle.remove()
-    if not sums:
-        raise ValueError("batches must hold at least one calibration batch, got none")
-    return {name: sums[name] * ffn.get_submodule(down).weight.float().norm(dim=0) for name, ffn in ffns.items()}
+    norms = {name: _weight(ffn, down).float().norm(dim=0) for name, ffn in ffns.items()}
+    scores = {name: (sums[name] / tokens).float() * norms[name] for name in ffns}
+    if not all(score.isfinite().all() for score in scores.values()):
+        raise ValueError("activations must be finite, got NaN or infinity; the weights are damaged")
+    return scores
 
 
-def _keep_neurons_(ffn: nn.Module, family: Family, order: Tensor, neurons: int) -> None:
-    """Shrinks the projections of one FFN to the neurons in `order`."""
-    for name in family.layout.projections:
-        linear: Any = ffn.get_submodule(name)
-        if name == family.layout.down:
-            linear.weight = nn.Parameter(linear.weight[:, order].clone())
-            linear.in_features = len(order)
-            continue
-        index = torch.cat([order, order + neurons]) if family.layout.fused else order
-        linear.weight = nn.Parameter(linear.weight[index].clone())
-        linear.out_features = len(index)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias[index].clone())
+def _run(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], weights: list[Tensor]) -> float:
+    """Runs all batches with `weights[0]` [B, T] at 1 on tokens and 0 on padding; returns how many tokens."""
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    tokens = 0.0
+    try:
+        for batch in batches:
+            ids = batch["input_ids"].to(device)
+            mask = batch.get("attention_mask")
+            mask = None if mask is None else mask.to(device)
+            weights[0] = torch.ones(ids.shape, device=device) if mask is None else mask.float()
+            tokens += weights[0].sum().item()
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    if not tokens:
+        raise ValueError("batches must hold at least one calibration token, got none")
+    return tokens
+
+
+def _picked_neurons(
+    scores: Tensor, ffn: nn.Module, layout: FfnLayout, config: StaticPruningConfig, seed: int
+) -> Tensor:
+    """Indices of the neurons that stay, ascending."""
+    kept = config.kept_neurons(len(scores))
+    if config.granularity == "neuron":
+        return scores.argsort(descending=True, stable=True)[:kept].sort().values
+    features = _weight(ffn, layout.gate or layout.up)[: len(scores)]
+    order = group_neurons(
+        features,
+        num_neurons=len(scores),
+        expert_size=config.expert_size,
+        method=config.grouping,
+        seed=seed,
+    ).to(scores.device)
+    members = order.unflatten(0, (-1, config.expert_size))
+    experts = scores[members].sum(1).argsort(descending=True, stable=True)
+    return members[experts[: kept // config.expert_size]].flatten().sort().values
+
+
+def _prunable_ffns(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+    if sparse_ffns(model):
+        raise ValueError("model must be dense, got an LTE model; call lte.densify_(model) first")
+    ffns = dense_ffns(model, family)
+    if not ffns:
+        raise ValueError(f"model must contain {family.ffn_class} modules, got none")
+    for name, ffn in ffns.items():
+        for part in family.layout.projections:
+            linear: Any = ffn.get_submodule(part)
+            plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+            if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
+                raise ValueError(
+                    f"{name}.{part} must be a plain floating-point nn.Linear with its weights, got "
+                    f"{type(linear).__name__}; load the model without quantisation and merge adapters first"
+                )
+    sizes = sorted({num_neurons(ffn, family.layout) for ffn in ffns.values()})
+    if len(sizes) != 1:
+        raise ValueError(f"model must have FFNs of one width, got widths {sizes}")
+    return ffns
+
+
+def _own_config_(model: Any) -> Any:
+    """Gives the model a config of its own, since models made by `from_config` share one, and returns it."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    return own
+
+
+def _smaller_ffn(ffn: nn.Module, family: Family, config: Any, index: Tensor) -> nn.Module:
+    """A stock FFN that holds the neurons `index` of `ffn`."""
+    layout, neurons = family.layout, num_neurons(ffn, family.layout)
+    with torch.device("meta"):
+        smaller: nn.Module = family.stock_class(family.ffn_class)(config)
+    for name in layout.projections:
+        old: Any = ffn.get_submodule(name)
+        new: Any = smaller.get_submodule(name)
+        if name == layout.down:
+            weight, bias = old.weight[:, index], old.bias
+        else:
+            rows = torch.cat([index, index + neurons]) if layout.fused and name == layout.up else index
+            weight, bias = old.weight[rows], None if old.bias is None else old.bias[rows]
+        new.weight = nn.Parameter(weight.contiguous(), requires_grad=old.weight.requires_grad)
+        if bias is not None:
+            new.bias = nn.Parameter(bias.clone(), requires_grad=old.bias.requires_grad)
+    return smaller.train(ffn.training)
+
+
+def _weight(ffn: nn.Module, name: str) -> Tensor:
+    weight: Tensor = ffn.get_submodule(name).weight  # type: ignore[assignment]
+    return weight.detach()

@@ -1,92 +1,163 @@
-"""Work per token: FLOPs and weight bytes of the block linears, from the shapes of a model's own modules.
+"""Work per token: FLOPs and weight bytes of the block linears, read off the modules of a model.
 
-Convention of the paper's Table 1, which its numbers imply: 2 FLOPs per parameter of the attention and FFN projections,
-no LM head, no embeddings, no attention scores, in units of 2^30. Dense LLaMA-7B then has 12.06 GFLOPs per token.
+Convention of the paper's Table 1, which its numbers imply: 2 FLOPs per weight of the attention and FFN
+projections; no LM head, no embeddings, no attention scores, no biases; the routers of a sparse model count in
+full; in units of 2^30. Dense LLaMA-7B has 12.0625 of these GFLOPs per token (paper: 12.06). With experts of
+32 neurons, LTE at FFN sparsities of 84, 93 and 69% has 5.37, 4.65 and 6.58 (paper: 5.38, 4.65 and 6.59), and
+5.29, 4.56 and 6.50 without its routers, which are 1.04% of the FFN: the paper's numbers include them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from lte.config import LteConfig
 from lte.hf.families import dense_ffns, family_of
-from lte.hf.install import sparse_ffns
+from lte.hf.install import install_sparse_ffns_, sparse_ffns
 
 GFLOP = 2**30
+"""The paper's unit of FLOPs."""
+
+ModelLike = nn.Module | PreTrainedConfig | str | Path
 
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """Parameters of a model's linear layers.
+    """How many weights a model's linear layers have.
 
     Attributes:
-        attention: in the attention projections, all layers together.
+        attention: in all linear layers of the blocks but the FFNs, all layers together.
         ffn: in the FFN projections, by layer.
         router: in the routers, by layer; zeros for a dense model.
+        lm_head: in the output embeddings, whether tied or not.
     """
 
     attention: int
     ffn: list[int]
     router: list[int]
+    lm_head: int
 
 
-def meta_model(config: PreTrainedConfig | str) -> nn.Module:
-    """The model of a config (or of a folder's config) without memory for its weights."""
-    if isinstance(config, str):
+def count_linear_weights(model: ModelLike, lte_config: LteConfig | None = None) -> LinearWeights:
+    """Counts the weights of the linear layers of a dense or LTE model, without its biases.
+
+    Args:
+        model: a model, its config, or a folder or hub name that holds it.
+        lte_config: what a dense model would be converted with, to count the routers that it would get.
+
+    Raises:
+        ValueError: for an unknown family, a model without FFNs, or an `lte_config` for an LTE model.
+    """
+    module = model if isinstance(model, nn.Module) else meta_model(model)
+    if lte_config is not None:
+        module = _sparsified_meta_model(module, lte_config)
+    sparse = sparse_ffns(module)
+    ffns: dict[str, nn.Module] = dict(sparse) or dense_ffns(module, family_of(module.config))
+    if not ffns:
+        raise ValueError(f"model must hold FFNs of its family, got none in {type(module).__name__}")
+    blocks = {name.rpartition(".")[0]: ffn for name, ffn in ffns.items()}
+    total = sum(_linear_weights(module.get_submodule(name).modules()) for name in blocks)
+    ffn = [_linear_weights(part.modules()) for part in ffns.values()]
+    router = [_router_weights(layer.router) for layer in sparse.values()] or [0] * len(ffn)
+    output_embeddings: Any = getattr(module, "get_output_embeddings", lambda: None)()
+    lm_head = 0 if output_embeddings is None else output_embeddings.weight.numel()
+    return LinearWeights(total - sum(ffn), ffn, router, lm_head)
+
+
+def flops_per_token(
+    model: ModelLike,
+    sparsity: float | Sequence[float] = 0.0,
+    *,
+    lte_config: LteConfig | None = None,
+    include_routers: bool = True,
+) -> float:
+    """FLOPs per token at a given FFN sparsity: 2 (attention + sum_l (1 - s_l) FFN_l + routers) weights.
+
+    Divide by `GFLOP` for the paper's unit.
+
+    Args:
+        model: a dense or LTE model, its config, or a folder or hub name that holds it.
+        sparsity: share of FFN neurons not computed: one number, or one per layer.
+        lte_config: what a dense model would be converted with, to count the routers that it would get.
+        include_routers: whether routers count.
+
+    Raises:
+        ValueError: for an unknown family, or a sparsity outside [0, 1] or of another number of layers.
+    """
+    weights = count_linear_weights(model, lte_config)
+    routers = sum(weights.router) if include_routers else 0
+    return 2.0 * (_block_weights_read(weights, sparsity) + routers)
+
+
+def bytes_per_token(
+    model: ModelLike,
+    sparsity: float | Sequence[float] = 0.0,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    router_dtype: torch.dtype = torch.float32,
+    lte_config: LteConfig | None = None,
+    include_lm_head: bool = False,
+) -> float:
+    """Weight bytes that decoding one token at batch size 1 reads: block linears, routers, optionally LM head.
+
+    Embeddings, norms, biases and the key-value cache are not part of it. A batch reads the union of the
+    experts of its tokens, which is more.
+
+    Args:
+        model: a dense or LTE model, its config, or a folder or hub name that holds it.
+        sparsity: share of FFN neurons not computed: one number, or one per layer.
+        dtype: of the weights.
+        router_dtype: of the routers, which stay in fp32 whatever the model's dtype.
+        lte_config: what a dense model would be converted with, to count the routers that it would get.
+        include_lm_head: whether to add the LM head, in `dtype`.
+
+    Raises:
+        ValueError: as for `flops_per_token`.
+    """
+    weights = count_linear_weights(model, lte_config)
+    read = _block_weights_read(weights, sparsity) + (weights.lm_head if include_lm_head else 0)
+    return float(read * dtype.itemsize + sum(weights.router) * router_dtype.itemsize)
+
+
+def meta_model(config: PreTrainedConfig | str | Path) -> nn.Module:
+    """The causal LM of a config, or of the config in a folder, without memory for its weights."""
+    if not isinstance(config, PreTrainedConfig):
         config = AutoConfig.from_pretrained(config)
+    family_of(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def count_linear_weights(model: nn.Module) -> LinearWeights:
-    """Counts the weights that every token reads in a dense model, and the routers of a sparse one."""
-    sparse = sparse_ffns(model)
-    ffns: dict[str, nn.Module] = dict(sparse) if sparse else dense_ffns(model, family_of(model.config))
-    linear = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    ffn = [sum(n for name, n in linear.items() if name.startswith(f"{path}.")) for path in ffns]
-    head_size = head.weight.numel() if isinstance(head, nn.Linear) else 0
-    router = [sum(p.numel() for p in module.router.parameters()) for module in sparse.values()]
-    return LinearWeights(sum(linear.values()) - head_size - sum(ffn), ffn, router or [0] * len(ffn))
+def _sparsified_meta_model(model: nn.Module, lte_config: LteConfig) -> nn.Module:
+    if sparse_ffns(model):
+        raise ValueError("lte_config must be None for an LTE model, which has its own, got one")
+    model = meta_model(model.config)  # type: ignore[arg-type]
+    install_sparse_ffns_(model, family_of(model.config), lte_config)
+    return model
 
 
-def flops_per_token(model: nn.Module | PreTrainedConfig | str, sparsity: float | Sequence[float] = 0.0) -> float:
-    """FLOPs per token at a given FFN sparsity, routers included.
-
-    Args:
-        model: a model, its config, or a folder.
-        sparsity: share of FFN neurons not computed: one number, or one per layer.
-    """
-    return 2.0 * _weights_read(model, sparsity)
+def _linear_weights(modules: Iterable[nn.Module]) -> int:
+    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
 
 
-def bytes_per_token(
-    model: nn.Module | PreTrainedConfig | str, sparsity: float | Sequence[float] = 0.0, *, bytes_per_weight: int = 2
-) -> float:
-    """Weight bytes that decoding one token at batch size 1 reads from the block linears and the fp32 routers.
-
-    The LM head and the key-value cache are not part of it; the routers are counted with 4 bytes a weight.
-    """
-    weights = count_linear_weights(_as_model(model))
-    router = sum(weights.router)
-    return bytes_per_weight * (_weights_read(model, sparsity) - router) + 4.0 * router
+def _router_weights(router: nn.Module) -> int:
+    return sum(p.numel() for p in router.parameters() if p.ndim == 2)
 
 
-def _weights_read(model: Any, sparsity: float | Sequence[float]) -> float:
-    weights = count_linear_weights(_as_model(model))
-    by_layer = [sparsity] * len(weights.ffn) if isinstance(sparsity, int | float) else list(sparsity)
-    if len(by_layer) != len(weights.ffn) or any(not 0 <= share <= 1 for share in by_layer):
+def _block_weights_read(weights: LinearWeights, sparsity: float | Sequence[float]) -> float:
+    """Weights of the block linears that a token reads, without routers."""
+    layers = len(weights.ffn)
+    by_layer = list(sparsity) if isinstance(sparsity, Iterable) else [float(sparsity)] * layers
+    if len(by_layer) != layers or not all(0 <= share <= 1 for share in by_layer):
         raise ValueError(
-            f"sparsity must be one share in [0, 1] or one for each of {len(weights.ffn)} layers, got sparsity={sparsity}"
+            f"sparsity must be one share in [0, 1] or one for each of {layers} layers, got sparsity={sparsity}"
         )
-    ffn = sum(count * (1 - share) for count, share in zip(weights.ffn, by_layer, strict=True))
-    return weights.attention + ffn + sum(weights.router)
-
-
-def _as_model(model: Any) -> nn.Module:
-    return model if isinstance(model, nn.Module) else meta_model(model)
+    skipped = sum(count * share for count, share in zip(weights.ffn, by_layer, strict=True))
+    return weights.attention + sum(weights.ffn) - skipped

@@ -1,21 +1,32 @@
-"""Perplexity on held-out text, in the same pass that counts the sparsity."""
+"""Perplexity on held-out text, in the same pass that counts the sparsity.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from lte.eval.sparsity import SparsityCounter, SparsityMeasurement
+from lte.eval.inference import (
+    Batch,
+    as_batches,
+    forward_logits,
+    hard_inference,
+    model_device,
+    moved_batches,
+)
+from lte.eval.sparsity import SparsityCounter, SparsityMeasurement, counted_tokens
 from lte.hf.install import sparse_ffns
-from lte.train.data import IGNORED, token_mask
-from lte.train.router_init import evaluating
+from lte.train.data import IGNORED
 
 # Logits in fp32 at once: 2^26 of them, 256 MiB.
 CHUNK_LOGITS = 1 << 26
@@ -26,64 +37,163 @@ class PerplexityResult:
     """Token-weighted language-model quality.
 
     Attributes:
-        nll_per_token: mean negative log likelihood of the labelled tokens, in nats.
+        nll_per_token: mean negative log likelihood of the predicted tokens, in nats.
         tokens: how many tokens were predicted.
+        words: how many words these tokens spell, or `None` if unknown.
     """
 
     nll_per_token: float
     tokens: int
+    words: int | None = None
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log likelihood."""
-        return math.exp(self.nll_per_token)
+        """exp of the mean negative log likelihood per token."""
+        return _exp(self.nll_per_token)
+
+    @property
+    def perplexity_per_word(self) -> float | None:
+        """exp of the negative log likelihood per word, comparable between tokenizers, or `None`."""
+        return None if self.words is None else _exp(self.nll_per_token * self.tokens / self.words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and both perplexities, JSON-ready."""
+        computed = {"perplexity": self.perplexity, "perplexity_per_word": self.perplexity_per_word}
+        return {**asdict(self), **computed}
+
+
+def evaluate_perplexity(
+    model: nn.Module,
+    data: Dataset[Any] | Iterable[Batch],
+    *,
+    batch_size: int = 8,
+    collator: Any = None,
+    device: torch.device | str | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = True,
+    num_words: int | None = None,
+) -> PerplexityResult:
+    """Perplexity of a dense or LTE model, exact over all counted labels; an LTE model runs in hard mode.
+
+    A label counts if it is not -100 and if neither it nor the token that it is predicted from is padding, so
+    that padding on the left and on the right give the same number. Log-softmax is in fp32.
+
+    Args:
+        model: a causal LM; its modes are restored afterwards.
+        data: a data set of rows, or batches of `input_ids`, `labels` and optionally `attention_mask`, [B, T].
+        batch_size: rows per batch, for a data set.
+        collator: makes a batch of rows; `None` pads on the right.
+        device: where to run; the model is moved there and stays. `None`: where the model is.
+        autocast_dtype: dtype of the matrix products, `None` for the weights' own.
+        progress: whether to show a progress bar.
+        num_words: words in the text, for the perplexity per word.
+
+    Raises:
+        ValueError: if no label counts, `labels` are missing, or the loss is not finite.
+    """
+    batches = _prepared(model, data, batch_size, collator, device)
+    return _evaluate(model, batches, None, autocast_dtype, progress, num_words)
 
 
 def evaluate_model(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = True
+    model: nn.Module,
+    data: Dataset[Any] | Iterable[Batch],
+    *,
+    batch_size: int = 8,
+    collator: Any = None,
+    device: torch.device | str | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = True,
+    num_words: int | None = None,
 ) -> tuple[PerplexityResult, SparsityMeasurement | None]:
-    """Perplexity of a dense or LTE model, and the routing of an LTE model, from one pass in hard mode.
+    """Quality and sparsity from one and the same pass; the sparsity is `None` for a dense model.
 
-    Args:
-        model: a causal LM; its mode is restored afterwards.
-        batches: `input_ids`, `labels` and optionally `attention_mask`, [B, T], on any device.
-        progress: whether to show a progress bar.
-
-    Raises:
-        ValueError: if no token has a label, or the loss is not finite.
+    Arguments and errors are those of `evaluate_perplexity`. The sparsity counts tokens that are no padding
+    and whose own label is not ignored.
     """
-    device = next(model.parameters()).device
-    nll, tokens = 0.0, 0
-    with ExitStack() as stack:
-        counter = None
-        if sparse_ffns(model):
-            stack.enter_context(evaluating(model, "hard"))
-            counter = stack.enter_context(SparsityCounter(model))
-        stack.enter_context(torch.no_grad())
-        training = model.training
-        model.eval()
-        for batch in track(batches, "evaluating", disable=not progress, transient=True):
-            moved = {key: value.to(device) for key, value in batch.items()}
-            features = {key: moved[key] for key in ("input_ids", "attention_mask") if key in moved}
-            logits = model(**features, use_cache=False).logits
-            loss, count = _negative_log_likelihood(logits, moved["labels"])
-            nll, tokens = nll + loss, tokens + count
+    batches = _prepared(model, data, batch_size, collator, device)
+    if not sparse_ffns(model):
+        return _evaluate(model, batches, None, autocast_dtype, progress, num_words), None
+    with SparsityCounter(model) as counter:
+        perplexity = _evaluate(model, batches, counter, autocast_dtype, progress, num_words)
+        return perplexity, counter.result()
+
+
+def _prepared(
+    model: nn.Module, data: Any, batch_size: int, collator: Any, device: torch.device | str | None
+) -> Iterable[Batch]:
+    if device is not None:
+        model.to(device)
+    return as_batches(data, model, batch_size, collator)
+
+
+def _evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    counter: SparsityCounter | None,
+    autocast_dtype: torch.dtype | None,
+    progress: bool,
+    num_words: int | None,
+) -> PerplexityResult:
+    """One pass; the device is waited for once, at the end."""
+    device = model_device(model)
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
+    autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
+    with hard_inference(model):
+        for batch in moved_batches(batches, device, progress=progress):
+            targets = _targets(batch)
+            with autocast:
+                logits = forward_logits(model, batch)
+            losses.append(_negative_log_likelihood(logits, targets))
+            counts.append((targets != IGNORED).sum())
             if counter is not None:
-                counter.update(token_mask(moved))
-        model.train(training)
-    if not tokens:
-        raise ValueError("batches must hold at least one labelled token after the first, got none")
-    if not math.isfinite(nll):
-        raise ValueError(f"the loss must be finite, got {nll / tokens}; the weights are damaged or overflow this dtype")
-    return PerplexityResult(nll / tokens, tokens), None if counter is None else counter.result()
+                counter.update(counted_tokens(batch))
+    return _result(losses, counts, num_words)
 
 
-def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    targets = labels[:, 1:].flatten()
-    flat = logits[:, :-1].flatten(0, 1)
+def _targets(batch: Batch) -> Tensor:
+    """The token [B, T] that each position predicts, -100 where that does not count."""
+    if "labels" not in batch:
+        raise ValueError(f"labels must be in every batch, got the keys {', '.join(batch)}")
+    labels = batch["labels"]
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return targets if mask is None else targets.masked_fill(mask == 0, IGNORED)
+
+
+def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed negative log likelihood in nats, in fp32 chunks; a scalar on the logits' device."""
+    # The targets are shifted and not the logits: a slice of those would be a copy of gigabytes.
+    flat, wanted = logits.flatten(0, 1), targets.to(logits.device).flatten()
     rows = max(1, CHUNK_LOGITS // logits.shape[-1])
-    total = sum(
-        F.cross_entropy(flat[i : i + rows].float(), targets[i : i + rows], ignore_index=IGNORED, reduction="sum")
-        for i in range(0, len(flat), rows)
-    )
-    return float(total), int((targets != IGNORED).sum())
+    parts = [
+        F.cross_entropy(part.float(), target, ignore_index=IGNORED, reduction="sum")
+        for part, target in zip(flat.split(rows), wanted.split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _result(losses: list[Tensor], counts: list[Tensor], num_words: int | None) -> PerplexityResult:
+    if num_words is not None and num_words < 1:
+        raise ValueError(f"num_words must be at least 1 or None, got num_words={num_words}")
+    tokens = int(torch.stack(counts).sum()) if counts else 0
+    if not tokens:
+        raise ValueError(
+            "labels must hold a token to predict after the first of a row, got none in any batch; labels of "
+            "-100 and padding do not count"
+        )
+    by_batch = torch.stack(losses).cpu().double()
+    if not by_batch.isfinite().all():
+        index = int((~by_batch.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"the loss must be finite, got {by_batch[index].item()} in batch {index} of {len(losses)}; "
+            "the weights are damaged or overflow their dtype: try float32 or bfloat16"
+        )
+    return PerplexityResult(by_batch.sum().item() / tokens, tokens, num_words)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

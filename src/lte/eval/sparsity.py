@@ -1,23 +1,27 @@
 """The sparsity that a model really has: counted on the logits that its own hard path used.
 
-Shapes: L layers, E experts, K histogram bins; a token counts where the token mask is true.
+Shapes: L layers, E experts, K histogram bins, N tokens of a batch; a token counts where the token mask is
+    true.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lte.eval.inference import Batch, forward_logits, hard_inference, model_device, moved_batches
 from lte.hf.install import require_sparse_ffns
+from lte.nn.sparse_ffn import SparseFfn
 from lte.train.data import token_mask
-from lte.train.router_init import evaluating
 
 HISTOGRAM_BINS = 40
 NEAR_THRESHOLD = 0.1
+# Scores that one histogram call takes: it counts in fp32, which is exact up to here.
+HISTOGRAM_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,11 @@ class SparsityMeasurement:
     Attributes:
         sparsity: share of FFN neurons not computed per token, mean over tokens and layers.
         tokens: how many tokens were counted.
-        active_fraction: share of active experts by layer, [L].
+        active_fraction: share of active experts by layer, mean over tokens, [L].
         expert_use: share of tokens that activate each expert, [L][E].
         score_histogram: share of the scores in each of K equal bins on [0, 1], [L][K].
         near_threshold: share of scores within 0.1 of tau, by layer, [L].
+        threshold: tau.
     """
 
     sparsity: float
@@ -39,15 +44,21 @@ class SparsityMeasurement:
     expert_use: list[list[float]]
     score_histogram: list[list[float]]
     near_threshold: list[float]
+    threshold: float = 0.5
+
+    @property
+    def layer_sparsity(self) -> list[float]:
+        """Share of FFN neurons not computed per token, by layer, [L]."""
+        return [1 - active for active in self.active_fraction]
 
     @property
     def dead_experts(self) -> list[int]:
-        """Experts that no counted token activates, by layer."""
+        """How many experts no counted token activates, by layer, [L]."""
         return [sum(use == 0 for use in layer) for layer in self.expert_use]
 
     @property
     def always_on_experts(self) -> list[int]:
-        """Experts that every counted token activates, by layer."""
+        """How many experts every counted token activates, by layer, [L]."""
         return [sum(use == 1 for use in layer) for layer in self.expert_use]
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,77 +67,156 @@ class SparsityMeasurement:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparsityMeasurement:
-        """Reads what `to_dict` wrote."""
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: if a field is missing or unknown.
+        """
+        known = {f.name for f in fields(cls)}
+        missing = sorted({f.name for f in fields(cls) if f.default is MISSING} - set(data))
+        unknown = sorted(set(data) - known)
+        if missing or unknown:
+            raise ValueError(
+                f"a sparsity measurement must hold the fields {', '.join(sorted(known))}, got one "
+                f"without {missing} and with unknown {unknown}; measure it again with this version of lte"
+            )
         return cls(**data)
 
 
+class _LayerCounts:
+    """Running counts of one layer, on its device; nothing here waits for the device."""
+
+    def __init__(self, ffn: SparseFfn):
+        self.ffn = ffn
+        self.threshold = float(torch.sigmoid(torch.tensor(ffn.threshold_logit, dtype=torch.float64)))
+        self.active = self.bins = self.near = torch.zeros((), dtype=torch.int64)
+
+    def update(self, mask: Tensor) -> None:
+        logits = self.ffn.logits
+        if logits is None:
+            raise ValueError("model must run in hard mode before each update, got no recorded logits")
+        self.ffn.logits = None
+        if logits.shape[:-1] != mask.shape:
+            raise ValueError(
+                f"mask must be [B, T] of the last forward pass, {tuple(logits.shape[:-1])}, got mask="
+                f"{tuple(mask.shape)}"
+            )
+        logits = logits.flatten(0, -2)
+        keep = mask.to(logits.device, non_blocking=True).reshape(-1, 1)
+        scores = torch.sigmoid(logits)
+        near = (scores - self.threshold).abs() < NEAR_THRESHOLD
+        self.active = ((logits > self.ffn.threshold_logit) & keep).sum(0) + self._on(self.active, logits)
+        self.near = (near & keep).sum() + self._on(self.near, logits)
+        self.bins = _histogram(scores, keep) + self._on(self.bins, logits)
+
+    def _on(self, counts: Tensor, logits: Tensor) -> Tensor:
+        """The counts on the logits' device; only the first, a zero, has to move."""
+        return counts if counts.device == logits.device else counts.to(logits.device, non_blocking=True)
+
+
+def _histogram(scores: Tensor, keep: Tensor) -> Tensor:
+    """Counts [K] of the kept scores, int64. `histc` leaves out what lies outside [0, 1], and NaN."""
+    kept = torch.where(keep, scores, -1.0)
+    rows = max(1, HISTOGRAM_CHUNK // scores.shape[-1])
+    chunks = [torch.histc(chunk, HISTOGRAM_BINS, 0.0, 1.0) for chunk in kept.split(rows)]
+    return torch.stack(chunks).long().sum(0)
+
+
 class SparsityCounter:
-    """Collects routing statistics of an LTE model while something else runs it in hard mode."""
+    """Collects routing statistics of an LTE model while something else runs it in hard mode.
+
+    Used as a context: inside it, call the model, then `update` with the token mask of that call.
+
+    Args:
+        model: an LTE model.
+    """
 
     def __init__(self, model: nn.Module):
-        self.ffns = list(require_sparse_ffns(model).values())
-        self.tokens = 0
-        device = self.ffns[0].router.bias.device
-        layers, experts = len(self.ffns), self.ffns[0].num_experts
-        self.active = torch.zeros(layers, experts, dtype=torch.float64, device=device)
-        self.bins = torch.zeros(layers, HISTOGRAM_BINS, dtype=torch.float64, device=device)
-        self.near = torch.zeros(layers, dtype=torch.float64, device=device)
+        self.layers = [_LayerCounts(ffn) for ffn in require_sparse_ffns(model).values()]
+        self.tokens: list[Tensor] = []
+        self._recorded = [layer.ffn.record_logits for layer in self.layers]
 
     def __enter__(self) -> SparsityCounter:
-        for ffn in self.ffns:
-            ffn.record_logits = True
+        self._recorded = [layer.ffn.record_logits for layer in self.layers]
+        for layer in self.layers:
+            layer.ffn.record_logits, layer.ffn.logits = True, None
         return self
 
     def __exit__(self, *error: object) -> None:
-        for ffn in self.ffns:
-            ffn.record_logits, ffn.logits = False, None
+        for layer, recorded in zip(self.layers, self._recorded, strict=True):
+            layer.ffn.record_logits, layer.ffn.logits = recorded, None
 
     @torch.no_grad()
     def update(self, mask: Tensor) -> None:
-        """Counts the forward pass that just ended over the tokens of `mask` (bool, [B, T])."""
-        keep = mask.flatten()
-        for layer, ffn in enumerate(self.ffns):
-            if ffn.logits is None:
-                raise ValueError("model must run in hard mode between two updates, got no recorded logits")
-            logits = ffn.logits.flatten(0, -2)[keep]
-            scores = torch.sigmoid(logits)
-            self.active[layer] += (logits > ffn.threshold_logit).sum(0)
-            index = (scores * HISTOGRAM_BINS).long().clamp_max(HISTOGRAM_BINS - 1)
-            self.bins[layer] += torch.bincount(index.flatten(), minlength=HISTOGRAM_BINS)
-            threshold = torch.sigmoid(torch.tensor(ffn.threshold_logit))
-            self.near[layer] += ((scores - threshold).abs() < NEAR_THRESHOLD).sum()
-            ffn.logits = None
-        self.tokens += int(keep.sum())
+        """Counts the forward pass that just ended over the tokens of `mask` (bool, [B, T]).
+
+        Raises:
+            ValueError: if no forward pass in a routed mode came before, or the mask is not of its shape.
+        """
+        for layer in self.layers:
+            layer.update(mask)
+        self.tokens.append(mask.sum())
 
     def result(self) -> SparsityMeasurement:
         """The statistics so far.
 
         Raises:
-            ValueError: if no token was counted.
+            ValueError: if no token was counted, or a router score is NaN.
         """
-        if not self.tokens:
+        tokens = int(torch.stack(self.tokens).sum()) if self.tokens else 0
+        if not tokens:
             raise ValueError("batches must hold at least one counted token, got none")
-        use = self.active / self.tokens
-        total = self.tokens * use.shape[1]
+        use = [layer.active.cpu().double() / tokens for layer in self.layers]
+        bins = [layer.bins.cpu().double() for layer in self.layers]
+        totals = [tokens * len(layer) for layer in use]
+        if any(int(count.sum()) != total for count, total in zip(bins, totals, strict=True)):
+            raise ValueError("router scores must be numbers, got NaN; the model's weights are damaged")
+        fractions = [float(layer.mean()) for layer in use]
+        near = [int(layer.near) / total for layer, total in zip(self.layers, totals, strict=True)]
         return SparsityMeasurement(
-            sparsity=1 - use.mean().item(),
-            tokens=self.tokens,
-            active_fraction=use.mean(1).tolist(),
-            expert_use=use.tolist(),
-            score_histogram=(self.bins / total).tolist(),
-            near_threshold=(self.near / total).tolist(),
+            sparsity=1 - sum(fractions) / len(fractions),
+            tokens=tokens,
+            active_fraction=fractions,
+            expert_use=[layer.tolist() for layer in use],
+            score_histogram=[(count / total).tolist() for count, total in zip(bins, totals, strict=True)],
+            near_threshold=near,
+            threshold=self.layers[0].threshold,
         )
 
 
-def measure_sparsity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> SparsityMeasurement:
+def counted_tokens(batch: Batch, *, skip_ignored_labels: bool = True) -> Tensor:
+    """Which tokens the statistics count, bool [B, T]: no padding and, if asked, no ignored labels.
+
+    Args:
+        batch: `input_ids` and optionally `attention_mask` and `labels`, [B, T].
+        skip_ignored_labels: whether tokens with the label -100 (prompts, say) are left out.
+    """
+    if not skip_ignored_labels or "labels" not in batch:
+        batch = {**batch, "labels": batch["input_ids"]}
+    return token_mask(batch)
+
+
+def measure_sparsity(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    skip_ignored_labels: bool = True,
+    progress: bool = False,
+) -> SparsityMeasurement:
     """Runs an LTE model in hard mode over `batches` and counts its routing; modes are restored afterwards.
 
     Args:
         model: an LTE model.
-        batches: `input_ids`, `labels` and optionally `attention_mask`, [B, T]; see `lte.train.data.token_mask`.
+        batches: `input_ids` and optionally `attention_mask` and `labels`, [B, T], on any device and of any
+            length.
+        skip_ignored_labels: whether tokens with the label -100 are left out.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: for a dense model, or batches without a counted token.
     """
-    with evaluating(model, "hard"), SparsityCounter(model) as counter:
-        for batch in batches:
-            model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}, use_cache=False)
-            counter.update(token_mask(batch))
-    return counter.result()
+    with SparsityCounter(model) as counter, hard_inference(model):
+        for batch in moved_batches(batches, model_device(model), progress=progress):
+            forward_logits(model, batch)
+            counter.update(counted_tokens(batch, skip_ignored_labels=skip_ignored_labels))
+        return counter.result()

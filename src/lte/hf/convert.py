@@ -40,15 +40,11 @@ def sparsify_(
     """
     config = config or LteConfig()
     if sparse_ffns(model):
-        raise ValueError(
-            "model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew"
-        )
+        raise ValueError("model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew")
     family = family_of(getattr(model, "config", model))
     ffns = dense_ffns(model, family)
     _check_convertible(model, ffns, family, config)
-    counts = (
-        _count_coactivations(model, ffns, family, calibration) if config.grouping == "coactivation" else {}
-    )
+    counts = _count_coactivations(model, ffns, family, calibration) if config.grouping == "coactivation" else {}
     for ffn, order in zip(ffns.values(), _neuron_orders(ffns, counts, family, config), strict=True):
         permute_neurons_(ffn, family.layout, order)
     install_sparse_ffns_(model, family, config)
@@ -115,9 +111,7 @@ def _neuron_orders(
     ]
 
 
-def _check_convertible(
-    model: nn.Module, ffns: Mapping[str, nn.Module], family: Family, config: LteConfig
-) -> None:
+def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family, config: LteConfig) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model must be a transformers model itself, got the wrapper {type(model).__name__}; merge "
@@ -140,9 +134,7 @@ def _check_convertible(
                     "load the model without quantisation and merge adapters first"
                 )
             if linear.weight.is_meta:
-                raise ValueError(
-                    f"{name}.{part} must hold its weights, got a meta tensor; load the model first"
-                )
+                raise ValueError(f"{name}.{part} must hold its weights, got a meta tensor; load the model first")
         check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
 
 
@@ -162,10 +154,7 @@ def _count_coactivations(
     def count(name: str) -> Any:
         return lambda module, args: counts[name].update(_counted_tokens(args[0], mask[0]))
 
-    hooks = [
-        ffn.get_submodule(family.layout.down).register_forward_pre_hook(count(name))
-        for name, ffn in ffns.items()
-    ]
+    hooks = [ffn.get_submodule(family.layout.down).register_forward_pre_hook(count(name)) for name, ffn in ffns.items()]
     try:
         for batch in calibration:
             mask[0] = batch.get("attention_mask")
@@ -178,6 +167,4 @@ def _count_coactivations(
 
 def _counted_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The rows [N, F] of hidden [B, T, F] that are no padding."""
-    return (
-        hidden.flatten(0, -2) if attention_mask is None else hidden[attention_mask.to(hidden.device).bool()]
-    )
+    return hidden.flatten(0, -2) if attention_mask is None else hidden[attention_mask.to(hidden.device).bool()]

@@ -31,7 +31,11 @@ def forget_gguf_(model: Any) -> None:
     Models quantised in another way keep their marks, and are refused later for what they are.
     """
     quantization = getattr(model.config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", "")
+    )
     if "gguf" not in str(getattr(method, "value", method)).lower():
         return
     del model.config.quantization_config

@@ -50,9 +50,7 @@ class Family:
     def stock_class(self, name: str) -> type[Any]:
         """A class of the family from transformers, by name."""
         part = "configuration" if name == self.config_class else "modeling"
-        return getattr(
-            importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}"), name
-        )
+        return getattr(importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}"), name)
 
 
 def _decoder(model_type: str, prefix: str, module: str | None = None, **row: Any) -> Family:

@@ -73,9 +73,7 @@ class LteModelMixin:
         return LteConfig.from_dict(self.config.lte)  # type: ignore[attr-defined]
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As the stock method, but a folder with damaged or missing weights is an error.
 
         Raises:
@@ -91,9 +89,7 @@ class LteModelMixin:
         missing = sorted(info["missing_keys"])
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise ValueError(
-                f"{name_or_path} must hold all weights of the model, got {len(missing)} missing: {shown}"
-            )
+            raise ValueError(f"{name_or_path} must hold all weights of the model, got {len(missing)} missing: {shown}")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

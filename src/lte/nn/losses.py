@@ -50,9 +50,7 @@ def separability_loss(
     return masked_mean(1 / (distance.square() + guard), token_mask)
 
 
-def active_fraction(
-    logits: Tensor, token_mask: Tensor | None = None, *, threshold_logit: float = 0.0
-) -> Tensor:
+def active_fraction(logits: Tensor, token_mask: Tensor | None = None, *, threshold_logit: float = 0.0) -> Tensor:
     """Share of experts with G > tau, for router logits [..., E]; tau is given as logit(tau)."""
     return masked_mean((logits > threshold_logit).float(), token_mask)
 

@@ -45,17 +45,19 @@ class TrainConfig:
     pole_guard: float = _option(POLE_GUARD, "Added to the squared distance to tau in the separability loss.")
     ramp_ratio: float = _option(0.6, "Share of stage 1 over which the target sparsity rises from 0 to its value.")
     router_fit_tokens: int = _option(
-        16384, "Tokens on which routers are fitted to the experts' norms before stage 1; 0: start from zero weights."
+        16384,
+        "Tokens on which routers are fitted to the experts' norms before stage 1; 0: start from zero weights.",
     )
     stage2_routers: RouterTraining | None = _option(
-        None, "Whether stage 2 trains the routers; unset: frozen."
+        None, "Whether stage 2 trains the routers; unset: trained with straight_through, frozen otherwise."
     )
     router_sharpening: float = _option(20.0, "annealed: factor by which the router logits grow during stage 1.")
     distillation_weight: float = _option(
         0.0, "Share of the task loss that is the KL divergence from the teacher; needs a teacher."
     )
     calibration_tokens: int = _option(
-        131072, "Training tokens on which the thresholds are set to meet the target at the end; 0: leave them."
+        131072,
+        "Training tokens on which the thresholds are set to meet the target at the end; 0: leave them.",
     )
     trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
     bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
@@ -74,10 +76,22 @@ class TrainConfig:
         check_fraction("distillation_weight", self.distillation_weight, upper_closed=True)
         if not 0 < self.ramp_ratio <= 1:
             raise ValueError(f"ramp_ratio must lie in (0, 1], got ramp_ratio={self.ramp_ratio}")
-        for name in ("learning_rate", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+        for name in (
+            "learning_rate",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_steps",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
-        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard", "stage1_epochs", "stage2_epochs"):
+        for name in (
+            "router_fit_tokens",
+            "calibration_tokens",
+            "pole_guard",
+            "stage1_epochs",
+            "stage2_epochs",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {name}={getattr(self, name)}")
         if self.eta is not None and self.eta < 0:
@@ -144,7 +158,8 @@ def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
             Stage(2, "dense", False, False, False, "linear"),
         )
     first_mode: FfnMode = "soft" if config.recipe == "annealed" else "straight_through"
-    trained = config.stage2_routers == "trained"
+    unset = "trained" if config.recipe == "straight_through" else "frozen"
+    trained = (config.stage2_routers or unset) == "trained"
     return (
         Stage(1, first_mode, True, config.eta is None, False, "constant_with_warmup", config.eta or 0.0),
         Stage(2, "straight_through" if trained else "hard", trained, trained, not trained, "linear"),

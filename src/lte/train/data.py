@@ -22,7 +22,14 @@ from torch.utils.data import Dataset
 from lte.train.data_config import DataConfig
 
 IGNORED = -100
-_FORMATS = {"txt": "text", "md": "text", "jsonl": "jsonl", "json": "jsonl", "csv": "csv", "parquet": "parquet"}
+_FORMATS = {
+    "txt": "text",
+    "md": "text",
+    "jsonl": "jsonl",
+    "json": "jsonl",
+    "csv": "csv",
+    "parquet": "parquet",
+}
 _LOADERS = {"text": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 
 
@@ -215,9 +222,7 @@ def _rows(documents: list[Any], config: DataConfig, tokenizer: Any, limit: int |
     return TokenRows(ids, labels)
 
 
-def _packed_rows(
-    documents: list[str], length: int, tokenizer: Any, limit: int | None, drop_last: bool
-) -> TokenRows:
+def _packed_rows(documents: list[str], length: int, tokenizer: Any, limit: int | None, drop_last: bool) -> TokenRows:
     parts: list[np.ndarray] = []
     total = 0
     for start in range(0, len(documents), 256):
@@ -269,7 +274,9 @@ def _render(tokenizer: Any, messages: list[Any], **options: Any) -> list[int]:
 def _format_of(path: str) -> str:
     ending = Path(path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zst")).suffix.lstrip(".")
     if ending not in _FORMATS:
-        raise ValueError(f"format must be given for files that end in .{ending}: one of {', '.join(_LOADERS)}, got {path}")
+        raise ValueError(
+            f"format must be given for files that end in .{ending}: one of {', '.join(_LOADERS)}, got {path}"
+        )
     return _FORMATS[ending]
 
 

@@ -107,7 +107,12 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def calibrate_thresholds_(
-    model: nn.Module, batches: Iterable[Batch], target_sparsity: float, *, rounds: int = 4, tolerance: float = 5e-4
+    model: nn.Module,
+    batches: Iterable[Batch],
+    target_sparsity: float,
+    *,
+    rounds: int = 4,
+    tolerance: float = 5e-4,
 ) -> float:
     """Shifts all router biases by one number so that the hard-mode sparsity on `batches` meets the target.
 
@@ -151,7 +156,7 @@ def _quantile_shift(
             for batch in batches:
                 model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
                 mask = batch.get("token_mask")
-                logits = torch.stack([ffn.logits - threshold for ffn in ffns])  # type: ignore[operator]
+                logits = torch.stack([ffn.logits for ffn in ffns if ffn.logits is not None]) - threshold
                 if mask is not None:
                     logits = logits[:, mask]
                 below += (logits <= 0).sum().item()

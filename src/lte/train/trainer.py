@@ -64,6 +64,7 @@ class LteTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.model: Any
         # Every loss term is a mean over one forward pass; Trainer then averages over accumulated passes.
         self.model_accepts_loss_kwargs = False
         self.stage = stage
@@ -74,7 +75,7 @@ class LteTrainer(Trainer):
         self.eta_controller = EtaController()
         self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
         self.target_logit = torch.zeros(())
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor | float, int]] = {}
         self.step_active: list[Tensor] = []
         self._language_terms = torch.compile(language_terms) if train_config.compile else language_terms
         self._routing_terms = torch.compile(routing_terms) if train_config.compile else routing_terms
@@ -90,7 +91,10 @@ class LteTrainer(Trainer):
             rate = self.train_config.router_learning_rate
             scale = rate / self.train_config.learning_rate if rate else 1.0
             groups = [
-                {"params": [p for p in trained if id(p) not in router_ids], "weight_decay": self.args.weight_decay},
+                {
+                    "params": [p for p in trained if id(p) not in router_ids],
+                    "weight_decay": self.args.weight_decay,
+                },
                 {
                     "params": [p for p in trained if id(p) in router_ids],
                     "lr": self.args.learning_rate * scale,
@@ -102,7 +106,11 @@ class LteTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of all terms for one batch; collects each term for the log."""
         labels = inputs["labels"]
@@ -127,7 +135,7 @@ class LteTrainer(Trainer):
     def _routing(self, mask: Tensor) -> dict[str, Tensor]:
         if self.stage.mode == "dense":
             return {}
-        logits = [ffn.logits for ffn in self.ffns]
+        logits = [ffn.logits for ffn in self.ffns if ffn.logits is not None]
         for ffn in self.ffns:
             ffn.logits = None
         if self.stage.controls_bias:
@@ -143,7 +151,7 @@ class LteTrainer(Trainer):
     def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         if math.isfinite(loss.item()):
             return
-        path = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step}.pt"
+        path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({key: value.cpu() for key, value in inputs.items() if isinstance(value, Tensor)}, path)
         raise NonFiniteLossError(
@@ -154,13 +162,13 @@ class LteTrainer(Trainer):
     def _collect(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
             key = f"{name}_loss" if name in ("efficiency", "separability") else name
-            total, count = self.sums.get(key, (0.0, 0))  # type: ignore[misc]
-            self.sums[key] = (total + value.detach(), count + 1)  # type: ignore[assignment]
+            total, count = self.sums.get(key, (0.0, 0))
+            self.sums[key] = (total + value.detach(), count + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of all terms since the last entry, eta, and the target sparsity."""
         if "loss" in logs and self.sums:
-            logs.update({key: (total / count).item() for key, (total, count) in self.sums.items()})  # type: ignore[misc]
+            logs.update({key: float(total / count) for key, (total, count) in self.sums.items()})
             logs.update(eta=self.eta, target_sparsity=self.target_at_step(), stage=self.stage.number)
             self.sums.clear()
         super().log(logs, start_time)

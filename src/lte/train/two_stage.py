@@ -39,7 +39,7 @@ class TrainingSummary:
 
 
 def train_two_stage(
-    model: nn.Module,
+    model: Any,
     train_dataset: Dataset[Any],
     config: TrainConfig,
     output_dir: str | Path,
@@ -86,7 +86,8 @@ def train_two_stage(
     if 2 in stages and config.holds_target and config.calibration_tokens:
         source = calibration_dataset or train_dataset
         batches = masked_batches(model, source, config.calibration_tokens, config.batch_size, collator)
-        calibrate_thresholds_(model, batches, model.lte_config.target_sparsity)
+        with _autocast(config):
+            calibrate_thresholds_(model, batches, model.lte_config.target_sparsity)
     for ffn in ffns.values():
         ffn.set_mode("hard")
         ffn.record_logits, ffn.logits = False, None
@@ -103,7 +104,7 @@ def masked_batches(
 ) -> list[Batch]:
     """The first `num_tokens` tokens of `dataset` on the model's device, each batch with its `token_mask`."""
     device = next(model.parameters()).device
-    batches = []
+    batches: list[Batch] = []
     for batch in calibration_batches(dataset, num_tokens, batch_size, collator):
         moved = {key: value.to(device) for key, value in batch.items()}
         batches.append({**moved, "token_mask": token_mask(moved)})
@@ -126,7 +127,9 @@ def _run_stage(
     checkpoint = _newest_complete_checkpoint(folder)
     if stage.number == 1 and checkpoint is None and config.router_fit_tokens and config.holds_target:
         model.to(_training_device())
-        fit_routers_(model, masked_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator))
+        batches = masked_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator)
+        with _autocast(config):
+            fit_routers_(model, batches)
     for ffn in require_sparse_ffns(model).values():
         ffn.set_mode(stage.mode)
         ffn.record_logits = stage.mode != "dense"
@@ -145,6 +148,8 @@ def _run_stage(
         trainer.load_control_state(checkpoint)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Accelerate leaves the autocast of bf16 in model.forward, where every later caller would run in it.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     summary = TrainingSummary(
         tokens_trained=_tokens_trained(trainer),
         wall_time_s=time.monotonic() - start,
@@ -233,7 +238,8 @@ def _finished_stage_(model: Any, folder: Path) -> TrainingSummary | None:
 
 def _tokens_trained(trainer: LteTrainer) -> int:
     rows = trainer.state.global_step * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    lengths = [len(trainer.train_dataset[i]["input_ids"]) for i in range(min(256, len(trainer.train_dataset)))]
+    dataset: Any = trainer.train_dataset
+    lengths = [len(dataset[i]["input_ids"]) for i in range(min(256, len(dataset)))]
     return round(rows * trainer.args.world_size * sum(lengths) / len(lengths))
 
 
@@ -241,6 +247,11 @@ def _pad_token_id(model: Any) -> int:
     pad, eos = model.config.pad_token_id, model.config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     return pad if pad is not None else (eos or 0)
+
+
+def _autocast(config: TrainConfig) -> torch.autocast:
+    """For the passes outside of Trainer. Never around Trainer: autocast keeps its copies of weights until it ends."""
+    return torch.autocast(_training_device().type, torch.bfloat16, enabled=config.bf16)
 
 
 def _training_device() -> torch.device:

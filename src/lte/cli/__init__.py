@@ -1,0 +1,10 @@
+"""The command line: `lte train`, `eval`, `generate`, `inspect`, and `demo`."""
+
+from lte.cli.app import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Runs the `lte` command."""
+    app(prog_name="lte")

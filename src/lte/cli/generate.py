@@ -1,0 +1,96 @@
+"""`lte generate`: text from a model, and how many neurons it took."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from transformers import TextStreamer
+
+from lte.cli.errors import reports_errors
+from lte.cli.models import load_any_model, quiet_transformers
+from lte.eval.sparsity import measure_sparsity
+from lte.hf.dense import load_tokenizer
+from lte.hf.install import sparse_ffns
+
+
+@reports_errors
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or GGUF file; dense or LTE.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or with --chat the user's message.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is more varied.")
+    ] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="float32|bfloat16|float16")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continues a prompt and says what share of its neurons the model used for this text.
+
+    Example: `lte generate out --prompt "What is a Python list?" --chat`
+    """
+    quiet_transformers()
+    tokenizer = load_tokenizer(model)
+    loaded = load_any_model(model, dtype)
+    torch.manual_seed(seed)
+    ids = encode_prompt(tokenizer, prompt, chat).to(loaded.device)
+    if not chat:
+        typer.echo(prompt, nl=False)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = generate_ids(loaded, tokenizer, ids, max_new_tokens, temperature, streamer)
+    Console(stderr=True).print(describe_use(loaded, output), style="dim", highlight=False)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    """Token ids [1, T] of a prompt.
+
+    Raises:
+        ValueError: for an empty prompt, or `chat` without a chat template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise ValueError("--chat must have a chat template, and this model's tokenizer has none; leave it out")
+    if not prompt:
+        raise ValueError("prompt must hold at least one character, got an empty one")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")["input_ids"]
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> Tensor:
+    """Prompt and continuation [1, T] together."""
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    # A greedy run must not warn of the sampling values that the checkpoint's generation config brings.
+    unset = {} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}
+    with torch.no_grad():
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+            **sampling,
+            **unset,
+        )
+
+
+def describe_use(model: Any, ids: Tensor) -> str:
+    """A sentence on the share of FFN neurons that the text `ids` [1, T] took."""
+    if not sparse_ffns(model):
+        return f"Dense model: all FFN neurons were used for each of these {ids.shape[1]} tokens."
+    measured = measure_sparsity(model, [{"input_ids": ids, "labels": ids}])
+    return (
+        f"{100 * (1 - measured.sparsity):.1f}% of the FFN neurons were used for these {measured.tokens} tokens "
+        f"(prompt and answer, mean over tokens and layers)."
+    )

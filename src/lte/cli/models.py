@@ -1,0 +1,99 @@
+"""What the commands share: loading a dense or sparse model, held-out batches, and saving a finished folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from lte.config import check_choice
+from lte.eval.sparsity import SparsityMeasurement
+from lte.hf.dense import load_dense_model
+from lte.hf.families import family_of
+from lte.train.data import LmCollator, TokenRows
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quiet_transformers() -> None:
+    """Leaves the terminal to our own messages and progress bars."""
+    logging.set_verbosity_warning()
+    logging.disable_progress_bar()
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_config(name_or_path: str) -> Any:
+    """The config of a hub name, folder or GGUF file, without its weights.
+
+    Raises:
+        ValueError: if a path does not exist.
+        OSError: if the hub or the folder has no config.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    local = path.exists() or name_or_path.startswith((".", "/", "~")) or path.suffix == ".gguf"
+    if local and not path.exists():
+        raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"model must be a folder with a config.json, got {name_or_path}, which has none")
+    return AutoConfig.from_pretrained(str(path) if path.exists() else name_or_path)
+
+
+def is_lte(config: Any) -> bool:
+    """Whether a config is that of an LTE model."""
+    return str(config.model_type).startswith("lte_")
+
+
+def load_any_model(name_or_path: str, dtype: str = "float32") -> Any:
+    """A dense or LTE model on the GPU if there is one.
+
+    Raises:
+        ValueError: for an unknown dtype or family, or a path that does not exist.
+    """
+    check_choice("dtype", dtype, tuple(DTYPES))
+    config = load_config(name_or_path)
+    family_of(config)
+    model: Any
+    if is_lte(config):
+        path = str(Path(name_or_path).expanduser())
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    else:
+        model = load_dense_model(name_or_path, DTYPES[dtype])
+    return model.to(device()).eval()
+
+
+def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
+    """All rows in order, as batches."""
+    collator = LmCollator(pad_token_id)
+    starts = range(0, len(rows), batch_size)
+    return [collator([rows[i] for i in range(s, min(s + batch_size, len(rows)))]) for s in starts]
+
+
+def measurement_summary(measurement: SparsityMeasurement, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder's config remembers of a measurement: enough for `lte inspect`, without the histograms."""
+    return {
+        "sparsity": measurement.sparsity,
+        "tokens": measurement.tokens,
+        "split": "validation",
+        "data": {"source": data["train_source"], **data["validation"]},
+        "active_fraction": measurement.active_fraction,
+        "dead_experts": measurement.dead_experts,
+        "always_on_experts": measurement.always_on_experts,
+    }
+
+
+def save_folder(model: Any, tokenizer: Any, output: Path) -> None:
+    """Saves tokenizer and model; the model's `config.json` comes last, so a folder with one is complete."""
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    model.save_pretrained(output)

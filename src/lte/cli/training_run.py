@@ -1,0 +1,165 @@
+"""The steps of `lte train`, from loading to the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import lte
+from lte.cli.eval import evaluation_record, max_positions
+from lte.cli.models import device, held_out_batches, is_lte, load_any_model, load_config
+from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
+from lte.config import LteConfig
+from lte.eval.perplexity import evaluate_model
+from lte.hf.dense import load_dense_model, load_tokenizer
+from lte.hf.install import sparse_ffns
+from lte.train.config import TrainConfig
+from lte.train.data import LmCollator, LmDatasets, calibration_batches, load_lm_datasets
+from lte.train.data_config import DataConfig
+from lte.train.two_stage import train_two_stage
+
+GROUPING_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """All settings of one training run; `execute` does it.
+
+    Attributes:
+        given: names of the settings that the user set, all others being defaults.
+    """
+
+    model: str
+    output: Path
+    stages: tuple[int, ...]
+    distill_from: str | None
+    resume: bool
+    lte_config: LteConfig
+    data_config: DataConfig
+    train_config: TrainConfig
+    given: frozenset[str]
+
+    def execute(self, console: Console) -> dict[str, Any]:
+        """Trains, measures, saves; returns the result record.
+
+        Raises:
+            ValueError: if the settings do not fit the model, or each other.
+        """
+        check_start(self)
+        tokenizer = load_tokenizer(self.model)
+        model = load_any_model(self.model)
+        data = load_lm_datasets(self.data_config, tokenizer, max_positions(model))
+        batches = held_out_batches(data.validation, self.train_config.batch_size, tokenizer.pad_token_id)
+        sizes = f"{data.info['train']['tokens']} training tokens, {data.info['validation']['tokens']} held out"
+        console.print(f"Data: {self.data_config.train}, {sizes}.", highlight=False)
+        before, _ = evaluate_model(model, batches)
+        console.print(f"Perplexity before training: {before.perplexity:.3f}.", highlight=False)
+        model = self._sparse(model, data, tokenizer)
+        summary = train_two_stage(
+            model,
+            data.train,
+            self.train_config,
+            self.output,
+            teacher=self._teacher(model),
+            stages=self.stages,
+            data_collator=LmCollator(tokenizer.pad_token_id),
+            resume=self.resume,
+        )
+        if self.train_config.recipe == "dense":
+            lte.densify_(model)
+        after, measurement = evaluate_model(model.to(device()), batches)
+        found = evaluation_record(
+            model,
+            after,
+            measurement,
+            **self._record_fields(data.info),
+            tokens_trained=summary.tokens_trained,
+            wall_time_s=summary.wall_time_s,
+            perplexity_before=before.perplexity,
+        )
+        outcome = Outcome(found, measurement, summary)
+        save_outcome(model, tokenizer, self.output, outcome)
+        print_outcome(console, self.output, self.stages, outcome)
+        return found
+
+    def _record_fields(self, data_info: dict[str, Any]) -> dict[str, Any]:
+        """What a result record says of the settings."""
+        config = {
+            "lte": self.lte_config.to_dict(),
+            "data": vars(self.data_config),
+            "train": self.train_config.to_dict(),
+            "distill_from": self.distill_from,
+            "stages": list(self.stages),
+            "data_info": data_info,
+        }
+        return {
+            "task": self.data_config.train,
+            "model": self.model,
+            "seed": self.train_config.seed,
+            "config": config,
+        }
+
+    def _sparse(self, model: Any, data: LmDatasets, tokenizer: Any) -> Any:
+        """The model converted, or with its new target if it is an LTE model already."""
+        if sparse_ffns(model):
+            return self._retarget(model)
+        config = self.lte_config
+        if self.train_config.recipe == "dense":
+            config = replace(config, target_sparsity=0.0, grouping="contiguous")
+        calibration = None
+        if config.grouping == "coactivation":
+            collator = LmCollator(tokenizer.pad_token_id)
+            batch_size = self.train_config.batch_size
+            calibration = [
+                {key: value.to(model.device) for key, value in batch.items()}
+                for batch in calibration_batches(data.train, GROUPING_TOKENS, batch_size, collator)
+            ]
+        return lte.sparsify_(model, config, calibration=calibration)
+
+    def _retarget(self, model: Any) -> Any:
+        own = model.lte_config
+        for name in ("expert_size", "grouping", "router_rank", "threshold"):
+            if name in self.given and getattr(self.lte_config, name) != getattr(own, name):
+                raise ValueError(
+                    f"{name} must stay {getattr(own, name)} for an LTE model, got "
+                    f"{name}={getattr(self.lte_config, name)}; start from the dense model to change it"
+                )
+        target = self.lte_config.target_sparsity if "target_sparsity" in self.given else own.target_sparsity
+        model.config.lte = replace(own, target_sparsity=target).to_dict()
+        return model
+
+    def _teacher(self, model: Any) -> Any:
+        if self.distill_from is None:
+            return None
+        name = self.model if self.distill_from == "initial" else self.distill_from
+        teacher: Any = load_dense_model(name, torch.bfloat16 if self.train_config.bf16 else torch.float32)
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"distill_from must have the vocabulary of the model, {model.config.vocab_size} tokens, got {name} "
+                f"with {teacher.config.vocab_size}"
+            )
+        return teacher
+
+
+def check_start(run: TrainingRun) -> None:
+    """Refuses settings that do not fit each other, before anything is loaded.
+
+    Raises:
+        ValueError: says which.
+    """
+    sparse = is_lte(load_config(run.model))
+    weight, recipe = run.train_config.distillation_weight, run.train_config.recipe
+    if run.stages == (2,) and not sparse and recipe != "dense":
+        raise ValueError(f"stages=2 must start from an LTE folder (stage 1 trains the routers), got {run.model}")
+    if sparse and run.distill_from == "initial":
+        raise ValueError("distill_from must name a dense model when training goes on from an LTE folder, got initial")
+    if weight and not run.distill_from:
+        raise ValueError(
+            f"distillation_weight={weight:g} must have a teacher; add --distill-from initial, or a dense model"
+        )
+    if run.distill_from and not weight:
+        raise ValueError("distillation_weight must be positive when distill_from is given, got 0")

@@ -1,0 +1,171 @@
+"""The report of a demo run: Markdown, JSON, and pictures in one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lte.eval.flops import GFLOP
+from lte.eval.results import write_json_atomic
+from lte.eval.sparsity import SparsityMeasurement
+from lte.report.canvas import save_figure
+from lte.report.plots import router_health_figure, training_curves_figure
+from lte.report.tables import markdown_table, router_health_markdown
+
+Record = Mapping[str, Any]
+HEALTH_FILE, TRAINING_FILE = "router_health.png", "training.png"
+
+
+def write_demo_report(
+    folder: str | Path,
+    records: Mapping[str, Record],
+    measurement: SparsityMeasurement | None = None,
+    log_history: Sequence[dict[str, Any]] = (),
+    *,
+    samples: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Writes `report.md`, `report.json`, and, of what is given, `router_health.png` and `training.png`.
+
+    `report.json` holds the records by name: `{"dense": {...}, "sparse": {...}, ...}`.
+
+    Args:
+        folder: where to; made if missing.
+        records: result records by name; `dense` and `sparse` first, more (a control) may follow.
+        measurement: the sparse model's routing; `None` takes the one in the sparse record, if any.
+        log_history: of the training.
+        samples: generated text by model name.
+        notes: paragraphs for the reader: what was checked, what a real run needs.
+
+    Returns:
+        The path of `report.md`, which is written last.
+
+    Raises:
+        ValueError: if `records` lack `dense` or `sparse`.
+    """
+    missing = [name for name in ("dense", "sparse") if name not in records]
+    if missing:
+        raise ValueError(f"records must hold dense and sparse, got none for {', '.join(missing)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded = records["sparse"].get("measurement")
+    if measurement is None and recorded is not None:
+        measurement = SparsityMeasurement.from_dict(recorded)
+    parts = ["# LTE demo report", _headline(records), _comparison(records), *notes]
+    parts += _samples(samples or {})
+    parts += _training(folder, log_history)
+    parts += _routing(folder, measurement)
+    parts += _provenance(records["sparse"])
+    write_json_atomic(folder / "report.json", dict(records))
+    path = folder / "report.md"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _headline(records: Mapping[str, Record]) -> str:
+    """The outcome in a sentence, whichever way it went."""
+    dense, sparse = records["dense"], records["sparse"]
+    metric = sparse["metric"]
+    sentence = (
+        f"The sparse model skips {_percent(sparse['sparsity'])} of its FFN neurons per token (target "
+        f"{_percent(sparse['target_sparsity'])}), measured on held-out text in hard mode, with a {metric} of "
+        f"{_number(sparse['value'])} against {_number(dense['value'])} for the dense model"
+    )
+    if dense["value"] and sparse["value"]:
+        change = 100 * (sparse["value"] / dense["value"] - 1)
+        sentence += f" ({change:+.1f}%)"
+    flops = sparse["flops_per_token"] / dense["flops_per_token"]
+    weights = sparse["bytes_per_token"] / dense["bytes_per_token"]
+    return (
+        f"{sentence}. Per token it needs {_percent(flops)} of the dense model's FLOPs and reads "
+        f"{_percent(weights)} of its weight bytes, routers included."
+    )
+
+
+def _comparison(records: Mapping[str, Record]) -> str:
+    metric = records["sparse"]["metric"]
+    header = ("model", metric, "FFN sparsity", "GFLOPs per token", "MB read per token", "tokens trained", "time")
+    rows = [
+        (
+            name,
+            _number(record["value"]),
+            _percent(record["sparsity"]),
+            f"{record['flops_per_token'] / GFLOP:.4f}",
+            f"{record['bytes_per_token'] / 1e6:.1f}",
+            f"{record['tokens_trained']:,}",
+            f"{record['wall_time_s']:.0f} s",
+        )
+        for name, record in records.items()
+    ]
+    unit = (
+        "GFLOPs are 2 x the weights of the block linears that a token uses (1 G = 2^30; no LM head, no attention "
+        "scores); bytes are those weights at batch size 1. Time is that of the training."
+    )
+    return f"{markdown_table(header, rows)}\n\n{unit}"
+
+
+def _samples(samples: Mapping[str, str]) -> list[str]:
+    if not samples:
+        return []
+    return ["## What the models write", *(f"**{name}**\n\n{_fenced(text)}" for name, text in samples.items())]
+
+
+def _training(folder: Path, log_history: Sequence[dict[str, Any]]) -> list[str]:
+    if not any("task_loss" in entry for entry in log_history):
+        return []
+    save_figure(training_curves_figure(log_history), folder / TRAINING_FILE)
+    return ["## Training", f"![losses, eta and active experts over the steps of both stages]({TRAINING_FILE})"]
+
+
+def _routing(folder: Path, measurement: SparsityMeasurement | None) -> list[str]:
+    if measurement is None:
+        return []
+    save_figure(router_health_figure(measurement), folder / HEALTH_FILE)
+    legend = (
+        f"On {measurement.tokens:,} held-out tokens. Active: mean share of experts per token. Dead, always on: experts "
+        "that no token or every token activates. Near tau: scores within 0.1 of the threshold "
+        f"{measurement.threshold:g}, where a small change of the input switches an expert."
+    )
+    return [
+        "## Router health",
+        f"![experts in use and router scores by layer]({HEALTH_FILE})",
+        legend,
+        router_health_markdown(measurement),
+    ]
+
+
+def _provenance(record: Record) -> list[str]:
+    packages = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    facts = (
+        ("model", str(record["model"])),
+        ("task and split", f"{record['task']}, {record['split']}"),
+        ("seed", str(record["seed"])),
+        ("hardware", str(record["hardware"])),
+        ("versions", packages),
+        ("commit", str(record["git_commit"] or "not a git checkout")),
+    )
+    return [
+        "## Where this was made",
+        markdown_table(("", "value"), facts, numbers=()),
+        "All settings and numbers are in `report.json`.",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f}%"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _fenced(text: str) -> str:
+    """A code block that shows the text as it is, whatever backticks it holds."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text.strip()}\n{fence}"

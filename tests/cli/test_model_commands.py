@@ -1,0 +1,121 @@
+"""`lte eval`, `lte generate` and `lte inspect` on a dense and a trained sparse folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lte
+from lte.eval.flops import GFLOP
+from tests.cli.conftest import SHORT
+from tests.tiny_models import tiny_dense_model
+
+DATA = [*SHORT[:2], *SHORT[4:6]]
+
+
+class TestEval:
+    def test_it_repeats_the_numbers_of_training(self, run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+        file = tmp_path / "eval.json"
+        result = run("eval", trained[0], *DATA, "--batch-size", 4, "--json", file)
+        assert result.exit_code == 0, result.output
+        record = json.loads(file.read_text())
+        after_training = json.loads((trained[0] / "result.json").read_text())
+        for name in ("value", "sparsity", "flops_per_token", "bytes_per_token"):
+            assert record[name] == pytest.approx(after_training[name], rel=1e-6), name
+        assert f"{record['value']:.3f}" in result.output
+        assert "target 50%" in result.output
+
+    def test_a_dense_model(self, run: Callable[..., Any], dense_folder: Path, tmp_path: Path) -> None:
+        result = run("eval", dense_folder, *DATA, "--json", tmp_path / "eval.json")
+        assert result.exit_code == 0, result.output
+        record = json.loads((tmp_path / "eval.json").read_text())
+        assert record["method"] == "dense"
+        assert record["sparsity"] == 0
+        assert "dense model" in result.output
+
+    def test_an_unknown_dtype(self, run: Callable[..., Any], dense_folder: Path) -> None:
+        result = run("eval", dense_folder, *DATA, "--dtype", "bfloat61")
+        assert result.exit_code == 1
+        assert "dtype must be one of float32, bfloat16, float16" in result.stderr
+        assert "did you mean bfloat16" in result.stderr
+
+
+class TestGenerate:
+    def test_it_says_how_many_neurons_it_took(self, run: Callable[..., Any], trained: Any) -> None:
+        result = run("generate", trained[0], "--prompt", "with open", "--max-new-tokens", 5)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("with open")
+        assert "% of the FFN neurons were used" in result.stderr
+
+    def test_sampling_repeats_with_its_seed(self, run: Callable[..., Any], trained: Any) -> None:
+        flags = ["--prompt", "with", "--max-new-tokens", 8, "--temperature", 1.0]
+        texts = [run("generate", trained[0], *flags, "--seed", seed).stdout for seed in (1, 1, 2)]
+        assert texts[0] == texts[1] != texts[2]
+
+    def test_a_dense_model_uses_all(self, run: Callable[..., Any], dense_folder: Path) -> None:
+        result = run("generate", dense_folder, "--prompt", "with", "--max-new-tokens", 3)
+        assert "all FFN neurons were used" in result.stderr
+
+    def test_chat_uses_the_template(self, run: Callable[..., Any], dense_folder: Path) -> None:
+        result = run("generate", dense_folder, "--prompt", "with", "--chat", "--max-new-tokens", 3)
+        assert result.exit_code == 0, result.output
+        assert not result.stdout.startswith("with")
+
+    def test_an_empty_prompt(self, run: Callable[..., Any], dense_folder: Path) -> None:
+        result = run("generate", dense_folder, "--prompt", "")
+        assert result.exit_code == 1
+        assert "prompt must hold at least one character" in result.stderr
+
+
+class TestInspect:
+    def test_a_trained_folder(self, run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+        result = run("inspect", trained[0], "--json", tmp_path / "inspect.json")
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "inspect.json").read_text())
+        record = json.loads((trained[0] / "result.json").read_text())
+        assert (found["method"], found["family"]) == ("lte", "llama")
+        assert (found["experts_per_layer"], found["expert_size"], found["layers"]) == (8, 8, 2)
+        assert found["target_sparsity"] == 0.5
+        assert found["measured_sparsity"] == record["sparsity"]
+        assert found["gflops_per_token_sparse"] * GFLOP == pytest.approx(record["flops_per_token"])
+        assert found["gflops_per_token_sparse"] < found["gflops_per_token_dense"]
+        assert len(found["layers_measured"]) == 2
+        assert "8 of 8 neurons" in result.output
+
+    def test_it_reads_no_weights(self, run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_bytes((trained[0] / "config.json").read_bytes())
+        assert run("inspect", tmp_path).exit_code == 0
+
+    def test_a_folder_that_was_not_measured(self, run: Callable[..., Any], tmp_path: Path) -> None:
+        model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8))
+        model.save_pretrained(tmp_path / "new")
+        assert "No sparsity was measured" in run("inspect", tmp_path / "new").output
+
+    def test_a_dense_folder(self, run: Callable[..., Any], dense_folder: Path) -> None:
+        assert "This model is dense" in run("inspect", dense_folder).output
+
+    def test_a_folder_without_a_model(self, run: Callable[..., Any], tmp_path: Path) -> None:
+        result = run("inspect", tmp_path)
+        assert result.exit_code == 1
+        assert "model must be a folder with a config.json" in result.stderr
+
+    def test_a_family_without_a_row(self, run: Callable[..., Any], tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+        result = run("inspect", tmp_path)
+        assert result.exit_code == 1
+        assert "model_type must be one of" in result.stderr
+
+
+def test_damaged_weights_are_a_sentence(run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+    for path in trained[0].glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((trained[0] / "model.safetensors").read_bytes()[:1000])
+    torch.manual_seed(0)
+    result = run("eval", tmp_path, *DATA)
+    assert result.exit_code == 1
+    assert "corrupt or cut short" in result.stderr

@@ -1,0 +1,186 @@
+"""`lte train`: what it writes and says, YAML and flags, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import lte
+from lte.train.trainer import LteTrainer
+from tests.cli.conftest import SHORT
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_a_loadable_folder_and_its_report(trained: Any) -> None:
+    output, text = trained
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert len(lte.sparse_ffns(model)) == 2
+    names = {path.name for path in output.iterdir()}
+    reports = {"training_log.json", "result.json", "router_health.md", "router_health.png", "training.png"}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "run.yaml", "stage1", "stage2"} | reports
+    record = json.loads((output / "result.json").read_text())
+    measured = model.config.lte_measurement
+    assert measured["sparsity"] == record["sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert len(measured["active_fraction"]) == 2
+    assert measured["split"] == "validation"
+    assert f"measured {100 * record['sparsity']:.2f}%" in text
+    assert f"{record['perplexity_before']:.3f} before training, {record['value']:.3f} after" in text
+    assert {entry["stage"] for entry in json.loads((output / "training_log.json").read_text())} == {1, 2}
+
+
+def test_a_yaml_file_does_what_flags_do_and_flags_override_it(
+    dense_folder: Path, run: Callable[..., Any], trained: Any, tmp_path: Path
+) -> None:
+    settings = {flag[2:]: value for flag, value in zip(SHORT[::2], SHORT[1::2], strict=True)}
+    settings |= {"model": str(dense_folder), "stage1_steps": 99, "learning-rate": "1e-3", "stages": "both"}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "stage1-steps"}))
+    result = run("train", "--config", config, "--output", tmp_path / "out", "--stage1-steps", 6)
+    assert result.exit_code == 0, result.output
+    assert same(state(tmp_path / "out"), state(trained[0]))
+
+
+class TestSettingsFile:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("target_sparcity: 0.3", "got target_sparcity (did you mean target_sparsity?)"),
+            ("learning_rate: fast", "learning_rate must be a number, got learning_rate='fast' in"),
+            ("stage1_steps: 1.5", "stage1_steps must be a whole number, got stage1_steps=1.5"),
+            ("bf16: 'yes please'", "bf16 must be true or false"),
+            ("- a\n- b", "config must hold `name: value` lines, got a list"),
+            ("a: [", "while parsing"),
+        ],
+    )
+    def test_a_mistake_is_named(self, run: Callable[..., Any], tmp_path: Path, content: str, message: str) -> None:
+        (tmp_path / "run.yaml").write_text(content)
+        result = run("train", "--config", tmp_path / "run.yaml")
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+    def test_a_missing_file_is_named(self, run: Callable[..., Any], tmp_path: Path) -> None:
+        result = run("train", "--config", tmp_path / "no.yaml")
+        assert result.exit_code == 1
+        assert "config must be an existing YAML file, got config=" in result.stderr
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, stage: int, step: int) -> None:
+    """Presses Ctrl-C in a stage after a step."""
+    control = LteTrainer.control_sparsity
+
+    def interrupted(self: LteTrainer) -> None:
+        control(self)
+        if self.stage.number == stage and self.state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LteTrainer, "control_sparsity", interrupted)
+
+
+@pytest.mark.parametrize(("stage", "step"), [(1, 2), (1, 5), (2, 4)])
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    dense_folder: Path,
+    run: Callable[..., Any],
+    trained: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: int,
+    step: int,
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, stage, step)
+        result = run("train", "--model", dense_folder, "--output", output, *SHORT)
+    assert result.exit_code == 130
+    assert f"Go on with: lte train --resume --output {output}" in result.stderr
+    assert not (output / "config.json").exists()
+    result = run("train", "--resume", "--output", output)
+    assert result.exit_code == 0, result.output
+    assert same(state(output), state(trained[0]))
+
+
+def test_a_resumed_run_keeps_its_settings(run: Callable[..., Any], trained: Any) -> None:
+    result = run("train", "--resume", "--output", trained[0], "--learning-rate", "1e-4")
+    assert result.exit_code == 1
+    assert "a resumed run must keep its settings, got learning_rate=0.0001" in result.stderr
+
+
+def test_stages_one_by_one(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    result = run("train", "--model", dense_folder, "--output", first, "--stages", 1, *SHORT)
+    assert result.exit_code == 0, result.output
+    assert "train on with --stages 2" in result.output
+    flags = ["--target-sparsity", "0.4"]
+    result = run("train", "--model", first, "--output", second, "--stages", 2, *SHORT, *flags)
+    assert result.exit_code == 0, result.output
+    assert AutoModelForCausalLM.from_pretrained(second).lte_config.target_sparsity == 0.4
+
+
+def test_the_dense_control_is_a_stock_model(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    flags = ["--recipe", "dense", "--distill-from", "initial"]
+    result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT, *flags)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["method"] == "dense"
+    assert record["config"]["train"]["distillation_weight"] == 1.0
+    # The student equals its teacher, so there is nothing to learn.
+    assert record["value"] == pytest.approx(record["perplexity_before"], rel=1e-4)
+
+
+def test_grouping_by_coactivation_gets_its_text(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    flags = ["--grouping", "coactivation"]
+    result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT, *flags)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "model must be given: --model on the command line or model: in the YAML file"),
+        (["--model", "MODEL"], "output must be given: --output"),
+        (["--model", "/no/such", "--output", "OUT"], "got /no/such, which does not exist"),
+        (["--model", "MODEL", "--output", "OUT", "--recipe", "papper"], "did you mean paper?"),
+        (["--model", "MODEL", "--output", "OUT", "--stages", "3"], "stages must be one of both, 1, 2"),
+        (["--model", "MODEL", "--output", "OUT", "--stages", "2"], "stages=2 must start from an LTE folder"),
+        (["--model", "MODEL", "--output", "OUT", "--target-sparsity", "1"], "target_sparsity must lie in [0, 1)"),
+        (["--model", "MODEL", "--output", "OUT", "--train", "no.jsonl"], "which matches nothing"),
+        (["--model", "MODEL", "--output", "OUT", "--distillation-weight", "1"], "must have a teacher"),
+        (["--model", "MODEL", "--output", "OUT", "--expert-size", "7"], "expert_size must divide"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    dense_folder: Path, run: Callable[..., Any], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    names = {"MODEL": str(dense_folder), "OUT": str(tmp_path / "out")}
+    result = run("train", *(names.get(flag, flag) for flag in flags))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_folder_with_a_model_is_not_overwritten(dense_folder: Path, run: Callable[..., Any], trained: Any) -> None:
+    result = run("train", "--model", dense_folder, "--output", trained[0], *SHORT)
+    assert result.exit_code == 1
+    assert "output must be a new folder" in result.stderr
+
+
+def test_an_lte_model_keeps_its_experts(run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+    flags = [*SHORT, "--expert-size", "16"]
+    result = run("train", "--model", trained[0], "--output", tmp_path / "out", *flags)
+    assert result.exit_code == 1
+    assert "expert_size must stay 8 for an LTE model, got expert_size=16" in result.stderr

@@ -1,0 +1,238 @@
+"""Both training stages on a toy language: what trains, what holds the target, and what a resumed run gives."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import lte
+from lte.eval.sparsity import measure_sparsity
+from lte.train.config import TrainConfig, stages_of
+from lte.train.data import LmCollator
+from lte.train.trainer import LteTrainer, NonFiniteLossError
+from lte.train.two_stage import train_two_stage
+from tests.tiny_models import PAD, tiny_dense_model, tiny_sparse_model
+from tests.train.toy import toy_rows
+
+FAST = {"batch_size": 8, "learning_rate": 3e-3, "logging_steps": 2, "save_steps": 4, "router_fit_tokens": 512,
+        "calibration_tokens": 2048}  # fmt: skip
+
+
+def config(**options):
+    return TrainConfig(**{**FAST, "stage1_steps": 6, "stage2_steps": 6, **options})
+
+
+def fresh_model(target=0.5):
+    model = tiny_dense_model()
+    return lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random", target_sparsity=target))
+
+
+def held_out():
+    rows = toy_rows(seed=9)
+    return [LmCollator(PAD)([rows[i] for i in range(len(rows))])]
+
+
+def same_weights(one, other):
+    return all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["straight_through", "annealed"])
+@pytest.mark.parametrize("target", [0.25, 0.6])
+def test_the_measured_sparsity_meets_the_target(tmp_path, recipe, target):
+    model = fresh_model(target)
+    train_two_stage(model, toy_rows(), config(recipe=recipe, stage1_steps=30, stage2_steps=20), tmp_path)
+    assert measure_sparsity(model, held_out()).sparsity == pytest.approx(target, abs=0.01)
+
+
+def test_calibration_is_what_meets_the_target(tmp_path):
+    model = fresh_model(0.6)
+    train_two_stage(model, toy_rows(), config(calibration_tokens=0, stage1_steps=4, stage2_steps=4), tmp_path)
+    assert measure_sparsity(model, held_out()).sparsity < 0.5
+
+
+@pytest.mark.parametrize("recipe", ["straight_through", "annealed", "paper", "dense"])
+def test_every_recipe_trains_what_it_says(tmp_path, recipe):
+    model = fresh_model()
+    start = copy.deepcopy(model.state_dict())
+    train_two_stage(model, toy_rows(), config(recipe=recipe), tmp_path)
+    changed = {name for name, value in model.state_dict().items() if not value.equal(start[name])}
+    routers = {name for name in start if ".router." in name}
+    assert changed == set(start) - (routers if recipe == "dense" else set())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert {ffn.mode for ffn in lte.sparse_ffns(model).values()} == {"hard"}
+
+
+def test_frozen_routers_keep_their_weights_in_stage_2(tmp_path):
+    model = fresh_model()
+    train_two_stage(model, toy_rows(), config(recipe="paper"), tmp_path, stages=(1,))
+    before = copy.deepcopy(model.state_dict())
+    train_two_stage(model, toy_rows(), config(recipe="paper"), tmp_path / "b", stages=(2,))
+    for name, value in model.state_dict().items():
+        assert value.equal(before[name]) == (".router." in name)
+
+
+@pytest.mark.parametrize("trainable", ["ffn", "routers"])
+def test_the_trainable_part_is_all_that_changes(tmp_path, trainable):
+    model = fresh_model()
+    start = copy.deepcopy(model.state_dict())
+    train_two_stage(model, toy_rows(), config(trainable=trainable), tmp_path)
+    part = ".router." if trainable == "routers" else ".mlp."
+    for name, value in model.state_dict().items():
+        assert value.equal(start[name]) == (part not in name), name
+
+
+def test_the_papers_recipe_uses_both_router_losses_and_no_calibration():
+    first, second = stages_of(config(recipe="paper", eta=0.7))
+    assert (first.mode, first.eta, first.controls_eta) == ("soft", 0.7, False)
+    assert (second.mode, second.train_routers, second.controls_bias, second.controls_eta) == (
+        "hard",
+        False,
+        False,
+        False,
+    )
+    assert config(recipe="paper").separability_weight == 0.5
+    assert not config(recipe="paper").holds_target
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("recipe", ["straight_through", "annealed"])
+@pytest.mark.parametrize(("stage", "step"), [(1, 2), (1, 5), (2, 1), (2, 5)])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, recipe, stage, step):
+    whole = fresh_model()
+    options = config(recipe=recipe)
+    reference = train_two_stage(whole, toy_rows(), options, tmp_path / "whole")
+    original = LteTrainer.__init__
+
+    def interrupted(self, **kwargs):
+        original(self, **kwargs)
+        if self.stage.number == stage:
+            self.add_callback(StopAt(step))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LteTrainer, "__init__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_two_stage(fresh_model(), toy_rows(), options, tmp_path / "cut")
+    resumed = fresh_model()
+    summary = train_two_stage(resumed, toy_rows(), options, tmp_path / "cut", resume=True)
+    assert same_weights(whole, resumed)
+    strip = lambda log: [{k: v for k, v in e.items() if "runtime" not in k and "per_second" not in k} for e in log]  # noqa: E731
+    assert strip(summary.log_history)[:3] == strip(reference.log_history)[:3]
+
+
+def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
+    model = fresh_model()
+    train_two_stage(model, toy_rows(), config(), tmp_path, stages=(1,))
+    (tmp_path / "stage1" / "stage.json").unlink()
+    (tmp_path / "stage1" / "checkpoint-6" / "lte_control.json").unlink()
+    again = fresh_model()
+    train_two_stage(again, toy_rows(), config(), tmp_path, stages=(1,), resume=True)
+    assert same_weights(model, again)
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
+    with pytest.raises(ValueError, match="output_dir must hold no earlier run .* resume"):
+        train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
+
+
+def test_the_log_holds_every_term(tmp_path):
+    log = train_two_stage(fresh_model(), toy_rows(), config(), tmp_path).log_history
+    entries = [entry for entry in log if "task_loss" in entry]
+    names = {"task_loss", "efficiency_loss", "separability_loss", "eta", "active_fraction", "near_threshold",
+             "target_sparsity", "stage", "step"}  # fmt: skip
+    assert all(names <= set(entry) for entry in entries)
+    assert {entry["stage"] for entry in entries} == {1, 2}
+    assert all(math.isfinite(value) for entry in entries for value in entry.values())
+
+
+def test_nan_stops_with_the_batch_saved_and_checkpoints_kept(tmp_path, monkeypatch):
+    original = LteTrainer.training_step
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 5:
+            self.model.lm_head.weight.data.fill_(float("nan"))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LteTrainer, "training_step", poisoned)
+    with pytest.raises(NonFiniteLossError, match="became nan at step 5 of stage 1"):
+        train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
+    batch = torch.load(tmp_path / "stage1" / "nonfinite-step-5.pt")
+    assert batch["input_ids"].shape == (8, 32)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "stage1" / "checkpoint-4")
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
+
+
+def test_distillation_pulls_towards_the_teacher(tmp_path):
+    teacher = tiny_dense_model()
+    student = fresh_model(target=0.25)
+    log = train_two_stage(
+        student,
+        toy_rows(),
+        config(distillation_weight=1.0, stage1_steps=20, stage2_steps=40),
+        tmp_path,
+        teacher=teacher,
+    ).log_history
+    divergence = [entry["distillation_loss"] for entry in log if "distillation_loss" in entry]
+    assert divergence[-1] < max(divergence) / 2
+    assert all(not parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    "option", [{"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2, "batch_size": 4}]
+)
+def test_memory_savers_change_nothing(tmp_path, option):
+    plain, saved = fresh_model(), fresh_model()
+    train_two_stage(plain, toy_rows(), config(recipe="annealed", router_fit_tokens=0), tmp_path / "a")
+    train_two_stage(saved, toy_rows(), config(recipe="annealed", router_fit_tokens=0, **option), tmp_path / "b")
+    for one, other in zip(plain.parameters(), saved.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
+
+
+def test_padding_changes_no_statistic(tmp_path):
+    model = tiny_sparse_model()
+    rows = [{"input_ids": torch.arange(3, 3 + n), "labels": torch.arange(3, 3 + n)} for n in (5, 9)]
+    alone = [measure_sparsity(model, [LmCollator(PAD)([row])]) for row in rows]
+    together = measure_sparsity(model, [LmCollator(PAD)(rows)])
+    assert together.tokens == 14
+    assert together.sparsity == pytest.approx(sum(m.sparsity * m.tokens for m in alone) / 14, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "papers"}, "did you mean paper"),
+        ({"eta": -1.0}, "eta must not be negative"),
+        ({"ramp_ratio": 0.0}, "ramp_ratio must lie in"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"distillation_weight": 1.5}, "distillation_weight must lie in"),
+    ],
+)
+def test_bad_settings_are_clear_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_bad_calls_are_clear_errors(tmp_path):
+    with pytest.raises(ValueError, match="model must be an LTE model"):
+        train_two_stage(tiny_dense_model(), toy_rows(), config(), tmp_path)
+    with pytest.raises(ValueError, match="stages must be"):
+        train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(3,))
+    with pytest.raises(ValueError, match="teacher must be a dense model"):
+        train_two_stage(fresh_model(), toy_rows(), config(distillation_weight=0.5), tmp_path)
+
+
+def test_a_stage_record_is_written_last(tmp_path):
+    train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,))
+    record = json.loads((tmp_path / "stage1" / "stage.json").read_text())
+    assert record["tokens_trained"] == 6 * 8 * 32
