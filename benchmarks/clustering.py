@@ -1,6 +1,6 @@
 """How long grouping takes and how good it is, on weights of LLaMA-7B's and SmolLM2's shape.
 
-    python benchmarks/clustering.py --output results/clustering.json
+python benchmarks/clustering.py --output results/clustering.json
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def main() -> None:
             times = []
             for _ in range(args.repeats):
                 start = time.perf_counter()
-                order = group_neurons(
-                    features, num_neurons=neurons, expert_size=EXPERT_SIZE, method="kmeans", seed=0
-                )
+                order = group_neurons(features, num_neurons=neurons, expert_size=EXPERT_SIZE, method="kmeans", seed=0)
                 times.append(time.perf_counter() - start)
             chance = group_neurons(None, num_neurons=neurons, expert_size=EXPERT_SIZE, method="random", seed=0)
             found, random = inertia(features, order, EXPERT_SIZE), inertia(features, chance, EXPERT_SIZE)

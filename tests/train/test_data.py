@@ -11,7 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from lte.train.data import LmCollator, TokenRows, calibration_batches, load_lm_datasets, read_documents, token_mask
 from lte.train.data_config import DataConfig
 
-TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} END {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} END {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 DOCUMENTS = [f"w{i} w{i + 1} w{i + 2} w{i + 3} w{i + 4}" for i in range(0, 200, 5)]
 
 

@@ -31,7 +31,7 @@ def fresh_model(target=0.5):
 
 
 def held_out():
-    rows = toy_rows(seed=9)
+    rows = toy_rows(256, seed=9)
     return [LmCollator(PAD)([rows[i] for i in range(len(rows))])]
 
 
@@ -43,7 +43,8 @@ def same_weights(one, other):
 @pytest.mark.parametrize("target", [0.25, 0.6])
 def test_the_measured_sparsity_meets_the_target(tmp_path, recipe, target):
     model = fresh_model(target)
-    train_two_stage(model, toy_rows(), config(recipe=recipe, stage1_steps=30, stage2_steps=20), tmp_path)
+    options = config(recipe=recipe, stage1_steps=30, stage2_steps=20, calibration_tokens=8192)
+    train_two_stage(model, toy_rows(256), options, tmp_path)
     assert measure_sparsity(model, held_out()).sparsity == pytest.approx(target, abs=0.01)
 
 
@@ -142,7 +143,7 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
 
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
-    with pytest.raises(ValueError, match="output_dir must hold no earlier run .* resume"):
+    with pytest.raises(ValueError, match=r"output_dir must hold no earlier run .* resume"):
         train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
 
 

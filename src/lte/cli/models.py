@@ -22,7 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def quiet_transformers() -> None:
     """Leaves the terminal to our own messages and progress bars."""
+    # Not set_verbosity_error, which makes Trainer print dicts in place of its progress bar.
     logging.set_verbosity_warning()
+    logging.get_logger("transformers.trainer_utils").setLevel(logging.ERROR)
     logging.disable_progress_bar()
 
 

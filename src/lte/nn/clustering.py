@@ -118,7 +118,7 @@ def _deferred_acceptance(distance: np.ndarray, size: int) -> np.ndarray:
 
 
 def inertia(features: Tensor, order: Tensor, expert_size: int) -> float:
-    """Mean squared distance of the feature rows [F, D] to the mean of their expert, for an order from `group_neurons`."""
+    """Mean squared distance of the feature rows [F, D] to the mean of their expert, for an order of neurons."""
     grouped = features.detach().float().cpu()[order].unflatten(0, (-1, expert_size))
     return (grouped - grouped.mean(1, keepdim=True)).square().sum(-1).mean().item()
 

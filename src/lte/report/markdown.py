@@ -54,14 +54,16 @@ def write_demo_report(
     if measurement is None and recorded is not None:
         measurement = SparsityMeasurement.from_dict(recorded)
     parts = ["# LTE demo report", _headline(records), _comparison(records), *notes]
-    parts += _samples(samples or {})
-    parts += _training(folder, log_history)
-    parts += _routing(folder, measurement)
+    parts += [*_samples(samples or {}), *_training(folder, log_history), *_routing(folder, measurement)]
     parts += _provenance(records["sparse"])
     write_json_atomic(folder / "report.json", dict(records))
-    path = folder / "report.md"
+    return _write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+
+
+def _write_text(path: Path, text: str) -> Path:
+    """Writes beside `path` and renames into place, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
 

@@ -143,8 +143,9 @@ def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
     """The two stages of a recipe.
 
     The paper's: soft scores with both router losses, then frozen routers and the task loss alone, each with its own
-    decaying learning rate. The control `dense` follows the schedule of ours and never switches. Ours: stage 1 keeps the learning rate up while the target ramps, stage 2 decays it to zero
-    at the full target, which a feedback on the router biases holds (on eta, if the routers train on).
+    decaying learning rate. Ours: stage 1 keeps the learning rate up while the target ramps, stage 2 decays it to zero
+    at the full target, which a feedback on eta holds, or on the router biases while the routers are frozen. The
+    control `dense` follows the schedule of ours and never switches.
     """
     if config.recipe == "paper":
         trained = config.stage2_routers == "trained"

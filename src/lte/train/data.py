@@ -161,7 +161,7 @@ def read_documents(source: str, config: DataConfig) -> list[Any]:
         return list(BUILTIN_TEXTS[source]())
     import datasets
 
-    paths = sorted(glob.glob(str(Path(source).expanduser()), recursive=True))
+    paths = sorted(glob.glob(str(Path(source).expanduser()), recursive=True))  # noqa: PTH207, takes absolute patterns
     if config.format == "hub" or (config.format == "auto" and not paths and _looks_like_hub_name(source)):
         table = datasets.load_dataset(source, config.name, split=config.split)
     else:

@@ -19,7 +19,8 @@ class EtaController:
     With e = target - sparsity after every optimiser step:
         log eta_base += integral_gain * e,   eta = eta_base * exp(proportional_gain * e).
     The logarithm makes the gains independent of the size of the task loss: an error of 5 points makes eta 2.7 times as
-    large at once and 1.5% larger with every step that it lasts. Both gains were found on SmolLM2-135M (docs/experiments.md).
+    large at once and 1.5% larger with every step that it lasts. The gains come from trials with
+    SmolLM2-135M (docs/experiments.md).
 
     Attributes:
         eta: weight of the efficiency loss for the next step.

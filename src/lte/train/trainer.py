@@ -155,8 +155,8 @@ class LteTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({key: value.cpu() for key, value in inputs.items() if isinstance(value, Tensor)}, path)
         raise NonFiniteLossError(
-            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch is "
-            f"in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
+            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
+            f"is in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
         )
 
     def _collect(self, terms: dict[str, Tensor]) -> None:

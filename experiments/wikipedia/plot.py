@@ -1,0 +1,30 @@
+"""Draws docs/images/perplexity.png from the result files.
+
+python experiments/wikipedia/plot.py
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lte.eval.results import load_results
+from lte.report.plots import perplexity_vs_sparsity_figure, save_figure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def budget(record: Mapping[str, Any]) -> str:
+    """Names a curve by its method, tokens, and learning rate."""
+    run = record["config"]["run"]
+    start = "" if run["start"] is None else " more"
+    return f"{record['method']}, {run['tokens'] / 1e6:.0f}M tokens{start}, lr {run['learning_rate']:g}"
+
+
+def main() -> None:
+    records = [r for r in load_results(ROOT / "results" / "wikipedia") if r["split"] == "wikipedia_valid"]
+    figure = perplexity_vs_sparsity_figure(records, label=budget)
+    save_figure(figure, ROOT / "docs" / "images" / "perplexity.png")
+
+
+if __name__ == "__main__":
+    main()
