@@ -36,6 +36,7 @@ from lte.train.two_stage import train_two_stage
 TRAIN_FILES = ("wikipedia_train", "books")
 TEST_FILES = ("wikipedia_valid", "wikitext2_test")
 LENGTH = 1024
+NEURONS = 1536  # per layer of the dense SmolLM2-135M
 
 
 class PackedTokens(torch.utils.data.Dataset):
@@ -141,7 +142,7 @@ def do_run(run: dict[str, Any], args: argparse.Namespace, hashes: dict[str, str]
                 method=run["method"],
                 seed=run["seed"],
                 target_sparsity=run.get("target_sparsity", 0.0),
-                sparsity=run["target_sparsity"] if run["method"] == "static" else sparsity,
+                sparsity=1 - model.config.intermediate_size / NEURONS if measurement is None else sparsity,
                 metric="perplexity",
                 value=perplexity.perplexity,
                 split=split,

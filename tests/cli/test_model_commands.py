@@ -104,6 +104,11 @@ class TestInspect:
         assert result.exit_code == 1
         assert "model must be a folder with a config.json" in result.stderr
 
+    def test_a_name_that_is_nowhere(self, run: Callable[..., Any]) -> None:
+        result = run("inspect", "no-such-model")
+        assert result.exit_code == 1
+        assert "model no-such-model is no folder here and was not found on the hub" in result.stderr
+
     def test_a_family_without_a_row(self, run: Callable[..., Any], tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
         result = run("inspect", tmp_path)

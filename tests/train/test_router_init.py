@@ -44,8 +44,14 @@ def test_calibration_meets_the_target_and_restores_the_mode(target):
 
 def test_masked_tokens_do_not_move_the_thresholds():
     plain, padded = tiny_sparse_model(), tiny_sparse_model()
-    extra = [{**b, "input_ids": torch.nn.functional.pad(b["input_ids"], (0, 9), value=4),
-              "token_mask": torch.nn.functional.pad(b["token_mask"], (0, 9), value=False)} for b in batches()]  # fmt: skip
+    pad = torch.nn.functional.pad
+    extra = [
+        {
+            "input_ids": pad(batch["input_ids"], (0, 9), value=4),
+            "token_mask": pad(batch["token_mask"], (0, 9), value=False),
+        }
+        for batch in batches()
+    ]
     assert calibrate_thresholds_(plain, batches(), 0.4) == pytest.approx(
         calibrate_thresholds_(padded, extra, 0.4), abs=1e-6
     )

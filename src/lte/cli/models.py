@@ -48,7 +48,10 @@ def load_config(name_or_path: str) -> Any:
         raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
     if path.is_dir() and not (path / "config.json").exists():
         raise ValueError(f"model must be a folder with a config.json, got {name_or_path}, which has none")
-    return AutoConfig.from_pretrained(str(path) if path.exists() else name_or_path)
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else name_or_path)
+    except OSError as error:
+        raise OSError(f"model {name_or_path} is no folder here and was not found on the hub: {error}") from error
 
 
 def is_lte(config: Any) -> bool:
