@@ -12,6 +12,7 @@ import lte
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig, stages_of
 from lte.train.data import LmCollator
+from lte.train.sparsity_controller import EtaController
 from lte.train.trainer import LteTrainer, NonFiniteLossError
 from lte.train.two_stage import train_two_stage
 from tests.tiny_models import PAD, tiny_dense_model, tiny_sparse_model
@@ -187,6 +188,31 @@ def test_distillation_pulls_towards_the_teacher(tmp_path):
     divergence = [entry["distillation_loss"] for entry in log if "distillation_loss" in entry]
     assert divergence[-1] < max(divergence) / 2
     assert all(not parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_stage_2_goes_on_with_the_eta_of_stage_1(tmp_path):
+    summary = train_two_stage(fresh_model(), toy_rows(), config(logging_steps=1, stage1_steps=30), tmp_path)
+    first = next(entry["eta"] for entry in summary.log_history if entry["stage"] == 2 and "eta" in entry)
+    record = json.loads((tmp_path / "stage1" / "stage.json").read_text())
+    assert record["eta"] != pytest.approx(EtaController().eta, rel=0.05)
+    error = next(e for e in summary.log_history if e["stage"] == 2)["active_fraction"] - 0.5
+    expected = EtaController.starting_at(record["eta"])
+    assert first == pytest.approx(expected.update(0.5, 0.5 - error), rel=1e-3)
+
+
+def test_gradient_checkpointing_is_on_while_training_and_off_after(tmp_path, monkeypatch):
+    seen, original = [], LteTrainer.training_step
+
+    def spy(self, *args, **kwargs):
+        seen.append(self.model.model.layers[0].gradient_checkpointing)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LteTrainer, "training_step", spy)
+    model = fresh_model()
+    train_two_stage(model, toy_rows(), config(gradient_checkpointing=True), tmp_path)
+    assert len(seen) == 12
+    assert all(seen)
+    assert not model.model.layers[0].gradient_checkpointing
 
 
 @pytest.mark.parametrize(

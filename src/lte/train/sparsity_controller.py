@@ -33,6 +33,16 @@ class EtaController:
     eta: float = 0.03
     log_range: tuple[float, float] = (math.log(1e-5), math.log(1e3))
 
+    @classmethod
+    def starting_at(cls, eta: float) -> EtaController:
+        """A controller whose integral part starts at `eta`."""
+        return cls(log_base=math.log(eta), eta=eta)
+
+    @property
+    def settled(self) -> float:
+        """The integral part: eta without the answer to the latest error."""
+        return math.exp(self.log_base)
+
     def update(self, target: float, sparsity: float) -> float:
         """Takes the step's target and measured sparsity (shares), returns eta for the next step."""
         error = target - sparsity

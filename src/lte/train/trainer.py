@@ -51,6 +51,7 @@ class LteTrainer(Trainer):
         train_config: the recipe's settings.
         target_sparsity: where the controllers lead.
         teacher: a dense model for distillation, or `None`.
+        first_eta: where the controller of eta starts; `None` takes its own start.
         kwargs: as for `transformers.Trainer`.
     """
 
@@ -61,6 +62,7 @@ class LteTrainer(Trainer):
         train_config: TrainConfig,
         target_sparsity: float,
         teacher: nn.Module | None = None,
+        first_eta: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -72,7 +74,7 @@ class LteTrainer(Trainer):
         self.target_sparsity = target_sparsity
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.ffns: list[SparseFfn] = list(require_sparse_ffns(self.model).values())
-        self.eta_controller = EtaController()
+        self.eta_controller = EtaController.starting_at(first_eta) if first_eta else EtaController()
         self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
         self.target_logit = torch.zeros(())
         self.sums: dict[str, tuple[Tensor | float, int]] = {}

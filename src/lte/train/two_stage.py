@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ class TrainingSummary:
         tokens_trained: tokens in all forward passes with a backward pass, both stages.
         wall_time_s: seconds of both stages, without what an interrupted run spent.
         log_history: Trainer's log entries of both stages, each with its `stage`.
+        eta: weight of the efficiency loss that the controller had settled on at the end.
     """
 
     tokens_trained: int
     wall_time_s: float
     log_history: list[dict[str, Any]]
+    eta: float | None = None
 
 
 def train_two_stage(
@@ -79,10 +82,12 @@ def train_two_stage(
     model.config.lte_measurement = None
     if config.compile:
         _compile_layers_(model, teacher, list(ffns))
-    summaries = []
-    for stage in stages_of(config):
-        if stage.number in stages:
-            summaries.append(_run_stage(model, train_dataset, config, stage, output, teacher, collator))
+    summaries: list[TrainingSummary] = []
+    with _gradient_checkpointing(model, config):
+        for stage in stages_of(config):
+            if stage.number in stages:
+                eta = summaries[-1].eta if summaries else None
+                summaries.append(_run_stage(model, train_dataset, config, stage, output, teacher, collator, eta))
     if 2 in stages and config.holds_target and config.calibration_tokens:
         source = calibration_dataset or train_dataset
         batches = masked_batches(model, source, config.calibration_tokens, config.batch_size, collator)
@@ -96,6 +101,7 @@ def train_two_stage(
         tokens_trained=sum(s.tokens_trained for s in summaries),
         wall_time_s=sum(s.wall_time_s for s in summaries),
         log_history=[entry for s in summaries for entry in s.log_history],
+        eta=summaries[-1].eta,
     )
 
 
@@ -119,6 +125,7 @@ def _run_stage(
     output: Path,
     teacher: nn.Module | None,
     collator: Any,
+    eta: float | None,
 ) -> TrainingSummary:
     folder = output / f"stage{stage.number}"
     record = _finished_stage_(model, folder)
@@ -143,6 +150,7 @@ def _run_stage(
         train_config=config,
         target_sparsity=model.lte_config.target_sparsity,
         teacher=None if teacher is None else teacher.to(_training_device()),
+        first_eta=eta,
     )
     if checkpoint is not None:
         trainer.load_control_state(checkpoint)
@@ -154,6 +162,7 @@ def _run_stage(
         tokens_trained=_tokens_trained(trainer),
         wall_time_s=time.monotonic() - start,
         log_history=[{**entry, "stage": stage.number} for entry in trainer.state.log_history],
+        eta=trainer.eta_controller.settled if stage.controls_eta else None,
     )
     _record_stage(model, trainer, folder, summary)
     return summary
@@ -247,6 +256,23 @@ def _pad_token_id(model: Any) -> int:
     pad, eos = model.config.pad_token_id, model.config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     return pad if pad is not None else (eos or 0)
+
+
+@contextmanager
+def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
+    """Recomputes activations inside the block if the config asks for it. The non-reentrant kind alone gives the
+    recorded router logits their gradients."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    # The method got a new name in transformers 5.2x; the old one warns there.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable()
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
