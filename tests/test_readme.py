@@ -1,0 +1,89 @@
+"""The README's own commands run, on a tiny model in place of the one that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lte
+from lte.cli import app
+from tests.cli.conftest import save_tiny_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MODEL = "HuggingFaceTB/SmolLM2-135M"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a tiny model and a text, where the commands run."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "tiny")
+    lines = [json.dumps({"text": f"the river runs past house number {i} and on to the sea " * 8}) for i in range(400)]
+    (tmp_path / "my-text.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_the_python_example_runs(workplace):
+    (example,) = blocks("python")
+    # Only what makes it small enough for a test is changed.
+    small = example.replace(MODEL, "./tiny").replace("TrainConfig()", "TrainConfig(stage1_steps=4, stage2_steps=4)")
+    small = small.replace('train="my-text.jsonl"', 'train="my-text.jsonl", sequence_length=32')
+    small = small.replace("target_sparsity=0.5", "target_sparsity=0.5, expert_size=8")
+    assert small.count("./tiny") == 2
+    names: dict[str, object] = {}
+    exec(small, names)
+    assert lte.sparse_ffns(names["model"])
+
+
+def test_the_shell_example_runs(workplace):
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lte ")]
+    assert [shlex.split(line)[1] for line in commands] == ["train", "eval", "inspect", "generate"]
+    for line in commands:
+        arguments = shlex.split(line.replace(MODEL, "./tiny"))[1:]
+        if arguments[0] in ("train", "eval"):
+            arguments += ["--sequence-length", "32"]
+        if arguments[0] == "train":
+            arguments += ["--expert-size", "8", "--stage1-steps", "4", "--stage2-steps", "4"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (line, result.output, result.stderr)
+
+
+def test_every_figure_of_the_results_table_is_in_a_result_file():
+    rows = re.findall(r"\| [^|]* \| ([\d.]+)% \| (\d+)M \| ([\d.]+) \| ([\d.]+) \|", README)
+    assert len(rows) >= 4
+    records = [json.loads(path.read_text()) for path in (ROOT / "results" / "wikipedia").glob("*-wikipedia_valid.json")]
+    dense = min(record["value"] for record in records if record["method"] == "dense")
+    found = {
+        (
+            f"{100 * r['sparsity']:.1f}",
+            f"{r['tokens_trained'] / 1e6:.0f}",
+            f"{r['value']:.2f}",
+            f"{r['value'] / dense:.2f}",
+        )
+        for r in records
+    }
+    for sparsity, tokens, value, ratio in rows:
+        assert (f"{float(sparsity):.1f}", tokens, value, ratio) in found
+
+
+def test_the_readme_names_only_files_that_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_results_say_where_they_come_from():
+    for path in (ROOT / "results").rglob("*.json"):
+        record = json.loads(path.read_text())
+        assert re.fullmatch(r"[0-9a-f]{40}", record["git_commit"] or ""), path
+        assert record["hardware"], path
+        assert record["versions"]["torch"], path
