@@ -17,7 +17,7 @@ MAX_STEPS = 96
 # Fewer would teach the routers nothing; a machine this slow overruns its minutes, and is told so.
 MIN_STEPS = 10
 # Trainer, optimiser, and the sparse FFNs' router losses on top of what `time_step` times.
-OVERHEAD = 1.25
+OVERHEAD = 1.1
 STAGE1_SHARE = 0.5
 
 

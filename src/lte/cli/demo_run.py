@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import shutil
 import sys
@@ -24,7 +25,7 @@ from lte.cli.models import device, held_out_batches, load_any_model, measurement
 from lte.config import LteConfig
 from lte.eval.perplexity import evaluate_model
 from lte.eval.sparsity import SparsityMeasurement, measure_sparsity
-from lte.hf.dense import load_dense_model, load_tokenizer
+from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.report.markdown import write_demo_report
 from lte.train.config import TrainConfig
@@ -94,10 +95,11 @@ class Demo:
         self.load_data(model)
         eval_s = timed(lambda: self.evaluate(model, "dense"))
         self.samples["dense"] = self.write(model)
+        teacher = copy.deepcopy(model).to(torch.bfloat16)
         self.say("2/6 Group the FFN neurons into experts, give every layer a router")
         self.convert_(model)
         self.say("3/6 Train: stage 1 (model and routers), stage 2 (adaptation)")
-        summary = self.train(model, eval_s)
+        summary = self.train(model, teacher, eval_s)
         self.say("4/6 Measure and save")
         measurement = self.evaluate(model, "sparse", summary)
         model.config.lte_measurement = measurement_summary(measurement, self.data.info)
@@ -175,12 +177,11 @@ class Demo:
             calibrate_thresholds_(model, batches, self.target_sparsity, rounds=2)
         self.evaluate(model, "sparse, untrained")
 
-    def train(self, model: Any, eval_s: float) -> TrainingSummary:
+    def train(self, model: Any, teacher: Any, eval_s: float) -> TrainingSummary:
         """Both stages, with as many steps as the time allows."""
-        teacher: Any = load_dense_model(self.model, torch.bfloat16).to(device())
         step_s = time_step(model, teacher, self.collator([self.data.train[i] for i in range(BATCH_SIZE)]))
         # After training: up to 4 rounds of calibration, 2 evaluations, writing, saving, pictures.
-        rest_s = 6 * eval_s + 20
+        rest_s = 6 * eval_s + 15
         steps = self.budget.steps(step_s, rest_s, self.max_steps)
         self.facts |= {"steps": steps, "step_s": step_s, "max_steps": self.max_steps}
         self.console.print(f"One step takes {step_s:.1f} s here: {steps[0]} + {steps[1]} steps.", highlight=False)

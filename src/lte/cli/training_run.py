@@ -136,13 +136,13 @@ class TrainingRun:
         if self.distill_from is None:
             return None
         name = self.model if self.distill_from == "initial" else self.distill_from
-        teacher: Any = load_dense_model(name, torch.bfloat16 if self.train_config.bf16 else torch.float32)
+        teacher: Any = load_dense_model(name)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise ValueError(
                 f"distill_from must have the vocabulary of the model, {model.config.vocab_size} tokens, got {name} "
                 f"with {teacher.config.vocab_size}"
             )
-        return teacher
+        return teacher.to(torch.bfloat16) if self.train_config.bf16 else teacher
 
 
 def check_start(run: TrainingRun) -> None:
