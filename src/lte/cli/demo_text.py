@@ -47,8 +47,8 @@ def report_notes(records: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]
         "of documents that were not trained on. All perplexities are of that text, computed in bfloat16.",
         "*dense* is the original model. *sparse, untrained* has routers fitted to the experts' norms and thresholds "
         "set to the target, and no training. *sparse* was then trained to predict what the original predicts "
-        "(distillation alone), so the original is the fair comparison: it has nothing to learn from this training, whose "
-        "loss it starts at zero.",
+        "(distillation alone), so the original is the fair comparison: it has nothing to learn from this training, "
+        "whose loss it starts at zero.",
         f"Training: {first} steps of stage 1 and {second} of stage 2, {facts['tokens']} tokens in all, chosen from a "
         f"measured {facts['step_s']:.1f} s per step and at most {facts['max_steps']} on any machine.{cut}",
         f"Checks: {'; '.join(facts['checks'])}.",
