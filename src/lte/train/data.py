@@ -1,49 +1,64 @@
-"""Text to rows of tokens: reading, splitting, tokenising, packing, batching.
+"""Text to rows of tokens: tokenising, labelling, packing, batching. `data_config` reads and splits the documents.
 
 Shapes: B rows, T tokens. The label of an ignored token is -100.
 """
 
 from __future__ import annotations
 
-import difflib
-import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lte.train.data_config import DataConfig
+from lte.train.data_config import (
+    DataConfig,
+    check_sequence_length,
+    document_key,
+    read_documents,
+    split_documents,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = [
+    "IGNORED",
+    "DataConfig",
+    "LmCollator",
+    "LmDatasets",
+    "TokenRows",
+    "calibration_batches",
+    "check_sequence_length",
+    "load_lm_datasets",
+    "read_documents",
+    "token_mask",
+]
 
 IGNORED = -100
-_FORMATS = {
-    "txt": "text",
-    "md": "text",
-    "jsonl": "jsonl",
-    "json": "jsonl",
-    "csv": "csv",
-    "parquet": "parquet",
-}
-_LOADERS = {"text": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
-
-
-def _pydoc_topics() -> list[str]:
-    from pydoc_data import topics
-
-    return [text for _, text in sorted(topics.topics.items())]
-
-
-BUILTIN_TEXTS = {"pydoc-topics": _pydoc_topics}
+# Tokenisers run their threads over the texts of a call and keep much beside the ids until it ends: pieces of long
+# documents give all threads work, and batches bound the memory (10 MB of text grew the process by 100 to 230 MB).
+PIECE_CHARS = 1 << 17
+BATCH_CHARS = 1 << 21
+# The tags in a chat template around what the assistant says, and a private-use character that stands in for them.
+GENERATION_TAG, MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}"), "\ue000"
+WORD_GAP = re.compile(r"\S(?= [^\W\d_])")
+# Token ids and labels of one document, int32 [T] each.
+Example = tuple[np.ndarray, np.ndarray]
 
 
 class TokenRows(Dataset[dict[str, Tensor]]):
-    """Rows of token ids with their labels; `input_ids` and `labels` are int64 [T] each."""
+    """Rows of token ids made by hand, with their labels; `input_ids` and `labels` are int64 [T] each."""
 
     def __init__(self, input_ids: Sequence[np.ndarray], labels: Sequence[np.ndarray]):
         self.input_ids, self.labels = input_ids, labels
@@ -60,38 +75,63 @@ class TokenRows(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class LmDatasets:
-    """Training rows, held-out rows, and a JSON-ready `info`: counts of documents and tokens, sha256 of the texts."""
+    """Rows to train on and held-out rows, both in torch format.
 
-    train: TokenRows
-    validation: TokenRows
+    Attributes:
+        train: `input_ids`, `labels`, and for packed completions and chats `position_ids`; int64 [T] each.
+        validation: the same of other documents.
+        info: JSON-ready. Of each part: documents, rows, tokens (padding excluded), trained_tokens (labelled),
+            dropped_tokens (lost to truncation or a last partial row, not to a limit), truncated_documents,
+            unlabelled_documents (left out: nothing to train), sha256 of the texts and rows_sha256 of the tokens.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
     info: dict[str, Any]
 
 
 class LmCollator:
-    """Stacks rows of one length as they are; pads rows of different lengths on the right, with a mask."""
+    """Stacks rows of one length as they are, without a mask, so that attention stays on its fastest path.
 
-    def __init__(self, pad_token_id: int):
+    Rows of different lengths are padded on the right to a multiple of 8, with an `attention_mask`. Rows that carry
+    `position_ids` get none, since transformers keeps packed documents apart only without a mask: there the padding is
+    one more document, with positions from 0 and labels of -100.
+    """
+
+    def __init__(self, pad_token_id: int | None):
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
-        if len({len(row) for row in ids}) == 1:
-            # No mask, so that attention stays on its fastest path.
-            return {"input_ids": torch.stack(ids), "labels": torch.stack(labels)}
-        mask = [torch.ones_like(row) for row in ids]
-        return {
-            "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            "attention_mask": torch.nn.utils.rnn.pad_sequence(mask, batch_first=True),
+        names = [n for n in ("input_ids", "labels", "attention_mask", "position_ids") if n in rows[0]]
+        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
+        lengths = [len(row) for row in columns["input_ids"]]
+        if len(set(lengths)) == 1:
+            return {name: torch.stack(values) for name, values in columns.items()}
+        if self.pad_token_id is None:
+            raise ValueError(
+                "pad_token_id must be a token for rows of different lengths, got pad_token_id=None; take the "
+                "tokenizer's eos_token_id"
+            )
+        if "position_ids" not in columns:
+            columns.setdefault("attention_mask", [torch.ones_like(row) for row in columns["input_ids"]])
+        missing = [-(-max(lengths) // 8) * 8 - length for length in lengths]
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
+        batch = {
+            name: torch.stack([F.pad(row, (0, gap), value=fill[name]) for row, gap in zip(rows, missing, strict=True)])
+            for name, rows in columns.items()
         }
+        for row, length in zip(batch.get("position_ids", ()), lengths, strict=False):
+            row[length:] = torch.arange(len(row) - length)
+        return batch
 
 
 def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions count in the routing losses and in every statistic: bool [B, T].
 
-    A token counts if it is not padding and its own label is not ignored: the prompt of a completion routes, but
-    neither the losses nor the stated sparsity are about it.
+    A token counts if it is not padding and its own label is not -100: the prompt of a completion routes, but neither
+    the losses nor the stated sparsity are about it. The label is that of the position itself, not of the token that
+    it predicts: the expert choice for a token is paid when that token is fed in. So the first token of a row counts,
+    although nothing predicts it.
     """
     mask = batch["labels"] != IGNORED
     if "attention_mask" in batch:
@@ -102,191 +142,314 @@ def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
 def calibration_batches(
     dataset: Dataset[Any], num_tokens: int, batch_size: int, collator: Any
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of rows spread evenly over `dataset` until `num_tokens` tokens or the data set are used up."""
+    """Batches of rows spread evenly over `dataset`, `num_tokens` tokens in all (prompts included) or all there are.
+
+    Spread, because rows in the order of their source begin with a few documents on one subject. With rows of
+    different lengths the number of tokens is an estimate from 256 of them.
+
+    Raises:
+        ValueError: if the data set is empty.
+    """
     total = len(dataset)  # type: ignore[arg-type]
-    length = max(1, len(dataset[0]["input_ids"]))
-    wanted = min(total, max(1, -(-num_tokens // length)))
+    if total == 0:
+        raise ValueError("dataset must hold at least one row, got 0 rows")
+    probes = min(256, total)
+    tokens = max(1, sum(len(dataset[index * total // probes]["input_ids"]) for index in range(probes)))
+    wanted = min(total, max(1, -(-num_tokens * probes // tokens)))
     picks = [index * total // wanted for index in range(wanted)]
     for start in range(0, wanted, batch_size):
         yield collator([dataset[index] for index in picks[start : start + batch_size]])
 
 
-def load_lm_datasets(config: DataConfig, tokenizer: Any, max_length: int | None = None) -> LmDatasets:
-    """Reads, splits and tokenises the text of a `DataConfig`.
+def load_lm_datasets(
+    config: DataConfig, tokenizer: Any, max_length: int | None = None, *, progress: bool = True
+) -> LmDatasets:
+    """Reads, splits and tokenises the text of a `DataConfig`; the same settings and tokenizer give the same rows.
 
-    Plain text is packed: documents in a seeded order, each closed by the end-of-text token, cut into rows of
-    `sequence_length` tokens. The last partial row is dropped in training and kept in the held-out part. Completions
-    and chats keep one row each, cut on the left if they are too long.
+    Plain text is packed: documents, training ones in a seeded order, each closed by the end-of-text token, are cut
+    into rows of `sequence_length` tokens. The last partial row is dropped in training; in the held-out part it is
+    padded with labels of -100, so that every token is in one row once.
+
+    Completions and chats are packed whole, next to each other: `position_ids` start from 0 in each, by which
+    transformers keeps attention within each (sdpa and eager; flash attention in batches of one row only, so take
+    `pack=False` there), and the first label of each is -100. A prompt that is too long loses its beginning, a
+    completion its end, a chat its beginning. With `pack=False` every document has rows of its own.
 
     Args:
         config: where the text is.
         tokenizer: a transformers tokenizer with an end-of-text token.
-        max_length: longest sequence the model takes.
+        max_length: longest sequence the model takes, its `max_position_embeddings`.
+        progress: whether to show progress bars.
 
     Raises:
         ValueError: for missing files or fields, unknown formats, empty data, or rows longer than the model takes.
     """
-    if max_length is not None and config.sequence_length > max_length:
-        raise ValueError(
-            f"sequence_length must be at most {max_length} for this model, got sequence_length={config.sequence_length}"
-        )
+    check_sequence_length(config, max_length)
     if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an end-of-text token, got eos_token=None")
-    train = read_documents(config.train, config)
+        raise ValueError("tokenizer must have an end-of-text token, got eos_token=None; set tokenizer.eos_token")
+    documents = read_documents(config.sources, config)
+    info: dict[str, Any] = {"train_source": config.train, "validation_source": config.validation, "kind": config.kind}
     if config.validation is None:
-        train, held_out = _split_documents(train, config)
+        train, held_out = split_documents(documents, config)
+        # A single text that was cut in two counts one more after the split than before.
+        info["copies_removed"] = max(0, len(documents) - len(train) - len(held_out))
     else:
-        held_out = read_documents(config.validation, config)
+        train, held_out = documents, read_documents(config.validation, config, config.validation_split)
+        _warn_of_shared(train, held_out)
     order = np.random.default_rng(config.data_seed).permutation(len(train))
+    encoder = _Encoder(config, tokenizer, progress)
     rows = {
-        "train": _rows([train[i] for i in order], config, tokenizer, config.max_train_tokens, drop_last=True),
-        "validation": _rows(held_out, config, tokenizer, config.max_validation_tokens, drop_last=False),
+        "train": encoder.rows([train[i] for i in order], "train", config.max_train_tokens),
+        "validation": encoder.rows(held_out, "validation", config.max_validation_tokens),
     }
-    info: dict[str, Any] = {"train_source": config.train, "kind": config.kind}
-    for name, documents in (("train", train), ("validation", held_out)):
-        if len(rows[name]) == 0:
+    for part, texts in (("train", train), ("validation", held_out)):
+        info[part] = {"documents": len(texts), **rows[part][1], "sha256": _digest(texts)}
+    return LmDatasets(rows["train"][0], rows["validation"][0], info)
+
+
+def _digest(documents: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for index, document in enumerate(documents):
+        digest.update((b"\0" if index else b"") + json.dumps(document).encode())
+    return digest.hexdigest()
+
+
+def _warn_of_shared(train: list[Any], held_out: list[Any]) -> None:
+    known = {document_key(document) for document in train}
+    shared = sum(document_key(document) in known for document in held_out)
+    if shared:
+        warnings.warn(f"{shared} of {len(held_out)} held-out documents are also in the training data", stacklevel=3)
+
+
+class _Encoder:
+    """Turns documents into rows of tokens."""
+
+    def __init__(self, config: DataConfig, tokenizer: Any, progress: bool):
+        self.config, self.tokenizer, self.progress = config, tokenizer, progress
+        self.eos = tokenizer.eos_token_id
+        # What the tokenizer puts before a text by itself, for example its begin-of-text token.
+        bare, full = self.encode(["a"])[0].tolist(), tokenizer("a")["input_ids"]
+        starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+        self.prefix = np.array(full[: starts[0]] if starts else [], dtype=np.int32)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, without special tokens of the tokenizer's own."""
+        found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
+
+    def rows(self, documents: list[Any], part: str, limit: int | None) -> tuple[datasets.Dataset, dict[str, Any]]:
+        """The rows of the `part` named train or validation, of at most `limit` tokens, and their counts."""
+        counts = {"dropped_tokens": 0, "truncated_documents": 0, "unlabelled_documents": 0}
+        text = self.config.kind == "text"
+        examples = list(self._text(documents, limit, part) if text else self._labelled(documents, limit, part, counts))
+        tokens = sum(len(ids) for ids, _ in examples)
+        if text and self.config.pack:
+            columns, offsets = self._blocks(examples, keep_rest=part == "validation")
+            counts["dropped_tokens"] = max(0, tokens - len(columns["input_ids"]))
+        else:
+            columns, offsets = self._whole(examples)
+        if len(offsets) < 2:
             raise ValueError(
-                f"{name} data must fill at least one row of sequence_length={config.sequence_length} tokens, got "
-                f"{len(documents)} documents with fewer; give more text or a smaller sequence_length"
+                f"{part} data must fill at least one row of sequence_length={self.config.sequence_length} tokens, got "
+                f"{len(documents)} documents with {tokens} tokens to train; give more, or lower sequence_length"
             )
-        digest = hashlib.sha256("\0".join(json.dumps(document) for document in documents).encode()).hexdigest()
-        tokens = int(sum(len(row) for row in rows[name].input_ids))
-        info[name] = {"documents": len(documents), "tokens": tokens, "sha256": digest}
-    return LmDatasets(rows["train"], rows["validation"], info)
+        for what, count in counts.items():
+            if count and what != "dropped_tokens":
+                warnings.warn(f"{what.replace('_', ' ')} in the {part} data: {count} of {len(documents)}", stacklevel=3)
+        digest = hashlib.sha256()
+        for name in sorted(columns):
+            digest.update(columns[name])
+        found = {
+            "rows": len(offsets) - 1,
+            "tokens": tokens - (counts["dropped_tokens"] if text else 0),
+            "trained_tokens": int((columns["labels"] != IGNORED).sum()),
+            **counts,
+            "rows_sha256": digest.hexdigest(),
+        }
+        return _dataset(columns, offsets, digest.hexdigest()), found
 
+    def _text(self, documents: list[str], limit: int | None, part: str) -> Iterator[Example]:
+        """Documents between the tokenizer's begin-of-text token and the end-of-text token, cut off at the limit."""
+        pieces = [piece for document in documents for piece in _pieces(document)]
+        held: list[np.ndarray] = []
+        room = limit if limit is not None else np.iinfo(np.int64).max
+        for batch in self._batches(pieces, lambda piece: len(piece[0]), part):
+            for ids, (_, first, last) in zip(self.encode([piece[0] for piece in batch]), batch, strict=True):
+                held += [self.prefix, ids] if first else [ids]
+                if not last and sum(map(len, held)) < room:
+                    continue
+                closed = len(ids) > 0 and ids[-1] == self.eos
+                document = np.concatenate(held if closed else [*held, np.array([self.eos], dtype=np.int32)])[:room]
+                held, room = [], room - len(document)
+                yield document, document
+                if room == 0:
+                    return
 
-def read_documents(source: str, config: DataConfig) -> list[Any]:
-    """All documents of a source: strings, or for completions and chats dicts with the configured fields."""
-    if source in BUILTIN_TEXTS and config.format in ("auto", "builtin"):
-        return list(BUILTIN_TEXTS[source]())
-    import datasets
+    def _labelled(
+        self, documents: list[Any], limit: int | None, part: str, counts: dict[str, int]
+    ) -> Iterator[Example]:
+        """Completions or chats of at most `sequence_length` tokens, until the next one would exceed the limit."""
+        encode = self._completions if self.config.kind == "completion" else self._chats
+        total = 0
+        for batch in self._batches(documents, lambda document: len(json.dumps(document)), part):
+            for (ids, labels), too_long in encode(batch):
+                if not (labels[1:] != IGNORED).any():
+                    counts["unlabelled_documents"] += 1
+                    continue
+                total += len(ids)
+                if limit is not None and total > limit:
+                    return
+                counts["dropped_tokens"] += too_long
+                counts["truncated_documents"] += too_long > 0
+                yield ids, labels
 
-    paths = sorted(glob.glob(str(Path(source).expanduser()), recursive=True))  # noqa: PTH207, takes absolute patterns
-    if config.format == "hub" or (config.format == "auto" and not paths and _looks_like_hub_name(source)):
-        table = datasets.load_dataset(source, config.name, split=config.split)
-    else:
-        if not paths:
-            raise ValueError(_not_found(source))
-        loader = _LOADERS[_format_of(paths[0]) if config.format == "auto" else config.format]
-        options = {"sample_by": "document"} if loader == "text" else {}
-        table = datasets.load_dataset(loader, data_files=paths, split="train", **options)
-    documents = _pick_fields(table, config)
-    if not documents:
-        raise ValueError(f"data must hold at least one document, got none in {source}")
-    return documents
+    def _batches(self, items: list[Any], size: Callable[[Any], int], part: str) -> Iterable[list[Any]]:
+        """Items in batches of about `BATCH_CHARS`, behind a progress bar."""
+        ends = np.cumsum([size(item) for item in items]) // BATCH_CHARS
+        bounds = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(items)]
+        batches = [items[start:end] for start, end in pairwise(bounds)]
+        return track(batches, f"tokenising {part} text", disable=not self.progress, transient=True)
 
+    def _completions(self, documents: list[dict[str, str]]) -> Iterator[tuple[Example, int]]:
+        """Prompt and completion with the end-of-text token; labels on the latter."""
+        length, field = self.config.sequence_length, self.config.completion_field
+        prompts = self.encode([document[self.config.prompt_field] or "" for document in documents])
+        completions = self.encode([document[field] for document in documents])
+        for prompt, completion in zip(prompts, completions, strict=True):
+            whole = np.append(completion, np.int32(self.eos))
+            kept = whole[:length]
+            head = self.prefix[: length - len(kept)]
+            tail = prompt[max(0, len(prompt) - (length - len(kept) - len(head))) :]
+            ids = np.concatenate([head, tail, kept])
+            labels = np.concatenate([np.full(len(head) + len(tail), IGNORED, dtype=np.int32), kept])
+            yield (ids, labels), len(self.prefix) + len(prompt) + len(whole) - len(ids)
 
-def _pick_fields(table: Any, config: DataConfig) -> list[Any]:
-    names = {
-        "text": [config.text_field],
-        "completion": [config.prompt_field, config.completion_field],
-        "chat": [config.messages_field],
-    }[config.kind]
-    for name in names:
-        if name not in table.column_names:
+    def _chats(self, documents: list[dict[str, Any]]) -> Iterator[tuple[Example, int]]:
+        """Chats as the tokenizer's template writes them; labels on the assistant's turns and their closing marks."""
+        chats = [self._messages(document) for document in documents]
+        length = self.config.sequence_length
+        for ids, trained in zip(*self._assistant_tokens(chats), strict=True):
+            tokens = np.array(ids, dtype=np.int32)
+            labels = np.where(np.array(trained, dtype=bool), tokens, np.int32(IGNORED))
+            yield (tokens[-length:], labels[-length:]), max(0, len(tokens) - length)
+
+    def _messages(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+        field = self.config.messages_field
+        # Arrow fills the fields that only some messages have with None.
+        messages = [{k: v for k, v in message.items() if v is not None} for message in document[field]]
+        for message in messages:
+            if "role" not in message or not {"content", "tool_calls"} & set(message):
+                raise ValueError(f"{field} must hold messages with role and content, got one with {', '.join(message)}")
+        return messages
+
+    def _assistant_tokens(self, chats: list[list[dict[str, Any]]]) -> tuple[list[Any], list[Any]]:
+        """Token ids of each chat, and which of them the assistant says."""
+        if not self.tokenizer.chat_template:
             raise ValueError(
-                f"the data must have a field {name!r} for kind={config.kind}, got the fields "
-                f"{', '.join(table.column_names)}; name yours with the matching *_field option"
+                "tokenizer must have a chat template for kind=chat, got chat_template=None; use an instruction-tuned "
+                "model's tokenizer, set tokenizer.chat_template, or use kind=completion"
             )
-    if config.kind == "text":
-        return [text for text in table[names[0]] if text and text.strip()]
-    return [{name: row[name] for name in names} for row in table]
-
-
-def _split_documents(documents: list[Any], config: DataConfig) -> tuple[list[Any], list[Any]]:
-    """Splits whole documents by a seeded draw; a single text is cut at its end instead."""
-    if len(documents) == 1 and isinstance(documents[0], str):
-        cut = int(len(documents[0]) * (1 - config.validation_fraction))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    count = max(1, round(len(documents) * config.validation_fraction))
-    if count >= len(documents):
-        raise ValueError(f"data must hold at least two documents to split off held-out text, got {len(documents)}")
-    held_out = set(np.random.default_rng(config.data_seed).permutation(len(documents))[:count].tolist())
-    train = [document for i, document in enumerate(documents) if i not in held_out]
-    return train, [documents[i] for i in sorted(held_out)]
-
-
-def _rows(documents: list[Any], config: DataConfig, tokenizer: Any, limit: int | None, drop_last: bool) -> TokenRows:
-    if config.kind == "text":
-        return _packed_rows(documents, config.sequence_length, tokenizer, limit, drop_last)
-    encode = _encode_completion if config.kind == "completion" else _encode_chat
-    ids, labels, total = [], [], 0
-    for document in documents:
-        row_ids, row_labels = encode(document, config, tokenizer)
-        row_ids, row_labels = row_ids[-config.sequence_length :], row_labels[-config.sequence_length :]
-        total += len(row_ids)
-        if limit is not None and total > limit:
-            break
-        ids.append(np.array(row_ids, dtype=np.int32))
-        labels.append(np.array(row_labels, dtype=np.int32))
-    return TokenRows(ids, labels)
-
-
-def _packed_rows(documents: list[str], length: int, tokenizer: Any, limit: int | None, drop_last: bool) -> TokenRows:
-    parts: list[np.ndarray] = []
-    total = 0
-    for start in range(0, len(documents), 256):
-        for ids in tokenizer(documents[start : start + 256])["input_ids"]:
-            if not ids or ids[-1] != tokenizer.eos_token_id:
-                ids = [*ids, tokenizer.eos_token_id]
-            parts.append(np.array(ids, dtype=np.int32))
-            total += len(ids)
-        if limit is not None and total >= limit:
-            break
-    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    tokens = tokens[:limit]
-    whole = len(tokens) // length
-    rows = list(tokens[: whole * length].reshape(-1, length))
-    if not drop_last and len(tokens) - whole * length > 1:
-        rows.append(tokens[whole * length :])
-    return TokenRows(rows, rows)
-
-
-def _encode_completion(document: dict[str, str], config: DataConfig, tokenizer: Any) -> tuple[list[int], list[int]]:
-    prompt = tokenizer(document[config.prompt_field])["input_ids"]
-    completion = tokenizer(document[config.completion_field], add_special_tokens=False)["input_ids"]
-    completion = [*completion, tokenizer.eos_token_id]
-    return [*prompt, *completion], [IGNORED] * len(prompt) + completion
-
-
-def _encode_chat(document: dict[str, Any], config: DataConfig, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of a chat; labels on what each assistant turn adds to the rendered text before it."""
-    if not tokenizer.chat_template:
-        raise ValueError("tokenizer must have a chat template for kind=chat, got none; use kind=completion instead")
-    messages = document[config.messages_field]
-    ids: list[int] = []
-    labels: list[int] = []
-    for count, message in enumerate(messages, start=1):
-        rendered = _render(tokenizer, messages[:count])
-        if message["role"] == "assistant":
-            opening = _render(tokenizer, messages[: count - 1], add_generation_prompt=True)
-            labels += [IGNORED] * (len(opening) - len(labels)) + rendered[len(opening) :]
-        ids = rendered
-        labels += [IGNORED] * (len(ids) - len(labels))
-    return ids, labels[: len(ids)]
-
-
-def _render(tokenizer: Any, messages: list[Any], **options: Any) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _format_of(path: str) -> str:
-    ending = Path(path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zst")).suffix.lstrip(".")
-    if ending not in _FORMATS:
-        raise ValueError(
-            f"format must be given for files that end in .{ending}: one of {', '.join(_LOADERS)}, got {path}"
+        if not self.tokenizer.is_fast:
+            raise ValueError("tokenizer must be a fast one for kind=chat, got a slow one; use kind=completion")
+        rendered = [self._assistant_spans(chat) for chat in chats]
+        found = self.tokenizer(
+            [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-    return _FORMATS[ending]
+        masks = []
+        for offsets, (_, spans) in zip(found["offset_mapping"], rendered, strict=True):
+            starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+            inside = [(starts < end) & (ends > start) for start, end in spans]
+            masks.append(np.any(inside, axis=0) if inside else np.zeros(len(starts), dtype=bool))
+        return found["input_ids"], masks
+
+    def _assistant_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """A chat as text, and from which character to which the assistant speaks in it.
+
+        Between the template's generation tags if it has them, else what each turn adds to the text before it.
+        """
+
+        def render(count: int, **options: Any) -> str:
+            return self.tokenizer.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
+
+        whole = render(len(messages))
+        # Not by return_assistant_tokens_mask: where a turn ends with a space that no token's offsets hold, its mask
+        # goes on to the end of the chat (transformers 5.23).
+        marked = GENERATION_TAG.sub(rf"{{%\1 if true %}}{MARK}{{% endif \2%}}", self.tokenizer.get_chat_template())
+        parts = render(len(messages), chat_template=marked).split(MARK)
+        if len(parts) > 1 and "".join(parts) == whole:
+            bounds = np.cumsum([len(part) for part in parts]).tolist()
+            return whole, list(zip(bounds[::2], bounds[1::2], strict=False))
+        spans = []
+        for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            before, after = render(index, add_generation_prompt=True), render(index + 1)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise ValueError(
+                    "the chat template must write the beginning of a chat as it writes it in the whole chat, got one "
+                    f"that changes turn {index + 1} of {len(messages)}; mark the assistant's text in the template with "
+                    "{% generation %}, or give chats with one answer each"
+                )
+            spans.append((len(before), len(after)))
+        return whole, spans
+
+    def _blocks(self, examples: list[Example], keep_rest: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """All tokens one after the other in rows of `sequence_length`: columns, and the offsets of the rows [R + 1]."""
+        length = self.config.sequence_length
+        ids = np.concatenate([example[0] for example in examples]) if examples else np.empty(0, dtype=np.int32)
+        labels, rest = ids, len(ids) % length
+        if rest and keep_rest:
+            pad = self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+            labels = np.pad(ids, (0, length - rest), constant_values=IGNORED)
+            ids = np.pad(ids, (0, length - rest), constant_values=pad)
+        elif rest:
+            ids = labels = ids[:-rest]
+        return {"input_ids": ids, "labels": labels}, np.arange(0, len(ids) + 1, length)
+
+    def _whole(self, examples: list[Example]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Every document in rows of its own, or as many whole ones as fit next to each other: columns and offsets."""
+        length, pack = self.config.sequence_length, self.config.pack
+        if not examples:
+            return {}, np.zeros(1, dtype=np.int64)
+        ids, labels = (np.concatenate([example[i] for example in examples]) for i in (0, 1))
+        ends = np.cumsum([len(example[0]) for example in examples])
+        starts = np.concatenate([[0], ends[:-1]])
+        columns = {"input_ids": ids, "labels": labels}
+        if not pack:
+            # Only plain text can be longer than a row.
+            offsets = [row for start, end in zip(starts, ends, strict=True) for row in range(start, end, length)]
+            return columns, np.array([*offsets, ends[-1]])
+        # What stands before an example in its row belongs to another one and must not predict its first token.
+        labels[starts] = IGNORED
+        columns["position_ids"] = (np.arange(len(ids)) - np.repeat(starts, ends - starts)).astype(np.int32)
+        offsets = [0]
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            if end - offsets[-1] > length:
+                offsets.append(start)
+        return columns, np.array([*offsets, ends[-1]])
 
 
-def _looks_like_hub_name(source: str) -> bool:
-    return not Path(source).suffix and not source.startswith((".", "/", "~")) and source.count("/") <= 1
+def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """A text in pieces of at most `PIECE_CHARS`, with whether each is the first and the last.
+
+    Cuts are before the space in front of a word, where tokenisers of words cut as well; else after a line.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        window = text[start : start + PIECE_CHARS]
+        near_end = max(1, len(window) - 1000)
+        gaps = [near_end + match.end() for match in WORD_GAP.finditer(window[near_end:])]
+        cut = gaps[-1] if gaps else window.rfind("\n") + 1 or len(window)
+        yield window[:cut], start == 0, False
+        start += cut
+    yield text[start:], start == 0, True
 
 
-def _not_found(source: str) -> str:
-    folder = Path(source).expanduser().parent
-    names: Iterable[str] = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    near = difflib.get_close_matches(Path(source).name, list(names), n=3)
-    hint = f"; near it are {', '.join(near)}" if near else ""
-    return f"data must be an existing file, glob or hub data set, got {source}, which matches nothing{hint}"
+def _dataset(columns: Mapping[str, np.ndarray], offsets: np.ndarray, fingerprint: str) -> datasets.Dataset:
+    """A data set in torch format whose row i holds the values from `offsets[i]` to `offsets[i + 1]` of each column."""
+    import datasets
+    import pyarrow
+
+    bounds = pyarrow.array(offsets.astype(np.int32))
+    table = {name: pyarrow.ListArray.from_arrays(bounds, pyarrow.array(values)) for name, values in columns.items()}
+    rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(table)), fingerprint=fingerprint[:16])
+    rows.set_format("torch")
+    return rows

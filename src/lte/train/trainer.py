@@ -28,6 +28,7 @@ from lte.train.sparsity_controller import (
 CONTROL_STATE_FILE = "lte_control.json"
 LOG_NAMES = {
     "task_loss": "task",
+    "distillation_loss": "kl",
     "efficiency_loss": "eff",
     "separability_loss": "sep",
     "eta": "eta",

@@ -108,7 +108,7 @@ def train_two_stage(
 def masked_batches(
     model: nn.Module, dataset: Dataset[Any], num_tokens: int, batch_size: int, collator: Any
 ) -> list[Batch]:
-    """The first `num_tokens` tokens of `dataset` on the model's device, each batch with its `token_mask`."""
+    """About `num_tokens` tokens spread over `dataset`, on the model's device, each batch with its `token_mask`."""
     device = next(model.parameters()).device
     batches: list[Batch] = []
     for batch in calibration_batches(dataset, num_tokens, batch_size, collator):
