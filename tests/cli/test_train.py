@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import lte
 from lte.train.trainer import LteTrainer
 from tests.cli.conftest import SHORT
+from tests.processes import run_processes
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -52,6 +53,15 @@ def test_a_yaml_file_does_what_flags_do_and_flags_override_it(
     result = run("train", "--config", config, "--output", tmp_path / "out", "--stage1-steps", 6)
     assert result.exit_code == 0, result.output
     assert same(state(tmp_path / "out"), state(trained[0]))
+
+
+def test_of_two_processes_one_writes_the_folder(dense_folder: Path, trained: Any, tmp_path: Path) -> None:
+    shared = [*SHORT, "--batch-size", "2"]
+    said = run_processes(2, "lte", "train", "--model", dense_folder, "--output", tmp_path / "out", *shared)
+    assert said.count("Saved to") == 1
+    mine, theirs = state(tmp_path / "out"), state(trained[0])
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 class TestSettingsFile:

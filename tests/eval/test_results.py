@@ -119,6 +119,11 @@ def test_no_commit_outside_a_tree_or_in_somebody_elses(repository: Path, tmp_pat
     assert git_commit(repository / "missing") is None
 
 
+def test_a_copy_without_history_can_be_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("LTE_GIT_COMMIT", "abc")
+    assert git_commit(tmp_path) == "abc"
+
+
 def test_json_is_valid_whatever_the_numbers(tmp_path: Path) -> None:
     data = {
         "nan": float("nan"),

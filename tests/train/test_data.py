@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lte.train import data as data_module
+from lte.train import encoding
 from lte.train.data import (
     DataConfig,
     LmCollator,
@@ -215,9 +215,9 @@ class TestText:
 
     def test_pieces_and_batches_of_long_documents_change_nothing(self, monkeypatch, byte_tokenizer):
         topics = read_documents("pydoc-topics", DataConfig())[:12]
-        monkeypatch.setattr(data_module, "PIECE_CHARS", 2000)
-        monkeypatch.setattr(data_module, "BATCH_CHARS", 5000)
-        encoder = data_module._Encoder(DataConfig(), byte_tokenizer, progress=False)
+        monkeypatch.setattr(encoding, "PIECE_CHARS", 2000)
+        monkeypatch.setattr(encoding, "BATCH_CHARS", 5000)
+        encoder = encoding.Encoder(DataConfig(), byte_tokenizer, progress=False)
         found = [ids.tolist() for ids, _ in encoder._text(topics, None, "train")]
         assert max(map(len, topics)) > 10_000
         assert found == [[*byte_tokenizer(topic)["input_ids"], 0] for topic in topics]

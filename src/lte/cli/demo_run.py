@@ -21,7 +21,7 @@ from lte.cli.demo_budget import Budget, time_step, timed
 from lte.cli.demo_text import EXPLANATION, PROMPT, report_notes, result_table
 from lte.cli.eval import evaluation_record, max_positions
 from lte.cli.generate import describe_use, encode_prompt, generate_ids
-from lte.cli.models import device, held_out_batches, load_any_model, measurement_summary, save_folder
+from lte.cli.models import held_out_batches, load_any_model, measurement_summary, save_folder
 from lte.config import LteConfig
 from lte.eval.perplexity import evaluate_model
 from lte.eval.sparsity import SparsityMeasurement, measure_sparsity
@@ -31,6 +31,7 @@ from lte.report.markdown import write_demo_report
 from lte.train.config import TrainConfig
 from lte.train.data import LmCollator, load_lm_datasets
 from lte.train.data_config import DataConfig
+from lte.train.processes import training_device
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.two_stage import TrainingSummary, masked_batches, train_two_stage
 
@@ -136,7 +137,7 @@ class Demo:
     def evaluate(self, model: Any, name: str, summary: TrainingSummary | None = None) -> Any:
         """Records and prints the perplexity of a model on the held-out text; returns its routing."""
         seconds = time.monotonic()
-        with torch.autocast(device().type, torch.bfloat16):
+        with torch.autocast(training_device().type, torch.bfloat16):
             perplexity, measurement = evaluate_model(model, self.batches)
         self.records[name] = evaluation_record(
             model,
@@ -171,7 +172,7 @@ class Demo:
             f"{ffn.num_neurons // ffn.num_experts} neurons. Routers start from a fit to the experts' norms.",
             highlight=False,
         )
-        with torch.autocast(device().type, torch.bfloat16):
+        with torch.autocast(training_device().type, torch.bfloat16):
             fit_routers_(model, masked_batches(model, self.data.train, FIT_TOKENS, BATCH_SIZE, self.collator))
             batches = masked_batches(model, self.data.train, FIT_TOKENS // 2, BATCH_SIZE, self.collator)
             calibrate_thresholds_(model, batches, self.target_sparsity, rounds=2)
@@ -207,10 +208,10 @@ class Demo:
         """
         loaded = load_any_model(str(self.output))
         model.eval()
-        ids = self.batches[0]["input_ids"].to(device())
+        ids = self.batches[0]["input_ids"].to(training_device())
         with torch.no_grad():
             equal = torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
-        with torch.autocast(device().type, torch.bfloat16):
+        with torch.autocast(training_device().type, torch.bfloat16):
             again = measure_sparsity(loaded, self.batches)
         if not equal or again != measurement:
             raise RuntimeError(f"the folder {self.output} computes something else than the model that was saved")

@@ -16,6 +16,7 @@ from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.dense import load_dense_model
 from lte.hf.families import family_of
 from lte.train.data import LmCollator, TokenRows
+from lte.train.processes import training_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,11 +27,6 @@ def quiet_transformers() -> None:
     logging.set_verbosity_warning()
     logging.get_logger("transformers.trainer_utils").setLevel(logging.ERROR)
     logging.disable_progress_bar()
-
-
-def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_config(name_or_path: str) -> Any:
@@ -74,7 +70,7 @@ def load_any_model(name_or_path: str, dtype: str = "float32") -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
     else:
         model = load_dense_model(name_or_path, DTYPES[dtype])
-    return model.to(device()).eval()
+    return model.to(training_device()).eval()
 
 
 def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from lte.cli.training_run import TrainingRun
 from lte.config import LteConfig, check_choice
 from lte.train.config import TrainConfig
 from lte.train.data_config import DataConfig
+from lte.train.processes import is_main_process
 
 Stages = Literal["both", "1", "2"]
 RUN_FILE = "run.yaml"
@@ -75,10 +76,10 @@ def train(
     Example: `lte train --model HuggingFaceTB/SmolLM2-135M --train my-text.jsonl --output out --target-sparsity 0.5`
 
     Without `--train` it learns on a small text that comes with Python. After an interruption: `lte train --resume
-    --output out`
+    --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`
     """
     quiet_transformers()
-    console = Console()
+    console = Console(quiet=not is_main_process())
     values = merge_settings(given, config)
     run = build(RunConfig, values)
     output = Path(run.output).expanduser()
@@ -93,8 +94,9 @@ def train(
         train_config=build(TrainConfig, values),
         given=frozenset(values),
     )
-    check_output(output, run.resume)
-    write_run_file(output, values)
+    if is_main_process():
+        check_output(output, run.resume)
+        write_run_file(output, values)
     try:
         training.execute(console)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import lte
 from lte.cli.eval import evaluation_record, max_positions
-from lte.cli.models import device, held_out_batches, is_lte, load_any_model, load_config
+from lte.cli.models import held_out_batches, is_lte, load_any_model, load_config
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
 from lte.config import LteConfig
 from lte.eval.perplexity import evaluate_model
@@ -20,6 +20,7 @@ from lte.hf.install import sparse_ffns
 from lte.train.config import TrainConfig
 from lte.train.data import LmCollator, LmDatasets, calibration_batches, load_lm_datasets
 from lte.train.data_config import DataConfig
+from lte.train.processes import is_main_process, training_device
 from lte.train.two_stage import train_two_stage
 
 GROUPING_TOKENS = 16384
@@ -44,7 +45,7 @@ class TrainingRun:
     given: frozenset[str]
 
     def execute(self, console: Console) -> dict[str, Any]:
-        """Trains, measures, saves; returns the result record.
+        """Trains, measures, saves; returns the result record. Of several processes the first one saves.
 
         Raises:
             ValueError: if the settings do not fit the model, or each other.
@@ -52,11 +53,11 @@ class TrainingRun:
         check_start(self)
         tokenizer = load_tokenizer(self.model)
         model = load_any_model(self.model)
-        data = load_lm_datasets(self.data_config, tokenizer, max_positions(model))
+        data = load_lm_datasets(self.data_config, tokenizer, max_positions(model), progress=is_main_process())
         batches = held_out_batches(data.validation, self.train_config.batch_size, tokenizer.pad_token_id)
         sizes = f"{data.info['train']['tokens']} training tokens, {data.info['validation']['tokens']} held out"
         console.print(f"Data: {self.data_config.train}, {sizes}.", highlight=False)
-        before, _ = evaluate_model(model, batches)
+        before, _ = evaluate_model(model, batches, progress=is_main_process())
         console.print(f"Perplexity before training: {before.perplexity:.3f}.", highlight=False)
         model = self._sparse(model, data, tokenizer)
         summary = train_two_stage(
@@ -71,7 +72,7 @@ class TrainingRun:
         )
         if self.train_config.recipe == "dense":
             lte.densify_(model)
-        after, measurement = evaluate_model(model.to(device()), batches)
+        after, measurement = evaluate_model(model.to(training_device()), batches, progress=is_main_process())
         found = evaluation_record(
             model,
             after,
@@ -81,9 +82,10 @@ class TrainingRun:
             wall_time_s=summary.wall_time_s,
             perplexity_before=before.perplexity,
         )
-        outcome = Outcome(found, measurement, summary)
-        save_outcome(model, tokenizer, self.output, outcome)
-        print_outcome(console, self.output, self.stages, outcome)
+        if is_main_process():
+            outcome = Outcome(found, measurement, summary)
+            save_outcome(model, tokenizer, self.output, outcome)
+            print_outcome(console, self.output, self.stages, outcome)
         return found
 
     def _record_fields(self, data_info: dict[str, Any]) -> dict[str, Any]:

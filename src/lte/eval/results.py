@@ -85,17 +85,18 @@ def git_commit(folder: str | Path | None = None) -> str | None:
 
     Returns:
         The full hash, or `None` if `folder` is not tracked by git: an installed lte in an environment that
-        lies in somebody else's repository is not of that repository's commit.
+        lies in somebody else's repository is not of that repository's commit. The environment variable
+        `LTE_GIT_COMMIT` says it where a copy of the tree came without its history.
     """
     place = Path(folder) if folder is not None else Path(__file__).resolve().parents[1]
     try:
         if not _git(place, "ls-files"):
-            return None
+            return os.environ.get("LTE_GIT_COMMIT")
         commit = _git(place, "rev-parse", "HEAD")
         changed = _git(place, "status", "--porcelain", "--untracked-files=no")
         return f"{commit}-dirty" if changed or _git(place, "status", "--porcelain", ".") else commit
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("LTE_GIT_COMMIT")
 
 
 def _git(folder: Path, *arguments: str) -> str:

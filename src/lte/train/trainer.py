@@ -171,7 +171,8 @@ class LteTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of all terms since the last entry, eta, and the target sparsity."""
         if "loss" in logs and self.sums:
-            logs.update({key: float(total / count) for key, (total, count) in self.sums.items()})
+            means = torch.stack([torch.as_tensor(total) / count for total, count in self.sums.values()])
+            logs.update(zip(self.sums, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
             logs.update(eta=self.eta, target_sparsity=self.target_at_step(), stage=self.stage.number)
             self.sums.clear()
         super().log(logs, start_time)

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from lte.hf.install import require_sparse_ffns
 from lte.train.config import Stage, TrainConfig, stages_of
 from lte.train.data import LmCollator, calibration_batches, token_mask
+from lte.train.processes import training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
 from lte.train.trainer import CONTROL_STATE_FILE, LteTrainer
 
@@ -133,7 +134,7 @@ def _run_stage(
         return record
     checkpoint = _newest_complete_checkpoint(folder)
     if stage.number == 1 and checkpoint is None and config.router_fit_tokens and config.holds_target:
-        model.to(_training_device())
+        model.to(training_device())
         batches = masked_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator)
         with _autocast(config):
             fit_routers_(model, batches)
@@ -149,7 +150,7 @@ def _run_stage(
         stage=stage,
         train_config=config,
         target_sparsity=model.lte_config.target_sparsity,
-        teacher=None if teacher is None else teacher.to(_training_device()),
+        teacher=None if teacher is None else teacher.to(training_device()),
         first_eta=eta,
     )
     if checkpoint is not None:
@@ -190,6 +191,8 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
         report_to=[],
         remove_unused_columns=False,
         dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+        # What a stage leaves unused is frozen.
+        ddp_find_unused_parameters=False,
         # Each stage draws its own order of the data.
         seed=config.seed + stage.number,
     )
@@ -277,11 +280,7 @@ def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
 
 def _autocast(config: TrainConfig) -> torch.autocast:
     """For the passes outside of Trainer. Never around Trainer: autocast keeps its copies of weights until it ends."""
-    return torch.autocast(_training_device().type, torch.bfloat16, enabled=config.bf16)
-
-
-def _training_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.autocast(training_device().type, torch.bfloat16, enabled=config.bf16)
 
 
 def _compile_layers_(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> None:
