@@ -5,12 +5,13 @@
 
 Reads a list of runs, does each one that has no result file yet, and writes one JSON object per run. Every number is
 measured on the folder that the run saved and loaded again. A run with `method: dense` keeps its model as the teacher
-of the runs that name it.
+of the runs that name it. Several processes with the same arguments, one per GPU (CUDA_VISIBLE_DEVICES), share the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import shutil
@@ -74,7 +75,10 @@ def batches(dataset: PackedTokens, size: int, device: torch.device, limit: int |
 
 def build(run: dict[str, Any], args: argparse.Namespace, train: PackedTokens, device: torch.device) -> Any:
     """The model that a run trains: dense and static models are wrapped too, so that one code path trains all."""
-    model = load_dense_model(args.work / run["start"] if run.get("start") else args.model).to(device)
+    start = args.work / run["start"] if run.get("start") else args.model
+    while run.get("start") and not (start / "config.json").exists():
+        time.sleep(1)  # another process trains it
+    model = load_dense_model(start).to(device)
     target = run.get("target_sparsity", 0.0)
     if run["method"] == "static":
         config = StaticPruningConfig(target_sparsity=target)
@@ -83,7 +87,8 @@ def build(run: dict[str, Any], args: argparse.Namespace, train: PackedTokens, de
     options = {key: value for key, value in run.items() if key in lte_fields and key != "target_sparsity"}
     if run["method"] != "lte":
         options, target = {"grouping": "contiguous"}, 0.0
-    return lte.sparsify_(model, lte.LteConfig(target_sparsity=target, **options))
+    calibration = batches(train, 8, device, 64) if options.get("grouping") == "coactivation" else None
+    return lte.sparsify_(model, lte.LteConfig(target_sparsity=target, **options), calibration=calibration)
 
 
 def train_and_save(
@@ -186,13 +191,18 @@ def main() -> None:
     spec = yaml.safe_load(args.config.read_text())
     hashes = json.loads((args.cache / "sha256.json").read_text())
     args.output.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
     for entry in spec["runs"]:
         run = {**spec["defaults"], **entry}
         if args.only and run["name"] not in args.only:
             continue
-        if (args.output / f"{run['name']}-{TEST_FILES[-1]}.json").exists():
-            continue
-        do_run(run, args, hashes)
+        with open(args.work / f"{run['name']}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another process does it
+            if not (args.output / f"{run['name']}-{TEST_FILES[-1]}.json").exists():
+                do_run(run, args, hashes)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from lte.nn import sparse_ffn
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn, scale_experts
 
@@ -184,6 +185,30 @@ def test_scale_experts_gradcheck_to_second_order(factor: bool) -> None:
     inputs = (hidden, gate, torch.randn_like(hidden, requires_grad=True)) if factor else (hidden, gate)
     assert torch.autograd.gradcheck(scale_experts, inputs)
     assert torch.autograd.gradgradcheck(scale_experts, inputs)
+
+
+@pytest.mark.parametrize("factor", [True, False])
+@pytest.mark.parametrize("frozen_gate", [True, False])
+def test_the_compiled_form_of_scale_experts_is_the_same(monkeypatch, factor: bool, frozen_gate: bool) -> None:
+    hidden = torch.randn(2, 3, 6, requires_grad=True)
+    gate = torch.rand(2, 3, 2, requires_grad=not frozen_gate)
+    inputs = (hidden, gate, torch.randn_like(hidden, requires_grad=True)) if factor else (hidden, gate)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def run() -> list[Tensor]:
+        out = scale_experts(*inputs)
+        return [out, *torch.autograd.grad(out.square().sum(), wanted)]
+
+    plain, compiled = run(), []
+
+    def compiling(function, x):
+        compiled.append(function.__name__)
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(sparse_ffn, "_fused_on_gpu", compiling)
+    for one, other in zip(run(), plain, strict=True):
+        torch.testing.assert_close(one, other)
+    assert compiled == ["_scale_forward", "_scale_backward"]
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "gate", "factor"])
