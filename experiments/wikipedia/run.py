@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, logging
 
 import lte
 from lte.baselines.static_pruning import StaticPruningConfig, prune_static_
+from lte.config import CALIBRATED_GROUPINGS
 from lte.eval.flops import bytes_per_token, flops_per_token
 from lte.eval.perplexity import evaluate_model
 from lte.eval.results import result_record, write_json_atomic
@@ -87,7 +88,7 @@ def build(run: dict[str, Any], args: argparse.Namespace, train: PackedTokens, de
     options = {key: value for key, value in run.items() if key in lte_fields and key != "target_sparsity"}
     if run["method"] != "lte":
         options, target = {"grouping": "contiguous"}, 0.0
-    calibration = batches(train, 8, device, 64) if options.get("grouping") == "coactivation" else None
+    calibration = batches(train, 8, device, 64) if options.get("grouping") in CALIBRATED_GROUPINGS else None
     return lte.sparsify_(model, lte.LteConfig(target_sparsity=target, **options), calibration=calibration)
 
 
@@ -196,7 +197,7 @@ def main() -> None:
         run = {**spec["defaults"], **entry}
         if args.only and run["name"] not in args.only:
             continue
-        with open(args.work / f"{run['name']}.lock", "w") as lock:
+        with (args.work / f"{run['name']}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Grouping = Literal["kmeans", "coactivation", "random", "contiguous"]
+Grouping = Literal["kmeans", "coactivation", "contribution", "random", "contiguous"]
+CALIBRATED_GROUPINGS = ("coactivation", "contribution")
 FfnMode = Literal["dense", "soft", "straight_through", "hard"]
 
 CONFIG_VERSION = 1
@@ -39,8 +40,8 @@ class LteConfig:
         target_sparsity: share of FFN neurons that a token shall skip, mean over tokens and layers, in [0, 1).
         expert_size: neurons per expert; it must divide the number of FFN neurons.
         grouping: how neurons are put into experts: balanced `kmeans` on their (gate) input weights as in the
-            paper, `coactivation` on calibration text, `random`, or `contiguous` (the order of the
-            checkpoint).
+            paper, `coactivation` or `contribution` on calibration text, `random`, or `contiguous` (the order of
+            the checkpoint).
         router_rank: rank of a low-rank router D -> rank -> E; `None` is the paper's single linear layer,
             D -> E.
         threshold: tau; an expert is active where its router score exceeds it. At most 0.9, because every

@@ -152,8 +152,11 @@ def test_the_dense_control_is_a_stock_model(dense_folder: Path, run: Callable[..
     assert record["value"] == pytest.approx(record["perplexity_before"], rel=0.02)
 
 
-def test_grouping_by_coactivation_gets_its_text(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
-    flags = ["--grouping", "coactivation"]
+@pytest.mark.parametrize("grouping", ["coactivation", "contribution"])
+def test_grouping_by_activity_gets_its_text(
+    dense_folder: Path, run: Callable[..., Any], tmp_path: Path, grouping: str
+) -> None:
+    flags = ["--grouping", grouping]
     result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT, *flags)
     assert result.exit_code == 0, result.output
 

@@ -173,7 +173,7 @@ class RecordingCounts:
     seen: list[Tensor]
 
     def __init__(self, num_neurons: int):
-        self.counts = torch.rand(num_neurons, num_neurons)
+        self.gram = torch.rand(num_neurons, num_neurons)
         self.seen = []
         instances.append(self)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lte.nn.balanced_kmeans import MAX_NORM, integer_gram, partition
-from lte.nn.clustering import CoactivationCounts, check_expert_size, group_neurons, inertia
+from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons, inertia
 
-METHODS = ["kmeans", "coactivation", "random", "contiguous"]
+METHODS = ["kmeans", "coactivation", "contribution", "random", "contiguous"]
 SHAPES = [(64, 100, 32), (96, 8, 32), (100, 24, 10), (64, 7, 64), (64, 5, 1), (1536, 16, 32)]
 
 
@@ -26,17 +26,22 @@ def purity(labels, order, expert_size):
     return (grouped == grouped.mode(1, keepdim=True).values).float().mean().item()
 
 
-def counts_of(features):
-    counts = CoactivationCounts(len(features))
-    counts.update(features.T)
-    return counts.counts
+def features_of(weights, method):
+    """What `method` takes for neurons whose activations are the rows of `weights`."""
+    if method not in ("coactivation", "contribution"):
+        return weights
+    collector = (
+        CoactivationCounts(len(weights)) if method == "coactivation" else ContributionProducts(weights.norm(dim=1))
+    )
+    collector.update(weights.T)
+    return collector.gram
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("neurons", "width", "size"), SHAPES)
 def test_every_order_is_a_permutation_in_canonical_order(method, neurons, width, size):
     features = torch.randn(neurons, width)
-    order = order_of(counts_of(features) if method == "coactivation" else features, size, method)
+    order = order_of(features_of(features, method), size, method)
     assert order.dtype == torch.int64
     assert order.sort().values.equal(torch.arange(neurons))
     experts = order.view(-1, size)
@@ -169,7 +174,7 @@ def test_counts_are_those_of_neurons_that_fire_together():
     counts.update(torch.tensor([[1.0, 0.0, 0.0, -1.0]]))
     expected = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))
     expected[0, 1] = expected[1, 0] = expected[0, 3] = expected[3, 0] = 1
-    assert counts.counts.equal(expected)
+    assert counts.gram.equal(expected)
 
 
 def test_coactivation_groups_planted_sets_whatever_fires_for_every_token():
@@ -178,8 +183,29 @@ def test_coactivation_groups_planted_sets_whatever_fires_for_every_token():
     for _ in range(4):
         topic = torch.randint(0, 8, (100, 1))
         counts.update(torch.where(labels == topic, -1.0, 0.0) + 0.1 * torch.randn(100, 128))
-    assert counts.counts.diagonal().sum() == 400 * 16
-    assert purity(labels, order_of(counts.counts, 16, "coactivation"), 16) == 1
+    assert counts.gram.diagonal().sum() == 400 * 16
+    assert purity(labels, order_of(counts.gram, 16, "coactivation"), 16) == 1
+
+
+def test_contributions_group_planted_sets_of_any_scale():
+    labels = torch.arange(8).repeat_interleave(16)[torch.randperm(128)]
+    scale = torch.rand(128) + 0.5
+    products = ContributionProducts(1 / scale)
+    for _ in range(4):
+        topic = torch.randint(0, 8, (100, 1))
+        hidden = torch.where(labels == topic, -1.0, 0.2) * (1 + 0.1 * torch.randn(100, 128))
+        products.update(scale * hidden)
+    assert purity(labels, order_of(products.gram, 16, "contribution"), 16) == 1
+
+
+def test_contributions_are_the_centred_roots_of_what_neurons_add():
+    hidden, down = torch.randn(5, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    products = ContributionProducts(down.norm(dim=0))
+    products.update(hidden[:2].float())
+    products.update(hidden[2:].float())
+    added = torch.einsum("ti,di->tid", hidden, down).norm(dim=2).sqrt()
+    profiles = added - added.mean(1, keepdim=True)
+    torch.testing.assert_close(products.gram.double(), profiles.T @ profiles, rtol=1e-4, atol=1e-5)
 
 
 def test_coactivation_keeps_more_pairs_inside_experts_than_chance():
@@ -188,9 +214,9 @@ def test_coactivation_keeps_more_pairs_inside_experts_than_chance():
     counts.update(hidden.relu())
 
     def inside(order):
-        return counts.counts[order][:, order].view(8, 32, 8, 32).diagonal(dim1=0, dim2=2).sum()
+        return counts.gram[order][:, order].view(8, 32, 8, 32).diagonal(dim1=0, dim2=2).sum()
 
-    assert inside(order_of(counts.counts, 32, "coactivation")) > 1.5 * inside(order_of(counts.counts, 32, "random"))
+    assert inside(order_of(counts.gram, 32, "coactivation")) > 1.5 * inside(order_of(counts.gram, 32, "random"))
 
 
 def test_partition_splits_a_graph_of_two_cliques():
@@ -253,12 +279,12 @@ def test_other_wrong_arguments_are_errors():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", ["kmeans", "coactivation"])
+@pytest.mark.parametrize("method", ["kmeans", "coactivation", "contribution"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_groups_as_the_cpu_does(method, dtype):
     features = torch.randn(1536, 576).to(dtype)
-    if method == "coactivation":
-        features = counts_of(features.float())
+    if method != "kmeans":
+        features = features_of(features.float(), method)
     order = order_of(features.cuda(), 32, method)
     assert order.device.type == "cpu"
     assert order.equal(order_of(features, 32, method))

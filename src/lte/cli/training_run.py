@@ -13,7 +13,7 @@ import lte
 from lte.cli.eval import evaluation_record, max_positions
 from lte.cli.models import held_out_batches, is_lte, load_any_model, load_config
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
-from lte.config import LteConfig
+from lte.config import CALIBRATED_GROUPINGS, LteConfig
 from lte.eval.perplexity import evaluate_model
 from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.hf.install import sparse_ffns
@@ -113,7 +113,7 @@ class TrainingRun:
         if self.train_config.recipe == "dense":
             config = replace(config, target_sparsity=0.0, grouping="contiguous")
         calibration = None
-        if config.grouping == "coactivation":
+        if config.grouping in CALIBRATED_GROUPINGS:
             collator = LmCollator(tokenizer.pad_token_id)
             batch_size = self.train_config.batch_size
             calibration = [

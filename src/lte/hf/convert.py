@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lte.config import LteConfig
+from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.install import install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
 from lte.hf.loading import become_dense_, become_sparse_
-from lte.nn.clustering import CoactivationCounts, check_expert_size, group_neurons
+from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
 from lte.nn.sparse_ffn import FfnLayout
 
 
@@ -31,7 +31,7 @@ def sparsify_(
     Args:
         model: a transformers model of a family in `lte.hf.families.FAMILIES`, with floating-point weights.
         config: what to build; `None` takes `LteConfig()`.
-        calibration: batches (keyword arguments of the model) on which `grouping="coactivation"` counts.
+        calibration: batches (keyword arguments of the model) for `grouping="coactivation"` and `"contribution"`.
 
     Raises:
         ValueError: for an unknown family, a model with nothing to convert or already converted, quantised
@@ -44,8 +44,9 @@ def sparsify_(
     family = family_of(getattr(model, "config", model))
     ffns = dense_ffns(model, family)
     _check_convertible(model, ffns, family, config)
-    counts = _count_coactivations(model, ffns, family, calibration) if config.grouping == "coactivation" else {}
-    for ffn, order in zip(ffns.values(), _neuron_orders(ffns, counts, family, config), strict=True):
+    calibrated = config.grouping in CALIBRATED_GROUPINGS
+    features = _activity_features(model, ffns, family, config.grouping, calibration) if calibrated else {}
+    for ffn, order in zip(ffns.values(), _neuron_orders(ffns, features, family, config), strict=True):
         permute_neurons_(ffn, family.layout, order)
     install_sparse_ffns_(model, family, config)
     become_sparse_(model, family, config)
@@ -96,12 +97,12 @@ def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
 
 
 def _neuron_orders(
-    ffns: Mapping[str, nn.Module], counts: Mapping[str, Tensor], family: Family, config: LteConfig
+    ffns: Mapping[str, nn.Module], features: Mapping[str, Tensor], family: Family, config: LteConfig
 ) -> list[Tensor]:
     """The neuron order [F] of every FFN, found before any is changed."""
     return [
         group_neurons(
-            counts.get(name) if counts else _neuron_features(ffn, family.layout),
+            features.get(name) if features else _neuron_features(ffn, family.layout),
             num_neurons=num_neurons(ffn, family.layout),
             expert_size=config.expert_size,
             method=config.grouping,
@@ -139,22 +140,24 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
 
 
 @torch.no_grad()
-def _count_coactivations(
+def _activity_features(
     model: nn.Module,
     ffns: Mapping[str, nn.Module],
     family: Family,
+    grouping: Grouping,
     calibration: Iterable[Mapping[str, Tensor]] | None,
 ) -> dict[str, Tensor]:
-    """Runs the calibration batches through the dense model and counts which neurons fire together, by FFN."""
+    """Runs the calibration batches through the dense model and compares when its neurons are active, by FFN."""
     if calibration is None:
-        raise ValueError('grouping="coactivation" must get calibration batches, got calibration=None')
-    counts = {name: CoactivationCounts(num_neurons(ffn, family.layout)) for name, ffn in ffns.items()}
+        raise ValueError(f'grouping="{grouping}" must get calibration batches, got calibration=None')
+    downs: dict[str, Any] = {name: ffn.get_submodule(family.layout.down) for name, ffn in ffns.items()}
+    collectors = {name: _collector(grouping, down) for name, down in downs.items()}
     mask: list[Tensor | None] = [None]
 
-    def count(name: str) -> Any:
-        return lambda module, args: counts[name].update(_counted_tokens(args[0], mask[0]))
+    def collect(name: str) -> Any:
+        return lambda module, args: collectors[name].update(_counted_tokens(args[0], mask[0]))
 
-    hooks = [ffn.get_submodule(family.layout.down).register_forward_pre_hook(count(name)) for name, ffn in ffns.items()]
+    hooks = [down.register_forward_pre_hook(collect(name)) for name, down in downs.items()]
     try:
         for batch in calibration:
             mask[0] = batch.get("attention_mask")
@@ -162,7 +165,13 @@ def _count_coactivations(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: counter.counts for name, counter in counts.items()}
+    return {name: collector.gram for name, collector in collectors.items()}
+
+
+def _collector(grouping: Grouping, down: Any) -> CoactivationCounts | ContributionProducts:
+    if grouping == "coactivation":
+        return CoactivationCounts(down.weight.shape[1])
+    return ContributionProducts(down.weight.float().norm(dim=0))
 
 
 def _counted_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

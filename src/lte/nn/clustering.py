@@ -42,11 +42,13 @@ def group_neurons(
 
     Args:
         features: for `kmeans` the (gate) input weights [F, D]; for `coactivation` the counts [F, F] of
-            `CoactivationCounts`; ignored otherwise. CUDA tensors are grouped on their device.
+            `CoactivationCounts`, for `contribution` the products [F, F] of `ContributionProducts`; ignored otherwise.
+            CUDA tensors are grouped on their device.
         num_neurons: F.
         expert_size: S.
         method: `kmeans` (balanced k-means, the paper's choice), `coactivation` (neurons that fire together; the
-            balanced graph split of MoEfication, arXiv 2110.01786), `random`, or `contiguous`.
+            balanced graph split of MoEfication, arXiv 2110.01786), `contribution` (balanced k-means on how strongly
+            neurons contribute to each token), `random`, or `contiguous`.
         seed: of the neurons that start the experts, and of the random groups.
 
     Returns:
@@ -63,8 +65,7 @@ def group_neurons(
     if method == "random":
         experts = torch.randperm(num_neurons, generator=torch.Generator().manual_seed(seed)).view(-1, expert_size)
     else:
-        rows = _checked_features(features, num_neurons, method)
-        similarity = integer_gram(rows) if method == "kmeans" else _coactivation_graph(rows)
+        similarity = _SIMILARITIES[method](_checked_features(features, num_neurons, method))
         experts = partition(similarity, expert_size, seed).cpu()
     experts = experts.sort(1).values
     return experts[experts[:, 0].argsort()].flatten()
@@ -72,8 +73,8 @@ def group_neurons(
 
 def _checked_features(features: Tensor | None, num_neurons: int, method: Grouping) -> Tensor:
     """The features without gradient, on a device that has fp64; raises a `ValueError` if their shape is wrong."""
-    square = method == "coactivation"
-    source = "counts of CoactivationCounts [F, F]" if square else "neurons' input weights [F, D]"
+    square = method != "kmeans"
+    source = "result of CoactivationCounts or ContributionProducts" if square else "neurons' input weights [F, D]"
     wrong = features is None or features.ndim != 2 or len(features) != num_neurons or not features.shape[1]
     if features is None or wrong or (square and features.shape[1] != num_neurons):
         shape = None if features is None else tuple(features.shape)
@@ -101,6 +102,18 @@ def _coactivation_graph(counts: Tensor) -> Tensor:
     return (counts + counts.T).float().round().fill_diagonal_(0)
 
 
+def _contribution_gram(products: Tensor) -> Tensor:
+    """The products [F, F] as integers of at most 2^24."""
+    largest = products.abs().max().item()
+    if not 0 <= largest < float("inf"):
+        raise ValueError(f"features must be finite, got products of at most {largest}; check the activations")
+    symmetric = (products.double() + products.double().T) / 2
+    return (symmetric * (2.0**24 / max(largest, 1e-290))).round().float()
+
+
+_SIMILARITIES = {"kmeans": integer_gram, "coactivation": _coactivation_graph, "contribution": _contribution_gram}
+
+
 def inertia(features: Tensor, order: Tensor, expert_size: int) -> float:
     """Mean squared distance of the feature rows to the mean of their expert.
 
@@ -126,7 +139,7 @@ class CoactivationCounts:
     counts of bf16 activations may differ between devices; the grouping of given counts does not.
 
     Attributes:
-        counts: fp32 [F, F] on the device of the activations, exact up to 2^24 tokens (485 MB at F = 11008); the
+        gram: fp32 [F, F] on the device of the activations, exact up to 2^24 tokens (485 MB at F = 11008); the
             diagonal holds how often each neuron fired.
     """
 
@@ -134,7 +147,7 @@ class CoactivationCounts:
         if not 0 < top_fraction <= 1:
             raise ValueError(f"top_fraction must lie in (0, 1], got top_fraction={top_fraction}; 0.1 suits most FFNs")
         self.top = max(1, round(top_fraction * num_neurons))
-        self.counts = torch.zeros(num_neurons, num_neurons)
+        self.gram = torch.zeros(num_neurons, num_neurons)
 
     @torch.no_grad()
     def update(self, intermediate: Tensor) -> None:
@@ -143,13 +156,40 @@ class CoactivationCounts:
         Raises:
             ValueError: if `intermediate` has another shape.
         """
-        if intermediate.ndim != 2 or intermediate.shape[1] != len(self.counts):
+        if intermediate.ndim != 2 or intermediate.shape[1] != len(self.gram):
             raise ValueError(
-                f"intermediate must have shape [tokens, {len(self.counts)}], got shape {tuple(intermediate.shape)}; "
+                f"intermediate must have shape [tokens, {len(self.gram)}], got shape {tuple(intermediate.shape)}; "
                 "flatten batch and sequence"
             )
         largest, index = intermediate.abs().topk(self.top, dim=1)
         fires = torch.zeros(intermediate.shape, device=intermediate.device)
         fires.scatter_(1, index, (largest > 0).float())
-        self.counts = self.counts.to(fires.device)
-        self.counts.addmm_(fires.T, fires)
+        self.gram = self.gram.to(fires.device)
+        self.gram.addmm_(fires.T, fires)
+
+
+class ContributionProducts:
+    """Inner products of neurons' contributions over tokens: the Gram matrix of k-means on activity profiles.
+
+    What neuron i adds to the FFN's output has the norm c_i = |h_i| ||w_down,i||. Its profile is sqrt(c_i) less the
+    token's mean over the neurons, since a few tokens and neurons are far larger than all others. Neurons with like
+    profiles are strong for the same tokens, so that an expert of them is worth its reading or is not. Sums of floats
+    depend on the device in their last bits, and so may the groups.
+
+    Args:
+        down_norms: ||w_down,i|| of each neuron, [F].
+
+    Attributes:
+        gram: fp32 [F, F].
+    """
+
+    def __init__(self, down_norms: Tensor):
+        self.down_norms = down_norms.detach().float()
+        self.gram = torch.zeros(len(down_norms), len(down_norms), device=down_norms.device)
+
+    @torch.no_grad()
+    def update(self, intermediate: Tensor) -> None:
+        """Adds the intermediate activations [T, F] of some tokens."""
+        profiles = (intermediate.float().abs() * self.down_norms).sqrt()
+        profiles -= profiles.mean(1, keepdim=True)
+        self.gram.addmm_(profiles.T, profiles)
