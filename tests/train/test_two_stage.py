@@ -263,3 +263,23 @@ def test_a_stage_record_is_written_last(tmp_path):
     train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,))
     record = json.loads((tmp_path / "stage1" / "stage.json").read_text())
     assert record["tokens_trained"] == 6 * 8 * 32
+
+
+def test_both_stages_train_in_bf16_and_leave_the_model_as_it_was(tmp_path, monkeypatch):
+    dtypes = {1: set(), 2: set()}
+    original = LteTrainer.compute_loss
+
+    def recording(self, model, inputs, *args, **kwargs):
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_hook(lambda module, args, out: dtypes[self.stage.number].add(out.dtype))
+        loss = original(self, model, inputs, *args, **kwargs)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(LteTrainer, "compute_loss", recording)
+    model = fresh_model()
+    before = set(vars(model))
+    train_two_stage(model, toy_rows(), config(bf16=True), tmp_path)
+    assert dtypes == {1: {torch.bfloat16}, 2: {torch.bfloat16}}
+    assert set(vars(model)) == before
+    assert next(iter(model(**held_out()[0]).values())).dtype == torch.float32

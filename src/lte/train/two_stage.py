@@ -156,9 +156,8 @@ def _run_stage(
     if checkpoint is not None:
         trainer.load_control_state(checkpoint)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # Accelerate leaves the autocast of bf16 in model.forward, where every later caller would run in it.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    with _own_forward(model):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     summary = TrainingSummary(
         tokens_trained=_tokens_trained(trainer),
         wall_time_s=time.monotonic() - start,
@@ -276,6 +275,23 @@ def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         disable()
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Gives the model its forward method back after training.
+
+    Accelerate leaves the autocast of bf16 in `model.forward`, where every later caller would run in it, and a mark by
+    which it would take the model as prepared in the next stage.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
