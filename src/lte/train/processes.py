@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from lte.train.config import TrainConfig
+
 
 def training_device() -> torch.device:
     """Where Trainer puts the model of this process: each process of a node has its own GPU."""
@@ -17,3 +19,9 @@ def training_device() -> torch.device:
 def is_main_process() -> bool:
     """Whether this process writes the files and talks to the user."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def autocast(config: TrainConfig) -> torch.autocast:
+    """bf16 autocast where the config asks for it. Around single passes: it keeps its copies of weights until it ends,
+    so that weights which an optimiser changes inside would be used as they were."""
+    return torch.autocast(training_device().type, torch.bfloat16, enabled=config.bf16)

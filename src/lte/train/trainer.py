@@ -17,6 +17,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.train.config import Stage, TrainConfig
 from lte.train.data import token_mask
 from lte.train.objective import language_terms, routing_terms
+from lte.train.processes import autocast
 from lte.train.sparsity_controller import (
     BIAS_RATE,
     EtaController,
@@ -79,7 +80,7 @@ class LteTrainer(Trainer):
         self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
         self.target_logit = torch.zeros(())
         self.sums: dict[str, tuple[Tensor | float, int]] = {}
-        self.step_active: list[Tensor] = []
+        self.step_active: list[float] = []
         self._language_terms = torch.compile(language_terms) if train_config.compile else language_terms
         self._routing_terms = torch.compile(routing_terms) if train_config.compile else routing_terms
         self.add_callback(SparsityControl(self))
@@ -108,6 +109,11 @@ class LteTrainer(Trainer):
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
         return self.optimizer
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Autocast around each loss. Accelerate's own, which `TrainingArguments.bf16` asks for, would turn the logits
+        to fp32: 6 GB for 32k tokens of a 49k vocabulary."""
+        return autocast(self.train_config)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -129,9 +135,11 @@ class LteTrainer(Trainer):
             if self.stage.number == 1 and self.train_config.separability_weight:
                 loss = loss + self.train_config.separability_weight * routing["separability"]
         if self.model.training:
-            self._check_finite(loss, inputs)
+            # One transfer for both: each would make the CPU wait for the GPU.
+            loss_value, active = torch.stack([loss.detach(), routing.get("active_fraction", loss.detach())]).tolist()
+            self._check_finite(loss_value, inputs)
             if routing:
-                self.step_active.append(routing["active_fraction"])
+                self.step_active.append(active)
             self._collect({"task_loss": task, "distillation_loss": divergence, "loss_total": loss, **routing})
         return (loss, outputs) if return_outputs else loss
 
@@ -151,14 +159,14 @@ class LteTrainer(Trainer):
         with torch.no_grad():
             return self.teacher(**features, use_cache=False).logits
 
-    def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        if math.isfinite(loss.item()):
+    def _check_finite(self, loss: float, inputs: dict[str, Any]) -> None:
+        if math.isfinite(loss):
             return
         path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({key: value.cpu() for key, value in inputs.items() if isinstance(value, Tensor)}, path)
         raise NonFiniteLossError(
-            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
+            f"the loss became {loss} at step {self.state.global_step} of stage {self.stage.number}; its batch "
             f"is in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
         )
 
@@ -188,10 +196,12 @@ class LteTrainer(Trainer):
         """Updates eta and the router biases from the active fraction of the step that just ended."""
         if not self.step_active:
             return
-        active = torch.stack(self.step_active).mean()
-        active = self.accelerator.reduce(active, reduction="mean")
+        active = sum(self.step_active) / len(self.step_active)
+        if self.accelerator.num_processes > 1:
+            over_processes = torch.tensor(active, device=self.accelerator.device)
+            active = self.accelerator.reduce(over_processes, reduction="mean").item()
         self.step_active.clear()
-        target, sparsity = self.target_at_step(), 1 - active.item()
+        target, sparsity = self.target_at_step(), 1 - active
         if self.stage.controls_eta:
             self.eta = self.eta_controller.update(target, sparsity)
         if self.stage.controls_bias:

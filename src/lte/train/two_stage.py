@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from lte.hf.install import require_sparse_ffns
 from lte.train.config import Stage, TrainConfig, stages_of
 from lte.train.data import LmCollator, calibration_batches, token_mask
-from lte.train.processes import training_device
+from lte.train.processes import autocast, training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
 from lte.train.trainer import CONTROL_STATE_FILE, LteTrainer
 
@@ -92,7 +92,7 @@ def train_two_stage(
     if 2 in stages and config.holds_target and config.calibration_tokens:
         source = calibration_dataset or train_dataset
         batches = masked_batches(model, source, config.calibration_tokens, config.batch_size, collator)
-        with _autocast(config):
+        with autocast(config):
             calibrate_thresholds_(model, batches, model.lte_config.target_sparsity)
     for ffn in ffns.values():
         ffn.set_mode("hard")
@@ -136,7 +136,7 @@ def _run_stage(
     if stage.number == 1 and checkpoint is None and config.router_fit_tokens and config.holds_target:
         model.to(training_device())
         batches = masked_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator)
-        with _autocast(config):
+        with autocast(config):
             fit_routers_(model, batches)
     for ffn in require_sparse_ffns(model).values():
         ffn.set_mode(stage.mode)
@@ -156,8 +156,9 @@ def _run_stage(
     if checkpoint is not None:
         trainer.load_control_state(checkpoint)
     start = time.monotonic()
-    with _own_forward(model):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Accelerate's mark, by which it would take the model as prepared in the next stage.
+    vars(model).pop("_is_accelerate_prepared", None)
     summary = TrainingSummary(
         tokens_trained=_tokens_trained(trainer),
         wall_time_s=time.monotonic() - start,
@@ -180,7 +181,6 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
         weight_decay=config.weight_decay,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
         logging_steps=config.logging_steps,
@@ -275,28 +275,6 @@ def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         disable()
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Gives the model its forward method back after training.
-
-    Accelerate leaves the autocast of bf16 in `model.forward`, where every later caller would run in it, and a mark by
-    which it would take the model as prepared in the next stage.
-    """
-    names = ("forward", "_original_forward", "_is_accelerate_prepared")
-    before = {name: vars(model)[name] for name in names if name in vars(model)}
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(model).pop(name, None)
-        vars(model).update(before)
-
-
-def _autocast(config: TrainConfig) -> torch.autocast:
-    """For the passes outside of Trainer. Never around Trainer: autocast keeps its copies of weights until it ends."""
-    return torch.autocast(training_device().type, torch.bfloat16, enabled=config.bf16)
 
 
 def _compile_layers_(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> None:
