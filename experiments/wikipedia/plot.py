@@ -21,7 +21,7 @@ def budget(record: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    records = [r for r in load_results(ROOT / "results" / "wikipedia") if r["split"] == "wikipedia_valid"]
+    records = load_results(ROOT / "results" / "wikipedia", "*-wikipedia_valid.json")
     figure = perplexity_vs_sparsity_figure(records, label=budget)
     save_figure(figure, ROOT / "docs" / "images" / "perplexity.png")
 

@@ -156,7 +156,8 @@ class LteTrainer(Trainer):
     def _teacher_logits(self, features: dict[str, Any]) -> Tensor | None:
         if self.teacher is None or not self.train_config.distillation_weight:
             return None
-        with torch.no_grad():
+        # In the teacher's own dtype: autocast would only add casts.
+        with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
             return self.teacher(**features, use_cache=False).logits
 
     def _check_finite(self, loss: float, inputs: dict[str, Any]) -> None:
