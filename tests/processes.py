@@ -7,15 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 
 def run_processes(count: int, *arguments: object) -> str:
-    """Runs `python -m arguments` in `count` processes that find each other over gloo; returns what they print."""
+    """Runs `python -m arguments` in `count` processes that find each other; returns what they print."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launcher, "-m", *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    if torch.cuda.device_count() < 2:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, or one and two processes would differ in device
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

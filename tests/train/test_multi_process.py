@@ -1,4 +1,4 @@
-"""Two processes over gloo do what one process does with twice the batch."""
+"""Two processes (gloo on the CPU, NCCL where there are two GPUs) do what one process does with twice the batch."""
 
 import json
 

@@ -171,7 +171,7 @@ def _run_stage(
 
 def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> TrainingArguments:
     rate = config.stage2_learning_rate if stage.number == 2 else None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.stage1_epochs if stage.number == 1 else config.stage2_epochs,
         max_steps=config.stage1_steps if stage.number == 1 else config.stage2_steps,
@@ -195,6 +195,10 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
         # Each stage draws its own order of the data.
         seed=config.seed + stage.number,
     )
+    # One process trains on one GPU: `nn.DataParallel`, which Trainer takes where a process sees several, records the
+    # router logits on copies that it throws away. `torchrun` uses all GPUs.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _set_trainable_(model: nn.Module, config: TrainConfig, stage: Stage) -> None:
