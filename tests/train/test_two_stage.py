@@ -12,6 +12,7 @@ import lte
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig, stages_of
 from lte.train.data import LmCollator
+from lte.train.processes import training_device
 from lte.train.sparsity_controller import EtaController
 from lte.train.trainer import LteTrainer, NonFiniteLossError
 from lte.train.two_stage import train_two_stage
@@ -27,7 +28,7 @@ def config(**options):
 
 
 def fresh_model(target=0.5):
-    model = tiny_dense_model()
+    model = tiny_dense_model().to(training_device())
     return lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random", target_sparsity=target))
 
 
@@ -282,4 +283,5 @@ def test_both_stages_train_in_bf16_and_leave_the_model_as_it_was(tmp_path, monke
     train_two_stage(model, toy_rows(), config(bf16=True), tmp_path)
     assert dtypes == {1: {torch.bfloat16}, 2: {torch.bfloat16}}
     assert set(vars(model)) == before
-    assert next(iter(model(**held_out()[0]).values())).dtype == torch.float32
+    batch = {name: value.to(model.device) for name, value in held_out()[0].items()}
+    assert next(iter(model(**batch).values())).dtype == torch.float32
