@@ -135,11 +135,10 @@ class LteTrainer(Trainer):
             if self.stage.number == 1 and self.train_config.separability_weight:
                 loss = loss + self.train_config.separability_weight * routing["separability"]
         if self.model.training:
-            # One transfer for both: each would make the CPU wait for the GPU.
-            loss_value, active = torch.stack([loss.detach(), routing.get("active_fraction", loss.detach())]).tolist()
-            self._check_finite(loss_value, inputs)
+            self._check_finite(loss, inputs)
             if routing:
-                self.step_active.append(active)
+                # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
+                self.step_active.append(routing["active_fraction"].item())
             self._collect({"task_loss": task, "distillation_loss": divergence, "loss_total": loss, **routing})
         return (loss, outputs) if return_outputs else loss
 
@@ -160,14 +159,14 @@ class LteTrainer(Trainer):
         with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
             return self.teacher(**features, use_cache=False).logits
 
-    def _check_finite(self, loss: float, inputs: dict[str, Any]) -> None:
-        if math.isfinite(loss):
+    def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        if math.isfinite(loss.item()):
             return
         path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({key: value.cpu() for key, value in inputs.items() if isinstance(value, Tensor)}, path)
         raise NonFiniteLossError(
-            f"the loss became {loss} at step {self.state.global_step} of stage {self.stage.number}; its batch "
+            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
             f"is in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
         )
 

@@ -156,9 +156,11 @@ def _run_stage(
     if checkpoint is not None:
         trainer.load_control_state(checkpoint)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # Accelerate's mark, by which it would take the model as prepared in the next stage.
-    vars(model).pop("_is_accelerate_prepared", None)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        # Accelerate's mark, by which it would take the model as prepared in the next stage.
+        vars(model).pop("_is_accelerate_prepared", None)
     summary = TrainingSummary(
         tokens_trained=_tokens_trained(trainer),
         wall_time_s=time.monotonic() - start,
