@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,19 @@ from lte.hf.dense import load_dense_model
 from lte.train.config import TrainConfig
 from lte.train.two_stage import train_two_stage
 
-TRAIN_FILES = ("wikipedia_train", "books")
+TRAIN_FILES = ("wikipedia_train", "books")  # a run's `data`, if it names none
 TEST_FILES = ("wikipedia_valid", "wikitext2_test")
 LENGTH = 1024
 NEURONS = 1536  # per layer of the dense SmolLM2-135M
 
 
 class PackedTokens(torch.utils.data.Dataset):
-    """Documents in a seeded order, one after the other, cut into rows of `LENGTH` tokens."""
+    """Documents in a seeded order, one after the other, cut into rows of `LENGTH` tokens.
 
-    def __init__(self, cache: Path, names: tuple[str, ...], seed: int | None):
+    A file that is named twice counts twice.
+    """
+
+    def __init__(self, cache: Path, names: Sequence[str], seed: int | None):
         documents = []
         for name in names:
             tokens = np.load(cache / f"{name}.npy")
@@ -135,7 +139,7 @@ def do_run(run: dict[str, Any], args: argparse.Namespace, hashes: dict[str, str]
     name = run["name"]
     folder = args.work / name
     start = time.monotonic()
-    train = PackedTokens(args.cache, TRAIN_FILES, run["seed"])
+    train = PackedTokens(args.cache, run.get("data", TRAIN_FILES), run["seed"])
     summary, config = train_and_save(run, args, train, folder)
     model, scores = evaluate(folder, args.cache)
     records = []
