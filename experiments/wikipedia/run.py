@@ -4,8 +4,9 @@
         --output results/wikipedia
 
 Reads a list of runs, does each one that has no result file yet, and writes one JSON object per run. Every number is
-measured on the folder that the run saved and loaded again. A run with `method: dense` keeps its model as the teacher
-of the runs that name it. Several processes with the same arguments, one per GPU (CUDA_VISIBLE_DEVICES), share the runs.
+measured on the folder that the run saved and loaded again. A run with `keep: true` keeps its model for the runs that
+name it as their start or teacher; it is done again when that model is gone. Several processes with the same arguments,
+one per GPU (CUDA_VISIBLE_DEVICES), share the runs.
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ def main() -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # another process does it
-            if not (args.output / f"{run['name']}-{TEST_FILES[-1]}.json").exists():
+            done = (args.output / f"{run['name']}-{TEST_FILES[-1]}.json").exists()
+            if not done or (run.get("keep") and not (args.work / run["name"] / "config.json").exists()):
                 do_run(run, args, hashes)
 
 
