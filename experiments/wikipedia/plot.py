@@ -16,8 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def budget(record: Mapping[str, Any]) -> str:
     """Names a curve by its method, tokens, and learning rate."""
     run = record["config"]["run"]
+    method = record["method"]
+    if method == "lte" and run["recipe"] == "paper":
+        method = "lte, the paper's recipe"
+    elif method == "dense" and run["distillation_weight"]:
+        method = "dense, distilled"
     start = "" if run["start"] is None else " more"
-    return f"{record['method']}, {run['tokens'] / 1e6:.0f}M tokens{start}, lr {run['learning_rate']:g}"
+    return f"{method}, {run['tokens'] / 1e6:.0f}M tokens{start}, lr {run['learning_rate']:g}"
 
 
 def main() -> None:

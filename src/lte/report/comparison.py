@@ -55,7 +55,7 @@ def perplexity_vs_sparsity_figure(
     curves: dict[str, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in valued:
         curves[label(record)][record["target_sparsity"]].append(record)
-    figure, axis = new_figure(7, 4.6)
+    figure, axis = new_figure(7, 5.4)
     styles, dashes = iter(_STYLES * len(curves)), iter(_DENSE_DASHES * len(curves))
     for name in sorted(curves):
         by_target = [curves[name][target] for target in sorted(curves[name])]
@@ -106,7 +106,10 @@ def _finish(axis: Axes, record: Record, missing: int) -> None:
     axis.set_xlim(0, 1)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     plain_axes(axis)
-    axis.legend(fontsize=8)
+    # Below the axes: with many curves no corner is free of points.
+    axis.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16 if not missing else -0.21), ncols=2, frameon=False
+    )
 
 
 def _check_comparable(records: Sequence[Record]) -> None:
