@@ -16,7 +16,8 @@ def run_processes(count: int, *arguments: object) -> str:
     """Runs `python -m arguments` in `count` processes that find each other; returns what they print."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launcher, "-m", *map(str, arguments)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    # What is on the path already stays: it may be the transformers version under test.
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < 2:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, or one and two processes would differ in device
