@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import lte
+from lte.train.data_config import DataConfig, read_documents
 from lte.train.trainer import LteTrainer
 from tests.cli.conftest import SHORT
 from tests.processes import run_processes
@@ -55,6 +57,36 @@ def test_a_yaml_file_does_what_flags_do_and_flags_override_it(
     assert same(state(tmp_path / "out"), state(trained[0]))
 
 
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Two files of documents, one of them packed."""
+    lines = [json.dumps({"text": text}) for text in read_documents("pydoc-topics", DataConfig())]
+    (tmp_path / "first.jsonl").write_text("\n".join(lines[:40]))
+    (tmp_path / "second.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[40:]).encode()))
+    return [str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl.gz")]
+
+
+def test_train_may_be_a_list_of_files(
+    dense_folder: Path, run: Callable[..., Any], trained: Any, tmp_path: Path, texts: list[str]
+) -> None:
+    config, output = tmp_path / "run.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump({"train": texts}))
+    result = run("train", "--config", config, "--model", dense_folder, "--output", output, *SHORT)
+    assert result.exit_code == 0, result.output
+    assert f"Data: {', '.join(texts)}, " in result.output
+    # Together they hold the built-in text.
+    assert same(state(output), state(trained[0]))
+    assert yaml.safe_load((output / "run.yaml").read_text())["train"] == texts
+    assert run("train", "--resume", "--output", output, "--config", config).exit_code == 0
+    record = json.loads((output / "result.json").read_text())
+    assert record["task"] == ", ".join(texts)
+    flags = ["--sequence-length", 32, "--max-validation-tokens", 512, "--json", tmp_path / "eval.json"]
+    result = run("eval", output, "--train", texts[0], "--train", texts[1], *flags)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["config"]["data_info"]["validation"] == record["config"]["data_info"]["validation"]
+
+
 def test_of_two_processes_one_writes_the_folder(dense_folder: Path, trained: Any, tmp_path: Path) -> None:
     shared = [*SHORT, "--batch-size", "2"]
     said = run_processes(2, "lte", "train", "--model", dense_folder, "--output", tmp_path / "out", *shared)
@@ -74,6 +106,9 @@ class TestSettingsFile:
             ("bf16: 'yes please'", "bf16 must be true or false"),
             ("- a\n- b", "config must hold `name: value` lines, got a list"),
             ("a: [", "while parsing"),
+            ("train:", "train must be text or a list, got train=None in"),
+            ("train: [a.jsonl, [b.jsonl]]", "train must be text, got train=['b.jsonl'] in"),
+            ("validation: [a.jsonl]", "validation must be text, got validation=['a.jsonl'] in"),
         ],
     )
     def test_a_mistake_is_named(self, run: Callable[..., Any], tmp_path: Path, content: str, message: str) -> None:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
+from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec.compression
 import pandas
+import pyarrow
 import pytest
 
 from lte.train.data import DataConfig, read_documents
 from tests.train.text_samples import DOCUMENTS, labelled, load, write_jsonl
 
 
+def write_zst(path: Path) -> str:
+    with pyarrow.output_stream(str(path), compression="zstd") as file:
+        file.write("\n".join(json.dumps({"text": text}) for text in DOCUMENTS).encode())
+    return str(path)
+
+
 class TestReading:
-    @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "txt", "jsonl.gz", "txt.xz"])
+    @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "txt", "jsonl.gz", "jsonl.bz2", "txt.xz"])
     def test_every_format_gives_the_same_documents(self, tmp_path, ending):
         path, table = tmp_path / f"texts.{ending}", pandas.DataFrame({"text": DOCUMENTS})
         if ending == "csv":
@@ -24,7 +34,7 @@ class TestReading:
         elif ending == "parquet":
             table.to_parquet(path)
         else:
-            opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+            opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
             with opener(path, "wt") as file:
                 if ending == "json":
                     json.dump([{"text": text} for text in DOCUMENTS], file)
@@ -32,6 +42,30 @@ class TestReading:
                     texts = DOCUMENTS if "txt" in ending else [json.dumps({"text": text}) for text in DOCUMENTS]
                     file.write("\n".join(texts))
         assert read_documents(str(path), DataConfig()) == (["\n".join(DOCUMENTS)] if "txt" in ending else DOCUMENTS)
+
+    @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+    def test_zst_without_its_package_is_a_clear_error(self, tmp_path, monkeypatch, ending):
+        monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
+        path = write_zst(tmp_path / f"texts.{ending}.zst")
+        with pytest.raises(ValueError, match=r"pip install zstandard to unpack .zst, or pack it as .gz, .bz2 or .xz"):
+            read_documents(path, DataConfig())
+
+    def test_zst_is_read_where_something_unpacks_it(self, tmp_path, monkeypatch):
+        # pyarrow's decoder in the place of zstandard's, which may not be installed.
+        monkeypatch.setitem(
+            fsspec.compression.compr, "zstd", lambda file, mode: pyarrow.CompressedInputStream(file, "zstd")
+        )
+        assert read_documents(write_zst(tmp_path / "texts.jsonl.zst"), DataConfig()) == DOCUMENTS
+
+    @pytest.mark.parametrize("ending", ["jsonl.gz", "txt.gz", "csv.gz", "jsonl.bz2", "jsonl.xz"])
+    @pytest.mark.parametrize("damage", ["cut off", "not packed"])
+    def test_a_damaged_packed_file_is_a_clear_error(self, tmp_path, ending, damage):
+        path = tmp_path / f"texts.{ending}"
+        content = "\n".join(json.dumps({"text": text}) for text in DOCUMENTS).encode()
+        pack: Any = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[path.suffix]
+        path.write_bytes(pack(content)[:-20] if damage == "cut off" else content)
+        with pytest.raises(ValueError, match=r"must be readable as \w+, got .*texts.*; mend the file"):
+            read_documents(str(path), DataConfig())
 
     def test_lists_globs_and_mixed_formats(self, tmp_path, jsonl):
         for name in ("b", "a"):
@@ -113,6 +147,7 @@ class TestSplitting:
         ({"train": "{dir}/empty.jsonl"}, "got the empty file"),
         ({"train": "{dir}/broken.jsonl"}, "must be readable as jsonl, got .*broken.jsonl: JSON parse error"),
         ({"train": "{dir}/odd.xyz"}, "format must be given for files that end in .xyz"),
+        ({"train": "{dir}/odd.jsonl.rar"}, "end in .rar: .* packed files may end in .gz, .bz2, .xz, .zst"),
         ({"train": "{dir}/short.txt"}, "validation_fraction must leave text on both sides"),
         ({"train": "{dir}/same.jsonl"}, "at least two different documents"),
         ({"train": "pydoc", "format": "builtin"}, "must be one of pydoc-topics"),
@@ -125,6 +160,7 @@ def test_bad_data_is_a_clear_error(tmp_path, jsonl, tokenizer, options, message)
         "empty.jsonl": "",
         "broken.jsonl": '{"text": "a"}\n{"text": ',
         "odd.xyz": "a",
+        "odd.jsonl.rar": "a",
     }
     contents |= {"short.txt": "a", "same.jsonl": '{"text": "a"}\n' * 4, "numbers.jsonl": '{"text": 3}'}
     for name, content in contents.items():

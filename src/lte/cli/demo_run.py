@@ -143,7 +143,7 @@ class Demo:
             model,
             perplexity,
             measurement,
-            task=self.data_config.train,
+            task=self.data_config.task,
             model=Path(self.model).name,
             seed=self.seed,
             tokens_trained=summary.tokens_trained if summary else 0,

@@ -50,7 +50,7 @@ def eval_command(
         loaded,
         perplexity,
         measurement,
-        task=data_config.train,
+        task=data_config.task,
         model=model,
         seed=data_config.data_seed,
         tokens_trained=0,

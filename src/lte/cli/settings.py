@@ -11,7 +11,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,7 @@ class Setting:
         name: as in the dataclass.
         type: str, int, float or bool.
         optional: whether `None` is a value.
+        several: whether a list of values is one, too: in YAML a list, on the command line the flag once for each.
         choices: what a `Literal` allows, else empty.
         default: the field's default.
         help: a sentence or two.
@@ -36,6 +37,7 @@ class Setting:
     name: str
     type: type
     optional: bool
+    several: bool
     choices: tuple[str, ...]
     default: Any
     help: str
@@ -54,7 +56,11 @@ class Setting:
         """
         if value is None and self.optional:
             return None
+        if self.several and isinstance(value, list):
+            found = [replace(self, several=False).parse(one, source) for one in value]
+            return found[0] if len(found) == 1 else found
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.type]
+        wanted += " or a list" * self.several
         if self.type is bool and isinstance(value, bool):
             return value
         if self.type is str and isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -80,14 +86,14 @@ def settings_of(groups: Mapping[type, str]) -> dict[str, Setting]:
 
 
 def _setting(field: Field[Any], hint: Any, documented: Mapping[str, str], panel: str) -> Setting:
-    optional = get_origin(hint) in (Union, types.UnionType)
-    if optional:
-        hint = next(part for part in get_args(hint) if part is not type(None))
+    union = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    hint = next(part for part in union if part is not type(None))
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     return Setting(
         name=field.name,
         type=str if choices else hint,
-        optional=optional,
+        optional=type(None) in union,
+        several=any(get_origin(part) is list for part in union),
         choices=choices,
         default=field.default,
         help=field.metadata.get("help") or documented.get(field.name, ""),
@@ -113,6 +119,11 @@ def takes_settings(groups: Mapping[type, str]) -> Callable[[Callable[..., Any]],
         settings = settings_of(groups)
 
         def with_flags(*args: Any, **values: Any) -> Any:
+            for name, setting in settings.items():
+                if setting.several:
+                    # One value alone is no list, as in a YAML file; none at all is a flag that was not given.
+                    found = values.get(name) or [None]
+                    values[name] = found if len(found) > 1 else found[0]
             return command(*args, **{k: v for k, v in values.items() if v is not None or k not in settings})
 
         parameters = inspect.signature(command, eval_str=True).parameters.values()
@@ -131,11 +142,12 @@ def _flag_parameter(setting: Setting) -> inspect.Parameter:
     option = typer.Option(
         name,
         help=setting.help,
-        metavar="|".join(setting.choices) or None,
+        metavar="|".join(setting.choices) or ("<str>..." if setting.several else None),
         show_default=str(setting.default) if setting.default not in (None, "", False) else False,
         rich_help_panel=setting.panel,
     )
-    annotation: Any = Annotated[setting.type | None, option]
+    value_type: Any = list[setting.type] if setting.several else setting.type  # type: ignore[name-defined]
+    annotation: Any = Annotated[value_type | None, option]
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(setting.name, kind, default=None, annotation=annotation)
 

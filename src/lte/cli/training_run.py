@@ -56,7 +56,7 @@ class TrainingRun:
         data = load_lm_datasets(self.data_config, tokenizer, max_positions(model), progress=is_main_process())
         batches = held_out_batches(data.validation, self.train_config.batch_size, tokenizer.pad_token_id)
         sizes = f"{data.info['train']['tokens']} training tokens, {data.info['validation']['tokens']} held out"
-        console.print(f"Data: {self.data_config.train}, {sizes}.", highlight=False)
+        console.print(f"Data: {self.data_config.task}, {sizes}.", highlight=False)
         before, _ = evaluate_model(model, batches, progress=is_main_process())
         console.print(f"Perplexity before training: {before.perplexity:.3f}.", highlight=False)
         model = self._sparse(model, data, tokenizer)
@@ -99,7 +99,7 @@ class TrainingRun:
             "data_info": data_info,
         }
         return {
-            "task": self.data_config.train,
+            "task": self.data_config.task,
             "model": self.model,
             "seed": self.train_config.seed,
             "config": config,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,9 @@ from lte.config import check_choice
 Kind = Literal["text", "completion", "chat"]
 Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
 
-COMPRESSED = (".gz", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# What reading a damaged file raises, or one that nothing here can unpack (ImportError).
+UNREADABLE = (ValueError, StopIteration, OSError, EOFError, lzma.LZMAError, zlib.error, ImportError)
 # What `datasets` calls the reader of each format; its json reader takes lines and lists alike.
 LOADERS = {"text": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
 ENDINGS = {".txt": "text", ".md": "text", **{f".{name}": name for name in LOADERS}}
@@ -38,9 +42,13 @@ class DataConfig:
         ValueError: for an unknown kind or format, or numbers out of range.
     """
 
-    train: str | list[str] = _option("pydoc-topics", "File, glob, hub data set, or pydoc-topics (Python's help text).")
+    train: str | list[str] = _option(
+        "pydoc-topics", "File, glob, hub data set, or pydoc-topics (Python's help text); may be given several times."
+    )
     validation: str | None = _option(None, "Held-out file, glob, or hub data set; unset: documents split off train.")
-    format: Format = _option("auto", "auto goes by the file's ending, also before .gz, .xz, or .zst.")
+    format: Format = _option(
+        "auto", "auto goes by the file's ending, also before .gz, .bz2, .xz, or .zst (pip install zstandard)."
+    )
     name: str | None = _option(None, "Configuration of a hub data set.")
     split: str = _option("train", "Split of a hub data set given as train.")
     validation_split: str = _option("validation", "Split of a hub data set given as validation.")
@@ -76,6 +84,11 @@ class DataConfig:
     def sources(self) -> list[str]:
         """`train` as a list."""
         return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def task(self) -> str:
+        """`train` as one text, which result records name as their task."""
+        return ", ".join(self.sources)
 
     @property
     def used_fields(self) -> list[str]:
@@ -167,10 +180,12 @@ def _load_files(name: str, paths: list[str]) -> Any:
     names = [glob.escape(path) for path in filled]
     try:
         return datasets.load_dataset(LOADERS[name], data_files=names, split="train", **options.get(name, {}))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
-        packer = any(path.endswith(".zst") for path in filled) and "zstd" in str(error)
-        hint = "pip install zstandard to unpack it" if packer else "mend the file, or say format= if it is another one"
+    except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
         reason = error.__cause__ or error
+        packed = any(path.endswith(".zst") for path in filled)
+        hint = "mend the file, or say format= if it is another one"
+        if packed and (isinstance(reason, ImportError) or "zstd not supported" in str(reason)):
+            hint = "pip install zstandard to unpack .zst, or pack it as .gz, .bz2 or .xz, which need nothing"
         raise ValueError(f"data must be readable as {name}, got {', '.join(filled)}: {reason}; {hint}") from error
 
 
@@ -265,7 +280,7 @@ def _format_of(path: str) -> str:
     if bare.suffix not in ENDINGS:
         raise ValueError(
             f"format must be given for files that end in {bare.suffix or 'nothing'}: one of {', '.join(LOADERS)}, "
-            f"got {path}"
+            f"got {path}; packed files may end in {', '.join(COMPRESSED)} after that"
         )
     return ENDINGS[bare.suffix]
 
