@@ -11,13 +11,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
 
-import pytest
 import torch
-from torch import Tensor
-from transformers.utils import logging
 
+# Triton reads it when it decorates a kernel, its own library included, so it comes before all that may import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from torch import Tensor
+from transformers.utils import logging
 
 from lte.hf.families import FAMILIES
 from tests.tiny_models import VOCAB

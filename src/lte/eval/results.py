@@ -67,7 +67,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "lte": __version__, "torch": str(torch.__version__)}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for package in ("transformers", "accelerate", "triton"):
+    for package in ("transformers", "accelerate", "triton", "numba"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

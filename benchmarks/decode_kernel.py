@@ -1,0 +1,289 @@
+"""The sparse FFN of LLaMA2-7B for 1 to 16 tokens on a GPU: how long a layer takes, against the best dense one.
+
+    python benchmarks/decode_kernel.py --output results/decode_kernel.json
+    python benchmarks/decode_kernel.py --tune tiles.json --output tuned.json
+
+Every time is that of one CUDA graph that runs several layers with weights of their own, so that no cache holds them,
+divided by the number of layers. The routing is forced through the real router: its weights are zero and its biases
+say which experts are active, at random for every layer, the same for all tokens or for each its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lte.eval.results import environment, write_json_atomic
+from lte.ops.arguments import FfnWeights, Routing
+from lte.ops.decode import launch_down, launch_gate_up, run_decode
+from lte.ops.launch import DecodeTiles, decode_tiles
+from lte.ops.reference import sparse_ffn_reference
+
+HIDDEN, NEURONS, EXPERT_SIZE, LAYERS = 4096, 11008, 32, 8
+EXPERTS = NEURONS // EXPERT_SIZE
+SPARSITIES = (0.0, 0.5, 0.8, 0.9)
+TOLERANCE = 1e-2  # relative RMS in bf16
+
+
+class Layers:
+    """Random weights of `LAYERS` FFNs, and hidden states."""
+
+    def __init__(self, tokens: int, sparsity: float, seed: int = 0):
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def random(rows: int, columns: int, scale: float) -> Tensor:
+            values = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
+            return values.normal_(std=scale, generator=generator)
+
+        self.x = random(tokens, HIDDEN, 1.0)
+        self.ffns = [
+            FfnWeights(
+                gate=random(NEURONS, HIDDEN, HIDDEN**-0.5),
+                up=random(NEURONS, HIDDEN, HIDDEN**-0.5),
+                down=random(NEURONS, HIDDEN, NEURONS**-0.5),
+            )
+            for _ in range(LAYERS)
+        ]
+        self.routers = [torch.zeros(EXPERTS, HIDDEN, device="cuda") for _ in range(LAYERS)]
+        self.route(sparsity)
+
+    def route(self, sparsity: float) -> None:
+        """Another share of skipped experts, the same experts for all tokens."""
+        self.active = round(EXPERTS * (1 - sparsity))
+        self.routings = []
+        for index, weight in enumerate(self.routers):
+            order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(index))
+            bias = torch.full((EXPERTS,), -1.0)
+            bias[order[: self.active]] = 1.0
+            self.routings.append(Routing(weight=weight, bias=bias.cuda()))
+
+    def bytes_read(self) -> int:
+        """Bytes of weights that one layer needs: its active experts and the router."""
+        return self.active * EXPERT_SIZE * HIDDEN * 3 * 2 + EXPERTS * HIDDEN * 4
+
+
+def graph_times(run: Callable[[int], object], repeats: int = 30) -> list[float]:
+    """Milliseconds per layer of `run(layer)`, captured over all layers in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for layer in range(LAYERS):
+            run(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [run(layer) for layer in range(LAYERS)]
+    for _ in range(3):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    del kept
+    return [a.elapsed_time(b) / LAYERS for a, b in itertools.pairwise(events)]
+
+
+def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down_transposed: Tensor) -> Tensor:
+    """The dense FFN; the down projection is stored as a stock model stores it."""
+    return functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down_transposed)
+
+
+def dense_times(layers: Layers) -> dict[str, list[float]]:
+    """Times of dense FFNs: plain, compiled, and compiled with gate and up stacked in one product."""
+    stock = [ffn.down.T.contiguous() for ffn in layers.ffns]
+    stacked = [torch.cat([ffn.gate, ffn.up]) for ffn in layers.ffns]  # type: ignore[list-item]
+
+    def plain(i: int) -> Tensor:
+        return dense_ffn(layers.x, layers.ffns[i].gate, layers.ffns[i].up, stock[i])  # type: ignore[arg-type]
+
+    compiled = torch.compile(dense_ffn)
+
+    def with_compile(i: int) -> Tensor:
+        return compiled(layers.x, layers.ffns[i].gate, layers.ffns[i].up, stock[i])
+
+    @torch.compile
+    def fused(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
+        gate, up = functional.linear(x, both).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * up, down)
+
+    tuned = torch.compile(dense_ffn, mode="max-autotune-no-cudagraphs")
+    return {
+        "dense eager": graph_times(plain),
+        "dense compiled": graph_times(with_compile),
+        "dense compiled, gate and up stacked": graph_times(lambda i: fused(layers.x, stacked[i], stock[i])),
+        "dense compiled, max-autotune": graph_times(
+            lambda i: tuned(layers.x, layers.ffns[i].gate, layers.ffns[i].up, stock[i])
+        ),
+    }
+
+
+def check(layers: Layers, tiles: DecodeTiles) -> float:
+    """The relative RMS error of the kernels; a `RuntimeError` above `TOLERANCE`, so that nothing wrong is timed."""
+    ffn, routing = layers.ffns[0], layers.routings[0]
+    found = run_decode(layers.x, ffn, routing, "silu", tiles).float()
+    wanted = sparse_ffn_reference(layers.x, ffn, routing, "silu")
+    error = float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(1e-12))
+    if not error <= TOLERANCE:
+        raise RuntimeError(f"relative RMS must be at most {TOLERANCE}, got {error:.2e} with {tiles}")
+    return error
+
+
+def sparse_times(layers: Layers, tiles: DecodeTiles) -> list[float]:
+    """Times of the kernels, router included."""
+    return graph_times(lambda i: run_decode(layers.x, layers.ffns[i], layers.routings[i], "silu", tiles))
+
+
+def part_times(layers: Layers, tiles: DecodeTiles, part: str) -> list[float]:
+    """Times of one launch alone: `gate_up` with its router, or `down`."""
+    tokens = layers.x.shape[0]
+    tiles = replace(tiles, pdl=False)
+    h = torch.zeros(tokens, NEURONS, device="cuda", dtype=torch.float32 if tokens == 1 else torch.bfloat16)
+    union = [(routing.bias > 0).int() for routing in layers.routings]  # type: ignore[operator]
+    counters = torch.zeros(HIDDEN, dtype=torch.int32, device="cuda")
+    size = 1 << (HIDDEN // tiles.block_d - 1).bit_length()
+
+    def gate_up(i: int) -> None:
+        routing = layers.routings[i]
+        route = (routing.weight, routing.bias, None)
+        scratch = (h, union[i], counters[:size])
+        launch_gate_up(layers.x, layers.ffns[i], route, 0.0, "silu", tiles, scratch)
+
+    def down(i: int) -> Tensor:
+        return launch_down(h, union[i], counters[:size], layers.ffns[i], torch.empty_like(layers.x), tiles)
+
+    def down_with_reset(i: int) -> Tensor:
+        counters.zero_()
+        return down(i)
+
+    return graph_times(gate_up if part == "gate_up" else down_with_reset, repeats=10)
+
+
+def candidates(part: str, one_token: bool) -> Iterator[dict[str, int]]:
+    """Tiles to try."""
+    if part == "gate_up" and one_token:
+        for n, k, warps, stages in itertools.product((4, 8, 16, 32), (256, 512, 1024, 2048), (2, 4, 8), (1, 2, 3)):
+            if 32 <= n * k // (32 * warps) <= 128:
+                yield {"block_n": n, "block_k": k, "gate_up_warps": warps, "gate_up_stages": stages}
+    elif part == "gate_up":
+        for n, k, warps, stages in itertools.product((16, 32), (64, 128, 256, 512), (2, 4), (2, 3, 4)):
+            if n * k * 4 * stages <= 160_000:
+                yield {"block_n": n, "block_k": k, "gate_up_warps": warps, "gate_up_stages": stages}
+    elif one_token:
+        for d, splits, warps, stages in itertools.product((64, 128, 256, 512), (8, 16, 32, 64), (2, 4, 8), (1, 2, 3)):
+            if 16 <= d * 32 // (32 * warps) <= 128 and d // splits <= 32:
+                yield {"block_d": d, "splits": splits, "down_warps": warps, "down_stages": stages}
+    else:
+        for d, splits, warps, stages in itertools.product((64, 128, 256), (4, 8, 16), (2, 4), (2, 3, 4)):
+            yield {"block_d": d, "splits": splits, "down_warps": warps, "down_stages": stages}
+
+
+def tune(layers: Layers, start: DecodeTiles, budget_s: float) -> DecodeTiles:
+    """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints the first five."""
+    best = start
+    for part in ("gate_up", "down"):
+        end = time.monotonic() + budget_s / 2
+        found: list[tuple[float, dict[str, int], list[float]]] = []
+        tried = list(candidates(part, layers.x.shape[0] == 1))
+        # In a fixed random order, so that a short time still sees all kinds.
+        for index in torch.randperm(len(tried), generator=torch.Generator().manual_seed(0)).tolist():
+            if time.monotonic() > end:
+                break
+            times = []
+            try:
+                for sparsity in (0.5, 0.9):
+                    layers.route(sparsity)
+                    times.append(statistics.median(part_times(layers, replace(best, **tried[index]), part)))
+            except Exception as error:  # a tile that does not fit the machine
+                print("skipped", tried[index], type(error).__name__, str(error)[:80])
+                continue
+            # Weighed by the bytes, so that both sparsities count alike.
+            found.append((times[0] / 0.5 + times[1] / 0.1, tried[index], times))
+        found.sort(key=lambda entry: entry[0])
+        print(f"{part}: {len(found)} of {len(tried)} candidates")
+        for _, options, times in found[:5]:
+            print("  ", options, " ".join(f"{1e3 * time:.1f}" for time in times), "us at 50, 90%")
+        best = replace(best, **found[0][1])
+    return best
+
+
+def copy_bandwidth() -> float:
+    """GB/s of reading and writing when 2 GiB are copied."""
+    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    times = graph_times(lambda _: target.copy_(source), repeats=5)
+    return 2 * source.nbytes / statistics.median(times) / 1e6
+
+
+def row(provider: str, tokens: int, sparsity: float, times: list[float], size: int) -> dict[str, Any]:
+    """One measured row in the form of the result files."""
+    low, median, high = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+    return {
+        "benchmark": "ffn", "provider": provider, "dtype": "bfloat16", "batch": tokens, "tokens": tokens,
+        "sparsity": sparsity, "median_ms": median, "p20_ms": low, "p80_ms": high, "bytes": size,
+        "gb_per_s": size / median / 1e6,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tune", type=Path, help="try tiles first, write the best here, and measure with them")
+    parser.add_argument("--budget-s", type=float, default=100, help="seconds of trying per number of tokens")
+    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    args = parser.parse_args()
+    dense_bytes = 3 * HIDDEN * NEURONS * 2
+    rows, tuned = [], {}
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth:.0f} GB/s")
+    for tokens in args.tokens:
+        layers = Layers(tokens, 0.5)
+        tiles = decode_tiles(layers.ffns[0].up, True, tokens, EXPERT_SIZE)
+        if args.tune:
+            tiles = tune(layers, tiles, args.budget_s)
+            tuned[tokens] = asdict(tiles)
+            args.tune.write_text(json.dumps(tuned, indent=1))
+        dense = {name: row(name, tokens, 0.0, times, dense_bytes) for name, times in dense_times(layers).items()}
+        rows += dense.values()
+        best = min(entry["median_ms"] for entry in dense.values())
+        print(f"{tokens} tokens: " + ", ".join(f"{k} {1e3 * v['median_ms']:.1f} us" for k, v in dense.items()))
+        variants = {
+            f"lte{', router apart' * (not fused)}{', no pdl' * (not pdl)}": replace(tiles, fused_router=fused, pdl=pdl)
+            for fused in (True, False)
+            for pdl in (True, False)
+        }
+        for sparsity in SPARSITIES:
+            layers.route(sparsity)
+            for name, variant in variants.items():
+                error = check(layers, variant)
+                entry = row(name, tokens, sparsity, sparse_times(layers, variant), layers.bytes_read())
+                rows.append({**entry, "relative_rms": error, "ratio_to_dense": entry["median_ms"] / best})
+                print(
+                    f"  {sparsity:.0%} {name}: {1e3 * entry['median_ms']:.1f} us "
+                    f"({1e3 * entry['p20_ms']:.1f}-{1e3 * entry['p80_ms']:.1f}), {entry['gb_per_s']:.0f} GB/s, "
+                    f"{entry['median_ms'] / best:.3f} of dense",
+                    flush=True,
+                )
+            for part in ("gate_up", "down"):
+                times = part_times(layers, tiles, part)
+                print(f"    {part} alone: {1e3 * statistics.median(times):.1f} us", flush=True)
+        del layers
+        torch.cuda.empty_cache()
+    if args.output:
+        record = {"rows": rows, "tiles": tuned, "copy_gb_per_s": bandwidth, **environment()}
+        write_json_atomic(args.output, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What the sparse FFN's functions take, and the checks on it.
+
+Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lte.config import check_choice
+from lte.ops.activations import ACTIVATIONS
+
+MAX_TOKENS = 16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EXPERT_SIZES = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnWeights:
+    """The projections of an FFN, expert e owning the neurons [e S, (e + 1) S).
+
+    Weights have the dtype of the hidden states, or are int8 with an fp32 scale per neuron each.
+
+    Attributes:
+        up: [F, D].
+        down: the down projection transposed, [F, D], so that an expert is S contiguous rows.
+        gate: [F, D], `None` for a plain FFN act(x W_up) W_down.
+        up_bias: [F].
+        gate_bias: [F].
+        down_bias: [D].
+        up_scale: [F], for an int8 `up`.
+        gate_scale: [F], for an int8 `gate`.
+        down_scale: [F], for an int8 `down`.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_scale: Tensor | None = None
+    gate_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+
+    def flat(self) -> list[Tensor | None]:
+        """The fields in order, as `lte::sparse_ffn_decode` takes them."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    @staticmethod
+    def from_flat(tensors: list[Tensor | None]) -> FfnWeights:
+        """The inverse of `flat`."""
+        return FfnWeights(**dict(zip((field.name for field in fields(FfnWeights)), tensors, strict=True)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which experts are active for which token: those whose logit is greater than the threshold.
+
+    Logits are x W^T + b in fp32, or given: those of a low-rank router, say.
+
+    Attributes:
+        weight: W, [E, D], in any floating dtype.
+        bias: b, [E].
+        logits: [T, E] fp32, in place of `weight` and `bias`.
+        threshold: threshold of the logit.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    logits: Tensor | None = None
+    threshold: float = 0.0
+
+    @staticmethod
+    def forced(mask: Tensor) -> Routing:
+        """The routing by a boolean mask [T, E]."""
+        infinity = torch.full(mask.shape, torch.inf, device=mask.device)
+        return Routing(logits=torch.where(mask, infinity, -infinity))
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        source = self.weight if self.logits is None else self.logits.T
+        if source is None:
+            raise ValueError("routing must hold weight or logits, got weight=None and logits=None")
+        return source.shape[0]
+
+
+def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {name}={list(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of x ({like.device}), got {name}={tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got {name}={tensor.stride()}; call .contiguous() once")
+
+
+def _check_weight(name: str, weight: Tensor, scale: Tensor | None, x: Tensor) -> None:
+    dtype = x.dtype if scale is None else torch.int8
+    if weight.dtype != dtype:
+        kind = f"{dtype}, the dtype of x" if scale is None else f"{dtype}, as it has a scale"
+        raise ValueError(f"{name} must be {kind}, got {name}={weight.dtype}")
+    if scale is not None and scale.dtype != torch.float32:
+        raise ValueError(f"{name}_scale must be torch.float32, got {name}_scale={scale.dtype}")
+
+
+def check_arguments(x: Tensor, weights: FfnWeights, routing: Routing, activation: str) -> None:
+    """Raises a `ValueError` unless the arguments fit together; x is [T, D]."""
+    check_choice("activation", activation, ACTIVATIONS)
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS:
+        raise ValueError(f"x must have shape [tokens, hidden] with 1 to {MAX_TOKENS} tokens, got x={list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be float32, float16 or bfloat16, got x={x.dtype}")
+    neurons, (tokens, hidden), experts = weights.up.shape[0], x.shape, routing.num_experts
+    if experts * (neurons // max(experts, 1)) != neurons or neurons // max(experts, 1) not in EXPERT_SIZES:
+        raise ValueError(
+            f"neurons / experts must be one of {', '.join(map(str, EXPERT_SIZES))}, got {neurons} / {experts}"
+        )
+    for name in ("up", "down", "gate"):
+        weight, scale = getattr(weights, name), getattr(weights, f"{name}_scale")
+        bias_size = hidden if name == "down" else neurons
+        _check_tensor(name, weight, (neurons, hidden), x)
+        _check_tensor(f"{name}_bias", getattr(weights, f"{name}_bias"), (bias_size,), x)
+        _check_tensor(f"{name}_scale", scale, (neurons,), x)
+        if weight is not None:
+            _check_weight(name, weight, scale, x)
+    _check_tensor("weight", routing.weight, (experts, hidden), x)
+    _check_tensor("bias", routing.bias, (experts,), x)
+    _check_tensor("logits", routing.logits, (tokens, experts), x)

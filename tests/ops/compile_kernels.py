@@ -1,0 +1,138 @@
+"""Compiles every kernel variant that the launcher can ask for, without a GPU, and prints one JSON line for each.
+
+Run by `test_compilation.py` in a process of its own with Triton's interpreter off. The launcher runs on meta
+tensors; its launches are taken up by `Recorder`, which compiles the kernel for exactly those arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lte.ops import decode, launch
+from lte.ops import decode_kernels as kernels
+from lte.ops.arguments import FfnWeights, Routing
+
+HIDDEN, EXPERTS, SIZE = 4096, 344, 32
+NAMES = ("route_kernel", "gate_up_kernel", "down_kernel")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, local memory (spills) and shared memory of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text))
+    return {key.lower(): int(value) for key, value in found.items()}
+
+
+class Recorder:
+    """Stands in for a kernel: compiles it for the arguments of each launch, once per distinct variant."""
+
+    def __init__(self, kernel: Any, rows: list[dict[str, Any]]):
+        self.kernel, self.rows, self.seen = kernel, rows, set[str]()
+        self.arch, self.label = 80, ""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        signature, constants, attrs = {}, {}, {}
+        for index, name in enumerate(self.kernel.arg_names):
+            value = args[index] if index < len(args) else kwargs.pop(name)
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                attrs[(index,)] = [["tt.divisibility", 16]]
+            elif value is None or index >= len(args):
+                signature[name] = "constexpr"
+                constants[name] = value
+            else:
+                signature[name] = "i32" if isinstance(value, int) else "fp32"
+        key = str((self.arch, signature, constants, kwargs))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(self.kernel, signature, constants, attrs)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=kwargs)
+        ptx = compiled.asm["ptx"]
+        row = {"kernel": self.kernel.__name__, "arch": self.arch, "variant": self.label}
+        row |= resources(compiled.asm["cubin"])
+        row["wide_loads"] = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
+        row["wide_copies"] = len(re.findall(r"cp\.async\.cg\.shared\.global[^,]*, 0x10|cp\.async\.cg", ptx))
+        row["tensor_core"] = "mma" in ptx
+        row["pdl"] = "griddepcontrol" in ptx
+        row["ptx_bytes"] = len(ptx)
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+
+
+def variants(full: bool) -> Any:
+    """(arch, dtype, int8, gated, biases, activation, tokens, router, S): all axes, not all combinations."""
+    base = {"dtype": torch.bfloat16, "int8": False, "gated": True, "bias": False, "activation": "silu"}
+    base |= {"tokens": 1, "router": "own", "size": SIZE, "hidden": HIDDEN}
+    for arch, tokens in itertools.product((80, 90), (1, 16)):
+        changes: list[dict[str, Any]] = [{}, {"gated": False, "bias": True, "activation": "gelu"}, {"int8": True}]
+        changes += [{"router": "given"}, {"dtype": torch.float32, "activation": "gelu_tanh"}]
+        changes += [{"dtype": torch.float16, "activation": "relu2"}]
+        if full or (arch, tokens) == (80, 1):
+            changes += [{"size": 8, "activation": "relu"}, {"size": 64}, {"size": 16}, {"hidden": 100}]
+        for change in changes:
+            yield {**base, "arch": arch, "tokens": tokens, **change}
+
+
+def launch_variant(v: dict[str, Any]) -> None:
+    """Runs the launcher on meta tensors."""
+    hidden, neurons = v["hidden"], EXPERTS * v["size"]
+
+    def empty(*shape: int, dtype: torch.dtype = v["dtype"]) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    dtype = torch.int8 if v["int8"] else v["dtype"]
+    named = {name: empty(neurons, hidden, dtype=dtype) for name in ("up", "down", *(["gate"] * v["gated"]))}
+    if v["int8"]:
+        named |= {f"{name}_scale": empty(neurons, dtype=torch.float32) for name in list(named)}
+    if v["bias"]:
+        named |= {"up_bias": empty(neurons), "down_bias": empty(hidden)}
+    routing = Routing(weight=empty(EXPERTS, hidden, dtype=torch.float32), bias=empty(EXPERTS, dtype=torch.float32))
+    if v["router"] == "given":
+        routing = Routing(logits=empty(v["tokens"], EXPERTS, dtype=torch.float32))
+    weights = FfnWeights(**named)
+    tiles = launch.decode_tiles(weights.up, v["gated"], v["tokens"], v["size"])
+    decode.run_decode(empty(v["tokens"], hidden), weights, routing, v["activation"], tiles)
+
+
+def main() -> None:
+    rows: list[dict[str, Any]] = []
+    recorders = {name: Recorder(getattr(kernels, name), rows) for name in NAMES}
+    for name, recorder in recorders.items():
+        setattr(kernels, name, recorder)
+    for v in variants("--full" in sys.argv):
+        launch.architecture = lambda device, arch=v["arch"]: arch  # type: ignore[misc]
+        for recorder in recorders.values():
+            recorder.arch = v["arch"]
+            recorder.label = " ".join(f"{key}={value}" for key, value in v.items() if key != "arch")
+        launch_variant(v)
+
+
+if __name__ == "__main__":
+    main()

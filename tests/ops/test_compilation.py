@@ -1,0 +1,55 @@
+"""Every kernel variant compiles for sm_80 and sm_90, without a GPU, with wide loads and without spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A row per compiled kernel."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ops.compile_kernels"], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_all_kernels_compile_for_both_architectures(kernels: list[dict[str, Any]]) -> None:
+    found = {(row["kernel"], row["arch"]) for row in kernels}
+    names = ("route_kernel", "gate_up_kernel", "down_kernel")
+    assert found == {(name, arch) for name in names for arch in (80, 90)}
+
+
+def test_weights_are_read_16_bytes_at_a_time(kernels: list[dict[str, Any]]) -> None:
+    for row in kernels:
+        if "hidden=4096" in row["variant"]:
+            assert row["wide_loads"] + row["wide_copies"] > 0, row
+
+
+def test_nothing_spills(kernels: list[dict[str, Any]]) -> None:
+    for row in kernels:
+        assert row["local"] == 0, row
+        assert row["stack"] == 0, row
+
+
+def test_tensor_cores_from_two_tokens_on(kernels: list[dict[str, Any]]) -> None:
+    for row in kernels:
+        if row["kernel"] != "route_kernel" and "float32" not in row["variant"]:
+            assert row["tensor_core"] == ("tokens=16" in row["variant"]), row
+
+
+def test_programmatic_launches_on_hopper_alone(kernels: list[dict[str, Any]]) -> None:
+    for row in kernels:
+        assert row["pdl"] == (row["arch"] == 90), row
