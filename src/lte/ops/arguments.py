@@ -34,6 +34,8 @@ class FfnWeights:
         up_scale: [F], for an int8 `up`.
         gate_scale: [F], for an int8 `gate`.
         down_scale: [F], for an int8 `down`.
+        stacked: the tensor whose first rows are gate, up and the router's weight, in this order, if they are views
+            of one (`lte.ops.layout.stack_inputs`), so that one product of many tokens gives all of them.
     """
 
     up: Tensor
@@ -45,6 +47,7 @@ class FfnWeights:
     up_scale: Tensor | None = None
     gate_scale: Tensor | None = None
     down_scale: Tensor | None = None
+    stacked: Tensor | None = None
 
     def flat(self) -> list[Tensor | None]:
         """The fields in order, as `lte::sparse_ffn_decode` takes them."""
@@ -60,7 +63,8 @@ class FfnWeights:
 class Routing:
     """Which experts are active for which token: those whose logit is greater than the threshold.
 
-    Logits are x W^T + b in fp32, or given: those of a low-rank router, say.
+    Logits are x W^T + b in fp32, the product rounded to the dtype of W, or given: those of a low-rank router, say.
+    The rounding makes a 16-bit router decide alike wherever its product comes from.
 
     Attributes:
         weight: W, [E, D], in any floating dtype.

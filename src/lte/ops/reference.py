@@ -14,13 +14,14 @@ from lte.ops.arguments import FfnWeights, Routing
 
 
 def active_experts(x: Tensor, routing: Routing) -> Tensor:
-    """Boolean [T, E]: which experts are active for each token of x [T, D]; the logits are compared in fp32."""
+    """Boolean [T, E]: which experts are active for each token of x [T, D]."""
     if routing.logits is not None:
         return routing.logits > routing.threshold
     assert routing.weight is not None
     dtype = torch.promote_types(torch.float32, x.dtype)
-    bias = None if routing.bias is None else routing.bias.to(dtype)
-    return functional.linear(x.to(dtype), routing.weight.to(dtype), bias) > routing.threshold
+    products = functional.linear(x.to(dtype), routing.weight.to(dtype)).to(routing.weight.dtype)
+    logits = products.to(dtype) if routing.bias is None else products.to(dtype) + routing.bias.to(dtype)
+    return logits > routing.threshold
 
 
 def _dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
