@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from torch.nn import functional
 
 from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import FfnWeights, Routing
-from lte.ops.decode import launch_down, launch_gate_up, run_decode
-from lte.ops.launch import DecodeTiles, decode_tiles
+from lte.ops.decode import PHASES, DecodeLaunch, run_decode
+from lte.ops.launch import ManyTokenTiles, OneTokenTiles, many_token_tiles, one_token_tiles
 from lte.ops.reference import sparse_ffn_reference
 
 HIDDEN, NEURONS, EXPERT_SIZE, LAYERS = 4096, 11008, 32, 8
 EXPERTS = NEURONS // EXPERT_SIZE
 SPARSITIES = (0.0, 0.5, 0.8, 0.9)
+Tiles = OneTokenTiles | ManyTokenTiles
 TOLERANCE = 1e-2  # relative RMS in bf16
 
 
@@ -55,7 +56,7 @@ class Layers:
             )
             for _ in range(LAYERS)
         ]
-        self.routers = [torch.zeros(EXPERTS, HIDDEN, device="cuda") for _ in range(LAYERS)]
+        self.routers = [torch.zeros(EXPERTS, HIDDEN, dtype=torch.bfloat16, device="cuda") for _ in range(LAYERS)]
         self.route(sparsity)
 
     def route(self, sparsity: float) -> None:
@@ -70,7 +71,7 @@ class Layers:
 
     def bytes_read(self) -> int:
         """Bytes of weights that one layer needs: its active experts and the router."""
-        return self.active * EXPERT_SIZE * HIDDEN * 3 * 2 + EXPERTS * HIDDEN * 4
+        return self.active * EXPERT_SIZE * HIDDEN * 3 * 2 + EXPERTS * HIDDEN * 2
 
 
 def graph_times(run: Callable[[int], object], repeats: int = 30) -> list[float]:
@@ -129,7 +130,7 @@ def dense_times(layers: Layers) -> dict[str, list[float]]:
     }
 
 
-def check(layers: Layers, tiles: DecodeTiles) -> float:
+def check(layers: Layers, tiles: Tiles) -> float:
     """The relative RMS error of the kernels; a `RuntimeError` above `TOLERANCE`, so that nothing wrong is timed."""
     ffn, routing = layers.ffns[0], layers.routings[0]
     found = run_decode(layers.x, ffn, routing, "silu", tiles).float()
@@ -140,82 +141,64 @@ def check(layers: Layers, tiles: DecodeTiles) -> float:
     return error
 
 
-def sparse_times(layers: Layers, tiles: DecodeTiles) -> list[float]:
-    """Times of the kernels, router included."""
-    return graph_times(lambda i: run_decode(layers.x, layers.ffns[i], layers.routings[i], "silu", tiles))
+def sparse_times(layers: Layers, tiles: Tiles, repeats: int = 30) -> list[float]:
+    """Times of the kernel, router included."""
+    return graph_times(lambda i: run_decode(layers.x, layers.ffns[i], layers.routings[i], "silu", tiles), repeats)
 
 
-def part_times(layers: Layers, tiles: DecodeTiles, part: str) -> list[float]:
-    """Times of one launch alone: `gate_up` with its router, or `down`."""
-    tokens = layers.x.shape[0]
-    tiles = replace(tiles, pdl=False)
-    h = torch.zeros(tokens, NEURONS, device="cuda", dtype=torch.float32 if tokens == 1 else torch.bfloat16)
-    union = [(routing.bias > 0).int() for routing in layers.routings]  # type: ignore[operator]
-    counters = torch.zeros(HIDDEN, dtype=torch.int32, device="cuda")
-    size = 1 << (HIDDEN // tiles.block_d - 1).bit_length()
-
-    def gate_up(i: int) -> None:
-        routing = layers.routings[i]
-        route = (routing.weight, routing.bias, None)
-        scratch = (h, union[i], counters[:size])
-        launch_gate_up(layers.x, layers.ffns[i], route, 0.0, "silu", tiles, scratch)
-
-    def down(i: int) -> Tensor:
-        return launch_down(h, union[i], counters[:size], layers.ffns[i], torch.empty_like(layers.x), tiles)
-
-    def down_with_reset(i: int) -> Tensor:
-        counters.zero_()
-        return down(i)
-
-    return graph_times(gate_up if part == "gate_up" else down_with_reset, repeats=10)
+def phase_times(layers: Layers, tiles: Tiles) -> dict[str, list[float]]:
+    """Times of each phase alone, in launches of their own."""
+    launches = [
+        DecodeLaunch(layers.x, ffn, routing, "silu", tiles)
+        for ffn, routing in zip(layers.ffns, layers.routings, strict=True)
+    ]
+    for launch in launches:
+        launch.run(0, len(PHASES) - 1)
+    return {
+        name: graph_times(lambda i, phase=index: launches[i].run(phase, phase), repeats=10)  # type: ignore[misc]
+        for index, name in enumerate(PHASES)
+    }
 
 
-def candidates(part: str, one_token: bool) -> Iterator[dict[str, int]]:
+def candidates(one_token: bool) -> Iterator[Tiles]:
     """Tiles to try."""
-    if part == "gate_up" and one_token:
-        for n, k, warps, stages in itertools.product((4, 8, 16, 32), (256, 512, 1024, 2048), (2, 4, 8), (1, 2, 3)):
-            if 32 <= n * k // (32 * warps) <= 128:
-                yield {"block_n": n, "block_k": k, "gate_up_warps": warps, "gate_up_stages": stages}
-    elif part == "gate_up":
-        for n, k, warps, stages in itertools.product((16, 32), (64, 128, 256, 512), (2, 4), (2, 3, 4)):
-            if n * k * 4 * stages <= 160_000:
-                yield {"block_n": n, "block_k": k, "gate_up_warps": warps, "gate_up_stages": stages}
-    elif one_token:
-        for d, splits, warps, stages in itertools.product((64, 128, 256, 512), (8, 16, 32, 64), (2, 4, 8), (1, 2, 3)):
-            if 16 <= d * 32 // (32 * warps) <= 128 and d // splits <= 32:
-                yield {"block_d": d, "splits": splits, "down_warps": warps, "down_stages": stages}
-    else:
-        for d, splits, warps, stages in itertools.product((64, 128, 256), (4, 8, 16), (2, 4), (2, 3, 4)):
-            yield {"block_d": d, "splits": splits, "down_warps": warps, "down_stages": stages}
+    if one_token:
+        for n, warps, stages, per_sm in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4, 6), (1, 2, 4)):
+            # Bytes in flight per multiprocessor, and shared memory.
+            if 16_384 <= n * HIDDEN * 6 * max(stages - 1, 1) * per_sm <= 200_000 and warps * per_sm <= 32:
+                yield OneTokenTiles(block_n=n, warps=warps, stages=stages, per_sm=per_sm)
+        return
+    shapes = itertools.product((16, 32), (128, 256, 512), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2))
+    for n, k, d, warps, stages, per_sm in shapes:
+        if 24_000 <= n * k * 4 * (stages - 1) * per_sm and (n * 4 + 32) * k * stages * per_sm <= 220_000:
+            yield ManyTokenTiles(block_n=n, block_k=k, block_d=d, warps=warps, stages=stages, per_sm=per_sm)
 
 
-def tune(layers: Layers, start: DecodeTiles, budget_s: float) -> DecodeTiles:
-    """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints the first five."""
-    best = start
-    for part in ("gate_up", "down"):
-        end = time.monotonic() + budget_s / 2
-        found: list[tuple[float, dict[str, int], list[float]]] = []
-        tried = list(candidates(part, layers.x.shape[0] == 1))
-        # In a fixed random order, so that a short time still sees all kinds.
-        for index in torch.randperm(len(tried), generator=torch.Generator().manual_seed(0)).tolist():
-            if time.monotonic() > end:
-                break
-            times = []
-            try:
-                for sparsity in (0.5, 0.9):
-                    layers.route(sparsity)
-                    times.append(statistics.median(part_times(layers, replace(best, **tried[index]), part)))
-            except Exception as error:  # a tile that does not fit the machine
-                print("skipped", tried[index], type(error).__name__, str(error)[:80])
-                continue
-            # Weighed by the bytes, so that both sparsities count alike.
-            found.append((times[0] / 0.5 + times[1] / 0.1, tried[index], times))
-        found.sort(key=lambda entry: entry[0])
-        print(f"{part}: {len(found)} of {len(tried)} candidates")
-        for _, options, times in found[:5]:
-            print("  ", options, " ".join(f"{1e3 * time:.1f}" for time in times), "us at 50, 90%")
-        best = replace(best, **found[0][1])
-    return best
+def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
+    """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints the first eight."""
+    end = time.monotonic() + budget_s
+    found: list[tuple[float, Tiles, list[float]]] = []
+    tried = list(candidates(layers.x.shape[0] == 1))
+    # In a fixed random order, so that a short time still sees all kinds.
+    for index in torch.randperm(len(tried), generator=torch.Generator().manual_seed(0)).tolist():
+        if time.monotonic() > end:
+            break
+        times = []
+        try:
+            for sparsity in (0.5, 0.9):
+                layers.route(sparsity)
+                check(layers, tried[index])
+                times.append(statistics.median(sparse_times(layers, tried[index], repeats=10)))
+        except Exception as error:  # a tile that does not fit the machine
+            print("skipped", tried[index], type(error).__name__, str(error)[:80])
+            continue
+        # Weighed by the bytes, so that both sparsities count alike.
+        found.append((times[0] / 0.5 + times[1] / 0.2, tried[index], times))
+    found.sort(key=lambda entry: entry[0])
+    print(f"{len(found)} of {len(tried)} candidates")
+    for _, tiles, times in found[:8]:
+        print("  ", tiles, " ".join(f"{1e3 * time:.1f}" for time in times), "us at 50, 90%", flush=True)
+    return found[0][1] if found else start
 
 
 def copy_bandwidth() -> float:
@@ -249,7 +232,9 @@ def main() -> None:
     print(f"copy: {bandwidth:.0f} GB/s")
     for tokens in args.tokens:
         layers = Layers(tokens, 0.5)
-        tiles = decode_tiles(layers.ffns[0].up, True, tokens, EXPERT_SIZE)
+        weight = layers.ffns[0].up
+        one = tokens == 1
+        tiles: Tiles = one_token_tiles(weight, EXPERT_SIZE) if one else many_token_tiles(weight, tokens, EXPERT_SIZE)
         if args.tune:
             tiles = tune(layers, tiles, args.budget_s)
             tuned[tokens] = asdict(tiles)
@@ -258,26 +243,21 @@ def main() -> None:
         rows += dense.values()
         best = min(entry["median_ms"] for entry in dense.values())
         print(f"{tokens} tokens: " + ", ".join(f"{k} {1e3 * v['median_ms']:.1f} us" for k, v in dense.items()))
-        variants = {
-            f"lte{', router apart' * (not fused)}{', no pdl' * (not pdl)}": replace(tiles, fused_router=fused, pdl=pdl)
-            for fused in (True, False)
-            for pdl in (True, False)
-        }
         for sparsity in SPARSITIES:
             layers.route(sparsity)
-            for name, variant in variants.items():
-                error = check(layers, variant)
-                entry = row(name, tokens, sparsity, sparse_times(layers, variant), layers.bytes_read())
-                rows.append({**entry, "relative_rms": error, "ratio_to_dense": entry["median_ms"] / best})
-                print(
-                    f"  {sparsity:.0%} {name}: {1e3 * entry['median_ms']:.1f} us "
-                    f"({1e3 * entry['p20_ms']:.1f}-{1e3 * entry['p80_ms']:.1f}), {entry['gb_per_s']:.0f} GB/s, "
-                    f"{entry['median_ms'] / best:.3f} of dense",
-                    flush=True,
-                )
-            for part in ("gate_up", "down"):
-                times = part_times(layers, tiles, part)
-                print(f"    {part} alone: {1e3 * statistics.median(times):.1f} us", flush=True)
+            error = check(layers, tiles)
+            entry = row("lte", tokens, sparsity, sparse_times(layers, tiles), layers.bytes_read())
+            parts = {name: statistics.median(times) for name, times in phase_times(layers, tiles).items()}
+            rows.append(
+                {**entry, "phase_ms": parts, "relative_rms": error, "ratio_to_dense": entry["median_ms"] / best}
+            )
+            print(
+                f"  {sparsity:.0%} lte: {1e3 * entry['median_ms']:.1f} us "
+                f"({1e3 * entry['p20_ms']:.1f}-{1e3 * entry['p80_ms']:.1f}), {entry['gb_per_s']:.0f} GB/s, "
+                f"{entry['median_ms'] / best:.3f} of dense; alone: "
+                + ", ".join(f"{name} {1e3 * time:.1f}" for name, time in parts.items()),
+                flush=True,
+            )
         del layers
         torch.cuda.empty_cache()
     if args.output:

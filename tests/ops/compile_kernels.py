@@ -25,7 +25,7 @@ from lte.ops import decode_kernels as kernels
 from lte.ops.arguments import FfnWeights, Routing
 
 HIDDEN, EXPERTS, SIZE = 4096, 344, 32
-NAMES = ("route_kernel", "gate_up_kernel", "down_kernel")
+NAMES = ("decode_one_kernel", "decode_many_kernel")
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -80,7 +80,7 @@ class Recorder:
         row["wide_loads"] = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
         row["wide_copies"] = len(re.findall(r"cp\.async\.cg\.shared\.global[^,]*, 0x10|cp\.async\.cg", ptx))
         row["tensor_core"] = "mma" in ptx
-        row["pdl"] = "griddepcontrol" in ptx
+        row["barriers"] = len(re.findall(r"ld\.acquire\.gpu", ptx))
         row["ptx_bytes"] = len(ptx)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
@@ -92,7 +92,7 @@ def variants(full: bool) -> Any:
     base |= {"tokens": 1, "router": "own", "size": SIZE, "hidden": HIDDEN}
     for arch, tokens in itertools.product((80, 90), (1, 16)):
         changes: list[dict[str, Any]] = [{}, {"gated": False, "bias": True, "activation": "gelu"}, {"int8": True}]
-        changes += [{"router": "given"}, {"dtype": torch.float32, "activation": "gelu_tanh"}]
+        changes += [{"router": "given"}, {"router": "wide"}, {"dtype": torch.float32, "activation": "gelu_tanh"}]
         changes += [{"dtype": torch.float16, "activation": "relu2"}]
         if full or (arch, tokens) == (80, 1):
             changes += [{"size": 8, "activation": "relu"}, {"size": 64}, {"size": 16}, {"hidden": 100}]
@@ -113,12 +113,12 @@ def launch_variant(v: dict[str, Any]) -> None:
         named |= {f"{name}_scale": empty(neurons, dtype=torch.float32) for name in list(named)}
     if v["bias"]:
         named |= {"up_bias": empty(neurons), "down_bias": empty(hidden)}
-    routing = Routing(weight=empty(EXPERTS, hidden, dtype=torch.float32), bias=empty(EXPERTS, dtype=torch.float32))
+    router_dtype = torch.float32 if v["router"] == "wide" else v["dtype"]
+    routing = Routing(weight=empty(EXPERTS, hidden, dtype=router_dtype), bias=empty(EXPERTS, dtype=torch.float32))
     if v["router"] == "given":
         routing = Routing(logits=empty(v["tokens"], EXPERTS, dtype=torch.float32))
     weights = FfnWeights(**named)
-    tiles = launch.decode_tiles(weights.up, v["gated"], v["tokens"], v["size"])
-    decode.run_decode(empty(v["tokens"], hidden), weights, routing, v["activation"], tiles)
+    decode.run_decode(empty(v["tokens"], hidden), weights, routing, v["activation"])
 
 
 def main() -> None:
@@ -128,6 +128,7 @@ def main() -> None:
         setattr(kernels, name, recorder)
     for v in variants("--full" in sys.argv):
         launch.architecture = lambda device, arch=v["arch"]: arch  # type: ignore[misc]
+        decode.multiprocessors = lambda device: 132
         for recorder in recorders.values():
             recorder.arch = v["arch"]
             recorder.label = " ".join(f"{key}={value}" for key, value in v.items() if key != "arch")

@@ -49,7 +49,8 @@ def random_router(x: Tensor, experts: int, sparsity: float, dtype: torch.dtype =
     hidden = x.shape[1]
     weight = (torch.randn(experts, hidden, device=DEVICE) * hidden**-0.5).to(dtype)
     bias = torch.randn(experts, device=DEVICE).to(dtype)
-    logits = (x.double() @ weight.double().T + bias.double()).flatten().sort().values
+    products = (x.double() @ weight.double().T).to(dtype)
+    logits = (products.double() + bias.double()).flatten().sort().values
     start = min(max(int(sparsity * len(logits)) - 3, 0), max(len(logits) - 8, 0))
     near = logits[start : start + 8]
     widest = int((near[1:] - near[:-1]).argmax())

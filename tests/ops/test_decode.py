@@ -14,7 +14,9 @@ from lte.ops import decode, launch
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.decode import sparse_ffn_decode
+from lte.ops.launch import ManyTokenTiles, OneTokenTiles
 from lte.ops.reference import sparse_ffn_reference
+from lte.ops.workspace import workspace
 from tests.ops.conftest import DEVICE, masks, random_ffn, random_router
 
 Check = Callable[..., Tensor]
@@ -46,13 +48,8 @@ def test_equals_the_reference_in_half_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_routers(
-    tokens: int, fused: bool, dtype: torch.dtype, assert_matches: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiles = {key: replace(value, fused_router=fused) for key, value in launch._TILES.items()}
-    monkeypatch.setattr(launch, "_TILES", tiles)
+def test_routers(tokens: int, dtype: torch.dtype, assert_matches: Check) -> None:
     x, weights = states(tokens, 300, dtype), random_ffn(300, 19, 8, dtype=dtype)
     for router_dtype in (torch.float32, dtype):
         routing = random_router(x, 19, 0.6, router_dtype)
@@ -132,15 +129,25 @@ def test_experts_that_are_off_are_not_read(tokens: int, assert_matches: Check) -
     assert torch.equal(sparse_ffn_decode(torch.ones(tokens, 64, device=DEVICE), clean, routing, "silu"), expected)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("programs", [1, 2, 50])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_more_and_fewer_splits_than_experts(tokens: int, splits: int, poisoned: None) -> None:
+def test_more_and_fewer_programs_than_work(
+    tokens: int, programs: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: programs)
     x, weights = states(tokens, 100), random_ffn(100, 5)
+    one = OneTokenTiles(block_n=8)
+    many = ManyTokenTiles(block_d=32, block_n=32, block_k=64)
     for routing in map(Routing.forced, masks(tokens, 5).values()):
-        tiles = launch.decode_tiles(weights.up, True, tokens, 32)
-        tiles = replace(tiles, splits=splits, block_d=32, block_n=32, block_k=64)
-        output = decode.run_decode(x, weights, routing, "silu", tiles)
+        output = decode.run_decode(x, weights, routing, "silu", one if tokens == 1 else many)
         torch.testing.assert_close(output, sparse_ffn_reference(x, weights, routing, "silu"))
+
+
+def test_the_counters_are_zero_again(poisoned: None) -> None:
+    x, weights = states(3, 100), random_ffn(100, 5)
+    for _ in range(2):
+        decode.run_decode(x, weights, Routing.forced(masks(3, 5)["some"]), "silu")
+        assert not workspace(x.device).any()
 
 
 @pytest.mark.parametrize("case", range(12))

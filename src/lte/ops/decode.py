@@ -14,18 +14,27 @@ from torch import Tensor
 
 from lte.ops import decode_kernels as kernels
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing, check_arguments
-from lte.ops.launch import DecodeTiles, check_device, decode_tiles, interpreted
+from lte.ops.launch import (
+    ManyTokenTiles,
+    OneTokenTiles,
+    check_device,
+    interpreted,
+    many_token_tiles,
+    multiprocessors,
+    one_token_tiles,
+)
+from lte.ops.workspace import WORDS, workspace
 
-ROUTE_BLOCK_E = 16
-ROUTE_PARTS = 8
+# What a launch does: routing, then gate and up (and for one token down), then down or the sum of the parts.
+PHASES = ("route", "gate_up", "down")
 _TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def sparse_ffn_decode(x: Tensor, weights: FfnWeights, routing: Routing, activation: str) -> Tensor:
     """Computes (m * act(x W_gate) * (x W_up)) W_down with m = 1[logit > threshold], reading active experts alone.
 
-    Two launches, or three where the tiles say that the router has its own. No size or launch depends on data,
-    so it may be captured in a CUDA graph, and `torch.compile` takes it as one operation.
+    One launch. No size or launch depends on data, so it may be captured in a CUDA graph, and `torch.compile` takes it
+    as one operation.
 
     Args:
         x: hidden states [T, D], T from 1 to 16, fp32, fp16 or bf16.
@@ -56,8 +65,7 @@ def _decode_op(
     ffn = FfnWeights.from_flat(list(weights))
     route = Routing(weight=routing[0], bias=routing[1], logits=routing[2], threshold=threshold)
     check_arguments(x, ffn, route, activation)
-    tiles = decode_tiles(ffn.up, ffn.gate is not None, x.shape[0], ffn.up.shape[0] // route.num_experts)
-    return run_decode(x.contiguous(), ffn, route, activation, tiles)
+    return run_decode(x.contiguous(), ffn, route, activation)
 
 
 @_decode_op.register_fake
@@ -67,90 +75,103 @@ def _(
     return x.new_empty(x.shape)
 
 
-def run_decode(x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: DecodeTiles) -> Tensor:
-    """`sparse_ffn_decode` with checked arguments, contiguous x and explicit tiles, for benchmarks.
+def run_decode(
+    x: Tensor,
+    weights: FfnWeights,
+    routing: Routing,
+    activation: str,
+    tiles: OneTokenTiles | ManyTokenTiles | None = None,
+) -> Tensor:
+    """`sparse_ffn_decode` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
+    launch = DecodeLaunch(x, weights, routing, activation, tiles)
+    if interpreted():  # one program after the other: none can wait for the next
+        for phase in range(len(PHASES)):
+            launch.run(phase, phase)
+    else:
+        launch.run(0, len(PHASES) - 1)
+    return launch.out
 
-    Scratch comes from PyTorch's allocator at each call: it is small (h [T, F] and the partial sums), a graph
-    keeps it in its pool, and two streams never share it. Nothing in it must hold a value before the call: the
-    first kernel sets the counters of the second.
+
+class DecodeLaunch:
+    """One call's output and scratch memory, and how its phases are launched.
+
+    Scratch comes from PyTorch's allocator at each call: a graph keeps it in its pool, and two streams never share it.
+    Nothing in it must hold a value before the call, but for the counters of the workspace.
     """
-    tokens, hidden = x.shape
-    neurons, experts = weights.up.shape[0], routing.num_experts
-    h = x.new_empty(tokens, neurons, dtype=torch.float32 if tokens == 1 else x.dtype)
-    union = x.new_empty(experts, dtype=torch.int32)
-    counters = x.new_empty(triton.next_power_of_2(triton.cdiv(hidden, tiles.block_d)), dtype=torch.int32)
-    route: tuple[Tensor | None, Tensor | None, Tensor | None] = (routing.weight, routing.bias, None)
-    parts = 1
-    if routing.weight is None or routing.logits is not None:
-        route = (None, None, routing.logits)
-    elif not tiles.fused_router:
-        route, parts = (None, routing.bias, _route(x, routing.weight, tiles)), ROUTE_PARTS
-    launch_gate_up(x, weights, route, routing.threshold, activation, tiles, (h, union, counters), parts)
-    return launch_down(h, union, counters, weights, x.new_empty(tokens, hidden), tiles)
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: FfnWeights,
+        routing: Routing,
+        activation: str,
+        tiles: OneTokenTiles | ManyTokenTiles | None = None,
+    ):
+        self.x, self.weights, self.routing, self.activation = x, weights, routing, activation
+        self.tokens, self.hidden = x.shape
+        self.neurons, self.experts = weights.up.shape[0], routing.num_experts
+        size = self.neurons // self.experts
+        if tiles is None:
+            one = self.tokens == 1
+            tiles = one_token_tiles(weights.up, size) if one else many_token_tiles(weights.up, self.tokens, size)
+        self.tiles = tiles
+        self.programs = multiprocessors(x.device) * tiles.per_sm
+        self.out = torch.empty_like(x)
+        self.masks = x.new_empty(self.experts, dtype=torch.int32)
+        self.order = x.new_empty(self.experts, dtype=torch.int32)
+        if isinstance(tiles, OneTokenTiles):
+            self.partial = x.new_empty(self.programs, self.hidden, dtype=torch.float32)
+        else:
+            self.h = x.new_empty(self.tokens, self.neurons)
+            columns = triton.cdiv(self.hidden, tiles.block_d)
+            if columns > WORDS - 4:
+                raise ValueError(f"D must be at most {(WORDS - 4) * tiles.block_d}, got D={self.hidden}")
+            self.splits = max(self.programs // columns, 1)
+            self.partial = x.new_empty(self.splits, self.tokens, self.hidden, dtype=torch.float32)
+
+    def run(self, first: int, last: int) -> None:
+        """Launches the phases first..last of `PHASES`."""
+        if isinstance(self.tiles, OneTokenTiles):
+            self._run_one(self.tiles, first, last)
+        else:
+            self._run_many(self.tiles, first, last)
+
+    def _common(self, first: int, last: int, least_rows: int) -> dict[str, object]:
+        rows = max(triton.next_power_of_2(triton.cdiv(self.experts, self.programs)), least_rows)
+        # All programs must run at once where they wait for each other.
+        waits = {} if first == last else {"launch_cooperative_grid": True}
+        return {
+            "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs, "R": rows,
+            "E_PAD": max(triton.next_power_of_2(self.experts), 16), "ACTIVATION": self.activation,
+            "STAGES": self.tiles.stages, "FIRST": first, "LAST": last, "num_warps": self.tiles.warps, **waits,
+        }  # fmt: skip
+
+    def _run_one(self, tiles: OneTokenTiles, first: int, last: int) -> None:
+        w, r = self.weights, self.routing
+        columns = triton.next_power_of_2(self.hidden)
+        block_c = triton.next_power_of_2(triton.cdiv(self.hidden, self.programs))
+        common = self._common(first, last, 1)
+        kernels.decode_one_kernel[(self.programs,)](
+            self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
+            None if r.logits is not None else r.weight, r.bias, r.logits, self.masks, self.order, self.partial,
+            workspace(self.x.device), self.out, r.threshold,
+            D_PAD=columns, BLOCK_R=max(min(columns, 16384 // common["R"]), 16), BLOCK_N=tiles.block_n,  # type: ignore[operator]
+            BLOCK_P=min(triton.next_power_of_2(self.programs), max(16384 // block_c, 16)), BLOCK_C=block_c, **common,
+        )  # fmt: skip
+
+    def _run_many(self, tiles: ManyTokenTiles, first: int, last: int) -> None:
+        w, r = self.weights, self.routing
+        wide = r.weight is None or r.weight.dtype != self.x.dtype
+        kernels.decode_many_kernel[(self.programs,)](
+            self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
+            None if r.logits is not None else r.weight, r.bias, r.logits, self.masks, self.order, self.h, self.partial,
+            workspace(self.x.device), self.out, r.threshold, self.tokens,
+            T_PAD=MAX_TOKENS, BLOCK_R=64 if wide else 256, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            BLOCK_D=tiles.block_d, SPLITS=self.splits, DOT_DTYPE=_dot_dtype(self.x),
+            ROUTER_DTYPE=tl.float32 if wide else _dot_dtype(self.x), **self._common(first, last, 16),
+        )  # fmt: skip
 
 
 def _dot_dtype(x: Tensor) -> tl.dtype:
     # The interpreter computes tl.dot in bf16 wrongly, without an error.
     return tl.float32 if interpreted() and x.dtype == torch.bfloat16 else _TL_DTYPES[x.dtype]
-
-
-def _pdl_option(enabled: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if enabled else {}
-
-
-def _token_padding(tokens: int) -> int:
-    return 1 if tokens == 1 else MAX_TOKENS
-
-
-def _route(x: Tensor, router: Tensor, tiles: DecodeTiles) -> Tensor:
-    tokens, hidden = x.shape
-    experts = router.shape[0]
-    logits = x.new_empty(ROUTE_PARTS, tokens, experts, dtype=torch.float32)
-    share = triton.next_power_of_2(triton.cdiv(hidden, ROUTE_PARTS))
-    kernels.route_kernel[triton.cdiv(experts, ROUTE_BLOCK_E), ROUTE_PARTS](
-        x, router, logits, tokens, D=hidden, E=experts, T_PAD=_token_padding(tokens), BLOCK_E=ROUTE_BLOCK_E,
-        BLOCK_K=min(max(share, 16), 256 if tokens == 1 else 64), PARTS=ROUTE_PARTS, PDL=tiles.pdl, num_warps=4,
-    )  # fmt: skip
-    return logits
-
-
-def launch_gate_up(
-    x: Tensor,
-    weights: FfnWeights,
-    routing: tuple[Tensor | None, Tensor | None, Tensor | None],
-    threshold: float,
-    activation: str,
-    tiles: DecodeTiles,
-    scratch: tuple[Tensor, Tensor, Tensor],
-    parts: int = 1,
-) -> None:
-    """Launches `gate_up_kernel` on routing (router, bias, logits); writes scratch (h, union, counters)."""
-    tokens, hidden = x.shape
-    router, bias, logits = routing
-    h, union, counters = scratch
-    experts, neurons = union.shape[0], h.shape[1]
-    padding = _token_padding(tokens)
-    kernels.gate_up_kernel[(neurons // tiles.block_n,)](
-        x, weights.up, weights.gate, weights.up_bias, weights.gate_bias, weights.up_scale, weights.gate_scale,
-        weights.down_scale, router, bias, logits, h, union, counters, threshold, tokens,
-        D=hidden, E=experts, S=neurons // experts, T_PAD=padding, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        BLOCK_R=min(triton.next_power_of_2(hidden), 4096 // padding), PARTS=parts, COUNTERS=counters.shape[0],
-        ACTIVATION=activation, DOT_DTYPE=_dot_dtype(x), STAGES=tiles.gate_up_stages, PDL=tiles.pdl,
-        num_warps=tiles.gate_up_warps, **_pdl_option(tiles.pdl and parts > 1),
-    )  # fmt: skip
-
-
-def launch_down(
-    h: Tensor, union: Tensor, counters: Tensor, weights: FfnWeights, out: Tensor, tiles: DecodeTiles
-) -> Tensor:
-    """Launches `down_kernel`, which writes `out` [T, D]; returns it."""
-    tokens, hidden = out.shape
-    experts, neurons = union.shape[0], h.shape[1]
-    partial = out.new_empty(tiles.splits, tokens, hidden, dtype=torch.float32)
-    kernels.down_kernel[triton.cdiv(hidden, tiles.block_d), tiles.splits](
-        h, union, weights.down, weights.down_bias, partial, counters, out, tokens,
-        D=hidden, E=experts, S=neurons // experts, E_PAD=max(triton.next_power_of_2(experts), 16),
-        T_PAD=_token_padding(tokens), BLOCK_D=tiles.block_d, SPLITS=tiles.splits, DOT_DTYPE=_dot_dtype(out),
-        STAGES=tiles.down_stages, PDL=tiles.pdl, num_warps=tiles.down_warps, **_pdl_option(tiles.pdl),
-    )  # fmt: skip
-    return out

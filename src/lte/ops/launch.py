@@ -1,10 +1,11 @@
-"""How the kernels are launched: fixed tables of tile sizes, never tuned while a program runs.
+"""How the decode kernels are launched: fixed tables of tile sizes, never tuned while a program runs.
 
-`benchmarks/decode_kernel.py --tune` measures candidates; its winners are written into the table by hand.
+`benchmarks/decode_kernel.py --tune` measures candidates; its winners are written into the tables by hand.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,52 +14,56 @@ from torch import Tensor
 
 from lte.ops.arguments import MAX_TOKENS
 
+# Programs in Triton's interpreter and in kernels that are compiled for a GPU that is not there.
+_FEW_PROGRAMS = 6
+
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeTiles:
-    """Tile sizes of the decode kernels.
+class OneTokenTiles:
+    """Tile sizes of `decode_one_kernel`.
 
     Attributes:
-        block_n: neurons per program of `gate_up_kernel`.
-        block_k: columns of D that it takes at a time.
-        gate_up_warps: its warps.
-        gate_up_stages: depth of its asynchronous copies; 1 loads to registers.
-        block_d: columns of D per program of `down_kernel`, for experts of 32 neurons.
-        splits: programs that share the active experts of one tile, a power of two.
-        down_warps: its warps.
-        down_stages: depth of its asynchronous copies.
-        fused_router: whether `gate_up_kernel` computes the logits, or a launch of their own does.
-        pdl: whether a kernel starts while the one before it drains (sm_90 and newer).
+        block_n: neurons of one expert that a program takes at a time.
+        warps: warps of a program.
+        stages: depth of its asynchronous copies; 1 loads to registers.
+        per_sm: programs per multiprocessor; all must run at once.
     """
 
-    block_n: int = 8
-    block_k: int = 512
-    gate_up_warps: int = 4
-    gate_up_stages: int = 1
-    block_d: int = 256
-    splits: int = 32
-    down_warps: int = 4
-    down_stages: int = 1
-    fused_router: bool = True
-    pdl: bool = False
+    block_n: int = 2
+    warps: int = 8
+    stages: int = 3
+    per_sm: int = 1
 
 
-_ONE = DecodeTiles()
-_MANY = DecodeTiles(
-    block_n=16, block_k=256, gate_up_stages=3, block_d=64, splits=8, down_stages=3, fused_router=False
-)  # fmt: skip
-_MANY_FP32 = replace(_MANY, block_k=64, gate_up_stages=2, block_d=32, down_stages=2)
+@dataclass(frozen=True, kw_only=True)
+class ManyTokenTiles:
+    """Tile sizes of `decode_many_kernel`.
 
-# (architecture, bytes per weight, gated, one token); an architecture without rows takes those of the next older.
-_TILES: dict[tuple[int, int, bool, bool], DecodeTiles] = {
-    (arch, size, gated, one): replace(
-        _ONE if one else _MANY_FP32 if size == 4 else _MANY,
-        pdl=arch >= 90,
-    )
-    for arch in (80, 90)
-    for size in (1, 2, 4)
-    for gated in (False, True)
-    for one in (False, True)
+    Attributes:
+        block_n: neurons of one expert that a program takes at a time in gate and up.
+        block_k: columns of D that it takes at a time there.
+        block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
+        warps: warps of a program.
+        stages: depth of its asynchronous copies; 1 loads to registers.
+        per_sm: programs per multiprocessor; all must run at once.
+    """
+
+    block_n: int = 16
+    block_k: int = 256
+    block_d: int = 128
+    warps: int = 4
+    stages: int = 3
+    per_sm: int = 1
+
+
+_ONE = OneTokenTiles()
+_MANY = ManyTokenTiles()
+_MANY_FP32 = replace(_MANY, block_k=64, block_d=32, stages=2)
+
+# (architecture, bytes per weight); an architecture without rows takes those of the next older.
+_ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {(arch, size): _ONE for arch in (80, 90) for size in (1, 2, 4)}
+_MANY_TOKENS: dict[tuple[int, int], ManyTokenTiles] = {
+    (arch, size): _MANY_FP32 if size == 4 else _MANY for arch in (80, 90) for size in (1, 2, 4)
 }
 
 
@@ -75,27 +80,46 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    if interpreted() or device.type != "cuda":
+        return _FEW_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def check_device(x: Tensor) -> None:
     """Raises a `ValueError` unless Triton can run on the device of x."""
     if not (interpreted() or x.is_cuda):
         raise ValueError(f"x must be on a CUDA device, got x={x.device}; SparseFfn computes the same on a CPU")
 
 
-def decode_tiles(weight: Tensor, gated: bool, tokens: int, expert_size: int) -> DecodeTiles:
-    """The tiles for weights [F, D] of one expert size S, and 1 to `MAX_TOKENS` tokens."""
+def _row(weight: Tensor) -> tuple[int, int]:
+    arch = max((known for known, _ in _ONE_TOKEN if known <= architecture(weight.device)), default=80)
+    return arch, weight.element_size()
+
+
+def one_token_tiles(weight: Tensor, expert_size: int) -> OneTokenTiles:
+    """The tiles for weights [F, D] of one expert size S."""
+    tiles = _ONE_TOKEN[_row(weight)]
+    # The table is for D = 4096: narrower rows are taken more at a time, in the same memory.
+    columns = triton.next_power_of_2(weight.shape[1])
+    return replace(tiles, block_n=min(max(tiles.block_n * 4096 // columns, 1), expert_size, 16))
+
+
+def many_token_tiles(weight: Tensor, tokens: int, expert_size: int) -> ManyTokenTiles:
+    """The tiles for weights [F, D] of one expert size S, and 2 to `MAX_TOKENS` tokens."""
     assert tokens <= MAX_TOKENS
-    arch = max((known for known, *_ in _TILES if known <= architecture(weight.device)), default=80)
-    tiles = _TILES[arch, weight.element_size(), gated, tokens == 1]
-    return fit_tiles(tiles, weight.shape[1], expert_size)
+    return fit_many(_MANY_TOKENS[_row(weight)], weight.shape[1], expert_size)
 
 
-def fit_tiles(tiles: DecodeTiles, hidden: int, expert_size: int) -> DecodeTiles:
-    """The tiles made no larger than the matrices; a program of `down_kernel` keeps its bytes per step."""
-    columns = triton.next_power_of_2(hidden)
+def fit_many(tiles: ManyTokenTiles, hidden: int, expert_size: int) -> ManyTokenTiles:
+    """The tiles made no larger than the matrices; a tile of the down projection keeps its bytes."""
+    columns = max(triton.next_power_of_2(hidden), 16)
     block_d = max(tiles.block_d * 32 // max(expert_size, 16), 16)
     return replace(
         tiles,
         block_n=min(tiles.block_n, expert_size),
-        block_k=min(tiles.block_k, max(columns, 16)),
-        block_d=min(block_d, max(columns, 16)),
+        block_k=min(tiles.block_k, columns),
+        block_d=min(block_d, columns),
     )
