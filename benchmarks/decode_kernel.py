@@ -170,7 +170,7 @@ def candidates(one_token: bool) -> Iterator[Tiles]:
         return
     shapes = itertools.product((16, 32), (128, 256, 512), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2))
     for n, k, d, warps, stages, per_sm in shapes:
-        if 24_000 <= n * k * 4 * (stages - 1) * per_sm and (n * 4 + 32) * k * stages * per_sm <= 220_000:
+        if n * k * 4 * (stages - 1) * per_sm >= 24_000 and (n * 4 + 32) * k * stages * per_sm <= 220_000:
             yield ManyTokenTiles(block_n=n, block_k=k, block_d=d, warps=warps, stages=stages, per_sm=per_sm)
 
 
