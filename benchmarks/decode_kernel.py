@@ -168,10 +168,12 @@ def candidates(one_token: bool) -> Iterator[Tiles]:
             if 16_384 <= n * HIDDEN * 6 * max(stages - 1, 1) * per_sm <= 200_000 and warps * per_sm <= 32:
                 yield OneTokenTiles(block_n=n, warps=warps, stages=stages, per_sm=per_sm)
         return
-    shapes = itertools.product((16, 32), (128, 256, 512), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2))
-    for n, k, d, warps, stages, per_sm in shapes:
+    shapes = itertools.product((16, 32), (128, 256), ((128, 6), (256, 3), (256, 4)), (2, 4, 8), (3, 4), (1, 2))
+    for n, k, (d, down_stages), warps, stages, per_sm in shapes:
         if n * k * 4 * (stages - 1) * per_sm >= 24_000 and (n * 4 + 32) * k * stages * per_sm <= 220_000:
-            yield ManyTokenTiles(block_n=n, block_k=k, block_d=d, warps=warps, stages=stages, per_sm=per_sm)
+            yield ManyTokenTiles(
+                block_n=n, block_k=k, block_d=d, warps=warps, stages=stages, down_stages=down_stages, per_sm=per_sm
+            )
 
 
 def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:

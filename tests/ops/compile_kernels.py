@@ -21,7 +21,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lte.ops import decode, launch
-from lte.ops import decode_kernels as kernels
 from lte.ops.arguments import FfnWeights, Routing
 
 HIDDEN, EXPERTS, SIZE = 4096, 344, 32
@@ -31,6 +30,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.int8: "*i8",
 }
 
@@ -81,6 +81,7 @@ class Recorder:
         row["wide_copies"] = len(re.findall(r"cp\.async\.cg\.shared\.global[^,]*, 0x10|cp\.async\.cg", ptx))
         row["tensor_core"] = "mma" in ptx
         row["barriers"] = len(re.findall(r"ld\.acquire\.gpu", ptx))
+        row["waits"] = "ld.relaxed.gpu" in ptx
         row["ptx_bytes"] = len(ptx)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
@@ -123,9 +124,9 @@ def launch_variant(v: dict[str, Any]) -> None:
 
 def main() -> None:
     rows: list[dict[str, Any]] = []
-    recorders = {name: Recorder(getattr(kernels, name), rows) for name in NAMES}
+    recorders = {name: Recorder(getattr(decode, name), rows) for name in NAMES}
     for name, recorder in recorders.items():
-        setattr(kernels, name, recorder)
+        setattr(decode, name, recorder)
     for v in variants("--full" in sys.argv):
         launch.architecture = lambda device, arch=v["arch"]: arch  # type: ignore[misc]
         decode.multiprocessors = lambda device: 132

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lte.ops import decode_kernels as kernels
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing, check_arguments
 from lte.ops.launch import (
     ManyTokenTiles,
@@ -23,7 +22,9 @@ from lte.ops.launch import (
     multiprocessors,
     one_token_tiles,
 )
-from lte.ops.workspace import WORDS, workspace
+from lte.ops.many_token_kernel import decode_many_kernel
+from lte.ops.one_token_kernel import decode_one_kernel
+from lte.ops.workspace import COUNTERS, MAX_EXPERTS, workspace
 
 # What a launch does: routing, then gate and up (and for one token down), then down or the sum of the parts.
 PHASES = ("route", "gate_up", "down")
@@ -117,15 +118,16 @@ class DecodeLaunch:
         self.tiles = tiles
         self.programs = multiprocessors(x.device) * tiles.per_sm
         self.out = torch.empty_like(x)
-        self.masks = x.new_empty(self.experts, dtype=torch.int32)
-        self.order = x.new_empty(self.experts, dtype=torch.int32)
+        self.workspace = workspace(x.device)
+        if self.experts > MAX_EXPERTS:
+            raise ValueError(f"experts must be at most {MAX_EXPERTS}, got experts={self.experts}")
         if isinstance(tiles, OneTokenTiles):
             self.partial = x.new_empty(self.programs, self.hidden, dtype=torch.float32)
         else:
             self.h = x.new_empty(self.tokens, self.neurons)
             columns = triton.cdiv(self.hidden, tiles.block_d)
-            if columns > WORDS - 4:
-                raise ValueError(f"D must be at most {(WORDS - 4) * tiles.block_d}, got D={self.hidden}")
+            if columns > COUNTERS - 4:
+                raise ValueError(f"D must be at most {(COUNTERS - 4) * tiles.block_d}, got D={self.hidden}")
             self.splits = max(self.programs // columns, 1)
             self.partial = x.new_empty(self.splits, self.tokens, self.hidden, dtype=torch.float32)
 
@@ -137,12 +139,14 @@ class DecodeLaunch:
             self._run_many(self.tiles, first, last)
 
     def _common(self, first: int, last: int, least_rows: int) -> dict[str, object]:
-        rows = max(triton.next_power_of_2(triton.cdiv(self.experts, self.programs)), least_rows)
+        share = triton.cdiv(self.experts, self.programs)
+        rows = max(triton.next_power_of_2(share), least_rows)
         # All programs must run at once where they wait for each other.
         waits = {} if first == last else {"launch_cooperative_grid": True}
         return {
             "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs, "R": rows,
-            "E_PAD": max(triton.next_power_of_2(self.experts), 16), "ACTIVATION": self.activation,
+            "LOCAL": triton.next_power_of_2(share + 1), "E_PAD": max(triton.next_power_of_2(self.experts), 16),
+            "ACTIVATION": self.activation,
             "STAGES": self.tiles.stages, "FIRST": first, "LAST": last, "num_warps": self.tiles.warps, **waits,
         }  # fmt: skip
 
@@ -151,10 +155,10 @@ class DecodeLaunch:
         columns = triton.next_power_of_2(self.hidden)
         block_c = triton.next_power_of_2(triton.cdiv(self.hidden, self.programs))
         common = self._common(first, last, 1)
-        kernels.decode_one_kernel[(self.programs,)](
+        decode_one_kernel[(self.programs,)](
             self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
-            None if r.logits is not None else r.weight, r.bias, r.logits, self.masks, self.order, self.partial,
-            workspace(self.x.device), self.out, r.threshold,
+            None if r.logits is not None else r.weight, r.bias, r.logits, self.partial, self.workspace.counters,
+            self.workspace.masks, self.out, r.threshold,
             D_PAD=columns, BLOCK_R=max(min(columns, 16384 // common["R"]), 16), BLOCK_N=tiles.block_n,  # type: ignore[operator]
             BLOCK_P=min(triton.next_power_of_2(self.programs), max(16384 // block_c, 16)), BLOCK_C=block_c, **common,
         )  # fmt: skip
@@ -162,12 +166,13 @@ class DecodeLaunch:
     def _run_many(self, tiles: ManyTokenTiles, first: int, last: int) -> None:
         w, r = self.weights, self.routing
         wide = r.weight is None or r.weight.dtype != self.x.dtype
-        kernels.decode_many_kernel[(self.programs,)](
+        decode_many_kernel[(self.programs,)](
             self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
-            None if r.logits is not None else r.weight, r.bias, r.logits, self.masks, self.order, self.h, self.partial,
-            workspace(self.x.device), self.out, r.threshold, self.tokens,
-            T_PAD=MAX_TOKENS, BLOCK_R=64 if wide else 256, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            BLOCK_D=tiles.block_d, SPLITS=self.splits, DOT_DTYPE=_dot_dtype(self.x),
+            None if r.logits is not None else r.weight, r.bias, r.logits, self.h, self.partial, self.workspace.counters,
+            self.workspace.masks, self.out, r.threshold, self.tokens,
+            T_PAD=MAX_TOKENS, BLOCK_R=64 if wide else 512, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            BLOCK_D=tiles.block_d, SPLITS=self.splits, DOWN_STAGES=tiles.down_stages,
+            LOCAL_DOWN=triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), DOT_DTYPE=_dot_dtype(self.x),
             ROUTER_DTYPE=tl.float32 if wide else _dot_dtype(self.x), **self._common(first, last, 16),
         )  # fmt: skip
 

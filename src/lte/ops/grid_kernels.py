@@ -1,4 +1,7 @@
-"""What the decode kernels share: a barrier over the whole grid, the routing, and the list of needed experts.
+"""What the decode kernels share: a barrier over the whole grid, the routing, and finding the needed experts.
+
+The programs hand the routing to each other as one 64-bit number per expert: which tokens it is active for, in the
+lowest 16 bits, under a tag that no launch before had.
 
 Shapes: T tokens padded to T_PAD (1, or 16 for tensor cores), D hidden size, E experts; P programs in the grid.
 """
@@ -7,29 +10,44 @@ Shapes: T tokens padded to T_PAD (1, or 16 for tensor cores), D hidden size, E e
 import triton
 import triton.language as tl
 
+# Waits until the number at $1 has the tag $2 in its upper 48 bits.
+_WAIT_FOR_TAG = tl.constexpr("""
+{
+    .reg .pred %waiting<1>;
+    .reg .b64 %tag<1>;
+    again:
+    ld.relaxed.gpu.global.b64 $0, [$1];
+    shr.u64 %tag0, $0, 16;
+    setp.ne.u64 %waiting0, %tag0, $2;
+    @%waiting0 bra again;
+}
+""")
+
 
 @triton.jit
-def grid_sync(counter, P: tl.constexpr):
+def grid_sync(counters, P: tl.constexpr):
     """Waits until all P programs are here, which must all run at once; what they stored before is seen afterwards.
 
-    `counter` starts at zero; `grid_reset` makes it zero again.
+    counters[0] starts at zero; `grid_finish` makes it zero again.
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+    tl.atomic_add(counters, 1, sem="release", scope="gpu")
     arrived = 0
     while arrived < P:
         # Each thread acquires for itself. An atomic in its place would slow down those that have yet to arrive.
         arrived = tl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counter.to(tl.int64)], tl.int32, is_pure=False, pack=1
+            "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counters.to(tl.int64)], tl.int32, is_pure=False, pack=1
         )
     tl.debug_barrier()
 
 
 @triton.jit
-def grid_reset(workspace, P: tl.constexpr):
-    """Zeroes the three counters at `workspace`; called by each program once it has passed both barriers."""
-    if tl.atomic_add(workspace + 2, 1, sem="relaxed", scope="gpu") == P - 1:
-        tl.store(workspace + tl.arange(0, 4), tl.zeros([4], tl.int32))
+def grid_finish(counters, P: tl.constexpr):
+    """Zeroes the barrier's counter and gives the next launch another tag; each program's last step."""
+    if tl.atomic_add(counters + 1, 1, sem="relaxed", scope="gpu") == P - 1:
+        tl.store(counters, 0)
+        tl.store(counters + 1, 0)
+        tl.store(counters + 2, tl.load(counters + 2) + 1)
 
 
 @triton.jit
@@ -39,24 +57,27 @@ def round_to_weight(products, router):
 
 
 @triton.jit
-def store_masks(masks, experts, on, products, bias, threshold, T, T_PAD: tl.constexpr):
-    """Bit t of masks[e]: whether expert e is active for token t. products [experts, T_PAD], without bias."""
+def store_masks(masks, tag, experts, on, products, bias, threshold, T, T_PAD: tl.constexpr):
+    """Bit t of masks[e]: whether expert e is active for token t; the tag above. products [experts, T_PAD], no bias."""
     if bias is not None:
         products += tl.load(bias + experts, mask=on, other=0).to(tl.float32)[:, None]
     ts = tl.arange(0, T_PAD)
     active = (products > threshold) & (ts < T)[None, :]
-    tl.store(masks + experts, tl.sum(active.to(tl.int32) << ts[None, :], 1), mask=on)
+    bits = tl.sum(active.to(tl.int32) << ts[None, :], 1)
+    tl.store(masks + experts, (tag.to(tl.int64) << 16) | bits, mask=on)
 
 
 @triton.jit
-def route_given(logits, masks, threshold, T, E: tl.constexpr, T_PAD: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
+def route_given(
+    logits, masks, tag, threshold, T, E: tl.constexpr, T_PAD: tl.constexpr, P: tl.constexpr, R: tl.constexpr
+):
     """masks [E] from logits [T, E], R experts or fewer by each program."""
     experts = tl.program_id(0) + P * tl.arange(0, R)
     ts = tl.arange(0, T_PAD)
     on = experts < E
     mask = on[:, None] & (ts < T)[None, :]
     values = tl.load(logits + ts[None, :] * E + experts[:, None], mask=mask, other=0)
-    store_masks(masks, experts, on, values, None, threshold, T, T_PAD)
+    store_masks(masks, tag, experts, on, values, None, threshold, T, T_PAD)
 
 
 @triton.jit
@@ -65,6 +86,7 @@ def route_one(
     router,
     bias,
     masks,
+    tag,
     threshold,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -84,7 +106,7 @@ def route_one(
         values = tl.load(x + k + ks, mask=k_mask, other=0).to(tl.float32)
         total += w.to(tl.float32) * values[None, :]
     products = round_to_weight(tl.sum(total, 1)[:, None], router)
-    store_masks(masks, experts, on, products, bias, threshold, 1, 1)
+    store_masks(masks, tag, experts, on, products, bias, threshold, 1, 1)
 
 
 @triton.jit
@@ -93,6 +115,7 @@ def route_many(
     router,
     bias,
     masks,
+    tag,
     threshold,
     T,
     D: tl.constexpr,
@@ -110,23 +133,41 @@ def route_many(
     ts = tl.arange(0, T_PAD)
     rows = experts.to(tl.int64)[:, None] * D
     products = tl.zeros([R, T_PAD], tl.float32)
-    for k in tl.range(0, D, BLOCK_R):
+    for k in tl.range(0, D, BLOCK_R, num_stages=4):
         k_mask = k + ks < D
         w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
         mask_x = (ts < T)[None, :] & k_mask[:, None]
         values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0)
         products = tl.dot(w.to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
-    store_masks(masks, experts, on, round_to_weight(products, router), bias, threshold, T, T_PAD)
+    store_masks(masks, tag, experts, on, round_to_weight(products, router), bias, threshold, T, T_PAD)
 
 
 @triton.jit
-def list_needed(masks, order, E: tl.constexpr, E_PAD: tl.constexpr):
-    """Writes the experts that any token needs to `order` [E], in their order; returns how many.
+def wait_for_masks(masks, tag, E: tl.constexpr, E_PAD: tl.constexpr, WAIT: tl.constexpr):
+    """masks [E_PAD] once every program has stored its own, zero beyond E.
 
-    Every program writes the same list, so that it reads what it wrote itself and no second barrier is needed.
+    Mask and tag are one number, so that the wait needs no barrier: what carries the tag is this launch's mask.
     """
     ids = tl.arange(0, E_PAD)
-    needed = (tl.load(masks + ids, mask=ids < E, other=0, cache_modifier=".cg") != 0).to(tl.int32)
-    tl.store(order + tl.cumsum(needed, 0) - 1, ids, mask=needed != 0)
-    tl.debug_barrier()
-    return tl.sum(needed, 0)
+    source = masks + tl.minimum(ids, E - 1)
+    if WAIT:
+        words = tl.inline_asm_elementwise(
+            _WAIT_FOR_TAG, "=&l,l,l", [source.to(tl.int64), tag.to(tl.int64)], tl.int64, is_pure=False, pack=1
+        )
+    else:
+        words = tl.load(source)
+    return tl.where(ids < E, (words & 0xFFFF).to(tl.int32), 0)
+
+
+@triton.jit
+def experts_of_ranks(masks, first, N: tl.constexpr):
+    """The needed experts of the ranks first..first + N among all needed: [N]; masks [E_PAD] of `wait_for_masks`."""
+    up_to = tl.cumsum((masks != 0).to(tl.int32), 0)
+    ranks = first + tl.arange(0, N)
+    return tl.sum((up_to[None, :] <= ranks[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def pick(values, index):
+    """values[index] of a small tensor."""
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == index, values, 0), 0)

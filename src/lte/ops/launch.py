@@ -30,7 +30,7 @@ class OneTokenTiles:
     """
 
     block_n: int = 2
-    warps: int = 8
+    warps: int = 4
     stages: int = 3
     per_sm: int = 1
 
@@ -44,7 +44,8 @@ class ManyTokenTiles:
         block_k: columns of D that it takes at a time there.
         block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
         warps: warps of a program.
-        stages: depth of its asynchronous copies; 1 loads to registers.
+        stages: depth of the asynchronous copies in gate and up; 1 loads to registers.
+        down_stages: the same in the down projection.
         per_sm: programs per multiprocessor; all must run at once.
     """
 
@@ -52,13 +53,14 @@ class ManyTokenTiles:
     block_k: int = 256
     block_d: int = 128
     warps: int = 4
-    stages: int = 3
+    stages: int = 4
+    down_stages: int = 6
     per_sm: int = 1
 
 
 _ONE = OneTokenTiles()
 _MANY = ManyTokenTiles()
-_MANY_FP32 = replace(_MANY, block_k=64, block_d=32, stages=2)
+_MANY_FP32 = replace(_MANY, block_k=64, block_d=32, stages=2, down_stages=3)
 
 # (architecture, bytes per weight); an architecture without rows takes those of the next older.
 _ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {(arch, size): _ONE for arch in (80, 90) for size in (1, 2, 4)}
