@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -138,15 +139,14 @@ class DecodeLaunch:
         else:
             self._run_many(self.tiles, first, last)
 
-    def _common(self, first: int, last: int, least_rows: int) -> dict[str, object]:
+    def _common(self, first: int, last: int) -> dict[str, Any]:
         share = triton.cdiv(self.experts, self.programs)
-        rows = max(triton.next_power_of_2(share), least_rows)
         # All programs must run at once where they wait for each other.
         waits = {} if first == last else {"launch_cooperative_grid": True}
         return {
-            "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs, "R": rows,
-            "LOCAL": triton.next_power_of_2(share + 1), "E_PAD": max(triton.next_power_of_2(self.experts), 16),
-            "ACTIVATION": self.activation,
+            "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs,
+            "R": triton.next_power_of_2(share), "LOCAL": triton.next_power_of_2(share + 1),
+            "E_PAD": max(triton.next_power_of_2(self.experts), 16), "ACTIVATION": self.activation,
             "STAGES": self.tiles.stages, "FIRST": first, "LAST": last, "num_warps": self.tiles.warps, **waits,
         }  # fmt: skip
 
@@ -154,26 +154,29 @@ class DecodeLaunch:
         w, r = self.weights, self.routing
         columns = triton.next_power_of_2(self.hidden)
         block_c = triton.next_power_of_2(triton.cdiv(self.hidden, self.programs))
-        common = self._common(first, last, 1)
+        common = self._common(first, last)
         decode_one_kernel[(self.programs,)](
             self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
             None if r.logits is not None else r.weight, r.bias, r.logits, self.partial, self.workspace.counters,
             self.workspace.masks, self.out, r.threshold,
-            D_PAD=columns, BLOCK_R=max(min(columns, 16384 // common["R"]), 16), BLOCK_N=tiles.block_n,  # type: ignore[operator]
+            D_PAD=columns, BLOCK_R=max(min(columns, 16384 // common["R"]), 16), BLOCK_N=tiles.block_n,
             BLOCK_P=min(triton.next_power_of_2(self.programs), max(16384 // block_c, 16)), BLOCK_C=block_c, **common,
         )  # fmt: skip
 
     def _run_many(self, tiles: ManyTokenTiles, first: int, last: int) -> None:
         w, r = self.weights, self.routing
-        wide = r.weight is None or r.weight.dtype != self.x.dtype
+        common = self._common(first, last)
+        padded = triton.next_power_of_2(self.tokens)
+        # The routing keeps 64 partial sums a thread.
+        block_r = 64 * 32 * tiles.warps // (padded * common["R"])
         decode_many_kernel[(self.programs,)](
             self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
             None if r.logits is not None else r.weight, r.bias, r.logits, self.h, self.partial, self.workspace.counters,
             self.workspace.masks, self.out, r.threshold, self.tokens,
-            T_PAD=MAX_TOKENS, BLOCK_R=64 if wide else 512, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            BLOCK_D=tiles.block_d, SPLITS=self.splits, DOWN_STAGES=tiles.down_stages,
-            LOCAL_DOWN=triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), DOT_DTYPE=_dot_dtype(self.x),
-            ROUTER_DTYPE=tl.float32 if wide else _dot_dtype(self.x), **self._common(first, last, 16),
+            T_PAD=MAX_TOKENS, T_ROUTE=padded, BLOCK_R=max(min(block_r, triton.next_power_of_2(self.hidden)), 16),
+            BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, SPLITS=self.splits,
+            LOCAL_DOWN=min(triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), 64),
+            DOWN_STAGES=tiles.down_stages, DOT_DTYPE=_dot_dtype(self.x), **common,
         )  # fmt: skip
 
 

@@ -120,26 +120,30 @@ def route_many(
     T,
     D: tl.constexpr,
     E: tl.constexpr,
-    T_PAD: tl.constexpr,
+    T_ROUTE: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
 ):
-    """As `route_one` for more tokens, on tensor cores; R is at least 16."""
+    """As `route_one` for T tokens, padded to T_ROUTE.
+
+    Not by tensor cores: a program has so few experts that the sum over D would be one long chain of dependent
+    products.
+    """
     experts = tl.program_id(0) + P * tl.arange(0, R)
     on = experts < E
     ks = tl.arange(0, BLOCK_R)
-    ts = tl.arange(0, T_PAD)
+    ts = tl.arange(0, T_ROUTE)
     rows = experts.to(tl.int64)[:, None] * D
-    products = tl.zeros([R, T_PAD], tl.float32)
+    total = tl.zeros([R, T_ROUTE, BLOCK_R], tl.float32)
     for k in tl.range(0, D, BLOCK_R, num_stages=4):
         k_mask = k + ks < D
         w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
-        mask_x = (ts < T)[None, :] & k_mask[:, None]
-        values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0)
-        products = tl.dot(w.to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
-    store_masks(masks, tag, experts, on, round_to_weight(products, router), bias, threshold, T, T_PAD)
+        mask_x = (ts < T)[:, None] & k_mask[None, :]
+        values = tl.load(x + ts[:, None] * D + (k + ks)[None, :], mask=mask_x, other=0)
+        total += w.to(tl.float32)[:, None, :] * values.to(tl.float32)[None, :, :]
+    products = round_to_weight(tl.sum(total, 2), router)
+    store_masks(masks, tag, experts, on, products, bias, threshold, T, T_ROUTE)
 
 
 @triton.jit
@@ -171,3 +175,10 @@ def experts_of_ranks(masks, first, N: tl.constexpr):
 def pick(values, index):
     """values[index] of a small tensor."""
     return tl.sum(tl.where(tl.arange(0, values.shape[0]) == index, values, 0), 0)
+
+
+@triton.jit
+def pick_many(values, indices):
+    """values[indices] of a small tensor: [N] for indices [N]."""
+    places = tl.arange(0, values.shape[0])
+    return tl.sum(tl.where(places[None, :] == indices[:, None], values[None, :], 0), 1)

@@ -30,7 +30,7 @@ class OneTokenTiles:
     """
 
     block_n: int = 2
-    warps: int = 4
+    warps: int = 8
     stages: int = 3
     per_sm: int = 1
 
@@ -40,7 +40,7 @@ class ManyTokenTiles:
     """Tile sizes of `decode_many_kernel`.
 
     Attributes:
-        block_n: neurons of one expert that a program takes at a time in gate and up.
+        block_n: neurons that a program takes at a time in gate and up.
         block_k: columns of D that it takes at a time there.
         block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
         warps: warps of a program.
@@ -51,10 +51,10 @@ class ManyTokenTiles:
 
     block_n: int = 16
     block_k: int = 256
-    block_d: int = 128
+    block_d: int = 256
     warps: int = 4
     stages: int = 4
-    down_stages: int = 6
+    down_stages: int = 4
     per_sm: int = 1
 
 
@@ -121,7 +121,6 @@ def fit_many(tiles: ManyTokenTiles, hidden: int, expert_size: int) -> ManyTokenT
     block_d = max(tiles.block_d * 32 // max(expert_size, 16), 16)
     return replace(
         tiles,
-        block_n=min(tiles.block_n, expert_size),
         block_k=min(tiles.block_k, columns),
         block_d=min(block_d, columns),
     )

@@ -17,6 +17,7 @@ from lte.ops.grid_kernels import (
     grid_finish,
     grid_sync,
     pick,
+    pick_many,
     route_given,
     route_many,
     wait_for_masks,
@@ -49,53 +50,56 @@ def _gate_up(
     DOT_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h [T, F] of the units first..last, BLOCK_N neurons of one expert each, in one loop over units and columns."""
-    UNITS: tl.constexpr = S // BLOCK_N
+    """h [T, F] of the places first..last among the neurons of all needed experts; `experts` has those that lie there.
+
+    One loop over tiles of BLOCK_N neurons and BLOCK_K columns, so that its copies never run dry between tiles.
+    """
     STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     ks = tl.arange(0, BLOCK_K)
     rows = tl.arange(0, BLOCK_N)
     ts = tl.arange(0, T_PAD)
     a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-    for step in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
-        expert = pick(experts, step // STEPS // UNITS - first // UNITS)
+    tiles = (last - first + BLOCK_N - 1) // BLOCK_N
+    for step in tl.range(0, tiles * STEPS, num_stages=STAGES):
         k = (step % STEPS) * BLOCK_K
-        base = expert * S + (step // STEPS % UNITS) * BLOCK_N
-        offsets = rows[:, None] * D + (k + ks)[None, :]
-        begin = base.to(tl.int64) * D
-        mask = (rows < BLOCK_N)[:, None] & (k + ks < D)[None, :]
-        u = tl.load(up + begin + offsets, mask=mask, other=0)
+        places = first + (step // STEPS) * BLOCK_N + rows  # among the neurons of all needed experts
+        on = places < last
+        expert = pick_many(experts, places // S - first // S)
+        neurons = expert * S + places % S
+        offsets = neurons.to(tl.int64)[:, None] * D + (k + ks)[None, :]
+        mask = on[:, None] & (k + ks < D)[None, :]
+        u = tl.load(up + offsets, mask=mask, other=0)
         if gate is not None:
-            g = tl.load(gate + begin + offsets, mask=mask, other=0)
+            g = tl.load(gate + offsets, mask=mask, other=0)
         mask_x = (ts < T)[None, :] & (k + ks < D)[:, None]
         values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0).to(DOT_DTYPE)
         a = tl.dot(u.to(DOT_DTYPE), values, a, input_precision="ieee")
         if gate is not None:
             b = tl.dot(g.to(DOT_DTYPE), values, b, input_precision="ieee")
         if step % STEPS == STEPS - 1:
-            neurons = base + rows
-            value = _affine_rows(a, up_scale, up_bias, neurons)
+            value = _affine_rows(a, up_scale, up_bias, neurons, on)
             if gate is None:
                 value = activate(value, ACTIVATION)
             else:
-                value *= activate(_affine_rows(b, gate_scale, gate_bias, neurons), ACTIVATION)
+                value *= activate(_affine_rows(b, gate_scale, gate_bias, neurons, on), ACTIVATION)
             if down_scale is not None:
-                value *= tl.load(down_scale + neurons)[:, None]
-            active = (tl.load(masks + expert, cache_modifier=".cg").to(tl.int32) >> ts) & 1
-            value = tl.where((active != 0)[None, :], value, 0.0)
+                value *= tl.load(down_scale + neurons, mask=on, other=0)[:, None]
+            bits = tl.load(masks + expert, mask=on, other=0, cache_modifier=".cg").to(tl.int32)
+            value = tl.where(((bits[:, None] >> ts[None, :]) & 1) != 0, value, 0.0)
             target = h + ts[None, :] * (E * S) + neurons[:, None]
-            tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & (rows < BLOCK_N)[:, None])
+            tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & on[:, None])
             a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
             b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
 
 
 @triton.jit
-def _affine_rows(values, scale, bias, neurons):
+def _affine_rows(values, scale, bias, neurons, on):
     """values [N, T_PAD] of neurons [N] times scale plus bias, each [F] or None."""
     if scale is not None:
-        values *= tl.load(scale + neurons)[:, None]
+        values *= tl.load(scale + neurons, mask=on, other=0)[:, None]
     if bias is not None:
-        values += tl.load(bias + neurons).to(tl.float32)[:, None]
+        values += tl.load(bias + neurons, mask=on, other=0).to(tl.float32)[:, None]
     return values
 
 
@@ -103,6 +107,7 @@ def _affine_rows(values, scale, bias, neurons):
 def _down(
     h,
     down,
+    total,
     experts,
     begin,
     end,
@@ -116,13 +121,12 @@ def _down(
     DOT_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h times the rows of the needed experts of ranks begin..end: [T_PAD, BLOCK_D] fp32."""
+    """total [T_PAD, BLOCK_D] plus h times the rows of `experts`, those of the ranks begin..end."""
     ROWS: tl.constexpr = S if S > 16 else 16  # the least depth of tl.dot; half of it is masked for S = 8
     rows = tl.arange(0, ROWS)
     ts = tl.arange(0, T_PAD)
     mask = (rows < S)[:, None] & (columns < D)[None, :]
     offsets = rows[:, None] * D + columns[None, :]
-    total = tl.zeros([T_PAD, BLOCK_D], tl.float32)
     for rank in tl.range(begin, end, num_stages=STAGES):
         expert = pick(experts, rank - begin)
         w = tl.load(down + expert.to(tl.int64) * (S * D) + offsets, mask=mask, other=0)
@@ -161,6 +165,7 @@ def decode_many_kernel(
     P: tl.constexpr,
     E_PAD: tl.constexpr,
     T_PAD: tl.constexpr,
+    T_ROUTE: tl.constexpr,
     R: tl.constexpr,
     LOCAL: tl.constexpr,
     LOCAL_DOWN: tl.constexpr,
@@ -171,7 +176,6 @@ def decode_many_kernel(
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
-    ROUTER_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
     DOWN_STAGES: tl.constexpr,
     FIRST: tl.constexpr,
@@ -185,19 +189,18 @@ def decode_many_kernel(
     tag = tl.load(counters + 2)
     if FIRST == 0:
         if logits is None:
-            route_many(x, router, router_bias, masks, tag, threshold, T, D, E, T_PAD, P, R, BLOCK_R, ROUTER_DTYPE)
+            route_many(x, router, router_bias, masks, tag, threshold, T, D, E, T_ROUTE, P, R, BLOCK_R)
         else:
-            route_given(logits, masks, tag, threshold, T, E, T_PAD, P, R)
+            route_given(logits, masks, tag, threshold, T, E, T_ROUTE, P, R)
     if LAST >= 1:
         needed = wait_for_masks(masks, tag, E, E_PAD, FIRST < 1)
         count = tl.sum((needed != 0).to(tl.int32), 0)
     if FIRST <= 1 and LAST >= 1:
-        units = count * (S // BLOCK_N)
-        first = program * units // P
-        experts = experts_of_ranks(needed, first // (S // BLOCK_N), LOCAL)
+        first = program * (count * S) // P
+        experts = experts_of_ranks(needed, first // S, LOCAL)
         _gate_up(
             x, up, gate, up_bias, gate_bias, up_scale, gate_scale, down_scale, masks, experts, h,
-            first, (program + 1) * units // P, T,
+            first, (program + 1) * (count * S) // P, T,
             D, E, S, T_PAD, BLOCK_N, BLOCK_K, ACTIVATION, DOT_DTYPE, STAGES,
         )  # fmt: skip
     if FIRST < 2 and LAST == 2:
@@ -213,10 +216,13 @@ def decode_many_kernel(
             offsets = ts[:, None] * D + columns[None, :]
             begin = split * count // SPLITS
             end = (split + 1) * count // SPLITS
-            tile_experts = experts_of_ranks(needed, begin, LOCAL_DOWN)
-            total = _down(
-                h, down, tile_experts, begin, end, columns, T, D, E, S, T_PAD, BLOCK_D, DOT_DTYPE, DOWN_STAGES
-            )
+            total = tl.zeros([T_PAD, BLOCK_D], tl.float32)
+            for rank in tl.range(begin, end, LOCAL_DOWN, num_stages=1):
+                some = experts_of_ranks(needed, rank, LOCAL_DOWN)
+                until = tl.minimum(rank + LOCAL_DOWN, end)
+                total = _down(
+                    h, down, total, some, rank, until, columns, T, D, E, S, T_PAD, BLOCK_D, DOT_DTYPE, DOWN_STAGES
+                )  # fmt: skip
             tl.store(partial + split * T * D + offsets, total, mask=mask)
             tl.debug_barrier()  # every thread's stores come before the one thread's release
             if tl.atomic_add(counters + 4 + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
