@@ -113,11 +113,14 @@ def _check_weight(name: str, weight: Tensor, scale: Tensor | None, x: Tensor) ->
         raise ValueError(f"{name}_scale must be torch.float32, got {name}_scale={scale.dtype}")
 
 
-def check_arguments(x: Tensor, weights: FfnWeights, routing: Routing, activation: str) -> None:
-    """Raises a `ValueError` unless the arguments fit together; x is [T, D]."""
+def check_arguments(
+    x: Tensor, weights: FfnWeights, routing: Routing, activation: str, max_tokens: int | None = MAX_TOKENS
+) -> None:
+    """Raises a `ValueError` unless the arguments fit together; x is [T, D], T up to `max_tokens`."""
     check_choice("activation", activation, ACTIVATIONS)
-    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS:
-        raise ValueError(f"x must have shape [tokens, hidden] with 1 to {MAX_TOKENS} tokens, got x={list(x.shape)}")
+    if x.dim() != 2 or x.shape[0] < 1 or (max_tokens is not None and x.shape[0] > max_tokens):
+        number = "1 or more" if max_tokens is None else f"1 to {max_tokens}"
+        raise ValueError(f"x must have shape [tokens, hidden] with {number} tokens, got x={list(x.shape)}")
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got x={x.dtype}")
     neurons, (tokens, hidden), experts = weights.up.shape[0], x.shape, routing.num_experts

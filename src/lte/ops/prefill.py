@@ -1,0 +1,207 @@
+"""The sparse FFN for many tokens on a GPU: `lte::sparse_ffn_prefill`.
+
+Two paths give the same result; `lte.ops.paths.choose_path` says which is faster.
+
+- masked: all experts are computed by dense products; one kernel between them sets those that are off to zero.
+- grouped: gate and up are computed for the tokens of each expert alone; the down projection is a dense product.
+
+Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from lte.config import check_choice
+from lte.ops import prefill_kernels as kernels
+from lte.ops.arguments import FfnWeights, Routing, check_arguments
+from lte.ops.launch import check_device, multiprocessors
+from lte.ops.prefill_launch import (
+    LIST_EXPERTS,
+    LIST_TOKENS,
+    ActivationTiles,
+    GroupedTiles,
+    activation_tiles,
+    dot_dtype,
+    fit_activation,
+    grouped_tiles,
+)
+
+PrefillPath = Literal["masked", "grouped"]
+
+
+def sparse_ffn_prefill(
+    x: Tensor, weights: FfnWeights, routing: Routing, activation: str, path: PrefillPath = "masked"
+) -> Tensor:
+    """Computes (m * act(x W_gate) * (x W_up)) W_down with m = 1[logit > threshold].
+
+    No size or launch depends on data, so it may be captured in a CUDA graph, and `torch.compile` takes it as one
+    operation. Int8 weights are expanded for the call, one FFN at a time.
+
+    Args:
+        x: hidden states [T, D], fp32, fp16 or bf16.
+        weights: the projections, on the device of x; with `stacked` one product gives gate, up and the logits.
+        routing: what decides on m.
+        activation: a key of `ACTIVATIONS`.
+        path: how it is computed.
+
+    Returns:
+        [T, D] in the dtype of x.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit, or the path is unknown.
+    """
+    flat_routing = [routing.weight, routing.bias, routing.logits]
+    return _prefill_op(x, weights.flat(), flat_routing, routing.threshold, activation, path)
+
+
+# Lists, since the operation's schema cannot hold a dataclass.
+@torch.library.custom_op("lte::sparse_ffn_prefill", mutates_args=())
+def _prefill_op(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    routing: Sequence[Tensor | None],
+    threshold: float,
+    activation: str,
+    path: str,
+) -> Tensor:
+    check_choice("path", path, get_args(PrefillPath))
+    check_device(x)
+    ffn = FfnWeights.from_flat(list(weights))
+    route = Routing(weight=routing[0], bias=routing[1], logits=routing[2], threshold=threshold)
+    check_arguments(x, ffn, route, activation, max_tokens=None)
+    run = run_grouped if path == "grouped" else run_masked
+    return run(x.contiguous(), ffn, route, activation)
+
+
+@_prefill_op.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    routing: Sequence[Tensor | None],
+    threshold: float,
+    activation: str,
+    path: str,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def run_masked(
+    x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: ActivationTiles | None = None
+) -> Tensor:
+    """The path `masked` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
+    gate, up, logits = _project(x, weights, routing)
+    tokens, neurons, experts = len(x), up.shape[1], routing.num_experts
+    size = neurons // experts
+    if tiles is None:
+        tiles = activation_tiles(tokens, experts, size)
+    else:
+        tiles = fit_activation(tiles, tokens, experts, size)
+    block_e = tiles.block_f // size
+    h = x.new_empty(tokens, neurons)
+    kernels.masked_activation_kernel[(triton.cdiv(tokens, tiles.block_t) * triton.cdiv(experts, block_e),)](
+        gate, up, weights.gate_bias, weights.up_bias, logits, _router_bias(routing), h, routing.threshold, tokens,
+        E=experts, S=size, STRIDE=up.stride(0), LOGIT_STRIDE=logits.stride(0), BLOCK_T=tiles.block_t,
+        BLOCK_E=block_e, ACTIVATION=activation, SKIP=tiles.skip, num_warps=tiles.warps,
+    )  # fmt: skip
+    return _project_down(h, weights)
+
+
+def run_grouped(
+    x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: GroupedTiles | None = None
+) -> Tensor:
+    """The path `grouped` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
+    (tokens, hidden), (neurons, experts) = x.shape, (len(weights.up), routing.num_experts)
+    size = neurons // experts
+    if tiles is None:
+        tiles = grouped_tiles(x)
+    logits = _logits(x, routing)
+    counts = x.new_zeros(experts, dtype=torch.int32)
+    lists = x.new_empty(experts, tokens, dtype=torch.int32)
+    kernels.list_tokens_kernel[(triton.cdiv(tokens, LIST_TOKENS) * triton.cdiv(experts, LIST_EXPERTS),)](
+        logits, _router_bias(routing), counts, lists, routing.threshold, tokens,
+        E=experts, LOGIT_STRIDE=logits.stride(0), BLOCK_T=LIST_TOKENS, BLOCK_E=LIST_EXPERTS, num_warps=4,
+    )  # fmt: skip
+    gate, up = _input_weights(weights, x.dtype)
+    h = x.new_zeros(tokens, neurons)
+    programs = multiprocessors(x.device) * tiles.per_sm
+    kernels.grouped_kernel[(programs,)](
+        x, gate, up, weights.gate_bias, weights.up_bias, counts, lists, h, tokens,
+        D=hidden, E=experts, S=size, P=programs, E_PAD=triton.next_power_of_2(experts),
+        N=max(size if gate is None else 2 * size, 16), BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
+        ACTIVATION=activation, STAGES=tiles.stages, DOT_DTYPE=dot_dtype(x), num_warps=tiles.warps,
+    )  # fmt: skip
+    return _project_down(h, weights)
+
+
+def _dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return weight
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    # Computed in fp32 and rounded once, without a tensor in fp32.
+    return torch.mul(weight, scale[:, None], out=out)
+
+
+def _input_weights(weights: FfnWeights, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    gate = None if weights.gate is None else _dequantize(weights.gate, weights.gate_scale, dtype)
+    return gate, _dequantize(weights.up, weights.up_scale, dtype)
+
+
+def _project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Products of x with gate and up, [T, F] with one row stride, and logits [T, E] without the router's bias."""
+    neurons = len(weights.up)
+    if weights.stacked is None or weights.up_scale is not None:
+        gate, up = _input_weights(weights, x.dtype)
+        products = None if gate is None else functional.linear(x, gate)
+        return products, functional.linear(x, up), _logits(x, routing)
+    rows = neurons if weights.gate is None else 2 * neurons
+    _check_stacked(weights, weights.stacked)
+    stacked_router = routing.logits is None and _is_at(routing.weight, weights.stacked, rows)
+    stacked = weights.stacked if stacked_router else weights.stacked[:rows]
+    products = functional.linear(x, stacked)
+    logits = products[:, rows : rows + routing.num_experts] if stacked_router else _logits(x, routing)
+    return None if weights.gate is None else products[:, :neurons], products[:, rows - neurons : rows], logits
+
+
+def _is_at(part: Tensor | None, stacked: Tensor, row: int) -> bool:
+    """Whether `part` is the rows of `stacked` from `row` on."""
+    return (
+        part is not None
+        and part.dtype == stacked.dtype
+        and part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+        and part.storage_offset() == stacked.storage_offset() + row * stacked.shape[1]
+    )
+
+
+def _check_stacked(weights: FfnWeights, stacked: Tensor) -> None:
+    first = weights.up if weights.gate is None else weights.gate
+    if not (_is_at(first, stacked, 0) and _is_at(weights.up, stacked, 0 if weights.gate is None else len(first))):
+        raise ValueError(
+            "stacked must be the tensor whose first rows are gate and up, got stacked with other memory; "
+            "stack_inputs makes it with its views"
+        )
+
+
+def _logits(x: Tensor, routing: Routing) -> Tensor:
+    """Given logits, or the products of x and the router in its dtype, [T, E]."""
+    if routing.logits is not None:
+        return routing.logits
+    assert routing.weight is not None
+    dtype = torch.promote_types(x.dtype, routing.weight.dtype)
+    return functional.linear(x.to(dtype), routing.weight.to(dtype)).to(routing.weight.dtype)
+
+
+def _router_bias(routing: Routing) -> Tensor | None:
+    return routing.bias if routing.logits is None else None
+
+
+def _project_down(h: Tensor, weights: FfnWeights) -> Tensor:
+    down = _dequantize(weights.down, weights.down_scale, h.dtype)
+    bias = None if weights.down_bias is None else weights.down_bias.to(h.dtype)
+    return functional.linear(h, down.T, bias)

@@ -1,0 +1,103 @@
+"""How the kernels for many tokens are launched: fixed tables of tile sizes, never tuned while a program runs.
+
+`benchmarks/prefill.py --tune` measures candidates; its winners are written into the tables by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lte.ops.launch import architecture, interpreted
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationTiles:
+    """Tile sizes of `masked_activation_kernel`.
+
+    Attributes:
+        block_t: tokens of a program.
+        block_f: neurons of a program.
+        warps: warps of a program.
+        skip: whether the products of inactive experts are not read; their readers then wait for the logits first.
+    """
+
+    block_t: int = 4
+    block_f: int = 512
+    warps: int = 4
+    skip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedTiles:
+    """Tile sizes of `grouped_kernel`.
+
+    Attributes:
+        block_t: tokens of one expert that a program takes at a time.
+        block_k: columns of D that it takes at a time.
+        warps: warps of a program.
+        stages: depth of its asynchronous copies.
+        per_sm: programs per multiprocessor.
+    """
+
+    block_t: int = 128
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 4
+    per_sm: int = 2
+
+
+# Of `list_tokens_kernel`: tokens and experts of a program.
+LIST_TOKENS, LIST_EXPERTS = 128, 16
+
+# (up to as many tokens, tiles), the last row for all others. Products of up to 512 tokens lie in the L2 cache, where
+# leaving reads out gains little.
+_ACTIVATION: tuple[tuple[int, ActivationTiles], ...] = (
+    (8, ActivationTiles(block_t=1)),
+    (512, ActivationTiles()),
+    (2**31, ActivationTiles(skip=True)),
+)
+
+# (architecture, bytes per number) -> (up to as many tokens per expert, tiles); an architecture without rows takes
+# those of the next older.
+_GROUPED_16 = ((32, GroupedTiles(block_t=32)), (64, GroupedTiles(block_t=64)), (2**31, GroupedTiles()))
+_GROUPED_32 = ((2**31, GroupedTiles(block_t=32, block_k=32, stages=2)),)
+_GROUPED: dict[tuple[int, int], tuple[tuple[int, GroupedTiles], ...]] = {
+    (arch, size): _GROUPED_32 if size == 4 else _GROUPED_16 for arch in (80, 90) for size in (2, 4)
+}
+
+
+def activation_tiles(tokens: int, experts: int, expert_size: int) -> ActivationTiles:
+    """The tiles for T tokens and E experts of S neurons."""
+    tiles = next(tiles for limit, tiles in _ACTIVATION if tokens <= limit)
+    return fit_activation(tiles, tokens, experts, expert_size)
+
+
+def fit_activation(tiles: ActivationTiles, tokens: int, experts: int, expert_size: int) -> ActivationTiles:
+    """The tiles made no larger than the matrix, and no smaller than an expert."""
+    widest = triton.next_power_of_2(experts) * expert_size
+    return replace(
+        tiles,
+        block_t=min(tiles.block_t, triton.next_power_of_2(tokens)),
+        block_f=max(min(tiles.block_f, widest), expert_size),
+    )
+
+
+def grouped_tiles(x: Tensor, active_fraction: float | None = None) -> GroupedTiles:
+    """The tiles for x [T, D], of which an expert is expected to get `active_fraction` (unknown: one tenth)."""
+    arch = max((known for known, _ in _GROUPED if known <= architecture(x.device)), default=80)
+    per_expert = len(x) * (0.1 if active_fraction is None else active_fraction)
+    tiles = next(tiles for limit, tiles in _GROUPED[arch, x.element_size()] if per_expert <= limit)
+    return replace(tiles, block_k=min(tiles.block_k, max(triton.next_power_of_2(x.shape[1]), 16)))
+
+
+def dot_dtype(x: Tensor) -> tl.dtype:
+    """The dtype in which tensor cores multiply numbers of the dtype of x."""
+    if x.dtype == torch.float16:
+        return tl.float16
+    # The interpreter computes tl.dot in bf16 wrongly, without an error.
+    return tl.bfloat16 if x.dtype == torch.bfloat16 and not interpreted() else tl.float32
