@@ -80,6 +80,7 @@ class Recorder:
         row["wide_loads"] = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
         row["wide_copies"] = len(re.findall(r"cp\.async\.cg\.shared\.global[^,]*, 0x10|cp\.async\.cg", ptx))
         row["tensor_core"] = "mma" in ptx
+        row["warp_group"] = "wgmma.mma" in ptx
         row["barriers"] = len(re.findall(r"ld\.acquire\.gpu", ptx))
         row["waits"] = "ld.relaxed.gpu" in ptx
         row["ptx_bytes"] = len(ptx)

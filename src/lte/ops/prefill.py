@@ -46,7 +46,8 @@ def sparse_ffn_prefill(
 
     Args:
         x: hidden states [T, D], fp32, fp16 or bf16.
-        weights: the projections, on the device of x; with `stacked` one product gives gate, up and the logits.
+        weights: the projections, on the device of x; where gate and up (and the
+            router) are views of `stacked`, one product gives all of them.
         routing: what decides on m.
         activation: a key of `ACTIVATIONS`.
         path: how it is computed.
@@ -156,17 +157,25 @@ def _input_weights(weights: FfnWeights, dtype: torch.dtype) -> tuple[Tensor | No
 def _project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:
     """Products of x with gate and up, [T, F] with one row stride, and logits [T, E] without the router's bias."""
     neurons = len(weights.up)
-    if weights.stacked is None or weights.up_scale is not None:
+    rows = neurons if weights.gate is None else 2 * neurons
+    if not _is_stacked(weights):
         gate, up = _input_weights(weights, x.dtype)
         products = None if gate is None else functional.linear(x, gate)
         return products, functional.linear(x, up), _logits(x, routing)
-    rows = neurons if weights.gate is None else 2 * neurons
-    _check_stacked(weights, weights.stacked)
-    stacked_router = routing.logits is None and _is_at(routing.weight, weights.stacked, rows)
-    stacked = weights.stacked if stacked_router else weights.stacked[:rows]
-    products = functional.linear(x, stacked)
-    logits = products[:, rows : rows + routing.num_experts] if stacked_router else _logits(x, routing)
+    assert weights.stacked is not None
+    with_router = routing.logits is None and _is_at(routing.weight, weights.stacked, rows)
+    products = functional.linear(x, weights.stacked if with_router else weights.stacked[:rows])
+    logits = products[:, rows : rows + routing.num_experts] if with_router else _logits(x, routing)
     return None if weights.gate is None else products[:, :neurons], products[:, rows - neurons : rows], logits
+
+
+def _is_stacked(weights: FfnWeights) -> bool:
+    """Whether gate and up are the first rows of `stacked`: copies of the weights one by one may have undone it."""
+    if weights.stacked is None or weights.up_scale is not None:
+        return False
+    if weights.gate is None:
+        return _is_at(weights.up, weights.stacked, 0)
+    return _is_at(weights.gate, weights.stacked, 0) and _is_at(weights.up, weights.stacked, len(weights.up))
 
 
 def _is_at(part: Tensor | None, stacked: Tensor, row: int) -> bool:
@@ -177,15 +186,6 @@ def _is_at(part: Tensor | None, stacked: Tensor, row: int) -> bool:
         and part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
         and part.storage_offset() == stacked.storage_offset() + row * stacked.shape[1]
     )
-
-
-def _check_stacked(weights: FfnWeights, stacked: Tensor) -> None:
-    first = weights.up if weights.gate is None else weights.gate
-    if not (_is_at(first, stacked, 0) and _is_at(weights.up, stacked, 0 if weights.gate is None else len(first))):
-        raise ValueError(
-            "stacked must be the tensor whose first rows are gate and up, got stacked with other memory; "
-            "stack_inputs makes it with its views"
-        )
 
 
 def _logits(x: Tensor, routing: Routing) -> Tensor:

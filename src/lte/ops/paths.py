@@ -1,0 +1,155 @@
+"""Which way a sparse FFN is computed on a GPU: by a table of measured break-even points.
+
+- decode: the kernel of few tokens, which reads the weights of the experts that any token needs (`lte.ops.decode`).
+- masked: dense products of all experts, those that are off set to zero (`lte.ops.prefill`).
+- grouped: gate and up for the tokens of each expert alone, a dense down product (`lte.ops.prefill`).
+
+The time of decode follows the union: the share of experts that at least one of T tokens needs. Where tokens choose
+independently with an active fraction a it is 1 - (1 - a)^T. The time of grouped follows a itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lte.config import check_fraction
+
+Path = Literal["decode", "masked", "grouped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakEven:
+    """Where the other paths are faster than masked; the limits hold for the row's range of tokens.
+
+    Attributes:
+        tokens: the last number of tokens of the range, which begins after the previous row's.
+        decode: decode is faster up to this union, 1 for always, 0 for never.
+        grouped: grouped is faster up to this active fraction, 0 for never.
+    """
+
+    tokens: int
+    decode: float = 0.0
+    grouped: float = 0.0
+
+
+# (architecture, bytes per weight, gated) -> rows by tokens; beyond the last row its limits hold on. An architecture
+# without rows takes those of the next older, and what was never measured is decode for one token and masked otherwise.
+# `benchmarks/prefill.py` prints the rows of a machine.
+Table = Mapping[tuple[int, int, bool], tuple[BreakEven, ...]]
+UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
+MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {}
+
+
+def expected_union(tokens: int, active_fraction: float) -> float:
+    """The share of experts that at least one of T tokens needs, if tokens choose independently."""
+    return 1 - (1 - active_fraction) ** tokens
+
+
+def propose_rows(points: Iterable[BreakEven]) -> tuple[BreakEven, ...]:
+    """Rows from limits measured at single numbers of tokens: between two of them the lower limits hold.
+
+    Raises:
+        ValueError: if there is no point.
+    """
+    ordered = sorted(points, key=lambda point: point.tokens)
+    if not ordered:
+        raise ValueError("points must hold at least one measurement, got none")
+    rows: list[BreakEven] = []
+    for point, before in zip(ordered, [None, *ordered], strict=False):
+        if before is not None and point.tokens > before.tokens + 1:
+            low = BreakEven(
+                tokens=point.tokens - 1,
+                decode=min(point.decode, before.decode),
+                grouped=min(point.grouped, before.grouped),
+            )
+            rows.append(low)
+        rows.append(point)
+    return tuple(_merge(rows))
+
+
+def _merge(rows: list[BreakEven]) -> list[BreakEven]:
+    """Neighbouring rows of equal limits become one."""
+    merged: list[BreakEven] = []
+    for row in rows:
+        if merged and (merged[-1].decode, merged[-1].grouped) == (row.decode, row.grouped):
+            merged.pop()
+        merged.append(row)
+    return merged
+
+
+def _find(arch: int, dtype_bytes: int, gated: bool, tokens: int, table: Table) -> tuple[BreakEven, int | None]:
+    """The row for some tokens, and the architecture that it was measured on."""
+    known = [a for a, size, kind in table if (size, kind) == (dtype_bytes, gated) and a <= arch]
+    rows = table[max(known), dtype_bytes, gated] if known else UNMEASURED
+    row = next((row for row in rows if tokens <= row.tokens), rows[-1])
+    return row, max(known, default=None)
+
+
+def choose_path(
+    arch: int,
+    dtype_bytes: int,
+    gated: bool,
+    tokens: int,
+    active_fraction: float | None = None,
+    table: Table = MEASURED,
+) -> Path:
+    """The fastest path by the table.
+
+    Args:
+        arch: compute capability as one number, 90 for an H100 (`lte.ops.launch.architecture`).
+        dtype_bytes: bytes of a weight: 1 for int8.
+        gated: whether the FFN has a gate projection.
+        tokens: T.
+        active_fraction: expected share of experts that a token needs; `None` if unknown, which counts as all.
+        table: break-even points.
+
+    Raises:
+        ValueError: for tokens below 1 or a fraction outside [0, 1].
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got tokens={tokens}")
+    fraction = 1.0 if active_fraction is None else active_fraction
+    check_fraction("active_fraction", fraction, upper_closed=True)
+    row, _ = _find(arch, dtype_bytes, gated, tokens, table)
+    if row.decode and expected_union(tokens, fraction) <= row.decode:
+        return "decode"
+    return "grouped" if row.grouped and fraction <= row.grouped else "masked"
+
+
+_WORDS: dict[Path, str] = {
+    "decode": "one kernel reads the experts that any token needs and no others",
+    "masked": "all experts are computed by dense products, and those that are off are set to zero",
+    "grouped": "gate and up are computed for the tokens of each expert alone; down is a dense product",
+}
+
+
+def explain_path(
+    arch: int,
+    dtype_bytes: int,
+    gated: bool,
+    tokens: int,
+    active_fraction: float | None = None,
+    table: Table = MEASURED,
+) -> str:
+    """What `choose_path` takes for the same arguments and why, in words."""
+    path = choose_path(arch, dtype_bytes, gated, tokens, active_fraction, table)
+    row, source = _find(arch, dtype_bytes, gated, tokens, table)
+    if active_fraction is None:
+        expected = "the share of active experts is unknown and counts as 100%"
+    else:
+        union = expected_union(tokens, active_fraction)
+        expected = f"{active_fraction:.0%} of the experts active per token, {union:.0%} for any of {tokens}"
+    limits = [f"decode is faster {_up_to(row.decode, 'needed by any token')}"]
+    limits.append(f"grouped {_up_to(row.grouped, 'active per token')}")
+    where = "no measurement for this kind" if source is None else f"measured on sm_{source}"
+    kind = f"sm_{arch}, {dtype_bytes} bytes per weight, {'gated' if gated else 'plain'}"
+    plural = "token" if tokens == 1 else "tokens"
+    return f"{tokens} {plural} ({kind}): {path}: {_WORDS[path]}. {expected}; {', '.join(limits)} ({where})."
+
+
+def _up_to(limit: float, what: str) -> str:
+    if limit in (0, 1):
+        return "always" if limit else "never"
+    return f"up to {limit:.0%} of the experts {what}"

@@ -1,0 +1,73 @@
+"""Compiles the kernels for many tokens as `compile_kernels` does those for few; run by `test_prefill_compilation`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lte.ops import prefill, prefill_kernels, prefill_launch
+from lte.ops.arguments import FfnWeights, Routing
+from lte.ops.layout import stack_inputs
+from tests.ops.compile_kernels import Recorder
+
+NAMES = ("masked_activation_kernel", "list_tokens_kernel", "grouped_kernel")
+HIDDEN, EXPERTS = 4096, 344
+
+
+def variants() -> Iterator[dict[str, Any]]:
+    """All axes, not all combinations."""
+    base = {"dtype": torch.bfloat16, "gated": True, "bias": False, "activation": "silu", "size": 32, "stacked": True}
+    base |= {"hidden": HIDDEN, "tokens": 2048, "given": False}
+    for arch in (80, 90):
+        changes: list[dict[str, Any]] = [{}, {"gated": False, "bias": True, "activation": "gelu"}, {"tokens": 300}]
+        changes += [{"stacked": False}, {"dtype": torch.float16, "activation": "relu2"}, {"size": 8, "gated": False}]
+        changes += [{"dtype": torch.float32, "activation": "gelu_tanh"}, {"given": True, "tokens": 1}]
+        changes += [{"hidden": 100, "activation": "relu"}]
+        for change, path in itertools.product(changes, ("masked", "grouped")):
+            yield {**base, "arch": arch, "path": path, **change}
+
+
+def launch_variant(v: dict[str, Any]) -> None:
+    """Runs the launcher on meta tensors."""
+    neurons = EXPERTS * v["size"]
+
+    def empty(*shape: int, dtype: torch.dtype = v["dtype"]) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    inputs = stack_inputs(
+        empty(neurons, v["hidden"]),
+        empty(neurons, v["hidden"]) if v["gated"] else None,
+        empty(EXPERTS, v["hidden"]) if v["stacked"] else None,
+    )
+    named = {"up": inputs.up, "gate": inputs.gate, "down": empty(neurons, v["hidden"])}
+    if v["stacked"]:
+        named["stacked"] = inputs.stacked
+    if v["bias"]:
+        named |= {"up_bias": empty(neurons), "down_bias": empty(v["hidden"])}
+    weight = inputs.router if v["stacked"] else empty(EXPERTS, v["hidden"])
+    routing = Routing(weight=weight, bias=empty(EXPERTS, dtype=torch.float32))
+    if v["given"]:
+        routing = Routing(logits=empty(v["tokens"], EXPERTS, dtype=torch.float32))
+    run = prefill.run_grouped if v["path"] == "grouped" else prefill.run_masked
+    run(empty(v["tokens"], v["hidden"]), FfnWeights(**named), routing, v["activation"])
+
+
+def main() -> None:
+    rows: list[dict[str, Any]] = []
+    recorders = {name: Recorder(getattr(prefill_kernels, name), rows) for name in NAMES}
+    for name, recorder in recorders.items():
+        setattr(prefill_kernels, name, recorder)
+    prefill.multiprocessors = lambda device: 132
+    for v in variants():
+        prefill_launch.architecture = lambda device, arch=v["arch"]: arch  # type: ignore[misc]
+        for recorder in recorders.values():
+            recorder.arch = v["arch"]
+            recorder.label = " ".join(f"{key}={value}" for key, value in v.items() if key != "arch")
+        launch_variant(v)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Which path is taken, by a table and without one."""
+
+from __future__ import annotations
+
+import pytest
+
+from lte.ops.paths import MEASURED, BreakEven, choose_path, expected_union, explain_path, propose_rows
+
+ROWS = (
+    BreakEven(tokens=1, decode=1.0),
+    BreakEven(tokens=16, decode=0.6),
+    BreakEven(tokens=256),
+    BreakEven(tokens=8192, grouped=0.25),
+)
+TABLE = {(90, 2, True): ROWS}
+
+
+def choose(tokens: int, fraction: float | None, arch: int = 90, gated: bool = True) -> str:
+    return choose_path(arch, 2, gated, tokens, fraction, TABLE)
+
+
+def test_one_token_is_decoded_whatever_is_known() -> None:
+    assert choose(1, None) == choose(1, 1.0) == choose(1, 0.0) == "decode"
+    assert choose_path(80, 4, False, 1) == "decode"
+
+
+def test_decode_goes_by_the_union_of_the_tokens() -> None:
+    assert expected_union(4, 0.2) == pytest.approx(0.5904)
+    assert choose(4, 0.2) == "decode"
+    assert choose(4, 0.21) == "masked"
+    assert choose(16, 0.05) == "decode"
+    assert choose(17, 0.001) == "masked"
+
+
+def test_grouped_goes_by_the_fraction_of_one_token() -> None:
+    assert choose(257, 0.25) == "grouped"
+    assert choose(257, 0.26) == "masked"
+    assert choose(256, 0.1) == "masked"
+    assert choose(10**6, 0.2) == "grouped"
+
+
+def test_the_unknown_is_safe() -> None:
+    for tokens in (2, 16, 300, 8192):
+        assert choose(tokens, None) == "masked"
+        assert choose(tokens, 0.1, gated=False) == "masked"
+        assert choose(tokens, 0.1, arch=80) == "masked"
+
+
+def test_a_newer_architecture_takes_the_rows_of_the_next_older() -> None:
+    assert choose(1000, 0.1, arch=100) == "grouped"
+
+
+def test_the_measured_table_is_in_order() -> None:
+    for rows in MEASURED.values():
+        assert [row.tokens for row in rows] == sorted({row.tokens for row in rows})
+        for row in rows:
+            assert 0 <= row.decode <= 1
+            assert 0 <= row.grouped <= 1
+        # One token is never worse with decode, so that the unknown fraction has a fast path.
+        assert rows[0].decode == 1
+
+
+def test_between_two_measurements_the_lower_limits_hold() -> None:
+    points = [BreakEven(tokens=8, decode=0.5), BreakEven(tokens=1, decode=1.0), BreakEven(tokens=64, grouped=0.3)]
+    assert propose_rows(points) == (
+        BreakEven(tokens=1, decode=1.0),
+        BreakEven(tokens=8, decode=0.5),
+        BreakEven(tokens=63),
+        BreakEven(tokens=64, grouped=0.3),
+    )
+    with pytest.raises(ValueError, match="points must hold at least one measurement"):
+        propose_rows([])
+
+
+def test_the_choice_in_words() -> None:
+    text = explain_path(90, 2, True, 4, 0.2, TABLE)
+    assert text.startswith("4 tokens (sm_90, 2 bytes per weight, gated): decode: one kernel reads")
+    assert "20% of the experts active per token, 59% for any of 4" in text
+    assert "decode is faster up to 60% of the experts needed by any token, grouped never (measured on sm_90)" in text
+    assert "1 token (" in explain_path(80, 2, True, 1, None, TABLE)
+    assert "no measurement for this kind" in explain_path(80, 2, True, 1, None, TABLE)
+    assert "unknown and counts as 100%" in explain_path(90, 2, True, 500, None, TABLE)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="tokens must be at least 1, got tokens=0"):
+        choose_path(90, 2, True, 0)
+    with pytest.raises(ValueError, match=r"active_fraction must lie in \[0, 1\], got active_fraction=1.5"):
+        choose_path(90, 2, True, 1, 1.5)
