@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lte.ops.paths import MEASURED, BreakEven, choose_path, expected_union, explain_path, propose_rows
+from lte.ops.paths import MEASURED, BreakEven, break_even, choose_path, expected_union, explain_path, propose_rows
 
 ROWS = (
     BreakEven(tokens=1, decode=1.0),
@@ -56,8 +56,15 @@ def test_the_measured_table_is_in_order() -> None:
         for row in rows:
             assert 0 <= row.decode <= 1
             assert 0 <= row.grouped <= 1
-        # One token is never worse with decode, so that the unknown fraction has a fast path.
-        assert rows[0].decode == 1
+
+
+def test_the_break_even_lies_between_two_measurements() -> None:
+    assert break_even({0.1: 0.6, 0.2: 0.8, 0.5: 1.4, 1.0: 2.0}) == 0.3
+    assert break_even({0.1: 0.6, 0.2: 0.8, 0.5: 1.4, 1.0: 2.0}, limit=0.9) == 0.25
+    assert break_even({0.1: 1.1, 0.5: 0.9}) == 0
+    assert break_even({0.2: 0.5, 1.0: 1.0}) == 1
+    assert break_even({0.2: 0.5, 0.5: 0.9}) == 0.5
+    assert break_even({}) == 0
 
 
 def test_between_two_measurements_the_lower_limits_hold() -> None:

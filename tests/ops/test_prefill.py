@@ -90,15 +90,15 @@ def test_one_product_for_gate_up_and_router(dtype: torch.dtype, gated: bool, ass
 def test_stacked_weights_are_used_only_as_long_as_they_are_the_weights(gated: bool) -> None:
     x = states(3, 64)
     stacked, routing = stack(random_ffn(64, 4, gated=gated), random_router(x, 4, 0.5))
-    _, up, logits = prefill._project(x, stacked, routing)
+    _, up, logits = prefill.project(x, stacked, routing)
     assert up.stride(0) == logits.stride(0) == len(stacked.stacked)  # type: ignore[arg-type]
     for name in ("up", *(["gate"] * gated)):
         copy = replace(stacked, **{name: getattr(stacked, name) + 1})
-        gate, up, logits = prefill._project(x, copy, routing)
+        gate, up, logits = prefill.project(x, copy, routing)
         torch.testing.assert_close(up, x @ copy.up.T)
         assert not gated or torch.allclose(gate, x @ copy.gate.T, atol=1e-5)  # type: ignore[arg-type,union-attr]
     copied_router = replace(routing, weight=routing.weight + 1)  # type: ignore[operator]
-    torch.testing.assert_close(prefill._project(x, stacked, copied_router)[2], x @ copied_router.weight.T)
+    torch.testing.assert_close(prefill.project(x, stacked, copied_router)[2], x @ copied_router.weight.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

@@ -10,6 +10,7 @@ independently with an active fraction a it is 1 - (1 - a)^T. The time of grouped
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,28 @@ MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {}
 def expected_union(tokens: int, active_fraction: float) -> float:
     """The share of experts that at least one of T tokens needs, if tokens choose independently."""
     return 1 - (1 - active_fraction) ** tokens
+
+
+def break_even(ratios: Mapping[float, float], limit: float = 1.0) -> float:
+    """The share up to which a path's time is at most `limit` times that of masked.
+
+    Args:
+        ratios: measured time over that of masked, by share of experts (union or active fraction).
+        limit: of the ratio.
+
+    Returns:
+        The first crossing, between two measured shares by a straight line, rounded down to a percent; 0 if already
+        the least share is above the limit, 1 if none is.
+    """
+    before: tuple[float, float] | None = None
+    for share, ratio in sorted(ratios.items()):
+        if ratio > limit:
+            if before is None:
+                return 0.0
+            crossing = before[0] + (share - before[0]) * (limit - before[1]) / (ratio - before[1])
+            return math.floor(100 * crossing) / 100
+        before = share, ratio
+    return 0.0 if before is None else 1.0 if before[0] > 0.99 else math.floor(100 * before[0]) / 100
 
 
 def propose_rows(points: Iterable[BreakEven]) -> tuple[BreakEven, ...]:
@@ -102,7 +125,8 @@ def choose_path(
         dtype_bytes: bytes of a weight: 1 for int8.
         gated: whether the FFN has a gate projection.
         tokens: T.
-        active_fraction: expected share of experts that a token needs; `None` if unknown, which counts as all.
+        active_fraction: expected share of experts that a token needs; `None` if unknown, which counts as all for
+            more than one token, and is decode for one.
         table: break-even points.
 
     Raises:
@@ -110,6 +134,8 @@ def choose_path(
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got tokens={tokens}")
+    if active_fraction is None and tokens == 1:
+        return "decode"
     fraction = 1.0 if active_fraction is None else active_fraction
     check_fraction("active_fraction", fraction, upper_closed=True)
     row, _ = _find(arch, dtype_bytes, gated, tokens, table)
@@ -137,7 +163,7 @@ def explain_path(
     path = choose_path(arch, dtype_bytes, gated, tokens, active_fraction, table)
     row, source = _find(arch, dtype_bytes, gated, tokens, table)
     if active_fraction is None:
-        expected = "the share of active experts is unknown and counts as 100%"
+        expected = "The share of active experts is unknown" + (" and counts as 100%" if tokens > 1 else "")
     else:
         union = expected_union(tokens, active_fraction)
         expected = f"{active_fraction:.0%} of the experts active per token, {union:.0%} for any of {tokens}"

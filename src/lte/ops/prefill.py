@@ -30,6 +30,7 @@ from lte.ops.prefill_launch import (
     activation_tiles,
     dot_dtype,
     fit_activation,
+    fit_grouped,
     grouped_tiles,
 )
 
@@ -97,38 +98,59 @@ def run_masked(
     x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: ActivationTiles | None = None
 ) -> Tensor:
     """The path `masked` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
-    gate, up, logits = _project(x, weights, routing)
-    tokens, neurons, experts = len(x), up.shape[1], routing.num_experts
+    return project_down(mask_activations(*project(x, weights, routing), weights, routing, activation, tiles), weights)
+
+
+def mask_activations(
+    gate: Tensor | None,
+    up: Tensor,
+    logits: Tensor,
+    weights: FfnWeights,
+    routing: Routing,
+    activation: str,
+    tiles: ActivationTiles | None = None,
+) -> Tensor:
+    """The intermediate activations [T, F] from the products of `project`, zero where an expert is off."""
+    (tokens, neurons), experts = up.shape, routing.num_experts
     size = neurons // experts
-    if tiles is None:
-        tiles = activation_tiles(tokens, experts, size)
-    else:
-        tiles = fit_activation(tiles, tokens, experts, size)
+    tiles = fit_activation(tiles or activation_tiles(tokens), tokens, experts, size)
     block_e = tiles.block_f // size
-    h = x.new_empty(tokens, neurons)
+    h = up.new_empty(tokens, neurons)
     kernels.masked_activation_kernel[(triton.cdiv(tokens, tiles.block_t) * triton.cdiv(experts, block_e),)](
         gate, up, weights.gate_bias, weights.up_bias, logits, _router_bias(routing), h, routing.threshold, tokens,
         E=experts, S=size, STRIDE=up.stride(0), LOGIT_STRIDE=logits.stride(0), BLOCK_T=tiles.block_t,
         BLOCK_E=block_e, ACTIVATION=activation, SKIP=tiles.skip, num_warps=tiles.warps,
     )  # fmt: skip
-    return _project_down(h, weights)
+    return h
 
 
 def run_grouped(
     x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: GroupedTiles | None = None
 ) -> Tensor:
     """The path `grouped` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
-    (tokens, hidden), (neurons, experts) = x.shape, (len(weights.up), routing.num_experts)
-    size = neurons // experts
-    if tiles is None:
-        tiles = grouped_tiles(x)
-    logits = _logits(x, routing)
+    counts, lists = list_tokens(x, routing)
+    return project_down(group_activations(x, weights, counts, lists, activation, tiles), weights)
+
+
+def list_tokens(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """How many tokens each expert has, [E] int32, and which, in the first places of [E, T] int32."""
+    tokens, experts, logits = len(x), routing.num_experts, _logits(x, routing)
     counts = x.new_zeros(experts, dtype=torch.int32)
     lists = x.new_empty(experts, tokens, dtype=torch.int32)
     kernels.list_tokens_kernel[(triton.cdiv(tokens, LIST_TOKENS) * triton.cdiv(experts, LIST_EXPERTS),)](
         logits, _router_bias(routing), counts, lists, routing.threshold, tokens,
         E=experts, LOGIT_STRIDE=logits.stride(0), BLOCK_T=LIST_TOKENS, BLOCK_E=LIST_EXPERTS, num_warps=4,
     )  # fmt: skip
+    return counts, lists
+
+
+def group_activations(
+    x: Tensor, weights: FfnWeights, counts: Tensor, lists: Tensor, activation: str, tiles: GroupedTiles | None = None
+) -> Tensor:
+    """The intermediate activations [T, F], of the pairs of token and expert in `lists` alone, else zero."""
+    (tokens, hidden), (neurons, experts) = x.shape, (len(weights.up), len(counts))
+    size = neurons // experts
+    tiles = fit_grouped(tiles or grouped_tiles(x), hidden)
     gate, up = _input_weights(weights, x.dtype)
     h = x.new_zeros(tokens, neurons)
     programs = multiprocessors(x.device) * tiles.per_sm
@@ -138,7 +160,7 @@ def run_grouped(
         N=max(size if gate is None else 2 * size, 16), BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
         ACTIVATION=activation, STAGES=tiles.stages, DOT_DTYPE=dot_dtype(x), num_warps=tiles.warps,
     )  # fmt: skip
-    return _project_down(h, weights)
+    return h
 
 
 def _dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -154,7 +176,7 @@ def _input_weights(weights: FfnWeights, dtype: torch.dtype) -> tuple[Tensor | No
     return gate, _dequantize(weights.up, weights.up_scale, dtype)
 
 
-def _project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:
+def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:
     """Products of x with gate and up, [T, F] with one row stride, and logits [T, E] without the router's bias."""
     neurons = len(weights.up)
     rows = neurons if weights.gate is None else 2 * neurons
@@ -201,7 +223,8 @@ def _router_bias(routing: Routing) -> Tensor | None:
     return routing.bias if routing.logits is None else None
 
 
-def _project_down(h: Tensor, weights: FfnWeights) -> Tensor:
+def project_down(h: Tensor, weights: FfnWeights) -> Tensor:
+    """The output [T, D] of intermediate activations [T, F]."""
     down = _dequantize(weights.down, weights.down_scale, h.dtype)
     bias = None if weights.down_bias is None else weights.down_bias.to(h.dtype)
     return functional.linear(h, down.T, bias)

@@ -170,10 +170,7 @@ def grouped_kernel(
         t_on = slots < tl.load(counts + expert)
         tokens = tl.load(lists + expert.to(tl.int64) * T + slots, mask=t_on, other=0)
         offsets = (expert * S + columns // SIDES).to(tl.int64) * D
-        if gate is None:
-            w_rows = up + offsets
-        else:
-            w_rows = tl.where(columns % 2 == 0, gate + offsets, up + offsets)
+        w_rows = up + offsets if gate is None else tl.where(columns % 2 == 0, gate + offsets, up + offsets)
         products = _products(x, w_rows, tokens, t_on, n_on, D, BLOCK_T, N, BLOCK_K, STAGES, DOT_DTYPE)
         neurons = expert * S + local
         mask = local < S

@@ -71,10 +71,9 @@ _GROUPED: dict[tuple[int, int], tuple[tuple[int, GroupedTiles], ...]] = {
 }
 
 
-def activation_tiles(tokens: int, experts: int, expert_size: int) -> ActivationTiles:
-    """The tiles for T tokens and E experts of S neurons."""
-    tiles = next(tiles for limit, tiles in _ACTIVATION if tokens <= limit)
-    return fit_activation(tiles, tokens, experts, expert_size)
+def activation_tiles(tokens: int) -> ActivationTiles:
+    """The tiles for T tokens."""
+    return next(tiles for limit, tiles in _ACTIVATION if tokens <= limit)
 
 
 def fit_activation(tiles: ActivationTiles, tokens: int, experts: int, expert_size: int) -> ActivationTiles:
@@ -87,12 +86,15 @@ def fit_activation(tiles: ActivationTiles, tokens: int, experts: int, expert_siz
     )
 
 
-def grouped_tiles(x: Tensor, active_fraction: float | None = None) -> GroupedTiles:
-    """The tiles for x [T, D], of which an expert is expected to get `active_fraction` (unknown: one tenth)."""
+def grouped_tiles(x: Tensor) -> GroupedTiles:
+    """The tiles for x [T, D]; an expert is expected to get a tenth of the tokens."""
     arch = max((known for known, _ in _GROUPED if known <= architecture(x.device)), default=80)
-    per_expert = len(x) * (0.1 if active_fraction is None else active_fraction)
-    tiles = next(tiles for limit, tiles in _GROUPED[arch, x.element_size()] if per_expert <= limit)
-    return replace(tiles, block_k=min(tiles.block_k, max(triton.next_power_of_2(x.shape[1]), 16)))
+    return next(tiles for limit, tiles in _GROUPED[arch, x.element_size()] if len(x) / 10 <= limit)
+
+
+def fit_grouped(tiles: GroupedTiles, hidden: int) -> GroupedTiles:
+    """The tiles made no larger than the matrices, and large enough for tensor cores."""
+    return replace(tiles, block_k=min(tiles.block_k, max(triton.next_power_of_2(hidden), 16)))
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
