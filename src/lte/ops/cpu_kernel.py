@@ -1,238 +1,324 @@
 """The CPU kernel of `lte.ops.cpu`, compiled by numba on first use and cached on disk; needs the extra `lte[cpu]`.
 
-Decoding reads every active weight once from memory and does little else, so the kernel is written for bandwidth: rows
-in the order of memory, one pass, fp32 sums. Weights of bf16 are loaded as uint16 and shifted.
+Three parallel passes: the logits, split by experts; h = act(x W_gate) * (x W_up) of the active experts, split by
+neurons; h W_down, split by columns. Weights are read once, rows in the order of memory; sums are fp32, every neuron
+and every column has its own and adds in the order of memory, so no result depends on the number of threads or, for
+each token, on the other tokens (`lte.ops.cpu_intrinsics`).
 
-Neurons are worked off in blocks inside one expert. Every block writes its own partial output, and those are added in
-the order of the blocks: the result does not depend on the number of threads nor on the other tokens, bit for bit.
-
-Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons, B neurons in a block.
+Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons.
 """
 
-# numba takes the types from the arguments, and its intrinsics lose two of theirs.
-# mypy: disable-error-code="no-untyped-def, call-arg, attr-defined"
+# numba takes the types from the arguments.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
-from llvmlite import ir
-from numba import carray, config, njit, prange, set_num_threads, types
-from numba.extending import intrinsic
+from numba import carray, config, njit, prange, set_num_threads
 
-# Sums may be reordered, which is what vectorises them; NaN and infinity keep their meaning.
-FASTMATH = {"reassoc", "contract", "nsz"}
-# Slots of the plan: addresses (0 for a missing tensor), sizes, and the activation's place in `ops.cpu.ACTIVATIONS`.
-GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS, ROUTER, ROUTER_BIAS, HIDDEN, NEURONS, EXPERTS, BLOCK, ACTIVATION = range(
-    13
+from lte.ops.cpu_intrinsics import (
+    CHUNKS,
+    HAS_FLOAT16,
+    LANES,
+    ROWS,
+    bits,
+    fma,
+    from_bits,
+    load,
+    make_add_rows,
+    make_dots,
+    pointer,
+    size_of,
+    store,
 )
-# What the kernel takes for its type alone.
-LIKE_FLOAT32, LIKE_BFLOAT16 = np.float32(0), np.uint16(0)
+
+__all__ = ["HAS_FLOAT16", "LIKE", "scratch_per_token", "sparse_ffn", "threading_layer", "use_threads"]
+
+# Slots of the plan: addresses (0 for a missing tensor), sizes, the activation's place in `ops.activations.ACTIVATIONS`
+# and the places in `LIKE` of the types of the biases.
+(
+    GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS, GATE_SCALE, UP_SCALE, DOWN_SCALE, ROUTER, ROUTER_BIAS,
+    HIDDEN, NEURONS, EXPERTS, ACTIVATION, GATE_BIAS_TYPE, UP_BIAS_TYPE, DOWN_BIAS_TYPE, ROUTER_BIAS_TYPE,
+) = range(19)  # fmt: skip
+# What the kernel takes for its type alone: fp32, bf16, fp16, int8.
+LIKE = np.float32(0), np.uint16(0), np.int16(0), np.int8(0)
+_FP32, _BF16, _FP16, _ = LIKE
+# Neurons that a thread takes at a time, a divisor of every expert size.
+UNIT = 8
+# A thread with fewer columns of the down projection than this reads too little of each row.
+LEAST_COLUMNS = 64
+
+_dots_1, _dots_2, _dots_4 = (make_dots(ROWS, tokens) for tokens in (1, 2, 4))
+_row_dots_1, _row_dots_2, _row_dots_4 = (make_dots(1, tokens) for tokens in (1, 2, 4))
+_WIDE_1, _WIDE = 2 * CHUNKS * LANES, CHUNKS * LANES
+_wide_add_1, _wide_add_2, _wide_add_4 = (make_add_rows(n, CHUNKS * (2 if n == 1 else 1), LANES) for n in (1, 2, 4))
+_add_1, _add_2, _add_4 = (make_add_rows(tokens, 1, LANES) for tokens in (1, 2, 4))
+_column_add_1 = make_add_rows(1, 1, 1)
 
 
-@intrinsic
-def _pointer(typing_context, address, like):
-    """The integer `address` as a pointer to numbers of the type of `like`."""
-    signature = types.CPointer(like)(address, like)
-
-    def generate(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
-
-    return signature, generate
-
-
-@intrinsic
-def _load(typing_context, value):
-    """A float32 as it is, or the bits of a bf16 as float32."""
-
-    def generate(context, builder, sig, args):
-        if sig.args[0] == types.float32:
-            return args[0]
-        word = ir.IntType(32)
-        bits = builder.shl(builder.zext(args[0], word), ir.Constant(word, 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(value), generate
-
-
-@intrinsic
-def _store(typing_context, value, like):
-    """A float32 as it is, or the bits of the nearest bf16 (ties to even), by the type of `like`."""
-
-    def generate(context, builder, sig, args):
-        if sig.return_type == types.float32:
-            return args[0]
-        word, half = ir.IntType(32), ir.IntType(16)
-        bits = builder.bitcast(args[0], word)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-        rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
-        short = builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), half)
-        # Rounding would carry some NaNs over to zero.
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.select(is_nan, ir.Constant(half, 0x7FC0), short)
-
-    return like(value, like), generate
-
-
-@njit(fastmath=FASTMATH)
-def _dot(x, row):
-    total = np.float32(0)
-    for i in range(x.shape[0]):
-        total += x[i] * _load(row[i])
-    return total
-
-
-@njit(fastmath=FASTMATH)
-def _activate(code, a):
-    """The activation number `code`, in float32."""
-    one, half = np.float32(1), np.float32(0.5)
-    if code == 0:
-        return a / (one + np.float32(math.exp(-a)))
-    if code == 1:
-        return half * a * (one + np.float32(math.erf(a * np.float32(0.7071067811865476))))
-    if code == 2:
-        inner = np.float32(0.7978845608028654) * (a + np.float32(0.044715) * a * a * a)
-        return half * a * (one + np.float32(math.tanh(inner)))
-    # Written so that NaN stays NaN.
-    positive = np.float32(0) if a < 0 else a
-    return positive if code == 3 else positive * positive
-
-
-@njit(fastmath=FASTMATH)
-def _bias(address, neuron, size, like):
-    if address == 0:
-        return np.float32(0)
-    return _load(carray(_pointer(address, like), (size,))[neuron])
-
-
-@njit(fastmath=FASTMATH)
-def _add_block(plan, x, active, first, partial, like):
-    """Adds the outputs of the neurons [first, first + B) for each active token to `partial` [T, D]."""
-    hidden, neurons = plan[HIDDEN], plan[NEURONS]
-    shape = (neurons, hidden)
-    gated = plan[GATE] != 0
-    up, down = carray(_pointer(plan[UP], like), shape), carray(_pointer(plan[DOWN], like), shape)
-    gate = carray(_pointer(plan[GATE] if gated else plan[UP], like), shape)
-    for token in range(x.shape[0]):
-        if active[token]:
-            partial[token] = np.float32(0)
-    for neuron in range(first, first + plan[BLOCK]):
-        for token in range(x.shape[0]):
-            if not active[token]:
-                continue
-            value = _dot(x[token], up[neuron]) + _bias(plan[UP_BIAS], neuron, neurons, like)
-            if gated:
-                gate_value = _dot(x[token], gate[neuron]) + _bias(plan[GATE_BIAS], neuron, neurons, like)
-                value *= _activate(plan[ACTIVATION], gate_value)
+@njit
+def _dot_rows(like, weight, row_bytes, rows, x, order, tokens, hidden, out, stride):
+    """Writes the products [tokens, rows] of `rows` rows with the tokens of `order`, to fp32 [tokens, stride]."""
+    done = 0
+    while done < tokens:
+        left, these, to = tokens - done, order + 8 * done, out + 4 * done * stride
+        row = 0
+        while row < rows:
+            at, place, many = weight + row * row_bytes, to + 4 * row, rows - row >= ROWS
+            if left >= 4:
+                if many:
+                    _dots_4(like, at, x, these, hidden, place, stride)
+                else:
+                    _row_dots_4(like, at, x, these, hidden, place, stride)
+            elif left >= 2:
+                if many:
+                    _dots_2(like, at, x, these, hidden, place, stride)
+                else:
+                    _row_dots_2(like, at, x, these, hidden, place, stride)
+            elif many:
+                _dots_1(like, at, x, these, hidden, place, stride)
             else:
-                value = _activate(plan[ACTIVATION], value)
-            row, out = down[neuron], partial[token]
-            for i in range(hidden):
-                out[i] += value * _load(row[i])
+                _row_dots_1(like, at, x, these, hidden, place, stride)
+            row += ROWS if many else 1
+        done += 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@njit(fastmath=FASTMATH)
-def _route(plan, x, logits, first, last):
-    """Writes the router logits [T, first:last]."""
-    like = np.float32(0)
-    weight = carray(_pointer(plan[ROUTER], like), (plan[EXPERTS], plan[HIDDEN]))
-    for expert in range(first, last):
-        bias = _bias(plan[ROUTER_BIAS], expert, plan[EXPERTS], like)
-        for token in range(x.shape[0]):
-            logits[token, expert] = _dot(x[token], weight[expert]) + bias
+@njit
+def _add_rows(like, item, weight, rows, hidden, h, neurons, order, tokens, out, first, last):
+    """Adds h [tokens, rows] times `rows` rows, of `item` bytes a number, to the columns first to last of out [T, D]."""
+    done = 0
+    while done < tokens:
+        left, these = tokens - done, order + 8 * done
+        column = first
+        while column < last:
+            at, to, width = weight + item * column, out + 4 * column, last - column
+            if left >= 4 and width >= _WIDE:
+                _wide_add_4(like, at, rows, hidden, h, neurons, these, to)
+                column += _WIDE
+            elif left >= 4 and width >= LANES:
+                _add_4(like, at, rows, hidden, h, neurons, these, to)
+                column += LANES
+            elif 4 > left >= 2 and width >= _WIDE:
+                _wide_add_2(like, at, rows, hidden, h, neurons, these, to)
+                column += _WIDE
+            elif 4 > left >= 2 and width >= LANES:
+                _add_2(like, at, rows, hidden, h, neurons, these, to)
+                column += LANES
+            elif left == 1 and width >= _WIDE_1:
+                _wide_add_1(like, at, rows, hidden, h, neurons, these, to)
+                column += _WIDE_1
+            elif left == 1 and width >= LANES:
+                _add_1(like, at, rows, hidden, h, neurons, these, to)
+                column += LANES
+            else:
+                for token in range(4 if left >= 4 else 2 if left >= 2 else 1):
+                    _column_add_1(like, at, rows, hidden, h, neurons, these + 8 * token, to)
+                column += 1
+        done += 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@njit(fastmath=FASTMATH)
-def _add_partials(plan, partials, blocks, active, out, span, like):
-    """Writes the columns `span` of the output [T, D]: the partials of each token's blocks, in order, plus the bias."""
-    first, last = span
-    total = np.empty(last - first, np.float32)
-    blocks_per_expert = plan[NEURONS] // (plan[BLOCK] * plan[EXPERTS])
-    for token in range(out.shape[0]):
-        for i in range(last - first):
-            total[i] = _bias(plan[DOWN_BIAS], first + i, plan[HIDDEN], like)
-        for index in range(blocks.shape[0]):
-            if active[blocks[index] // blocks_per_expert, token]:
-                part = partials[index, token, first:last]
-                for i in range(last - first):
-                    total[i] += part[i]
-        for i in range(last - first):
-            out[token, first + i] = _store(total[i], like)
+@njit
+def _number(address, kind, index, missing):
+    """Number `index` of a vector whose type is number `kind` of `LIKE`; `missing` if there is no such vector."""
+    if address == 0:
+        return np.float32(missing)
+    if kind == 0:
+        return carray(pointer(address, _FP32), (index + 1,))[index]
+    if kind == 1:
+        return load(carray(pointer(address, _BF16), (index + 1,))[index])
+    return load(carray(pointer(address, _FP16), (index + 1,))[index])
 
 
-@njit(fastmath=FASTMATH)
-def _active_blocks(logits, threshold, active, blocks, blocks_per_expert):
-    """Fills `active` [E, T] and the blocks of all experts that any token needs; returns how many blocks."""
-    count = 0
+@njit
+def _sigmoid(a):
+    """1 / (1 + exp(-a)) within 3e-7; no branch and no call, so that a loop of it becomes vectors."""
+    b = -a
+    b = np.float32(88) if b > np.float32(88) else b
+    b = np.float32(-87) if b < np.float32(-87) else b
+    # b = n ln 2 + r: the constant brings n to the last bits of the sum.
+    shifted = fma(b, np.float32(1.4426950408889634), np.float32(12582912))
+    n = shifted - np.float32(12582912)
+    r = fma(n, np.float32(-0.693145751953125), b)
+    r = fma(n, np.float32(-1.42860682030941723212e-6), r)
+    p = np.float32(1 / 720)
+    p = fma(p, r, np.float32(1 / 120))
+    p = fma(p, r, np.float32(1 / 24))
+    p = fma(p, r, np.float32(1 / 6))
+    p = fma(p, r, np.float32(0.5))
+    p = fma(p, r, np.float32(1))
+    p = fma(p, r, np.float32(1))
+    power = from_bits(np.int32((bits(shifted) << np.int32(23)) + np.int32(0x3F800000)))
+    result = np.float32(1) / fma(p, power, np.float32(1))
+    return np.float32(0) if a < np.float32(-88) else result
+
+
+@njit
+def _activate(code, values):
+    """Applies the activation number `code` in place; NaN stays NaN."""
+    if code == 0:
+        for i in range(UNIT):
+            values[i] *= _sigmoid(values[i])
+    elif code == 1:
+        for i in range(UNIT):
+            values[i] *= np.float32(0.5) * (np.float32(1) + math.erf(values[i] * np.float32(0.7071067811865476)))
+    elif code == 2:
+        for i in range(UNIT):
+            a = values[i]
+            cubic = fma(np.float32(0.044715) * a * a, a, a)
+            values[i] = a * _sigmoid(np.float32(1.5957691216057308) * cubic)
+    else:
+        for i in range(UNIT):
+            a = values[i]
+            a = np.float32(0) if a < 0 else a
+            values[i] = a if code == 3 else a * a
+
+
+@njit
+def _project(plan, slot, like, item, neuron, x, order, tokens, values):
+    """Writes the projection `slot` (GATE or UP) of UNIT neurons to values [T, UNIT], scale and bias included."""
+    hidden = plan[HIDDEN]
+    row_bytes = item * hidden
+    start = plan[slot] + neuron * row_bytes
+    _dot_rows(like, start, row_bytes, UNIT, x, order, tokens, hidden, values.ctypes.data, UNIT)
+    scale, bias = plan[slot + GATE_SCALE], plan[slot + GATE_BIAS]
+    if scale != 0 or bias != 0:
+        kind = plan[slot + GATE_BIAS_TYPE]
+        for i in range(UNIT):
+            factor, term = _number(scale, 0, neuron + i, 1), _number(bias, kind, neuron + i, 0)
+            for token in range(tokens):
+                values[token, i] = fma(values[token, i], factor, term)
+
+
+@njit
+def _intermediate(plan, like, item, x, neuron, order, tokens, h, values):
+    """Writes h of UNIT neurons for the tokens of `order`, times the scale of their rows of the down projection."""
+    gated = plan[GATE] != 0
+    _project(plan, UP, like, item, neuron, x, order.ctypes.data, tokens, values[0])
+    if gated:
+        _project(plan, GATE, like, item, neuron, x, order.ctypes.data, tokens, values[1])
+    for token in range(tokens):
+        up, activated = values[0, token], values[1 if gated else 0, token]
+        _activate(plan[ACTIVATION], activated)
+        to = h[order[token], neuron : neuron + UNIT]
+        for i in range(UNIT):
+            to[i] = up[i] * activated[i] if gated else activated[i]
+        if plan[DOWN_SCALE] != 0:
+            for i in range(UNIT):
+                to[i] *= _number(plan[DOWN_SCALE], 0, neuron + i, 1)
+
+
+@njit
+def _route(plan, like, item, x, tokens, logits, order, first, last):
+    """Writes the logits [T, first:last]; the product is rounded to the router's type before the bias is added."""
+    hidden, experts = plan[HIDDEN], plan[EXPERTS]
+    start, to = plan[ROUTER] + first * item * hidden, logits.ctypes.data + 4 * first
+    _dot_rows(like, start, item * hidden, last - first, x, order.ctypes.data, tokens, hidden, to, experts)
+    for token in range(tokens):
+        for expert in range(first, last):
+            bias = _number(plan[ROUTER_BIAS], plan[ROUTER_BIAS_TYPE], expert, 0)
+            logits[token, expert] = load(store(logits[token, expert], like)) + bias
+
+
+@njit
+def _select(logits, threshold, experts, order, counts):
+    """Fills the active experts, the tokens `order` [E, T] of each and how many those are; returns how many experts."""
+    found = 0
     for expert in range(logits.shape[1]):
-        needed = False
+        count = 0
         for token in range(logits.shape[0]):
-            active[expert, token] = logits[token, expert] > threshold
-            needed |= active[expert, token]
-        if needed:
-            for block in range(expert * blocks_per_expert, (expert + 1) * blocks_per_expert):
-                blocks[count] = block
+            if logits[token, expert] > threshold:
+                order[found, count] = token
                 count += 1
-    return count
+        experts[found], counts[found] = expert, count
+        found += count > 0
+    return found
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
-def sparse_ffn(plan, threshold, addresses, tokens, threads, scratch, like):
+@njit
+def _down(plan, like, item, h, experts, order, counts, sums, out, out_like, first, last):
+    """Writes the columns first to last of the output [T, D]."""
+    hidden, neurons = plan[HIDDEN], plan[NEURONS]
+    size = neurons // plan[EXPERTS]
+    sums[:, first:last] = np.float32(0)
+    for i in range(experts.shape[0]):
+        neuron = experts[i] * size
+        at, h_at = plan[DOWN] + item * neuron * hidden, h.ctypes.data + 4 * neuron
+        these = order[i].ctypes.data
+        _add_rows(like, item, at, size, hidden, h_at, neurons, these, counts[i], sums.ctypes.data, first, last)
+    biased = plan[DOWN_BIAS] != 0
+    for token in range(sums.shape[0]):
+        for column in range(first, last):
+            total = sums[token, column]
+            if biased:
+                total += _number(plan[DOWN_BIAS], plan[DOWN_BIAS_TYPE], column, 0)
+            out[token, column] = store(total, out_like)
+
+
+@njit(parallel=True, cache=True)
+def sparse_ffn(plan, threshold, addresses, tokens, threads, scratch, like, weight_like, router_like):
     """The sparse FFN for T tokens.
 
     Args:
-        plan: int64 [13], see the indices above.
+        plan: int64, see the slots above.
         threshold: float32, of the logits.
-        addresses: of x [T, D], the given logits [T, E] (0: run the router) and the output [T, D].
+        addresses: of x [T, D], the given fp32 logits [T, E] (0: run the router) and the output [T, D].
         tokens: T.
         threads: number of parts of the work.
         scratch: float32, T times `scratch_per_token` numbers of any value.
-        like: a number of the type of x, the weights and the output: float32, or uint16 for bf16.
+        like: a number of `LIKE`, of the type of x and the output.
+        weight_like: the same for the projections.
+        router_like: the same for the router.
     """
-    hidden, experts = plan[HIDDEN], plan[EXPERTS]
-    num_blocks = plan[NEURONS] // plan[BLOCK]
-    source = carray(_pointer(addresses[0], like), (tokens, hidden))
-    out = carray(_pointer(addresses[2], like), (tokens, hidden))
-    x = scratch[: tokens * hidden].reshape((tokens, hidden))
+    hidden, neurons, experts = plan[HIDDEN], plan[NEURONS], plan[EXPERTS]
+    source = carray(pointer(addresses[0], like), (tokens, hidden))
+    out = carray(pointer(addresses[2], like), (tokens, hidden))
+    ends = np.cumsum(np.array([0, hidden, hidden, neurons, experts])) * tokens
+    x = scratch[ends[0] : ends[1]].reshape((tokens, hidden))
+    sums = scratch[ends[1] : ends[2]].reshape((tokens, hidden))
+    h = scratch[ends[2] : ends[3]].reshape((tokens, neurons))
+    logits = scratch[ends[3] : ends[4]].reshape((tokens, experts))
     for token in range(tokens):
         for i in range(hidden):
-            x[token, i] = _load(source[token, i])
-    own_logits = scratch[tokens * hidden : tokens * (hidden + experts)].reshape((tokens, experts))
+            x[token, i] = load(source[token, i])
+    x_at, item = x.ctypes.data, size_of(weight_like)
     if addresses[1] == 0:
+        everyone = np.arange(tokens)
         for part in prange(threads):
-            _route(plan, x, own_logits, experts * part // threads, experts * (part + 1) // threads)
+            first, last = experts * part // threads, experts * (part + 1) // threads
+            _route(plan, router_like, size_of(router_like), x_at, tokens, logits, everyone, first, last)
     else:
-        own_logits[:] = carray(_pointer(addresses[1], np.float32(0)), (tokens, experts))
-    active = np.empty((experts, tokens), np.bool_)
-    blocks = np.empty(num_blocks, np.int64)
-    blocks_per_expert = num_blocks // experts
-    count = _active_blocks(own_logits, threshold, active, blocks, blocks_per_expert)
-    start = tokens * (hidden + experts)
-    partials = scratch[start : start + num_blocks * tokens * hidden].reshape((num_blocks, tokens, hidden))
+        logits[:] = carray(pointer(addresses[1], _FP32), (tokens, experts))
+    active, counts = np.empty(experts + 1, np.int64), np.empty(experts + 1, np.int64)
+    order = np.empty((experts + 1, tokens), np.int64)
+    found = _select(logits, threshold, active, order, counts)
+    units = neurons // experts // UNIT
     for part in prange(threads):
-        for index in range(count * part // threads, count * (part + 1) // threads):
-            block = blocks[index]
-            _add_block(plan, x, active[block // blocks_per_expert], block * plan[BLOCK], partials[index], like)
-    for part in prange(threads):
-        span = (hidden * part // threads, hidden * (part + 1) // threads)
-        _add_partials(plan, partials, blocks[:count], active, out, span, like)
-
-
-def block_size(num_neurons: int, num_experts: int) -> int:
-    """B: a divisor of S from 8 to 16, so that few active experts split evenly; S if none, or in large FFNs."""
-    expert_size = num_neurons // num_experts
-    if num_neurons > 4096 or expert_size <= 16:
-        return expert_size
-    return max((size for size in range(8, 17) if expert_size % size == 0), default=expert_size)
+        values = np.empty((2, tokens, UNIT), np.float32)
+        for unit in range(found * units * part // threads, found * units * (part + 1) // threads):
+            i = unit // units
+            neuron = (active[i] * units + unit % units) * UNIT
+            _intermediate(plan, weight_like, item, x_at, neuron, order[i], counts[i], h, values)
+    parts = max(min(threads, hidden // LEAST_COLUMNS), 1)
+    chunks = (hidden + LANES - 1) // LANES
+    for part in prange(parts):
+        first = chunks * part // parts * LANES
+        last = min(chunks * (part + 1) // parts * LANES, hidden)
+        _down(plan, weight_like, item, h, active[:found], order, counts, sums, out, like, first, last)
 
 
 def scratch_per_token(hidden: int, num_neurons: int, num_experts: int) -> int:
-    """How many float32 the kernel needs for each token: x, logits and partial outputs."""
-    num_blocks = num_neurons // block_size(num_neurons, num_experts)
-    return hidden + num_experts + num_blocks * hidden
+    """How many float32 the kernel needs for each token: x, its output, h and the logits."""
+    return 2 * hidden + num_neurons + num_experts
 
 
 def use_threads(threads: int) -> None:
     """Sets numba's number of threads for the calling thread, as far as its pool reaches."""
     set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+
+
+def threading_layer() -> str:
+    """What numba's threads run on: "omp", "tbb" or "workqueue"; known once `use_threads` was called."""
+    return numba.threading_layer()
