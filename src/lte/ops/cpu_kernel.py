@@ -13,12 +13,15 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from pathlib import Path
 
 import numba
 import numpy as np
 from numba import carray, config, njit, prange, set_num_threads
 
+from lte.ops import cpu_intrinsics
 from lte.ops.cpu_intrinsics import (
     CHUNKS,
     HAS_FLOAT16,
@@ -257,56 +260,65 @@ def _down(plan, like, item, h, experts, order, counts, sums, out, out_like, firs
             out[token, column] = store(total, out_like)
 
 
-@njit(parallel=True, cache=True)
-def sparse_ffn(plan, threshold, addresses, tokens, threads, scratch, like, weight_like, router_like):
-    """The sparse FFN for T tokens.
+def _compile(sources: str):
+    """The kernel. numba looks for changes in this file alone, so what it is built from is part of its cache's key."""
 
-    Args:
-        plan: int64, see the slots above.
-        threshold: float32, of the logits.
-        addresses: of x [T, D], the given fp32 logits [T, E] (0: run the router) and the output [T, D].
-        tokens: T.
-        threads: number of parts of the work.
-        scratch: float32, T times `scratch_per_token` numbers of any value.
-        like: a number of `LIKE`, of the type of x and the output.
-        weight_like: the same for the projections.
-        router_like: the same for the router.
-    """
-    hidden, neurons, experts = plan[HIDDEN], plan[NEURONS], plan[EXPERTS]
-    source = carray(pointer(addresses[0], like), (tokens, hidden))
-    out = carray(pointer(addresses[2], like), (tokens, hidden))
-    ends = np.cumsum(np.array([0, hidden, hidden, neurons, experts])) * tokens
-    x = scratch[ends[0] : ends[1]].reshape((tokens, hidden))
-    sums = scratch[ends[1] : ends[2]].reshape((tokens, hidden))
-    h = scratch[ends[2] : ends[3]].reshape((tokens, neurons))
-    logits = scratch[ends[3] : ends[4]].reshape((tokens, experts))
-    for token in range(tokens):
-        for i in range(hidden):
-            x[token, i] = load(source[token, i])
-    x_at, item = x.ctypes.data, size_of(weight_like)
-    if addresses[1] == 0:
-        everyone = np.arange(tokens)
+    @njit(parallel=True, cache=True)
+    def sparse_ffn(plan, threshold, addresses, tokens, threads, scratch, like, weight_like, router_like):
+        """The sparse FFN for T tokens.
+
+        Args:
+            plan: int64, see the slots above.
+            threshold: float32, of the logits.
+            addresses: of x [T, D], the given fp32 logits [T, E] (0: run the router) and the output [T, D].
+            tokens: T.
+            threads: number of parts of the work.
+            scratch: float32, T times `scratch_per_token` numbers of any value.
+            like: a number of `LIKE`, of the type of x and the output.
+            weight_like: the same for the projections.
+            router_like: the same for the router.
+        """
+        _ = sources
+        hidden, neurons, experts = plan[HIDDEN], plan[NEURONS], plan[EXPERTS]
+        source = carray(pointer(addresses[0], like), (tokens, hidden))
+        out = carray(pointer(addresses[2], like), (tokens, hidden))
+        ends = np.cumsum(np.array([0, hidden, hidden, neurons, experts])) * tokens
+        x = scratch[ends[0] : ends[1]].reshape((tokens, hidden))
+        sums = scratch[ends[1] : ends[2]].reshape((tokens, hidden))
+        h = scratch[ends[2] : ends[3]].reshape((tokens, neurons))
+        logits = scratch[ends[3] : ends[4]].reshape((tokens, experts))
+        for token in range(tokens):
+            for i in range(hidden):
+                x[token, i] = load(source[token, i])
+        x_at, item = x.ctypes.data, size_of(weight_like)
+        if addresses[1] == 0:
+            everyone = np.arange(tokens)
+            for part in prange(threads):
+                first, last = experts * part // threads, experts * (part + 1) // threads
+                _route(plan, router_like, size_of(router_like), x_at, tokens, logits, everyone, first, last)
+        else:
+            logits[:] = carray(pointer(addresses[1], _FP32), (tokens, experts))
+        active, counts = np.empty(experts + 1, np.int64), np.empty(experts + 1, np.int64)
+        order = np.empty((experts + 1, tokens), np.int64)
+        found = _select(logits, threshold, active, order, counts)
+        units = neurons // experts // UNIT
         for part in prange(threads):
-            first, last = experts * part // threads, experts * (part + 1) // threads
-            _route(plan, router_like, size_of(router_like), x_at, tokens, logits, everyone, first, last)
-    else:
-        logits[:] = carray(pointer(addresses[1], _FP32), (tokens, experts))
-    active, counts = np.empty(experts + 1, np.int64), np.empty(experts + 1, np.int64)
-    order = np.empty((experts + 1, tokens), np.int64)
-    found = _select(logits, threshold, active, order, counts)
-    units = neurons // experts // UNIT
-    for part in prange(threads):
-        values = np.empty((2, tokens, UNIT), np.float32)
-        for unit in range(found * units * part // threads, found * units * (part + 1) // threads):
-            i = unit // units
-            neuron = (active[i] * units + unit % units) * UNIT
-            _intermediate(plan, weight_like, item, x_at, neuron, order[i], counts[i], h, values)
-    parts = max(min(threads, hidden // LEAST_COLUMNS), 1)
-    chunks = (hidden + LANES - 1) // LANES
-    for part in prange(parts):
-        first = chunks * part // parts * LANES
-        last = min(chunks * (part + 1) // parts * LANES, hidden)
-        _down(plan, weight_like, item, h, active[:found], order, counts, sums, out, like, first, last)
+            values = np.empty((2, tokens, UNIT), np.float32)
+            for unit in range(found * units * part // threads, found * units * (part + 1) // threads):
+                i = unit // units
+                neuron = (active[i] * units + unit % units) * UNIT
+                _intermediate(plan, weight_like, item, x_at, neuron, order[i], counts[i], h, values)
+        parts = max(min(threads, hidden // LEAST_COLUMNS), 1)
+        chunks = (hidden + LANES - 1) // LANES
+        for part in prange(parts):
+            first = chunks * part // parts * LANES
+            last = min(chunks * (part + 1) // parts * LANES, hidden)
+            _down(plan, weight_like, item, h, active[:found], order, counts, sums, out, like, first, last)
+
+    return sparse_ffn
+
+
+sparse_ffn = _compile(hashlib.sha256(Path(cpu_intrinsics.__file__).read_bytes()).hexdigest())
 
 
 def scratch_per_token(hidden: int, num_neurons: int, num_experts: int) -> int:
