@@ -5,9 +5,18 @@ loads a folder that lte saved.
 """
 
 from lte.config import LteConfig
+from lte.hf.acceleration import accelerate_, decelerate_, is_accelerated
 from lte.hf.convert import densify_, sparsify_
 from lte.hf.install import sparse_ffns
 
 __version__ = "0.1.0"
 
-__all__ = ["LteConfig", "densify_", "sparse_ffns", "sparsify_"]
+__all__ = [
+    "LteConfig",
+    "accelerate_",
+    "decelerate_",
+    "densify_",
+    "is_accelerated",
+    "sparse_ffns",
+    "sparsify_",
+]

@@ -11,7 +11,7 @@ are row-major [rows, D], so every tile is [rows, columns of D] with 16-byte load
 import triton
 import triton.language as tl
 
-from lte.ops.activations import activate
+from lte.ops.activation_kernel import activate
 from lte.ops.grid_kernels import (
     experts_of_ranks,
     grid_finish,

@@ -15,7 +15,7 @@ every tile is [rows, columns of D] with 16-byte loads along D.
 import triton
 import triton.language as tl
 
-from lte.ops.activations import activate
+from lte.ops.activation_kernel import activate
 from lte.ops.grid_kernels import (
     experts_of_ranks,
     grid_finish,

@@ -12,7 +12,7 @@ Shapes: T tokens, D hidden size, F = E S neurons, E experts of S neurons, P prog
 import triton
 import triton.language as tl
 
-from lte.ops.activations import activate
+from lte.ops.activation_kernel import activate
 
 
 @triton.jit

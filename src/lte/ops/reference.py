@@ -13,15 +13,19 @@ from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import FfnWeights, Routing
 
 
-def active_experts(x: Tensor, routing: Routing) -> Tensor:
-    """Boolean [T, E]: which experts are active for each token of x [T, D]."""
+def router_logits(x: Tensor, routing: Routing) -> Tensor:
+    """The logits [T, E] that decide which experts are active for x [T, D], in fp32, in fp64 for x in fp64."""
     if routing.logits is not None:
-        return routing.logits > routing.threshold
+        return routing.logits
     assert routing.weight is not None
     dtype = torch.promote_types(torch.float32, x.dtype)
     products = functional.linear(x.to(dtype), routing.weight.to(dtype)).to(routing.weight.dtype)
-    logits = products.to(dtype) if routing.bias is None else products.to(dtype) + routing.bias.to(dtype)
-    return logits > routing.threshold
+    return products.to(dtype) if routing.bias is None else products.to(dtype) + routing.bias.to(dtype)
+
+
+def active_experts(x: Tensor, routing: Routing) -> Tensor:
+    """Boolean [T, E]: which experts are active for each token of x [T, D]."""
+    return router_logits(x, routing) > routing.threshold
 
 
 def _dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

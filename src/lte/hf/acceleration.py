@@ -1,0 +1,135 @@
+"""Switching a model to the kernels in place, and back."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from lte.config import check_choice
+from lte.hf.activations import activation_name
+from lte.hf.install import require_sparse_ffns, sparse_ffns
+from lte.nn.accelerated import Acceleration, AcceleratedFfn, WeightFormat
+from lte.nn.sparse_ffn import SparseFfn
+from lte.ops.activations import ACTIVATIONS
+from lte.ops.arguments import DTYPES, EXPERT_SIZES
+from lte.ops.dispatch import has_triton, kernel_names
+
+
+def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module:
+    """Switches the FFNs of an LTE model to the kernels in place and returns it.
+
+    The kernels then compute hard mode wherever no gradient is wanted, reading the weights of the active experts alone
+    for 1 to 16 tokens at a time; all else is computed as before. Layer by layer the weights are laid out as the
+    kernels read them, in the same parameters, never all of them twice: training, `state_dict`, `save_pretrained`,
+    `.to()` and LoRA go on working. An accelerated model is left as it is.
+
+    Args:
+        model: an LTE model in float32, float16 or bfloat16 on CUDA devices or the CPU.
+        weights: `native` keeps them; `int8` rounds each neuron's to 8 bits with a scale of its own. The model then
+            does nothing but hard mode without gradients, and cannot be saved.
+
+    Raises:
+        ValueError: for a dense model, an FFN that the kernels cannot compute, a device without kernels, or a model
+            that is accelerated with other `weights`. The model is then unchanged.
+    """
+    check_choice("weights", weights, get_args(WeightFormat))
+    ffns = require_sparse_ffns(model)
+    measured = (getattr(model.config, "lte_measurement", None) or {}).get("active_fraction", [])
+    fractions = measured if len(measured) == len(ffns) else [None] * len(ffns)
+    plans = {}
+    for (name, ffn), fraction in zip(ffns.items(), fractions, strict=True):
+        if isinstance(ffn, AcceleratedFfn):
+            _check_same(name, ffn, weights)
+        else:
+            plans[name] = Acceleration(_check_ffn(name, ffn), weights, fraction)
+    for name, plan in plans.items():
+        AcceleratedFfn.install_(ffns[name], plan)
+    return model
+
+
+def decelerate_(model: nn.Module) -> nn.Module:
+    """Switches an accelerated model back to plain PyTorch in place and returns it; others are left as they are.
+
+    Weights are contiguous again, and bit for bit what they were. After `weights="int8"` they are the rounded ones:
+    what was rounded off does not come back.
+
+    Raises:
+        ValueError: for a dense model.
+    """
+    for ffn in require_sparse_ffns(model).values():
+        if isinstance(ffn, AcceleratedFfn):
+            ffn.remove_()
+    return model
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether the model's FFNs run on the kernels."""
+    return any(isinstance(ffn, AcceleratedFfn) for ffn in sparse_ffns(model).values())
+
+
+def describe_kernels(model: nn.Module) -> dict[str, str] | None:
+    """What computes the FFNs of an accelerated model, JSON-ready; `None` for another.
+
+    Returns:
+        `weights` (native or int8), and what runs 1 to 16 tokens (`decode`) and more (`prefill`).
+    """
+    ffn = next((ffn for ffn in sparse_ffns(model).values() if isinstance(ffn, AcceleratedFfn)), None)
+    if ffn is None:
+        return None
+    return {"weights": ffn.acceleration.weights, **kernel_names(ffn.router.weight.device, ffn.dtype)}
+
+
+def _check_same(name: str, ffn: AcceleratedFfn, weights: WeightFormat) -> None:
+    if ffn.acceleration.weights != weights:
+        raise ValueError(
+            f"weights must be {ffn.acceleration.weights}, as {name} is accelerated already, got weights={weights}; "
+            "call lte.decelerate_(model) first"
+        )
+
+
+def _check_ffn(name: str, ffn: SparseFfn) -> str:
+    """The kernels' name for the FFN's activation, if they can compute it."""
+    for part in ffn.layout.projections:
+        _check_projection(f"{name}.{part}", ffn.get_submodule(part))
+    first: Any = ffn.get_submodule(ffn.layout.up)
+    tensors = [ffn.get_submodule(part).weight for part in ffn.layout.projections]
+    if {weight.dtype for weight in tensors} != {first.weight.dtype}:  # type: ignore[comparison-overlap]
+        raise ValueError(f"{name} must hold weights of one dtype, got {', '.join(str(w.dtype) for w in tensors)}")
+    device = first.weight.device
+    if {weight.device for weight in (*tensors, *ffn.router.parameters())} != {device}:
+        raise ValueError(f"{name} must lie on one device, got its projections and router on several")
+    _check_device(name, device)
+    size = ffn.num_neurons // ffn.num_experts
+    if size not in EXPERT_SIZES:
+        known = ", ".join(map(str, EXPERT_SIZES))
+        raise ValueError(f"expert_size must be one of {known} for the kernels, got expert_size={size} in {name}")
+    activation = getattr(ffn, ffn.layout.activation)
+    found = activation_name(activation)
+    if found is None:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"the activation of {name} must be one of {known}, got {activation!r}")
+    return found
+
+
+def _check_projection(name: str, linear: Any) -> None:
+    # Some quantisers keep nn.Linear, and make the weight a tensor subclass.
+    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    if not plain or not linear.weight.is_floating_point():
+        raise ValueError(
+            f"{name} must be a plain floating-point nn.Linear, got {type(linear).__name__}; merge adapters first "
+            "(merge_and_unload of peft), and load the model without quantisation"
+        )
+    if linear.weight.is_meta:
+        raise ValueError(f"{name} must hold its weights, got a meta tensor; load the model first")
+    if linear.weight.dtype not in DTYPES:
+        known = "float32, float16 or bfloat16"
+        raise ValueError(f"{name} must hold {known} weights, got {linear.weight.dtype}; call model.to(torch.bfloat16)")
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be on a CUDA device or the CPU, got {device}; there are no kernels for others")
+    if device.type == "cuda" and not has_triton():
+        raise ValueError(f"triton must be installed for kernels on {device}, got none: pip install triton")

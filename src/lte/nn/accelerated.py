@@ -1,0 +1,255 @@
+"""A sparse FFN that runs on the kernels in hard mode, its parameters laid out as they read them.
+
+Shapes: D hidden size, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lte.config import FfnMode
+from lte.nn.ffn_parts import ROLES, bias_of, dequantize_projections_, quantize_projections_, weight_of
+from lte.nn.router import Router
+from lte.nn.sparse_ffn import SparseFfn
+from lte.ops.arguments import DTYPES, FfnWeights, Routing
+from lte.ops.dispatch import FfnRunner
+from lte.ops.layout import by_neuron, stack_inputs
+from lte.ops.reference import router_logits
+
+WeightFormat = Literal["native", "int8"]
+_SCALES = tuple(f"{role}_scale" for role in ROLES)
+_BUFFERS = ("stacked", "router_rows", *_SCALES)
+_DECELERATE = "call lte.decelerate_(model) first, which rounds them back"
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How one FFN runs on the kernels.
+
+    Attributes:
+        activation: a key of `lte.ops.activations.ACTIVATIONS`.
+        weights: `native` keeps the weights, `int8` rounds them to 8 bits with a scale per neuron.
+        active_fraction: share of active experts that measurements let expect, `None` if unknown.
+    """
+
+    activation: str
+    weights: WeightFormat = "native"
+    active_fraction: float | None = None
+
+
+class AcceleratedFfn(SparseFfn):
+    """What a `SparseFfn` is while it is accelerated: `install_` and `remove_` change its class in place.
+
+    Its parameters keep their names and shapes. With native weights gate and up are views of `stacked` and the down
+    projection [D, F] has strides (1, D), so whatever works on a `SparseFfn` goes on working: other modes, gradients,
+    saving. Int8 weights are parameters of int8, and hard mode without gradients is all that there is.
+
+    Buffers, none of which is saved: `stacked` (see `lte.ops.layout.stack_inputs`); `router_rows`, the router's weight
+    rounded to the dtype of the weights, `None` for a low-rank router; for int8 `gate_scale`, `up_scale`, `down_scale`.
+
+    Attributes:
+        acceleration: how it runs.
+        dtype: of the hidden states that the kernels take.
+    """
+
+    acceleration: Acceleration
+    dtype: torch.dtype
+    stacked: Tensor | None
+    router_rows: Tensor | None
+
+    @staticmethod
+    def install_(ffn: SparseFfn, acceleration: Acceleration) -> None:
+        """Makes a `SparseFfn` with plain `nn.Linear` projections an `AcceleratedFfn`."""
+        for name in _BUFFERS:
+            ffn.register_buffer(name, None, persistent=False)
+        trainable = [name for name in ffn.layout.projections if getattr(ffn, name).weight.requires_grad]
+        dtype = weight_of(ffn, "up").dtype  # type: ignore[union-attr]
+        ffn.__class__ = AcceleratedFfn
+        assert isinstance(ffn, AcceleratedFfn)
+        ffn.acceleration, ffn.dtype, ffn._trainable = acceleration, dtype, trainable
+        ffn._after_load = ffn.register_load_state_dict_post_hook(_refresh_loaded)
+        if ffn._is_int8:
+            for role, scale in quantize_projections_(ffn).items():
+                setattr(ffn, f"{role}_scale", scale)
+        ffn._lay_out_()
+
+    @torch.no_grad()
+    def remove_(self) -> None:
+        """Makes it a `SparseFfn` again, its parameters contiguous; int8 weights come back as they were rounded."""
+        if self._is_int8:
+            scales = {role: getattr(self, f"{role}_scale") for role in ROLES if weight_of(self, role) is not None}
+            dequantize_projections_(self, scales, self.dtype)
+            for name in self._trainable:
+                getattr(self, name).weight.requires_grad_(True)
+        else:
+            for name in self.layout.projections:
+                weight = getattr(self, name).weight
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        self._after_load.remove()
+        for name in (*_BUFFERS, "acceleration", "dtype", "_trainable", "_after_load", "_runner", "_seen"):
+            delattr(self, name)
+        self.__class__ = SparseFfn  # type: ignore[assignment]
+
+    @property
+    def _is_int8(self) -> bool:
+        return self.acceleration.weights == "int8"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `SparseFfn.forward`, by the kernels in hard mode where no gradient is wanted."""
+        if not self._kernels_take(x):
+            if self._is_int8:
+                self._refuse(x)
+            return super().forward(x)
+        if torch.compiler.is_compiling():
+            # Graphs must see parameters and buffers, which stay where they are: CUDA graphs copy all other inputs.
+            runner = self._bind()
+        else:
+            self._refresh_()
+            runner = self._runner
+        flat = x.reshape(-1, x.shape[-1])
+        logits = None
+        if self.router.down is not None:
+            logits = self.router(flat)
+        elif self.record_logits:
+            logits = router_logits(flat, runner.routing)
+        if self.record_logits and logits is not None:
+            self.logits = logits.view(*x.shape[:-1], -1)
+        return runner(flat, logits).view(x.shape)
+
+    def _kernels_take(self, x: Tensor) -> bool:
+        return (
+            self.mode == "hard"
+            and x.dtype == self.dtype
+            and x.dtype in DTYPES
+            and x.device.type in ("cpu", "cuda")
+            and x.numel() > 0
+            and not torch.is_autocast_enabled(x.device.type)
+            and self._is_plain()
+            and not self._wants_gradient(x)
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether nothing was put around the projections since, LoRA say, that the kernels would leave out."""
+        plain = all(type(getattr(self, name)) is nn.Linear for name in self.layout.projections)
+        return plain and type(self.router) is Router
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def _refuse(self, x: Tensor) -> None:
+        raise ValueError(
+            "an FFN with int8 weights must run in hard mode, in torch.no_grad(), without autocast and adapters, on "
+            f"{self.dtype}, got mode={self.mode}, x={x.dtype}, grad_enabled={torch.is_grad_enabled()}; otherwise "
+            f"{_DECELERATE}"
+        )
+
+    @torch.no_grad()
+    def _lay_out_(self) -> None:
+        """Copies the parameters to where the kernels want them."""
+        layout, full_rank = self.layout, self.router.down is None
+        if self._is_int8:
+            self.router_rows = self.router.weight.to(self.dtype, copy=True) if full_rank else None
+        else:
+            up, gate, down = weight_of(self, "up"), weight_of(self, "gate"), getattr(self, layout.down).weight
+            assert up is not None
+            parts = stack_inputs(up, gate, self.router.weight if full_rank else None)
+            self.dtype, self.stacked, self.router_rows = up.dtype, parts.stacked, parts.router
+            getattr(self, layout.up).weight.data = parts.stacked[: 2 * len(up)] if layout.fused else parts.up
+            if layout.gate is not None:
+                getattr(self, layout.gate).weight.data = parts.gate
+            if not down.data.T.is_contiguous():
+                down.data = by_neuron(down.data)
+        self._runner, self._seen = self._bind(), self._look()
+
+    def _look(self) -> tuple[int, ...]:
+        """Where the parameters lie, and last the version of the router: whether the layout still holds."""
+        router = self.router.weight
+        version = 0 if router.is_inference() else router._version
+        return (*(getattr(self, name).weight.data_ptr() for name in self.layout.projections), router.data_ptr(), version)
+
+    def _refresh_(self) -> None:
+        """Lays out anew what somebody moved, replaced or trained since."""
+        now = self._look()
+        if now == self._seen:
+            return
+        if now[:-1] != self._seen[:-1]:
+            self._lay_out_()
+        else:
+            if self.router_rows is not None:
+                with torch.no_grad():
+                    self.router_rows.copy_(self.router.weight)
+            self._seen = now
+
+    def _bind(self) -> FfnRunner:
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("stacked", *_SCALES)}
+        for role in ROLES:
+            parts[role], parts[f"{role}_bias"] = weight_of(self, role), bias_of(self, role)
+        bias = None if self.router_rows is None else self.router.bias
+        routing = Routing(weight=self.router_rows, bias=bias, threshold=self.threshold_logit)
+        return FfnRunner(FfnWeights(**parts), routing, self.acceleration.activation, self.acceleration.active_fraction)
+
+    # What follows keeps the layout true where compiled graphs, which cannot look, would not see that it is not.
+
+    def set_mode(self, mode: FfnMode) -> None:
+        """As `SparseFfn.set_mode`."""
+        super().set_mode(mode)
+        self._refresh_()
+
+    def train(self, mode: bool = True) -> AcceleratedFfn:
+        """As `nn.Module.train`."""
+        self._refresh_()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedFfn:
+        """Moves or casts the parameters one by one and lays them out anew; scales stay in fp32."""
+        seen, kept = self._look(), {name: getattr(self, name) for name in _BUFFERS}
+        probe = torch.empty(0, dtype=self.dtype, device=self.router.weight.device)
+        for name in _BUFFERS:
+            setattr(self, name, None)
+        super()._apply(fn, recurse)
+        unmoved = self._look()[:-1] == seen[:-1]
+        device = self.router.weight.device
+        for name in _BUFFERS if unmoved else _SCALES:
+            setattr(self, name, None if kept[name] is None else kept[name].to(device))
+        if unmoved:
+            self._refresh_()
+        else:
+            del kept
+            self.dtype = fn(probe).dtype
+            self._lay_out_()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._is_int8:
+            raise ValueError(
+                f"weights must be floating-point to be saved, got int8; save before accelerate_, or {_DECELERATE}"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self._is_int8:
+            raise ValueError(f"weights must be floating-point to load others into them, got int8; {_DECELERATE}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what is made from the parameters."""
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_seen")}
+        state["_buffers"] = {**self._buffers, "stacked": None, "router_rows": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lay_out_()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernels={self.acceleration.weights}"
+
+
+def _refresh_loaded(ffn: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(ffn, AcceleratedFfn)
+    ffn._refresh_()

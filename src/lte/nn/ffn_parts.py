@@ -1,0 +1,73 @@
+"""Gate, up and down of a sparse FFN by their roles, whatever its family calls and fuses; and their int8 form.
+
+Shapes: D hidden size, F neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lte.nn.sparse_ffn import SparseFfn
+from lte.ops.layout import by_neuron
+from lte.ops.quantize import dequantize_rows, quantize_rows
+
+Role = Literal["gate", "up", "down"]
+ROLES: tuple[Role, ...] = ("gate", "up", "down")
+
+
+def projection_of(ffn: SparseFfn, role: Role) -> Any:
+    """The module that holds a role, `None` if the FFN has no gate; fused gate and up have the same."""
+    layout = ffn.layout
+    names = {"gate": layout.up if layout.fused else layout.gate, "up": layout.up, "down": layout.down}
+    name = names[role]
+    return None if name is None else getattr(ffn, name)
+
+
+def weight_of(ffn: SparseFfn, role: Role) -> Tensor | None:
+    """The weight [F, D] of a role, a view of its parameter (of down the transpose); `None` if there is no gate."""
+    projection = projection_of(ffn, role)
+    if projection is None:
+        return None
+    return projection.weight.T if role == "down" else _half(ffn, role, projection.weight)
+
+
+def bias_of(ffn: SparseFfn, role: Role) -> Tensor | None:
+    """The bias of a role, [F] for gate and up, [D] for down; `None` if there is none."""
+    bias = getattr(projection_of(ffn, role), "bias", None)
+    return bias if bias is None or role == "down" else _half(ffn, role, bias)
+
+
+def _half(ffn: SparseFfn, role: Role, rows: Tensor) -> Tensor:
+    """The rows of gate or up out of those of their projection."""
+    return rows.chunk(2)[role == "up"] if ffn.layout.fused else rows
+
+
+@torch.no_grad()
+def quantize_projections_(ffn: SparseFfn) -> dict[Role, Tensor]:
+    """Rounds the weights to int8 in their parameters, which need no gradient then; returns the scales [F] by role."""
+    scales: dict[Role, Tensor] = {}
+    for name in ffn.layout.projections:
+        weight, down = getattr(ffn, name).weight, name == ffn.layout.down
+        values, scale = quantize_rows(by_neuron(weight.data).T if down else weight.data.contiguous())
+        weight.grad = None
+        weight.requires_grad_(False)
+        weight.data = values.T if down else values
+        for role in ROLES:
+            if projection_of(ffn, role) is getattr(ffn, name):
+                scales[role] = scale if down else _half(ffn, role, scale)
+    return scales
+
+
+@torch.no_grad()
+def dequantize_projections_(ffn: SparseFfn, scales: dict[Role, Tensor], dtype: torch.dtype) -> None:
+    """The inverse of `quantize_projections_`, but for the rounding; the parameters are contiguous then."""
+    for name in ffn.layout.projections:
+        projection = getattr(ffn, name)
+        rows = torch.cat([scales[role] for role in ROLES if projection_of(ffn, role) is projection])
+        if name == ffn.layout.down:
+            projection.weight.data = dequantize_rows(projection.weight.T, rows, dtype).T.contiguous()
+        else:
+            projection.weight.data = dequantize_rows(projection.weight.data, rows, dtype)
