@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lte.cli.errors import reports_errors
+from lte.cli.kernels import KernelsOption
 from lte.cli.models import held_out_batches, load_any_model, quiet_transformers
 from lte.cli.settings import build, takes_settings
 from lte.eval.flops import GFLOP, bytes_per_token, flops_per_token
 from lte.eval.perplexity import PerplexityResult, evaluate_model
 from lte.eval.results import result_record, write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
+from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.train.data import load_lm_datasets
@@ -29,6 +31,7 @@ def eval_command(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or GGUF file; dense or LTE.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="float32|bfloat16|float16")] = "float32",
+    kernels: KernelsOption = "auto",
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
     **given: Any,
 ) -> None:
@@ -41,7 +44,7 @@ def eval_command(
     quiet_transformers()
     data_config = build(DataConfig, given)
     tokenizer = load_tokenizer(model)
-    loaded = load_any_model(model, dtype)
+    loaded = load_any_model(model, dtype, kernels)
     data = load_lm_datasets(data_config, tokenizer, max_positions(loaded))
     start = time.monotonic()
     batches = held_out_batches(data.validation, batch_size, tokenizer.pad_token_id)
@@ -55,7 +58,7 @@ def eval_command(
         seed=data_config.data_seed,
         tokens_trained=0,
         wall_time_s=time.monotonic() - start,
-        config={"data": vars(data_config), "data_info": data.info, "dtype": dtype},
+        config={"data": vars(data_config), "data_info": data.info, "dtype": dtype, "kernels": describe_kernels(loaded)},
     )
     print_evaluation(Console(), record)
     if json is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from lte.cli.errors import reports_errors
+from lte.cli.kernels import KernelsOption
 from lte.cli.models import load_any_model, quiet_transformers
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.dense import load_tokenizer
@@ -27,6 +28,7 @@ def generate(
     ] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="float32|bfloat16|float16")] = "float32",
+    kernels: KernelsOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continues a prompt and says what share of its neurons the model used for this text.
@@ -35,7 +37,7 @@ def generate(
     """
     quiet_transformers()
     tokenizer = load_tokenizer(model)
-    loaded = load_any_model(model, dtype)
+    loaded = load_any_model(model, dtype, kernels)
     torch.manual_seed(seed)
     ids = encode_prompt(tokenizer, prompt, chat).to(loaded.device)
     if not chat:

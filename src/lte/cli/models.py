@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from lte.cli.kernels import KERNELS, use_kernels_
 from lte.config import check_choice
 from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.dense import load_dense_model
@@ -55,13 +56,19 @@ def is_lte(config: Any) -> bool:
     return str(config.model_type).startswith("lte_")
 
 
-def load_any_model(name_or_path: str, dtype: str = "float32") -> Any:
+def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
     """A dense or LTE model on the GPU if there is one.
 
+    Args:
+        name_or_path: hub name, folder, or GGUF file.
+        dtype: a key of `DTYPES`.
+        kernels: one of `lte.cli.kernels.KERNELS`, what computes the FFNs of an LTE model.
+
     Raises:
-        ValueError: for an unknown dtype or family, or a path that does not exist.
+        ValueError: for an unknown dtype, kernels or family, or a path that does not exist.
     """
     check_choice("dtype", dtype, tuple(DTYPES))
+    check_choice("kernels", kernels, KERNELS)
     config = load_config(name_or_path)
     family_of(config)
     model: Any
@@ -70,7 +77,7 @@ def load_any_model(name_or_path: str, dtype: str = "float32") -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
     else:
         model = load_dense_model(name_or_path, DTYPES[dtype])
-    return model.to(training_device()).eval()
+    return use_kernels_(model.to(training_device()).eval(), kernels)
 
 
 def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:

@@ -11,10 +11,12 @@ from rich.console import Console
 
 import lte
 from lte.cli.eval import evaluation_record, max_positions
+from lte.cli.kernels import use_kernels_
 from lte.cli.models import held_out_batches, is_lte, load_any_model, load_config
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
 from lte.config import CALIBRATED_GROUPINGS, LteConfig
 from lte.eval.perplexity import evaluate_model
+from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.train.config import TrainConfig
@@ -72,12 +74,14 @@ class TrainingRun:
         )
         if self.train_config.recipe == "dense":
             lte.densify_(model)
-        after, measurement = evaluate_model(model.to(training_device()), batches, progress=is_main_process())
+        # Measured on the code that `lte eval` and `lte generate` run.
+        use_kernels_(model.to(training_device()), tell=False)
+        after, measurement = evaluate_model(model, batches, progress=is_main_process())
         found = evaluation_record(
             model,
             after,
             measurement,
-            **self._record_fields(data.info),
+            **self._record_fields(data.info, describe_kernels(model)),
             tokens_trained=summary.tokens_trained,
             wall_time_s=summary.wall_time_s,
             perplexity_before=before.perplexity,
@@ -88,7 +92,7 @@ class TrainingRun:
             print_outcome(console, self.output, self.stages, outcome)
         return found
 
-    def _record_fields(self, data_info: dict[str, Any]) -> dict[str, Any]:
+    def _record_fields(self, data_info: dict[str, Any], kernels: dict[str, str] | None) -> dict[str, Any]:
         """What a result record says of the settings."""
         config = {
             "lte": self.lte_config.to_dict(),
@@ -97,6 +101,7 @@ class TrainingRun:
             "distill_from": self.distill_from,
             "stages": list(self.stages),
             "data_info": data_info,
+            "kernels": kernels,
         }
         return {
             "task": self.data_config.task,

@@ -10,11 +10,11 @@ from torch import nn
 from lte.config import check_choice
 from lte.hf.activations import activation_name
 from lte.hf.install import require_sparse_ffns, sparse_ffns
-from lte.nn.accelerated import Acceleration, AcceleratedFfn, WeightFormat
+from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import DTYPES, EXPERT_SIZES
-from lte.ops.dispatch import has_triton, kernel_names
+from lte.ops.dispatch import HAS_TRITON, kernel_names
 
 
 def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module:
@@ -95,7 +95,7 @@ def _check_ffn(name: str, ffn: SparseFfn) -> str:
         _check_projection(f"{name}.{part}", ffn.get_submodule(part))
     first: Any = ffn.get_submodule(ffn.layout.up)
     tensors = [ffn.get_submodule(part).weight for part in ffn.layout.projections]
-    if {weight.dtype for weight in tensors} != {first.weight.dtype}:  # type: ignore[comparison-overlap]
+    if {weight.dtype for weight in tensors} != {first.weight.dtype}:
         raise ValueError(f"{name} must hold weights of one dtype, got {', '.join(str(w.dtype) for w in tensors)}")
     device = first.weight.device
     if {weight.device for weight in (*tensors, *ffn.router.parameters())} != {device}:
@@ -131,5 +131,5 @@ def _check_projection(name: str, linear: Any) -> None:
 def _check_device(name: str, device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} must be on a CUDA device or the CPU, got {device}; there are no kernels for others")
-    if device.type == "cuda" and not has_triton():
+    if device.type == "cuda" and not HAS_TRITON:
         raise ValueError(f"triton must be installed for kernels on {device}, got none: pip install triton")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig
+from lte.hf.acceleration import decelerate_
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.install import install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
 from lte.hf.loading import become_dense_, become_sparse_
@@ -57,13 +58,14 @@ def densify_(model: nn.Module) -> nn.Module:
     """Turns an LTE model into a stock dense model in place, drops the routers, and returns it.
 
     All neurons run for every token afterwards; they stay in their permuted order, which leaves the function
-    as it is.
+    as it is. An accelerated model is first decelerated.
 
     Raises:
         ValueError: if `model` is not an LTE model.
     """
     family = family_of(model.config)
     stock_config = become_dense_(model, family)
+    decelerate_(model)
     for name, sparse in require_sparse_ffns(model).items():
         with torch.device("meta"):
             dense = family.stock_class(family.ffn_class)(stock_config)

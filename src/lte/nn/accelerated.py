@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
 from lte.nn.ffn_parts import ROLES, bias_of, dequantize_projections_, quantize_projections_, weight_of
@@ -61,6 +62,10 @@ class AcceleratedFfn(SparseFfn):
     dtype: torch.dtype
     stacked: Tensor | None
     router_rows: Tensor | None
+    _trainable: list[str]
+    _after_load: RemovableHandle
+    _runner: FfnRunner
+    _seen: tuple[int, ...]
 
     @staticmethod
     def install_(ffn: SparseFfn, acceleration: Acceleration) -> None:
@@ -170,7 +175,11 @@ class AcceleratedFfn(SparseFfn):
         """Where the parameters lie, and last the version of the router: whether the layout still holds."""
         router = self.router.weight
         version = 0 if router.is_inference() else router._version
-        return (*(getattr(self, name).weight.data_ptr() for name in self.layout.projections), router.data_ptr(), version)
+        return (
+            *(getattr(self, name).weight.data_ptr() for name in self.layout.projections),
+            router.data_ptr(),
+            version,
+        )
 
     def _refresh_(self) -> None:
         """Lays out anew what somebody moved, replaced or trained since."""

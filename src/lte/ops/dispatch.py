@@ -21,9 +21,20 @@ from lte.ops import cpu
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.quantize import dequantize_rows
-from lte.ops.reference import active_experts
+from lte.ops.reference import active_experts, router_logits
 
 CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # there is None in its place in sys.modules
+        return False
+
+
+# On macOS and Windows there is no Triton; numba is the extra lte[cpu].
+HAS_TRITON, HAS_NUMBA = _is_installed("triton"), _is_installed("numba")
 
 
 @dataclass(frozen=True)
@@ -54,14 +65,12 @@ class FfnRunner:
         return masked_ffn(x, self.weights, routing, self.activation)
 
     def _fits_cpu_kernel(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and x.dtype in CPU_KERNEL_DTYPES and self.weights.up_scale is None and has_numba()
+        return x.device.type == "cpu" and x.dtype in CPU_KERNEL_DTYPES and self.weights.up_scale is None and HAS_NUMBA
 
     def _decode_on_cpu(self, x: Tensor, routing: Routing) -> Tensor:
         w = self.weights
         logits = routing.logits
         if logits is None:
-            from lte.ops.reference import router_logits
-
             logits = router_logits(x, routing)
         found = cpu.DecodeWeights(
             up=w.up,
@@ -96,19 +105,9 @@ def masked_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str
     return output if weights.down_bias is None else output + weights.down_bias
 
 
-def has_triton() -> bool:
-    """Whether the GPU kernels can be imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def has_numba() -> bool:
-    """Whether the CPU kernel can be imported."""
-    return importlib.util.find_spec("numba") is not None
-
-
 def kernel_names(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What runs 1 to 16 tokens (`decode`) and more (`prefill`) on a device, for weights of a dtype."""
     if device.type == "cuda":
         return {"decode": "triton", "prefill": "pytorch"}
-    numba = has_numba() and dtype in CPU_KERNEL_DTYPES
+    numba = HAS_NUMBA and dtype in CPU_KERNEL_DTYPES
     return {"decode": "numba" if numba else "pytorch", "prefill": "pytorch"}

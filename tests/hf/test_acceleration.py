@@ -1,0 +1,360 @@
+"""An accelerated model computes, trains, saves and generates as the plain one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, StaticCache
+
+import lte
+from lte.eval.sparsity import measure_sparsity
+from lte.hf.acceleration import describe_kernels
+from lte.nn.accelerated import AcceleratedFfn
+from lte.nn.sparse_ffn import SparseFfn
+from lte.ops import dispatch
+from tests.tiny_models import EXPERT_SIZE, NEURONS, randomise_routers_, tiny_dense_model, tiny_sparse_model
+
+Measure = Callable[[Tensor, Tensor], float]
+TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(tokens).logits
+
+
+def first_ffn(model: Any) -> AcceleratedFfn:
+    ffn = next(iter(lte.sparse_ffns(model).values()))
+    assert isinstance(ffn, AcceleratedFfn)
+    return ffn
+
+
+def low_rank_model() -> Any:
+    model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=EXPERT_SIZE, router_rank=4))
+    return randomise_routers_(model)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct storages of all parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every call of the kernels' dispatcher."""
+    seen: list[int] = []
+    call = dispatch.FfnRunner.__call__
+
+    def record(self: Any, x: Tensor, given: Tensor | None = None) -> Tensor:
+        seen.append(len(x))
+        return call(self, x, given)
+
+    monkeypatch.setattr(dispatch.FfnRunner, "__call__", record)
+    return seen
+
+
+@pytest.mark.parametrize("length", [1, 7, 20])
+def test_logits_of_every_family(model_type: str, length: int, calls: list[int], relative_rms: Measure) -> None:
+    model = tiny_sparse_model(model_type)
+    tokens = torch.randint(3, 99, (2, length))
+    expected = logits(model, tokens)
+    assert lte.accelerate_(model) is model
+    assert lte.is_accelerated(model)
+    assert relative_rms(logits(model, tokens), expected) <= TOLERANCE
+    assert calls == [2 * length] * 2
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_low_rank_routers(length: int, relative_rms: Measure) -> None:
+    model, tokens = low_rank_model(), torch.randint(3, 99, (1, length))
+    expected = logits(model, tokens)
+    lte.accelerate_(model)
+    assert first_ffn(model).router_rows is None
+    assert relative_rms(logits(model, tokens), expected) <= TOLERANCE
+
+
+def test_parameters_are_views_of_one_tensor(model_type: str) -> None:
+    model = tiny_sparse_model(model_type)
+    before, names = weight_bytes(model), [name for name, _ in model.named_parameters()]
+    lte.accelerate_(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    ffn = first_ffn(model)
+    assert ffn.stacked is not None
+    inputs = [name for name in ffn.layout.projections if name != ffn.layout.down]
+    for name in inputs:
+        weight = ffn.get_submodule(name).weight
+        assert weight.untyped_storage().data_ptr() == ffn.stacked.untyped_storage().data_ptr()
+        assert weight.requires_grad
+    assert ffn.get_submodule(ffn.layout.down).weight.stride() == (1, 32)
+    # What is new is the router's rows and the rows that fill the stacked tensor up.
+    extra = len(lte.sparse_ffns(model)) * (ffn.stacked.shape[0] - 2 * NEURONS) * 32 * 4
+    assert weight_bytes(model) == before + extra
+
+
+def test_back_again_is_bit_equal(model_type: str, tokens: Tensor) -> None:
+    model = tiny_sparse_model(model_type)
+    expected, state = logits(model, tokens), copy.deepcopy(model.state_dict())
+    before = weight_bytes(model)
+    assert lte.decelerate_(lte.accelerate_(model)) is model
+    assert not lte.is_accelerated(model)
+    assert all(type(ffn) is SparseFfn for ffn in lte.sparse_ffns(model).values())
+    assert torch.equal(logits(model, tokens), expected)
+    assert weight_bytes(model) == before
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+        assert tensor.is_contiguous()
+    assert not any(ffn._load_state_dict_post_hooks for ffn in lte.sparse_ffns(model).values())
+
+
+def test_twice_changes_nothing(tokens: Tensor) -> None:
+    model = lte.accelerate_(tiny_sparse_model())
+    pointer = first_ffn(model).stacked.data_ptr()
+    lte.accelerate_(model)
+    assert first_ffn(model).stacked.data_ptr() == pointer
+    lte.decelerate_(lte.decelerate_(model))
+    assert not lte.is_accelerated(model)
+
+
+def test_a_saved_folder_is_that_of_the_plain_model(model_type: str, tmp_path: Path, tokens: Tensor) -> None:
+    model = tiny_sparse_model(model_type)
+    model.save_pretrained(tmp_path / "plain")
+    lte.accelerate_(model).save_pretrained(tmp_path / "accelerated")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "accelerated" / file).read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "accelerated").eval()
+    assert torch.equal(logits(lte.accelerate_(loaded), tokens), logits(model, tokens))
+
+
+def test_a_folder_in_shards(tmp_path: Path) -> None:
+    model = tiny_sparse_model()
+    model.save_pretrained(tmp_path / "plain", max_shard_size="20KB")
+    lte.accelerate_(model).save_pretrained(tmp_path / "accelerated", max_shard_size="20KB")
+    files = sorted((tmp_path / "plain").glob("*.safetensors"))
+    assert len(files) > 1
+    for file in files:
+        other = load_file(tmp_path / "accelerated" / file.name)
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, other[name])
+
+
+@pytest.mark.parametrize("mode", ["dense", "soft", "straight_through"])
+def test_other_modes_are_those_of_the_plain_model(
+    mode: str, tokens: Tensor, calls: list[int], relative_rms: Measure
+) -> None:
+    model = tiny_sparse_model()
+    fast = lte.accelerate_(copy.deepcopy(model))
+    for network in (model, fast):
+        for ffn in lte.sparse_ffns(network).values():
+            ffn.set_mode(mode)  # type: ignore[arg-type]
+    assert relative_rms(logits(fast, tokens), logits(model, tokens)) <= TOLERANCE
+    assert not calls
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_training_steps_are_those_of_the_plain_model(mode: str, tokens: Tensor, relative_rms: Measure) -> None:
+    plain, fast = tiny_sparse_model(), lte.accelerate_(tiny_sparse_model())
+    for model in (plain, fast):
+        for ffn in lte.sparse_ffns(model).values():
+            ffn.set_mode(mode)  # type: ignore[arg-type]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        for ffn in lte.sparse_ffns(model).values():
+            ffn.set_mode("hard")
+    start = tiny_sparse_model().state_dict()
+    for name, parameter in fast.state_dict().items():
+        assert relative_rms(parameter, plain.state_dict()[name]) <= 1e-4, name
+        assert ("router" in name and mode == "hard") or not torch.equal(parameter, start[name]), name
+    # The kernels see what training changed, the routers' rows included.
+    assert relative_rms(logits(fast, tokens), logits(plain, tokens)) <= 1e-4
+
+
+def test_gradients_are_wanted_or_not(tokens: Tensor, calls: list[int]) -> None:
+    model = lte.accelerate_(tiny_sparse_model())
+    model(tokens)
+    assert not calls
+    model.requires_grad_(False)
+    model(tokens)
+    assert len(calls) == 2
+    with torch.inference_mode():
+        model(tokens)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("weights", ["native", "int8"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_models_of_their_own(duplicate: Callable[[Any], Any], weights: Any, tokens: Tensor) -> None:
+    model = lte.accelerate_(tiny_sparse_model(), weights)
+    expected = logits(model, tokens)
+    other = duplicate(model)
+    assert lte.is_accelerated(other)
+    assert torch.equal(logits(other, tokens), expected)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(model, tokens), expected)
+    assert not logits(other, tokens).any()
+    lte.decelerate_(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts(dtype: torch.dtype, tokens: Tensor, relative_rms: Measure) -> None:
+    model = lte.accelerate_(tiny_sparse_model())
+    expected = logits(tiny_sparse_model().to(dtype), tokens)
+    assert model.to(dtype) is model
+    ffn = first_ffn(model)
+    assert ffn.stacked is not None
+    assert ffn.router_rows is not None
+    assert ffn.stacked.dtype == ffn.router_rows.dtype == dtype
+    assert ffn.up_proj.weight.untyped_storage().data_ptr() == ffn.stacked.untyped_storage().data_ptr()
+    # The plain model rounds its router's input otherwise, so near the threshold they may differ.
+    assert relative_rms(logits(model, tokens), expected) <= 0.1
+    stacked = ffn.stacked
+    model.to(dtype)
+    assert ffn.stacked is stacked
+
+
+def test_to_another_device_and_back() -> None:
+    model = lte.accelerate_(tiny_sparse_model()).to("meta")
+    assert first_ffn(model).stacked.is_meta
+    model.to_empty(device="cpu")
+    model.load_state_dict(tiny_sparse_model().state_dict())
+    assert first_ffn(model).stacked.device.type == "cpu"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_other_weights(assign: bool, tokens: Tensor, relative_rms: Measure) -> None:
+    model = lte.accelerate_(tiny_sparse_model())
+    other = randomise_routers_(tiny_sparse_model(), seed=3)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    ffn = first_ffn(model)
+    # Before the next call: compiled code does not look whether anything changed.
+    assert torch.equal(ffn.router_rows, ffn.router.weight)
+    assert ffn.stacked is not None
+    assert torch.equal(ffn.stacked[:NEURONS], ffn.gate_proj.weight)
+    assert relative_rms(logits(model, tokens), logits(other, tokens)) <= TOLERANCE
+
+
+def test_weights_that_are_replaced_are_seen(tokens: Tensor, relative_rms: Measure) -> None:
+    model, plain = lte.accelerate_(tiny_sparse_model()), tiny_sparse_model()
+    for network in (model, plain):
+        for ffn in lte.sparse_ffns(network).values():
+            ffn.up_proj.weight.data = ffn.up_proj.weight.data * 2
+            with torch.no_grad():
+                ffn.router.weight.neg_()
+                ffn.router.bias.neg_()
+    assert relative_rms(logits(model, tokens), logits(plain, tokens)) <= TOLERANCE
+
+
+def test_adapters_that_come_later_count(tokens: Tensor, calls: list[int], relative_rms: Measure) -> None:
+    wrapped = []
+    for model in (tiny_sparse_model(), lte.accelerate_(tiny_sparse_model())):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+        wrapped.append(peft.get_peft_model(model, config).eval())
+    expected = logits(wrapped[0], tokens)
+    assert relative_rms(expected, logits(tiny_sparse_model(), tokens)) > 0.01
+    assert relative_rms(logits(wrapped[1], tokens), expected) <= TOLERANCE
+    assert not calls
+    merged = wrapped[1].merge_and_unload()
+    assert relative_rms(logits(merged, tokens), expected) <= TOLERANCE
+    assert calls
+
+
+def test_autocast_is_as_for_the_plain_model(tokens: Tensor) -> None:
+    model = tiny_sparse_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(model, tokens)
+        assert torch.equal(logits(lte.accelerate_(model), tokens), expected)
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_measured_sparsity_is_that_of_the_kernels(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lte.accelerate_(tiny_sparse_model().to(torch.bfloat16))
+    given: list[Tensor] = []
+    call = dispatch.FfnRunner.__call__
+
+    def record(self: Any, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        assert logits is not None
+        given.append((logits > self.routing.threshold).float().mean(1))
+        return call(self, x, logits)
+
+    monkeypatch.setattr(dispatch.FfnRunner, "__call__", record)
+    batch = {"input_ids": torch.randint(3, 99, (1, length))}
+    measured = measure_sparsity(model, [batch])
+    assert measured.sparsity == pytest.approx(1 - torch.stack(given).mean().item())
+    assert 0.2 < measured.sparsity < 0.8
+
+
+def test_densified_models_are_stock(tokens: Tensor) -> None:
+    plain = lte.densify_(tiny_sparse_model())
+    model = lte.densify_(lte.accelerate_(tiny_sparse_model()))
+    assert torch.equal(logits(model, tokens), logits(plain, tokens))
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_the_measured_share_reaches_the_kernels() -> None:
+    model = tiny_sparse_model()
+    model.config.lte_measurement = {"active_fraction": [0.25, 0.75]}
+    lte.accelerate_(model)
+    assert [ffn._runner.active_fraction for ffn in lte.sparse_ffns(model).values()] == [0.25, 0.75]  # type: ignore[attr-defined]
+    other = tiny_sparse_model()
+    assert first_ffn(lte.accelerate_(other))._runner.active_fraction is None
+
+
+def test_what_runs_is_told() -> None:
+    model = tiny_sparse_model()
+    assert describe_kernels(model) is None
+    assert describe_kernels(lte.accelerate_(model)) == {"weights": "native", "decode": "numba", "prefill": "pytorch"}
+    assert "kernels=native" in repr(model)
+    lte.accelerate_(lte.decelerate_(model), "int8")
+    assert describe_kernels(model)["weights"] == "int8"  # type: ignore[index]
+
+
+class TestGeneration:
+    @pytest.mark.parametrize("cache", [None, "static"])
+    def test_padded_batches(self, cache: str | None, model_type: str, calls: list[int]) -> None:
+        model, settings = tiny_sparse_model(model_type), {"max_new_tokens": 12, "do_sample": False}
+        ids = torch.randint(3, 99, (3, 6))
+        mask = torch.ones_like(ids)
+        mask[0, :4] = mask[1, :1] = 0
+        arguments = {"input_ids": ids * mask, "attention_mask": mask, "cache_implementation": cache, **settings}
+        expected = model.generate(**arguments)
+        assert not calls
+        assert torch.equal(lte.accelerate_(model).generate(**arguments), expected)
+        assert {18, 3} <= set(calls)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("weights", ["native", "int8"])
+    def test_compiled_with_a_static_cache(self, backend: str, weights: Any, relative_rms: Measure) -> None:
+        torch.compiler.reset()
+        model = lte.accelerate_(tiny_sparse_model(), weights)
+        step = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+        eager, compiled = (StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
+        for token in range(3, 6):
+            ids = torch.tensor([[token]])
+            with torch.no_grad():
+                expected = model(ids, past_key_values=eager).logits
+                actual = step(ids, past_key_values=compiled).logits
+            assert relative_rms(actual, expected) <= TOLERANCE
+        if weights == "native":
+            model.load_state_dict(randomise_routers_(tiny_sparse_model(), seed=5).state_dict())
+            with torch.no_grad():
+                ids, cache = torch.tensor([[7]]), StaticCache(config=model.config, max_cache_len=16)
+                actual = step(ids, past_key_values=cache).logits
+            assert relative_rms(actual, logits(model, ids)) <= TOLERANCE
