@@ -33,8 +33,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_python_example_runs(workplace):
-    (example,) = blocks("python")
+def test_the_python_examples_run(workplace):
+    example = "\n".join(blocks("python"))
     # Only what makes it small enough for a test is changed.
     small = example.replace(MODEL, "./tiny").replace("TrainConfig()", "TrainConfig(stage1_steps=4, stage2_steps=4)")
     small = small.replace('train="my-text.jsonl"', 'train="my-text.jsonl", sequence_length=32')
@@ -43,6 +43,8 @@ def test_the_python_example_runs(workplace):
     names: dict[str, object] = {}
     exec(small, names)
     assert lte.sparse_ffns(names["model"])
+    assert lte.is_accelerated(names["model"])
+    assert names["ids"].shape[1] > 20
 
 
 def test_the_shell_example_runs(workplace):
