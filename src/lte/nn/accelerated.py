@@ -18,7 +18,7 @@ from lte.nn.ffn_parts import ROLES, bias_of, dequantize_projections_, quantize_p
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import DTYPES, FfnWeights, Routing
-from lte.ops.dispatch import FfnRunner
+from lte.ops.dispatch import FfnRunner, gpu_architecture
 from lte.ops.layout import by_neuron, stack_inputs
 from lte.ops.reference import router_logits
 
@@ -66,6 +66,7 @@ class AcceleratedFfn(SparseFfn):
     _after_load: RemovableHandle
     _runner: FfnRunner
     _seen: tuple[int, ...]
+    _arch: int
 
     @staticmethod
     def install_(ffn: SparseFfn, acceleration: Acceleration) -> None:
@@ -96,7 +97,7 @@ class AcceleratedFfn(SparseFfn):
                 weight = getattr(self, name).weight
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         self._after_load.remove()
-        for name in (*_BUFFERS, "acceleration", "dtype", "_trainable", "_after_load", "_runner", "_seen"):
+        for name in (*_BUFFERS, "acceleration", "dtype", "_trainable", "_after_load", "_runner", "_seen", "_arch"):
             delattr(self, name)
         self.__class__ = SparseFfn  # type: ignore[assignment]
 
@@ -169,6 +170,7 @@ class AcceleratedFfn(SparseFfn):
                 getattr(self, layout.gate).weight.data = parts.gate
             if not down.data.T.is_contiguous():
                 down.data = by_neuron(down.data)
+        self._arch = gpu_architecture(self.router.weight.device)
         self._runner, self._seen = self._bind(), self._look()
 
     def _look(self) -> tuple[int, ...]:
@@ -200,7 +202,8 @@ class AcceleratedFfn(SparseFfn):
             parts[role], parts[f"{role}_bias"] = weight_of(self, role), bias_of(self, role)
         bias = None if self.router_rows is None else self.router.bias
         routing = Routing(weight=self.router_rows, bias=bias, threshold=self.threshold_logit)
-        return FfnRunner(FfnWeights(**parts), routing, self.acceleration.activation, self.acceleration.active_fraction)
+        plan = self.acceleration
+        return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.active_fraction, self._arch)
 
     # What follows keeps the layout true where compiled graphs, which cannot look, would not see that it is not.
 

@@ -2,8 +2,8 @@
 
 | device | 1 to 16 tokens | more tokens |
 |---|---|---|
-| CUDA | `lte.ops.decode` | `masked_ffn` |
-| CPU | `lte.ops.cpu`, in fp32 and bf16, if numba is there | `masked_ffn` |
+| CUDA | `lte.ops.decode` or `lte.ops.prefill`, by the table of `lte.ops.paths` | `lte.ops.prefill`, by the same table |
+| CPU | `lte.ops.cpu` where it wins by its table, always for int8 weights | `masked_ffn` |
 
 Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 """
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lte.ops import cpu
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
+from lte.ops.cpu import cpu_kernel_wins, sparse_ffn_cpu
+from lte.ops.paths import choose_path
 from lte.ops.quantize import dequantize_rows
-from lte.ops.reference import active_experts, router_logits
-
-CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+from lte.ops.reference import active_experts
 
 
 def _is_installed(package: str) -> bool:
@@ -46,41 +45,41 @@ class FfnRunner:
         routing: what decides which experts are active, unless logits are given with a call.
         activation: a key of `ACTIVATIONS`.
         active_fraction: share of active experts that measurements let expect, `None` if unknown.
+        arch: of the GPU, see `gpu_architecture`.
     """
 
     weights: FfnWeights
     routing: Routing
     activation: str
     active_fraction: float | None = None
+    arch: int = 0
 
     def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The output [T, D] for x [T, D]; logits [T, E] take the place of the routing's."""
         routing = self.routing if logits is None else Routing(logits=logits, threshold=self.routing.threshold)
-        if x.shape[0] <= MAX_TOKENS and x.is_cuda:
-            from lte.ops.decode import sparse_ffn_decode  # needs triton, which is not everywhere
-
-            return sparse_ffn_decode(x, self.weights, routing, self.activation)
-        if x.shape[0] <= MAX_TOKENS and self._fits_cpu_kernel(x):
-            return self._decode_on_cpu(x, routing)
+        if x.is_cuda:
+            return self.run_on_gpu(x, routing)
+        if self._cpu_kernel_takes(x):
+            return sparse_ffn_cpu(x, self.weights, routing, self.activation)
         return masked_ffn(x, self.weights, routing, self.activation)
 
-    def _fits_cpu_kernel(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and x.dtype in CPU_KERNEL_DTYPES and self.weights.up_scale is None and HAS_NUMBA
+    def run_on_gpu(self, x: Tensor, routing: Routing) -> Tensor:
+        """By the path that the table of measurements names."""
+        from lte.ops.decode import sparse_ffn_decode  # these need triton, which is not everywhere
+        from lte.ops.prefill import sparse_ffn_prefill
 
-    def _decode_on_cpu(self, x: Tensor, routing: Routing) -> Tensor:
-        w = self.weights
-        logits = routing.logits
-        if logits is None:
-            logits = router_logits(x, routing)
-        found = cpu.DecodeWeights(
-            up=w.up,
-            down=w.down.T,
-            num_experts=routing.num_experts,
-            activation=self.activation,
-            gate=w.gate,
-            biases=(w.gate_bias, w.up_bias, w.down_bias),
-        )
-        return cpu.sparse_ffn_decode(x, found, routing.threshold, logits)
+        w, tokens = self.weights, x.shape[0]
+        path = choose_path(self.arch, w.up.element_size(), w.gate is not None, tokens, self.active_fraction)
+        if path == "decode" and tokens <= MAX_TOKENS:
+            return sparse_ffn_decode(x, w, routing, self.activation)
+        return sparse_ffn_prefill(x, w, routing, self.activation, "grouped" if path == "grouped" else "masked")
+
+    def _cpu_kernel_takes(self, x: Tensor) -> bool:
+        if x.shape[0] > MAX_TOKENS or not HAS_NUMBA:
+            return False
+        # Without the kernel int8 weights are expanded at every call.
+        expected = 0.0 if self.weights.up_scale is not None else self.active_fraction
+        return cpu_kernel_wins(x.dtype, x.shape[0], 1.0 if expected is None else expected)
 
 
 def masked_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str) -> Tensor:
@@ -105,9 +104,18 @@ def masked_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str
     return output if weights.down_bias is None else output + weights.down_bias
 
 
+def gpu_architecture(device: torch.device) -> int:
+    """The compute capability of a GPU as one number, 90 for an H100; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    from lte.ops.launch import architecture
+
+    return architecture(device)
+
+
 def kernel_names(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What runs 1 to 16 tokens (`decode`) and more (`prefill`) on a device, for weights of a dtype."""
+    """What runs 1 to 16 tokens (`decode`) and more (`prefill`) on a device, for hidden states of a dtype."""
     if device.type == "cuda":
-        return {"decode": "triton", "prefill": "pytorch"}
-    numba = HAS_NUMBA and dtype in CPU_KERNEL_DTYPES
+        return {"decode": "triton", "prefill": "triton"}
+    numba = HAS_NUMBA and cpu_kernel_wins(dtype, 1, 0.0)
     return {"decode": "numba" if numba else "pytorch", "prefill": "pytorch"}

@@ -1,0 +1,164 @@
+"""Every path that the dispatcher knows gives the reference's result, and the tables decide which is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lte.ops import dispatch
+from lte.ops.arguments import FfnWeights, Routing
+from lte.ops.dispatch import FfnRunner, kernel_names, masked_ffn
+from lte.ops.layout import stack_inputs
+from lte.ops.paths import BreakEven
+from lte.ops.reference import sparse_ffn_reference
+from tests.ops.conftest import BOUNDS, DEVICE, masks, random_ffn, random_router
+
+Measure = Callable[[Tensor, Tensor], float]
+HIDDEN, EXPERTS = 64, 6
+
+
+def runner(x: Tensor, *, sparsity: float = 0.5, **kinds: Any) -> FfnRunner:
+    weights = random_ffn(HIDDEN, EXPERTS, dtype=x.dtype, **kinds)
+    return FfnRunner(weights, random_router(x, EXPERTS, sparsity, x.dtype), "silu")
+
+
+def states(tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(tokens, HIDDEN, device=DEVICE).to(dtype)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The GPU operations that were called."""
+    from lte.ops import decode, prefill
+
+    names: list[str] = []
+    first, second = decode.sparse_ffn_decode, prefill.sparse_ffn_prefill
+
+    def few(*arguments: Any) -> Tensor:
+        names.append("decode")
+        return first(*arguments)
+
+    def many(*arguments: Any) -> Tensor:
+        names.append(arguments[-1])
+        return second(*arguments)
+
+    monkeypatch.setattr(decode, "sparse_ffn_decode", few)
+    monkeypatch.setattr(prefill, "sparse_ffn_prefill", many)
+    return names
+
+
+def set_table(monkeypatch: pytest.MonkeyPatch, *rows: BreakEven) -> None:
+    monkeypatch.setattr(
+        dispatch,
+        "choose_path",
+        lambda *given: original(*given, table={(80, size, gated): rows for size in (1, 4) for gated in (True, False)}),
+    )
+
+
+original = dispatch.choose_path
+
+
+class TestGpu:
+    @pytest.mark.parametrize("kinds", [{}, {"int8": True}, {"gated": False, "biases": True}])
+    @pytest.mark.parametrize("tokens", [1, 5, 20])
+    @pytest.mark.parametrize("path", ["decode", "masked", "grouped"])
+    def test_every_path_is_the_reference(
+        self, path: str, tokens: int, kinds: Any, taken: list[str], monkeypatch: Any, relative_rms: Measure
+    ) -> None:
+        set_table(monkeypatch, BreakEven(tokens=99, decode=path == "decode", grouped=path == "grouped"))
+        x = states(tokens)
+        run = replace(runner(x, **kinds), arch=90)
+        expected = sparse_ffn_reference(x, run.weights, run.routing, "silu")
+        assert relative_rms(run.run_on_gpu(x, run.routing), expected) <= BOUNDS[x.dtype]
+        assert taken == ["masked" if path == "decode" and tokens > 16 else path]
+
+    def test_the_expected_share_decides(self, taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        set_table(monkeypatch, BreakEven(tokens=99, decode=0.4))
+        x = states(2)
+        for fraction in (0.1, 0.5, None):
+            run = replace(runner(x), arch=90, active_fraction=fraction)
+            run.run_on_gpu(x, run.routing)
+        assert taken == ["decode", "masked", "masked"]
+
+    @pytest.mark.parametrize("tokens", [2, 20])
+    def test_it_compiles_as_one_graph(self, tokens: int, relative_rms: Measure) -> None:
+        torch.compiler.reset()
+        x = states(tokens)
+        run = replace(runner(x), arch=90)
+        compiled = torch.compile(lambda x: run.run_on_gpu(x, run.routing), fullgraph=True, backend="aot_eager")
+        assert relative_rms(compiled(x), run.run_on_gpu(x, run.routing)) <= BOUNDS[x.dtype]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what runs on a CPU")
+class TestCpu:
+    @pytest.mark.parametrize("kinds", [{}, {"int8": True}, {"gated": False, "biases": True}])
+    @pytest.mark.parametrize("tokens", [1, 16, 17])
+    @pytest.mark.parametrize("given", [False, True])
+    def test_it_is_the_reference(self, tokens: int, kinds: Any, given: bool, relative_rms: Measure) -> None:
+        x = states(tokens)
+        run = runner(x, **kinds)
+        routing = Routing.forced(masks(tokens, EXPERTS)["different"]) if given else run.routing
+        expected = sparse_ffn_reference(x, run.weights, routing, "silu")
+        assert relative_rms(run(x, routing.logits), expected) <= BOUNDS[x.dtype]
+
+    @pytest.mark.parametrize(
+        ("tokens", "dtype", "fraction", "int8", "kernel"),
+        [
+            (1, torch.float32, None, False, True),
+            (16, torch.float32, None, False, True),
+            (17, torch.float32, None, False, False),
+            (1, torch.float64, None, False, False),
+            (16, torch.bfloat16, 0.9, False, False),
+            (16, torch.bfloat16, 0.1, False, True),
+            (16, torch.bfloat16, None, True, True),
+        ],
+    )
+    def test_the_kernel_runs_where_it_wins(
+        self, tokens: int, dtype: torch.dtype, fraction: float | None, int8: bool, kernel: bool, monkeypatch: Any
+    ) -> None:
+        x = states(tokens, dtype)
+        run = replace(runner(x, int8=int8), active_fraction=fraction)
+        marks = {"sparse_ffn_cpu": True, "masked_ffn": False}
+        for name, mark in marks.items():
+            monkeypatch.setattr(dispatch, name, lambda *_, mark=mark: mark)
+        assert run(x) is kernel
+        monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
+        assert run(x) is False  # type: ignore[comparison-overlap]
+
+
+class TestMasked:
+    @pytest.mark.parametrize("dtype", BOUNDS)
+    @pytest.mark.parametrize("kinds", [{}, {"int8": True}, {"gated": False}, {"biases": True}])
+    def test_it_is_the_reference(self, dtype: torch.dtype, kinds: Any, relative_rms: Measure) -> None:
+        x = states(33, dtype)
+        run = runner(x, **kinds)
+        expected = sparse_ffn_reference(x, run.weights, run.routing, "silu")
+        assert relative_rms(masked_ffn(x, run.weights, run.routing, "silu"), expected) <= BOUNDS[dtype]
+
+    def test_inactive_experts_may_hold_anything(self) -> None:
+        x, mask = states(3), torch.tensor([[True] * (EXPERTS - 1) + [False]] * 3, device=DEVICE)
+        weights = random_ffn(HIDDEN, EXPERTS)
+        expected = masked_ffn(x, weights, Routing.forced(mask), "silu")
+        weights.up[-32:] = torch.nan
+        assert torch.equal(masked_ffn(x, weights, Routing.forced(mask), "silu"), expected)
+
+
+def test_stacked_weights_give_the_same(relative_rms: Measure) -> None:
+    x = states(20)
+    run = runner(x)
+    parts = stack_inputs(run.weights.up, run.weights.gate, run.routing.weight)
+    weights = FfnWeights(up=parts.up, gate=parts.gate, down=run.weights.down, stacked=parts.stacked)
+    routing = Routing(weight=parts.router, bias=run.routing.bias, threshold=run.routing.threshold)
+    stacked = FfnRunner(weights, routing, "silu", arch=90)
+    assert relative_rms(stacked.run_on_gpu(x, routing), run.run_on_gpu(x, run.routing)) <= BOUNDS[x.dtype]
+
+
+def test_names() -> None:
+    assert kernel_names(torch.device("cuda"), torch.bfloat16) == {"decode": "triton", "prefill": "triton"}
+    assert kernel_names(torch.device("cpu"), torch.float32) == {"decode": "numba", "prefill": "pytorch"}
+    assert kernel_names(torch.device("cpu"), torch.float64) == {"decode": "pytorch", "prefill": "pytorch"}
