@@ -13,7 +13,7 @@ import lte
 ROOT = Path(lte.__file__).parent
 # Baselines and training stand beside each other, on the same height.
 RANKS = {"config": 0, "ops": 1, "nn": 2, "hf": 3, "baselines": 4, "train": 4}
-RANKS |= {"eval": 5, "report": 6, "cli": 7, "__main__": 8}
+RANKS |= {"eval": 5, "bench": 6, "report": 7, "cli": 8, "__main__": 9}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

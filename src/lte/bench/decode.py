@@ -1,0 +1,202 @@
+"""Whole decoding steps: one token for each of B sequences, with a static key-value cache.
+
+Dense baselines are Hugging Face eager, `torch.compile(mode="reduce-overhead")`, which runs a step as one CUDA graph,
+and the same with coordinate descent tuning of its kernels, the class of gpt-fast. The sparse model runs eagerly and
+with the last of these settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
+from lte.bench.dense import Projections
+from lte.bench.gate import check_ffns, check_logits, layer_inputs
+from lte.bench.routing import RouterValues, Use, force_same_, measure_use
+from lte.bench.rows import Row
+from lte.bench.session import Session
+from lte.bench.sweep import Sweep, is_dense_name, model_routing, route_model_, use_fields
+from lte.bench.timing import interleaved_times
+
+EAGER, REDUCED, TUNED = "dense eager", "dense compiled", "dense compiled, tuned"
+# What mode="reduce-overhead" sets, and the search over block sizes of the generated kernels.
+REDUCE_OVERHEAD = {"triton.cudagraphs": True}
+TUNING = {**REDUCE_OVERHEAD, "coordinate_descent_tuning": True}
+# Each batch size and model is a specialisation of the same code, of which dynamo allows 8 by default.
+SPECIALISATIONS = 64
+USE_STEPS = 8
+# Dynamo compiles in the first call; CUDA graphs warm up in the next and are recorded in the one after it.
+WARM_STEPS = 4
+
+
+class Decoder:
+    """A model, its static cache after a prompt, and a step that can be repeated.
+
+    Args:
+        model: dense or sparse.
+        ids: texts [B, L]; the first tokens up to `prompt` are the prompt, the others are fed one by one.
+        prompt: tokens of the prompt, fewer than `context`.
+        context: tokens that the cache holds.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, prompt: int, context: int):
+        self.model, self.ids, self.prompt = model, ids, prompt
+        self.steps = min(context, ids.shape[1]) - prompt
+        if self.steps < 1:
+            raise ValueError(f"context must be longer than the prompt of {prompt} tokens, got context={context}")
+        self.cache = StaticCache(config=model.config, max_cache_len=context)
+        model(input_ids=ids[:, :prompt].contiguous(), past_key_values=self.cache)
+        self.token = ids[:, prompt : prompt + 1].clone()
+        self.step = 0
+
+    def next_token(self) -> None:
+        """Puts the next token of the texts in place; at the end of the cache it starts after the prompt again."""
+        position = self.step % self.steps
+        if position == 0:
+            layers: Any = self.cache.layers
+            for layer in layers:
+                layer.cumulative_length.fill_(self.prompt)
+                if hasattr(layer, "cumulative_length_int"):  # of sliding windows
+                    layer.cumulative_length_int = self.prompt
+        self.token.copy_(self.ids[:, self.prompt + position : self.prompt + position + 1])
+        self.step += 1
+
+    def restart(self) -> None:
+        """Starts after the prompt with the next call of `next_token`."""
+        self.step = 0
+
+    def eager(self) -> Tensor:
+        """Logits [B, 1, V] of a step."""
+        return self.model(input_ids=self.token, past_key_values=self.cache).logits
+
+    def compiled(self, options: dict[str, Any]) -> Callable[[], Tensor]:
+        """A step under `torch.compile`; on a GPU its output is overwritten by the next step."""
+        options = options if self.token.is_cuda else {}
+        forward = torch.compile(self.model.forward, fullgraph=True, dynamic=False, options=options)
+
+        def run() -> Tensor:
+            if self.token.is_cuda:
+                torch.compiler.cudagraph_mark_step_begin()
+            return forward(input_ids=self.token, past_key_values=self.cache).logits
+
+        return run
+
+
+def benchmark_decode(session: Session, batch: int, full: bool) -> None:
+    """Times a decoding step of B sequences at all sparsities and puts the rows into the results.
+
+    Args:
+        session: the run.
+        batch: B.
+        full: all providers; else the fastest kind of each model alone, since compilation takes most of the time.
+
+    Raises:
+        RuntimeError: if the sparse model's FFNs or its compiled logits are wrong.
+    """
+    torch.compiler.reset()
+    own = RouterValues(session.pair.sparse_ffns)
+    with torch.no_grad(), own.kept(), _specialisations():
+        group = _DecodeGroup(session, batch)
+        sweep = Sweep(session, ("decode", batch), group.row)
+        for sparsity in session.settings.sparsities:
+            route_model_(session, group.ffns, own, sparsity, batch)
+            use = measure_use(group.ffns, lambda: group.eager_steps(USE_STEPS))
+            if not group.runs:
+                group.prepare(full)
+            samples = interleaved_times(group.runs, session.device, session.settings.repeats, group.before)
+            sweep.add(samples, sparsity, use)
+    torch.compiler.reset()
+
+
+def _specialisations() -> Any:
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=SPECIALISATIONS)
+
+
+class _DecodeGroup:
+    """The models and functions of one batch size; the sparse layers are checked when it is made."""
+
+    def __init__(self, session: Session, batch: int):
+        self.session, self.batch = session, batch
+        settings, pair = session.settings, session.pair
+        self.ffns = pair.sparse_ffns
+        ids, prompt = session.texts(batch), settings.context // 4
+        self.dense = Decoder(pair.dense, ids, prompt, settings.context)
+        self.sparse = Decoder(pair.sparse, ids, prompt, settings.context)
+        self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
+        self.rest = other_bytes(pair, batch, settings.context)
+        self.runs: dict[str, Callable[[], Tensor]] = {}
+        # On the hidden states of a step with half of the experts.
+        force_same_(self.ffns, 0.5, settings.seed)
+        inputs = layer_inputs(self.ffns, lambda: self.eager_steps(1))
+        self.error = check_ffns(self.ffns, inputs, self.stock, session.activation, not session.int8)
+
+    def before(self, provider: str) -> None:
+        """Puts the next token of the provider's model in place."""
+        (self.dense if is_dense_name(provider) else self.sparse).next_token()
+
+    def eager_steps(self, count: int) -> None:
+        """The first steps of the sparse model."""
+        self.sparse.restart()
+        for _ in range(min(count, self.sparse.steps)):
+            self.sparse.next_token()
+            self.sparse.eager()
+
+    def prepare(self, full: bool) -> None:
+        """Compiles the providers; each compiled one is checked against the eager model."""
+        name, compile_models = self.session.pair.provider, self.session.settings.compile
+        if full or not compile_models:
+            self.runs[EAGER] = self.dense.eager
+            self.runs[f"{name} eager"] = self.sparse.eager
+        if not compile_models:
+            return
+        # A CPU has no CUDA graphs and nothing to tune: one compiled provider each.
+        cuda = self.session.device.type == "cuda"
+        if cuda and full:
+            self._compile(REDUCED, self.dense, REDUCE_OVERHEAD)
+        self._compile(TUNED if cuda else REDUCED, self.dense, TUNING)
+        self._compile(f"{name} compiled, tuned" if cuda else f"{name} compiled", self.sparse, TUNING)
+
+    def _compile(self, name: str, decoder: Decoder, options: dict[str, Any]) -> None:
+        def first_token(run: Callable[[], Tensor]) -> Tensor:
+            decoder.restart()
+            decoder.next_token()
+            return run().clone()
+
+        def prepare() -> Callable[[], Tensor]:
+            run = decoder.compiled(options)
+            expected = first_token(decoder.eager)
+            for _ in range(WARM_STEPS):
+                found = first_token(run)
+            check_logits(found, expected, f"the logits of {name}")
+            return run
+
+        found = self.session.attempt(f"decode, batch {self.batch}, {name}", prepare)
+        self.session.say(f"compiled {name} for batch {self.batch}")
+        if found is not None:
+            self.runs[name] = found
+
+    def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use) -> Row:
+        """A provider's row."""
+        session, dense = self.session, sparsity is None
+        ffn = ffn_bytes(self.stock[0], self.batch, use.union, not dense and session.int8)
+        router = 0 if dense else router_bytes(self.ffns[0])
+        return session.row(
+            samples,
+            self.rest + len(self.ffns) * (ffn + router),
+            benchmark="decode",
+            provider=name,
+            scope="model",
+            layers=len(self.ffns),
+            context=session.settings.context,
+            batch=self.batch,
+            tokens=self.batch,
+            **use_fields(sparsity, use, model_routing(session, self.ffns, self.batch)),
+            relative_rms=None if dense else self.error,
+        )

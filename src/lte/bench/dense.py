@@ -1,0 +1,148 @@
+"""Dense FFNs to compare with: several layers with the stock weights, one function per way to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lte.nn.sparse_ffn import FfnLayout
+
+Activation = Callable[[Tensor], Tensor]
+EAGER, COMPILED = "dense eager", "dense compiled"
+STACKED, AUTOTUNED = "dense compiled, gate and up stacked", "dense compiled, max-autotune"
+INDEXING = "PyTorch indexing"
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Weights and biases of a stock FFN: gate and up [F, D], down [D, F]; `gate` is `None` for a plain one."""
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    @staticmethod
+    def of(ffn: nn.Module, layout: FfnLayout) -> Projections:
+        """The parameters of an FFN, not copied."""
+        up: Any = ffn.get_submodule(layout.up)
+        down: Any = ffn.get_submodule(layout.down)
+        gate: Any = None if layout.gate is None else ffn.get_submodule(layout.gate)
+        gate_rows, gate_bias = (None, None) if gate is None else (gate.weight, gate.bias)
+        up_rows, up_bias = up.weight, up.bias
+        if layout.fused:
+            gate_rows, up_rows = up_rows.chunk(2)
+            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+        found: list[Any] = [gate_rows, up_rows, down.weight, gate_bias, up_bias, down.bias]
+        return Projections(*[None if tensor is None else tensor.detach() for tensor in found])
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields in order."""
+        return (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+
+    @property
+    def neuron_bytes(self) -> int:
+        """Bytes of the weights of one neuron."""
+        return (2 if self.gate is None else 3) * self.up.shape[1] * self.up.element_size()
+
+
+def compiled_runs(
+    layers: Sequence[Projections], inputs: Sequence[Tensor], activation: Activation, autotune: bool
+) -> dict[str, Callable[[], object]]:
+    """All layers under `torch.compile`: as they are, with gate and up in one product, and with max-autotune."""
+
+    def ffn(
+        x: Tensor,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        hidden = functional.linear(x, up, up_bias)
+        hidden = activation(hidden) if gate is None else activation(functional.linear(x, gate, gate_bias)) * hidden
+        return functional.linear(hidden, down, bias)
+
+    def stacked_ffn(x: Tensor, both: Tensor, bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
+        gate, up = functional.linear(x, both, bias).chunk(2, dim=-1)
+        return functional.linear(activation(gate) * up, down, down_bias)
+
+    plain = torch.compile(ffn, dynamic=False)
+    runs: dict[str, Callable[[], object]] = {
+        COMPILED: lambda: [plain(x, *p.flat()) for x, p in zip(inputs, layers, strict=True)]
+    }
+    if layers[0].gate is not None:
+        fused = torch.compile(stacked_ffn, dynamic=False)
+        stacks = [_stack(p) for p in layers]
+        runs[STACKED] = lambda: [
+            fused(x, *both, p.down, p.down_bias) for x, both, p in zip(inputs, stacks, layers, strict=True)
+        ]
+    if autotune:
+        tuned = torch.compile(ffn, dynamic=False, mode="max-autotune-no-cudagraphs")
+        runs[AUTOTUNED] = lambda: [tuned(x, *p.flat()) for x, p in zip(inputs, layers, strict=True)]
+    return runs
+
+
+def _first_bias(p: Projections) -> Tensor | None:
+    return p.up_bias if p.gate is None else p.gate_bias
+
+
+def _stack(p: Projections) -> tuple[Tensor, Tensor | None]:
+    assert p.gate is not None
+    bias = None if p.gate_bias is None or p.up_bias is None else torch.cat([p.gate_bias, p.up_bias])
+    return torch.cat([p.gate, p.up]), bias
+
+
+class IndexedFfns:
+    """The active neurons' rows gathered by `index_select`, then dense products with them.
+
+    The down projection is given by neuron, the better layout for it, and which rows to take is known beforehand: what
+    selection would cost, with its wait for the GPU, is not part of the time. Tokens that need different experts share
+    their union, and a mask switches off what a token does not use.
+    """
+
+    def __init__(self, layers: Sequence[Projections], activation: Activation):
+        self.layers, self.activation = layers, activation
+        self.downs = [p.down.T.contiguous() for p in layers]
+
+    def run(self, inputs: Sequence[Tensor], masks: Sequence[Tensor]) -> Callable[[], object]:
+        """All layers; `masks` [T, E] of each."""
+        prepared = [self._rows(mask, p) for mask, p in zip(masks, self.layers, strict=True)]
+
+        def run_all() -> list[Tensor]:
+            return [
+                self._ffn(x, p, down, rows, keep)
+                for x, p, down, (rows, keep) in zip(inputs, self.layers, self.downs, prepared, strict=True)
+            ]
+
+        return run_all
+
+    @staticmethod
+    def _rows(mask: Tensor, p: Projections) -> tuple[Tensor, Tensor | None]:
+        size = p.up.shape[0] // mask.shape[1]
+        union = mask.any(0)
+        rows = union.repeat_interleave(size).nonzero().flatten()
+        same = bool((mask == union).all())
+        keep = None if same else mask[:, union].repeat_interleave(size, dim=1).to(p.up.dtype)
+        return rows, keep
+
+    def _ffn(self, x: Tensor, p: Projections, down: Tensor, rows: Tensor, keep: Tensor | None) -> Tensor:
+        def product(weight: Tensor, bias: Tensor | None) -> Tensor:
+            taken = None if bias is None else bias.index_select(0, rows)
+            return functional.linear(x, weight.index_select(0, rows), taken)
+
+        hidden = self.activation(product(p.up if p.gate is None else p.gate, _first_bias(p)))
+        if p.gate is not None:
+            hidden = hidden * product(p.up, p.up_bias)
+        if keep is not None:
+            hidden = hidden * keep.view(hidden.shape)
+        out = hidden @ down.index_select(0, rows)
+        return out if p.down_bias is None else out + p.down_bias

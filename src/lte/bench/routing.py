@@ -1,0 +1,176 @@
+"""Routers that activate a wanted share of the experts, through their weights and biases alone.
+
+Values change in place, so that compiled functions and CUDA graphs of a model follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from lte.config import check_fraction
+from lte.nn.sparse_ffn import SparseFfn
+
+# Distinct tokens of `TokenPatterns`: with half of the experts active, 64 tokens need nearly all of them.
+MAX_PATTERNS = 256
+MARGIN = 1.0
+
+
+def active_count(num_experts: int, sparsity: float) -> int:
+    """How many experts are active at a sparsity."""
+    check_fraction("sparsity", sparsity, upper_closed=True)
+    return round(num_experts * (1 - sparsity))
+
+
+def forced_mask(rows: int, num_experts: int, sparsity: float, seed: int) -> Tensor:
+    """Boolean [rows, E]: in each row `active_count` random experts, the same for the same seed on any device."""
+    order = torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return order.argsort(1) < active_count(num_experts, sparsity)
+
+
+@torch.no_grad()
+def force_same_(ffns: Sequence[SparseFfn], sparsity: float, seed: int = 0) -> None:
+    """All tokens get the same random experts, others in each layer: weights 0, biases beside the threshold."""
+    for index, ffn in enumerate(ffns):
+        mask = forced_mask(1, ffn.num_experts, sparsity, seed + index)[0]
+        ffn.router.weight.zero_()
+        bias = ffn.threshold_logit + torch.where(mask, MARGIN, -MARGIN)
+        ffn.router.bias.copy_(bias.to(ffn.router.bias.device))
+
+
+class TokenPatterns:
+    """Hidden states for which a router can be set so that each token gets experts of its own.
+
+    x = c + n with K distinct random vectors c in turn and noise n orthogonal to all of them. A router whose weights lie
+    in the span of the c gives exact logits c W^T, whatever the noise: W = pinv(C) M for wanted logits M [K, E].
+
+    Args:
+        tokens: T.
+        hidden: D.
+        dtype: of the hidden states.
+        device: where they are.
+        seed: of the vectors and the noise.
+    """
+
+    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int = 0):
+        generator = torch.Generator(device).manual_seed(seed)
+        self.count = min(tokens, max(hidden // 8, 1), MAX_PATTERNS)
+        self.centres = torch.randn(self.count, hidden, device=device, generator=generator)
+        x = self.centres[torch.arange(tokens, device=device) % self.count]
+        if tokens > self.count:
+            noise = torch.randn(tokens, hidden, device=device, generator=generator)
+            basis = torch.linalg.qr(self.centres.T).Q
+            x = x + noise - (noise @ basis) @ basis.T
+        self.x = x.to(dtype)
+        self.inverse = torch.linalg.pinv(self.centres)
+
+    @torch.no_grad()
+    def force_(self, ffns: Sequence[SparseFfn], sparsity: float, seed: int = 0) -> None:
+        """Every token gets random experts of its own (T > K: every K-th token the same), others in each layer.
+
+        Raises:
+            ValueError: for a low-rank router, which cannot hold such weights.
+        """
+        for index, ffn in enumerate(ffns):
+            if ffn.router.down is not None:
+                raise ValueError("routing must be 'same' for a low-rank router, got routing='different'")
+            mask = forced_mask(self.count, ffn.num_experts, sparsity, seed + index).to(self.centres.device)
+            logits = torch.where(mask, MARGIN, -MARGIN)
+            ffn.router.weight.copy_((self.inverse @ logits).T)
+            ffn.router.bias.fill_(ffn.threshold_logit)
+
+
+@torch.no_grad()
+def force_random_(ffns: Sequence[SparseFfn], sparsity: float, seed: int = 0) -> None:
+    """Random routers that keep a share of the experts on average, others for each token.
+
+    A normalised hidden state has norm D**0.5, so that weights of std MARGIN D**-0.5 give logits of std MARGIN; the
+    bias is their quantile. What it comes to is measured, see `measure_use`.
+    """
+    check_fraction("sparsity", sparsity, upper_closed=True)
+    quantile = torch.special.ndtri(torch.tensor(min(max(1 - sparsity, 1e-6), 1 - 1e-6), dtype=torch.float64)).item()
+    for index, ffn in enumerate(ffns):
+        weight = ffn.router.weight
+        generator = torch.Generator().manual_seed(seed + index)
+        random = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
+        weight.copy_(MARGIN * random.to(weight.device))
+        ffn.router.bias.fill_(ffn.threshold_logit + MARGIN * quantile)
+
+
+class RouterValues:
+    """The values that the routers of some layers have now, to be put back later."""
+
+    def __init__(self, ffns: Sequence[SparseFfn]):
+        self.parameters = [p for ffn in ffns for p in ffn.router.parameters()]
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Puts them back in place."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            parameter.copy_(value)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restores them after a block."""
+        try:
+            yield
+        finally:
+            self.restore_()
+
+
+@dataclass(frozen=True)
+class Use:
+    """Shares of experts, mean over layers and calls.
+
+    Attributes:
+        active: of a token, mean over tokens.
+        union: that at least one token of a call needs.
+    """
+
+    active: float
+    union: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of FFN neurons not computed per token."""
+        return 1 - self.active
+
+
+@contextmanager
+def recorded_masks(ffns: Sequence[SparseFfn]) -> Iterator[list[list[Tensor]]]:
+    """Collects the masks [T, E] of each call of each layer in the block; for eager calls only."""
+    masks: list[list[Tensor]] = [[] for _ in ffns]
+
+    def hook(index: int) -> Callable[[SparseFfn, tuple[Tensor, ...]], None]:
+        def record(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
+            masks[index].append((ffn.router(args[0]) > ffn.threshold_logit).flatten(0, -2))
+
+        return record
+
+    handles = [ffn.register_forward_pre_hook(hook(index)) for index, ffn in enumerate(ffns)]
+    try:
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_use(ffns: Sequence[SparseFfn], run: Callable[[], object]) -> Use:
+    """The experts that the layers use while `run` runs."""
+    with torch.no_grad(), recorded_masks(ffns) as masks:
+        run()
+    return use_of([mask for layer in masks for mask in layer])
+
+
+def use_of(masks: Sequence[Tensor]) -> Use:
+    """The experts in use by masks [T, E] of several layers or calls."""
+    return Use(
+        active=fmean(mask.float().mean().item() for mask in masks),
+        union=fmean(mask.any(0).float().mean().item() for mask in masks),
+    )

@@ -1,0 +1,133 @@
+"""Result rows of a benchmark, written as JSON and CSV after every group, so that a run that is cut off leaves them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lte.bench.timing import Times
+from lte.eval.results import write_json_atomic
+
+REQUIRED_FIELDS = (
+    "benchmark",
+    "provider",
+    "dtype",
+    "batch",
+    "tokens",
+    "sparsity",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "bytes",
+    "gb_per_s",
+    "hardware",
+    "versions",
+    "git_commit",
+)
+Row = dict[str, Any]
+
+
+def timed_row(samples_ms: list[float], size: float, copy_gb_per_s: float, **fields: Any) -> Row:
+    """One provider's row: times, bytes and the bandwidth that follows from both.
+
+    Args:
+        samples_ms: its times.
+        size: bytes that it must read and write.
+        copy_gb_per_s: what this machine reaches when it copies memory.
+        fields: what else the row says.
+    """
+    times = Times.of(samples_ms)
+    reached = size / times.median_ms / 1e6
+    return {
+        **fields,
+        "median_ms": times.median_ms,
+        "p20_ms": times.p20_ms,
+        "p80_ms": times.p80_ms,
+        "bytes": int(size),
+        "gb_per_s": reached,
+        "share_of_copy": reached / copy_gb_per_s,
+        "bandwidth_ms": size / copy_gb_per_s / 1e6,
+    }
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Adds `ratio_to_dense`: the median over that of the fastest dense provider among these rows.
+
+    A dense provider is one whose name starts with "dense". Without any the ratio is `None`.
+    """
+    dense = [row["median_ms"] for row in rows if is_dense(row)]
+    return [{**row, "ratio_to_dense": row["median_ms"] / min(dense) if dense else None} for row in rows]
+
+
+def is_dense(row: Row) -> bool:
+    """Whether a row is that of a dense baseline."""
+    return str(row["provider"]).startswith("dense")
+
+
+class ResultFile:
+    """The rows of a run, by group, and the files that hold them.
+
+    Args:
+        prefix: path without ending; `None` writes nothing.
+        environment: hardware, versions, git_commit; every row carries them.
+        header: what the JSON file says besides: the settings, the copy bandwidth.
+    """
+
+    def __init__(self, prefix: Path | None, environment: dict[str, Any], header: dict[str, Any]):
+        self.prefix, self.environment, self.header = prefix, environment, dict(header)
+        self.groups: dict[Any, list[Row]] = {}
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, each with the environment."""
+        return [{**row, **self.environment} for group in self.groups.values() for row in group]
+
+    def put(self, group: Any, rows: list[Row]) -> None:
+        """Sets the rows of a group, in place of those that it had, and writes the files.
+
+        Raises:
+            ValueError: if a row lacks one of `REQUIRED_FIELDS`.
+        """
+        for row in rows:
+            missing = [name for name in REQUIRED_FIELDS if name not in row and name not in self.environment]
+            if missing:
+                raise ValueError(f"a row must hold {', '.join(REQUIRED_FIELDS)}, got one without {', '.join(missing)}")
+        self.groups[group] = rows
+        self.write()
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts to the header of the JSON file."""
+        self.header |= facts
+        self.write()
+
+    def path(self, ending: str) -> Path | None:
+        """The file of that ending: `out/ffn` gives `out/ffn.json`."""
+        return None if self.prefix is None else self.prefix.with_name(f"{self.prefix.name}.{ending}")
+
+    def write(self) -> None:
+        """Writes JSON and CSV."""
+        json_path, csv_path = self.path("json"), self.path("csv")
+        if json_path is None or csv_path is None:
+            return
+        write_json_atomic(json_path, {**self.header, **self.environment, "rows": self.rows})
+        partial = csv_path.with_name(f".{csv_path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(csv_text(self.rows), encoding="utf-8")
+            partial.replace(csv_path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def csv_text(rows: list[Row]) -> str:
+    """Rows as CSV, required columns first; what is no number or text becomes JSON."""
+    columns = [*REQUIRED_FIELDS, *sorted({name for row in rows for name in row} - set(REQUIRED_FIELDS))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()})
+    return text.getvalue()

@@ -1,0 +1,84 @@
+"""A whole run: every benchmark in turn, then the tables that follow from all rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lte.bench.decode import benchmark_decode
+from lte.bench.ffn import benchmark_ffns
+from lte.bench.models import ModelPair
+from lte.bench.prefill import benchmark_prefill
+from lte.bench.rows import ResultFile
+from lte.bench.session import Session
+from lte.bench.settings import BenchSettings
+from lte.bench.timing import copy_gb_per_s
+from lte.bench.union import break_even, text_masks, union_table
+from lte.eval.results import environment
+
+
+def run_benchmarks(
+    name: str,
+    pair: ModelPair,
+    settings: BenchSettings,
+    ids: Tensor,
+    output: Path | None,
+    report: Callable[[str], None] = print,
+) -> Session:
+    """Measures what the settings say; results are written after every group.
+
+    Args:
+        name: of the model, for the rows.
+        pair: what to compare.
+        settings: what to measure.
+        ids: tokens [N, L] of N texts, random ones where all routing is forced; L is at least the settings' context.
+        output: path of the result files without ending, `None` writes none.
+        report: gets lines of progress.
+
+    Returns:
+        The session with its results.
+
+    Raises:
+        RuntimeError: if the sparse path computes something wrong; that benchmark is then not timed.
+        ValueError: if the settings ask for the routing of a model that has none of its own.
+    """
+    if settings.own and not pair.trained:
+        raise ValueError("sparsities must be numbers for a model without routers of its own, got sparsities=own")
+    bandwidth = copy_gb_per_s(pair.device)
+    header = {"model": name, "settings": asdict(settings), "weights": pair.weights, "copy_gb_per_s": bandwidth}
+    results = ResultFile(output, environment(), header)
+    session = Session(name, pair, settings, results, bandwidth, ids.to(pair.device), report)
+    session.say(f"{name}, {pair.dtype}, {results.environment['hardware']}; copies memory at {bandwidth:.0f} GB/s")
+    seconds: dict[str, float] = {}
+    for benchmark in settings.benchmarks:
+        start = time.monotonic()
+        _run(session, benchmark)
+        seconds[benchmark] = time.monotonic() - start
+        session.say(f"{benchmark} took {seconds[benchmark]:.0f} s")
+        results.note(seconds=seconds)
+    if pair.trained:
+        results.note(union=union_table(text_masks(session)))
+    results.note(break_even=break_even(results.rows))
+    return session
+
+
+def _run(session: Session, benchmark: str) -> None:
+    settings = session.settings
+    if benchmark == "ffn":
+        for batch in settings.batches:
+            torch.compiler.reset()
+            benchmark_ffns(session, "ffn", batch, batch)
+    elif benchmark == "decode":
+        for index, batch in enumerate(settings.batches):
+            benchmark_decode(session, batch, full=index == 0)
+    else:
+        for length in settings.lengths:
+            torch.compiler.reset()
+            benchmark_prefill(session, length)
+    if session.device.type == "cuda":
+        torch.cuda.empty_cache()
