@@ -164,7 +164,7 @@ class _FfnGroup:
     def _phases(self) -> dict[str, float]:
         """Median milliseconds per layer of each phase of the decode kernel alone; empty where there is no split."""
         session, x = self.session, self.inputs[0].flatten(0, -2)
-        if not x.is_cuda or session.int8:
+        if not x.is_cuda:
             return {}
         phases = session.attempt("time split", lambda: phase_runs(x, self.ffns, session.activation)) or {}
         runs: dict[str, Run] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.bench.acceleration import reference_tolerance, routing_of
+from lte.bench.acceleration import TOLERANCES, routing_of, weights_of
 from lte.bench.dense import Projections
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import FfnWeights
@@ -20,7 +20,6 @@ LOGITS_OVER_LAYER = 10
 CHECKED_LAYERS = 4
 # Tokens of a long input that are compared, so that the fp32 reference stays small.
 CHECKED_TOKENS = 256
-INT8_TOLERANCE = 5e-2
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -56,7 +55,7 @@ def check_ffns(
         inputs: hidden states [..., D] of each.
         stock: the dense model's weights of each.
         activation: a key of `lte.ops.activations.ACTIVATIONS`.
-        native: whether the layers hold their weights in the model's dtype; int8 ones may differ by `INT8_TOLERANCE`.
+        native: whether the layers hold these weights, and not int8 ones, which are then compared with themselves.
 
     Raises:
         RuntimeError: if an error is above the bound of the dtype.
@@ -69,13 +68,17 @@ def check_ffns(
         rows = torch.linspace(0, tokens - 1, min(CHECKED_TOKENS, tokens)).long().to(x.device)
         flat = x.flatten(0, -2)[rows]
         actual = ffn(x).flatten(0, -2)[rows]
-        weights = FfnWeights(
-            gate=p.gate, up=p.up, down=p.down.T, gate_bias=p.gate_bias, up_bias=p.up_bias, down_bias=p.down_bias
-        )
+        weights = stock_weights(p) if native else weights_of(ffn)
         expected = sparse_ffn_reference(flat, weights, routing_of(ffn, flat), activation)
-        bound = reference_tolerance(x.dtype) if native else INT8_TOLERANCE
-        worst = max(worst, require(relative_rms(actual, expected), bound, f"the FFN of layer {index}"))
+        worst = max(worst, require(relative_rms(actual, expected), TOLERANCES[x.dtype], f"the FFN of layer {index}"))
     return worst
+
+
+def stock_weights(p: Projections) -> FfnWeights:
+    """A dense FFN's weights, as `lte.ops.reference` takes them."""
+    return FfnWeights(
+        gate=p.gate, up=p.up, down=p.down.T, gate_bias=p.gate_bias, up_bias=p.up_bias, down_bias=p.down_bias
+    )
 
 
 def layer_inputs(ffns: Sequence[nn.Module], run: Callable[[], Any]) -> list[Tensor]:
@@ -104,5 +107,5 @@ def check_logits(actual: Tensor, expected: Tensor, what: str) -> float:
     Raises:
         RuntimeError: if their relative RMS error is above ten times that of a layer.
     """
-    bound = LOGITS_OVER_LAYER * reference_tolerance(expected.dtype)
+    bound = LOGITS_OVER_LAYER * TOLERANCES[expected.dtype]
     return require(relative_rms(actual, expected), bound, what)

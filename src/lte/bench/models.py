@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lte.bench.acceleration import accelerate, accelerated_provider
+from lte.bench.acceleration import provider_name
 from lte.config import LteConfig
+from lte.hf.acceleration import accelerate_
 from lte.hf.convert import densify_, sparsify_
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.install import require_sparse_ffns, sparse_ffns
+from lte.nn.accelerated import WeightFormat
 from lte.nn.sparse_ffn import SparseFfn
 
 # FFN weights that are timed together hold at least this much, so that no cache holds them all.
@@ -34,7 +36,7 @@ class ModelPair:
     sparse: Any
     dense: Any
     trained: bool
-    weights: str
+    weights: WeightFormat
 
     @property
     def family(self) -> Family:
@@ -64,10 +66,10 @@ class ModelPair:
     @property
     def provider(self) -> str:
         """Name of the sparse model in the rows."""
-        return accelerated_provider(self.weights)
+        return provider_name(self.weights)
 
 
-def model_pair(model: Any, weights: str = "native") -> ModelPair:
+def model_pair(model: Any, weights: WeightFormat = "native") -> ModelPair:
     """Makes both models of a dense or LTE model, which becomes one of them: use it no more.
 
     A dense model gets routers and keeps the order of its neurons. The FFNs are in memory twice from here on.
@@ -85,7 +87,7 @@ def model_pair(model: Any, weights: str = "native") -> ModelPair:
     for ffn in sparse_ffns(sparse).values():
         ffn.set_mode("hard")
     sparse.requires_grad_(False)
-    accelerate(sparse, weights)
+    accelerate_(sparse, weights)
     return ModelPair(sparse, dense, trained, weights)
 
 

@@ -21,6 +21,12 @@ MAX_PATTERNS = 256
 MARGIN = 1.0
 
 
+def _refresh_(ffns: Sequence[SparseFfn]) -> None:
+    """Lets accelerated layers copy their routers' weights to where compiled graphs read them."""
+    for ffn in ffns:
+        ffn.set_mode(ffn.mode)
+
+
 def active_count(num_experts: int, sparsity: float) -> int:
     """How many experts are active at a sparsity."""
     check_fraction("sparsity", sparsity, upper_closed=True)
@@ -41,6 +47,7 @@ def force_same_(ffns: Sequence[SparseFfn], sparsity: float, seed: int = 0) -> No
         ffn.router.weight.zero_()
         bias = ffn.threshold_logit + torch.where(mask, MARGIN, -MARGIN)
         ffn.router.bias.copy_(bias.to(ffn.router.bias.device))
+    _refresh_(ffns)
 
 
 class TokenPatterns:
@@ -83,6 +90,7 @@ class TokenPatterns:
             logits = torch.where(mask, MARGIN, -MARGIN)
             ffn.router.weight.copy_((self.inverse @ logits).T)
             ffn.router.bias.fill_(ffn.threshold_logit)
+        _refresh_(ffns)
 
 
 @torch.no_grad()
@@ -100,12 +108,14 @@ def force_random_(ffns: Sequence[SparseFfn], sparsity: float, seed: int = 0) -> 
         random = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
         weight.copy_(MARGIN * random.to(weight.device))
         ffn.router.bias.fill_(ffn.threshold_logit + MARGIN * quantile)
+    _refresh_(ffns)
 
 
 class RouterValues:
     """The values that the routers of some layers have now, to be put back later."""
 
     def __init__(self, ffns: Sequence[SparseFfn]):
+        self.ffns = list(ffns)
         self.parameters = [p for ffn in ffns for p in ffn.router.parameters()]
         self.values = [p.detach().clone() for p in self.parameters]
 
@@ -114,6 +124,7 @@ class RouterValues:
         """Puts them back in place."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
             parameter.copy_(value)
+        _refresh_(self.ffns)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from lte.bench.settings import BenchSettings
 from lte.bench.timing import copy_gb_per_s
 from lte.bench.union import break_even, text_masks, union_table
 from lte.eval.results import environment
+from lte.hf.acceleration import describe_kernels
 
 
 def run_benchmarks(
@@ -50,7 +51,12 @@ def run_benchmarks(
     if settings.own and not pair.trained:
         raise ValueError("sparsities must be numbers for a model without routers of its own, got sparsities=own")
     bandwidth = copy_gb_per_s(pair.device)
-    header = {"model": name, "settings": asdict(settings), "weights": pair.weights, "copy_gb_per_s": bandwidth}
+    header = {
+        "model": name,
+        "settings": asdict(settings),
+        "kernels": describe_kernels(pair.sparse),
+        "copy_gb_per_s": bandwidth,
+    }
     results = ResultFile(output, environment(), header)
     session = Session(name, pair, settings, results, bandwidth, ids.to(pair.device), report)
     session.say(f"{name}, {pair.dtype}, {results.environment['hardware']}; copies memory at {bandwidth:.0f} GB/s")

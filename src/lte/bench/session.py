@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lte.bench.acceleration import activation_name
 from lte.bench.models import ModelPair
 from lte.bench.rows import ResultFile, Row, timed_row
 from lte.bench.settings import BenchSettings
+from lte.hf.activations import activation_name
 
 T = TypeVar("T")
 
@@ -51,7 +51,10 @@ class Session:
     @property
     def activation(self) -> str:
         """Key of `lte.ops.activations.ACTIVATIONS`."""
-        return activation_name(self.pair.dense.config)
+        ffn, layout = self.pair.dense_ffns[0], self.pair.family.layout
+        name = activation_name(getattr(ffn, layout.activation))
+        assert name is not None  # accelerate_ has refused others
+        return name
 
     @property
     def int8(self) -> bool:
