@@ -126,11 +126,11 @@ class _DecodeGroup:
         self.session, self.batch = session, batch
         settings, pair = session.settings, session.pair
         self.ffns = pair.sparse_ffns
-        ids, prompt = session.texts(batch), settings.context // 4
-        self.dense = Decoder(pair.dense, ids, prompt, settings.context)
-        self.sparse = Decoder(pair.sparse, ids, prompt, settings.context)
+        ids, prompt = session.texts(batch), settings.context_length // 4
+        self.dense = Decoder(pair.dense, ids, prompt, settings.context_length)
+        self.sparse = Decoder(pair.sparse, ids, prompt, settings.context_length)
         self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
-        self.rest = other_bytes(pair, batch, settings.context)
+        self.rest = other_bytes(pair, batch, settings.context_length)
         self.runs: dict[str, Callable[[], Tensor]] = {}
         # On the hidden states of a step with half of the experts.
         force_same_(self.ffns, 0.5, settings.seed)
@@ -194,7 +194,7 @@ class _DecodeGroup:
             provider=name,
             scope="model",
             layers=len(self.ffns),
-            context=session.settings.context,
+            context_length=session.settings.context_length,
             batch=self.batch,
             tokens=self.batch,
             **use_fields(sparsity, use, model_routing(session, self.ffns, self.batch)),

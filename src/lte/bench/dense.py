@@ -40,11 +40,12 @@ class Projections:
         if layout.fused:
             gate_rows, up_rows = up_rows.chunk(2)
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
-        gate_rows, up_rows, down_rows, gate_bias, up_bias, down_bias = (
-            None if tensor is None else tensor.detach()
-            for tensor in (gate_rows, up_rows, down.weight, gate_bias, up_bias, down.bias)
-        )
-        return Projections(gate_rows, up_rows, down_rows, gate_bias, up_bias, down_bias)
+
+        def plain(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.detach()
+
+        found = (gate_rows, up_rows, down.weight, gate_bias, up_bias, down.bias)
+        return Projections(*[plain(tensor) for tensor in found])
 
     def flat(self) -> tuple[Any, ...]:
         """The fields in order."""

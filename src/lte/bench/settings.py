@@ -28,7 +28,7 @@ class BenchSettings:
         routing: whether the tokens of a batch get the same forced experts or different ones.
         prefill_scope: whether prefill times FFNs or the whole model.
         repeats: timed calls of each provider.
-        context: tokens that the key-value cache holds, a quarter of them the prompt.
+        context_length: tokens that the key-value cache holds, a quarter of them the prompt.
         compile: whether to time dense baselines and the sparse model under `torch.compile`.
         autotune: whether to time the dense FFN under max-autotune, too.
         seed: of weights, hidden states and routing.
@@ -41,7 +41,7 @@ class BenchSettings:
     routing: Routing = "different"
     prefill_scope: Scope = "auto"
     repeats: int = 20
-    context: int = 256
+    context_length: int = 256
     compile: bool = True
     autotune: bool = True
     seed: int = 0
@@ -60,7 +60,7 @@ class BenchSettings:
         for name, least in (("batches", 1), ("lengths", 1)):
             if min(getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, got {name}={getattr(self, name)}")
-        for name, least in (("repeats", 1), ("context", 8)):
+        for name, least in (("repeats", 1), ("context_length", 8)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {name}={getattr(self, name)}")
 

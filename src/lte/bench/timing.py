@@ -15,6 +15,7 @@ Run = Callable[[], object]
 WARM_UP = 3
 SECONDS = 8.0
 LEAST_REPEATS = 5
+GPU_TURN = 5
 # Read before each timed call on a CPU, so that nobody finds its weights in the cache.
 SWEEP_BYTES = 1 << 28
 
@@ -62,7 +63,10 @@ def captured(run: Run, device: torch.device) -> Run:
 def interleaved_times(
     runs: Mapping[str, Run], device: torch.device, repeats: int, before: Callable[[str], object] | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call of each function; every repeat calls each of them once, in turn.
+    """Milliseconds of each call of each function; they take turns.
+
+    On a GPU a turn is `GPU_TURN` calls after one that is not timed: the CPU is then ahead of the GPU, as it is in a
+    loop of the same steps, and what it does between two launches does not count. On a CPU a turn is one call.
 
     Args:
         runs: functions by name.
@@ -71,18 +75,21 @@ def interleaved_times(
         before: called with the name before each call, not timed.
     """
     end = time.monotonic() + SECONDS
-    clock = _gpu_sample if device.type == "cuda" else _cpu_sample
+    on_gpu = device.type == "cuda"
+    clock, turn, untimed = (_gpu_sample, GPU_TURN, 1) if on_gpu else (_cpu_sample, 1, 0)
     samples: dict[str, list[Callable[[], float]]] = {name: [] for name in runs}
-    for repeat in range(-min(WARM_UP, repeats), repeats):
-        if repeat >= LEAST_REPEATS and time.monotonic() > end:
-            break
+    done = -min(WARM_UP, repeats)
+    while done < repeats and not (done >= LEAST_REPEATS and time.monotonic() > end):
+        calls = 1 if done < 0 else min(turn, repeats - done)
         for name, run in runs.items():
-            if before is not None:
-                before(name)
-            sample = clock(run)
-            if repeat >= 0:
-                samples[name].append(sample)
-    if device.type == "cuda":
+            for call in range(-untimed, calls):
+                if before is not None:
+                    before(name)
+                sample = clock(run)
+                if call >= 0 and done >= 0:
+                    samples[name].append(sample)
+        done += calls
+    if on_gpu:
         torch.cuda.synchronize(device)
     return {name: [sample() for sample in found] for name, found in samples.items()}
 

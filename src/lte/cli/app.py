@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lte import __version__
+from lte.cli.bench import bench
 from lte.cli.demo import demo
 from lte.cli.eval import eval_command
 from lte.cli.generate import generate
@@ -47,5 +48,6 @@ def root(
 app.command("train")(train)
 app.command("eval")(eval_command)
 app.command("generate")(generate)
+app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("demo")(demo)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import lte
+from lte.bench.routing import (
+    RouterValues,
+    TokenPatterns,
+    force_random_,
+    force_same_,
+    forced_mask,
+    measure_use,
+    use_of,
+)
+from lte.nn.sparse_ffn import SparseFfn
+from tests.bench.conftest import trained_pair
+from tests.tiny_models import HIDDEN, tiny_dense_model, tiny_sparse_model
+
+
+def masks(ffns: list[SparseFfn], x: Tensor) -> list[Tensor]:
+    return [ffn.router(x) > ffn.threshold_logit for ffn in ffns]
+
+
+def test_a_forced_mask_has_the_wanted_share_in_each_row() -> None:
+    mask = forced_mask(5, 40, 0.8, seed=0)
+    assert mask.sum(1).tolist() == [8] * 5
+    assert not (mask[0] == mask[1]).all()
+    assert (mask == forced_mask(5, 40, 0.8, seed=0)).all()
+    assert forced_mask(1, 40, 0.0, seed=0).all()
+    assert not forced_mask(1, 40, 1.0, seed=0).any()
+
+
+def test_the_same_experts_for_all_tokens_and_others_in_each_layer() -> None:
+    ffns = trained_pair().sparse_ffns
+    force_same_(ffns, 0.5)
+    found = masks(ffns, torch.randn(6, HIDDEN))
+    for mask in found:
+        assert (mask == mask[0]).all()
+        assert mask[0].sum() == 4
+    assert not (found[0][0] == found[1][0]).all()
+
+
+@pytest.mark.parametrize("tokens", [3, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_different_experts_for_each_token(tokens: int, dtype: torch.dtype) -> None:
+    ffns = trained_pair().sparse_ffns
+    patterns = TokenPatterns(tokens, HIDDEN, dtype, torch.device("cpu"))
+    patterns.force_(ffns, 0.5)
+    assert patterns.x.shape == (tokens, HIDDEN)
+    for mask in masks(ffns, patterns.x):
+        assert mask.sum(1).tolist() == [4] * tokens
+        assert not (mask == mask[0]).all()
+        # 32 hidden units hold 4 patterns: every fourth token has the same experts.
+        assert (mask[patterns.count :] == mask[: -patterns.count or None][: tokens - patterns.count]).all()
+    assert len(patterns.x.unique(dim=0)) == tokens
+
+
+def test_random_routers_keep_the_wanted_share_on_average() -> None:
+    ffns = trained_pair().sparse_ffns
+    x = torch.nn.functional.rms_norm(torch.randn(4000, HIDDEN), (HIDDEN,))
+    for sparsity in (0.2, 0.5, 0.9):
+        force_random_(ffns, sparsity)
+        assert use_of(masks(ffns, x)).sparsity == pytest.approx(sparsity, abs=0.03)
+
+
+def test_forcing_reaches_the_rows_that_the_kernels_read() -> None:
+    pair = trained_pair()
+    TokenPatterns(3, HIDDEN, torch.float32, torch.device("cpu")).force_(pair.sparse_ffns, 0.5)
+    for ffn in pair.sparse_ffns:
+        assert (ffn.router_rows == ffn.router.weight).all()
+
+
+def test_router_values_come_back() -> None:
+    pair = trained_pair()
+    before = [p.clone() for ffn in pair.sparse_ffns for p in ffn.router.parameters()]
+    with RouterValues(pair.sparse_ffns).kept():
+        force_same_(pair.sparse_ffns, 0.5)
+    after = [p for ffn in pair.sparse_ffns for p in ffn.router.parameters()]
+    assert all((a == b).all() for a, b in zip(before, after, strict=True))
+    assert all((ffn.router_rows == ffn.router.weight).all() for ffn in pair.sparse_ffns)
+
+
+def test_a_low_rank_router_cannot_tell_tokens_apart() -> None:
+    model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8, router_rank=2))
+    ffns = list(lte.sparse_ffns(model).values())
+    with pytest.raises(ValueError, match="routing must be 'same' for a low-rank router, got routing='different'"):
+        TokenPatterns(3, HIDDEN, torch.float32, torch.device("cpu")).force_(ffns, 0.5)
+    force_same_(ffns, 0.5)
+    assert all(mask.sum(1).tolist() == [4] * 5 for mask in masks(ffns, torch.randn(5, HIDDEN)))
+
+
+def test_use_is_counted_on_the_tokens_of_a_pass(tokens: Tensor) -> None:
+    model = tiny_sparse_model()
+    ffns = list(lte.sparse_ffns(model).values())
+    force_same_(ffns, 0.75)
+    use = measure_use(ffns, lambda: model(input_ids=tokens))
+    assert (use.active, use.union, use.sparsity) == (0.25, 0.25, 0.75)
+
+
+def test_use_by_hand() -> None:
+    layers = [torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]]).bool(), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]]).bool()]
+    use = use_of(layers)
+    assert use.active == pytest.approx((0.25 + 0.5) / 2)
+    assert use.union == pytest.approx(0.5)

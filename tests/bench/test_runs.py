@@ -1,0 +1,179 @@
+"""Whole runs on tiny models: rows, files, and the gate."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lte.bench.acceleration import phase_runs
+from lte.bench.decode import Decoder
+from lte.bench.ffn import benchmark_ffns
+from lte.bench.models import model_pair
+from lte.bench.rows import REQUIRED_FIELDS, ResultFile
+from lte.bench.session import Session
+from lte.nn.accelerated import AcceleratedFfn
+from lte.ops.decode import PHASES
+from tests.bench.conftest import ENVIRONMENT, dense_pair, random_texts, trained_pair
+from tests.tiny_models import EXPERT_SIZE, HIDDEN, NEURONS, tiny_dense_model
+
+Start = Callable[..., Session]
+
+
+@pytest.mark.parametrize("scope", ["ffn", "model"])
+def test_rows_are_complete(run: Start, tmp_path: Path, scope: str) -> None:
+    session = run(trained_pair(), sparsities=("own", 0.5), batches=(1, 3), prefill_scope=scope)
+    assert session.failures == []
+    written = json.loads((tmp_path / "out.json").read_text())
+    rows = written["rows"]
+    assert rows == json.loads(json.dumps(session.results.rows))
+    for row in rows:
+        assert set(REQUIRED_FIELDS) <= set(row)
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / written["copy_gb_per_s"])
+    found = {(row["benchmark"], row["provider"], row["batch"], row["tokens"], row["setting"]) for row in rows}
+    assert len(found) == len(rows)
+    for batch in (1, 3):
+        assert ("ffn", "dense eager", batch, batch, None) in found
+        assert ("decode", "dense eager", batch, batch, None) in found
+        for setting in ("own", "0.5"):
+            assert ("ffn", "lte", batch, batch, setting) in found
+            assert ("ffn", "PyTorch indexing", batch, batch, setting) in found
+            assert ("decode", "lte eager", batch, batch, setting) in found
+    assert {("prefill", "dense eager", 1, 7, None), ("prefill", "lte", 1, 7, "own")} <= found
+    assert written["union"][0]["batch"] == 1
+    assert written["union"][0]["union"] == pytest.approx(written["union"][0]["independent"], abs=1e-6)
+    assert {row["benchmark"] for row in written["break_even"]} == {"ffn", "decode"}
+    with (tmp_path / "out.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows)
+    assert list(lines[0])[: len(REQUIRED_FIELDS)] == list(REQUIRED_FIELDS)
+    assert json.loads(lines[0]["versions"]) == rows[0]["versions"]
+
+
+def test_the_bytes_of_an_ffn(session: Callable[..., Session]) -> None:
+    made = session(dense_pair(), sparsities=(0.0, 0.75))
+    benchmark_ffns(made, "ffn", 1, 1)
+    rows = {(row["provider"], row["setting"]): row for row in made.results.rows}
+    inputs, experts = 2 * 4 * HIDDEN, NEURONS // 32
+    router = 4 * experts * (HIDDEN + 1)
+    assert rows["dense eager", None]["bytes"] == 3 * 4 * HIDDEN * NEURONS + inputs
+    assert rows["lte", "0.0"]["bytes"] == 3 * 4 * HIDDEN * NEURONS + inputs + router
+    # 2 experts of 32, of which round(2 * 0.25) = 0 stay
+    assert rows["lte", "0.75"]["sparsity"] == 1.0
+    assert rows["lte", "0.75"]["bytes"] == inputs + router
+
+
+def test_tokens_with_experts_of_their_own_need_more_bytes(session: Callable[..., Session]) -> None:
+    by_routing = {}
+    for routing in ("same", "different"):
+        made = session(trained_pair(), routing=routing)
+        benchmark_ffns(made, "ffn", 3, 3)
+        by_routing[routing] = next(row for row in made.results.rows if row["provider"] == "lte")
+        assert by_routing[routing]["sparsity"] == 0.5
+        assert by_routing[routing]["routing"] == routing
+    assert by_routing["same"]["union_sparsity"] == 0.5
+    assert by_routing["different"]["union_sparsity"] < 0.5
+    assert by_routing["different"]["bytes"] > by_routing["same"]["bytes"]
+
+
+@pytest.mark.parametrize("benchmark", ["ffn", "decode", "prefill"])
+def test_a_wrong_kernel_is_not_timed(run: Start, monkeypatch: pytest.MonkeyPatch, benchmark: str) -> None:
+    right = AcceleratedFfn.forward
+
+    def wrong(ffn: AcceleratedFfn, x: Tensor) -> Tensor:
+        return right(ffn, x) * 1.001
+
+    pair = trained_pair()
+    monkeypatch.setattr(AcceleratedFfn, "forward", wrong)
+    message = r"relative RMS of the FFN of layer 0 must be at most 1e-05, got .*; nothing was timed"
+    with pytest.raises(RuntimeError, match=message):
+        run(pair, benchmarks=(benchmark,))
+
+
+def test_nan_does_not_pass_the_gate(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = trained_pair()
+    monkeypatch.setattr(AcceleratedFfn, "forward", lambda ffn, x: torch.full_like(x, torch.nan))
+    with pytest.raises(RuntimeError, match="got nan"):
+        run(pair, benchmarks=("ffn",))
+
+
+def test_own_routing_needs_routers(run: Start) -> None:
+    with pytest.raises(ValueError, match="sparsities must be numbers for a model without routers of its own"):
+        run(dense_pair(), sparsities=("own",))
+
+
+def test_what_fails_is_noted_and_the_rest_goes_on(run: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pair = trained_pair()
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(type(pair.dense_ffns[0]), "forward", broken)
+    session = run(pair, benchmarks=("ffn",))
+    assert session.failures == ["ffn, 1 tokens, dense eager: RuntimeError: no such kernel"]
+    assert json.loads((tmp_path / "out.json").read_text())["failures"] == session.failures
+    assert {row["provider"] for row in session.results.rows} == {"lte", "PyTorch indexing"}
+    assert all(row["ratio_to_dense"] is None for row in session.results.rows)
+
+
+def test_the_models_share_all_but_their_ffns() -> None:
+    ids = random_texts()
+    for pair in (dense_pair(), trained_pair()):
+        assert pair.dense.get_input_embeddings().weight is pair.sparse.get_input_embeddings().weight
+        own = {p.data_ptr() for ffn in pair.dense_ffns for p in ffn.parameters()}
+        other = {p.data_ptr() for ffn in pair.sparse_ffns for p in ffn.parameters()}
+        assert not own & other
+        for ffn in pair.sparse_ffns:
+            ffn.router.weight.data.zero_()
+            ffn.router.bias.data.fill_(9.0)
+            ffn.set_mode("hard")
+        with torch.no_grad():
+            torch.testing.assert_close(pair.sparse(ids).logits, pair.dense(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_int8_weights(session: Callable[..., Session]) -> None:
+    made = session(model_pair(tiny_dense_model(), "int8"), sparsities=(0.0,))
+    benchmark_ffns(made, "ffn", 1, 1)
+    rows = {row["provider"]: row for row in made.results.rows}
+    native = rows["dense eager"]["bytes"] - 2 * 4 * HIDDEN
+    router = 4 * (NEURONS // 32) * (HIDDEN + 1)
+    assert rows["lte int8"]["bytes"] == native / 4 + 3 * 4 * NEURONS + 2 * 4 * HIDDEN + router
+
+
+def test_steps_of_a_decoder_repeat_the_text(tokens: Tensor) -> None:
+    model = tiny_dense_model()
+    ids = random_texts(2, 8)
+    with torch.no_grad():
+        expected = model(ids).logits
+        decoder = Decoder(model, ids, 3, 8)
+        for turn in range(2):
+            for position in range(3, 8):
+                decoder.next_token()
+                found = decoder.eager()[:, 0]
+                torch.testing.assert_close(found, expected[:, position], atol=1e-4, rtol=1e-4, msg=f"{turn}")
+
+
+def test_the_time_split_covers_the_kernels_phases() -> None:
+    pair = trained_pair()
+    runs = phase_runs(torch.randn(2, HIDDEN), pair.sparse_ffns, "silu")
+    assert list(runs) == list(PHASES)
+    for run in runs.values():
+        run()
+    assert phase_runs(torch.randn(40, HIDDEN), pair.sparse_ffns, "silu") == {}
+
+
+def test_a_row_without_a_field_is_refused() -> None:
+    with pytest.raises(ValueError, match="a row must hold benchmark, .*, got one without dtype"):
+        ResultFile(None, ENVIRONMENT, {}).put("x", [dict.fromkeys(set(REQUIRED_FIELDS) - {"dtype"})])
+
+
+def test_expert_sizes_of_the_tiny_model() -> None:
+    assert trained_pair().sparse_ffns[0].num_experts == NEURONS // EXPERT_SIZE
