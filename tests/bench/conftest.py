@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lte.bench import timing
 from lte.bench.models import ModelPair, model_pair
-from lte.bench.run import run_benchmarks
 from lte.bench.rows import ResultFile
+from lte.bench.run import run_benchmarks
 from lte.bench.session import Session
 from lte.bench.settings import BenchSettings
 from tests.tiny_models import VOCAB, tiny_dense_model, tiny_sparse_model

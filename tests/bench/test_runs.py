@@ -16,12 +16,13 @@ from lte.bench.acceleration import phase_runs
 from lte.bench.decode import Decoder
 from lte.bench.ffn import benchmark_ffns
 from lte.bench.models import model_pair
+from lte.bench.routing import force_same_
 from lte.bench.rows import REQUIRED_FIELDS, ResultFile
 from lte.bench.session import Session
 from lte.nn.accelerated import AcceleratedFfn
 from lte.ops.decode import PHASES
 from tests.bench.conftest import ENVIRONMENT, dense_pair, random_texts, trained_pair
-from tests.tiny_models import EXPERT_SIZE, HIDDEN, NEURONS, tiny_dense_model
+from tests.tiny_models import HIDDEN, NEURONS, tiny_dense_model
 
 Start = Callable[..., Session]
 
@@ -131,10 +132,7 @@ def test_the_models_share_all_but_their_ffns() -> None:
         own = {p.data_ptr() for ffn in pair.dense_ffns for p in ffn.parameters()}
         other = {p.data_ptr() for ffn in pair.sparse_ffns for p in ffn.parameters()}
         assert not own & other
-        for ffn in pair.sparse_ffns:
-            ffn.router.weight.data.zero_()
-            ffn.router.bias.data.fill_(9.0)
-            ffn.set_mode("hard")
+        force_same_(pair.sparse_ffns, 0.0)
         with torch.no_grad():
             torch.testing.assert_close(pair.sparse(ids).logits, pair.dense(ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -171,9 +169,5 @@ def test_the_time_split_covers_the_kernels_phases() -> None:
 
 
 def test_a_row_without_a_field_is_refused() -> None:
-    with pytest.raises(ValueError, match="a row must hold benchmark, .*, got one without dtype"):
+    with pytest.raises(ValueError, match=r"a row must hold benchmark, .*, got one without dtype"):
         ResultFile(None, ENVIRONMENT, {}).put("x", [dict.fromkeys(set(REQUIRED_FIELDS) - {"dtype"})])
-
-
-def test_expert_sizes_of_the_tiny_model() -> None:
-    assert trained_pair().sparse_ffns[0].num_experts == NEURONS // EXPERT_SIZE
