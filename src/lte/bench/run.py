@@ -46,10 +46,17 @@ def run_benchmarks(
 
     Raises:
         RuntimeError: if the sparse path computes something wrong; that benchmark is then not timed.
-        ValueError: if the settings ask for the routing of a model that has none of its own.
+        ValueError: if the settings ask for the routing of a model that has none of its own, or for longer prompts than
+            it takes.
     """
     if settings.own and not pair.trained:
         raise ValueError("sparsities must be numbers for a model without routers of its own, got sparsities=own")
+    positions = getattr(pair.dense.config, "max_position_embeddings", None)
+    longest = settings.context_length if "decode" in settings.benchmarks else 0
+    if "prefill" in settings.benchmarks and settings.whole_model(sum(p.numel() for p in pair.dense.parameters())):
+        longest = max(longest, *settings.lengths)
+    if positions is not None and longest > positions:
+        raise ValueError(f"lengths must be at most {positions} for this model, got lengths={longest}")
     bandwidth = copy_gb_per_s(pair.device)
     header = {
         "model": name,
@@ -75,16 +82,19 @@ def run_benchmarks(
 
 def _run(session: Session, benchmark: str) -> None:
     settings = session.settings
-    if benchmark == "ffn":
-        for batch in settings.batches:
-            torch.compiler.reset()
-            benchmark_ffns(session, "ffn", batch, batch)
-    elif benchmark == "decode":
-        for index, batch in enumerate(settings.batches):
-            benchmark_decode(session, batch, full=index == 0)
-    else:
-        for length in settings.lengths:
-            torch.compiler.reset()
-            benchmark_prefill(session, length)
-    if session.device.type == "cuda":
-        torch.cuda.empty_cache()
+    first = settings.batches[0]
+    for size in settings.lengths if benchmark == "prefill" else settings.batches:
+        what = f"{benchmark}, {'length' if benchmark == 'prefill' else 'batch'} {size}"
+        if settings.budget_s is not None and time.monotonic() - session.started > settings.budget_s:
+            session.skip(what)
+            continue
+        torch.compiler.reset()
+        if benchmark == "ffn":
+            benchmark_ffns(session, "ffn", size, size)
+        elif benchmark == "decode":
+            benchmark_decode(session, size, full=size == first)
+        else:
+            benchmark_prefill(session, size)
+        torch.compiler.reset()
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()

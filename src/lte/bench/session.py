@@ -76,6 +76,11 @@ class Session:
             self.say(f"FAILED {self.failures[-1]}")
             return None
 
+    def skip(self, what: str) -> None:
+        """Notes what the time was not enough for."""
+        self.results.note(skipped=[*self.results.header.get("skipped", []), what])
+        self.say(f"SKIPPED {what}: the budget of {self.settings.budget_s:g} s is used up")
+
     def row(self, samples_ms: list[float], size: float, **fields: object) -> Row:
         """A row of this run's model and dtype."""
         common = {

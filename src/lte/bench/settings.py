@@ -32,6 +32,7 @@ class BenchSettings:
         compile: whether to time dense baselines and the sparse model under `torch.compile`.
         autotune: whether to time the dense FFN under max-autotune, too.
         seed: of weights, hidden states and routing.
+        budget_s: no batch or length is begun after so many seconds; `None` measures everything.
     """
 
     benchmarks: tuple[Benchmark, ...] = ("ffn", "decode", "prefill")
@@ -45,6 +46,7 @@ class BenchSettings:
     compile: bool = True
     autotune: bool = True
     seed: int = 0
+    budget_s: float | None = None
 
     def __post_init__(self) -> None:
         for benchmark in self.benchmarks:

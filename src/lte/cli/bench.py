@@ -97,6 +97,9 @@ def bench(
         Path | None, typer.Option(help="Text for the model's own routing; by default Python's help topics.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights, hidden states and routing.")] = 0,
+    budget_s: Annotated[
+        float | None, typer.Option(help="Begin no further batch or length after so many seconds.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Half a minute: one batch, one length, two sparsities, few repeats.")
     ] = False,
@@ -130,6 +133,7 @@ def bench(
         compile=on_gpu if compile is None else compile,
         autotune=autotune and not quick,
         seed=seed,
+        budget_s=budget_s,
     )
     found = dtype or ("bfloat16" if on_gpu else "float32")
     check_choice("dtype", found, tuple(DTYPES))

@@ -69,9 +69,11 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
         times = [row["bandwidth_ms"] for row in line]
         label = "bytes at the copy bandwidth"
         axis.plot([_sparsity(row) for row in line], times, "--", color=BLACK, linewidth=1.2, label=label)
-    axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", ylim=(0, None))
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.legend(fontsize=7)
+    # Room for the legend above the lines.
+    axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
+    axis.set_ylim(0, 1.35 * max(row["median_ms"] for row in rows))
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.legend(fontsize=7, loc="upper right", ncols=2)
     plain_axes(axis)
 
 
@@ -92,12 +94,13 @@ def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     for setting, colour in zip(_distinct(row["setting"] for row in ours), _SETTINGS, strict=False):
         line = sorted((row for row in ours if row["setting"] == setting), key=lambda row: row["tokens"])
         label = "own routing" if setting == "own" else f"sparsity {100 * float(setting):g}%"
-        ratios = [row["ratio_to_dense"] for row in line]
+        ratios = [row["ratio_to_dense"] or float("nan") for row in line]
         axis.plot([row["tokens"] for row in line], ratios, "o-", color=colour, markersize=4, label=label)
     axis.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set(xlabel="tokens", ylabel="latency over the fastest dense", ylim=(0, None))
+    axis.set(xlabel="tokens", ylabel="latency over the fastest dense")
+    axis.set_ylim(0, 1.2 * max(1.0, *(row["ratio_to_dense"] or 0.0 for row in ours)))
     axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}", fontsize=11)
     axis.legend(fontsize=7)
     plain_axes(axis)
