@@ -1,0 +1,177 @@
+"""The sparse FFN of LLaMA2-7B for 1 to 8192 tokens on a GPU: every path against the best dense FFN.
+
+    python benchmarks/prefill.py --output results/prefill.json
+    python benchmarks/prefill.py --tokens 512 2048 --tune --budget-s 60
+
+Prints the times, and the rows of break-even points that belong into `lte.ops.paths`. Every time is that of one CUDA
+graph that runs several layers with weights of their own, divided by the number of layers. Routing goes through the
+real router: `independent` draws its weights at random, so that every token has other experts; `same` sets them to zero
+and says by the biases which experts all tokens need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefill_layers import EXPERTS, HIDDEN, LAYERS, NEURONS, Layers
+from prefill_tuning import activation_rows, tune_activation, tune_grouped
+from timing import copy_bandwidth, dense_times, graph_times, relative_rms, row
+from torch import Tensor
+
+from lte.eval.results import environment, write_json_atomic
+from lte.ops.arguments import MAX_TOKENS
+from lte.ops.decode import sparse_ffn_decode
+from lte.ops.launch import architecture
+from lte.ops.paths import BreakEven, break_even, propose_rows
+from lte.ops.prefill import sparse_ffn_prefill
+from lte.ops.reference import active_experts, sparse_ffn_reference
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
+TOLERANCE = 1e-2  # relative RMS in bf16
+GROUPED_MARGIN = 0.98  # grouped is proposed where it gains 2% or more
+ALLOWED = 1.02  # of the best dense time
+
+
+def paths(layers: Layers, tokens: int) -> dict[str, Callable[[int], Tensor]]:
+    """The paths that take so many tokens, as functions of the layer."""
+
+    def masked(i: int) -> Tensor:
+        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", "masked")
+
+    def grouped(i: int) -> Tensor:
+        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", "grouped")
+
+    def decode(i: int) -> Tensor:
+        return sparse_ffn_decode(layers.x, layers.ffns[i], layers.routings[i], "silu")
+
+    few = {"decode": decode} if tokens <= MAX_TOKENS else {}
+    return {"masked": masked, "grouped": grouped, **few} if tokens > 8 else {"masked": masked, **few}
+
+
+def count_work(path: str, tokens: int, active: float, union: float) -> tuple[int, int]:
+    """(bytes, FLOPs) of an FFN: weights once, every activation written and read once."""
+    matrix, states = HIDDEN * NEURONS, 2 * tokens * HIDDEN
+    h, products = 2 * tokens * NEURONS, 2 * tokens * (2 * NEURONS + EXPERTS)
+    weights = {"masked": 3.0, "grouped": 2 * union + 1, "decode": 3 * union}[path]
+    activations = {"masked": 2 * products + 2 * h, "grouped": 3 * h, "decode": 0}[path]
+    share = {"masked": 3.0, "grouped": 2 * active + 1, "decode": 3 * active}[path]
+    size = 2 * (weights * matrix + EXPERTS * HIDDEN) + activations + 2 * states
+    return round(size), round(2 * tokens * (share * matrix + EXPERTS * HIDDEN))
+
+
+def effort(tokens: int) -> tuple[int, int]:
+    """(layers, repeats): fewer where a layer takes long."""
+    if tokens <= 256:
+        return LAYERS, 20
+    return (4, 12) if tokens <= 1024 else (2, 8)
+
+
+def measure(layers: Layers, tokens: int, best: float) -> Iterator[dict[str, Any]]:
+    """A row for every path, routing and sparsity; a `RuntimeError` where an output is wrong."""
+    count, repeats = effort(tokens)
+    for routing in ("independent", "same") if tokens > 1 else ("same",):
+        for sparsity in SPARSITIES:
+            layers.route(sparsity, same=routing == "same")
+            mask = active_experts(layers.x, layers.routings[0])
+            active, union = mask.float().mean().item(), mask.any(0).float().mean().item()
+            wanted = sparse_ffn_reference(layers.x, layers.ffns[0], layers.routings[0], "silu")
+            for name, run in paths(layers, tokens).items():
+                error = relative_rms(run(0), wanted)
+                if not error <= TOLERANCE:
+                    raise RuntimeError(f"relative RMS must be at most {TOLERANCE}, got {error:.2e} by {name}")
+                size, flops = count_work(name, tokens, active, union)
+                entry = row("prefill", f"lte {name}", tokens, sparsity, graph_times(run, repeats, count), size)
+                entry |= {"routing": routing, "active_fraction": active, "union": union, "relative_rms": error}
+                yield entry | {"flops": flops, "ratio_to_dense": entry["median_ms"] / best}
+
+
+def find_break_even(tokens: int, rows: list[dict[str, Any]]) -> BreakEven:
+    """The limits of decode and grouped for one number of tokens."""
+    times = {(r["provider"], r["routing"], r["sparsity"]): r["median_ms"] for r in rows}
+    decode: dict[float, float] = defaultdict(float)
+    grouped: dict[str, dict[float, float]] = defaultdict(dict)
+    for r in rows:
+        ratio = r["median_ms"] / times["lte masked", r["routing"], r["sparsity"]]
+        if r["provider"] == "lte decode":
+            decode[r["union"]] = max(decode[r["union"]], ratio)
+        elif r["provider"] == "lte grouped":
+            grouped[r["routing"]][r["active_fraction"]] = ratio
+    limits = [break_even(ratios, GROUPED_MARGIN) for ratios in grouped.values()]
+    return BreakEven(tokens=tokens, decode=break_even(decode), grouped=min(limits, default=0.0))
+
+
+def print_point(tokens: int, dense: dict[str, float], rows: list[dict[str, Any]]) -> None:
+    """The times of one number of tokens in us: a line per path and routing, a column per sparsity."""
+    best = min(dense.values())
+    print(f"{tokens} tokens, us: " + ", ".join(f"{name} {1e3 * value:.1f}" for name, value in dense.items()))
+    for key in dict.fromkeys((r["provider"], r["routing"]) for r in rows):
+        found = [r for r in rows if (r["provider"], r["routing"]) == key]
+        cells = " ".join(f"{1e3 * r['median_ms']:8.1f} ({r['median_ms'] / best:.3f})" for r in found)
+        slow = max(r["median_ms"] for r in found) > ALLOWED * best
+        print(f"  {key[0]:12} {key[1]:12} {cells}" + ("  above 1.02 of dense somewhere" if slow else ""), flush=True)
+
+
+def print_table(points: list[BreakEven], arch: int) -> None:
+    """What to write into `lte.ops.paths.MEASURED`."""
+    print(f"    ({arch}, 2, True): (")
+    for entry in propose_rows(points):
+        print(f"        {entry},")
+    print("    ),")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--tune", action="store_true", help="try tiles and print the best, and measure nothing else")
+    parser.add_argument("--budget-s", type=float, default=60, help="seconds of trying per number of tokens")
+    parser.add_argument("--autotune-dense", action="store_true", help="also inductor's max-autotune, which takes long")
+    parser.add_argument("--activation", action="store_true", help="also the elementwise kernel alone, with inductor's")
+    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    args = parser.parse_args()
+    layers, start = Layers(), time.monotonic()
+    if args.tune:
+        for tokens in args.tokens:
+            layers.take(tokens)
+            tune_activation(layers, effort(tokens)[0], args.budget_s / 4)
+            tune_grouped(layers, effort(tokens)[0], args.budget_s)
+        return
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth:.0f} GB/s; columns: sparsity {', '.join(f'{s:.0%}' for s in SPARSITIES)}")
+    rows: list[dict[str, Any]] = []
+    points = []
+    for tokens in args.tokens:
+        layers.take(tokens)
+        count, repeats = effort(tokens)
+        size, flops = count_work("masked", tokens, 1, 1)
+        dense = {
+            name: row("prefill", name, tokens, 0.0, times, size) | {"flops": flops}
+            for name, times in dense_times(
+                layers.x, layers.gate_up, layers.stock_down, repeats=repeats, layers=count, autotune=args.autotune_dense
+            ).items()
+        }
+        medians = {name: entry["median_ms"] for name, entry in dense.items()}
+        found = list(measure(layers, tokens, min(medians.values())))
+        points.append(find_break_even(tokens, found))
+        print_point(tokens, medians, found)
+        rows += [*dense.values(), *found]
+        if args.activation:
+            rows += activation_rows(layers, count, repeats)
+    print_table(points, architecture(layers.x.device))
+    worst = max((r for r in rows if r["provider"] == "lte masked"), key=lambda r: r["ratio_to_dense"])
+    print(f"masked at worst {worst['ratio_to_dense']:.3f} of dense, at {worst['tokens']} tokens")
+    spread = statistics.median((r["p80_ms"] - r["p20_ms"]) / r["median_ms"] for r in rows)
+    print(f"median spread p20 to p80 {spread:.2%}; {time.monotonic() - start:.0f} s")
+    if args.output:
+        write_json_atomic(args.output, {"rows": rows, "copy_gb_per_s": bandwidth, **environment()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Random FFNs in the shape of LLaMA2-7B, in the layout of accelerated weights, with routing of a wanted sparsity."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import Tensor
+
+from lte.ops.arguments import FfnWeights, Routing
+from lte.ops.layout import stack_inputs
+
+HIDDEN, NEURONS, EXPERT_SIZE, LAYERS = 4096, 11008, 32, 8
+EXPERTS = NEURONS // EXPERT_SIZE
+
+
+class Layers:
+    """`LAYERS` FFNs with weights of their own, hidden states [T, D], and one routing per layer.
+
+    Attributes:
+        x: hidden states, by `take`.
+        ffns: the weights.
+        gate_up: gate over up of each layer, [2F, D], the same memory.
+        stock_down: the down projections as a stock model stores them, [D, F].
+        routings: by `route`.
+    """
+
+    def __init__(self, device: str = "cuda", seed: int = 0):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.ffns: list[FfnWeights] = []
+        self.gate_up: list[Tensor] = []
+        self.stock_down: list[Tensor] = []
+        self.routers: list[Tensor] = []
+        for _ in range(LAYERS):
+            gate, up = (self._random(NEURONS, HIDDEN, HIDDEN**-0.5) for _ in range(2))
+            inputs = stack_inputs(up, gate, self._random(EXPERTS, HIDDEN, HIDDEN**-0.5))
+            down = self._random(NEURONS, HIDDEN, NEURONS**-0.5)
+            self.ffns.append(FfnWeights(up=inputs.up, gate=inputs.gate, down=down, stacked=inputs.stacked))
+            self.gate_up.append(inputs.stacked[: 2 * NEURONS])
+            self.stock_down.append(down.T.contiguous())
+            assert inputs.router is not None
+            self.routers.append(inputs.router)
+        self.random_routers = [router.clone() for router in self.routers]
+        self.take(1)
+        self.route(0.0)
+
+    def _random(self, rows: int, columns: int, scale: float) -> Tensor:
+        values = torch.empty(rows, columns, dtype=torch.bfloat16, device=self.generator.device)
+        return values.normal_(std=scale, generator=self.generator)
+
+    def take(self, tokens: int) -> None:
+        """Other hidden states, of standard normal numbers: a random router's logits are then standard normal, too."""
+        self.x = self._random(tokens, HIDDEN, 1.0)
+
+    def route(self, sparsity: float, *, same: bool = False) -> None:
+        """Skips a share of the experts: for all tokens the same ones, exactly, or for every token its own, about."""
+        self.routings = []
+        for index, (router, values) in enumerate(zip(self.routers, self.random_routers, strict=True)):
+            if same:
+                router.zero_()
+                order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(index))
+                bias = torch.full((EXPERTS,), -1.0)
+                bias[order[: round(EXPERTS * (1 - sparsity))]] = 1.0
+                self.routings.append(Routing(weight=router, bias=bias.to(router.device)))
+            else:
+                router.copy_(values)
+                threshold = statistics.NormalDist().inv_cdf(sparsity) if sparsity > 0 else -1e4
+                bias = torch.zeros(EXPERTS, device=router.device)
+                self.routings.append(Routing(weight=router, bias=bias, threshold=threshold))

@@ -1,0 +1,102 @@
+"""What the benchmarks of one FFN on a GPU share: times of CUDA graphs, dense baselines, the form of a row."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def graph_times(run: Callable[[int], object], repeats: int = 30, layers: int = 8) -> list[float]:
+    """Milliseconds per layer of `run(layer)`, captured over all layers in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for layer in range(layers):
+            run(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [run(layer) for layer in range(layers)]
+    for _ in range(3):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    del kept
+    return [a.elapsed_time(b) / layers for a, b in itertools.pairwise(events)]
+
+
+def copy_bandwidth() -> float:
+    """GB/s of reading and writing when 2 GiB are copied."""
+    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    times = graph_times(lambda _: target.copy_(source), repeats=5)
+    return 2 * source.nbytes / statistics.median(times) / 1e6
+
+
+def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down_transposed: Tensor) -> Tensor:
+    """The dense FFN; the down projection is stored as a stock model stores it, [D, F]."""
+    return functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down_transposed)
+
+
+def fused_ffn(x: Tensor, both: Tensor, down_transposed: Tensor) -> Tensor:
+    """The dense FFN with gate and up stacked in one projection [2F, D]."""
+    gate, up = functional.linear(x, both).chunk(2, dim=-1)
+    return functional.linear(functional.silu(gate) * up, down_transposed)
+
+
+def dense_times(
+    x: Tensor,
+    stacked: Sequence[Tensor],
+    stock: Sequence[Tensor],
+    *,
+    repeats: int = 30,
+    layers: int = 8,
+    autotune: bool = False,
+) -> dict[str, list[float]]:
+    """Times of dense FFNs: plain, compiled for just this x, and compiled with gate and up stacked.
+
+    Args:
+        x: hidden states [T, D].
+        stacked: gate over up of every layer, [2F, D].
+        stock: the down projection of every layer, [D, F].
+        repeats: of the graph.
+        layers: how many of the layers are run.
+        autotune: also with inductor's tuning of the products, which takes long.
+    """
+    torch.compiler.reset()  # else a second number of tokens would make it compile for any number
+    pairs = [both.chunk(2) for both in stacked]
+    compiled, fused = torch.compile(dense_ffn, dynamic=False), torch.compile(fused_ffn, dynamic=False)
+    runs: dict[str, Callable[[int], Tensor]] = {
+        "dense eager": lambda i: dense_ffn(x, *pairs[i], stock[i]),
+        "dense compiled": lambda i: compiled(x, *pairs[i], stock[i]),
+        "dense compiled, gate and up stacked": lambda i: fused(x, stacked[i], stock[i]),
+    }
+    if autotune:
+        tuned = torch.compile(dense_ffn, dynamic=False, mode="max-autotune-no-cudagraphs")
+        runs["dense compiled, max-autotune"] = lambda i: tuned(x, *pairs[i], stock[i])
+    return {name: graph_times(run, repeats, layers) for name, run in runs.items()}
+
+
+def relative_rms(found: Tensor, wanted: Tensor) -> float:
+    """RMS of the error over RMS of what is wanted."""
+    scale = wanted.float().square().mean().sqrt().clamp_min(1e-12)
+    return float((found.float() - wanted.float()).square().mean().sqrt() / scale)
+
+
+def row(benchmark: str, provider: str, tokens: int, sparsity: float, times: list[float], size: int) -> dict[str, Any]:
+    """One measured row in the form of the result files; `size` in bytes."""
+    low, median, high = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+    return {
+        "benchmark": benchmark, "provider": provider, "dtype": "bfloat16", "batch": tokens, "tokens": tokens,
+        "sparsity": sparsity, "median_ms": median, "p20_ms": low, "p80_ms": high, "bytes": size,
+        "gb_per_s": size / median / 1e6,
+    }  # fmt: skip
