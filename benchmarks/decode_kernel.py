@@ -15,14 +15,14 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import copy_bandwidth, dense_times, graph_times, row
 from torch import Tensor
-from torch.nn import functional
 
 from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import FfnWeights, Routing
@@ -74,60 +74,13 @@ class Layers:
         return self.active * EXPERT_SIZE * HIDDEN * 3 * 2 + EXPERTS * HIDDEN * 2
 
 
-def graph_times(run: Callable[[int], object], repeats: int = 30) -> list[float]:
-    """Milliseconds per layer of `run(layer)`, captured over all layers in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for layer in range(LAYERS):
-            run(layer)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(layer) for layer in range(LAYERS)]
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    del kept
-    return [a.elapsed_time(b) / LAYERS for a, b in itertools.pairwise(events)]
-
-
-def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down_transposed: Tensor) -> Tensor:
-    """The dense FFN; the down projection is stored as a stock model stores it."""
-    return functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down_transposed)
-
-
-def dense_times(layers: Layers) -> dict[str, list[float]]:
-    """Times of dense FFNs: plain, compiled, and compiled with gate and up stacked in one product."""
+def dense_rows(layers: Layers) -> dict[str, dict[str, Any]]:
+    """Rows of dense FFNs; see `timing.dense_times`."""
     stock = [ffn.down.T.contiguous() for ffn in layers.ffns]
     stacked = [torch.cat([ffn.gate, ffn.up]) for ffn in layers.ffns]  # type: ignore[list-item]
-
-    def plain(i: int) -> Tensor:
-        return dense_ffn(layers.x, layers.ffns[i].gate, layers.ffns[i].up, stock[i])  # type: ignore[arg-type]
-
-    compiled = torch.compile(dense_ffn)
-
-    def with_compile(i: int) -> Tensor:
-        return compiled(layers.x, layers.ffns[i].gate, layers.ffns[i].up, stock[i])
-
-    @torch.compile
-    def fused(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
-        gate, up = functional.linear(x, both).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, down)
-
-    tuned = torch.compile(dense_ffn, mode="max-autotune-no-cudagraphs")
-    return {
-        "dense eager": graph_times(plain),
-        "dense compiled": graph_times(with_compile),
-        "dense compiled, gate and up stacked": graph_times(lambda i: fused(layers.x, stacked[i], stock[i])),
-        "dense compiled, max-autotune": graph_times(
-            lambda i: tuned(layers.x, layers.ffns[i].gate, layers.ffns[i].up, stock[i])
-        ),
-    }
+    tokens, size = len(layers.x), 3 * HIDDEN * NEURONS * 2
+    times = dense_times(layers.x, stacked, stock, autotune=True)
+    return {name: row("ffn", name, tokens, 0.0, values, size) for name, values in times.items()}
 
 
 def check(layers: Layers, tiles: Tiles) -> float:
@@ -203,24 +156,6 @@ def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
     return found[0][1] if found else start
 
 
-def copy_bandwidth() -> float:
-    """GB/s of reading and writing when 2 GiB are copied."""
-    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    times = graph_times(lambda _: target.copy_(source), repeats=5)
-    return 2 * source.nbytes / statistics.median(times) / 1e6
-
-
-def row(provider: str, tokens: int, sparsity: float, times: list[float], size: int) -> dict[str, Any]:
-    """One measured row in the form of the result files."""
-    low, median, high = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
-    return {
-        "benchmark": "ffn", "provider": provider, "dtype": "bfloat16", "batch": tokens, "tokens": tokens,
-        "sparsity": sparsity, "median_ms": median, "p20_ms": low, "p80_ms": high, "bytes": size,
-        "gb_per_s": size / median / 1e6,
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
@@ -228,7 +163,6 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=100, help="seconds of trying per number of tokens")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
-    dense_bytes = 3 * HIDDEN * NEURONS * 2
     rows, tuned = [], {}
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth:.0f} GB/s")
@@ -241,14 +175,14 @@ def main() -> None:
             tiles = tune(layers, tiles, args.budget_s)
             tuned[tokens] = asdict(tiles)
             args.tune.write_text(json.dumps(tuned, indent=1))
-        dense = {name: row(name, tokens, 0.0, times, dense_bytes) for name, times in dense_times(layers).items()}
+        dense = dense_rows(layers)
         rows += dense.values()
         best = min(entry["median_ms"] for entry in dense.values())
         print(f"{tokens} tokens: " + ", ".join(f"{k} {1e3 * v['median_ms']:.1f} us" for k, v in dense.items()))
         for sparsity in SPARSITIES:
             layers.route(sparsity)
             error = check(layers, tiles)
-            entry = row("lte", tokens, sparsity, sparse_times(layers, tiles), layers.bytes_read())
+            entry = row("ffn", "lte", tokens, sparsity, sparse_times(layers, tiles), layers.bytes_read())
             parts = {name: statistics.median(times) for name, times in phase_times(layers, tiles).items()}
             rows.append(
                 {**entry, "phase_ms": parts, "relative_rms": error, "ratio_to_dense": entry["median_ms"] / best}
