@@ -1,8 +1,10 @@
 """Decoding on the CPU: the FFNs alone and a whole step of the model, sparse kernel against dense PyTorch.
 
-Random weights in the shape of SmolLM2-135M; routers are set so that exactly the wanted number of experts, drawn anew
-for each repetition, is active in each layer for all tokens. One process; providers are interleaved, with a sweep over
-256 MB before each so that nobody finds its weights in the cache; medians with 20/80 percentiles.
+Random weights in the shape of SmolLM2-135M, routers included in every time. Routing is `same`: router biases make one
+random choice of experts, drawn anew for each repetition, active for all tokens; or `different`: a random router with
+its threshold at the quantile that meets the sparsity, so that each token has its own experts. One process; providers
+are interleaved, with a sweep over 256 MB before each so that nobody finds its weights in the cache; medians with 20/80
+percentiles. Bytes are those of the weights of all experts that some token needs.
 
 - dense: the stock FFN in eager PyTorch; dense_compiled: under torch.compile.
 - hard: the hard mode of `lte.nn.sparse_ffn`, which computes all neurons and masks.
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,8 +28,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import lte
-from lte.eval.results import environment
-from lte.ops.cpu import DecodeWeights, kernel_available, sparse_ffn_decode, store_by_neuron_
+from lte.eval.results import environment, write_json_atomic
+from lte.ops.arguments import FfnWeights, Routing
+from lte.ops.cpu import cpu_kernel_available, sparse_ffn_cpu
+from lte.ops.layout import by_neuron
+from lte.ops.reference import active_experts, sparse_ffn_reference
 
 HIDDEN, NEURONS, VOCAB = 576, 1536, 49152
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -45,6 +49,10 @@ def build(layers: int, dtype: torch.dtype) -> nn.Module:
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
+# (provider, active experts, routing)
+Key = tuple[str, int, str]
+
+
 class Models:
     """The dense model, a sparse copy of it, and the ways to run their FFNs."""
 
@@ -52,46 +60,54 @@ class Models:
         self.dtype = dtype
         self.dense = build(layers, dtype)
         self.dense_ffns = [layer.mlp for layer in self.dense.model.layers]
+        self.dense_forwards = [ffn.forward for ffn in self.dense_ffns]
         self.sparse = lte.sparsify_(copy.deepcopy(self.dense), lte.LteConfig(grouping="contiguous"))
         self.ffns = list(lte.sparse_ffns(self.sparse).values())
+        self.num_experts = self.ffns[0].num_experts
+        self.weights, self.routings = [], []
         for ffn in self.ffns:
             ffn.set_mode("hard")
-            ffn.router.float()
+            ffn.router.to(dtype)
+            ffn.down_proj.weight.data = by_neuron(ffn.down_proj.weight.data)
+            gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T
+            self.weights.append(FfnWeights(gate=gate, up=up, down=down))
+            self.routings.append(Routing(weight=ffn.router.weight, bias=ffn.router.bias))
         self.hard_forwards = [ffn.forward for ffn in self.ffns]
         self.compiled = [torch.compile(ffn.forward) for ffn in self.dense_ffns] if compile_dense else []
-        self.num_experts = self.ffns[0].num_experts
 
-    def sparse_forwards(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """Lays the down projections out for the kernel; hard mode runs on the same memory."""
-        for ffn in self.ffns:
-            store_by_neuron_(ffn.down_proj)
+    def sparse_forwards(self, routings: list[Routing]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        def forward_of(weights: FfnWeights, routing: Routing) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda x: sparse_ffn_cpu(x.view(-1, HIDDEN), weights, routing, "silu").view(x.shape)
 
-        def forward_of(ffn: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-            router = (ffn.router.weight, ffn.router.bias)
-            weights = DecodeWeights(
-                ffn.up_proj.weight, ffn.down_proj.weight, ffn.num_experts, gate=ffn.gate_proj.weight, router=router
-            )
-            return lambda x: sparse_ffn_decode(x, weights, ffn.threshold_logit)
-
-        return [forward_of(ffn) for ffn in self.ffns]
+        return [forward_of(*pair) for pair in zip(self.weights, routings, strict=True)]
 
     def route(self, active: int) -> None:
-        """Makes `active` random experts of every layer the active ones."""
+        """Makes `active` random experts of every layer the active ones, by the biases."""
         for ffn in self.ffns:
             ffn.router.bias.fill_(-3.0)
             ffn.router.bias[torch.randperm(self.num_experts)[:active]] = 3.0
 
-    def ffn_bytes(self, provider: str, active: int) -> int:
-        """Bytes of the weights that one FFN reads; hard mode reads all of them."""
-        neurons = NEURONS * active // self.num_experts if provider == "sparse" else NEURONS
-        router = 0 if provider.startswith("dense") else 4 * self.num_experts * (HIDDEN + 1)
-        return 3 * neurons * HIDDEN * self.dtype.itemsize + router
+    def routings_by_token(self, x: torch.Tensor, active: int) -> list[Routing]:
+        """Random routers under which the tokens x [T, D] have `active` experts on average."""
+        found = []
+        for _ in self.ffns:
+            weight = (torch.randn(self.num_experts, HIDDEN) * HIDDEN**-0.5).to(self.dtype)
+            logits = (x.float() @ weight.float().T).to(self.dtype).float().flatten().sort(descending=True).values
+            last = active * len(x)
+            found.append(Routing(weight=weight, threshold=((logits[last - 1] + logits[last]) / 2).item()))
+        return found
 
-    def step_bytes(self, provider: str, active: int) -> int:
+    def ffn_bytes(self, provider: str, needed: float) -> float:
+        """Bytes of the weights that one FFN reads for `needed` experts; hard mode reads all of them."""
+        neurons = NEURONS * needed / self.num_experts if provider == "sparse" else NEURONS
+        router = 0 if provider.startswith("dense") else self.num_experts * (HIDDEN + 1)
+        return (3 * neurons * HIDDEN + router) * self.dtype.itemsize
+
+    def step_bytes(self, provider: str, needed: float) -> float:
         """Bytes of the weights that one step of the model reads."""
         ffns = sum(p.numel() for ffn in self.dense_ffns for p in ffn.parameters())
         others = sum(p.numel() for p in self.dense.parameters()) - ffns
-        return others * self.dtype.itemsize + len(self.ffns) * self.ffn_bytes(provider, active)
+        return others * self.dtype.itemsize + len(self.ffns) * self.ffn_bytes(provider, needed)
 
 
 class Step:
@@ -114,23 +130,19 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (error / expected.double().square().mean().sqrt()).item()
 
 
-def check(models: Models, forwards: list[Callable], tokens: int) -> None:
-    """The kernel against hard mode in fp32, before anything is timed."""
-    x = torch.randn(tokens, HIDDEN).to(models.dtype)
-    for active in (models.num_experts, models.num_experts // 2, 1):
-        models.route(active)
-        for ffn, forward in zip(models.ffns, forwards, strict=True):
-            reference = copy.deepcopy(ffn).float()
-            # Past any forward set on the object.
-            error = relative_rms(forward(x), type(ffn).forward(reference, x.float()))
-            if not error <= TOLERANCE[models.dtype]:
-                raise SystemExit(f"the kernel is wrong: relative RMS {error:.1e} with {active} active experts")
+def check(models: Models, x: torch.Tensor, routings: list[Routing]) -> None:
+    """The kernel against the reference, before anything is timed."""
+    forwards = models.sparse_forwards(routings)
+    for weights, routing, forward in zip(models.weights, routings, forwards, strict=True):
+        error = relative_rms(forward(x), sparse_ffn_reference(x, weights, routing, "silu"))
+        if not error <= TOLERANCE[models.dtype]:
+            raise SystemExit(f"the kernel is wrong: relative RMS {error:.1e}")
 
 
-def measure(providers: dict[tuple[str, int], Callable[[], object]], models: Models, repeats: int) -> dict:
-    """Seconds of every provider, by (name, active experts)."""
+def measure(providers: dict[Key, Callable[[], object]], models: Models, repeats: int) -> dict[Key, list[float]]:
+    """Seconds of every provider."""
     sweep = torch.ones(1 << 26)
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in providers}
+    times: dict[Key, list[float]] = {key: [] for key in providers}
     for repeat, (key, run) in itertools.product(range(-3, repeats), providers.items()):
         models.route(key[1])
         sweep.sum()
@@ -141,50 +153,61 @@ def measure(providers: dict[tuple[str, int], Callable[[], object]], models: Mode
     return times
 
 
-def rows_of(times: dict, size_of: Callable[[str, int], int], calls: int, **fields: object) -> list[dict]:
+def rows_of(times: dict[Key, list[float]], size_of: Callable[[Key], float], calls: int, **fields: object) -> list[dict]:
     """One row per provider; `calls` units of work lie in each time."""
     rows = []
-    for (provider, active), seconds in times.items():
+    for key, seconds in times.items():
+        provider, active, routing = key
         cuts = [1e3 * value / calls for value in statistics.quantiles(seconds, n=5)]
-        median, size = 1e3 * statistics.median(seconds) / calls, size_of(provider, active)
-        sparsity = None if provider.startswith("dense") else 1 - active / (NEURONS // 32)
-        row = {**fields, "provider": provider, "sparsity": sparsity, "median_ms": median, "p20_ms": cuts[0]}
-        row |= {"p80_ms": cuts[3], "bytes": size, "gb_per_s": size / median / 1e6}
+        median, size = 1e3 * statistics.median(seconds) / calls, size_of(key)
+        dense = provider.startswith("dense")
+        sparsity = None if dense else 1 - active / (NEURONS // 32)
+        row = {**fields, "provider": provider, "sparsity": sparsity, "routing": None if dense else routing}
+        row |= {"median_ms": median, "p20_ms": cuts[0], "p80_ms": cuts[3]}
+        row |= {"bytes": round(size), "gb_per_s": size / median / 1e6}
         rows.append(row)
-        shown = "    " if sparsity is None else f"{sparsity:4.0%}"
+        shown = "" if sparsity is None else f"{sparsity:.0%} {routing}"
         print(
-            f"{fields['benchmark']:>7} {fields['dtype']:>9} tokens={fields['tokens']:<3} {provider:>14} {shown}"
-            f" {median:8.4f} ms [{cuts[0]:8.4f}, {cuts[3]:8.4f}] {row['gb_per_s']:6.1f} GB/s"
+            f"{fields['benchmark']:>7} {fields['dtype']:>9} tokens={fields['tokens']:<3} {provider:>14} {shown:14}"
+            f" {median:8.4f} ms [{cuts[0]:8.4f}, {cuts[3]:8.4f}] {row['gb_per_s']:6.1f} GB/s",
+            flush=True,
         )
     return rows
 
 
 def benchmark_ffns(models: Models, tokens: int, args: argparse.Namespace) -> list[dict]:
     """All FFNs of the model one after another, so that no weights stay in the cache; times are per FFN."""
-    sparse = models.sparse_forwards()
-    check(models, sparse, tokens)
     x = torch.randn(tokens, HIDDEN).to(models.dtype)
 
     def run_all(forwards: list[Callable]) -> Callable[[], object]:
         return lambda: [forward(x) for forward in forwards]
 
     full = models.num_experts
-    providers = {("dense", full): run_all([ffn.forward for ffn in models.dense_ffns])}
+    providers: dict[Key, Callable[[], object]] = {("dense", full, "same"): run_all(models.dense_forwards)}
     if models.compiled:
-        providers["dense_compiled", full] = run_all(models.compiled)
-    providers["hard", full // 2] = run_all(models.hard_forwards)
-    providers |= {("sparse", active): run_all(sparse) for active in active_counts(models, args)}
+        providers["dense_compiled", full, "same"] = run_all(models.compiled)
+    providers["hard", full // 2, "same"] = run_all(models.hard_forwards)
+    needed: dict[Key, float] = {}
+    for active in active_counts(models, args):
+        models.route(active)
+        check(models, x, models.routings)
+        providers["sparse", active, "same"] = run_all(models.sparse_forwards(models.routings))
+        if tokens > 1 and active < full:
+            routings = models.routings_by_token(x, active)
+            check(models, x, routings)
+            key = "sparse", active, "different"
+            providers[key] = run_all(models.sparse_forwards(routings))
+            needed[key] = statistics.mean(active_experts(x, routing).any(0).sum().item() for routing in routings)
     times = measure(providers, models, args.repeats)
     fields = {"benchmark": "ffn", "dtype": str(models.dtype)[6:], "batch": tokens, "tokens": tokens}
-    return rows_of(times, models.ffn_bytes, len(models.ffns), **fields)
+    return rows_of(times, lambda key: models.ffn_bytes(key[0], needed.get(key, key[1])), len(models.ffns), **fields)
 
 
-def benchmark_steps(models: Models, batch: int, args: argparse.Namespace) -> list[dict]:
-    sparse = models.sparse_forwards()
+def benchmark_steps(models: Models, args: argparse.Namespace) -> list[dict]:
+    """A step at batch 1."""
     full = models.num_experts
-    for ffn, forward in zip(models.ffns, models.hard_forwards, strict=True):
-        ffn.forward = forward  # The prompt is longer than what the kernel takes.
-    dense_step, sparse_step = Step(models.dense, batch, args.prompt), Step(models.sparse, batch, args.prompt)
+    sparse = models.sparse_forwards(models.routings)
+    dense_step, sparse_step = Step(models.dense, 1, args.prompt), Step(models.sparse, 1, args.prompt)
 
     def run(step: Step, ffns: list[nn.Module], forwards: list[Callable]) -> Callable[[], torch.Tensor]:
         def run_step() -> torch.Tensor:
@@ -194,18 +217,21 @@ def benchmark_steps(models: Models, batch: int, args: argparse.Namespace) -> lis
 
         return run_step
 
-    providers = {("dense", full): run(dense_step, models.dense_ffns, [ffn.forward for ffn in models.dense_ffns])}
+    providers: dict[Key, Callable[[], torch.Tensor]] = {}
+    providers["dense", full, "same"] = run(dense_step, models.dense_ffns, models.dense_forwards)
     if models.compiled:
-        providers["dense_compiled", full] = run(dense_step, models.dense_ffns, models.compiled)
-    providers["hard", full // 2] = hard = run(sparse_step, models.ffns, models.hard_forwards)
-    providers |= {("sparse", active): run(sparse_step, models.ffns, sparse) for active in active_counts(models, args)}
+        providers["dense_compiled", full, "same"] = run(dense_step, models.dense_ffns, models.compiled)
+    providers["hard", full // 2, "same"] = hard = run(sparse_step, models.ffns, models.hard_forwards)
+    for active in active_counts(models, args):
+        providers["sparse", active, "same"] = run(sparse_step, models.ffns, sparse)
     models.route(full // 2)
-    error, limit = relative_rms(providers["sparse", full // 2](), hard()), LOGITS_OVER_LAYER * TOLERANCE[models.dtype]
+    error = relative_rms(providers["sparse", full // 2, "same"](), hard())
+    limit = LOGITS_OVER_LAYER * TOLERANCE[models.dtype]
     if not error <= limit:
         raise SystemExit(f"the decode step is wrong: relative RMS of the logits {error:.1e}, limit {limit:.0e}")
     times = measure(providers, models, args.repeats)
-    fields = {"benchmark": "decode", "dtype": str(models.dtype)[6:], "batch": batch, "tokens": batch}
-    return rows_of(times, models.step_bytes, 1, **fields)
+    fields = {"benchmark": "decode", "dtype": str(models.dtype)[6:], "batch": 1, "tokens": 1}
+    return rows_of(times, lambda key: models.step_bytes(key[0], key[1]), 1, **fields)
 
 
 def active_counts(models: Models, args: argparse.Namespace) -> list[int]:
@@ -219,7 +245,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16], help="of the FFNs; steps are of batch 1")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=60)
@@ -227,19 +253,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if not kernel_available():
+    if not cpu_kernel_available():
         raise SystemExit("the kernel needs numba: pip install 'lte[cpu]'")
     made_with = environment()
     rows = []
     with torch.no_grad():
         for name in args.dtypes:
             models = Models(args.layers, getattr(torch, name), args.compile)
-            for batch in args.batches:
-                rows += benchmark_ffns(models, batch, args) + benchmark_steps(models, batch, args)
+            rows += benchmark_steps(models, args)
+            for tokens in args.tokens:
+                rows += benchmark_ffns(models, tokens, args)
     rows = [{**row, **made_with} for row in rows]
     if args.output:
         config = {key: value for key, value in vars(args).items() if key != "output"}
-        args.output.write_text(json.dumps({"benchmark": "cpu_decode", "config": config, "rows": rows}, indent=1) + "\n")
+        write_json_atomic(args.output, {"benchmark": "cpu_decode", "config": config, "rows": rows})
 
 
 if __name__ == "__main__":

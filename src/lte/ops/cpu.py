@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing, check_arguments
-from lte.ops.reference import active_experts
+from lte.ops.cpu_fallback import gather_ffn
 
 # In the order of `LIKE` of the kernel.
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -72,7 +71,7 @@ def sparse_ffn_cpu(x: Tensor, weights: FfnWeights, routing: Routing, activation:
         raise ValueError("gradients must be off for sparse_ffn_cpu, got grad enabled; use torch.no_grad() or SparseFfn")
     kernel = _kernel()
     if kernel is None or (x.dtype == torch.float16 and not kernel.HAS_FLOAT16):
-        return _gather(x, weights, routing, activation)
+        return gather_ffn(x, weights, routing, activation)
     x = x.contiguous()
     out = x.new_empty(x.shape)
     logits = 0 if routing.logits is None else routing.logits.data_ptr()
@@ -144,9 +143,8 @@ def _find_plan(x: Tensor, weights: FfnWeights, routing: Routing, activation: str
         w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias, w.gate_scale, w.up_scale, w.down_scale, weight, bias
     )  # fmt: skip
     given = None if routing.logits is None else routing.logits.shape[-1]
-    key = (activation, given, x.shape[-1], x.dim(), x.dtype, x.device) + tuple(
-        [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_contiguous(), t.device) for t in tensors]
-    )
+    layouts = [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_contiguous(), t.device) for t in tensors]
+    key = (activation, given, x.shape[-1], x.dim(), x.dtype, x.device, *layouts)
     try:
         return _plans[key]
     except KeyError:
@@ -216,30 +214,6 @@ def _guard(threading_layer: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     warnings.warn(_WORKQUEUE, RuntimeWarning, stacklevel=4)
     return _ONE_CALLER
-
-
-def _gather(x: Tensor, weights: FfnWeights, routing: Routing, activation: str) -> Tensor:
-    """The same in PyTorch: copies the rows of the experts that any token needs, then computes with those alone."""
-    mask = active_experts(x, routing)
-    needed, inputs = mask.any(0), x.float()
-    size = len(weights.up) // mask.shape[1]
-
-    def rows(tensor: Tensor, scale: Tensor | None = None) -> Tensor:
-        found = tensor.unflatten(0, (-1, size))[needed].flatten(0, 1).float()
-        return found if scale is None else found * rows(scale).unsqueeze(1)
-
-    def project(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        return functional.linear(inputs, rows(weight, scale), None if bias is None else rows(bias))
-
-    hidden = project(weights.up, weights.up_scale, weights.up_bias)
-    if weights.gate is None:
-        hidden = ACTIVATIONS[activation](hidden)
-    else:
-        hidden = ACTIVATIONS[activation](project(weights.gate, weights.gate_scale, weights.gate_bias)) * hidden
-    # Not a product: what an inactive expert would compute must not matter, even if it is not finite.
-    hidden = torch.where(mask[:, needed].repeat_interleave(size, 1), hidden, 0)
-    out = hidden @ rows(weights.down, weights.down_scale)
-    return (out if weights.down_bias is None else out + weights.down_bias.float()).to(x.dtype)
 
 
 # Lists, since the operation's schema cannot hold a dataclass. Called directly it costs several times more per call.

@@ -9,34 +9,20 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons.
 """
 
 # numba takes the types from the arguments.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, call-arg, attr-defined"
 
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 
 import numba
 import numpy as np
 from numba import carray, config, njit, prange, set_num_threads
 
-from lte.ops import cpu_intrinsics
-from lte.ops.cpu_intrinsics import (
-    CHUNKS,
-    HAS_FLOAT16,
-    LANES,
-    ROWS,
-    bits,
-    fma,
-    from_bits,
-    load,
-    make_add_rows,
-    make_dots,
-    pointer,
-    size_of,
-    store,
-)
+from lte.ops import cpu_intrinsics, cpu_tiles
+from lte.ops.cpu_intrinsics import HAS_FLOAT16, LANES, fma, load, pointer, size_of, store
+from lte.ops.cpu_tiles import UNIT, activate, add_rows, dot_rows
 
 __all__ = ["HAS_FLOAT16", "LIKE", "scratch_per_token", "sparse_ffn", "threading_layer", "use_threads"]
 
@@ -49,78 +35,8 @@ __all__ = ["HAS_FLOAT16", "LIKE", "scratch_per_token", "sparse_ffn", "threading_
 # What the kernel takes for its type alone: fp32, bf16, fp16, int8.
 LIKE = np.float32(0), np.uint16(0), np.int16(0), np.int8(0)
 _FP32, _BF16, _FP16, _ = LIKE
-# Neurons that a thread takes at a time, a divisor of every expert size.
-UNIT = 8
 # A thread with fewer columns of the down projection than this reads too little of each row.
 LEAST_COLUMNS = 64
-
-_dots_1, _dots_2, _dots_4 = (make_dots(ROWS, tokens) for tokens in (1, 2, 4))
-_row_dots_1, _row_dots_2, _row_dots_4 = (make_dots(1, tokens) for tokens in (1, 2, 4))
-_WIDE_1, _WIDE = 2 * CHUNKS * LANES, CHUNKS * LANES
-_wide_add_1, _wide_add_2, _wide_add_4 = (make_add_rows(n, CHUNKS * (2 if n == 1 else 1), LANES) for n in (1, 2, 4))
-_add_1, _add_2, _add_4 = (make_add_rows(tokens, 1, LANES) for tokens in (1, 2, 4))
-_column_add_1 = make_add_rows(1, 1, 1)
-
-
-@njit
-def _dot_rows(like, weight, row_bytes, rows, x, order, tokens, hidden, out, stride):
-    """Writes the products [tokens, rows] of `rows` rows with the tokens of `order`, to fp32 [tokens, stride]."""
-    done = 0
-    while done < tokens:
-        left, these, to = tokens - done, order + 8 * done, out + 4 * done * stride
-        row = 0
-        while row < rows:
-            at, place, many = weight + row * row_bytes, to + 4 * row, rows - row >= ROWS
-            if left >= 4:
-                if many:
-                    _dots_4(like, at, x, these, hidden, place, stride)
-                else:
-                    _row_dots_4(like, at, x, these, hidden, place, stride)
-            elif left >= 2:
-                if many:
-                    _dots_2(like, at, x, these, hidden, place, stride)
-                else:
-                    _row_dots_2(like, at, x, these, hidden, place, stride)
-            elif many:
-                _dots_1(like, at, x, these, hidden, place, stride)
-            else:
-                _row_dots_1(like, at, x, these, hidden, place, stride)
-            row += ROWS if many else 1
-        done += 4 if left >= 4 else 2 if left >= 2 else 1
-
-
-@njit
-def _add_rows(like, item, weight, rows, hidden, h, neurons, order, tokens, out, first, last):
-    """Adds h [tokens, rows] times `rows` rows, of `item` bytes a number, to the columns first to last of out [T, D]."""
-    done = 0
-    while done < tokens:
-        left, these = tokens - done, order + 8 * done
-        column = first
-        while column < last:
-            at, to, width = weight + item * column, out + 4 * column, last - column
-            if left >= 4 and width >= _WIDE:
-                _wide_add_4(like, at, rows, hidden, h, neurons, these, to)
-                column += _WIDE
-            elif left >= 4 and width >= LANES:
-                _add_4(like, at, rows, hidden, h, neurons, these, to)
-                column += LANES
-            elif 4 > left >= 2 and width >= _WIDE:
-                _wide_add_2(like, at, rows, hidden, h, neurons, these, to)
-                column += _WIDE
-            elif 4 > left >= 2 and width >= LANES:
-                _add_2(like, at, rows, hidden, h, neurons, these, to)
-                column += LANES
-            elif left == 1 and width >= _WIDE_1:
-                _wide_add_1(like, at, rows, hidden, h, neurons, these, to)
-                column += _WIDE_1
-            elif left == 1 and width >= LANES:
-                _add_1(like, at, rows, hidden, h, neurons, these, to)
-                column += LANES
-            else:
-                for token in range(4 if left >= 4 else 2 if left >= 2 else 1):
-                    _column_add_1(like, at, rows, hidden, h, neurons, these + 8 * token, to)
-                column += 1
-        done += 4 if left >= 4 else 2 if left >= 2 else 1
 
 
 @njit
@@ -136,56 +52,12 @@ def _number(address, kind, index, missing):
 
 
 @njit
-def _sigmoid(a):
-    """1 / (1 + exp(-a)) within 3e-7; no branch and no call, so that a loop of it becomes vectors."""
-    b = -a
-    b = np.float32(88) if b > np.float32(88) else b
-    b = np.float32(-87) if b < np.float32(-87) else b
-    # b = n ln 2 + r: the constant brings n to the last bits of the sum.
-    shifted = fma(b, np.float32(1.4426950408889634), np.float32(12582912))
-    n = shifted - np.float32(12582912)
-    r = fma(n, np.float32(-0.693145751953125), b)
-    r = fma(n, np.float32(-1.42860682030941723212e-6), r)
-    p = np.float32(1 / 720)
-    p = fma(p, r, np.float32(1 / 120))
-    p = fma(p, r, np.float32(1 / 24))
-    p = fma(p, r, np.float32(1 / 6))
-    p = fma(p, r, np.float32(0.5))
-    p = fma(p, r, np.float32(1))
-    p = fma(p, r, np.float32(1))
-    power = from_bits(np.int32((bits(shifted) << np.int32(23)) + np.int32(0x3F800000)))
-    result = np.float32(1) / fma(p, power, np.float32(1))
-    return np.float32(0) if a < np.float32(-88) else result
-
-
-@njit
-def _activate(code, values):
-    """Applies the activation number `code` in place; NaN stays NaN."""
-    if code == 0:
-        for i in range(UNIT):
-            values[i] *= _sigmoid(values[i])
-    elif code == 1:
-        for i in range(UNIT):
-            values[i] *= np.float32(0.5) * (np.float32(1) + math.erf(values[i] * np.float32(0.7071067811865476)))
-    elif code == 2:
-        for i in range(UNIT):
-            a = values[i]
-            cubic = fma(np.float32(0.044715) * a * a, a, a)
-            values[i] = a * _sigmoid(np.float32(1.5957691216057308) * cubic)
-    else:
-        for i in range(UNIT):
-            a = values[i]
-            a = np.float32(0) if a < 0 else a
-            values[i] = a if code == 3 else a * a
-
-
-@njit
 def _project(plan, slot, like, item, neuron, x, order, tokens, values):
     """Writes the projection `slot` (GATE or UP) of UNIT neurons to values [T, UNIT], scale and bias included."""
     hidden = plan[HIDDEN]
     row_bytes = item * hidden
     start = plan[slot] + neuron * row_bytes
-    _dot_rows(like, start, row_bytes, UNIT, x, order, tokens, hidden, values.ctypes.data, UNIT)
+    dot_rows(like, start, row_bytes, UNIT, x, order, tokens, hidden, values.ctypes.data, UNIT)
     scale, bias = plan[slot + GATE_SCALE], plan[slot + GATE_BIAS]
     if scale != 0 or bias != 0:
         kind = plan[slot + GATE_BIAS_TYPE]
@@ -204,7 +76,7 @@ def _intermediate(plan, like, item, x, neuron, order, tokens, h, values):
         _project(plan, GATE, like, item, neuron, x, order.ctypes.data, tokens, values[1])
     for token in range(tokens):
         up, activated = values[0, token], values[1 if gated else 0, token]
-        _activate(plan[ACTIVATION], activated)
+        activate(plan[ACTIVATION], activated)
         to = h[order[token], neuron : neuron + UNIT]
         for i in range(UNIT):
             to[i] = up[i] * activated[i] if gated else activated[i]
@@ -218,7 +90,7 @@ def _route(plan, like, item, x, tokens, logits, order, first, last):
     """Writes the logits [T, first:last]; the product is rounded to the router's type before the bias is added."""
     hidden, experts = plan[HIDDEN], plan[EXPERTS]
     start, to = plan[ROUTER] + first * item * hidden, logits.ctypes.data + 4 * first
-    _dot_rows(like, start, item * hidden, last - first, x, order.ctypes.data, tokens, hidden, to, experts)
+    dot_rows(like, start, item * hidden, last - first, x, order.ctypes.data, tokens, hidden, to, experts)
     for token in range(tokens):
         for expert in range(first, last):
             bias = _number(plan[ROUTER_BIAS], plan[ROUTER_BIAS_TYPE], expert, 0)
@@ -250,7 +122,7 @@ def _down(plan, like, item, h, experts, order, counts, sums, out, out_like, firs
         neuron = experts[i] * size
         at, h_at = plan[DOWN] + item * neuron * hidden, h.ctypes.data + 4 * neuron
         these = order[i].ctypes.data
-        _add_rows(like, item, at, size, hidden, h_at, neurons, these, counts[i], sums.ctypes.data, first, last)
+        add_rows(like, item, at, size, hidden, h_at, neurons, these, counts[i], sums.ctypes.data, first, last)
     biased = plan[DOWN_BIAS] != 0
     for token in range(sums.shape[0]):
         for column in range(first, last):
@@ -318,7 +190,8 @@ def _compile(sources: str):
     return sparse_ffn
 
 
-sparse_ffn = _compile(hashlib.sha256(Path(cpu_intrinsics.__file__).read_bytes()).hexdigest())
+_parts = [Path(str(module.__file__)).read_bytes() for module in (cpu_intrinsics, cpu_tiles)]
+sparse_ffn = _compile(hashlib.sha256(b"".join(_parts)).hexdigest())
 
 
 def scratch_per_token(hidden: int, num_neurons: int, num_experts: int) -> int:
