@@ -18,7 +18,7 @@ from lte.nn.ffn_parts import ROLES, bias_of, dequantize_projections_, quantize_p
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import DTYPES, FfnWeights, Routing
-from lte.ops.dispatch import FfnRunner, gpu_architecture
+from lte.ops.dispatch import FfnRunner, prepare
 from lte.ops.layout import by_neuron, stack_inputs
 from lte.ops.reference import router_logits
 
@@ -170,7 +170,7 @@ class AcceleratedFfn(SparseFfn):
                 getattr(self, layout.gate).weight.data = parts.gate
             if not down.data.T.is_contiguous():
                 down.data = by_neuron(down.data)
-        self._arch = gpu_architecture(self.router.weight.device)
+        self._arch = prepare(self.router.weight.device)
         self._runner, self._seen = self._bind(), self._look()
 
     def _look(self) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ class FfnRunner:
         routing: what decides which experts are active, unless logits are given with a call.
         activation: a key of `ACTIVATIONS`.
         active_fraction: share of active experts that measurements let expect, `None` if unknown.
-        arch: of the GPU, see `gpu_architecture`.
+        arch: of the GPU, see `prepare`.
     """
 
     weights: FfnWeights
@@ -104,12 +104,18 @@ def masked_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str
     return output if weights.down_bias is None else output + weights.down_bias
 
 
-def gpu_architecture(device: torch.device) -> int:
-    """The compute capability of a GPU as one number, 90 for an H100; 0 for other devices."""
+def prepare(device: torch.device) -> int:
+    """Allocates what the kernels of a GPU keep between calls, which must not happen inside a CUDA graph's capture.
+
+    Returns:
+        Its compute capability as one number, 90 for an H100; 0 for other devices.
+    """
     if device.type != "cuda":
         return 0
     from lte.ops.launch import architecture
+    from lte.ops.workspace import workspace
 
+    workspace(device)
     return architecture(device)
 
 
