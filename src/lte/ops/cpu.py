@@ -33,7 +33,6 @@ _WINS: dict[tuple[torch.dtype, int], float] = {
     (torch.float32, 16): 1.0,
     (torch.bfloat16, 4): 1.0,
     (torch.bfloat16, 16): 0.5,
-    (torch.float16, 16): 1.0,
 }
 _MOST_PLANS = 4096
 _NO_NUMBA = "numba is not installed: sparse FFNs decode on a slower path; pip install 'lte[cpu]' brings the fast kernel"
