@@ -110,6 +110,28 @@ def route_one(
 
 
 @triton.jit
+def _add_products(
+    x,
+    router,
+    rows,
+    on,
+    columns,
+    products,
+    T,
+    D: tl.constexpr,
+    T_PAD: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """products [R, T_PAD] plus those of some columns."""
+    ts = tl.arange(0, T_PAD)
+    inside = columns < D
+    w = tl.load(router + rows + columns[None, :], mask=on[:, None] & inside[None, :], other=0)
+    mask_x = (ts < T)[None, :] & inside[:, None]
+    values = tl.load(x + ts[None, :] * D + columns[:, None], mask=mask_x, other=0)
+    return tl.dot(w.to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
+
+
+@triton.jit
 def route_many(
     x,
     router,
@@ -120,30 +142,31 @@ def route_many(
     T,
     D: tl.constexpr,
     E: tl.constexpr,
-    T_ROUTE: tl.constexpr,
+    T_PAD: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
 ):
-    """As `route_one` for T tokens, padded to T_ROUTE.
+    """As `route_one` for more tokens, on tensor cores; R is at least 16.
 
-    Not by tensor cores: a program has so few experts that the sum over D would be one long chain of dependent
-    products.
+    A program has few experts, so that the sum over D would be one long chain of dependent products: there are four.
     """
     experts = tl.program_id(0) + P * tl.arange(0, R)
     on = experts < E
     ks = tl.arange(0, BLOCK_R)
-    ts = tl.arange(0, T_ROUTE)
     rows = experts.to(tl.int64)[:, None] * D
-    total = tl.zeros([R, T_ROUTE, BLOCK_R], tl.float32)
-    for k in tl.range(0, D, BLOCK_R, num_stages=4):
-        k_mask = k + ks < D
-        w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
-        mask_x = (ts < T)[:, None] & k_mask[None, :]
-        values = tl.load(x + ts[:, None] * D + (k + ks)[None, :], mask=mask_x, other=0)
-        total += w.to(tl.float32)[:, None, :] * values.to(tl.float32)[None, :, :]
-    products = round_to_weight(tl.sum(total, 2), router)
-    store_masks(masks, tag, experts, on, products, bias, threshold, T, T_ROUTE)
+    a = tl.zeros([R, T_PAD], tl.float32)
+    b = tl.zeros([R, T_PAD], tl.float32)
+    c = tl.zeros([R, T_PAD], tl.float32)
+    d = tl.zeros([R, T_PAD], tl.float32)
+    for k in tl.range(0, D, 4 * BLOCK_R, num_stages=2):
+        a = _add_products(x, router, rows, on, k + ks, a, T, D, T_PAD, DOT_DTYPE)
+        b = _add_products(x, router, rows, on, k + BLOCK_R + ks, b, T, D, T_PAD, DOT_DTYPE)
+        c = _add_products(x, router, rows, on, k + 2 * BLOCK_R + ks, c, T, D, T_PAD, DOT_DTYPE)
+        d = _add_products(x, router, rows, on, k + 3 * BLOCK_R + ks, d, T, D, T_PAD, DOT_DTYPE)
+    products = round_to_weight((a + b) + (c + d), router)
+    store_masks(masks, tag, experts, on, products, bias, threshold, T, T_PAD)
 
 
 @triton.jit
@@ -175,10 +198,3 @@ def experts_of_ranks(masks, first, N: tl.constexpr):
 def pick(values, index):
     """values[index] of a small tensor."""
     return tl.sum(tl.where(tl.arange(0, values.shape[0]) == index, values, 0), 0)
-
-
-@triton.jit
-def pick_many(values, indices):
-    """values[indices] of a small tensor: [N] for indices [N]."""
-    places = tl.arange(0, values.shape[0])
-    return tl.sum(tl.where(places[None, :] == indices[:, None], values[None, :], 0), 1)

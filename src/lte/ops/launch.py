@@ -40,8 +40,8 @@ class ManyTokenTiles:
     """Tile sizes of `decode_many_kernel`.
 
     Attributes:
-        block_n: neurons that a program takes at a time in gate and up.
-        block_k: columns of D that it takes at a time there.
+        block_n: neurons of one expert that a program takes at a time in gate and up.
+        block_k: columns of D that it takes at a time there, twice.
         block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
         warps: warps of a program.
         stages: depth of the asynchronous copies in gate and up; 1 loads to registers.
@@ -49,8 +49,8 @@ class ManyTokenTiles:
         per_sm: programs per multiprocessor; all must run at once.
     """
 
-    block_n: int = 16
-    block_k: int = 256
+    block_n: int = 32
+    block_k: int = 128
     block_d: int = 256
     warps: int = 4
     stages: int = 4
@@ -60,7 +60,7 @@ class ManyTokenTiles:
 
 _ONE = OneTokenTiles()
 _MANY = ManyTokenTiles()
-_MANY_FP32 = replace(_MANY, block_k=64, block_d=32, stages=2, down_stages=3)
+_MANY_FP32 = replace(_MANY, block_n=16, block_k=32, block_d=32, stages=2, down_stages=3)
 
 # (architecture, bytes per weight); an architecture without rows takes those of the next older.
 _ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {(arch, size): _ONE for arch in (80, 90) for size in (1, 2, 4)}
@@ -121,6 +121,7 @@ def fit_many(tiles: ManyTokenTiles, hidden: int, expert_size: int) -> ManyTokenT
     block_d = max(tiles.block_d * 32 // max(expert_size, 16), 16)
     return replace(
         tiles,
+        block_n=min(tiles.block_n, expert_size),
         block_k=min(tiles.block_k, columns),
         block_d=min(block_d, columns),
     )

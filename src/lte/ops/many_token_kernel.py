@@ -17,7 +17,6 @@ from lte.ops.grid_kernels import (
     grid_finish,
     grid_sync,
     pick,
-    pick_many,
     route_given,
     route_many,
     wait_for_masks,
@@ -50,56 +49,89 @@ def _gate_up(
     DOT_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h [T, F] of the places first..last among the neurons of all needed experts; `experts` has those that lie there.
+    """h [T, F] of the units first..last, BLOCK_N neurons of one of `experts` each.
 
-    One loop over tiles of BLOCK_N neurons and BLOCK_K columns, so that its copies never run dry between tiles.
+    One loop over units and columns, so that its copies never run dry between units.
     """
-    STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    UNITS: tl.constexpr = S // BLOCK_N
+    # Two halves of the columns at a time, each with sums of its own: half as long chains of dependent products.
+    STEPS: tl.constexpr = (D + 2 * BLOCK_K - 1) // (2 * BLOCK_K)
     ks = tl.arange(0, BLOCK_K)
     rows = tl.arange(0, BLOCK_N)
     ts = tl.arange(0, T_PAD)
     a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-    tiles = (last - first + BLOCK_N - 1) // BLOCK_N
-    for step in tl.range(0, tiles * STEPS, num_stages=STAGES):
-        k = (step % STEPS) * BLOCK_K
-        places = first + (step // STEPS) * BLOCK_N + rows  # among the neurons of all needed experts
-        on = places < last
-        expert = pick_many(experts, places // S - first // S)
-        neurons = expert * S + places % S
-        offsets = neurons.to(tl.int64)[:, None] * D + (k + ks)[None, :]
-        mask = on[:, None] & (k + ks < D)[None, :]
-        u = tl.load(up + offsets, mask=mask, other=0)
-        if gate is not None:
-            g = tl.load(gate + offsets, mask=mask, other=0)
-        mask_x = (ts < T)[None, :] & (k + ks < D)[:, None]
-        values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0).to(DOT_DTYPE)
-        a = tl.dot(u.to(DOT_DTYPE), values, a, input_precision="ieee")
-        if gate is not None:
-            b = tl.dot(g.to(DOT_DTYPE), values, b, input_precision="ieee")
+    a_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
+    b_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
+    for step in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
+        expert = pick(experts, step // STEPS // UNITS - first // UNITS)
+        base = expert * S + (step // STEPS % UNITS) * BLOCK_N
+        columns = (step % STEPS) * (2 * BLOCK_K) + ks
+        begin = base.to(tl.int64) * D
+        a, b = _multiply(
+            x, up, gate, begin, columns, a, b, T, D, T_PAD, BLOCK_N, DOT_DTYPE
+        )  # fmt: skip
+        a_other, b_other = _multiply(
+            x, up, gate, begin, columns + BLOCK_K, a_other, b_other, T, D, T_PAD, BLOCK_N, DOT_DTYPE
+        )  # fmt: skip
         if step % STEPS == STEPS - 1:
-            value = _affine_rows(a, up_scale, up_bias, neurons, on)
+            neurons = base + rows
+            value = _affine_rows(a + a_other, up_scale, up_bias, neurons)
             if gate is None:
                 value = activate(value, ACTIVATION)
             else:
-                value *= activate(_affine_rows(b, gate_scale, gate_bias, neurons, on), ACTIVATION)
+                value *= activate(_affine_rows(b + b_other, gate_scale, gate_bias, neurons), ACTIVATION)
             if down_scale is not None:
-                value *= tl.load(down_scale + neurons, mask=on, other=0)[:, None]
-            bits = tl.load(masks + expert, mask=on, other=0, cache_modifier=".cg").to(tl.int32)
-            value = tl.where(((bits[:, None] >> ts[None, :]) & 1) != 0, value, 0.0)
+                value *= tl.load(down_scale + neurons)[:, None]
+            active = (tl.load(masks + expert, cache_modifier=".cg").to(tl.int32) >> ts) & 1
+            value = tl.where((active != 0)[None, :], value, 0.0)
             target = h + ts[None, :] * (E * S) + neurons[:, None]
-            tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & on[:, None])
+            tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & (rows < BLOCK_N)[:, None])
             a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
             b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
+            a_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
+            b_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
 
 
 @triton.jit
-def _affine_rows(values, scale, bias, neurons, on):
+def _multiply(
+    x,
+    up,
+    gate,
+    begin,
+    columns,
+    a,
+    b,
+    T,
+    D: tl.constexpr,
+    T_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """a and b [BLOCK_N, T_PAD] plus some columns' products of x with BLOCK_N rows of up and gate, at `begin`."""
+    rows = tl.arange(0, BLOCK_N)
+    ts = tl.arange(0, T_PAD)
+    on = columns < D
+    offsets = rows[:, None] * D + columns[None, :]
+    mask = (rows < BLOCK_N)[:, None] & on[None, :]
+    u = tl.load(up + begin + offsets, mask=mask, other=0)
+    if gate is not None:
+        g = tl.load(gate + begin + offsets, mask=mask, other=0)
+    mask_x = (ts < T)[None, :] & on[:, None]
+    values = tl.load(x + ts[None, :] * D + columns[:, None], mask=mask_x, other=0).to(DOT_DTYPE)
+    a = tl.dot(u.to(DOT_DTYPE), values, a, input_precision="ieee")
+    if gate is not None:
+        b = tl.dot(g.to(DOT_DTYPE), values, b, input_precision="ieee")
+    return a, b
+
+
+@triton.jit
+def _affine_rows(values, scale, bias, neurons):
     """values [N, T_PAD] of neurons [N] times scale plus bias, each [F] or None."""
     if scale is not None:
-        values *= tl.load(scale + neurons, mask=on, other=0)[:, None]
+        values *= tl.load(scale + neurons)[:, None]
     if bias is not None:
-        values += tl.load(bias + neurons, mask=on, other=0).to(tl.float32)[:, None]
+        values += tl.load(bias + neurons).to(tl.float32)[:, None]
     return values
 
 
@@ -165,7 +197,6 @@ def decode_many_kernel(
     P: tl.constexpr,
     E_PAD: tl.constexpr,
     T_PAD: tl.constexpr,
-    T_ROUTE: tl.constexpr,
     R: tl.constexpr,
     LOCAL: tl.constexpr,
     LOCAL_DOWN: tl.constexpr,
@@ -176,6 +207,7 @@ def decode_many_kernel(
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    ROUTER_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
     DOWN_STAGES: tl.constexpr,
     FIRST: tl.constexpr,
@@ -189,18 +221,19 @@ def decode_many_kernel(
     tag = tl.load(counters + 2)
     if FIRST == 0:
         if logits is None:
-            route_many(x, router, router_bias, masks, tag, threshold, T, D, E, T_ROUTE, P, R, BLOCK_R)
+            route_many(x, router, router_bias, masks, tag, threshold, T, D, E, T_PAD, P, R, BLOCK_R, ROUTER_DTYPE)
         else:
-            route_given(logits, masks, tag, threshold, T, E, T_ROUTE, P, R)
+            route_given(logits, masks, tag, threshold, T, E, T_PAD, P, R)
     if LAST >= 1:
         needed = wait_for_masks(masks, tag, E, E_PAD, FIRST < 1)
         count = tl.sum((needed != 0).to(tl.int32), 0)
     if FIRST <= 1 and LAST >= 1:
-        first = program * (count * S) // P
-        experts = experts_of_ranks(needed, first // S, LOCAL)
+        units = count * (S // BLOCK_N)
+        first = program * units // P
+        experts = experts_of_ranks(needed, first // (S // BLOCK_N), LOCAL)
         _gate_up(
             x, up, gate, up_bias, gate_bias, up_scale, gate_scale, down_scale, masks, experts, h,
-            first, (program + 1) * (count * S) // P, T,
+            first, (program + 1) * units // P, T,
             D, E, S, T_PAD, BLOCK_N, BLOCK_K, ACTIVATION, DOT_DTYPE, STAGES,
         )  # fmt: skip
     if FIRST < 2 and LAST == 2:

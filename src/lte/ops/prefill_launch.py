@@ -54,17 +54,22 @@ class GroupedTiles:
 # Of `list_tokens_kernel`: tokens and experts of a program.
 LIST_TOKENS, LIST_EXPERTS = 128, 16
 
-# (up to as many tokens, tiles), the last row for all others. Products of up to 512 tokens lie in the L2 cache, where
+# (up to as many tokens, tiles), the last row for all others. Products of up to 256 tokens lie in the L2 cache, where
 # leaving reads out gains little.
 _ACTIVATION: tuple[tuple[int, ActivationTiles], ...] = (
     (8, ActivationTiles(block_t=1)),
-    (512, ActivationTiles()),
-    (2**31, ActivationTiles(skip=True)),
+    (256, ActivationTiles()),
+    (1024, ActivationTiles(block_t=2, skip=True)),
+    (2**31, ActivationTiles(block_t=1, block_f=1024, warps=2, skip=True)),
 )
 
 # (architecture, bytes per number) -> (up to as many tokens per expert, tiles); an architecture without rows takes
 # those of the next older.
-_GROUPED_16 = ((32, GroupedTiles(block_t=32)), (64, GroupedTiles(block_t=64)), (2**31, GroupedTiles()))
+_GROUPED_16 = (
+    (32, GroupedTiles(block_t=32)),
+    (64, GroupedTiles(block_t=64, per_sm=3)),
+    (2**31, GroupedTiles(warps=8)),
+)
 _GROUPED_32 = ((2**31, GroupedTiles(block_t=32, block_k=32, stages=2)),)
 _GROUPED: dict[tuple[int, int], tuple[tuple[int, GroupedTiles], ...]] = {
     (arch, size): _GROUPED_32 if size == 4 else _GROUPED_16 for arch in (80, 90) for size in (2, 4)
