@@ -6,7 +6,7 @@ Shapes: D hidden size, F neurons, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -211,6 +211,11 @@ class AcceleratedFfn(SparseFfn):
         """As `SparseFfn.set_mode`."""
         super().set_mode(mode)
         self._refresh_()
+
+    def expect_(self, active_fraction: float | None) -> None:
+        """Sets the share of active experts to expect, by which the path is chosen; graphs captured before keep theirs."""
+        self.acceleration = replace(self.acceleration, active_fraction=active_fraction)
+        self._runner = self._bind()
 
     def train(self, mode: bool = True) -> AcceleratedFfn:
         """As `nn.Module.train`."""
