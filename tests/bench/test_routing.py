@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 import lte
+from lte.bench import acceleration
+from lte.bench.acceleration import expect_, expected_fraction, path_names
 from lte.bench.routing import (
     RouterValues,
     TokenPatterns,
@@ -63,6 +65,22 @@ def test_random_routers_keep_the_wanted_share_on_average() -> None:
     for sparsity in (0.2, 0.5, 0.9):
         force_random_(ffns, sparsity)
         assert use_of(masks(ffns, x)).sparsity == pytest.approx(sparsity, abs=0.03)
+
+
+def test_layers_expect_what_is_forced_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = trained_pair()
+    own = RouterValues(pair.sparse_ffns)
+    monkeypatch.setattr(acceleration, "cpu_kernel_wins", lambda dtype, tokens, fraction: fraction < 0.5)
+    monkeypatch.setattr(acceleration, "HAS_NUMBA", True)
+    assert path_names(pair.sparse_ffns, 1) == "masked"
+    expect_(pair.sparse_ffns, 0.75, 1)  # the same path: nothing to compile anew
+    assert {expected_fraction(ffn) for ffn in pair.sparse_ffns} == {None}
+    expect_(pair.sparse_ffns, 0.25, 1)
+    assert {expected_fraction(ffn) for ffn in pair.sparse_ffns} == {0.25}
+    assert path_names(pair.sparse_ffns, 1) == "numba"
+    assert path_names(pair.sparse_ffns, 17) == "masked"
+    own.restore_()
+    assert {expected_fraction(ffn) for ffn in pair.sparse_ffns} == {None}
 
 
 def test_forcing_reaches_the_rows_that_the_kernels_read() -> None:

@@ -35,11 +35,11 @@ def test_a_trained_folder(run: Callable[..., Any], trained: Any, tmp_path: Path)
 
 
 def test_a_shape_and_forced_sparsity(run: Callable[..., Any]) -> None:
-    flags = ["--shape", "tiny", "--benchmarks", "ffn", "--sparsities", "0.25", "--dtype", "bfloat16"]
+    flags = ["--shape", "tiny", "--benchmarks", "ffn", "--sparsities", "0.25", "--dtype", "float32"]
     result = run("bench", *flags, *QUICK)
     assert result.exit_code == 0, result.output
     assert "25.0%" in result.output
-    assert "tiny, bfloat16" in result.output
+    assert "tiny, float32" in result.output
     assert "Written" not in result.output
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lte.nn.accelerated import AcceleratedFfn
 from lte.nn.ffn_parts import bias_of, weight_of
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
+from lte.ops.cpu import cpu_kernel_wins
+from lte.ops.dispatch import HAS_NUMBA, gpu_architecture
+from lte.ops.paths import choose_path
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest relative RMS error against `lte.ops.reference`."""
@@ -20,6 +23,43 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 def provider_name(weights: str) -> str:
     """Name of the sparse model in the result rows."""
     return "lte" if weights == "native" else f"lte {weights}"
+
+
+def chosen_path(ffn: SparseFfn, tokens: int, active_fraction: float | None) -> str:
+    """What computes an accelerated layer for T tokens, if that share of its experts is expected to be active."""
+    assert isinstance(ffn, AcceleratedFfn)
+    weight = weight_of(ffn, "up")
+    assert weight is not None
+    if weight.is_cuda:
+        arch, gated = gpu_architecture(weight.device), weight_of(ffn, "gate") is not None
+        return choose_path(arch, weight.element_size(), gated, tokens, active_fraction)
+    expected = 0.0 if ffn.acceleration.weights == "int8" else active_fraction
+    fits = tokens <= MAX_TOKENS and HAS_NUMBA
+    wins = fits and cpu_kernel_wins(ffn.dtype, tokens, 1.0 if expected is None else expected)
+    return "numba" if wins else "masked"
+
+
+def path_names(ffns: Sequence[SparseFfn], tokens: int) -> str:
+    """What computes some layers for T tokens as they are now."""
+    return ", ".join(sorted({chosen_path(ffn, tokens, expected_fraction(ffn)) for ffn in ffns}))
+
+
+def expected_fraction(ffn: SparseFfn) -> float | None:
+    """The share of active experts that an accelerated layer chooses its path by."""
+    assert isinstance(ffn, AcceleratedFfn)
+    return ffn.acceleration.active_fraction
+
+
+def expect_(ffns: Sequence[SparseFfn], active_fraction: float, tokens: int) -> None:
+    """Lets layers expect another share of active experts.
+
+    Only where that changes the path for T tokens: compiled functions of a model are compiled anew at every change.
+    """
+    for ffn in ffns:
+        assert isinstance(ffn, AcceleratedFfn)
+        now = chosen_path(ffn, tokens, expected_fraction(ffn))
+        if chosen_path(ffn, tokens, active_fraction) != now:
+            ffn.expect_(active_fraction)
 
 
 def routing_of(ffn: SparseFfn, x: Tensor) -> Routing:
@@ -68,8 +108,12 @@ def phase_runs(x: Tensor, ffns: Sequence[SparseFfn], activation: str) -> dict[st
         return {}
     launches = [decode.DecodeLaunch(x, weights_of(ffn), routing_of(ffn, x), activation) for ffn in ffns]
     phases = range(len(decode.PHASES))
-    for launch, phase in itertools.product(launches, phases):
-        launch.run(phase, phase)
+    for launch in launches:
+        if decode.interpreted():  # one program after the other: none can wait for the next
+            for phase in phases:
+                launch.run(phase, phase)
+        else:
+            launch.run(0, len(phases) - 1)
 
     def run(phase: int) -> None:
         for launch in launches:

@@ -7,6 +7,7 @@ with the last of these settings.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from lte.bench.acceleration import path_names
 from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
 from lte.bench.dense import Projections
-from lte.bench.gate import check_ffns, check_logits, layer_inputs
-from lte.bench.routing import RouterValues, Use, force_same_, measure_use
+from lte.bench.gate import check_logits
+from lte.bench.routing import RouterValues, Use, measure_use
 from lte.bench.rows import Row
 from lte.bench.session import Session
-from lte.bench.sweep import Sweep, is_dense_name, model_routing, route_model_, use_fields
+from lte.bench.sweep import Sweep, check_forced, is_dense_name, model_routing, route_model_, use_fields
 from lte.bench.timing import interleaved_times
 
 EAGER, REDUCED, TUNED = "dense eager", "dense compiled", "dense compiled, tuned"
@@ -102,8 +104,11 @@ def benchmark_decode(session: Session, batch: int, full: bool) -> None:
     with torch.no_grad(), own.kept(), _specialisations():
         group = _DecodeGroup(session, batch)
         sweep = Sweep(session, ("decode", batch), group.row)
-        group.prepare(full)
         for sparsity in session.settings.sparsities:
+            first_step = functools.partial(group.eager_steps, 1)
+            group.error = check_forced(session, group.ffns, own, sparsity, batch, first_step)
+            if not group.runs:
+                group.prepare(full)
             route_model_(session, group.ffns, own, sparsity, batch)
             use = measure_use(group.ffns, lambda: group.eager_steps(USE_STEPS))
             samples = interleaved_times(group.runs, session.device, session.settings.repeats, group.before)
@@ -117,7 +122,7 @@ def _specialisations() -> Any:
 
 
 class _DecodeGroup:
-    """The models and functions of one batch size; the sparse layers are checked when it is made."""
+    """The models and functions of one batch size."""
 
     def __init__(self, session: Session, batch: int):
         self.session, self.batch = session, batch
@@ -129,10 +134,7 @@ class _DecodeGroup:
         self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
         self.rest = other_bytes(pair, batch, settings.context_length)
         self.runs: dict[str, Callable[[], Tensor]] = {}
-        # Half of the experts whatever the hidden states are: where these are rounded otherwise, no expert changes.
-        force_same_(self.ffns, 0.5, settings.seed)
-        inputs = layer_inputs(self.ffns, lambda: self.eager_steps(1))
-        self.error = check_ffns(self.ffns, inputs, self.stock, session.activation, not session.int8)
+        self.error = 0.0
 
     def before(self, provider: str) -> None:
         """Puts the next token of the provider's model in place."""
@@ -196,4 +198,5 @@ class _DecodeGroup:
             tokens=self.batch,
             **use_fields(sparsity, use, model_routing(session, self.ffns, self.batch)),
             relative_rms=None if dense else self.error,
+            path=None if dense else path_names(self.ffns, self.batch),
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.bench.acceleration import phase_runs
+from lte.bench.acceleration import expect_, path_names, phase_runs
 from lte.bench.bytes import ffn_bytes, router_bytes
 from lte.bench.dense import EAGER, INDEXING, IndexedFfns, Projections, compiled_runs
 from lte.bench.gate import check_ffns, layer_inputs
@@ -84,6 +84,8 @@ class _FfnGroup:
             self._prepare()
         masks = self._masks()
         runs = dict(self.runs)
+        # Anew for each sparsity, as its path may be another.
+        self._add(runs, session.pair.provider, self._sparse)
         if self.indexed is not None:
             self._add(runs, INDEXING, self.indexed.run(self.inputs, masks))
         return interleaved_times(runs, session.device, session.settings.repeats), sparsity, use_of(masks)
@@ -96,6 +98,7 @@ class _FfnGroup:
             # For the check alone: scores near the threshold may fall to either side, by the order of a sum.
             force_same_(self.ffns, 0.5, settings.seed)
             return
+        expect_(self.ffns, 1 - float(sparsity), self.tokens)
         self._set_inputs([self.patterns.x] * self.count)
         if self._routing() == "same":
             force_same_(self.ffns, float(sparsity), settings.seed)
@@ -127,7 +130,6 @@ class _FfnGroup:
             for name, run in compiled_runs(self.stock, self.inputs, self.act, autotune).items():
                 self._add(self.runs, name, run)
                 session.say(f"prepared {name} for {self.tokens} tokens")
-        self._add(self.runs, session.pair.provider, self._sparse)
 
     def _sparse(self) -> list[Tensor]:
         return [ffn(x) for ffn, x in zip(self.ffns, self.inputs, strict=True)]
@@ -153,7 +155,11 @@ class _FfnGroup:
         extra: dict[str, Any] = {}
         if ours:
             size += router_bytes(self.ffns[0])
-            extra = {"relative_rms": self.error, "phase_ms": self._phases() or None}
+            extra = {
+                "relative_rms": self.error,
+                "path": path_names(self.ffns, self.tokens),
+                "phase_ms": self._phases() or None,
+            }
         return session.row(
             [sample / self.count for sample in samples],
             size,
@@ -170,7 +176,7 @@ class _FfnGroup:
     def _phases(self) -> dict[str, float]:
         """Median milliseconds per layer of each phase of the decode kernel alone; empty where there is no split."""
         session, x = self.session, self.inputs[0].flatten(0, -2)
-        if not x.is_cuda:
+        if path_names(self.ffns, self.tokens) != "decode":
             return {}
         phases = session.attempt("time split", lambda: phase_runs(x, self.ffns, session.activation)) or {}
         runs: dict[str, Run] = {}

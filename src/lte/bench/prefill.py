@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from lte.bench.acceleration import path_names
 from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
 from lte.bench.dense import COMPILED, EAGER, Projections
 from lte.bench.ffn import benchmark_ffns
-from lte.bench.gate import check_ffns, layer_inputs
-from lte.bench.routing import RouterValues, Use, force_same_, measure_use
+from lte.bench.routing import RouterValues, Use, measure_use
 from lte.bench.rows import Row
 from lte.bench.session import Session
-from lte.bench.sweep import Sweep, model_routing, route_model_, use_fields
+from lte.bench.sweep import Sweep, check_forced, model_routing, route_model_, use_fields
 from lte.bench.timing import Run, interleaved_times
 
 
@@ -33,13 +33,16 @@ def benchmark_prefill(session: Session, length: int) -> None:
         group = _PrefillGroup(session, length)
         sweep = Sweep(session, ("prefill", 1, length), group.row)
         for sparsity in session.settings.sparsities:
+            group.error = check_forced(session, group.ffns, own, sparsity, length, group.sparse)
+            if not group.runs:
+                group.prepare()
             route_model_(session, group.ffns, own, sparsity, length)
             use = measure_use(group.ffns, group.sparse)
             sweep.add(interleaved_times(group.runs, session.device, session.settings.repeats), sparsity, use)
 
 
 class _PrefillGroup:
-    """The functions of one length of a prompt; checked when made."""
+    """The functions of one length of a prompt."""
 
     def __init__(self, session: Session, length: int):
         self.session, self.length = session, length
@@ -48,13 +51,16 @@ class _PrefillGroup:
         self.ffns = pair.sparse_ffns
         self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
         self.sparse = self._forward(pair.sparse)
-        force_same_(self.ffns, 0.5, session.settings.seed)
-        inputs = layer_inputs(self.ffns, self.sparse)
-        self.error = check_ffns(self.ffns, inputs, self.stock, session.activation, not session.int8)
-        self.runs: dict[str, Run] = {EAGER: self._forward(pair.dense), pair.provider: self.sparse}
+        self.error = 0.0
+        self.runs: dict[str, Run] = {}
+
+    def prepare(self) -> None:
+        """Compiles the providers."""
+        session, pair = self.session, self.session.pair
+        self.runs = {EAGER: self._forward(pair.dense), pair.provider: self.sparse}
         if session.settings.compile:
             compiled = torch.compile(self._forward(pair.dense), dynamic=False)
-            if session.attempt(f"prefill, {length} tokens, {COMPILED}", compiled) is not None:
+            if session.attempt(f"prefill, {self.length} tokens, {COMPILED}", compiled) is not None:
                 self.runs[COMPILED] = compiled
 
     def _forward(self, model: Any) -> Callable[[], Any]:
@@ -76,4 +82,5 @@ class _PrefillGroup:
             tokens=self.length,
             **use_fields(sparsity, use, model_routing(session, self.ffns, self.length)),
             relative_rms=None if dense else self.error,
+            path=None if dense else path_names(self.ffns, self.length),
         )

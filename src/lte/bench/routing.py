@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lte.config import check_fraction
+from lte.nn.accelerated import AcceleratedFfn
 from lte.nn.sparse_ffn import SparseFfn
 
 # Distinct tokens of `TokenPatterns`: with half of the experts active, 64 tokens need nearly all of them.
@@ -112,10 +113,11 @@ def force_random_(ffns: Sequence[SparseFfn], sparsity: float, seed: int = 0) -> 
 
 
 class RouterValues:
-    """The values that the routers of some layers have now, to be put back later."""
+    """What the routers of some layers hold now, and what share of active experts they expect, to be put back later."""
 
     def __init__(self, ffns: Sequence[SparseFfn]):
         self.ffns = list(ffns)
+        self.fractions = [ffn.acceleration.active_fraction for ffn in ffns if isinstance(ffn, AcceleratedFfn)]
         self.parameters = [p for ffn in ffns for p in ffn.router.parameters()]
         self.values = [p.detach().clone() for p in self.parameters]
 
@@ -125,6 +127,9 @@ class RouterValues:
         for parameter, value in zip(self.parameters, self.values, strict=True):
             parameter.copy_(value)
         _refresh_(self.ffns)
+        for ffn, fraction in zip(self.ffns, self.fractions, strict=False):
+            if isinstance(ffn, AcceleratedFfn) and ffn.acceleration.active_fraction != fraction:
+                ffn.expect_(fraction)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

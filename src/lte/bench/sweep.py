@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lte.bench.acceleration import expect_
+from lte.bench.dense import Projections
+from lte.bench.gate import check_ffns, layer_inputs
 from lte.bench.routing import RouterValues, Use, force_random_, force_same_
 from lte.bench.rows import Row, is_dense, with_ratios
 from lte.bench.session import Session, describe
@@ -55,6 +58,30 @@ def is_dense_name(provider: str) -> bool:
     return is_dense({"provider": provider})
 
 
+def check_forced(
+    session: Session,
+    ffns: Sequence[SparseFfn],
+    own: RouterValues,
+    sparsity: float | str,
+    tokens: int,
+    run: Callable[[], object],
+) -> float:
+    """Compares the layers with the reference on the hidden states of `run`, on the path of a sparsity.
+
+    The same experts are forced for all tokens: where hidden states are rounded otherwise, no expert changes.
+
+    Raises:
+        RuntimeError: if a layer is wrong.
+    """
+    if sparsity == OWN:
+        own.restore_()
+    else:
+        expect_(ffns, 1 - float(sparsity), tokens)
+    force_same_(ffns, 0.5 if sparsity == OWN else float(sparsity), session.settings.seed)
+    stock = [Projections.of(ffn, session.pair.family.layout) for ffn in session.pair.dense_ffns]
+    return check_ffns(ffns, layer_inputs(ffns, run), stock, session.activation, not session.int8)
+
+
 def use_fields(sparsity: float | str | None, use: Use, routing: str) -> dict[str, Any]:
     """What a row says of its routing; `sparsity` is `None` for a dense provider."""
     dense = sparsity is None
@@ -78,7 +105,9 @@ def route_model_(
     """Sets the routers of a whole model for passes of T tokens."""
     if sparsity == OWN:
         own.restore_()
-    elif model_routing(session, ffns, tokens) == "same":
+        return
+    expect_(ffns, 1 - float(sparsity), tokens)
+    if model_routing(session, ffns, tokens) == "same":
         force_same_(ffns, float(sparsity), session.settings.seed)
     else:
         force_random_(ffns, float(sparsity), session.settings.seed)

@@ -213,7 +213,7 @@ class AcceleratedFfn(SparseFfn):
         self._refresh_()
 
     def expect_(self, active_fraction: float | None) -> None:
-        """Sets the share of active experts to expect, by which the path is chosen; graphs captured before keep theirs."""
+        """Sets the share of active experts by which the path is chosen; graphs that were captured keep theirs."""
         self.acceleration = replace(self.acceleration, active_fraction=active_fraction)
         self._runner = self._bind()
 

@@ -21,8 +21,10 @@ def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
     )
     for name in ("benchmark", "batch", "tokens", "provider", "sparsity", "ms", "p20 - p80", "x dense"):
         table.add_column(name, justify="left" if name in ("benchmark", "provider") else "right", no_wrap=True)
-    for name in ("MB", "GB/s", "of copy", "time split"):
-        table.add_column(name, justify="left" if name == "time split" else "right", no_wrap=name != "time split")
+    for name in ("MB", "GB/s", "of copy", "path", "time split"):
+        table.add_column(
+            name, justify="left" if name in ("path", "time split") else "right", no_wrap=name != "time split"
+        )
     previous = None
     for row in rows:
         group = (row["benchmark"], row["batch"], row["tokens"])
@@ -49,6 +51,7 @@ def _cells(row: Row) -> list[str]:
         f"{row['bytes'] / 1e6:.1f}",
         f"{row['gb_per_s']:.0f}",
         f"{100 * row['share_of_copy']:.0f}%",
+        row.get("path") or "",
         ", ".join(f"{name} {time:.4f}" for name, time in phases.items()),
     ]
 
