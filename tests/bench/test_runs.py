@@ -14,15 +14,20 @@ from torch import Tensor
 
 from lte.bench.acceleration import phase_runs
 from lte.bench.decode import Decoder
+from lte.bench.dense import IndexedFfns, Projections
 from lte.bench.ffn import benchmark_ffns
+from lte.bench.gate import stock_weights
 from lte.bench.models import model_pair
 from lte.bench.routing import force_same_
 from lte.bench.rows import REQUIRED_FIELDS, ResultFile
 from lte.bench.session import Session
+from lte.bench.shapes import random_model, shape_config
 from lte.nn.accelerated import AcceleratedFfn
+from lte.ops.arguments import Routing
 from lte.ops.decode import PHASES
+from lte.ops.reference import sparse_ffn_reference
 from tests.bench.conftest import ENVIRONMENT, dense_pair, random_texts, trained_pair
-from tests.tiny_models import HIDDEN, NEURONS, tiny_dense_model
+from tests.tiny_models import HIDDEN, NEURONS, tiny_dense_model, tiny_sparse_model
 
 Start = Callable[..., Session]
 
@@ -160,14 +165,50 @@ def test_steps_of_a_decoder_repeat_the_text(tokens: Tensor) -> None:
 
 
 def test_the_time_split_covers_the_kernels_phases() -> None:
-    pair = trained_pair()
-    runs = phase_runs(torch.randn(2, HIDDEN), pair.sparse_ffns, "silu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pair = model_pair(tiny_sparse_model().to(device))
+    runs = phase_runs(torch.randn(2, HIDDEN, device=device), pair.sparse_ffns, "silu")
     assert list(runs) == list(PHASES)
     for run in runs.values():
         run()
-    assert phase_runs(torch.randn(40, HIDDEN), pair.sparse_ffns, "silu") == {}
+    assert phase_runs(torch.randn(40, HIDDEN, device=device), pair.sparse_ffns, "silu") == {}
 
 
 def test_a_row_without_a_field_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a row must hold benchmark, .*, got one without dtype"):
         ResultFile(None, ENVIRONMENT, {}).put("x", [dict.fromkeys(set(REQUIRED_FIELDS) - {"dtype"})])
+
+
+def test_indexing_computes_the_ffn() -> None:
+    pair = trained_pair()
+    stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
+    x = torch.randn(3, 1, HIDDEN)
+    masks = [torch.rand(3, 8) < 0.4 for _ in stock]
+    routers = [lambda _, mask=mask: mask for mask in masks]
+    indexed = IndexedFfns(stock, routers, torch.nn.functional.silu)  # type: ignore[arg-type]
+    for found, p, mask in zip(indexed.run([x, x])(), stock, masks, strict=True):  # type: ignore[call-overload]
+        expected = sparse_ffn_reference(x[:, 0], stock_weights(p), Routing.forced(mask), "silu")
+        torch.testing.assert_close(found[:, 0], expected)
+
+
+@pytest.mark.slow
+def test_compiled_models_follow_the_routing(run: Start) -> None:
+    session = run(trained_pair(), benchmarks=("decode",), sparsities=(0.0, 0.75), compile=True)
+    assert session.failures == []
+    found = {(row["provider"], row["setting"]) for row in session.results.rows}
+    assert {("dense compiled", None), ("lte compiled", "0.0"), ("lte compiled", "0.75")} <= found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu(run: Start) -> None:
+    model = random_model(shape_config("tiny"), torch.device("cuda"), torch.bfloat16)
+    session = run(model_pair(model), compile=True, batches=(1, 4), prefill_scope="ffn")
+    assert session.failures == []
+    rows = session.results.rows
+    decode = {row["provider"] for row in rows if (row["benchmark"], row["batch"]) == ("decode", 1)}
+    tuned = {"dense compiled, tuned", "lte compiled, tuned"}
+    assert decode == {"dense eager", "dense compiled", "lte eager", *tuned}
+    assert {row["provider"] for row in rows if (row["benchmark"], row["batch"]) == ("decode", 4)} == tuned
+    split = next(row["phase_ms"] for row in rows if (row["benchmark"], row["provider"]) == ("ffn", "lte"))
+    assert list(split) == list(PHASES)

@@ -104,10 +104,10 @@ def benchmark_decode(session: Session, batch: int, full: bool) -> None:
     with torch.no_grad(), own.kept(), _specialisations():
         group = _DecodeGroup(session, batch)
         sweep = Sweep(session, ("decode", batch), group.row)
-        for sparsity in session.settings.sparsities:
+        for index, sparsity in enumerate(session.settings.sparsities):
             first_step = functools.partial(group.eager_steps, 1)
             group.error = check_forced(session, group.ffns, own, sparsity, batch, first_step)
-            if not group.runs:
+            if index == 0:
                 group.prepare(full)
             route_model_(session, group.ffns, own, sparsity, batch)
             use = measure_use(group.ffns, lambda: group.eager_steps(USE_STEPS))

@@ -106,26 +106,36 @@ def _stack(p: Projections) -> tuple[Tensor, Tensor | None]:
 
 
 class IndexedFfns:
-    """The active neurons' rows gathered by `index_select`, then dense products with them.
+    """The router, then the active neurons' rows gathered by `index_select`, then dense products with them.
 
-    The down projection is given by neuron, the better layout for it, and which rows to take is known beforehand: what
-    selection would cost, with its wait for the GPU, is not part of the time. Tokens that need different experts share
-    their union, and a mask switches off what a token does not use.
+    The down projection is given by neuron, the better layout for it. Tokens that need different experts share their
+    union, and a mask switches off what a token does not use. On a GPU which rows to take is known beforehand, since
+    nobody can capture the wait for the list of them; what that costs is then not part of the time.
+
+    Args:
+        layers: the weights of each.
+        routers: functions from hidden states to the mask [T, E] of each layer.
+        activation: the activation function.
     """
 
-    def __init__(self, layers: Sequence[Projections], activation: Activation):
-        self.layers, self.activation = layers, activation
+    def __init__(
+        self, layers: Sequence[Projections], routers: Sequence[Callable[[Tensor], Tensor]], activation: Activation
+    ):
+        self.layers, self.routers, self.activation = layers, routers, activation
         self.downs = [p.down.T.contiguous() for p in layers]
 
-    def run(self, inputs: Sequence[Tensor], masks: Sequence[Tensor]) -> Callable[[], object]:
-        """All layers; `masks` [T, E] of each."""
-        prepared = [self._rows(mask, p) for mask, p in zip(masks, self.layers, strict=True)]
+    def run(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        """All layers, with the routing that they have now."""
+        parts = list(zip(inputs, self.layers, self.downs, self.routers, strict=True))
+        known = [self._rows(route(x), p) if x.is_cuda else None for x, p, _, route in parts]
 
         def run_all() -> list[Tensor]:
-            return [
-                self._ffn(x, p, down, rows, keep)
-                for x, p, down, (rows, keep) in zip(inputs, self.layers, self.downs, prepared, strict=True)
-            ]
+            outputs = []
+            for (x, p, down, route), found in zip(parts, known, strict=True):
+                mask = route(x)
+                rows, keep = self._rows(mask, p) if found is None else found
+                outputs.append(self._ffn(x, p, down, rows, keep))
+            return outputs
 
         return run_all
 
@@ -134,9 +144,9 @@ class IndexedFfns:
         size = p.up.shape[0] // mask.shape[1]
         union = mask.any(0)
         rows = union.repeat_interleave(size).nonzero().flatten()
-        same = bool((mask == union).all())
-        keep = None if same else mask[:, union].repeat_interleave(size, dim=1).to(p.up.dtype)
-        return rows, keep
+        if bool((mask == union).all()):
+            return rows, None
+        return rows, mask[:, union].repeat_interleave(size, dim=1).to(p.up.dtype)
 
     def _ffn(self, x: Tensor, p: Projections, down: Tensor, rows: Tensor, keep: Tensor | None) -> Tensor:
         def product(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ is one CUDA graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from lte.bench.session import Session
 from lte.bench.settings import OWN
 from lte.bench.sweep import Sweep, use_fields
 from lte.bench.timing import Run, Times, captured, interleaved_times
+from lte.nn.sparse_ffn import SparseFfn
 
 PHASE_REPEATS = 10
 # Gathering the active rows is the paper's slow baseline for decoding; a prompt needs nearly all rows.
@@ -67,7 +69,8 @@ class _FfnGroup:
         self.inputs = [self.patterns.x.clone().view(self._shape(hidden)) for _ in self.ffns]
         self.runs: dict[str, Run] = {}
         self.error = 0.0
-        self.indexed = IndexedFfns(self.stock, self.act) if tokens <= MOST_INDEXED_TOKENS else None
+        routers = [functools.partial(_mask, ffn) for ffn in self.ffns]
+        self.indexed = IndexedFfns(self.stock, routers, self.act) if tokens <= MOST_INDEXED_TOKENS else None
 
     def _shape(self, hidden: int) -> tuple[int, int, int]:
         decoding = self.benchmark == "ffn"
@@ -82,12 +85,12 @@ class _FfnGroup:
             self.own.restore_()
         if not self.runs:
             self._prepare()
-        masks = self._masks()
+        masks = [_mask(ffn, x) for ffn, x in zip(self.ffns, self.inputs, strict=True)]
         runs = dict(self.runs)
         # Anew for each sparsity, as its path may be another.
         self._add(runs, session.pair.provider, self._sparse)
         if self.indexed is not None:
-            self._add(runs, INDEXING, self.indexed.run(self.inputs, masks))
+            self._add(runs, INDEXING, self.indexed.run(self.inputs))
         return interleaved_times(runs, session.device, session.settings.repeats), sparsity, use_of(masks)
 
     def _route(self, sparsity: float | str) -> None:
@@ -143,18 +146,15 @@ class _FfnGroup:
         if found is not None:
             runs[name] = found
 
-    def _masks(self) -> list[Tensor]:
-        pairs = zip(self.ffns, self.inputs, strict=True)
-        return [(ffn.router(x) > ffn.threshold_logit).flatten(0, -2) for ffn, x in pairs]
-
     def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use) -> Row:
         """A provider's row, times per layer."""
         session = self.session
         ours = name == session.pair.provider
         size = ffn_bytes(self.stock[0], self.tokens, use.union, ours and session.int8)
         extra: dict[str, Any] = {}
-        if ours:
+        if ours or name == INDEXING:
             size += router_bytes(self.ffns[0])
+        if ours:
             extra = {
                 "relative_rms": self.error,
                 "path": path_names(self.ffns, self.tokens),
@@ -184,3 +184,8 @@ class _FfnGroup:
             self._add(runs, name, run)
         times = interleaved_times(runs, session.device, PHASE_REPEATS) if runs else {}
         return {name: Times.of(found).median_ms / self.count for name, found in times.items()}
+
+
+def _mask(ffn: SparseFfn, x: Tensor) -> Tensor:
+    """Which experts are active [T, E]."""
+    return (ffn.router(x) > ffn.threshold_logit).flatten(0, -2)

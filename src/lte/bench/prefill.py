@@ -32,9 +32,9 @@ def benchmark_prefill(session: Session, length: int) -> None:
     with torch.no_grad(), own.kept():
         group = _PrefillGroup(session, length)
         sweep = Sweep(session, ("prefill", 1, length), group.row)
-        for sparsity in session.settings.sparsities:
+        for index, sparsity in enumerate(session.settings.sparsities):
             group.error = check_forced(session, group.ffns, own, sparsity, length, group.sparse)
-            if not group.runs:
+            if index == 0:
                 group.prepare()
             route_model_(session, group.ffns, own, sparsity, length)
             use = measure_use(group.ffns, group.sparse)
