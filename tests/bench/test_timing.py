@@ -49,4 +49,5 @@ def test_a_row_and_its_ratio() -> None:
     assert ours["share_of_copy"] == 0.4
     assert ours["bandwidth_ms"] == 0.4
     assert [row["ratio_to_dense"] for row in with_ratios([*dense, ours])] == [2.0, 1.0, 0.5]
+    assert {row["dense_ms"] for row in with_ratios([*dense, ours])} == {2.0}
     assert with_ratios([ours])[0]["ratio_to_dense"] is None

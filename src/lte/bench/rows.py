@@ -55,12 +55,15 @@ def timed_row(samples_ms: list[float], size: float, copy_gb_per_s: float, **fiel
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """Adds `ratio_to_dense`: the median over that of the fastest dense provider among these rows.
+    """Adds `dense_ms`, the median of the fastest dense provider among these rows, and `ratio_to_dense`, over it.
 
-    A dense provider is one whose name starts with "dense". Without any the ratio is `None`.
+    A dense provider is one whose name starts with "dense". Without any both are `None`.
     """
-    dense = [row["median_ms"] for row in rows if is_dense(row)]
-    return [{**row, "ratio_to_dense": row["median_ms"] / min(dense) if dense else None} for row in rows]
+    dense = min((row["median_ms"] for row in rows if is_dense(row)), default=None)
+    return [
+        {**row, "dense_ms": dense, "ratio_to_dense": None if dense is None else row["median_ms"] / dense}
+        for row in rows
+    ]
 
 
 def is_dense(row: Row) -> bool:
