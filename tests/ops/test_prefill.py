@@ -246,3 +246,21 @@ def test_wrong_arguments_are_named() -> None:
     wrong(r"with 1 or more tokens, got x=\[0, 64\]", x[:0], weights, routing)
     wrong("x must be float32, float16 or bfloat16, got x=torch.float64", x.double(), weights, routing)
     wrong(r"down must have shape \[128, 64\]", x, replace(weights, down=weights.down.T), routing)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_captured_graph_follows_its_inputs(path: str, relative_rms: Callable[[Tensor, Tensor], float]) -> None:
+    x = states(300, 256, torch.bfloat16)
+    mask = masks(300, 12)["different"]
+    weights, routing = random_ffn(256, 12, dtype=torch.bfloat16), Routing.forced(mask)
+    assert routing.logits is not None
+    sparse_ffn_prefill(x, weights, routing, "silu", path)  # type: ignore[arg-type]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = sparse_ffn_prefill(x, weights, routing, "silu", path)  # type: ignore[arg-type]
+    for activity in ("none", "all", "different", "one"):
+        x.normal_()
+        routing.logits.copy_(Routing.forced(masks(300, 12)[activity]).logits)
+        graph.replay()
+        assert relative_rms(output, sparse_ffn_reference(x, weights, routing, "silu")) <= BOUNDS[x.dtype]
