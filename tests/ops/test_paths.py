@@ -83,7 +83,7 @@ def test_the_choice_in_words() -> None:
     text = explain_path(90, 2, True, 4, 0.2, TABLE)
     assert text.startswith("4 tokens (sm_90, 2 bytes per weight, gated): decode: one kernel reads")
     assert "20% of the experts active per token, 59% for any of 4" in text
-    assert "decode is faster up to 60% of the experts needed by any token, grouped never (measured on sm_90)" in text
+    assert "decode wins up to 60% of the experts needed by any token, grouped never wins (measured on sm_90)" in text
     assert "1 token (" in explain_path(80, 2, True, 1, None, TABLE)
     assert "no measurement for this kind" in explain_path(80, 2, True, 1, None, TABLE)
     assert "unknown and counts as 100%" in explain_path(90, 2, True, 500, None, TABLE)

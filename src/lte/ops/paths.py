@@ -167,15 +167,14 @@ def explain_path(
     else:
         union = expected_union(tokens, active_fraction)
         expected = f"{active_fraction:.0%} of the experts active per token, {union:.0%} for any of {tokens}"
-    limits = [f"decode is faster {_up_to(row.decode, 'needed by any token')}"]
-    limits.append(f"grouped {_up_to(row.grouped, 'active per token')}")
+    limits = [f"decode {_wins(row.decode, 'needed by any token')}", f"grouped {_wins(row.grouped, 'active per token')}"]
     where = "no measurement for this kind" if source is None else f"measured on sm_{source}"
     kind = f"sm_{arch}, {dtype_bytes} bytes per weight, {'gated' if gated else 'plain'}"
     plural = "token" if tokens == 1 else "tokens"
     return f"{tokens} {plural} ({kind}): {path}: {_WORDS[path]}. {expected}; {', '.join(limits)} ({where})."
 
 
-def _up_to(limit: float, what: str) -> str:
+def _wins(limit: float, what: str) -> str:
     if limit in (0, 1):
-        return "always" if limit else "never"
-    return f"up to {limit:.0%} of the experts {what}"
+        return "always wins" if limit else "never wins"
+    return f"wins up to {limit:.0%} of the experts {what}"
