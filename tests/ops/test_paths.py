@@ -46,6 +46,10 @@ def test_the_unknown_is_safe() -> None:
         assert choose(tokens, 0.1, arch=80) == "masked"
 
 
+def test_int8_weights_are_not_expanded_for_few_tokens() -> None:
+    assert [choose_path(90, 1, True, tokens) for tokens in (1, 16, 17)] == ["decode", "decode", "masked"]
+
+
 def test_a_newer_architecture_takes_the_rows_of_the_next_older() -> None:
     assert choose(1000, 0.1, arch=100) == "grouped"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lte.config import check_fraction
+from lte.ops.arguments import MAX_TOKENS
 
 Path = Literal["decode", "masked", "grouped"]
 
@@ -36,10 +37,13 @@ class BreakEven:
 
 
 # (architecture, bytes per weight, gated) -> rows by tokens; beyond the last row its limits hold on. An architecture
-# without rows takes those of the next older, and what was never measured is decode for one token and masked otherwise.
+# without rows takes those of the next older, and what was never measured is decode for one token (int8: for as many as
+# it takes) and masked otherwise.
 # `benchmarks/prefill.py` prints the rows of a machine.
 Table = Mapping[tuple[int, int, bool], tuple[BreakEven, ...]]
 UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
+# Masked expands int8 weights at every call: it reads one byte, writes two and reads two where decode reads one at most.
+UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2**31))
 MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {}
 
 
@@ -105,7 +109,8 @@ def _merge(rows: list[BreakEven]) -> list[BreakEven]:
 def _find(arch: int, dtype_bytes: int, gated: bool, tokens: int, table: Table) -> tuple[BreakEven, int | None]:
     """The row for some tokens, and the architecture that it was measured on."""
     known = [a for a, size, kind in table if (size, kind) == (dtype_bytes, gated) and a <= arch]
-    rows = table[max(known), dtype_bytes, gated] if known else UNMEASURED
+    unmeasured = UNMEASURED_INT8 if dtype_bytes == 1 else UNMEASURED
+    rows = table[max(known), dtype_bytes, gated] if known else unmeasured
     row = next((row for row in rows if tokens <= row.tokens), rows[-1])
     return row, max(known, default=None)
 
