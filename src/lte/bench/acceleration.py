@@ -13,7 +13,7 @@ from lte.nn.ffn_parts import bias_of, weight_of
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins
-from lte.ops.dispatch import HAS_NUMBA, gpu_architecture
+from lte.ops.dispatch import HAS_NUMBA, prepare
 from lte.ops.paths import choose_path
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -31,7 +31,7 @@ def chosen_path(ffn: SparseFfn, tokens: int, active_fraction: float | None) -> s
     weight = weight_of(ffn, "up")
     assert weight is not None
     if weight.is_cuda:
-        arch, gated = gpu_architecture(weight.device), weight_of(ffn, "gate") is not None
+        arch, gated = prepare(weight.device), weight_of(ffn, "gate") is not None
         return choose_path(arch, weight.element_size(), gated, tokens, active_fraction)
     expected = 0.0 if ffn.acceleration.weights == "int8" else active_fraction
     fits = tokens <= MAX_TOKENS and HAS_NUMBA
