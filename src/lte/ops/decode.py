@@ -166,13 +166,18 @@ class DecodeLaunch:
     def _run_many(self, tiles: ManyTokenTiles, first: int, last: int) -> None:
         w, r = self.weights, self.routing
         common = self._common(first, last)
-        common["R"] = max(common["R"], 16)  # the least side of a product on tensor cores
+        padded = triton.next_power_of_2(self.tokens)
         wide = r.weight is None or r.weight.dtype != self.x.dtype
+        if padded <= 8:  # the routing keeps 64 partial sums a thread
+            block_r = max(min(64 * 32 * tiles.warps // (padded * common["R"]), triton.next_power_of_2(self.hidden)), 16)
+        else:  # or uses tensor cores, whose products have sides of 16 or more
+            common["R"] = max(common["R"], 16)
+            block_r = 64 if wide else 512
         decode_many_kernel[(self.programs,)](
             self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
             None if r.logits is not None else r.weight, r.bias, r.logits, self.h, self.partial, self.workspace.counters,
             self.workspace.masks, self.out, r.threshold, self.tokens,
-            T_PAD=MAX_TOKENS, BLOCK_R=32 if wide else 128, ROUTER_DTYPE=tl.float32 if wide else _dot_dtype(self.x),
+            T_PAD=MAX_TOKENS, T_ROUTE=padded, BLOCK_R=block_r, ROUTER_DTYPE=tl.float32 if wide else _dot_dtype(self.x),
             BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, SPLITS=self.splits,
             LOCAL_DOWN=min(triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), 64),
             DOWN_STAGES=tiles.down_stages, DOT_DTYPE=_dot_dtype(self.x), **common,

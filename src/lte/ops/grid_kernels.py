@@ -110,25 +110,40 @@ def route_one(
 
 
 @triton.jit
-def _add_products(
+def route_few(
     x,
     router,
-    rows,
-    on,
-    columns,
-    products,
+    bias,
+    masks,
+    tag,
+    threshold,
     T,
     D: tl.constexpr,
-    T_PAD: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
+    E: tl.constexpr,
+    T_ROUTE: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    """products [R, T_PAD] plus those of some columns."""
-    ts = tl.arange(0, T_PAD)
-    inside = columns < D
-    w = tl.load(router + rows + columns[None, :], mask=on[:, None] & inside[None, :], other=0)
-    mask_x = (ts < T)[None, :] & inside[:, None]
-    values = tl.load(x + ts[None, :] * D + columns[:, None], mask=mask_x, other=0)
-    return tl.dot(w.to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
+    """As `route_one` for T tokens, padded to T_ROUTE.
+
+    Without tensor cores: a program has so few experts that the sum over D would be one long chain of dependent
+    products, which takes longer than these do for up to 8 tokens.
+    """
+    experts = tl.program_id(0) + P * tl.arange(0, R)
+    on = experts < E
+    ks = tl.arange(0, BLOCK_R)
+    ts = tl.arange(0, T_ROUTE)
+    rows = experts.to(tl.int64)[:, None] * D
+    total = tl.zeros([R, T_ROUTE, BLOCK_R], tl.float32)
+    for k in tl.range(0, D, BLOCK_R, num_stages=4):
+        k_mask = k + ks < D
+        w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
+        mask_x = (ts < T)[:, None] & k_mask[None, :]
+        values = tl.load(x + ts[:, None] * D + (k + ks)[None, :], mask=mask_x, other=0)
+        total += w.to(tl.float32)[:, None, :] * values.to(tl.float32)[None, :, :]
+    products = round_to_weight(tl.sum(total, 2), router)
+    store_masks(masks, tag, experts, on, products, bias, threshold, T, T_ROUTE)
 
 
 @triton.jit
@@ -148,25 +163,20 @@ def route_many(
     BLOCK_R: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """As `route_one` for more tokens, on tensor cores; R is at least 16.
-
-    A program has few experts, so that the sum over D would be one long chain of dependent products: there are four.
-    """
+    """As `route_one` for more tokens, on tensor cores; R is at least 16."""
     experts = tl.program_id(0) + P * tl.arange(0, R)
     on = experts < E
     ks = tl.arange(0, BLOCK_R)
+    ts = tl.arange(0, T_PAD)
     rows = experts.to(tl.int64)[:, None] * D
-    a = tl.zeros([R, T_PAD], tl.float32)
-    b = tl.zeros([R, T_PAD], tl.float32)
-    c = tl.zeros([R, T_PAD], tl.float32)
-    d = tl.zeros([R, T_PAD], tl.float32)
-    for k in tl.range(0, D, 4 * BLOCK_R, num_stages=2):
-        a = _add_products(x, router, rows, on, k + ks, a, T, D, T_PAD, DOT_DTYPE)
-        b = _add_products(x, router, rows, on, k + BLOCK_R + ks, b, T, D, T_PAD, DOT_DTYPE)
-        c = _add_products(x, router, rows, on, k + 2 * BLOCK_R + ks, c, T, D, T_PAD, DOT_DTYPE)
-        d = _add_products(x, router, rows, on, k + 3 * BLOCK_R + ks, d, T, D, T_PAD, DOT_DTYPE)
-    products = round_to_weight((a + b) + (c + d), router)
-    store_masks(masks, tag, experts, on, products, bias, threshold, T, T_PAD)
+    products = tl.zeros([R, T_PAD], tl.float32)
+    for k in tl.range(0, D, BLOCK_R, num_stages=4):
+        k_mask = k + ks < D
+        w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
+        mask_x = (ts < T)[None, :] & k_mask[:, None]
+        values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0)
+        products = tl.dot(w.to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
+    store_masks(masks, tag, experts, on, round_to_weight(products, router), bias, threshold, T, T_PAD)
 
 
 @triton.jit

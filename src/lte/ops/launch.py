@@ -41,7 +41,7 @@ class ManyTokenTiles:
 
     Attributes:
         block_n: neurons of one expert that a program takes at a time in gate and up.
-        block_k: columns of D that it takes at a time there, twice.
+        block_k: columns of D that it takes at a time there.
         block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
         warps: warps of a program.
         stages: depth of the asynchronous copies in gate and up; 1 loads to registers.
@@ -50,17 +50,17 @@ class ManyTokenTiles:
     """
 
     block_n: int = 32
-    block_k: int = 128
-    block_d: int = 256
+    block_k: int = 256
+    block_d: int = 128
     warps: int = 4
     stages: int = 4
-    down_stages: int = 4
+    down_stages: int = 8
     per_sm: int = 1
 
 
 _ONE = OneTokenTiles()
 _MANY = ManyTokenTiles()
-_MANY_FP32 = replace(_MANY, block_n=16, block_k=32, block_d=32, stages=2, down_stages=3)
+_MANY_FP32 = replace(_MANY, block_n=16, block_k=64, block_d=32, stages=2, down_stages=3)
 
 # (architecture, bytes per weight); an architecture without rows takes those of the next older.
 _ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {(arch, size): _ONE for arch in (80, 90) for size in (1, 2, 4)}

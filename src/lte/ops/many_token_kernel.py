@@ -17,6 +17,7 @@ from lte.ops.grid_kernels import (
     grid_finish,
     grid_sync,
     pick,
+    route_few,
     route_given,
     route_many,
     wait_for_masks,
@@ -54,33 +55,34 @@ def _gate_up(
     One loop over units and columns, so that its copies never run dry between units.
     """
     UNITS: tl.constexpr = S // BLOCK_N
-    # Two halves of the columns at a time, each with sums of its own: half as long chains of dependent products.
-    STEPS: tl.constexpr = (D + 2 * BLOCK_K - 1) // (2 * BLOCK_K)
+    STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     ks = tl.arange(0, BLOCK_K)
     rows = tl.arange(0, BLOCK_N)
     ts = tl.arange(0, T_PAD)
     a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-    a_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-    b_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     for step in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
         expert = pick(experts, step // STEPS // UNITS - first // UNITS)
+        k = (step % STEPS) * BLOCK_K
         base = expert * S + (step // STEPS % UNITS) * BLOCK_N
-        columns = (step % STEPS) * (2 * BLOCK_K) + ks
+        offsets = rows[:, None] * D + (k + ks)[None, :]
         begin = base.to(tl.int64) * D
-        a, b = _multiply(
-            x, up, gate, begin, columns, a, b, T, D, T_PAD, BLOCK_N, DOT_DTYPE
-        )  # fmt: skip
-        a_other, b_other = _multiply(
-            x, up, gate, begin, columns + BLOCK_K, a_other, b_other, T, D, T_PAD, BLOCK_N, DOT_DTYPE
-        )  # fmt: skip
+        mask = (rows < BLOCK_N)[:, None] & (k + ks < D)[None, :]
+        u = tl.load(up + begin + offsets, mask=mask, other=0)
+        if gate is not None:
+            g = tl.load(gate + begin + offsets, mask=mask, other=0)
+        mask_x = (ts < T)[None, :] & (k + ks < D)[:, None]
+        values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0).to(DOT_DTYPE)
+        a = tl.dot(u.to(DOT_DTYPE), values, a, input_precision="ieee")
+        if gate is not None:
+            b = tl.dot(g.to(DOT_DTYPE), values, b, input_precision="ieee")
         if step % STEPS == STEPS - 1:
             neurons = base + rows
-            value = _affine_rows(a + a_other, up_scale, up_bias, neurons)
+            value = _affine_rows(a, up_scale, up_bias, neurons)
             if gate is None:
                 value = activate(value, ACTIVATION)
             else:
-                value *= activate(_affine_rows(b + b_other, gate_scale, gate_bias, neurons), ACTIVATION)
+                value *= activate(_affine_rows(b, gate_scale, gate_bias, neurons), ACTIVATION)
             if down_scale is not None:
                 value *= tl.load(down_scale + neurons)[:, None]
             active = (tl.load(masks + expert, cache_modifier=".cg").to(tl.int32) >> ts) & 1
@@ -89,40 +91,6 @@ def _gate_up(
             tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & (rows < BLOCK_N)[:, None])
             a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
             b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-            a_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-            b_other = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-
-
-@triton.jit
-def _multiply(
-    x,
-    up,
-    gate,
-    begin,
-    columns,
-    a,
-    b,
-    T,
-    D: tl.constexpr,
-    T_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-):
-    """a and b [BLOCK_N, T_PAD] plus some columns' products of x with BLOCK_N rows of up and gate, at `begin`."""
-    rows = tl.arange(0, BLOCK_N)
-    ts = tl.arange(0, T_PAD)
-    on = columns < D
-    offsets = rows[:, None] * D + columns[None, :]
-    mask = (rows < BLOCK_N)[:, None] & on[None, :]
-    u = tl.load(up + begin + offsets, mask=mask, other=0)
-    if gate is not None:
-        g = tl.load(gate + begin + offsets, mask=mask, other=0)
-    mask_x = (ts < T)[None, :] & on[:, None]
-    values = tl.load(x + ts[None, :] * D + columns[:, None], mask=mask_x, other=0).to(DOT_DTYPE)
-    a = tl.dot(u.to(DOT_DTYPE), values, a, input_precision="ieee")
-    if gate is not None:
-        b = tl.dot(g.to(DOT_DTYPE), values, b, input_precision="ieee")
-    return a, b
 
 
 @triton.jit
@@ -197,6 +165,7 @@ def decode_many_kernel(
     P: tl.constexpr,
     E_PAD: tl.constexpr,
     T_PAD: tl.constexpr,
+    T_ROUTE: tl.constexpr,
     R: tl.constexpr,
     LOCAL: tl.constexpr,
     LOCAL_DOWN: tl.constexpr,
@@ -221,7 +190,10 @@ def decode_many_kernel(
     tag = tl.load(counters + 2)
     if FIRST == 0:
         if logits is None:
-            route_many(x, router, router_bias, masks, tag, threshold, T, D, E, T_PAD, P, R, BLOCK_R, ROUTER_DTYPE)
+            if T_ROUTE <= 8:
+                route_few(x, router, router_bias, masks, tag, threshold, T, D, E, T_ROUTE, P, R, BLOCK_R)
+            else:
+                route_many(x, router, router_bias, masks, tag, threshold, T, D, E, T_PAD, P, R, BLOCK_R, ROUTER_DTYPE)
         else:
             route_given(logits, masks, tag, threshold, T, E, T_PAD, P, R)
     if LAST >= 1:
