@@ -1,66 +1,32 @@
-"""An accelerated model computes, trains, saves and generates as the plain one."""
+"""An accelerated model computes, trains and saves as the plain one."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, StaticCache
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import lte
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.acceleration import describe_kernels
-from lte.nn.accelerated import AcceleratedFfn
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops import dispatch
+from tests.hf.accelerated_models import TOLERANCE, first_ffn, logits, weight_bytes
 from tests.tiny_models import EXPERT_SIZE, NEURONS, randomise_routers_, tiny_dense_model, tiny_sparse_model
 
 Measure = Callable[[Tensor, Tensor], float]
-TOLERANCE = 1e-5
-
-
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens).logits
-
-
-def first_ffn(model: Any) -> AcceleratedFfn:
-    ffn = next(iter(lte.sparse_ffns(model).values()))
-    assert isinstance(ffn, AcceleratedFfn)
-    return ffn
 
 
 def low_rank_model() -> Any:
     model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=EXPERT_SIZE, router_rank=4))
     return randomise_routers_(model)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the distinct storages of all parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every call of the kernels' dispatcher."""
-    seen: list[int] = []
-    call = dispatch.FfnRunner.__call__
-
-    def record(self: Any, x: Tensor, given: Tensor | None = None) -> Tensor:
-        seen.append(len(x))
-        return call(self, x, given)
-
-    monkeypatch.setattr(dispatch.FfnRunner, "__call__", record)
-    return seen
 
 
 @pytest.mark.parametrize("length", [1, 7, 20])
@@ -193,96 +159,6 @@ def test_gradients_are_wanted_or_not(tokens: Tensor, calls: list[int]) -> None:
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("weights", ["native", "int8"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_models_of_their_own(duplicate: Callable[[Any], Any], weights: Any, tokens: Tensor) -> None:
-    model = lte.accelerate_(tiny_sparse_model(), weights)
-    expected = logits(model, tokens)
-    other = duplicate(model)
-    assert lte.is_accelerated(other)
-    assert torch.equal(logits(other, tokens), expected)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    assert torch.equal(logits(model, tokens), expected)
-    assert not logits(other, tokens).any()
-    lte.decelerate_(other)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_casts(dtype: torch.dtype, tokens: Tensor, relative_rms: Measure) -> None:
-    model = lte.accelerate_(tiny_sparse_model())
-    expected = logits(tiny_sparse_model().to(dtype), tokens)
-    assert model.to(dtype) is model
-    ffn = first_ffn(model)
-    assert ffn.stacked is not None
-    assert ffn.router_rows is not None
-    assert ffn.stacked.dtype == ffn.router_rows.dtype == dtype
-    assert ffn.up_proj.weight.untyped_storage().data_ptr() == ffn.stacked.untyped_storage().data_ptr()
-    # The plain model rounds its router's input otherwise, so near the threshold they may differ.
-    assert relative_rms(logits(model, tokens), expected) <= 0.1
-    stacked = ffn.stacked
-    model.to(dtype)
-    assert ffn.stacked is stacked
-
-
-def test_to_another_device_and_back() -> None:
-    model = lte.accelerate_(tiny_sparse_model()).to("meta")
-    assert first_ffn(model).stacked.is_meta
-    model.to_empty(device="cpu")
-    model.load_state_dict(tiny_sparse_model().state_dict())
-    assert first_ffn(model).stacked.device.type == "cpu"
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_loading_other_weights(assign: bool, tokens: Tensor, relative_rms: Measure) -> None:
-    model = lte.accelerate_(tiny_sparse_model())
-    other = randomise_routers_(tiny_sparse_model(), seed=3)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.5)
-    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
-    ffn = first_ffn(model)
-    # Before the next call: compiled code does not look whether anything changed.
-    assert torch.equal(ffn.router_rows, ffn.router.weight)
-    assert ffn.stacked is not None
-    assert torch.equal(ffn.stacked[:NEURONS], ffn.gate_proj.weight)
-    assert relative_rms(logits(model, tokens), logits(other, tokens)) <= TOLERANCE
-
-
-def test_weights_that_are_replaced_are_seen(tokens: Tensor, relative_rms: Measure) -> None:
-    model, plain = lte.accelerate_(tiny_sparse_model()), tiny_sparse_model()
-    for network in (model, plain):
-        for ffn in lte.sparse_ffns(network).values():
-            ffn.up_proj.weight.data = ffn.up_proj.weight.data * 2
-            with torch.no_grad():
-                ffn.router.weight.neg_()
-                ffn.router.bias.neg_()
-    assert relative_rms(logits(model, tokens), logits(plain, tokens)) <= TOLERANCE
-
-
-def test_adapters_that_come_later_count(tokens: Tensor, calls: list[int], relative_rms: Measure) -> None:
-    wrapped = []
-    for model in (tiny_sparse_model(), lte.accelerate_(tiny_sparse_model())):
-        torch.manual_seed(1)
-        config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
-        wrapped.append(peft.get_peft_model(model, config).eval())
-    expected = logits(wrapped[0], tokens)
-    assert relative_rms(expected, logits(tiny_sparse_model(), tokens)) > 0.01
-    assert relative_rms(logits(wrapped[1], tokens), expected) <= TOLERANCE
-    assert not calls
-    merged = wrapped[1].merge_and_unload()
-    assert relative_rms(logits(merged, tokens), expected) <= TOLERANCE
-    assert calls
-
-
-def test_autocast_is_as_for_the_plain_model(tokens: Tensor) -> None:
-    model = tiny_sparse_model()
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = logits(model, tokens)
-        assert torch.equal(logits(lte.accelerate_(model), tokens), expected)
-
-
 @pytest.mark.parametrize("length", [3, 20])
 def test_measured_sparsity_is_that_of_the_kernels(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lte.accelerate_(tiny_sparse_model().to(torch.bfloat16))
@@ -324,37 +200,3 @@ def test_what_runs_is_told() -> None:
     assert "kernels=native" in repr(model)
     lte.accelerate_(lte.decelerate_(model), "int8")
     assert describe_kernels(model)["weights"] == "int8"  # type: ignore[index]
-
-
-class TestGeneration:
-    @pytest.mark.parametrize("cache", [None, "static"])
-    def test_padded_batches(self, cache: str | None, model_type: str, calls: list[int]) -> None:
-        model, settings = tiny_sparse_model(model_type), {"max_new_tokens": 12, "do_sample": False}
-        ids = torch.randint(3, 99, (3, 6))
-        mask = torch.ones_like(ids)
-        mask[0, :4] = mask[1, :1] = 0
-        arguments = {"input_ids": ids * mask, "attention_mask": mask, "cache_implementation": cache, **settings}
-        expected = model.generate(**arguments)
-        assert not calls
-        assert torch.equal(lte.accelerate_(model).generate(**arguments), expected)
-        assert {18, 3} <= set(calls)
-
-    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-    @pytest.mark.parametrize("weights", ["native", "int8"])
-    def test_compiled_with_a_static_cache(self, backend: str, weights: Any, relative_rms: Measure) -> None:
-        torch.compiler.reset()
-        model = lte.accelerate_(tiny_sparse_model(), weights)
-        step = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
-        eager, compiled = (StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
-        for token in range(3, 6):
-            ids = torch.tensor([[token]])
-            with torch.no_grad():
-                expected = model(ids, past_key_values=eager).logits
-                actual = step(ids, past_key_values=compiled).logits
-            assert relative_rms(actual, expected) <= TOLERANCE
-        if weights == "native":
-            model.load_state_dict(randomise_routers_(tiny_sparse_model(), seed=5).state_dict())
-            with torch.no_grad():
-                ids, cache = torch.tensor([[7]]), StaticCache(config=model.config, max_cache_len=16)
-                actual = step(ids, past_key_values=cache).logits
-            assert relative_rms(actual, logits(model, ids)) <= TOLERANCE

@@ -17,7 +17,7 @@ import lte
 from lte.hf.activations import activation_name
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.quantize import dequantize_rows, quantize_rows
-from tests.hf.test_acceleration import first_ffn, logits, weight_bytes
+from tests.hf.accelerated_models import first_ffn, logits, weight_bytes
 from tests.processes import run_processes
 from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 
