@@ -13,7 +13,7 @@ from torch import Tensor
 
 Run = Callable[[], object]
 WARM_UP = 3
-SECONDS = 8.0
+SECONDS = 5.0
 LEAST_REPEATS = 5
 GPU_TURN = 5
 # Read before each timed call on a CPU, so that nobody finds its weights in the cache.

@@ -29,6 +29,7 @@ from lte.train.processes import training_device
 DEFAULT_SHAPE = "smollm2-135m"
 # What a run takes when nothing is said, and with --quick; on a CPU a large prompt alone would take minutes.
 _LENGTHS = {"cuda": "16,64,256,1024,4096,8192", "cpu": "16,128"}
+_BATCHES = {"cuda": "1,4,16", "cpu": "1,4"}
 
 
 @reports_errors
@@ -59,7 +60,12 @@ def bench(
             "on text. By default 0,0.5,0.8,0.9, for an LTE model own first."
         ),
     ] = None,
-    batches: Annotated[str | None, typer.Option(help="Sequences that decode together. Default: 1,4,16.")] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Sequences that decode together. Default: {_BATCHES['cuda']} on a GPU, else {_BATCHES['cpu']}."
+        ),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(help=f"Tokens of a prompt. Default: {_LENGTHS['cuda']} on a GPU, else {_LENGTHS['cpu']}."),
@@ -124,7 +130,7 @@ def bench(
     settings = BenchSettings(
         benchmarks=tuple(split(benchmarks)),
         sparsities=parse_sparsities(sparsities or ("0.5,0.9" if quick else "0,0.5,0.8,0.9")),
-        batches=parse_counts("batches", batches or ("1" if quick else "1,4,16")),
+        batches=parse_counts("batches", batches or ("1" if quick else _BATCHES[device.type])),
         lengths=parse_counts("lengths", lengths or ("64" if quick else _LENGTHS[device.type])),
         routing=routing,  # type: ignore[arg-type]
         prefill_scope=prefill_scope,  # type: ignore[arg-type]
