@@ -67,7 +67,8 @@ def _decode_op(
     ffn = FfnWeights.from_flat(list(weights))
     route = Routing(weight=routing[0], bias=routing[1], logits=routing[2], threshold=threshold)
     check_arguments(x, ffn, route, activation)
-    return run_decode(x.contiguous(), ffn, route, activation)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        return run_decode(x.contiguous(), ffn, route, activation)
 
 
 @_decode_op.register_fake

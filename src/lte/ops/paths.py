@@ -44,7 +44,20 @@ Table = Mapping[tuple[int, int, bool], tuple[BreakEven, ...]]
 UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
 # Masked expands int8 weights at every call: it reads one byte, writes two and reads two where decode reads one at most.
 UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2**31))
-MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {}
+MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {
+    # results/prefill.json: LLaMA2-7B's widths in bf16 on one H200.
+    (90, 2, True): (
+        BreakEven(tokens=1, decode=1.0),
+        BreakEven(tokens=2, decode=0.7),
+        BreakEven(tokens=4, decode=0.68),
+        BreakEven(tokens=8, decode=0.62),
+        BreakEven(tokens=16, decode=0.6),
+        BreakEven(tokens=511),
+        BreakEven(tokens=1023, grouped=0.37),
+        BreakEven(tokens=2047, grouped=0.43),
+        BreakEven(tokens=2**31, grouped=0.46),
+    ),
+}
 
 
 def expected_union(tokens: int, active_fraction: float) -> float:

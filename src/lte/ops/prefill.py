@@ -79,7 +79,8 @@ def _prefill_op(
     route = Routing(weight=routing[0], bias=routing[1], logits=routing[2], threshold=threshold)
     check_arguments(x, ffn, route, activation, max_tokens=None)
     run = run_grouped if path == "grouped" else run_masked
-    return run(x.contiguous(), ffn, route, activation)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        return run(x.contiguous(), ffn, route, activation)
 
 
 @_prefill_op.register_fake
