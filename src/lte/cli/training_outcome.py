@@ -12,7 +12,6 @@ from rich.console import Console
 from lte.cli.models import measurement_summary, save_folder
 from lte.eval.results import write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
-from lte.report.plots import router_health_figure, save_figure, training_curves_figure
 from lte.report.tables import router_health_markdown, router_health_table
 from lte.train.two_stage import TrainingSummary
 
@@ -37,6 +36,8 @@ class Outcome:
 
 def save_outcome(model: Any, tokenizer: Any, output: Path, outcome: Outcome) -> None:
     """Writes `result.json`, `training_log.json`, the router health, and last the model."""
+    from lte.report.plots import router_health_figure, save_figure, training_curves_figure  # loads matplotlib
+
     write_json_atomic(output / "training_log.json", outcome.summary.log_history)
     write_json_atomic(output / "result.json", outcome.record)
     save_figure(training_curves_figure(outcome.summary.log_history), output / "training.png")

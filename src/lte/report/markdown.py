@@ -10,8 +10,6 @@ from typing import Any
 from lte.eval.flops import GFLOP
 from lte.eval.results import write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
-from lte.report.canvas import save_figure
-from lte.report.plots import router_health_figure, training_curves_figure
 from lte.report.tables import markdown_table, router_health_markdown
 
 Record = Mapping[str, Any]
@@ -119,6 +117,8 @@ def _samples(samples: Mapping[str, str]) -> list[str]:
 def _training(folder: Path, log_history: Sequence[dict[str, Any]]) -> list[str]:
     if not any("task_loss" in entry for entry in log_history):
         return []
+    from lte.report.plots import save_figure, training_curves_figure  # matplotlib is slow to load
+
     save_figure(training_curves_figure(log_history), folder / TRAINING_FILE)
     return ["## Training", f"![losses, eta and active experts over the steps of both stages]({TRAINING_FILE})"]
 
@@ -126,6 +126,8 @@ def _training(folder: Path, log_history: Sequence[dict[str, Any]]) -> list[str]:
 def _routing(folder: Path, measurement: SparsityMeasurement | None) -> list[str]:
     if measurement is None:
         return []
+    from lte.report.plots import router_health_figure, save_figure
+
     save_figure(router_health_figure(measurement), folder / HEALTH_FILE)
     legend = (
         f"On {measurement.tokens:,} held-out tokens. Active: mean share of experts per token. Dead, always on: experts "
