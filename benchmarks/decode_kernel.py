@@ -11,6 +11,7 @@ say which experts are active, at random for every layer, the same for all tokens
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -105,12 +106,14 @@ def phase_times(layers: Layers, tiles: Tiles) -> dict[str, list[float]]:
         DecodeLaunch(layers.x, ffn, routing, "silu", tiles)
         for ffn, routing in zip(layers.ffns, layers.routings, strict=True)
     ]
-    for launch in launches:
-        launch.run(0, len(PHASES) - 1)
-    return {
-        name: graph_times(lambda i, phase=index: launches[i].run(phase, phase), repeats=10)  # type: ignore[misc]
-        for index, name in enumerate(PHASES)
-    }
+    buffers = [launch.buffers(layers.x) for launch in launches]
+    for launch, memory in zip(launches, buffers, strict=True):
+        launch.run(layers.x, memory)
+
+    def phase(index: int, layer: int) -> None:
+        launches[layer].run(layers.x, buffers[layer], index, index)
+
+    return {name: graph_times(functools.partial(phase, index), repeats=10) for index, name in enumerate(PHASES)}
 
 
 def candidates(one_token: bool) -> Iterator[Tiles]:

@@ -33,22 +33,21 @@ def states(tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The GPU operations that were called."""
+    """The paths that were taken."""
     from lte.ops import decode, prefill
 
     names: list[str] = []
-    first, second = decode.sparse_ffn_decode, prefill.sparse_ffn_prefill
 
-    def few(*arguments: Any) -> Tensor:
-        names.append("decode")
-        return first(*arguments)
+    def noting(name: str, function: Any) -> Any:
+        def run(*arguments: Any) -> Tensor:
+            names.append(name)
+            return function(*arguments)
 
-    def many(*arguments: Any) -> Tensor:
-        names.append(arguments[-1])
-        return second(*arguments)
+        return run
 
-    monkeypatch.setattr(decode, "sparse_ffn_decode", few)
-    monkeypatch.setattr(prefill, "sparse_ffn_prefill", many)
+    monkeypatch.setattr(decode.DecodeLaunch, "__call__", noting("decode", decode.DecodeLaunch.__call__))
+    monkeypatch.setattr(prefill, "run_masked", noting("masked", prefill.run_masked))
+    monkeypatch.setattr(prefill, "run_grouped", noting("grouped", prefill.run_grouped))
     return names
 
 
@@ -84,6 +83,19 @@ class TestGpu:
             run = replace(runner(x), arch=90, active_fraction=fraction)
             run.run_on_gpu(x, run.routing)
         assert taken == ["decode", "masked", "masked"]
+
+    def test_a_launch_is_kept_unless_logits_are_given(self, relative_rms: Measure) -> None:
+        x = states(1)
+        run = replace(runner(x), arch=90)
+        for hidden in (x, states(1)):
+            found = run.run_on_gpu(hidden, run.routing)
+            assert (
+                relative_rms(found, sparse_ffn_reference(hidden, run.weights, run.routing, "silu")) <= BOUNDS[x.dtype]
+            )
+        given = Routing.forced(masks(1, EXPERTS)["some"])
+        expected = sparse_ffn_reference(x, run.weights, given, "silu")
+        assert relative_rms(run.run_on_gpu(x, given), expected) <= BOUNDS[x.dtype]
+        assert list(run._launches) == [1]
 
     @pytest.mark.parametrize("tokens", [2, 20])
     def test_it_compiles_as_one_graph(self, tokens: int, relative_rms: Measure) -> None:

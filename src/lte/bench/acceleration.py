@@ -104,19 +104,16 @@ def phase_runs(x: Tensor, ffns: Sequence[SparseFfn], activation: str) -> dict[st
     """
     from lte.ops import decode  # needs triton, which is not everywhere
 
-    if x.shape[0] > MAX_TOKENS or not hasattr(decode, "DecodeLaunch"):
+    if x.shape[0] > MAX_TOKENS:
         return {}
     launches = [decode.DecodeLaunch(x, weights_of(ffn), routing_of(ffn, x), activation) for ffn in ffns]
+    buffers = [launch.buffers(x) for launch in launches]
     phases = range(len(decode.PHASES))
-    for launch in launches:
-        if decode.interpreted():  # one program after the other: none can wait for the next
-            for phase in phases:
-                launch.run(phase, phase)
-        else:
-            launch.run(0, len(phases) - 1)
 
     def run(phase: int) -> None:
-        for launch in launches:
-            launch.run(phase, phase)
+        for launch, memory in zip(launches, buffers, strict=True):
+            launch.run(x, memory, phase, phase)
 
+    for phase in phases:
+        run(phase)
     return {decode.PHASES[phase]: functools.partial(run, phase) for phase in phases}

@@ -54,7 +54,8 @@ def captured(run: Run, device: torch.device) -> Run:
     with torch.cuda.graph(graph):
         kept = run()
 
-    def replay(_: object = kept) -> None:
+    # The graph knows addresses alone: what `run` refers to must stay where it is.
+    def replay(_: object = (run, kept)) -> None:
         graph.replay()
 
     return replay

@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from lte.ops.launch import (
 )
 from lte.ops.many_token_kernel import decode_many_kernel
 from lte.ops.one_token_kernel import decode_one_kernel
-from lte.ops.workspace import COUNTERS, MAX_EXPERTS, workspace
+from lte.ops.workspace import COUNTERS, MAX_EXPERTS, Workspace, workspace
 
 # What a launch does: routing, then gate and up (and for one token down), then down or the sum of the parts.
 PHASES = ("route", "gate_up", "down")
@@ -86,20 +87,34 @@ def run_decode(
     tiles: OneTokenTiles | ManyTokenTiles | None = None,
 ) -> Tensor:
     """`sparse_ffn_decode` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
-    launch = DecodeLaunch(x, weights, routing, activation, tiles)
-    if interpreted():  # one program after the other: none can wait for the next
-        for phase in range(len(PHASES)):
-            launch.run(phase, phase)
-    else:
-        launch.run(0, len(PHASES) - 1)
-    return launch.out
+    return DecodeLaunch(x, weights, routing, activation, tiles)(x)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What one call writes: its output [T, D] and scratch memory, of any content but for the workspace.
+
+    Scratch comes from PyTorch's allocator at each call: a graph keeps it in its pool, and two streams never share it.
+    """
+
+    out: Tensor
+    partial: Tensor
+    h: Tensor | None
+    workspace: Workspace
 
 
 class DecodeLaunch:
-    """One call's output and scratch memory, and how its phases are launched.
+    """How an FFN is launched for T tokens: all that does not depend on their hidden states is settled once.
 
-    Scratch comes from PyTorch's allocator at each call: a graph keeps it in its pool, and two streams never share it.
-    Nothing in it must hold a value before the call, but for the counters of the workspace.
+    Args:
+        x: hidden states [T, D] like those of the calls to come.
+        weights: the projections, checked.
+        routing: what decides on the experts, checked.
+        activation: a key of `ACTIVATIONS`.
+        tiles: tile sizes, by default those of the table.
+
+    Raises:
+        ValueError: if the FFN is too large for the kernels' counters.
     """
 
     def __init__(
@@ -110,79 +125,95 @@ class DecodeLaunch:
         activation: str,
         tiles: OneTokenTiles | ManyTokenTiles | None = None,
     ):
-        self.x, self.weights, self.routing, self.activation = x, weights, routing, activation
+        self.weights, self.routing, self.activation = weights, routing, activation
         self.tokens, self.hidden = x.shape
         self.neurons, self.experts = weights.up.shape[0], routing.num_experts
+        if self.experts > MAX_EXPERTS:
+            raise ValueError(f"experts must be at most {MAX_EXPERTS}, got experts={self.experts}")
         size = self.neurons // self.experts
         if tiles is None:
             one = self.tokens == 1
             tiles = one_token_tiles(weights.up, size) if one else many_token_tiles(weights.up, self.tokens, size)
         self.tiles = tiles
         self.programs = multiprocessors(x.device) * tiles.per_sm
-        self.out = torch.empty_like(x)
-        self.workspace = workspace(x.device)
-        if self.experts > MAX_EXPERTS:
-            raise ValueError(f"experts must be at most {MAX_EXPERTS}, got experts={self.experts}")
-        if isinstance(tiles, OneTokenTiles):
-            self.partial = x.new_empty(self.programs, self.hidden, dtype=torch.float32)
-        else:
-            self.h = x.new_empty(self.tokens, self.neurons)
-            columns = triton.cdiv(self.hidden, tiles.block_d)
-            if columns > COUNTERS - 4:
-                raise ValueError(f"D must be at most {(COUNTERS - 4) * tiles.block_d}, got D={self.hidden}")
-            self.splits = max(self.programs // columns, 1)
-            self.partial = x.new_empty(self.splits, self.tokens, self.hidden, dtype=torch.float32)
+        one_token = isinstance(tiles, OneTokenTiles)
+        self._kernel = decode_one_kernel if one_token else decode_many_kernel
+        self._constants = self._of_one(tiles) if isinstance(tiles, OneTokenTiles) else self._of_many(tiles, x)
+        self._partial = (self.programs, self.hidden) if one_token else (self.splits, self.tokens, self.hidden)
+        w, r = weights, routing
+        self._given = (
+            w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
+            None if r.logits is not None else r.weight, r.bias, r.logits,
+        )  # fmt: skip
 
-    def run(self, first: int, last: int) -> None:
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output [T, D] for contiguous x [T, D]."""
+        buffers = self.buffers(x)
+        if interpreted():  # one program after the other: none can wait for the next
+            for phase in range(len(PHASES)):
+                self.run(x, buffers, phase, phase)
+        else:
+            self.run(x, buffers)
+        return buffers.out
+
+    def buffers(self, x: Tensor) -> Buffers:
+        """Memory for a call on x."""
+        partial = x.new_empty(self._partial, dtype=torch.float32)
+        h = None if self.tokens == 1 else x.new_empty(self.tokens, self.neurons)
+        return Buffers(torch.empty_like(x), partial, h, workspace(x.device))
+
+    def run(self, x: Tensor, buffers: Buffers, first: int = 0, last: int = len(PHASES) - 1) -> None:
         """Launches the phases first..last of `PHASES`."""
-        if isinstance(self.tiles, OneTokenTiles):
-            self._run_one(self.tiles, first, last)
-        else:
-            self._run_many(self.tiles, first, last)
-
-    def _common(self, first: int, last: int) -> dict[str, Any]:
-        share = triton.cdiv(self.experts, self.programs)
         # All programs must run at once where they wait for each other.
         waits = {} if first == last else {"launch_cooperative_grid": True}
+        rest = (buffers.out, self.routing.threshold)
+        between = (buffers.partial, buffers.workspace.counters, buffers.workspace.masks)
+        if buffers.h is not None:
+            between, rest = (buffers.h, *between), (*rest, self.tokens)  # type: ignore[assignment]
+        self._kernel[(self.programs,)](
+            x, *self._given, *between, *rest, **self._constants, FIRST=first, LAST=last, **waits
+        )  # fmt: skip
+
+    def _common(self) -> dict[str, Any]:
+        share = triton.cdiv(self.experts, self.programs)
         return {
             "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs,
             "R": triton.next_power_of_2(share), "LOCAL": triton.next_power_of_2(share + 1),
             "E_PAD": max(triton.next_power_of_2(self.experts), 16), "ACTIVATION": self.activation,
-            "STAGES": self.tiles.stages, "FIRST": first, "LAST": last, "num_warps": self.tiles.warps, **waits,
+            "STAGES": self.tiles.stages, "num_warps": self.tiles.warps,
         }  # fmt: skip
 
-    def _run_one(self, tiles: OneTokenTiles, first: int, last: int) -> None:
-        w, r = self.weights, self.routing
+    def _of_one(self, tiles: OneTokenTiles) -> dict[str, Any]:
+        common = self._common()
         columns = triton.next_power_of_2(self.hidden)
         block_c = triton.next_power_of_2(triton.cdiv(self.hidden, self.programs))
-        common = self._common(first, last)
-        decode_one_kernel[(self.programs,)](
-            self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
-            None if r.logits is not None else r.weight, r.bias, r.logits, self.partial, self.workspace.counters,
-            self.workspace.masks, self.out, r.threshold,
-            D_PAD=columns, BLOCK_R=max(min(columns, 16384 // common["R"]), 16), BLOCK_N=tiles.block_n,
-            BLOCK_P=min(triton.next_power_of_2(self.programs), max(16384 // block_c, 16)), BLOCK_C=block_c, **common,
-        )  # fmt: skip
+        return {
+            **common, "D_PAD": columns, "BLOCK_R": max(min(columns, 16384 // common["R"]), 16),
+            "BLOCK_N": tiles.block_n, "BLOCK_C": block_c,
+            "BLOCK_P": min(triton.next_power_of_2(self.programs), max(16384 // block_c, 16)),
+        }  # fmt: skip
 
-    def _run_many(self, tiles: ManyTokenTiles, first: int, last: int) -> None:
-        w, r = self.weights, self.routing
-        common = self._common(first, last)
+    def _of_many(self, tiles: ManyTokenTiles, x: Tensor) -> dict[str, Any]:
+        columns = triton.cdiv(self.hidden, tiles.block_d)
+        if columns > COUNTERS - 4:
+            raise ValueError(f"D must be at most {(COUNTERS - 4) * tiles.block_d}, got D={self.hidden}")
+        self.splits = max(self.programs // columns, 1)
+        common = self._common()
         padded = triton.next_power_of_2(self.tokens)
-        wide = r.weight is None or r.weight.dtype != self.x.dtype
+        router = self.routing.weight
+        wide = router is None or router.dtype != x.dtype
         if padded <= 8:  # the routing keeps 64 partial sums a thread
             block_r = max(min(64 * 32 * tiles.warps // (padded * common["R"]), triton.next_power_of_2(self.hidden)), 16)
         else:  # or uses tensor cores, whose products have sides of 16 or more
             common["R"] = max(common["R"], 16)
             block_r = 64 if wide else 512
-        decode_many_kernel[(self.programs,)](
-            self.x, w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias, w.up_scale, w.gate_scale, w.down_scale,
-            None if r.logits is not None else r.weight, r.bias, r.logits, self.h, self.partial, self.workspace.counters,
-            self.workspace.masks, self.out, r.threshold, self.tokens,
-            T_PAD=MAX_TOKENS, T_ROUTE=padded, BLOCK_R=block_r, ROUTER_DTYPE=tl.float32 if wide else _dot_dtype(self.x),
-            BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, SPLITS=self.splits,
-            LOCAL_DOWN=min(triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), 64),
-            DOWN_STAGES=tiles.down_stages, DOT_DTYPE=_dot_dtype(self.x), **common,
-        )  # fmt: skip
+        return {
+            **common, "T_PAD": MAX_TOKENS, "T_ROUTE": padded, "BLOCK_R": block_r, "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k, "BLOCK_D": tiles.block_d, "SPLITS": self.splits,
+            "LOCAL_DOWN": min(triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), 64),
+            "DOWN_STAGES": tiles.down_stages, "DOT_DTYPE": _dot_dtype(x),
+            "ROUTER_DTYPE": tl.float32 if wide else _dot_dtype(x),
+        }  # fmt: skip
 
 
 def _dot_dtype(x: Tensor) -> tl.dtype:

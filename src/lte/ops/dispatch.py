@@ -11,7 +11,9 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,8 @@ def _is_installed(package: str) -> bool:
 HAS_TRITON, HAS_NUMBA = _is_installed("triton"), _is_installed("numba")
 
 
-@dataclass(frozen=True)
+# Not frozen: torch 2.11 cannot compile code that makes frozen dataclasses and calls them.
+@dataclass(eq=False)
 class FfnRunner:
     """Runs one FFN.
 
@@ -53,6 +56,7 @@ class FfnRunner:
     activation: str
     active_fraction: float | None = None
     arch: int = 0
+    _launches: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The output [T, D] for x [T, D]; logits [T, E] take the place of the routing's."""
@@ -65,14 +69,33 @@ class FfnRunner:
 
     def run_on_gpu(self, x: Tensor, routing: Routing) -> Tensor:
         """By the path that the table of measurements names."""
-        from lte.ops.decode import sparse_ffn_decode  # these need triton, which is not everywhere
-        from lte.ops.prefill import sparse_ffn_prefill
+        from lte.ops import decode, prefill  # these need triton, which is not everywhere
 
         w, tokens = self.weights, x.shape[0]
         path = choose_path(self.arch, w.up.element_size(), w.gate is not None, tokens, self.active_fraction)
-        if path == "decode" and tokens <= MAX_TOKENS:
-            return sparse_ffn_decode(x, w, routing, self.activation)
-        return sparse_ffn_prefill(x, w, routing, self.activation, "grouped" if path == "grouped" else "masked")
+        if path == "decode" and tokens > MAX_TOKENS:
+            path = "masked"
+        if torch.compiler.is_compiling() or x.get_device() != _current_device(x):
+            if path == "decode":
+                return decode.sparse_ffn_decode(x, w, routing, self.activation)
+            return prefill.sparse_ffn_prefill(x, w, routing, self.activation, path)
+        # The operations check what is true here by construction, and cost several times more per call.
+        x = x.contiguous()
+        if path == "decode":
+            return self._launch(x, routing)(x)
+        run = prefill.run_grouped if path == "grouped" else prefill.run_masked
+        return run(x, w, routing, self.activation)
+
+    def _launch(self, x: Tensor, routing: Routing) -> Callable[[Tensor], Tensor]:
+        """The decode kernel for as many tokens; kept, unless the logits are those of this call alone."""
+        from lte.ops.decode import DecodeLaunch
+
+        if routing is not self.routing:
+            return DecodeLaunch(x, self.weights, routing, self.activation)
+        found = self._launches.get(len(x))
+        if found is None:
+            found = self._launches[len(x)] = DecodeLaunch(x, self.weights, routing, self.activation)
+        return found
 
     def _cpu_kernel_takes(self, x: Tensor) -> bool:
         if x.shape[0] > MAX_TOKENS or not HAS_NUMBA:
@@ -80,6 +103,11 @@ class FfnRunner:
         # Without the kernel int8 weights are expanded at every call.
         expected = 0.0 if self.weights.up_scale is not None else self.active_fraction
         return cpu_kernel_wins(x.dtype, x.shape[0], 1.0 if expected is None else expected)
+
+
+def _current_device(x: Tensor) -> int:
+    """The GPU that Triton would launch on, -1 for tensors elsewhere."""
+    return torch.cuda.current_device() if x.is_cuda else -1
 
 
 def masked_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str) -> Tensor:
