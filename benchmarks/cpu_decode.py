@@ -266,7 +266,7 @@ def main() -> None:
     rows = [{**row, **made_with} for row in rows]
     if args.output:
         config = {key: value for key, value in vars(args).items() if key != "output"}
-        write_json_atomic(args.output, {"benchmark": "cpu_decode", "config": config, "rows": rows})
+        write_json_atomic(args.output, {"benchmark": "cpu_decode", "config": config, **made_with, "rows": rows})
 
 
 if __name__ == "__main__":

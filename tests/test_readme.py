@@ -78,6 +78,54 @@ def test_every_figure_of_the_results_table_is_in_a_result_file():
         assert (f"{float(sparsity):.1f}", tokens, value, ratio) in found
 
 
+def records_of(name: str) -> list[dict]:
+    return json.loads((ROOT / "results" / name).read_text())["rows"]
+
+
+def ratios(rows: list[dict], dense: float) -> list[str]:
+    """The fastest time at each sparsity over the dense one."""
+    found = []
+    for sparsity in (0.0, 0.5, 0.8, 0.9):
+        times = [row["median_ms"] for row in rows if abs(float(row["sparsity"]) - sparsity) < 0.02]
+        found.append(f"{min(times) / dense:.2f}")
+    return found
+
+
+def test_every_figure_of_the_speed_tables_is_in_a_result_file():
+    def row_of(name: str) -> list[str]:
+        (figures,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.MULTILINE)
+        return figures.split(" | ")
+
+    def dense(rows: list[dict]) -> float:
+        return min(row["median_ms"] for row in rows if row["provider"].startswith("dense"))
+
+    ffn = records_of("bench/llama2_7b_ffn.json")
+    for batch, provider, name in (
+        (1, "lte", "FFN, 1 token, router included"),
+        (1, "PyTorch indexing", "the same by PyTorch indexing"),
+        (4, "lte", "FFN, 4 tokens with experts of their own"),
+    ):
+        of_batch = [row for row in ffn if row["batch"] == batch]
+        found = [row for row in of_batch if row["provider"] == provider]
+        by_setting = [{**row, "sparsity": row["setting"]} for row in found]
+        assert row_of(name) == ratios(by_setting, dense(of_batch))
+    prefill = [row for row in records_of("prefill.json") if row["tokens"] == 2048]
+    independent = [row for row in prefill if row.get("routing") == "independent"]
+    assert row_of("FFN, 2048 tokens with experts of their own") == ratios(independent, dense(prefill))
+    steps = records_of("bench/llama2_7b_decode.json")
+    compiled = [{**row, "sparsity": row["setting"]} for row in steps if row["provider"] == "lte compiled, tuned"]
+    beside = "decoding step, compiled, over the one timed beside it"
+    assert row_of(beside) == ratios(compiled, dense(steps))
+    fastest = min(dense(steps), dense(records_of("bench/llama2_7b_decode_dense_baselines.json")))
+    any_run = "decoding step, compiled, over the fastest dense one of any run"
+    assert row_of(any_run) == ratios(compiled, fastest)
+    cpu = [row for row in records_of("cpu_decode.json") if row["benchmark"] == "decode"]
+    for dtype in ("float32", "bfloat16"):
+        rows = [row for row in cpu if row["dtype"] == dtype]
+        sparse = [row for row in rows if row["provider"] == "sparse"]
+        assert row_of(dtype) == ratios(sparse, dense(rows))
+
+
 def test_the_readme_names_only_files_that_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
