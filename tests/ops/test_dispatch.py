@@ -39,9 +39,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def noting(name: str, function: Any) -> Any:
-        def run(*arguments: Any) -> Tensor:
+        def run(*arguments: Any, **named: Any) -> Tensor:
             names.append(name)
-            return function(*arguments)
+            return function(*arguments, **named)
 
         return run
 

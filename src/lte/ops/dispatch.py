@@ -10,10 +10,10 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.nn import functional
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins, sparse_ffn_cpu
-from lte.ops.paths import choose_path
+from lte.ops.paths import Path, choose_path
 from lte.ops.quantize import dequantize_rows
 from lte.ops.reference import active_experts
 
@@ -56,7 +56,7 @@ class FfnRunner:
     activation: str
     active_fraction: float | None = None
     arch: int = 0
-    _launches: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    _launches: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The output [T, D] for x [T, D]; logits [T, E] take the place of the routing's."""
@@ -69,33 +69,36 @@ class FfnRunner:
 
     def run_on_gpu(self, x: Tensor, routing: Routing) -> Tensor:
         """By the path that the table of measurements names."""
-        from lte.ops import decode, prefill  # these need triton, which is not everywhere
-
-        w, tokens = self.weights, x.shape[0]
-        path = choose_path(self.arch, w.up.element_size(), w.gate is not None, tokens, self.active_fraction)
-        if path == "decode" and tokens > MAX_TOKENS:
-            path = "masked"
         if torch.compiler.is_compiling() or x.get_device() != _current_device(x):
+            from lte.ops import decode, prefill  # these need triton, which is not everywhere
+
+            path = self._path(len(x))
             if path == "decode":
-                return decode.sparse_ffn_decode(x, w, routing, self.activation)
-            return prefill.sparse_ffn_prefill(x, w, routing, self.activation, path)
+                return decode.sparse_ffn_decode(x, self.weights, routing, self.activation)
+            return prefill.sparse_ffn_prefill(x, self.weights, routing, self.activation, path)
         # The operations check what is true here by construction, and cost several times more per call.
         x = x.contiguous()
-        if path == "decode":
+        if routing is not self.routing:  # its logits are those of this call alone
             return self._launch(x, routing)(x)
-        run = prefill.run_grouped if path == "grouped" else prefill.run_masked
-        return run(x, w, routing, self.activation)
+        run = self._launches.get(len(x))
+        if run is None:
+            run = self._launches[len(x)] = self._launch(x, routing)
+        return run(x)
+
+    def _path(self, tokens: int) -> Path:
+        w = self.weights
+        path = choose_path(self.arch, w.up.element_size(), w.gate is not None, tokens, self.active_fraction)
+        return "masked" if path == "decode" and tokens > MAX_TOKENS else path
 
     def _launch(self, x: Tensor, routing: Routing) -> Callable[[Tensor], Tensor]:
-        """The decode kernel for as many tokens; kept, unless the logits are those of this call alone."""
-        from lte.ops.decode import DecodeLaunch
+        """What computes as many tokens as x has."""
+        from lte.ops import decode, prefill
 
-        if routing is not self.routing:
-            return DecodeLaunch(x, self.weights, routing, self.activation)
-        found = self._launches.get(len(x))
-        if found is None:
-            found = self._launches[len(x)] = DecodeLaunch(x, self.weights, routing, self.activation)
-        return found
+        path = self._path(len(x))
+        if path == "decode":
+            return decode.DecodeLaunch(x, self.weights, routing, self.activation)
+        run = prefill.run_grouped if path == "grouped" else prefill.run_masked
+        return functools.partial(run, weights=self.weights, routing=routing, activation=self.activation)
 
     def _cpu_kernel_takes(self, x: Tensor) -> bool:
         if x.shape[0] > MAX_TOKENS or not HAS_NUMBA:

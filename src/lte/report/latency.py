@@ -21,6 +21,9 @@ _DENSE = ((ORANGE, "-"), (ORANGE, "--"), (ORANGE, ":"), (YELLOW, "-."))
 _SETTINGS = (BLUE, GREEN, SKY, PINK, YELLOW, BLACK)
 _TITLES = {"ffn": "FFN", "decode": "decoding step", "prefill": "prefill"}
 
+# Eager and compiled steps are too far apart for one.
+MOST_ON_A_LINEAR_AXIS = 8
+
 
 def latency_figure(rows: Sequence[Row]) -> Figure:
     """A panel for each batch of the benchmarks `ffn` and `decode`, and one for prefill.
@@ -69,11 +72,15 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
         times = [row["bandwidth_ms"] for row in line]
         label = "bytes at the copy bandwidth"
         axis.plot([_sparsity(row) for row in line], times, "--", color=BLACK, linewidth=1.2, label=label)
-    # Room for the legend above the lines.
     axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
-    axis.set_ylim(0, 1.35 * max(row["median_ms"] for row in rows))
+    slowest, fastest = max(row["median_ms"] for row in rows), min(row["median_ms"] for row in rows)
+    if slowest > MOST_ON_A_LINEAR_AXIS * fastest:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        axis.set_ylim(0, 1.1 * slowest)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.legend(fontsize=7, loc="upper right", ncols=2)
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     plain_axes(axis)
 
 
