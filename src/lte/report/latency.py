@@ -76,7 +76,8 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
     slowest, fastest = max(row["median_ms"] for row in rows), min(row["median_ms"] for row in rows)
     if slowest > MOST_ON_A_LINEAR_AXIS * fastest:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            set_formatter(lambda value, _: f"{value:g}")
     else:
         axis.set_ylim(0, 1.1 * slowest)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
