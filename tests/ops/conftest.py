@@ -34,9 +34,10 @@ def random_ffn(
         fan_in, outputs = (neurons, hidden) if name == "down" else (hidden, neurons)
         weight = torch.randn(neurons, hidden, device=DEVICE) * fan_in**-0.5
         if int8:
-            scale = weight.abs().amax(1) / 127
+            axis = 0 if name == "down" else 1  # a scale per output for down, per neuron else
+            scale = weight.abs().amax(axis) / 127
             tensors[f"{name}_scale"] = scale
-            tensors[name] = (weight / scale[:, None]).round().to(torch.int8)
+            tensors[name] = (weight / scale.unsqueeze(axis)).round().to(torch.int8)
         else:
             tensors[name] = weight.to(dtype)
         if biases:

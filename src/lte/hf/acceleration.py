@@ -27,7 +27,7 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
 
     Args:
         model: an LTE model in float32, float16 or bfloat16 on CUDA devices or the CPU.
-        weights: `native` keeps them; `int8` rounds each neuron's to 8 bits with a scale of its own. The model then
+        weights: `native` keeps them; `int8` rounds them to 8 bits with a scale per row. The model then
             does nothing but hard mode without gradients, and cannot be saved.
 
     Raises:

@@ -34,7 +34,7 @@ class Acceleration:
 
     Attributes:
         activation: a key of `lte.ops.activations.ACTIVATIONS`.
-        weights: `native` keeps the weights, `int8` rounds them to 8 bits with a scale per neuron.
+        weights: `native` keeps the weights, `int8` rounds them to 8 bits with a scale per row.
         active_fraction: share of active experts that measurements let expect, `None` if unknown.
     """
 

@@ -47,14 +47,18 @@ def _half(ffn: SparseFfn, role: Role, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize_projections_(ffn: SparseFfn) -> dict[Role, Tensor]:
-    """Rounds the weights to int8 in their parameters, which need no gradient then; returns the scales [F] by role."""
+    """Rounds the weights to int8 in their parameters, which need no gradient then; returns the scales by role.
+
+    Those of gate and up [F] are per neuron, that of down [D] per output: weights of one neuron differ too much in size
+    between outputs to share a scale.
+    """
     scales: dict[Role, Tensor] = {}
     for name in ffn.layout.projections:
         weight, down = getattr(ffn, name).weight, name == ffn.layout.down
-        values, scale = quantize_rows(by_neuron(weight.data).T if down else weight.data.contiguous())
+        values, scale = quantize_rows(weight.data)
         weight.grad = None
         weight.requires_grad_(False)
-        weight.data = values.T if down else values
+        weight.data = by_neuron(values) if down else values.contiguous()
         for role in ROLES:
             if projection_of(ffn, role) is getattr(ffn, name):
                 scales[role] = scale if down else _half(ffn, role, scale)
@@ -67,7 +71,4 @@ def dequantize_projections_(ffn: SparseFfn, scales: dict[Role, Tensor], dtype: t
     for name in ffn.layout.projections:
         projection = getattr(ffn, name)
         rows = torch.cat([scales[role] for role in ROLES if projection_of(ffn, role) is projection])
-        if name == ffn.layout.down:
-            projection.weight.data = dequantize_rows(projection.weight.T, rows, dtype).T.contiguous()
-        else:
-            projection.weight.data = dequantize_rows(projection.weight.data, rows, dtype)
+        projection.weight.data = dequantize_rows(projection.weight.data, rows, dtype).contiguous()

@@ -22,7 +22,8 @@ EXPERT_SIZES = (8, 16, 32, 64)
 class FfnWeights:
     """The projections of an FFN, expert e owning the neurons [e S, (e + 1) S).
 
-    Weights have the dtype of the hidden states, or are int8 with an fp32 scale per neuron each.
+    Weights have the dtype of the hidden states, or are int8 with fp32 scales: one per neuron for
+    gate and up, one per output for down.
 
     Attributes:
         up: [F, D].
@@ -33,7 +34,7 @@ class FfnWeights:
         down_bias: [D].
         up_scale: [F], for an int8 `up`.
         gate_scale: [F], for an int8 `gate`.
-        down_scale: [F], for an int8 `down`.
+        down_scale: [D], for an int8 `down`: of the output, not of a neuron.
         stacked: the tensor whose first rows are gate, up and the router's weight, in this order, if they are views
             of one (`lte.ops.layout.stack_inputs`), so that one product of many tokens gives all of them.
     """
@@ -133,7 +134,7 @@ def check_arguments(
         bias_size = hidden if name == "down" else neurons
         _check_tensor(name, weight, (neurons, hidden), x)
         _check_tensor(f"{name}_bias", getattr(weights, f"{name}_bias"), (bias_size,), x)
-        _check_tensor(f"{name}_scale", scale, (neurons,), x)
+        _check_tensor(f"{name}_scale", scale, (bias_size,), x)
         if weight is not None:
             _check_weight(name, weight, scale, x)
     _check_tensor("weight", routing.weight, (experts, hidden), x)

@@ -31,5 +31,7 @@ def gather_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str
         hidden = ACTIVATIONS[activation](project(weights.gate, weights.gate_scale, weights.gate_bias)) * hidden
     # Not a product: what an inactive expert would compute must not matter, even if it is not finite.
     hidden = torch.where(mask[:, needed].repeat_interleave(size, 1), hidden, 0)
-    out = hidden @ rows(weights.down, weights.down_scale)
+    out = hidden @ rows(weights.down)
+    if weights.down_scale is not None:
+        out = out * weights.down_scale
     return (out if weights.down_bias is None else out + weights.down_bias.float()).to(x.dtype)

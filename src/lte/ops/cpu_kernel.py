@@ -69,7 +69,7 @@ def _project(plan, slot, like, item, neuron, x, order, tokens, values):
 
 @njit
 def _intermediate(plan, like, item, x, neuron, order, tokens, h, values):
-    """Writes h of UNIT neurons for the tokens of `order`, times the scale of their rows of the down projection."""
+    """Writes h of UNIT neurons for the tokens of `order`."""
     gated = plan[GATE] != 0
     _project(plan, UP, like, item, neuron, x, order.ctypes.data, tokens, values[0])
     if gated:
@@ -80,9 +80,6 @@ def _intermediate(plan, like, item, x, neuron, order, tokens, h, values):
         to = h[order[token], neuron : neuron + UNIT]
         for i in range(UNIT):
             to[i] = up[i] * activated[i] if gated else activated[i]
-        if plan[DOWN_SCALE] != 0:
-            for i in range(UNIT):
-                to[i] *= _number(plan[DOWN_SCALE], 0, neuron + i, 1)
 
 
 @njit
@@ -123,10 +120,12 @@ def _down(plan, like, item, h, experts, order, counts, sums, out, out_like, firs
         at, h_at = plan[DOWN] + item * neuron * hidden, h.ctypes.data + 4 * neuron
         these = order[i].ctypes.data
         add_rows(like, item, at, size, hidden, h_at, neurons, these, counts[i], sums.ctypes.data, first, last)
-    biased = plan[DOWN_BIAS] != 0
+    scaled, biased = plan[DOWN_SCALE] != 0, plan[DOWN_BIAS] != 0
     for token in range(sums.shape[0]):
         for column in range(first, last):
             total = sums[token, column]
+            if scaled:
+                total *= _number(plan[DOWN_SCALE], 0, column, 1)
             if biased:
                 total += _number(plan[DOWN_BIAS], plan[DOWN_BIAS_TYPE], column, 0)
             out[token, column] = store(total, out_like)

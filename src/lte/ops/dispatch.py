@@ -131,7 +131,9 @@ def masked_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str
         hidden = ACTIVATIONS[activation](functional.linear(x, rows("gate"), weights.gate_bias)) * hidden
     # Not a product: what an inactive expert would compute must not matter, even if it is not finite.
     hidden = torch.where(mask.unsqueeze(-1), hidden.unflatten(1, (mask.shape[1], -1)), 0).flatten(1)
-    output = hidden @ rows("down")
+    output = hidden @ (
+        weights.down if weights.down_scale is None else dequantize_rows(weights.down.T, weights.down_scale, x.dtype).T
+    )
     return output if weights.down_bias is None else output + weights.down_bias
 
 

@@ -33,7 +33,6 @@ def _gate_up(
     gate_bias,
     up_scale,
     gate_scale,
-    down_scale,
     masks,
     experts,
     h,
@@ -83,8 +82,6 @@ def _gate_up(
                 value = activate(value, ACTIVATION)
             else:
                 value *= activate(_affine_rows(b, gate_scale, gate_bias, neurons), ACTIVATION)
-            if down_scale is not None:
-                value *= tl.load(down_scale + neurons)[:, None]
             active = (tl.load(masks + expert, cache_modifier=".cg").to(tl.int32) >> ts) & 1
             value = tl.where((active != 0)[None, :], value, 0.0)
             target = h + ts[None, :] * (E * S) + neurons[:, None]
@@ -204,7 +201,7 @@ def decode_many_kernel(
         first = program * units // P
         experts = experts_of_ranks(needed, first // (S // BLOCK_N), LOCAL)
         _gate_up(
-            x, up, gate, up_bias, gate_bias, up_scale, gate_scale, down_scale, masks, experts, h,
+            x, up, gate, up_bias, gate_bias, up_scale, gate_scale, masks, experts, h,
             first, (program + 1) * units // P, T,
             D, E, S, T_PAD, BLOCK_N, BLOCK_K, ACTIVATION, DOT_DTYPE, STAGES,
         )  # fmt: skip
@@ -236,6 +233,8 @@ def decode_many_kernel(
                 total = tl.zeros([T_PAD, BLOCK_D], tl.float32)
                 for other in tl.static_range(SPLITS):
                     total += tl.load(partial + other * T * D + offsets, mask=mask, other=0, cache_modifier=".cg")
+                if down_scale is not None:
+                    total *= tl.load(down_scale + columns, mask=columns < D, other=0)[None, :]
                 if down_bias is not None:
                     total += tl.load(down_bias + columns, mask=columns < D, other=0).to(tl.float32)[None, :]
                 tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)

@@ -47,7 +47,6 @@ def _stream_neurons(
     gate_bias,
     up_scale,
     gate_scale,
-    down_scale,
     experts,
     first,
     last,
@@ -80,8 +79,6 @@ def _stream_neurons(
             h = activate(h, ACTIVATION)
         else:
             h *= activate(_affine(tl.sum(g.to(tl.float32) * values, 1), gate_scale, gate_bias, neurons), ACTIVATION)
-        if down_scale is not None:
-            h *= tl.load(down_scale + neurons)
         total += tl.sum(h[:, None] * w.to(tl.float32), 0)
     return total
 
@@ -138,7 +135,7 @@ def decode_one_kernel(
         last = (program + 1) * units // P
         experts = experts_of_ranks(needed, first // (S // BLOCK_N), LOCAL)
         total = _stream_neurons(
-            x, up, gate, down, up_bias, gate_bias, up_scale, gate_scale, down_scale, experts, first, last,
+            x, up, gate, down, up_bias, gate_bias, up_scale, gate_scale, experts, first, last,
             D, S, D_PAD, BLOCK_N, ACTIVATION, STAGES,
         )  # fmt: skip
         ks = tl.arange(0, D_PAD)
@@ -155,6 +152,8 @@ def decode_one_kernel(
                 partial + programs[:, None] * D + columns[None, :], mask=mask, other=0, cache_modifier=".cg"
             )
         output = tl.sum(sums, 0)
+        if down_scale is not None:
+            output *= tl.load(down_scale + columns, mask=columns < D, other=0)
         if down_bias is not None:
             output += tl.load(down_bias + columns, mask=columns < D, other=0).to(tl.float32)
         tl.store(out + columns, output.to(out.dtype.element_ty), mask=columns < D)

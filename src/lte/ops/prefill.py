@@ -165,16 +165,21 @@ def group_activations(
 
 
 def _dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight times its scale, which broadcasts to it."""
     if scale is None:
         return weight
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     # Computed in fp32 and rounded once, without a tensor in fp32.
-    return torch.mul(weight, scale[:, None], out=out)
+    return torch.mul(weight, scale, out=out)
+
+
+def _by_row(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale[:, None]
 
 
 def _input_weights(weights: FfnWeights, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    gate = None if weights.gate is None else _dequantize(weights.gate, weights.gate_scale, dtype)
-    return gate, _dequantize(weights.up, weights.up_scale, dtype)
+    gate = None if weights.gate is None else _dequantize(weights.gate, _by_row(weights.gate_scale), dtype)
+    return gate, _dequantize(weights.up, _by_row(weights.up_scale), dtype)
 
 
 def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:

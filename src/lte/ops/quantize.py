@@ -1,9 +1,9 @@
 """Weights in 8 bits with a scale per row, for weight-only quantisation: products still take 16 or 32-bit inputs.
 
-A row is what one neuron owns: a row of the gate and up projections [F, D], and of the transposed down projection
-[F, D]. So an expert stays S contiguous rows, and a kernel multiplies a neuron's sum (gate, up) or its activation
-(down) by one number. Another format, int4 in groups of a row say, would be another pair of functions here, its scales
-[F, groups] in the fields of `lte.ops.arguments.FfnWeights`.
+A row of the gate and up projections [F, D] is a neuron, one of the down projection [D, F] an output. So a kernel
+multiplies a neuron's sum by one number, and at the end each output by another. A scale per neuron for down as well cost
+SmolLM2 quality, which one per output does not (docs/kernels.md). Another format, int4 in groups of a row say, would be
+another pair of functions here, its scales [F, groups] in the fields of `lte.ops.arguments.FfnWeights`.
 """
 
 from __future__ import annotations

@@ -60,5 +60,7 @@ def sparse_ffn_reference(x: Tensor, weights: FfnWeights, routing: Routing, activ
     size = hidden.shape[1] // mask.shape[1]
     # Not a product: what an inactive expert would compute must not matter, even if it is not finite.
     hidden = torch.where(mask.repeat_interleave(size, dim=1), hidden, 0)
-    output = hidden @ _dequantize(weights.down, weights.down_scale, dtype)
+    output = hidden @ weights.down.to(dtype)
+    if weights.down_scale is not None:
+        output = output * weights.down_scale.to(dtype)
     return output if weights.down_bias is None else output + weights.down_bias.to(dtype)
