@@ -28,6 +28,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import lte
+from lte.bench.gate import relative_rms
 from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_available, sparse_ffn_cpu
@@ -123,11 +124,6 @@ class Step:
         logits = self.model(input_ids=self.token, past_key_values=self.cache).logits
         self.cache.crop(-1)
         return logits
-
-
-def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (actual.double() - expected.double()).square().mean().sqrt()
-    return (error / expected.double().square().mean().sqrt()).item()
 
 
 def check(models: Models, x: torch.Tensor, routings: list[Routing]) -> None:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import copy_bandwidth, dense_times, graph_times, row
+from timing import dense_times, graph_times, row
 from torch import Tensor
 
+from lte.bench.gate import relative_rms
+from lte.bench.timing import copy_gb_per_s
 from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.decode import PHASES, DecodeLaunch, run_decode
@@ -87,9 +89,9 @@ def dense_rows(layers: Layers) -> dict[str, dict[str, Any]]:
 def check(layers: Layers, tiles: Tiles) -> float:
     """The relative RMS error of the kernels; a `RuntimeError` above `TOLERANCE`, so that nothing wrong is timed."""
     ffn, routing = layers.ffns[0], layers.routings[0]
-    found = run_decode(layers.x, ffn, routing, "silu", tiles).float()
+    found = run_decode(layers.x, ffn, routing, "silu", tiles)
     wanted = sparse_ffn_reference(layers.x, ffn, routing, "silu")
-    error = float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(1e-12))
+    error = relative_rms(found, wanted)
     if not error <= TOLERANCE:
         raise RuntimeError(f"relative RMS must be at most {TOLERANCE}, got {error:.2e} with {tiles}")
     return error
@@ -167,7 +169,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
     rows, tuned = [], {}
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_gb_per_s(torch.device("cuda"))
     print(f"copy: {bandwidth:.0f} GB/s")
     for tokens in args.tokens:
         layers = Layers(tokens, 0.5)

@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from prefill_layers import EXPERTS, HIDDEN, LAYERS, NEURONS, Layers
 from prefill_tuning import activation_rows, tune_activation, tune_grouped
-from timing import copy_bandwidth, dense_times, graph_times, relative_rms, row
+from timing import dense_times, graph_times, row
 from torch import Tensor
 
+from lte.bench.gate import relative_rms
+from lte.bench.timing import copy_gb_per_s
 from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.decode import sparse_ffn_decode
@@ -142,7 +145,7 @@ def main() -> None:
             tune_activation(layers, effort(tokens)[0], args.budget_s / 4)
             tune_grouped(layers, effort(tokens)[0], args.budget_s)
         return
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_gb_per_s(torch.device("cuda"))
     print(f"copy: {bandwidth:.0f} GB/s; columns: sparsity {', '.join(f'{s:.0%}' for s in SPARSITIES)}")
     rows: list[dict[str, Any]] = []
     points = []

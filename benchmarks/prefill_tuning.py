@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from prefill_layers import EXPERT_SIZE, EXPERTS, HIDDEN, NEURONS, Layers
-from timing import graph_times, relative_rms, row
+from timing import graph_times, row
 from torch import Tensor
 from torch.nn import functional
 
+from lte.bench.gate import relative_rms
 from lte.ops.prefill import group_activations, list_tokens, mask_activations, project
 from lte.ops.prefill_launch import ActivationTiles, GroupedTiles
 

@@ -34,18 +34,6 @@ def graph_times(run: Callable[[int], object], repeats: int = 30, layers: int = 8
     return [a.elapsed_time(b) / layers for a, b in itertools.pairwise(events)]
 
 
-def copy_bandwidth() -> float:
-    """GB/s of reading and writing when 2 GiB are copied."""
-    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
-    for event in events:  # not as part of a CUDA graph, whose copies are slower than those of a plain call
-        target.copy_(source)
-        event.record()
-    torch.cuda.synchronize()
-    return 2 * source.nbytes / statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e6
-
-
 def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down_transposed: Tensor) -> Tensor:
     """The dense FFN; the down projection is stored as a stock model stores it, [D, F]."""
     return functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down_transposed)
@@ -88,12 +76,6 @@ def dense_times(
         tuned = torch.compile(dense_ffn, dynamic=False, mode="max-autotune-no-cudagraphs")
         runs["dense compiled, max-autotune"] = lambda i: tuned(x, *pairs[i], stock[i])
     return {name: graph_times(run, repeats, layers) for name, run in runs.items()}
-
-
-def relative_rms(found: Tensor, wanted: Tensor) -> float:
-    """RMS of the error over RMS of what is wanted."""
-    scale = wanted.float().square().mean().sqrt().clamp_min(1e-12)
-    return float((found.float() - wanted.float()).square().mean().sqrt() / scale)
 
 
 def row(benchmark: str, provider: str, tokens: int, sparsity: float, times: list[float], size: int) -> dict[str, Any]:

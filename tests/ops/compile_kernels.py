@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class Recorder:
         row["warp_group"] = "wgmma.mma" in ptx
         row["barriers"] = len(re.findall(r"ld\.acquire\.gpu", ptx))
         row["waits"] = "ld.relaxed.gpu" in ptx
+        row["dependent"] = "griddepcontrol.wait" in ptx
         row["ptx_bytes"] = len(ptx)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
@@ -112,7 +114,8 @@ def launch_variant(v: dict[str, Any]) -> None:
     dtype = torch.int8 if v["int8"] else v["dtype"]
     named = {name: empty(neurons, hidden, dtype=dtype) for name in ("up", "down", *(["gate"] * v["gated"]))}
     if v["int8"]:
-        named |= {f"{name}_scale": empty(neurons, dtype=torch.float32) for name in list(named)}
+        sizes = {"gate": neurons, "up": neurons, "down": hidden}
+        named |= {f"{name}_scale": empty(sizes[name], dtype=torch.float32) for name in list(named)}
     if v["bias"]:
         named |= {"up_bias": empty(neurons), "down_bias": empty(hidden)}
     router_dtype = torch.float32 if v["router"] == "wide" else v["dtype"]
@@ -123,19 +126,37 @@ def launch_variant(v: dict[str, Any]) -> None:
     decode.run_decode(empty(v["tokens"], hidden), weights, routing, v["activation"])
 
 
-def main() -> None:
+def compile_variants(
+    names: Iterable[str],
+    all_variants: Iterable[dict[str, Any]],
+    run: Callable[[dict[str, Any]], None],
+    *,
+    kernels: Any,
+    entry: Any,
+    tiles: Any,
+) -> None:
+    """Compiles what `run` launches for each variant.
+
+    Args:
+        names: of the kernels.
+        all_variants: what `run` takes; `arch` is the architecture.
+        run: launches kernels on meta tensors.
+        kernels: the module in which they are looked up.
+        entry: the module that asks for the number of multiprocessors.
+        tiles: the module that asks for the architecture.
+    """
     rows: list[dict[str, Any]] = []
-    recorders = {name: Recorder(getattr(decode, name), rows) for name in NAMES}
-    for name, recorder in recorders.items():
-        setattr(decode, name, recorder)
-    for v in variants("--full" in sys.argv):
-        launch.architecture = lambda device, arch=v["arch"]: arch  # type: ignore[misc]
-        decode.multiprocessors = lambda device: 132
-        for recorder in recorders.values():
+    recorders = [Recorder(getattr(kernels, name), rows) for name in names]
+    for name, recorder in zip(names, recorders, strict=True):
+        setattr(kernels, name, recorder)
+    entry.multiprocessors = lambda device: 132
+    for v in all_variants:
+        tiles.architecture = lambda device, arch=v["arch"]: arch
+        for recorder in recorders:
             recorder.arch = v["arch"]
             recorder.label = " ".join(f"{key}={value}" for key, value in v.items() if key != "arch")
-        launch_variant(v)
+        run(v)
 
 
 if __name__ == "__main__":
-    main()
+    compile_variants(NAMES, variants("--full" in sys.argv), launch_variant, kernels=decode, entry=decode, tiles=launch)

@@ -11,7 +11,7 @@ import torch
 from lte.ops import prefill, prefill_kernels, prefill_launch
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.layout import stack_inputs
-from tests.ops.compile_kernels import Recorder
+from tests.ops.compile_kernels import compile_variants
 
 NAMES = ("masked_activation_kernel", "list_tokens_kernel", "grouped_kernel")
 HIDDEN, EXPERTS = 4096, 344
@@ -55,19 +55,5 @@ def launch_variant(v: dict[str, Any]) -> None:
     run(empty(v["tokens"], v["hidden"]), FfnWeights(**named), routing, v["activation"])
 
 
-def main() -> None:
-    rows: list[dict[str, Any]] = []
-    recorders = {name: Recorder(getattr(prefill_kernels, name), rows) for name in NAMES}
-    for name, recorder in recorders.items():
-        setattr(prefill_kernels, name, recorder)
-    prefill.multiprocessors = lambda device: 132
-    for v in variants():
-        prefill_launch.architecture = lambda device, arch=v["arch"]: arch  # type: ignore[misc]
-        for recorder in recorders.values():
-            recorder.arch = v["arch"]
-            recorder.label = " ".join(f"{key}={value}" for key, value in v.items() if key != "arch")
-        launch_variant(v)
-
-
 if __name__ == "__main__":
-    main()
+    compile_variants(NAMES, variants(), launch_variant, kernels=prefill_kernels, entry=prefill, tiles=prefill_launch)

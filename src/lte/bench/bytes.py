@@ -17,13 +17,14 @@ def ffn_bytes(p: Projections, tokens: int, union: float = 1.0, int8: bool = Fals
         p: its weights.
         tokens: T; their hidden states are read and their outputs written.
         union: share of the experts that at least one token needs.
-        int8: whether a weight has one byte, and each neuron an fp32 scale per projection.
+        int8: whether a weight has one byte, and each neuron of gate and up and each output an fp32 scale.
     """
     neurons, hidden = p.up.shape
-    per_neuron = float(p.neuron_bytes)
+    per_neuron, per_output = float(p.neuron_bytes), 0
     if int8:
-        per_neuron = per_neuron / p.up.element_size() + 4 * per_neuron / (hidden * p.up.element_size())
-    return union * neurons * per_neuron + 2 * tokens * hidden * p.up.element_size()
+        inputs = 1 if p.gate is None else 2
+        per_neuron, per_output = per_neuron / p.up.element_size() + 4 * inputs, 4
+    return union * neurons * per_neuron + hidden * (per_output + 2 * tokens * p.up.element_size())
 
 
 def router_bytes(ffn: SparseFfn) -> int:

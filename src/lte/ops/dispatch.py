@@ -23,7 +23,7 @@ from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins, sparse_ffn_cpu
 from lte.ops.paths import Path, choose_path
-from lte.ops.quantize import dequantize_rows
+from lte.ops.quantize import floating_weight
 from lte.ops.reference import active_experts
 
 
@@ -119,21 +119,15 @@ def masked_ffn(x: Tensor, weights: FfnWeights, routing: Routing, activation: str
     Products are in the dtype of x; int8 weights are brought there first, one layer's copy at a time.
     """
     mask = active_experts(x, routing)
-
-    def rows(name: str) -> Tensor:
-        weight, scale = getattr(weights, name), getattr(weights, f"{name}_scale")
-        return weight if scale is None else dequantize_rows(weight, scale, x.dtype)
-
-    hidden = functional.linear(x, rows("up"), weights.up_bias)
+    hidden = functional.linear(x, floating_weight(weights, "up", x.dtype), weights.up_bias)
     if weights.gate is None:
         hidden = ACTIVATIONS[activation](hidden)
     else:
-        hidden = ACTIVATIONS[activation](functional.linear(x, rows("gate"), weights.gate_bias)) * hidden
+        gate = floating_weight(weights, "gate", x.dtype)
+        hidden = ACTIVATIONS[activation](functional.linear(x, gate, weights.gate_bias)) * hidden
     # Not a product: what an inactive expert would compute must not matter, even if it is not finite.
     hidden = torch.where(mask.unsqueeze(-1), hidden.unflatten(1, (mask.shape[1], -1)), 0).flatten(1)
-    output = hidden @ (
-        weights.down if weights.down_scale is None else dequantize_rows(weights.down.T, weights.down_scale, x.dtype).T
-    )
+    output = hidden @ floating_weight(weights, "down", x.dtype)
     return output if weights.down_bias is None else output + weights.down_bias
 
 

@@ -33,6 +33,7 @@ from lte.ops.prefill_launch import (
     fit_grouped,
     grouped_tiles,
 )
+from lte.ops.quantize import floating_weight
 
 PrefillPath = Literal["masked", "grouped"]
 
@@ -164,22 +165,9 @@ def group_activations(
     return h
 
 
-def _dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A weight times its scale, which broadcasts to it."""
-    if scale is None:
-        return weight
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    # Computed in fp32 and rounded once, without a tensor in fp32.
-    return torch.mul(weight, scale, out=out)
-
-
-def _by_row(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale[:, None]
-
-
 def _input_weights(weights: FfnWeights, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    gate = None if weights.gate is None else _dequantize(weights.gate, _by_row(weights.gate_scale), dtype)
-    return gate, _dequantize(weights.up, _by_row(weights.up_scale), dtype)
+    gate = None if weights.gate is None else floating_weight(weights, "gate", dtype)
+    return gate, floating_weight(weights, "up", dtype)
 
 
 def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -231,6 +219,6 @@ def _router_bias(routing: Routing) -> Tensor | None:
 
 def project_down(h: Tensor, weights: FfnWeights) -> Tensor:
     """The output [T, D] of intermediate activations [T, F]."""
-    down = _dequantize(weights.down, weights.down_scale, h.dtype)
+    down = floating_weight(weights, "down", h.dtype)
     bias = None if weights.down_bias is None else weights.down_bias.to(h.dtype)
     return functional.linear(h, down.T, bias)

@@ -8,8 +8,12 @@ another pair of functions here, its scales [F, groups] in the fields of `lte.ops
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from lte.ops.arguments import FfnWeights
 
 LARGEST = 127
 
@@ -39,4 +43,13 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def dequantize_rows(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [F, D] in `dtype` that `quantize_rows` rounded."""
-    return (values.float() * scale.unsqueeze(1)).to(dtype)
+    # Computed in fp32 and rounded once, without a tensor in fp32.
+    return torch.mul(values, scale.unsqueeze(1), out=torch.empty_like(values, dtype=dtype))
+
+
+def floating_weight(weights: FfnWeights, role: Literal["gate", "up", "down"], dtype: torch.dtype) -> Tensor:
+    """A weight [F, D] of an FFN as it is, or if it is int8 expanded to `dtype`; there must be one for the role."""
+    weight, scale = getattr(weights, role), getattr(weights, f"{role}_scale")
+    if scale is None:
+        return weight
+    return dequantize_rows(weight.T, scale, dtype).T if role == "down" else dequantize_rows(weight, scale, dtype)
