@@ -53,3 +53,8 @@ def test_the_programs_wait_for_the_routing_and_for_each_other(kernels: list[dict
     for row in kernels:
         assert row["waits"], row
         assert row["barriers"] == 1, row
+
+
+def test_launches_overlap_with_the_kernel_before_where_the_gpu_can(kernels: list[dict[str, Any]]) -> None:
+    for row in kernels:
+        assert row["dependent"] == (row["arch"] >= 90), row

@@ -166,12 +166,15 @@ class DecodeLaunch:
         """Launches the phases first..last of `PHASES`."""
         # All programs must run at once where they wait for each other.
         waits = {} if first == last else {"launch_cooperative_grid": True}
+        if self.tiles.dependent:
+            waits["launch_pdl"] = True
         rest = (buffers.out, self.routing.threshold)
         between = (buffers.partial, buffers.workspace.counters, buffers.workspace.masks)
         if buffers.h is not None:
             between, rest = (buffers.h, *between), (*rest, self.tokens)  # type: ignore[assignment]
         self._kernel[(self.programs,)](
-            x, *self._given, *between, *rest, **self._constants, FIRST=first, LAST=last, **waits
+            x, *self._given, *between, *rest, **self._constants, DEPENDENT=self.tiles.dependent, FIRST=first, LAST=last,
+            **waits,
         )  # fmt: skip
 
     def _common(self) -> dict[str, Any]:
@@ -209,7 +212,7 @@ class DecodeLaunch:
             block_r = 64 if wide else 512
         return {
             **common, "T_PAD": MAX_TOKENS, "T_ROUTE": padded, "BLOCK_R": block_r, "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k, "BLOCK_D": tiles.block_d, "SPLITS": self.splits,
+            "BLOCK_K": tiles.block_k, "BLOCK_D": tiles.block_d, "SHARE": tiles.share, "SPLITS": self.splits,
             "LOCAL_DOWN": min(triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), 64),
             "DOWN_STAGES": tiles.down_stages, "DOT_DTYPE": _dot_dtype(x),
             "ROUTER_DTYPE": tl.float32 if wide else _dot_dtype(x),

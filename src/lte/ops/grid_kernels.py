@@ -23,6 +23,27 @@ _WAIT_FOR_TAG = tl.constexpr("""
 }
 """)
 
+# Asks for the line of memory at $1 in the L2 cache; $0 is nothing.
+_PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
+
+
+@triton.jit
+def await_inputs(router, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
+    """Waits for the kernel before this one, which still runs where this is a programmatic dependent launch.
+
+    Meanwhile the rows of the router that this program needs are fetched into the L2 cache: what the kernel before
+    writes is seen there all the same. From then on the kernel after this one may begin as programs of this one end.
+    """
+    if router is not None:
+        LINE: tl.constexpr = 1024 // router.dtype.element_ty.primitive_bitwidth
+        lines = tl.arange(0, triton.next_power_of_2((D + LINE - 1) // LINE))
+        experts = tl.minimum(tl.program_id(0) + P * tl.arange(0, R), E - 1)
+        columns = tl.minimum(lines * LINE, D - 1)
+        address = router + experts.to(tl.int64)[:, None] * D + columns[None, :]
+        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [address.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
 
 @triton.jit
 def grid_sync(counters, P: tl.constexpr):

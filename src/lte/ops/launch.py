@@ -27,12 +27,14 @@ class OneTokenTiles:
         warps: warps of a program.
         stages: depth of its asynchronous copies; 1 loads to registers.
         per_sm: programs per multiprocessor; all must run at once.
+        dependent: whether it begins while the kernel before it ends (programmatic dependent launch, sm_90 and later).
     """
 
     block_n: int = 2
     warps: int = 8
     stages: int = 3
     per_sm: int = 1
+    dependent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +45,23 @@ class ManyTokenTiles:
         block_n: neurons of one expert that a program takes at a time in gate and up.
         block_k: columns of D that it takes at a time there.
         block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
+        share: neurons of which a program takes a multiple in gate and up.
         warps: warps of a program.
         stages: depth of the asynchronous copies in gate and up; 1 loads to registers.
         down_stages: the same in the down projection.
         per_sm: programs per multiprocessor; all must run at once.
+        dependent: whether it begins while the kernel before it ends (programmatic dependent launch, sm_90 and later).
     """
 
     block_n: int = 32
     block_k: int = 256
     block_d: int = 128
+    share: int = 8
     warps: int = 4
     stages: int = 4
     down_stages: int = 8
     per_sm: int = 1
+    dependent: bool = False
 
 
 _ONE = OneTokenTiles()
@@ -63,9 +69,13 @@ _MANY = ManyTokenTiles()
 _MANY_FP32 = replace(_MANY, block_n=16, block_k=64, block_d=32, stages=2, down_stages=3)
 
 # (architecture, bytes per weight); an architecture without rows takes those of the next older.
-_ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {(arch, size): _ONE for arch in (80, 90) for size in (1, 2, 4)}
+_ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {
+    (arch, size): replace(_ONE, dependent=arch >= 90) for arch in (80, 90) for size in (1, 2, 4)
+}
 _MANY_TOKENS: dict[tuple[int, int], ManyTokenTiles] = {
-    (arch, size): _MANY_FP32 if size == 4 else _MANY for arch in (80, 90) for size in (1, 2, 4)
+    (arch, size): replace(_MANY_FP32 if size == 4 else _MANY, dependent=arch >= 90)
+    for arch in (80, 90)
+    for size in (1, 2, 4)
 }
 
 
@@ -122,6 +132,7 @@ def fit_many(tiles: ManyTokenTiles, hidden: int, expert_size: int) -> ManyTokenT
     return replace(
         tiles,
         block_n=min(tiles.block_n, expert_size),
+        share=min(tiles.share, expert_size),
         block_k=min(tiles.block_k, columns),
         block_d=min(block_d, columns),
     )

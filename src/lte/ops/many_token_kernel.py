@@ -13,6 +13,7 @@ import triton.language as tl
 
 from lte.ops.activation_kernel import activate
 from lte.ops.grid_kernels import (
+    await_inputs,
     experts_of_ranks,
     grid_finish,
     grid_sync,
@@ -49,24 +50,27 @@ def _gate_up(
     DOT_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h [T, F] of the units first..last, BLOCK_N neurons of one of `experts` each.
+    """h [T, F] of the neurons first..last of those of `experts`, in blocks of BLOCK_N neurons of one expert.
 
-    One loop over units and columns, so that its copies never run dry between units.
+    One loop over blocks and columns, so that its copies never run dry between blocks.
     """
-    UNITS: tl.constexpr = S // BLOCK_N
     STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     ks = tl.arange(0, BLOCK_K)
     rows = tl.arange(0, BLOCK_N)
     ts = tl.arange(0, T_PAD)
     a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-    for step in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
-        expert = pick(experts, step // STEPS // UNITS - first // UNITS)
+    end = tl.where(first < last, tl.cdiv(last, BLOCK_N), first // BLOCK_N)
+    for step in tl.range(first // BLOCK_N * STEPS, end * STEPS, num_stages=STAGES):
+        start = step // STEPS * BLOCK_N
+        expert = pick(experts, start // S - first // S)
         k = (step % STEPS) * BLOCK_K
-        base = expert * S + (step // STEPS % UNITS) * BLOCK_N
+        base = expert * S + start % S
         offsets = rows[:, None] * D + (k + ks)[None, :]
         begin = base.to(tl.int64) * D
-        mask = (rows < BLOCK_N)[:, None] & (k + ks < D)[None, :]
+        # Blocks do not span experts, so those at the ends of a share hold fewer neurons.
+        mine = (start + rows >= first) & (start + rows < last)
+        mask = mine[:, None] & (k + ks < D)[None, :]
         u = tl.load(up + begin + offsets, mask=mask, other=0)
         if gate is not None:
             g = tl.load(gate + begin + offsets, mask=mask, other=0)
@@ -85,7 +89,7 @@ def _gate_up(
             active = (tl.load(masks + expert, cache_modifier=".cg").to(tl.int32) >> ts) & 1
             value = tl.where((active != 0)[None, :], value, 0.0)
             target = h + ts[None, :] * (E * S) + neurons[:, None]
-            tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & (rows < BLOCK_N)[:, None])
+            tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & mine[:, None])
             a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
             b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
 
@@ -170,12 +174,14 @@ def decode_many_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SHARE: tl.constexpr,
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     ROUTER_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
     DOWN_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -184,6 +190,8 @@ def decode_many_kernel(
     The counters hold one per tile of columns from the fifth on.
     """
     program = tl.program_id(0)
+    if DEPENDENT:
+        await_inputs(router, D, E, P, R)
     tag = tl.load(counters + 2)
     if FIRST == 0:
         if logits is None:
@@ -197,12 +205,12 @@ def decode_many_kernel(
         needed = wait_for_masks(masks, tag, E, E_PAD, FIRST < 1)
         count = tl.sum((needed != 0).to(tl.int32), 0)
     if FIRST <= 1 and LAST >= 1:
-        units = count * (S // BLOCK_N)
-        first = program * units // P
-        experts = experts_of_ranks(needed, first // (S // BLOCK_N), LOCAL)
+        shares = count * (S // SHARE)
+        first = program * shares // P * SHARE
+        experts = experts_of_ranks(needed, first // S, LOCAL)
         _gate_up(
             x, up, gate, up_bias, gate_bias, up_scale, gate_scale, masks, experts, h,
-            first, (program + 1) * units // P, T,
+            first, (program + 1) * shares // P * SHARE, T,
             D, E, S, T_PAD, BLOCK_N, BLOCK_K, ACTIVATION, DOT_DTYPE, STAGES,
         )  # fmt: skip
     if FIRST < 2 and LAST == 2:

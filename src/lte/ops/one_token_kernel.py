@@ -17,6 +17,7 @@ import triton.language as tl
 
 from lte.ops.activation_kernel import activate
 from lte.ops.grid_kernels import (
+    await_inputs,
     experts_of_ranks,
     grid_finish,
     grid_sync,
@@ -57,18 +58,20 @@ def _stream_neurons(
     ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The output [D_PAD] of the units first..last, BLOCK_N neurons of one of `experts` each."""
-    UNITS: tl.constexpr = S // BLOCK_N
+    """The output [D_PAD] of the neurons first..last of those of `experts`, BLOCK_N of one expert at a time."""
     ks = tl.arange(0, D_PAD)
     rows = tl.arange(0, BLOCK_N)
     offsets = rows[:, None] * D + ks[None, :]
-    mask = (rows < BLOCK_N)[:, None] & (ks < D)[None, :]
     values = tl.load(x + ks, mask=ks < D, other=0).to(tl.float32)[None, :]
     total = tl.zeros([D_PAD], tl.float32)
-    for unit in tl.range(first, last, num_stages=STAGES):
-        expert = pick(experts, unit // UNITS - first // UNITS)
-        base = expert * S + (unit % UNITS) * BLOCK_N
+    block = tl.where(first < last, first // BLOCK_N * BLOCK_N, last)
+    for start in tl.range(block, last, BLOCK_N, num_stages=STAGES):
+        expert = pick(experts, start // S - first // S)
+        base = expert * S + start % S
         begin = base.to(tl.int64) * D
+        # Blocks do not span experts, so those at the ends of a share hold fewer neurons.
+        mine = (start + rows >= first) & (start + rows < last)
+        mask = mine[:, None] & (ks < D)[None, :]
         u = tl.load(up + begin + offsets, mask=mask, other=0)
         if gate is not None:
             g = tl.load(gate + begin + offsets, mask=mask, other=0)
@@ -117,11 +120,14 @@ def decode_one_kernel(
     BLOCK_C: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
     """out [1, D] of x [1, D]; partial [P, D] of any content, and the counters and masks of a `Workspace`."""
     program = tl.program_id(0)
+    if DEPENDENT:
+        await_inputs(router, D, E, P, R)
     tag = tl.load(counters + 2)
     if FIRST == 0:
         if logits is None:
@@ -130,10 +136,10 @@ def decode_one_kernel(
             route_given(logits, masks, tag, threshold, 1, E, 1, P, R)
     if FIRST <= 1 and LAST >= 1:
         needed = wait_for_masks(masks, tag, E, E_PAD, FIRST < 1)
-        units = tl.sum(needed, 0) * (S // BLOCK_N)
-        first = program * units // P
-        last = (program + 1) * units // P
-        experts = experts_of_ranks(needed, first // (S // BLOCK_N), LOCAL)
+        neurons = tl.sum(needed, 0) * S
+        first = program * neurons // P
+        last = (program + 1) * neurons // P
+        experts = experts_of_ranks(needed, first // S, LOCAL)
         total = _stream_neurons(
             x, up, gate, down, up_bias, gate_bias, up_scale, gate_scale, experts, first, last,
             D, S, D_PAD, BLOCK_N, ACTIVATION, STAGES,
