@@ -2,6 +2,7 @@
 
     python benchmarks/prefill.py --output results/prefill.json
     python benchmarks/prefill.py --tokens 512 2048 --tune --budget-s 60
+    python benchmarks/prefill.py --tune-skinny --budget-s 60 --output results/skinny_product.json
 
 Prints the times, and the rows of break-even points that belong into `lte.ops.paths`. Every time is that of one CUDA
 graph that runs several layers with weights of their own, divided by the number of layers. Routing goes through the
@@ -15,13 +16,13 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from prefill_layers import EXPERTS, HIDDEN, LAYERS, NEURONS, Layers
-from prefill_tuning import activation_rows, tune_activation, tune_grouped
+from prefill_tuning import activation_rows, tune_activation, tune_grouped, tune_skinny
 from timing import dense_times, graph_times, row
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from lte.ops.prefill import sparse_ffn_prefill
 from lte.ops.reference import active_experts, sparse_ffn_reference
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SKINNY_TOKENS = (17, 32, 48, 64, 128)
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
 TOLERANCE = 1e-2  # relative RMS in bf16
 GROUPED_MARGIN = 0.98  # grouped is proposed where it gains 2% or more
@@ -129,27 +131,42 @@ def print_table(points: list[BreakEven], arch: int) -> None:
     print("    ),")
 
 
+def tune(layers: Layers, chosen: Sequence[int] | None, budget_s: float, skinny_alone: bool) -> list[dict[str, Any]]:
+    """Tries tiles of all kernels, or of `skinny_product_kernel` alone, whose rows are returned."""
+    if skinny_alone:
+        return tune_skinny(layers, chosen or SKINNY_TOKENS, LAYERS, budget_s)
+    all_tokens = chosen or TOKENS
+    for tokens in all_tokens:
+        layers.take(tokens)
+        tune_activation(layers, effort(tokens)[0], budget_s / 4)
+        tune_grouped(layers, effort(tokens)[0], budget_s)
+    few = [tokens for tokens in all_tokens if MAX_TOKENS < tokens <= max(SKINNY_TOKENS)]
+    return tune_skinny(layers, few, LAYERS, budget_s) if few else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens, by default those that matter")
     parser.add_argument("--tune", action="store_true", help="try tiles and print the best, and measure nothing else")
-    parser.add_argument("--budget-s", type=float, default=60, help="seconds of trying per number of tokens")
+    parser.add_argument("--tune-skinny", action="store_true", help="the same for the product of few tokens alone")
+    parser.add_argument(
+        "--budget-s", type=float, default=60, help="seconds of trying per number of tokens, in all of --tune-skinny"
+    )
     parser.add_argument("--autotune-dense", action="store_true", help="also inductor's max-autotune, which takes long")
     parser.add_argument("--activation", action="store_true", help="also the elementwise kernel alone, with inductor's")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
     layers, start = Layers(), time.monotonic()
-    if args.tune:
-        for tokens in args.tokens:
-            layers.take(tokens)
-            tune_activation(layers, effort(tokens)[0], args.budget_s / 4)
-            tune_grouped(layers, effort(tokens)[0], args.budget_s)
+    if args.tune or args.tune_skinny:
+        found = tune(layers, args.tokens, args.budget_s, skinny_alone=args.tune_skinny)
+        if args.output:
+            write_json_atomic(args.output, {"rows": found, **environment()})
         return
     bandwidth = copy_gb_per_s(torch.device("cuda"))
     print(f"copy: {bandwidth:.0f} GB/s; columns: sparsity {', '.join(f'{s:.0%}' for s in SPARSITIES)}")
     rows: list[dict[str, Any]] = []
     points = []
-    for tokens in args.tokens:
+    for tokens in args.tokens or TOKENS:
         layers.take(tokens)
         count, repeats = effort(tokens)
         size, flops = count_work("masked", tokens, 1, 1)

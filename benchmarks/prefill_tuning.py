@@ -5,22 +5,32 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
+import triton
 from prefill_layers import EXPERT_SIZE, EXPERTS, HIDDEN, NEURONS, Layers
 from timing import graph_times, row
 from torch import Tensor
 from torch.nn import functional
 
 from lte.bench.gate import relative_rms
-from lte.ops.prefill import group_activations, list_tokens, mask_activations, project
-from lte.ops.prefill_launch import ActivationTiles, GroupedTiles
+from lte.ops.launch import multiprocessors
+from lte.ops.prefill import group_activations, list_tokens, mask_activations, project, skinny_product
+from lte.ops.prefill_launch import ActivationTiles, GroupedTiles, SkinnyTiles
 
 TOLERANCE = 1e-2
 SHOWN = 8
-Tiles = TypeVar("Tiles", ActivationTiles, GroupedTiles)
+Tiles = TypeVar("Tiles", ActivationTiles, GroupedTiles, SkinnyTiles)
+# Of `skinny_product_kernel`: block_n, block_k, warps, per_sm.
+SKINNY_SHAPES = (
+    (32, 64, 4, 0), (64, 64, 2, 0), (64, 32, 4, 0), (64, 64, 4, 0), (64, 64, 4, 4), (64, 128, 4, 0),
+    (128, 32, 4, 0), (128, 64, 4, 0), (128, 64, 8, 0), (128, 32, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2),
+    (256, 32, 8, 1), (256, 64, 8, 1), (256, 128, 8, 1),
+)  # fmt: skip
+SHARED_MEMORY = 228 * 1024  # of a multiprocessor; every program takes 1 KiB more than it asks for
 
 
 def grouped_candidates(tokens: int) -> Iterator[GroupedTiles]:
@@ -40,6 +50,21 @@ def activation_candidates() -> Iterator[ActivationTiles]:
     for t, f, warps, skip in itertools.product((1, 2, 4, 8, 16), (256, 512, 1024, 2048), (2, 4, 8), (False, True)):
         if 8 <= t * f // (32 * warps) <= 64:
             yield ActivationTiles(block_t=t, block_f=f, warps=warps, skip=skip)
+
+
+def skinny_candidates(tokens: int, rows: int, processors: int) -> Iterator[SkinnyTiles]:
+    """Tiles all of whose programs run at once, with as many stages as the shared memory then holds, up to 10."""
+    block_t = max(triton.next_power_of_2(tokens), 16)
+    for (n, k, warps, per_sm), x_first in itertools.product(SKINNY_SHAPES, (False, True)):
+        resident = per_sm or triton.cdiv(triton.cdiv(rows, n), processors)
+        buffers = (SHARED_MEMORY // resident - 1024) // (2 * k * (n + block_t))
+        warp_groups = warps % 4 == 0 and (block_t if x_first else n) >= 64
+        # Products of warp groups still read one buffer while the next is waited for, others have copied it.
+        stages = min(buffers if warp_groups else buffers + 1, 10)
+        # At most half of the registers of a thread for sums, and 16 bytes of x for each.
+        fits = n * block_t // (32 * warps) <= 128 and block_t * k >= 8 * 32 * warps
+        if stages >= 3 and fits:
+            yield SkinnyTiles(block_n=n, block_k=k, warps=warps, stages=stages, per_sm=per_sm, x_first=x_first)
 
 
 def _try(
@@ -106,6 +131,62 @@ def tune_activation(layers: Layers, count: int, budget_s: float, sparsities: tup
         return times
 
     _try(f"masked activation, {tokens} tokens", list(activation_candidates()), budget_s, measure)
+
+
+def tune_skinny(layers: Layers, all_tokens: Sequence[int], count: int, budget_s: float) -> list[dict[str, Any]]:
+    """Tries tiles of `skinny_product_kernel` for the product with gate, up and router; rows of the best and of cuBLAS.
+
+    Numbers of tokens that are padded alike are tried together; the best tiles are then timed again beside cuBLAS.
+    """
+    stacked = [ffn.stacked for ffn in layers.ffns[:count] if ffn.stacked is not None]
+    groups: dict[int, list[Tensor]] = {}
+    for tokens in all_tokens:
+        layers.take(tokens)
+        groups.setdefault(triton.next_power_of_2(tokens), []).append(layers.x)
+    rows: list[dict[str, Any]] = []
+    for padded, states in groups.items():
+        wanted = [x.float() @ stacked[0].float().T for x in states]
+
+        def measure(tiles: SkinnyTiles, states: list[Tensor] = states, wanted: list[Tensor] = wanted) -> list[float]:
+            for x, right in zip(states, wanted, strict=True):
+                if not relative_rms(skinny_product(x, stacked[0], tiles), right) <= TOLERANCE:
+                    raise RuntimeError("wrong result")
+            return [statistics.median(graph_times(_skinny(x, stacked, tiles), 7, count)) for x in states]
+
+        candidates = list(skinny_candidates(padded, len(stacked[0]), multiprocessors(layers.x.device)))
+        found = _try(f"skinny product, up to {padded} tokens", candidates, budget_s / len(groups), measure)
+        for x in states:
+            rows += time_skinny(layers, x, stacked, [tiles for _, tiles, _ in found[:SHOWN]])
+    return rows
+
+
+def _skinny(x: Tensor, stacked: Sequence[Tensor], tiles: SkinnyTiles) -> Callable[[int], Tensor]:
+    return lambda i: skinny_product(x, stacked[i], tiles)
+
+
+def time_skinny(
+    layers: Layers, x: Tensor, stacked: Sequence[Tensor], candidates: Sequence[SkinnyTiles], repeats: int = 30
+) -> list[dict[str, Any]]:
+    """Times of tiles and of cuBLAS for all rows and for gate and up alone, best first; printed too."""
+    runs: dict[str, tuple[int, Callable[[int], Tensor]]] = {
+        "cuBLAS, all rows": (len(stacked[0]), lambda i: functional.linear(x, stacked[i])),
+        "cuBLAS, gate and up": (2 * NEURONS, lambda i: functional.linear(x, layers.gate_up[i])),
+    }
+    named = {str(tiles): tiles for tiles in candidates}
+    runs |= {name: (len(stacked[0]), _skinny(x, stacked, tiles)) for name, tiles in named.items()}
+    rows = []
+    for name, (outputs, run) in runs.items():
+        times = graph_times(run, repeats, len(stacked))
+        size = 2 * (outputs * HIDDEN + len(x) * (HIDDEN + outputs))
+        entry = row("skinny product", name, len(x), 0.0, times, size)
+        rows.append(entry | {"rows": outputs, "tiles": asdict(named[name]) if name in named else None})
+    goal = next(entry["median_ms"] for entry in rows if entry["rows"] == 2 * NEURONS)
+    print(f"{len(x)} tokens: us, over cuBLAS for gate and up, GB/s")
+    for entry in sorted(rows, key=lambda entry: entry["median_ms"]):
+        entry["ratio_to_gate_up"] = entry["median_ms"] / goal
+        numbers = f"{1e3 * entry['median_ms']:7.1f} {entry['ratio_to_gate_up']:.3f} {entry['gb_per_s']:5.0f}"
+        print(f"   {numbers}  {entry['provider']}", flush=True)
+    return rows
 
 
 def _activation(

@@ -11,10 +11,21 @@ import torch
 from lte.ops import prefill, prefill_kernels, prefill_launch
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.layout import stack_inputs
+from lte.ops.prefill_launch import SkinnyTiles
 from tests.ops.compile_kernels import compile_variants
 
-NAMES = ("masked_activation_kernel", "list_tokens_kernel", "grouped_kernel")
+NAMES = ("skinny_product_kernel", "masked_activation_kernel", "list_tokens_kernel", "grouped_kernel")
 HIDDEN, EXPERTS = 4096, 344
+# Of a product of few tokens, with what decides on its form: the token count, which factor is first, warps.
+SKINNY: tuple[dict[str, Any], ...] = (
+    {"tokens": 33, "tiles": SkinnyTiles(block_n=128, stages=4, per_sm=2)},
+    {"tokens": 48, "tiles": SkinnyTiles(block_n=256, stages=5, warps=8, per_sm=1)},
+    {"tokens": 128, "tiles": SkinnyTiles(block_n=128, stages=3, warps=8)},
+    {"tokens": 64, "tiles": SkinnyTiles(block_n=128, stages=4, x_first=True)},
+    {"tokens": 17, "tiles": SkinnyTiles(warps=2)},
+    {"tokens": 17, "tiles": SkinnyTiles(x_first=True), "dtype": torch.float16},
+    {"tokens": 17, "tiles": SkinnyTiles(block_k=128, stages=3), "gated": False},
+)
 
 
 def variants() -> Iterator[dict[str, Any]]:
@@ -28,6 +39,10 @@ def variants() -> Iterator[dict[str, Any]]:
         changes += [{"hidden": 100, "activation": "relu"}]
         for change, path in itertools.product(changes, ("masked", "grouped")):
             yield {**base, "arch": arch, "path": path, **change}
+        for change in (*SKINNY, {"tokens": 32, "tiles": SkinnyTiles(), "hidden": 1000}):
+            yield {**base, "arch": arch, "path": "skinny", **change}
+        for tokens in (17, 33):  # what the launcher takes
+            yield {**base, "arch": arch, "path": "masked", "tokens": tokens}
 
 
 def launch_variant(v: dict[str, Any]) -> None:
@@ -43,6 +58,9 @@ def launch_variant(v: dict[str, Any]) -> None:
         empty(EXPERTS, v["hidden"]) if v["stacked"] else None,
     )
     named = {"up": inputs.up, "gate": inputs.gate, "down": empty(neurons, v["hidden"])}
+    if v["path"] == "skinny":
+        prefill.skinny_product(empty(v["tokens"], v["hidden"]), inputs.stacked, v["tiles"])
+        return
     if v["stacked"]:
         named["stacked"] = inputs.stacked
     if v["bias"]:

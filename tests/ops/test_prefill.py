@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lte.ops import prefill
+from lte.ops import prefill, prefill_launch
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.decode import sparse_ffn_decode
 from lte.ops.layout import stack_inputs
 from lte.ops.prefill import sparse_ffn_prefill
-from lte.ops.prefill_launch import ActivationTiles, GroupedTiles
+from lte.ops.prefill_launch import ActivationTiles, GroupedTiles, SkinnyTiles
 from lte.ops.reference import sparse_ffn_reference
 from tests.ops.conftest import BOUNDS, DEVICE, masks, random_ffn, random_router
 
@@ -99,6 +99,80 @@ def test_stacked_weights_are_used_only_as_long_as_they_are_the_weights(gated: bo
         assert not gated or torch.allclose(gate, x @ copy.gate.T, atol=1e-5)  # type: ignore[arg-type,union-attr]
     copied_router = replace(routing, weight=routing.weight + 1)  # type: ignore[operator]
     torch.testing.assert_close(prefill.project(x, stacked, copied_router)[2], x @ copied_router.weight.T)
+
+
+SKINNY = (
+    SkinnyTiles(block_n=32, stages=3),
+    SkinnyTiles(block_k=128, x_first=True),
+    SkinnyTiles(block_n=128, per_sm=2),
+    SkinnyTiles(block_n=16, block_k=32, per_sm=1, x_first=True),
+)
+
+
+@pytest.fixture
+def skinny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of all shapes go to `skinny_product_kernel`."""
+    monkeypatch.setattr(prefill, "skinny_tiles", lambda x, weight: SKINNY[2])
+
+
+@pytest.mark.parametrize("tiles", SKINNY)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("tokens", [1, 17, 32, 33, 48, 64, 128])
+def test_skinny_product(
+    tokens: int, dtype: torch.dtype, tiles: SkinnyTiles, poisoned: None, relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, hidden = draw.randint(1, 500), draw.choice([64, 100, 192, draw.randint(1, 300)])
+    x, weight = states(tokens, hidden, dtype), states(rows, hidden, dtype) * hidden**-0.5
+    actual = prefill.skinny_product(x, weight, tiles)
+    assert (actual.shape, actual.dtype) == ((tokens, rows), dtype)
+    assert relative_rms(actual, x.double() @ weight.double().T) <= BOUNDS[dtype], f"{seed=} {rows=} {hidden=}"
+    assert torch.equal(prefill.skinny_product(x, weight, tiles), actual)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", HALF)
+def test_masked_path_with_skinny_products(
+    dtype: torch.dtype, gated: bool, skinny: None, poisoned: None, relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    for tokens, hidden in ((17, 96), (33, 100), (64, 300)):
+        x, weights = states(tokens, hidden, dtype), random_ffn(hidden, 7, dtype=dtype, gated=gated, biases=True)
+        routing = random_router(x, 7, 0.6, dtype)
+        expected = sparse_ffn_reference(x, weights, routing, "silu")
+        for with_router in (True, False):
+            output = sparse_ffn_prefill(x, *stack(weights, routing, with_router), "silu", "masked")
+            assert relative_rms(output, expected) <= BOUNDS[dtype]
+
+
+def test_the_operation_with_skinny_products_is_well_formed(skinny: None) -> None:
+    x = states(20, 64, torch.float16)
+    weights, routing = stack(random_ffn(64, 4, dtype=x.dtype), random_router(x, 4, 0.5, x.dtype))
+    args = (x, weights.flat(), [routing.weight, routing.bias, None], routing.threshold, "silu", "masked")
+    torch.library.opcheck(prefill._prefill_op, args)
+
+
+def test_skinny_products_are_taken_only_where_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(prefill_launch, "_SKINNY", {(90, 2): ((16, None), (64, SKINNY[0]), (2**31, None))})
+
+    def tiles(tokens: int, rows: int = 22400, hidden: int = 4096, dtype: torch.dtype = HALF[0]) -> SkinnyTiles | None:
+        x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
+        return prefill_launch.skinny_tiles(x, torch.empty(rows, hidden, dtype=dtype, device="meta"))
+
+    assert [tokens for tokens in (1, 16, 17, 33, 64, 65, 4096) if tiles(tokens)] == [17, 33, 64]
+    assert not tiles(32, rows=1000)
+    assert not tiles(32, hidden=100)
+    assert not tiles(32, dtype=torch.float32)
+    for arch in (80, 100):
+        monkeypatch.setattr(prefill_launch, "architecture", lambda device, arch=arch: arch)
+        assert not tiles(32)
+
+
+@pytest.mark.parametrize(("per_sm", "rows", "expected"), [(0, 22400, 128), (2, 22400, 88), (2, 58240, 112), (1, 8, 8)])
+def test_rows_of_a_skinny_product_are_shared_equally(per_sm: int, rows: int, expected: int) -> None:
+    assert prefill_launch.skinny_rows(SkinnyTiles(block_n=128, per_sm=per_sm), rows, 132) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

@@ -55,6 +55,27 @@ def test_weights_and_states_are_copied_16_bytes_at_a_time(rows: Rows) -> None:
         assert row["wide_copies"] > 0, row
 
 
+def test_skinny_products_copy_16_bytes_at_a_time(rows: Rows) -> None:
+    skinny = [row for row in rows if row["kernel"] == "skinny_product_kernel"]
+    assert len(skinny) >= 16
+    for row in skinny:
+        assert row["wide_copies"] > 0, row
+
+
+def test_skinny_products_run_on_tensor_cores(rows: Rows) -> None:
+    for row in rows:
+        if row["kernel"] == "skinny_product_kernel":
+            assert row["tensor_core"], row
+            # Warp groups have 4 warps and take 64 rows of the first factor: of x only from 33 tokens on.
+            small = "warps=2" in row["variant"] or ("x_first=True" in row["variant"] and "tokens=17" in row["variant"])
+            assert row["warp_group"] == (row["arch"] == 90 and not small), row
+
+
+def test_the_launcher_takes_skinny_products_on_sm_90_alone(rows: Rows) -> None:
+    taken = {r["arch"] for r in rows if r["kernel"] == "skinny_product_kernel" and "path=masked" in r["variant"]}
+    assert taken == {90}
+
+
 def test_products_of_16_bits_run_on_tensor_cores(rows: Rows) -> None:
     for row in rows:
         if row["kernel"] == "grouped_kernel" and "float32" not in row["variant"]:

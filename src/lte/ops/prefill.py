@@ -27,11 +27,15 @@ from lte.ops.prefill_launch import (
     LIST_TOKENS,
     ActivationTiles,
     GroupedTiles,
+    SkinnyTiles,
     activation_tiles,
     dot_dtype,
     fit_activation,
     fit_grouped,
+    fit_skinny,
     grouped_tiles,
+    skinny_rows,
+    skinny_tiles,
 )
 from lte.ops.quantize import floating_weight
 
@@ -180,9 +184,30 @@ def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | 
         return products, functional.linear(x, up), _logits(x, routing)
     assert weights.stacked is not None
     with_router = routing.logits is None and _is_at(routing.weight, weights.stacked, rows)
-    products = functional.linear(x, weights.stacked if with_router else weights.stacked[:rows])
+    products = multiply(x, weights.stacked if with_router else weights.stacked[:rows])
     logits = products[:, rows : rows + routing.num_experts] if with_router else _logits(x, routing)
     return None if weights.gate is None else products[:, :neurons], products[:, rows - neurons : rows], logits
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K] times the transpose of a weight [N, K], by cuBLAS except where `skinny_product` is faster."""
+    tiles = skinny_tiles(x, weight)
+    return functional.linear(x, weight) if tiles is None else skinny_product(x, weight, tiles)
+
+
+def skinny_product(x: Tensor, weight: Tensor, tiles: SkinnyTiles) -> Tensor:
+    """x [T, K] times the transpose of a contiguous weight [N, K], for few tokens; x is contiguous, too."""
+    (tokens, hidden), rows = x.shape, len(weight)
+    tiles = fit_skinny(tiles, hidden)
+    per_program = skinny_rows(tiles, rows, multiprocessors(x.device))
+    out = x.new_empty(tokens, rows)
+    kernels.skinny_product_kernel[(triton.cdiv(rows, per_program),)](
+        x, weight, out, tokens,
+        N=rows, K=hidden, ROWS=per_program, BLOCK_T=max(triton.next_power_of_2(tokens), 16),
+        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, X_FIRST=tiles.x_first, STAGES=tiles.stages,
+        DOT_DTYPE=dot_dtype(x), num_warps=tiles.warps,
+    )  # fmt: skip
+    return out
 
 
 def _is_stacked(weights: FfnWeights) -> bool:

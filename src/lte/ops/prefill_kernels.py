@@ -1,5 +1,7 @@
 """Triton kernels of the sparse FFN for many tokens, where time is FLOPs and the traffic of activations.
 
+`skinny_product_kernel`: a dense product of few tokens, whose time is still the bytes of the weight.
+
 `masked_activation_kernel`: the intermediate activations from dense products, zero where an expert is off.
 
 `list_tokens_kernel`, `grouped_kernel`: the intermediate activations of the active experts alone. The first writes for
@@ -32,6 +34,51 @@ def _load_bias(values, bias, neurons, mask):
     if bias is not None:
         values += tl.load(bias + neurons, mask=mask, other=0).to(tl.float32)[None]
     return values
+
+
+@triton.jit(do_not_specialize=["T"])
+def skinny_product_kernel(
+    x,
+    weight,
+    out,
+    T,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    X_FIRST: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """out [T, N] = x [T, K] times the transpose of weight [N, K], for T <= BLOCK_T.
+
+    A program takes ROWS <= BLOCK_N rows of the weight and all of K, so that every weight is read once and every sum has
+    one order. The weight is the first factor of the tensor cores unless X_FIRST: asynchronous warp-group products have
+    64 rows at least, which a weight has at any number of tokens.
+    """
+    local = tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * ROWS + local
+    tokens = tl.arange(0, BLOCK_T)
+    ks = tl.arange(0, BLOCK_K)
+    n_on = (rows < N) & (local < ROWS)
+    t_on = tokens < T
+    w_rows = weight + rows.to(tl.int64)[:, None] * K
+    x_rows = x + tokens[:, None] * K
+    total = tl.zeros([BLOCK_T, BLOCK_N] if X_FIRST else [BLOCK_N, BLOCK_T], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        # Whole blocks of K need no mask along K, the usual case.
+        k_on = (k + ks < K) if K % BLOCK_K != 0 else (ks < BLOCK_K)
+        w = tl.load(w_rows + (k + ks)[None, :], mask=n_on[:, None] & k_on[None, :], other=0).to(DOT_DTYPE)
+        values = tl.load(x_rows + (k + ks)[None, :], mask=t_on[:, None] & k_on[None, :], other=0).to(DOT_DTYPE)
+        if X_FIRST:
+            total = tl.dot(values, w.T, total, input_precision="ieee")
+        else:
+            total = tl.dot(w, values.T, total, input_precision="ieee")
+    sums = total if X_FIRST else total.T
+    places = tokens.to(tl.int64)[:, None] * N + rows[None, :]
+    tl.store(out + places, sums.to(out.dtype.element_ty), mask=t_on[:, None] & n_on[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -51,6 +51,28 @@ class GroupedTiles:
     per_sm: int = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class SkinnyTiles:
+    """Tile sizes of `skinny_product_kernel`.
+
+    Attributes:
+        block_n: rows of the weight that a program takes at most.
+        block_k: columns of D that it takes at a time.
+        warps: warps of a program; fewer than 4 use the tensor cores without warp groups.
+        stages: depth of its asynchronous copies.
+        per_sm: programs per multiprocessor that share the rows equally; 0 for `block_n` rows each, however many
+            programs that makes.
+        x_first: whether x is the first factor of the tensor cores, not the weight.
+    """
+
+    block_n: int = 64
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 6
+    per_sm: int = 0
+    x_first: bool = False
+
+
 # Of `list_tokens_kernel`: tokens and experts of a program.
 LIST_TOKENS, LIST_EXPERTS = 128, 16
 
@@ -74,6 +96,19 @@ _GROUPED_32 = ((2**31, GroupedTiles(block_t=32, block_k=32, stages=2)),)
 _GROUPED: dict[tuple[int, int], tuple[tuple[int, GroupedTiles], ...]] = {
     (arch, size): _GROUPED_32 if size == 4 else _GROUPED_16 for arch in (80, 90) for size in (2, 4)
 }
+
+# (architecture, bytes per number) -> (up to as many tokens, tiles, or `None` for cuBLAS). What cuBLAS takes differs by
+# architecture, so one without a row keeps it. Shared memory holds all programs of a multiprocessor at once.
+_SKINNY: dict[tuple[int, int], tuple[tuple[int, SkinnyTiles | None], ...]] = {
+    (90, 2): (
+        (16, None),
+        (32, SkinnyTiles()),
+        (64, SkinnyTiles(block_n=256, stages=5, warps=8, per_sm=1)),
+        (2**31, None),
+    ),
+}
+# Rows of the weight from which on programs of whole rows of K fill a GPU; below, cuBLAS may split K.
+SKINNY_MIN_ROWS = 16384
 
 
 def activation_tiles(tokens: int) -> ActivationTiles:
@@ -100,6 +135,29 @@ def grouped_tiles(x: Tensor) -> GroupedTiles:
 def fit_grouped(tiles: GroupedTiles, hidden: int) -> GroupedTiles:
     """The tiles made no larger than the matrices, and large enough for tensor cores."""
     return replace(tiles, block_k=min(tiles.block_k, max(triton.next_power_of_2(hidden), 16)))
+
+
+def skinny_tiles(x: Tensor, weight: Tensor) -> SkinnyTiles | None:
+    """The tiles for x [T, K] times a weight [N, K], `None` where the product is left to cuBLAS."""
+    # Rows of other lengths are not aligned to the 16 bytes of a copy.
+    if len(weight) < SKINNY_MIN_ROWS or weight.shape[1] % 8 or x.dtype != weight.dtype:
+        return None
+    rows = _SKINNY.get((architecture(x.device), x.element_size()), ())
+    return next((tiles for limit, tiles in rows if len(x) <= limit), None)
+
+
+def fit_skinny(tiles: SkinnyTiles, hidden: int) -> SkinnyTiles:
+    """The tiles made no larger than the matrices, and large enough for tensor cores."""
+    return replace(tiles, block_k=min(tiles.block_k, max(triton.next_power_of_2(hidden), 16)))
+
+
+def skinny_rows(tiles: SkinnyTiles, rows: int, multiprocessors: int) -> int:
+    """Of a weight's N rows, how many each program takes: at most `block_n`, a multiple of 8."""
+    if not tiles.per_sm:
+        return tiles.block_n
+    programs = multiprocessors * tiles.per_sm
+    rounds = triton.cdiv(rows, programs * tiles.block_n)
+    return 8 * triton.cdiv(rows, 8 * programs * rounds)
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
