@@ -4,9 +4,9 @@
         --output results/wikipedia
 
 Reads a list of runs, does each one that has no result file yet, and writes one JSON object per run. Every number is
-measured on the folder that the run saved and loaded again. A run with `keep: true` keeps its model for the runs that
-name it as their start or teacher; it is done again when that model is gone. Several processes with the same arguments,
-one per GPU (CUDA_VISIBLE_DEVICES), share the runs.
+measured on the folder that the run saved and loaded again. A run with `keep: true` keeps its model, with the
+tokenizer, for the runs that name it as their start or teacher and for `lte eval` and `lte bench`; it is done again when
+that model is gone. Several processes with the same arguments, one per GPU (CUDA_VISIBLE_DEVICES), share the runs.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoConfig, AutoModelForCausalLM, logging
 
 import lte
 from lte.baselines.static_pruning import StaticPruningConfig, prune_static_
+from lte.cli.models import measurement_summary
 from lte.config import CALIBRATED_GROUPINGS
 from lte.eval.flops import bytes_per_token, flops_per_token
 from lte.eval.perplexity import evaluate_model
 from lte.eval.results import result_record, write_json_atomic
-from lte.hf.dense import load_dense_model
+from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.train.config import TrainConfig
 from lte.train.two_stage import train_two_stage
 
@@ -120,6 +121,8 @@ def train_and_save(
     shutil.rmtree(stages)
     if run["method"] != "lte":
         lte.densify_(model)
+    if run.get("keep"):
+        load_tokenizer(args.model).save_pretrained(folder)  # before config.json, for which other processes wait
     model.save_pretrained(folder)
     return summary, config
 
@@ -132,6 +135,16 @@ def evaluate(folder: Path, cache: Path) -> tuple[Any, dict[str, Any]]:
         name: evaluate_model(model, batches(PackedTokens(cache, (name,), None), 16, device), progress=False)
         for name in TEST_FILES
     }
+
+
+def remember_measurement(folder: Path, measurement: Any, hashes: dict[str, str]) -> None:
+    """Notes the sparsity on held-out articles in a saved folder's config: the kernels choose their paths by it."""
+    config = AutoConfig.from_pretrained(folder)
+    held_out = {"sha256": hashes["wikipedia/valid.jsonl.xz"]}
+    config.lte_measurement = measurement_summary(
+        measurement, {"train_source": "wikipedia/valid.jsonl.xz", "validation": held_out}
+    )
+    config.save_pretrained(folder)
 
 
 def do_run(run: dict[str, Any], args: argparse.Namespace, hashes: dict[str, str]) -> None:
@@ -176,6 +189,9 @@ def do_run(run: dict[str, Any], args: argparse.Namespace, hashes: dict[str, str]
             f"({summary.tokens_trained / summary.wall_time_s:.0f} tokens/s, {time.monotonic() - start:.0f} s)",
             flush=True,
         )
+    measurement = scores[TEST_FILES[0]][1]
+    if run.get("keep") and measurement is not None:
+        remember_measurement(folder, measurement, hashes)
     for split, record in zip(scores, records, strict=True):
         write_json_atomic(args.output / f"{name}-{split}.json", record)
     if not run.get("keep"):

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lte
 from lte.cli.kernels import use_kernels_
 from lte.ops import dispatch
+from lte.ops.dispatch import kernel_names
+from lte.train.processes import training_device
 from tests.cli.conftest import SHORT, save_tiny_model
 from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 
 DATA = [*SHORT[:2], *SHORT[4:6]]
-NUMBA = {"weights": "native", "decode": "numba", "prefill": "pytorch"}
-SAYS = "Kernels: numba for 1 to 16 tokens at a time, pytorch for more, {} weights."
+# On the CPU numba and PyTorch, on a GPU Triton for both: `tests/ops/test_dispatch.py` names them one by one.
+KERNELS = {"weights": "native", **kernel_names(training_device(), torch.float32)}
+SAYS = f"Kernels: {KERNELS['decode']} for 1 to 16 tokens at a time, {KERNELS['prefill']} for more, native weights."
 
 
 @pytest.fixture
@@ -35,9 +39,9 @@ def evaluate(run: Callable[..., Any], trained: Any, tmp_path: Path) -> Callable[
 class TestEval:
     def test_auto_is_the_default_and_what_training_measured(self, evaluate: Any, trained: Any) -> None:
         record, stderr = evaluate()
-        assert record["config"]["kernels"] == NUMBA
-        assert json.loads((trained[0] / "result.json").read_text())["config"]["kernels"] == NUMBA
-        assert SAYS.format("native") in stderr
+        assert record["config"]["kernels"] == KERNELS
+        assert json.loads((trained[0] / "result.json").read_text())["config"]["kernels"] == KERNELS
+        assert SAYS in stderr
 
     def test_off(self, evaluate: Any) -> None:
         fast, _ = evaluate()
@@ -76,7 +80,7 @@ class TestGenerate:
         fast, plain = run(*command), run(*command, "--kernels", "off")
         assert fast.exit_code == plain.exit_code == 0
         assert fast.stdout == plain.stdout
-        assert SAYS.format("native") in fast.stderr
+        assert SAYS in fast.stderr
         assert "Kernels" not in plain.stderr
 
     def test_int8(self, run: Callable[..., Any], trained: Any) -> None:
