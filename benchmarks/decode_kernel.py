@@ -16,7 +16,6 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -118,29 +117,33 @@ def phase_times(layers: Layers, tiles: Tiles) -> dict[str, list[float]]:
     return {name: graph_times(functools.partial(phase, index), repeats=10) for index, name in enumerate(PHASES)}
 
 
-def candidates(one_token: bool) -> Iterator[Tiles]:
-    """Tiles to try."""
+def candidates(one_token: bool) -> list[Tiles]:
+    """Tiles to try; first those of the table, step by step with what makes launches overlap."""
     if one_token:
-        for n, warps, stages, per_sm in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4, 6), (1, 2, 4)):
+        steps = [OneTokenTiles(), OneTokenTiles(dependent=True)]
+        steps += [OneTokenTiles(dependent=True, ahead=mib << 20) for mib in (4, 8, 16)]
+        others = [
+            OneTokenTiles(block_n=n, warps=warps, stages=stages, per_sm=per_sm, dependent=True, ahead=8 << 20)
+            for n, warps, stages, per_sm in itertools.product((1, 2, 4), (4, 8, 16), (2, 3, 4, 5), (1, 2))
             # Bytes in flight per multiprocessor, and shared memory.
-            if 16_384 <= n * HIDDEN * 6 * max(stages - 1, 1) * per_sm <= 200_000 and warps * per_sm <= 32:
-                yield OneTokenTiles(block_n=n, warps=warps, stages=stages, per_sm=per_sm)
-        return
-    shapes = itertools.product((16, 32), (128, 256), ((128, 6), (256, 3), (256, 4)), (2, 4, 8), (3, 4), (1, 2))
-    for n, k, (d, down_stages), warps, stages, per_sm in shapes:
-        if n * k * 4 * (stages - 1) * per_sm >= 24_000 and (n * 4 + 32) * k * stages * per_sm <= 220_000:
-            yield ManyTokenTiles(
-                block_n=n, block_k=k, block_d=d, warps=warps, stages=stages, down_stages=down_stages, per_sm=per_sm
-            )
+            if 48_000 <= n * HIDDEN * 6 * (stages - 1) * per_sm <= 200_000 and warps * per_sm <= 16
+        ]
+        return [*steps, *(tiles for tiles in others if tiles not in steps)]
+    many = [ManyTokenTiles(share=32), ManyTokenTiles(share=16), ManyTokenTiles(share=16, dependent=True)]
+    for n, k, share, warps, stages in itertools.product((16, 32), (128, 256), (4, 8, 16, 32), (4, 8), (3, 4, 6)):
+        if share <= n and n * k * 4 * (stages - 1) >= 48_000 and (n * 4 + 32) * k * stages <= 220_000:
+            many.append(ManyTokenTiles(block_n=n, block_k=k, share=share, warps=warps, stages=stages, dependent=True))
+    return many
 
 
 def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
-    """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints the first eight."""
+    """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints all that were tried."""
     end = time.monotonic() + budget_s
     found: list[tuple[float, Tiles, list[float]]] = []
-    tried = list(candidates(layers.x.shape[0] == 1))
-    # In a fixed random order, so that a short time still sees all kinds.
-    for index in torch.randperm(len(tried), generator=torch.Generator().manual_seed(0)).tolist():
+    tried, kept = candidates(layers.x.shape[0] == 1), 5
+    # In a fixed random order, so that a short time still sees all kinds; those of the table first.
+    order = torch.randperm(len(tried) - kept, generator=torch.Generator().manual_seed(0)) + kept
+    for index in (*range(kept), *order.tolist()):
         if time.monotonic() > end:
             break
         times = []
@@ -156,8 +159,9 @@ def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
         found.append((times[0] / 0.5 + times[1] / 0.2, tried[index], times))
     found.sort(key=lambda entry: entry[0])
     print(f"{len(found)} of {len(tried)} candidates")
-    for _, tiles, times in found[:8]:
-        print("  ", tiles, " ".join(f"{1e3 * time:.1f}" for time in times), "us at 50, 90%", flush=True)
+    for _, tiles, times in found:
+        values = " ".join(f"{name}={value}" for name, value in asdict(tiles).items())
+        print(f"   {' '.join(f'{1e3 * time:.1f}' for time in times)} us at 50, 90%: {values}", flush=True)
     return found[0][1] if found else start
 
 

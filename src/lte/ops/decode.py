@@ -173,7 +173,7 @@ class DecodeLaunch:
         if buffers.h is not None:
             between, rest = (buffers.h, *between), (*rest, self.tokens)  # type: ignore[assignment]
         self._kernel[(self.programs,)](
-            x, *self._given, *between, *rest, **self._constants, DEPENDENT=self.tiles.dependent, FIRST=first, LAST=last,
+            x, *self._given, *between, *rest, **self._constants, FIRST=first, LAST=last,
             **waits,
         )  # fmt: skip
 
@@ -183,7 +183,7 @@ class DecodeLaunch:
             "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs,
             "R": triton.next_power_of_2(share), "LOCAL": triton.next_power_of_2(share + 1),
             "E_PAD": max(triton.next_power_of_2(self.experts), 16), "ACTIVATION": self.activation,
-            "STAGES": self.tiles.stages, "num_warps": self.tiles.warps,
+            "STAGES": self.tiles.stages, "DEPENDENT": self.tiles.dependent, "num_warps": self.tiles.warps,
         }  # fmt: skip
 
     def _of_one(self, tiles: OneTokenTiles) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class DecodeLaunch:
         block_c = triton.next_power_of_2(triton.cdiv(self.hidden, self.programs))
         return {
             **common, "D_PAD": columns, "BLOCK_R": max(min(columns, 16384 // common["R"]), 16),
-            "BLOCK_N": tiles.block_n, "BLOCK_C": block_c,
+            "BLOCK_N": tiles.block_n, "BLOCK_C": block_c, "AHEAD": tiles.ahead,
             "BLOCK_P": min(triton.next_power_of_2(self.programs), max(16384 // block_c, 16)),
         }  # fmt: skip
 
