@@ -121,9 +121,8 @@ def candidates(one_token: bool) -> list[Tiles]:
     """Tiles to try; first those of the table, step by step with what makes launches overlap."""
     if one_token:
         steps = [OneTokenTiles(), OneTokenTiles(dependent=True)]
-        steps += [OneTokenTiles(dependent=True, ahead=mib << 20) for mib in (4, 8, 16)]
         others = [
-            OneTokenTiles(block_n=n, warps=warps, stages=stages, per_sm=per_sm, dependent=True, ahead=8 << 20)
+            OneTokenTiles(block_n=n, warps=warps, stages=stages, per_sm=per_sm, dependent=True)
             for n, warps, stages, per_sm in itertools.product((1, 2, 4), (4, 8, 16), (2, 3, 4, 5), (1, 2))
             # Bytes in flight per multiprocessor, and shared memory.
             if 48_000 <= n * HIDDEN * 6 * (stages - 1) * per_sm <= 200_000 and warps * per_sm <= 16
@@ -140,7 +139,7 @@ def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
     """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints all that were tried."""
     end = time.monotonic() + budget_s
     found: list[tuple[float, Tiles, list[float]]] = []
-    tried, kept = candidates(layers.x.shape[0] == 1), 5
+    tried, kept = candidates(layers.x.shape[0] == 1), 2
     # In a fixed random order, so that a short time still sees all kinds; those of the table first.
     order = torch.randperm(len(tried) - kept, generator=torch.Generator().manual_seed(0)) + kept
     for index in (*range(kept), *order.tolist()):

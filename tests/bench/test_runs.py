@@ -90,8 +90,8 @@ def test_tokens_with_experts_of_their_own_need_more_bytes(session: Callable[...,
     assert by_routing["different"]["bytes"] > by_routing["same"]["bytes"]
 
 
-@pytest.mark.parametrize("benchmark", ["ffn", "decode", "prefill"])
-def test_a_wrong_kernel_is_not_timed(run: Start, monkeypatch: pytest.MonkeyPatch, benchmark: str) -> None:
+@pytest.mark.parametrize("timed", ["ffn", "decode", "prefill"])
+def test_a_wrong_kernel_is_not_timed(run: Start, monkeypatch: pytest.MonkeyPatch, timed: str) -> None:
     right = AcceleratedFfn.forward
 
     def wrong(ffn: AcceleratedFfn, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def test_a_wrong_kernel_is_not_timed(run: Start, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(AcceleratedFfn, "forward", wrong)
     message = r"relative RMS of the FFN of layer 0 must be at most 1e-05, got .*; nothing was timed"
     with pytest.raises(RuntimeError, match=message):
-        run(pair, benchmarks=(benchmark,))
+        run(pair, benchmarks=(timed,))
 
 
 def test_nan_does_not_pass_the_gate(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,8 @@ def skinny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_skinny_product(
     tokens: int, dtype: torch.dtype, tiles: SkinnyTiles, poisoned: None, relative_rms: Callable[[Tensor, Tensor], float]
 ) -> None:
+    if dtype == torch.float32:
+        tiles = replace(tiles, stages=2)  # tables have 16-bit tiles alone: others take twice the shared memory
     seed = random.SystemRandom().randrange(2**31)
     draw = random.Random(seed)
     torch.manual_seed(seed)

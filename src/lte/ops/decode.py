@@ -192,7 +192,7 @@ class DecodeLaunch:
         block_c = triton.next_power_of_2(triton.cdiv(self.hidden, self.programs))
         return {
             **common, "D_PAD": columns, "BLOCK_R": max(min(columns, 16384 // common["R"]), 16),
-            "BLOCK_N": tiles.block_n, "BLOCK_C": block_c, "AHEAD": tiles.ahead,
+            "BLOCK_N": tiles.block_n, "BLOCK_C": block_c,
             "BLOCK_P": min(triton.next_power_of_2(self.programs), max(16384 // block_c, 16)),
         }  # fmt: skip
 

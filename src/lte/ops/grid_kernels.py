@@ -40,16 +40,6 @@ _WAIT_FOR_ALL = tl.constexpr("""
 }
 """)
 
-# Where $3 is not zero, asks for $2 bytes from $1 on in the L2 cache; $0 is nothing.
-_PREFETCH_BULK = tl.constexpr("""
-{
-    .reg .pred %wanted<1>;
-    setp.ne.s32 %wanted0, $3, 0;
-    @%wanted0 cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.b32 $0, 0;
-}
-""")
-
 # Asks for the line of memory at $1 in the L2 cache; $0 is nothing.
 _PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
@@ -70,24 +60,6 @@ def await_inputs(router, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, R: t
         tl.inline_asm_elementwise(_PREFETCH, "=r,l", [address.to(tl.int64)], tl.int32, is_pure=False, pack=1)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch_experts(weight, experts, active, rows, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr):
-    """Asks for the first rows of those of `experts` [R] that are active in the L2 cache; weight [F, D], `rows` of S.
-
-    They are what the launch needs, whoever will read them. Addresses and sizes are rounded down to 16 bytes.
-    """
-    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    PARTS: tl.constexpr = 64  # so that each thread asks for other bytes
-    size = rows * (D * BYTES) // PARTS // 16 * 16
-    wanted = (active != 0)[:, None] & (experts < E)[:, None] & (tl.arange(0, PARTS) * 0 + size > 0)[None, :]
-    start = weight.to(tl.int64) + experts.to(tl.int64) * (S * D * BYTES)
-    address = (start[:, None] + (tl.arange(0, PARTS) * size)[None, :]) // 16 * 16
-    sizes = size + 0 * wanted.to(tl.int32)
-    tl.inline_asm_elementwise(
-        _PREFETCH_BULK, "=r,l,r,r", [address, sizes, wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -120,30 +92,26 @@ def round_to_weight(products, router):
 
 @triton.jit
 def store_masks(masks, tag, experts, on, products, bias, threshold, T, T_PAD: tl.constexpr):
-    """Bit t of masks[e]: whether expert e is active for token t; the tag above. products [experts, T_PAD], no bias.
-
-    Returns the bits [experts].
-    """
+    """Bit t of masks[e]: whether expert e is active for token t; the tag above. products [experts, T_PAD], no bias."""
     if bias is not None:
         products += tl.load(bias + experts, mask=on, other=0).to(tl.float32)[:, None]
     ts = tl.arange(0, T_PAD)
     active = (products > threshold) & (ts < T)[None, :]
     bits = tl.sum(active.to(tl.int32) << ts[None, :], 1)
     tl.store(masks + experts, (tag.to(tl.int64) << 16) | bits, mask=on)
-    return bits
 
 
 @triton.jit
 def route_given(
     logits, masks, tag, threshold, T, E: tl.constexpr, T_PAD: tl.constexpr, P: tl.constexpr, R: tl.constexpr
 ):
-    """masks [E] from logits [T, E], R experts or fewer by each program, whose bits are returned."""
+    """masks [E] from logits [T, E], R experts or fewer by each program."""
     experts = tl.program_id(0) + P * tl.arange(0, R)
     ts = tl.arange(0, T_PAD)
     on = experts < E
     mask = on[:, None] & (ts < T)[None, :]
     values = tl.load(logits + ts[None, :] * E + experts[:, None], mask=mask, other=0)
-    return store_masks(masks, tag, experts, on, values, None, threshold, T, T_PAD)
+    store_masks(masks, tag, experts, on, values, None, threshold, T, T_PAD)
 
 
 @triton.jit
@@ -160,7 +128,7 @@ def route_one(
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """masks [E] of one token, R experts or fewer by each program, whose bits are returned."""
+    """masks [E] of one token, R experts or fewer by each program."""
     experts = tl.program_id(0) + P * tl.arange(0, R)
     on = experts < E
     ks = tl.arange(0, BLOCK_R)
@@ -172,7 +140,7 @@ def route_one(
         values = tl.load(x + k + ks, mask=k_mask, other=0).to(tl.float32)
         total += w.to(tl.float32) * values[None, :]
     products = round_to_weight(tl.sum(total, 1)[:, None], router)
-    return store_masks(masks, tag, experts, on, products, bias, threshold, 1, 1)
+    store_masks(masks, tag, experts, on, products, bias, threshold, 1, 1)
 
 
 @triton.jit

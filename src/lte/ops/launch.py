@@ -28,7 +28,6 @@ class OneTokenTiles:
         stages: depth of its asynchronous copies; 1 loads to registers.
         per_sm: programs per multiprocessor; all must run at once.
         dependent: whether it begins while the kernel before it ends (programmatic dependent launch, sm_90 and later).
-        ahead: bytes of needed weights that are fetched into the L2 cache before every program knows the routing.
     """
 
     block_n: int = 2
@@ -36,7 +35,6 @@ class OneTokenTiles:
     stages: int = 3
     per_sm: int = 1
     dependent: bool = False
-    ahead: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ class ManyTokenTiles:
     block_n: int = 32
     block_k: int = 256
     block_d: int = 128
-    share: int = 8
+    share: int = 16
     warps: int = 4
     stages: int = 4
     down_stages: int = 8
@@ -66,17 +64,13 @@ class ManyTokenTiles:
     dependent: bool = False
 
 
-# As much as memory gives in the two or three microseconds that it takes.
-_AHEAD = 8 << 20
 _ONE = OneTokenTiles()
 _MANY = ManyTokenTiles()
 _MANY_FP32 = replace(_MANY, block_n=16, block_k=64, block_d=32, stages=2, down_stages=3)
 
 # (architecture, bytes per weight); an architecture without rows takes those of the next older.
 _ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {
-    (arch, size): replace(_ONE, dependent=arch >= 90, ahead=_AHEAD if arch >= 90 else 0)
-    for arch in (80, 90)
-    for size in (1, 2, 4)
+    (arch, size): replace(_ONE, dependent=arch >= 90) for arch in (80, 90) for size in (1, 2, 4)
 }
 _MANY_TOKENS: dict[tuple[int, int], ManyTokenTiles] = {
     (arch, size): replace(_MANY_FP32 if size == 4 else _MANY, dependent=arch >= 90)

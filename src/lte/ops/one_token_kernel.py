@@ -22,7 +22,6 @@ from lte.ops.grid_kernels import (
     grid_finish,
     grid_sync,
     pick,
-    prefetch_experts,
     route_given,
     route_one,
     wait_for_masks,
@@ -122,7 +121,6 @@ def decode_one_kernel(
     ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    AHEAD: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -133,26 +131,12 @@ def decode_one_kernel(
     tag = tl.load(counters + 2)
     if FIRST == 0:
         if logits is None:
-            active = route_one(x, router, router_bias, masks, tag, threshold, D, E, P, R, BLOCK_R)
+            route_one(x, router, router_bias, masks, tag, threshold, D, E, P, R, BLOCK_R)
         else:
-            active = route_given(logits, masks, tag, threshold, 1, E, 1, P, R)
-        if AHEAD > 0:
-            # What this program knows to be needed is fetched while it waits to hear of the other experts.
-            mine = program + P * tl.arange(0, R)
-            sides: tl.constexpr = 2 if gate is None else 3
-            row_bytes: tl.constexpr = sides * D * (up.dtype.element_ty.primitive_bitwidth // 8)
-            before = tl.load(counters + 3)
-            rows = tl.where(before > 0, tl.minimum(AHEAD // (row_bytes * tl.maximum(before, 1)), S), 0)
-            prefetch_experts(up, mine, active, rows, D, E, S)
-            if gate is not None:
-                prefetch_experts(gate, mine, active, rows, D, E, S)
-            prefetch_experts(down, mine, active, rows, D, E, S)
+            route_given(logits, masks, tag, threshold, 1, E, 1, P, R)
     if FIRST <= 1 and LAST >= 1:
         needed = wait_for_masks(masks, tag, E, E_PAD, FIRST < 1)
-        count = tl.sum(needed, 0)
-        if program == 0:
-            tl.store(counters + 3, count)
-        neurons = count * S
+        neurons = tl.sum(needed, 0) * S
         first = program * neurons // P
         last = (program + 1) * neurons // P
         experts = experts_of_ranks(needed, first // S, LOCAL)

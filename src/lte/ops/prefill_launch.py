@@ -66,9 +66,9 @@ class SkinnyTiles:
     """
 
     block_n: int = 64
-    block_k: int = 64
+    block_k: int = 128
     warps: int = 4
-    stages: int = 6
+    stages: int = 3
     per_sm: int = 0
     x_first: bool = False
 
@@ -101,9 +101,8 @@ _GROUPED: dict[tuple[int, int], tuple[tuple[int, GroupedTiles], ...]] = {
 # architecture, so one without a row keeps it. Shared memory holds all programs of a multiprocessor at once.
 _SKINNY: dict[tuple[int, int], tuple[tuple[int, SkinnyTiles | None], ...]] = {
     (90, 2): (
-        (16, None),
         (32, SkinnyTiles()),
-        (64, SkinnyTiles(block_n=256, stages=5, warps=8, per_sm=1)),
+        (64, SkinnyTiles(block_k=64, per_sm=4)),
         (2**31, None),
     ),
 }

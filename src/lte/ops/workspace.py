@@ -18,9 +18,8 @@ class Workspace:
     """The memory of one stream.
 
     Attributes:
-        counters: int32 [COUNTERS]: the barrier's, that of programs which are past it, the tag of the next launch, how
-            many experts the last launch for one token needed, and one per tile of columns; all but the tag and that
-            number are zero between launches.
+        counters: int32 [COUNTERS]: the barrier's, that of programs which are past it, the tag of the next launch, an
+            unused one, and one per tile of columns; all but the tag are zero between launches.
         masks: int64 [MAX_EXPERTS]: which tokens each expert is active for, under the tag of the launch that wrote it.
     """
 
