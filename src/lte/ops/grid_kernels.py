@@ -91,12 +91,19 @@ def round_to_weight(products, router):
 
 
 @triton.jit
-def store_masks(masks, tag, experts, on, products, bias, threshold, T, T_PAD: tl.constexpr):
-    """Bit t of masks[e]: whether expert e is active for token t; the tag above. products [experts, T_PAD], no bias."""
+def load_bias(bias, experts, on):
+    """bias [experts], to be asked for before the products, which take as long; zeros for `None`."""
+    values = experts * 0.0
     if bias is not None:
-        products += tl.load(bias + experts, mask=on, other=0).to(tl.float32)[:, None]
+        values = tl.load(bias + experts, mask=on, other=0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def store_masks(masks, tag, experts, on, products, biases, threshold, T, T_PAD: tl.constexpr):
+    """Bit t of masks[e]: whether expert e is active for token t; the tag above. products [experts, T_PAD]."""
     ts = tl.arange(0, T_PAD)
-    active = (products > threshold) & (ts < T)[None, :]
+    active = (products + biases[:, None] > threshold) & (ts < T)[None, :]
     bits = tl.sum(active.to(tl.int32) << ts[None, :], 1)
     tl.store(masks + experts, (tag.to(tl.int64) << 16) | bits, mask=on)
 
@@ -111,7 +118,7 @@ def route_given(
     on = experts < E
     mask = on[:, None] & (ts < T)[None, :]
     values = tl.load(logits + ts[None, :] * E + experts[:, None], mask=mask, other=0)
-    store_masks(masks, tag, experts, on, values, None, threshold, T, T_PAD)
+    store_masks(masks, tag, experts, on, values, load_bias(None, experts, on), threshold, T, T_PAD)
 
 
 @triton.jit
@@ -133,6 +140,7 @@ def route_one(
     on = experts < E
     ks = tl.arange(0, BLOCK_R)
     rows = experts.to(tl.int64)[:, None] * D
+    biases = load_bias(bias, experts, on)
     total = tl.zeros([R, BLOCK_R], tl.float32)
     for k in tl.range(0, D, BLOCK_R):
         k_mask = k + ks < D
@@ -140,7 +148,7 @@ def route_one(
         values = tl.load(x + k + ks, mask=k_mask, other=0).to(tl.float32)
         total += w.to(tl.float32) * values[None, :]
     products = round_to_weight(tl.sum(total, 1)[:, None], router)
-    store_masks(masks, tag, experts, on, products, bias, threshold, 1, 1)
+    store_masks(masks, tag, experts, on, products, biases, threshold, 1, 1)
 
 
 @triton.jit
@@ -169,6 +177,7 @@ def route_few(
     ks = tl.arange(0, BLOCK_R)
     ts = tl.arange(0, T_ROUTE)
     rows = experts.to(tl.int64)[:, None] * D
+    biases = load_bias(bias, experts, on)
     total = tl.zeros([R, T_ROUTE, BLOCK_R], tl.float32)
     for k in tl.range(0, D, BLOCK_R, num_stages=4):
         k_mask = k + ks < D
@@ -177,7 +186,7 @@ def route_few(
         values = tl.load(x + ts[:, None] * D + (k + ks)[None, :], mask=mask_x, other=0)
         total += w.to(tl.float32)[:, None, :] * values.to(tl.float32)[None, :, :]
     products = round_to_weight(tl.sum(total, 2), router)
-    store_masks(masks, tag, experts, on, products, bias, threshold, T, T_ROUTE)
+    store_masks(masks, tag, experts, on, products, biases, threshold, T, T_ROUTE)
 
 
 @triton.jit
@@ -203,6 +212,7 @@ def route_many(
     ks = tl.arange(0, BLOCK_R)
     ts = tl.arange(0, T_PAD)
     rows = experts.to(tl.int64)[:, None] * D
+    biases = load_bias(bias, experts, on)
     products = tl.zeros([R, T_PAD], tl.float32)
     for k in tl.range(0, D, BLOCK_R, num_stages=4):
         k_mask = k + ks < D
@@ -210,7 +220,7 @@ def route_many(
         mask_x = (ts < T)[None, :] & k_mask[:, None]
         values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0)
         products = tl.dot(w.to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
-    store_masks(masks, tag, experts, on, round_to_weight(products, router), bias, threshold, T, T_PAD)
+    store_masks(masks, tag, experts, on, round_to_weight(products, router), biases, threshold, T, T_PAD)
 
 
 @triton.jit
