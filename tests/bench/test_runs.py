@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,32 @@ def test_steps_of_a_decoder_repeat_the_text(tokens: Tensor) -> None:
                 decoder.next_token()
                 found = decoder.eager()[:, 0]
                 torch.testing.assert_close(found, expected[:, position], atol=1e-4, rtol=1e-4, msg=f"{turn}")
+
+
+def test_the_fastest_of_several_tunings_is_timed(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, seen = [0.02, 0.0, 0.01], []
+
+    def compiled(decoder: Decoder, options: dict[str, Any]) -> Callable[[], Tensor]:
+        pause = seconds[len(seen) % 3]
+        seen.append(options)
+
+        def step() -> Tensor:
+            time.sleep(pause)
+            return decoder.eager()
+
+        return step
+
+    monkeypatch.setattr(Decoder, "compiled", compiled)
+    session = run(trained_pair(), benchmarks=("decode",), compile=True, tunings=3)
+    rows = {row["provider"]: row for row in session.results.rows}
+    assert {"dense compiled", "lte compiled"} <= set(rows)
+    for name in ("dense compiled", "lte compiled"):
+        slowest, fastest, between = rows[name]["tunings_ms"]
+        assert fastest < between < slowest
+        assert rows[name]["median_ms"] < 10
+    assert rows["lte eager"]["tunings_ms"] is None
+    # With equal options dynamo would take what it compiled before.
+    assert all(a != b for index, a in enumerate(seen[:3]) for b in seen[:index])
 
 
 def test_the_time_split_covers_the_kernels_phases() -> None:

@@ -8,6 +8,7 @@ with the last of these settings.
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ TUNING = {**REDUCE_OVERHEAD, "coordinate_descent_tuning": True}
 # Each batch size and model is a specialisation of the same code, of which dynamo allows 8 by default.
 SPECIALISATIONS = 64
 USE_STEPS = 8
+# Steps by which the outcomes of several tunings are compared.
+COMPARED_STEPS = 10
 # Dynamo compiles in the first call; CUDA graphs warm up in the next and are recorded in the one after it.
 WARM_STEPS = 4
 
@@ -121,6 +124,11 @@ def _specialisations() -> Any:
     return config.patch(recompile_limit=SPECIALISATIONS)
 
 
+def _unlike_others(options: dict[str, Any], tuning: int) -> dict[str, Any]:
+    """The same settings for another tuning: dynamo keeps what it compiled as long as they are equal."""
+    return {**options, "triton.cudagraph_dynamic_shape_warn_limit": 8 + tuning} if options else options
+
+
 class _DecodeGroup:
     """The models and functions of one batch size."""
 
@@ -134,6 +142,7 @@ class _DecodeGroup:
         self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
         self.rest = other_bytes(pair, batch, settings.context_length)
         self.runs: dict[str, Callable[[], Tensor]] = {}
+        self.tunings_ms: dict[str, list[float]] = {}
         self.error = 0.0
 
     def before(self, provider: str) -> None:
@@ -168,18 +177,28 @@ class _DecodeGroup:
             decoder.next_token()
             return run().clone()
 
-        def prepare() -> Callable[[], Tensor]:
-            run = decoder.compiled(options)
-            expected = first_token(decoder.eager)
-            for _ in range(WARM_STEPS):
-                found = first_token(run)
+        def prepare(tuning: int) -> Callable[[], Tensor]:
+            from torch._inductor.utils import fresh_cache  # slow to load
+
+            with fresh_cache():  # or the search would only be remembered
+                run = decoder.compiled(_unlike_others(options, tuning))
+                expected = first_token(decoder.eager)
+                for _ in range(WARM_STEPS):
+                    found = first_token(run)
             check_logits(found, expected, f"the logits of {name}")
             return run
 
-        found = self.session.attempt(f"decode, batch {self.batch}, {name}", prepare)
-        self.session.say(f"compiled {name} for batch {self.batch}")
-        if found is not None:
-            self.runs[name] = found
+        times: list[tuple[float, int, Callable[[], Tensor]]] = []
+        for tuning in range(self.session.settings.tunings if options is TUNING else 1):
+            what = f"decode, batch {self.batch}, {name}"
+            run = self.session.attempt(what, functools.partial(prepare, tuning))
+            if run is not None:
+                steps = interleaved_times({name: run}, self.session.device, COMPARED_STEPS, self.before)[name]
+                times.append((statistics.median(steps), tuning, run))
+                self.session.say(f"compiled {name} for batch {self.batch}: {times[-1][0]:.3f} ms")
+        if times:
+            self.runs[name] = min(times)[2]
+            self.tunings_ms[name] = [time for time, _, _ in times]
 
     def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use) -> Row:
         """A provider's row."""
@@ -197,6 +216,7 @@ class _DecodeGroup:
             batch=self.batch,
             tokens=self.batch,
             **use_fields(sparsity, use, model_routing(session, self.ffns, self.batch)),
+            tunings_ms=self.tunings_ms.get(name),
             relative_rms=None if dense else self.error,
             path=None if dense else path_names(self.ffns, self.batch),
         )

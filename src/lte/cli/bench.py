@@ -96,6 +96,10 @@ def bench(
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Also the dense FFN under max-autotune.")
     ] = True,
+    tunings: Annotated[
+        int,
+        typer.Option(min=1, help="How often decoding models are compiled and tuned; the fastest outcome is timed."),
+    ] = 1,
     layers: Annotated[int | None, typer.Option(min=1, help="With --shape: layers of the model, if fewer.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text for the model's own routing; by default Python's help topics.")
@@ -136,6 +140,7 @@ def bench(
         context_length=context_length,
         compile=on_gpu if compile is None else compile,
         autotune=autotune and not quick,
+        tunings=tunings,
         seed=seed,
         budget_s=budget_s,
     )
