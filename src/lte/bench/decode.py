@@ -165,10 +165,11 @@ class _DecodeGroup:
         if not compile_models:
             return
         # A CPU has no CUDA graphs and nothing to tune: one compiled provider each.
-        cuda = self.session.device.type == "cuda"
-        self._compile(TUNED if cuda else REDUCED, self.dense, TUNING)
-        self._compile(f"{name} compiled, tuned" if cuda else f"{name} compiled", self.sparse, TUNING)
-        if cuda and full:
+        tuned = self.session.device.type == "cuda" and self.session.settings.tunings > 0
+        options = TUNING if self.session.settings.tunings else REDUCE_OVERHEAD
+        self._compile(TUNED if tuned else REDUCED, self.dense, options)
+        self._compile(f"{name} compiled, tuned" if tuned else f"{name} compiled", self.sparse, options)
+        if tuned and full:
             self._compile(REDUCED, self.dense, REDUCE_OVERHEAD)
 
     def _compile(self, name: str, decoder: Decoder, options: dict[str, Any]) -> None:

@@ -98,7 +98,9 @@ def bench(
     ] = True,
     tunings: Annotated[
         int,
-        typer.Option(min=1, help="How often decoding models are compiled and tuned; the fastest outcome is timed."),
+        typer.Option(
+            min=0, help="How often decoding models are compiled and tuned; the fastest is timed. 0 compiles without."
+        ),
     ] = 1,
     layers: Annotated[int | None, typer.Option(min=1, help="With --shape: layers of the model, if fewer.")] = None,
     text: Annotated[
