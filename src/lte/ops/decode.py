@@ -179,10 +179,12 @@ class DecodeLaunch:
 
     def _common(self) -> dict[str, Any]:
         share = triton.cdiv(self.experts, self.programs)
+        padded = max(triton.next_power_of_2(self.experts), 16)
         return {
             "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs,
             "R": triton.next_power_of_2(share), "LOCAL": triton.next_power_of_2(share + 1),
-            "E_PAD": max(triton.next_power_of_2(self.experts), 16), "ACTIVATION": self.activation,
+            "E_PAD": padded, "AT_ONCE": min(max(padded // (32 * self.tiles.warps), 1), 8),
+            "ACTIVATION": self.activation,
             "STAGES": self.tiles.stages, "DEPENDENT": self.tiles.dependent, "num_warps": self.tiles.warps,
         }  # fmt: skip
 

@@ -10,18 +10,37 @@ Shapes: T tokens padded to T_PAD (1, or 16 for tensor cores), D hidden size, E e
 import triton
 import triton.language as tl
 
-# Waits until the number at $1 has the tag $2 in its upper 48 bits.
-_WAIT_FOR_TAG = tl.constexpr("""
-{
+
+def _wait_for_tags(count: int) -> tl.constexpr:
+    """Assembly that reads numbers until each has its tag in the upper 48 bits.
+
+    Operands are `count` numbers, then as many addresses, then as many tags. All are asked for at once: one after the
+    other they would take a way to the L2 cache and back each.
+    """
+    reads = "\n".join(f"    ld.relaxed.gpu.global.b64 ${i}, [${count + i}];" for i in range(count))
+    checks = "\n".join(
+        f"    shr.u64 %tag0, ${i}, 16;\n    setp.ne{'.or' * (i > 0)}.u64 %waiting0, %tag0, ${2 * count + i}"
+        f"{', %waiting0' * (i > 0)};"
+        for i in range(count)
+    )
+    return tl.constexpr(f"""
+{{
     .reg .pred %waiting<1>;
     .reg .b64 %tag<1>;
     again:
-    ld.relaxed.gpu.global.b64 $0, [$1];
-    shr.u64 %tag0, $0, 16;
-    setp.ne.u64 %waiting0, %tag0, $2;
+{reads}
+{checks}
     @%waiting0 bra again;
-}
+}}
 """)
+
+
+def _operands(count: int) -> tl.constexpr:
+    return tl.constexpr(",".join(["=&l"] * count + ["l"] * 2 * count))
+
+
+_WAIT_1, _WAIT_2, _WAIT_4, _WAIT_8 = (_wait_for_tags(count) for count in (1, 2, 4, 8))
+_OPERANDS_1, _OPERANDS_2, _OPERANDS_4, _OPERANDS_8 = (_operands(count) for count in (1, 2, 4, 8))
 
 # The first thread waits until the number at $1 is $2 or more.
 _WAIT_FOR_ALL = tl.constexpr("""
@@ -224,17 +243,23 @@ def route_many(
 
 
 @triton.jit
-def wait_for_masks(masks, tag, E: tl.constexpr, E_PAD: tl.constexpr, WAIT: tl.constexpr):
-    """masks [E_PAD] once every program has stored its own, zero beyond E.
+def wait_for_masks(masks, tag, E: tl.constexpr, E_PAD: tl.constexpr, AT_ONCE: tl.constexpr, WAIT: tl.constexpr):
+    """masks [E_PAD] once every program has stored its own, zero beyond E; a thread reads AT_ONCE of them at a time.
 
     Mask and tag are one number, so that the wait needs no barrier: what carries the tag is this launch's mask.
     """
     ids = tl.arange(0, E_PAD)
     source = masks + tl.minimum(ids, E - 1)
     if WAIT:
-        words = tl.inline_asm_elementwise(
-            _WAIT_FOR_TAG, "=&l,l,l", [source.to(tl.int64), tag.to(tl.int64)], tl.int64, is_pure=False, pack=1
-        )
+        arguments = [source.to(tl.int64), tag.to(tl.int64)]
+        if AT_ONCE == 1:
+            words = tl.inline_asm_elementwise(_WAIT_1, _OPERANDS_1, arguments, tl.int64, is_pure=False, pack=1)
+        elif AT_ONCE == 2:
+            words = tl.inline_asm_elementwise(_WAIT_2, _OPERANDS_2, arguments, tl.int64, is_pure=False, pack=2)
+        elif AT_ONCE == 4:
+            words = tl.inline_asm_elementwise(_WAIT_4, _OPERANDS_4, arguments, tl.int64, is_pure=False, pack=4)
+        else:
+            words = tl.inline_asm_elementwise(_WAIT_8, _OPERANDS_8, arguments, tl.int64, is_pure=False, pack=8)
     else:
         words = tl.load(source)
     return tl.where(ids < E, (words & 0xFFFF).to(tl.int32), 0)

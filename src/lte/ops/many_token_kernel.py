@@ -165,6 +165,7 @@ def decode_many_kernel(
     S: tl.constexpr,
     P: tl.constexpr,
     E_PAD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     T_PAD: tl.constexpr,
     T_ROUTE: tl.constexpr,
     R: tl.constexpr,
@@ -202,7 +203,7 @@ def decode_many_kernel(
         else:
             route_given(logits, masks, tag, threshold, T, E, T_PAD, P, R)
     if LAST >= 1:
-        needed = wait_for_masks(masks, tag, E, E_PAD, FIRST < 1)
+        needed = wait_for_masks(masks, tag, E, E_PAD, AT_ONCE, FIRST < 1)
         count = tl.sum((needed != 0).to(tl.int32), 0)
     if FIRST <= 1 and LAST >= 1:
         shares = count * (S // SHARE)

@@ -111,6 +111,7 @@ def decode_one_kernel(
     S: tl.constexpr,
     P: tl.constexpr,
     E_PAD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     D_PAD: tl.constexpr,
     R: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -135,7 +136,7 @@ def decode_one_kernel(
         else:
             route_given(logits, masks, tag, threshold, 1, E, 1, P, R)
     if FIRST <= 1 and LAST >= 1:
-        needed = wait_for_masks(masks, tag, E, E_PAD, FIRST < 1)
+        needed = wait_for_masks(masks, tag, E, E_PAD, AT_ONCE, FIRST < 1)
         neurons = tl.sum(needed, 0) * S
         first = program * neurons // P
         last = (program + 1) * neurons // P
