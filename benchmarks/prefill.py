@@ -183,13 +183,13 @@ def main() -> None:
         rows += [*dense.values(), *found]
         if args.activation:
             rows += activation_rows(layers, count, repeats)
+        if args.output:  # a run that is cut off has kept what it measured
+            write_json_atomic(args.output, {"rows": rows, "copy_gb_per_s": bandwidth, **environment()})
     print_table(points, architecture(layers.x.device))
     worst = max((r for r in rows if r["provider"] == "lte masked"), key=lambda r: r["ratio_to_dense"])
     print(f"masked at worst {worst['ratio_to_dense']:.3f} of dense, at {worst['tokens']} tokens")
     spread = statistics.median((r["p80_ms"] - r["p20_ms"]) / r["median_ms"] for r in rows)
     print(f"median spread p20 to p80 {spread:.2%}; {time.monotonic() - start:.0f} s")
-    if args.output:
-        write_json_atomic(args.output, {"rows": rows, "copy_gb_per_s": bandwidth, **environment()})
 
 
 if __name__ == "__main__":

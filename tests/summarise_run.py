@@ -32,6 +32,9 @@ def summarise(junit: Path) -> dict[str, Any]:
     failed: list[str] = []
     skipped: dict[str, Counter[str]] = {}
     for case in suite.iter("testcase"):
+        if not case.get("name"):  # under way when the run was interrupted
+            outcomes["unfinished"] += 1
+            continue
         name = f"{case.get('classname')}::{case.get('name')}"
         outcome = next((OUTCOMES[child.tag] for child in case if child.tag in OUTCOMES), "passed")
         outcomes[outcome] += 1
@@ -43,7 +46,7 @@ def summarise(junit: Path) -> dict[str, Any]:
         else:
             failed.append(name)
     return {
-        "counts": {outcome: outcomes[outcome] for outcome in ("passed", *OUTCOMES.values())},
+        "counts": {outcome: outcomes[outcome] for outcome in ("passed", *OUTCOMES.values(), "unfinished")},
         "seconds": float(suite.get("time", "nan")),
         "failed": failed,
         "skipped": skipped,

@@ -92,33 +92,41 @@ def ratios(rows: list[dict], dense: float) -> list[str]:
 
 
 def test_every_figure_of_the_speed_tables_is_in_a_result_file():
-    def row_of(name: str) -> list[str]:
+    def row_of(name: str, source: str | None = None) -> list[str]:
         (figures,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.MULTILINE)
-        return figures.split(" | ")
+        gpu, *found = figures.split(" | ") if source else ["", *figures.split(" | ")]
+        assert gpu in json.loads((ROOT / "results" / source).read_text())["hardware"] if source else not gpu
+        return found
 
     def dense(rows: list[dict]) -> float:
         return min(row["median_ms"] for row in rows if row["provider"].startswith("dense"))
 
-    ffn = records_of("bench/llama2_7b_ffn.json")
-    for batch, provider, name in (
-        (1, "lte", "FFN, 1 token, router included"),
-        (1, "PyTorch indexing", "the same by PyTorch indexing"),
-        (4, "lte", "FFN, 4 tokens with experts of their own"),
+    one, few, many = "bench/llama2_7b_ffn_h100.json", "bench/llama2_7b_ffn.json", "prefill.json"
+    for source, batch, provider, name in (
+        (one, 1, "lte", "FFN, 1 token, router included"),
+        (one, 1, "PyTorch indexing", "the same by PyTorch indexing"),
+        (few, 4, "lte", "FFN, 4 tokens with experts of their own"),
     ):
-        of_batch = [row for row in ffn if row["batch"] == batch]
+        of_batch = [row for row in records_of(source) if row["batch"] == batch]
         found = [row for row in of_batch if row["provider"] == provider]
         by_setting = [{**row, "sparsity": row["setting"]} for row in found]
-        assert row_of(name) == ratios(by_setting, dense(of_batch))
-    prefill = [row for row in records_of("prefill.json") if row["tokens"] == 2048]
+        assert row_of(name, source) == ratios(by_setting, dense(of_batch))
+    runs = [one, *(f"decode_kernel/dependent_launch{name}.json" for name in ("", "_small_tiles"))]
+    fastest = min(dense(records_of(name)) for name in runs)
+    sparse = [{**row, "sparsity": row["setting"]} for row in records_of(one) if row["provider"] == "lte"]
+    assert row_of("the same over the fastest dense FFN of any run", one) == ratios(sparse, fastest)
+    prefill = [row for row in records_of(many) if row["tokens"] == 2048]
     independent = [row for row in prefill if row.get("routing") == "independent"]
-    assert row_of("FFN, 2048 tokens with experts of their own") == ratios(independent, dense(prefill))
-    steps = records_of("bench/llama2_7b_decode.json")
-    compiled = [{**row, "sparsity": row["setting"]} for row in steps if row["provider"] == "lte compiled, tuned"]
+    assert row_of("FFN, 2048 tokens with experts of their own", many) == ratios(independent, dense(prefill))
+    step = "bench/llama2_7b_decode.json"
+    compiled = [
+        {**row, "sparsity": row["setting"]} for row in records_of(step) if row["provider"] == "lte compiled, tuned"
+    ]
     beside = "decoding step, compiled, over the one timed beside it"
-    assert row_of(beside) == ratios(compiled, dense(steps))
-    fastest = min(dense(steps), dense(records_of("bench/llama2_7b_decode_dense_baselines.json")))
+    assert row_of(beside, step) == ratios(compiled, dense(records_of(step)))
+    fastest = min(dense(records_of(step)), dense(records_of("bench/llama2_7b_decode_dense_baselines.json")))
     any_run = "decoding step, compiled, over the fastest dense one of any run"
-    assert row_of(any_run) == ratios(compiled, fastest)
+    assert row_of(any_run, step) == ratios(compiled, fastest)
     cpu = [row for row in records_of("cpu_decode.json") if row["benchmark"] == "decode"]
     for dtype in ("float32", "bfloat16"):
         rows = [row for row in cpu if row["dtype"] == dtype]

@@ -7,6 +7,7 @@ with the last of these settings.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Callable
@@ -27,9 +28,10 @@ from lte.bench.sweep import Sweep, check_forced, is_dense_name, model_routing, r
 from lte.bench.timing import interleaved_times
 
 EAGER, REDUCED, TUNED = "dense eager", "dense compiled", "dense compiled, tuned"
-# What mode="reduce-overhead" sets, and the search over block sizes of the generated kernels.
+# What mode="reduce-overhead" sets, and the search over block sizes of the generated kernels, from the best of several
+# starts.
 REDUCE_OVERHEAD = {"triton.cudagraphs": True}
-TUNING = {**REDUCE_OVERHEAD, "coordinate_descent_tuning": True}
+TUNING = {**REDUCE_OVERHEAD, "coordinate_descent_tuning": True, "max_autotune_pointwise": True}
 # Each batch size and model is a specialisation of the same code, of which dynamo allows 8 by default.
 SPECIALISATIONS = 64
 USE_STEPS = 8
@@ -181,7 +183,8 @@ class _DecodeGroup:
         def prepare(tuning: int) -> Callable[[], Tensor]:
             from torch._inductor.utils import fresh_cache  # slow to load
 
-            with fresh_cache():  # or the search would only be remembered
+            # In the same cache a further search would only be remembered.
+            with fresh_cache() if tuning else contextlib.nullcontext():
                 run = decoder.compiled(_unlike_others(options, tuning))
                 expected = first_token(decoder.eager)
                 for _ in range(WARM_STEPS):
