@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -141,6 +142,44 @@ def test_more_and_fewer_programs_than_work(
     for routing in map(Routing.forced, masks(tokens, 5).values()):
         output = decode.run_decode(x, weights, routing, "silu", one if tokens == 1 else many)
         torch.testing.assert_close(output, sparse_ffn_reference(x, weights, routing, "silu"))
+
+
+class CompilingKernel:
+    """Stands in for a kernel: like Triton's, it gives back what it compiled, which takes all arguments by position."""
+
+    arg_names: ClassVar[list[str]] = decode.decode_one_kernel.arg_names
+
+    def __init__(self) -> None:
+        self.compiled: list[dict[str, Any]] = []
+        self.launched: list[list[Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def compile_and_launch(*args: Any, **constants: Any) -> Any:
+            self.compiled.append({**dict(zip(self.arg_names, args, strict=False)), **constants})
+            return {(*grid, 1, 1): lambda *given: self.launched.append(list(given))}
+
+        return compile_and_launch
+
+
+def test_a_kernel_is_compiled_once_and_then_launched_at_once() -> None:
+    weights, routing = random_ffn(64, 4), Routing.forced(masks(1, 4)["some"])
+    ffn = decode.DecodeLaunch(states(1, 64), weights, routing, "silu")
+    ffn._kernel = kernel = CompilingKernel()
+    for x in (states(1, 64), states(1, 64)):
+        ffn.run(x, ffn.buffers(x))
+    (compiled,), (launched,) = kernel.compiled, kernel.launched
+    assert compiled["launch_cooperative_grid"]
+    named = dict(zip(kernel.arg_names, launched, strict=True))
+    assert named["x"] is x
+    assert named["up"] is weights.up
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            assert value == compiled[name], name
+    misaligned = torch.zeros(65, device=x.device)[1:].view(1, 64)
+    ffn.run(misaligned, ffn.buffers(misaligned))
+    ffn.run(x, ffn.buffers(x), 0, 0)
+    assert len(kernel.compiled) == 3
+    assert len(kernel.launched) == 1
 
 
 def test_the_counters_are_zero_again(poisoned: None) -> None:

@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,7 @@ class DecodeLaunch:
             tiles = one_token_tiles(weights.up, size) if one else many_token_tiles(weights.up, self.tokens, size)
         self.tiles = tiles
         self.programs = multiprocessors(x.device) * tiles.per_sm
+        self._ready: dict[tuple[int, int, bool], Callable[..., object]] = {}
         one_token = isinstance(tiles, OneTokenTiles)
         self._kernel = decode_one_kernel if one_token else decode_many_kernel
         self._constants = self._of_one(tiles) if isinstance(tiles, OneTokenTiles) else self._of_many(tiles, x)
@@ -164,18 +165,26 @@ class DecodeLaunch:
 
     def run(self, x: Tensor, buffers: Buffers, first: int = 0, last: int = len(PHASES) - 1) -> None:
         """Launches the phases first..last of `PHASES`."""
-        # All programs must run at once where they wait for each other.
-        waits = {} if first == last else {"launch_cooperative_grid": True}
-        if self.tiles.dependent:
-            waits["launch_pdl"] = True
         rest = (buffers.out, self.routing.threshold)
         between = (buffers.partial, buffers.workspace.counters, buffers.workspace.masks)
         if buffers.h is not None:
             between, rest = (buffers.h, *between), (*rest, self.tokens)  # type: ignore[assignment]
-        self._kernel[(self.programs,)](
-            x, *self._given, *between, *rest, **self._constants, FIRST=first, LAST=last,
-            **waits,
-        )  # fmt: skip
+        arguments = (x, *self._given, *between, *rest)
+        # What Triton compiled depends on the alignment of x, and on nothing else that may change between calls.
+        key = (first, last, x.data_ptr() % 16 == 0)
+        launch = self._ready.get(key)
+        if launch is not None:
+            launch(*arguments)
+            return
+        # All programs must run at once where they wait for each other.
+        options = {"launch_cooperative_grid": first < last, "launch_pdl": self.tiles.dependent}
+        constants = {**self._constants, "FIRST": first, "LAST": last}
+        compiled = self._kernel[(self.programs,)](*arguments, **constants, **options)
+        if compiled is not None:  # as it is in the interpreter
+            settled = [constants[name] for name in self._kernel.arg_names[len(arguments) :]]
+            run = compiled[(self.programs, 1, 1)]
+            # To find the compiled kernel anew takes several times as long as to launch it.
+            self._ready[key] = lambda *given: run(*given, *settled)
 
     def _common(self) -> dict[str, Any]:
         share = triton.cdiv(self.experts, self.programs)
