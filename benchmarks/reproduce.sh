@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# What docs/kernels.md and docs/prefill.md report from a GPU, step by step:
+#
+#     bash benchmarks/reproduce.sh OUTPUT STEP...
+#
+# Steps: tests, ffn, formats, decode, batches, few_tokens, many_tokens, tiles, trace, kernels, and trained, which needs
+# MODEL (SmolLM2-135M-Instruct as a GGUF file), CACHE (what experiments/wikipedia/prepare.py wrote) and HELD_OUT (articles,
+# a JSONL file) in the environment. A step takes one to five minutes, and writes its result files as it goes on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+output=$(realpath "$1")
+shift
+mkdir -p "$output"
+
+bench() { # NAME FLAG...
+  python3 -m lte bench "${@:2}" --output "$output/$1"
+}
+
+llama() { # NAME FLAG...
+  bench "$1" --shape llama2-7b "${@:2}"
+}
+
+tests() {
+  local files="tests/ops/test_decode.py tests/ops/test_prefill.py tests/ops/test_dispatch.py tests/ops/test_quantize.py"
+  files+=" tests/hf/test_accel*.py tests/bench tests/cli/test_kernels.py"
+  local command="python3 -m pytest $files -n 8 --dist worksteal -ra" status=0
+  $command --junit-xml="$output/gpu_tests.xml" || status=$?
+  python3 -m tests.summarise_run "$output/gpu_tests.xml" "$output/gpu_tests.json" --command "$command"
+  return $status
+}
+
+ffn() { llama llama2_7b_ffn --dtype bfloat16 --benchmarks ffn --batches 1,2,4,8,16; }
+
+formats() {
+  llama llama2_7b_ffn_int8 --dtype bfloat16 --weights int8 --benchmarks ffn --batches 1,4,16
+  llama llama2_7b_ffn_float16 --dtype float16 --benchmarks ffn --batches 1
+  llama llama2_7b_ffn_float32 --dtype float32 --benchmarks ffn --batches 1 --no-autotune
+}
+
+decode() { llama llama2_7b_decode --dtype bfloat16 --benchmarks decode --batches 1 --tunings "${TUNINGS:-2}"; }
+
+batches() {
+  llama llama2_7b_decode_batches --dtype bfloat16 --benchmarks decode --batches 4,16 --sparsities 0,0.5,0.8 --tunings 0
+}
+
+few_tokens() { python3 benchmarks/prefill.py --tokens 2 4 8 16 24 32 48 64 --output "$output/prefill_few_tokens.json"; }
+
+many_tokens() { python3 benchmarks/prefill.py --tokens 128 256 512 1024 2048 8192 --output "$output/prefill.json"; }
+
+tiles() { python3 benchmarks/decode_kernel.py --tokens 1 4 --tune "$output/tiles.json" --output "$output/tiles_rows.json"; }
+
+trace() { python3 benchmarks/decode_trace.py --output "$output/trace.json"; }
+
+kernels() { python3 benchmarks/decode_step.py --settings tuned --attention sdpa --output "$output/decode_step.json"; }
+
+trained() {
+  local folder=$output/runs/lte-50-quick
+  python3 experiments/wikipedia/run.py --config experiments/wikipedia/quick.yaml --cache "$CACHE" --model "$MODEL" \
+    --work "$output/runs" --output "$output/wikipedia"
+  for kernels in auto int8; do
+    python3 -m lte eval "$folder" --train "$HELD_OUT" --validation "$HELD_OUT" --sequence-length 1024 --dtype bfloat16 \
+      --batch-size 16 --kernels $kernels --json "$output/smollm2_$kernels.json"
+  done
+  local text=$output/held_out.txt
+  python3 -c 'import json, sys; print("\n\n".join(json.loads(line)["text"] for line in sys.stdin))' <"$HELD_OUT" >"$text"
+  bench smollm2 "$folder" --text "$text" --benchmarks ffn,decode --batches 1,4 --tunings 0
+  bench smollm2_int8 "$folder" --text "$text" --weights int8 --benchmarks ffn --batches 1 --no-autotune
+}
+
+for step in "$@"; do
+  echo "== $step"
+  $step
+done
