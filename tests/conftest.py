@@ -21,8 +21,7 @@ import pytest
 from torch import Tensor
 from transformers.utils import logging
 
-from lte.hf.families import FAMILIES
-from tests.tiny_models import VOCAB
+from tests.tiny_models import MODEL_TYPES, VOCAB, is_causal
 
 # The models are tiny: one thread each is fastest, and the test command runs two workers.
 torch.set_num_threads(1)
@@ -47,9 +46,15 @@ def relative_rms() -> Callable[[Tensor, Tensor], float]:
     return measure
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=MODEL_TYPES)
 def model_type(request: pytest.FixtureRequest) -> str:
-    """Every `model_type` of the family table in turn."""
+    """Every `model_type` of the family table in turn, and its variants."""
+    return request.param
+
+
+@pytest.fixture(params=[model_type for model_type in MODEL_TYPES if is_causal(model_type)])
+def causal_type(request: pytest.FixtureRequest) -> str:
+    """Every `model_type` whose own head predicts the next token."""
     return request.param
 
 

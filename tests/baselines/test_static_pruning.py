@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM
 
 import lte
 from lte.baselines.static_pruning import StaticPruningConfig, neuron_importance, prune_static_
-from lte.hf.families import FAMILIES, dense_ffns
+from lte.hf.families import dense_ffns
 from tests.tiny_models import (
     HIDDEN,
-    LAYERS,
     NEURONS,
     PAD,
     VOCAB,
+    auto_class,
+    logits_of,
+    num_ffns,
+    row_of,
     tiny_config,
     tiny_dense_model,
     tiny_sparse_model,
@@ -28,19 +31,20 @@ HALF = StaticPruningConfig(target_sparsity=0.5, expert_size=8)
 
 def calibration() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
-    return [{"input_ids": torch.randint(3, VOCAB, (2, 9), generator=generator)} for _ in range(2)]
+    rows = [torch.randint(3, VOCAB, (2, 9), generator=generator) for _ in range(2)]
+    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def ffns_of(model: Any, model_type: str) -> dict[str, nn.Module]:
-    return dense_ffns(model, FAMILIES[model_type])
+    return dense_ffns(model, row_of(model_type))
 
 
 @torch.no_grad()
 def zero_neurons_(model: Any, model_type: str, kept: list[Tensor]) -> None:
     """Sets the down projection's columns of all other neurons to zero."""
-    down = FAMILIES[model_type].layout.down
+    down = row_of(model_type).layout.down
     for ffn, index in zip(ffns_of(model, model_type).values(), kept, strict=True):
-        weight: Any = ffn.get_submodule(down).weight
+        weight = row_of(model_type).layout.matrix(ffn.get_submodule(down))
         mask = torch.zeros(weight.shape[1])
         mask[index] = 1
         weight.mul_(mask)
@@ -48,10 +52,10 @@ def zero_neurons_(model: Any, model_type: str, kept: list[Tensor]) -> None:
 
 def kept_columns(dense: Any, pruned: Any, model_type: str) -> list[Tensor]:
     """Which columns of the dense down projection the pruned one holds."""
-    down = FAMILIES[model_type].layout.down
+    layout = row_of(model_type).layout
     found = []
     for old, new in zip(ffns_of(dense, model_type).values(), ffns_of(pruned, model_type).values(), strict=True):
-        columns: Any = old.get_submodule(down).weight.T, new.get_submodule(down).weight.T
+        columns = [layout.matrix(ffn.get_submodule(layout.down)).T for ffn in (old, new)]
         found.append(torch.stack([(columns[0] == column).all(1).nonzero()[0, 0] for column in columns[1]]))
     return found
 
@@ -65,22 +69,23 @@ def test_the_model_computes_the_dense_one_without_those_neurons(
     config = StaticPruningConfig(expert_size=8, granularity=granularity)
     assert prune_static_(pruned, config, calibration()) is pruned
     kept = kept_columns(dense, pruned, model_type)
-    assert [len(index.unique()) for index in kept] == [NEURONS // 2] * LAYERS
+    assert [len(index.unique()) for index in kept] == [NEURONS // 2] * num_ffns(model_type)
     zero_neurons_(dense, model_type, kept)
     with torch.no_grad():
-        torch.testing.assert_close(pruned(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits_of(pruned, tokens), logits_of(dense, tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_it_saves_and_loads_as_a_stock_model(model_type: str, tokens: Tensor, tmp_path: Path) -> None:
     model = prune_static_(tiny_dense_model(model_type), HALF, calibration())
     model.save_pretrained(tmp_path)  # type: ignore[operator]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = auto_class(model_type).from_pretrained(tmp_path).eval()
     assert type(loaded) is type(model)
-    assert (loaded.config.model_type, loaded.config.intermediate_size) == (model_type, NEURONS // 2)
+    row = row_of(model_type)
+    assert (loaded.config.model_type, getattr(loaded.config, row.neurons_field)) == (row.model_type, NEURONS // 2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+        assert torch.equal(logits_of(model, tokens), logits_of(loaded, tokens))
 
 
 def test_it_trains_and_becomes_an_lte_model(model_type: str, tokens: Tensor) -> None:
@@ -131,12 +136,12 @@ def test_experts_are_those_of_sparsify(grouping: Any, model_type: str) -> None:
     config = StaticPruningConfig(expert_size=8, granularity="expert", grouping=grouping, seed=3)
     pruned = prune_static_(copy.deepcopy(dense), config, calibration())
     sparse = lte.sparsify_(copy.deepcopy(dense), lte.LteConfig(expert_size=8, grouping=grouping, seed=3))
-    down = FAMILIES[model_type].layout.down
+    layout = row_of(model_type).layout
     kept = kept_columns(dense, pruned, model_type)
     scores = neuron_importance(dense, calibration())
     ffns = zip(ffns_of(dense, model_type).items(), lte.sparse_ffns(sparse).values(), kept, strict=True)
     for (name, old), ffn, index in ffns:
-        columns: Any = old.get_submodule(down).weight.T, ffn.get_submodule(down).weight.T
+        columns = [layout.matrix(each.get_submodule(layout.down)).T for each in (old, ffn)]
         order = torch.stack([(columns[0] == column).all(1).nonzero()[0, 0] for column in columns[1]])
         experts = order.unflatten(0, (-1, 8))
         best = experts[scores[name][experts].sum(1).topk(NEURONS // 16).indices]
@@ -207,7 +212,7 @@ def wrong_model(kind: str) -> Any:
     elif kind == "headless":
         model.model.layers = nn.ModuleList()
     else:
-        model.config.model_type = "opt"
+        model.config.model_type = "no family"
     return model
 
 

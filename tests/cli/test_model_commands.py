@@ -110,7 +110,7 @@ class TestInspect:
         assert "model no-such-model is no folder here and was not found on the hub" in result.stderr
 
     def test_a_family_without_a_row(self, run: Callable[..., Any], tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+        (tmp_path / "config.json").write_text('{"model_type": "albert"}')
         result = run("inspect", tmp_path)
         assert result.exit_code == 1
         assert "model_type must be one of" in result.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ from transformers import LlamaConfig
 
 import lte
 from lte.eval.flops import GFLOP, bytes_per_token, count_linear_weights, flops_per_token, meta_model
-from tests.tiny_models import HIDDEN, LAYERS, NEURONS, VOCAB, tiny_config, tiny_dense_model, tiny_sparse_model
+from tests.tiny_models import (
+    HIDDEN,
+    LAYERS,
+    NEURONS,
+    VOCAB,
+    num_ffns,
+    num_inputs,
+    tiny_config,
+    tiny_dense_model,
+    tiny_sparse_model,
+)
 
 LLAMA_7B = LlamaConfig(
     vocab_size=32000,
@@ -40,12 +51,15 @@ def test_the_routers_are_one_percent_of_the_ffn() -> None:
 
 
 def test_every_family_is_counted_by_its_shapes(model_type: str) -> None:
-    """Attention with 4 heads and 2 key-value heads of width 8, FFN with three D x F matrices."""
-    weights = count_linear_weights(tiny_config(model_type))
-    width = 8
-    assert weights.attention == LAYERS * HIDDEN * width * (4 + 2 + 2 + 4)
-    assert weights.ffn == [3 * HIDDEN * NEURONS] * LAYERS
-    assert weights.router == [0] * LAYERS
+    """Attention with 4 heads and 2 key-value heads of width 8 where the family has them, FFN of D x F matrices."""
+    config, layers = tiny_config(model_type), num_ffns(model_type)
+    weights = count_linear_weights(config)
+    width, key_value_heads = 8, 2 if "num_key_value_heads" in {field.name for field in fields(config)} else 4
+    # A decoder layer of T5 has two, for its own tokens and for the encoder's.
+    attentions = 3 * LAYERS if layers > LAYERS else LAYERS
+    assert weights.attention == attentions * HIDDEN * width * 2 * (4 + key_value_heads)
+    assert weights.ffn == [(num_inputs(model_type) + 1) * HIDDEN * NEURONS] * layers
+    assert weights.router == [0] * layers
     assert weights.lm_head == VOCAB * HIDDEN
 
 
@@ -108,7 +122,7 @@ def test_an_lte_config_for_an_lte_model_is_refused() -> None:
 
 def test_an_unknown_family_is_refused() -> None:
     config = tiny_config("llama")
-    config.model_type = "opt"
+    config.model_type = "no family"
     with pytest.raises(ValueError, match="model_type must be one of"):
         flops_per_token(config)
 

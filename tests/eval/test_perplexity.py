@@ -37,8 +37,8 @@ def batch_of(*rows: Tensor, side: str = "right", labels: Tensor | None = None) -
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def test_the_loss_is_that_of_transformers(model_type: str) -> None:
-    model = tiny_dense_model(model_type)
+def test_the_loss_is_that_of_transformers(causal_type: str) -> None:
+    model = tiny_dense_model(causal_type)
     ids = torch.stack(Rows(9, 9, 9).rows)
     labels = ids.clone()
     labels[0, :4] = -100
@@ -78,8 +78,8 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.nll_per_token == pytest.approx(expected.nll_per_token, rel=1e-6)
 
 
-def test_quality_and_sparsity_come_from_one_pass_in_hard_mode(model_type: str) -> None:
-    model, rows = tiny_sparse_model(model_type).train(), Rows(9, 4, 6)
+def test_quality_and_sparsity_come_from_one_pass_in_hard_mode(causal_type: str) -> None:
+    model, rows = tiny_sparse_model(causal_type).train(), Rows(9, 4, 6)
     ffns = list(lte.sparse_ffns(model).values())
     ffns[0].set_mode("soft")
     result, measured = evaluate_model(model, rows, batch_size=2, progress=False)
@@ -153,3 +153,8 @@ def test_a_loss_of_nan_names_its_batch() -> None:
 def test_wrong_data_is_refused(data: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_perplexity(tiny_dense_model(), data, progress=False, **options)
+
+
+def test_a_model_that_predicts_no_next_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="model must predict the next token to have a perplexity, got DistilBert"):
+        evaluate_perplexity(tiny_dense_model("distilbert"), Rows(9), progress=False)

@@ -13,10 +13,11 @@ from lte.eval.sparsity import (
     HISTOGRAM_BINS,
     SparsityCounter,
     SparsityMeasurement,
-    counted_tokens,
     measure_sparsity,
 )
-from tests.tiny_models import EXPERT_SIZE, NEURONS, PAD, VOCAB, tiny_dense_model, tiny_sparse_model
+from lte.hf.inputs import model_inputs
+from lte.train.data import routing_masks
+from tests.tiny_models import EXPERT_SIZE, LAYERS, NEURONS, PAD, VOCAB, num_ffns, tiny_dense_model, tiny_sparse_model
 
 EXPERTS = NEURONS // EXPERT_SIZE
 
@@ -35,7 +36,7 @@ def hard_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
         for ffn in lte.sparse_ffns(model).values()
     ]
     with torch.no_grad():
-        model(**{key: batch[key] for key in batch if key != "labels"})
+        model(**model_inputs(model, batch))
     for hook in hooks:
         hook.remove()
     return torch.stack(seen)
@@ -48,7 +49,7 @@ def test_every_statistic_matches_a_plain_count(model_type: str) -> None:
     measured = measure_sparsity(model, batches)
     active = (logits > 0).double()
     scores = torch.sigmoid(logits)
-    assert measured.tokens == 40
+    assert measured.tokens == 40 * (num_ffns(model_type) // LAYERS)
     assert measured.sparsity == pytest.approx(1 - active.mean().item())
     torch.testing.assert_close(torch.tensor(measured.active_fraction).double(), active.mean((1, 2)))
     torch.testing.assert_close(torch.tensor(measured.expert_use).double(), active.mean(1))
@@ -201,13 +202,18 @@ def test_an_update_without_a_forward_pass_is_refused() -> None:
         counter.update(torch.ones(1, 3, dtype=torch.bool))
 
 
-def test_counted_tokens_takes_what_a_batch_has() -> None:
+def test_counted_tokens_are_what_a_batch_says() -> None:
+    model, names = tiny_sparse_model(), ["ffn"]
     ids = torch.tensor([[5, 6, 0]])
     labels, mask = torch.tensor([[-100, 6, -100]]), torch.tensor([[1, 1, 0]])
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    assert counted_tokens(batch).tolist() == [[False, True, False]]
-    assert counted_tokens(batch, skip_ignored_labels=False).tolist() == [[True, True, False]]
-    assert counted_tokens({"input_ids": ids}).all()
+    assert routing_masks(model, names, batch)["ffn"].tolist() == [[False, True, False]]
+    every = routing_masks(model, names, batch, skip_ignored_labels=False)["ffn"]
+    assert every.tolist() == [[True, True, False]]
+    assert routing_masks(model, names, {"input_ids": ids})["ffn"].all()
+    # A masked language model has labels where tokens were masked; all others route too.
+    other = tiny_sparse_model("distilbert")
+    assert torch.equal(routing_masks(other, names, batch)["ffn"], every)
 
 
 @pytest.mark.gpu

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lte
 from lte.nn.accelerated import AcceleratedFfn
 
 TOLERANCE = 1e-5
-
-
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens).logits
 
 
 def first_ffn(model: Any) -> AcceleratedFfn:

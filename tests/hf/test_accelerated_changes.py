@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import lte
-from tests.hf.accelerated_models import TOLERANCE, first_ffn, logits
-from tests.tiny_models import NEURONS, randomise_routers_, tiny_sparse_model
+from tests.hf.accelerated_models import TOLERANCE, first_ffn
+from tests.tiny_models import NEURONS, logits_of, randomise_routers_, tiny_sparse_model
 
 Measure = Callable[[Tensor, Tensor], float]
 
@@ -23,22 +23,22 @@ Measure = Callable[[Tensor, Tensor], float]
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_models_of_their_own(duplicate: Callable[[Any], Any], weights: Any, tokens: Tensor) -> None:
     model = lte.accelerate_(tiny_sparse_model(), weights)
-    expected = logits(model, tokens)
+    expected = logits_of(model, tokens)
     other = duplicate(model)
     assert lte.is_accelerated(other)
-    assert torch.equal(logits(other, tokens), expected)
+    assert torch.equal(logits_of(other, tokens), expected)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    assert torch.equal(logits(model, tokens), expected)
-    assert not logits(other, tokens).any()
+    assert torch.equal(logits_of(model, tokens), expected)
+    assert not logits_of(other, tokens).any()
     lte.decelerate_(other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_casts(dtype: torch.dtype, tokens: Tensor, relative_rms: Measure) -> None:
     model = lte.accelerate_(tiny_sparse_model())
-    expected = logits(tiny_sparse_model().to(dtype), tokens)
+    expected = logits_of(tiny_sparse_model().to(dtype), tokens)
     assert model.to(dtype) is model
     ffn = first_ffn(model)
     assert ffn.stacked is not None
@@ -46,7 +46,7 @@ def test_casts(dtype: torch.dtype, tokens: Tensor, relative_rms: Measure) -> Non
     assert ffn.stacked.dtype == ffn.router_rows.dtype == dtype
     assert ffn.up_proj.weight.untyped_storage().data_ptr() == ffn.stacked.untyped_storage().data_ptr()
     # The plain model rounds its router's input otherwise, so near the threshold they may differ.
-    assert relative_rms(logits(model, tokens), expected) <= 0.1
+    assert relative_rms(logits_of(model, tokens), expected) <= 0.1
     stacked = ffn.stacked
     model.to(dtype)
     assert ffn.stacked is stacked
@@ -73,7 +73,7 @@ def test_loading_other_weights(assign: bool, tokens: Tensor, relative_rms: Measu
     assert torch.equal(ffn.router_rows, ffn.router.weight)
     assert ffn.stacked is not None
     assert torch.equal(ffn.stacked[:NEURONS], ffn.gate_proj.weight)
-    assert relative_rms(logits(model, tokens), logits(other, tokens)) <= TOLERANCE
+    assert relative_rms(logits_of(model, tokens), logits_of(other, tokens)) <= TOLERANCE
 
 
 def test_weights_that_are_replaced_are_seen(tokens: Tensor, relative_rms: Measure) -> None:
@@ -84,7 +84,7 @@ def test_weights_that_are_replaced_are_seen(tokens: Tensor, relative_rms: Measur
             with torch.no_grad():
                 ffn.router.weight.neg_()
                 ffn.router.bias.neg_()
-    assert relative_rms(logits(model, tokens), logits(plain, tokens)) <= TOLERANCE
+    assert relative_rms(logits_of(model, tokens), logits_of(plain, tokens)) <= TOLERANCE
 
 
 def test_adapters_that_come_later_count(tokens: Tensor, calls: list[int], relative_rms: Measure) -> None:
@@ -93,17 +93,17 @@ def test_adapters_that_come_later_count(tokens: Tensor, calls: list[int], relati
         torch.manual_seed(1)
         config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
         wrapped.append(peft.get_peft_model(model, config).eval())
-    expected = logits(wrapped[0], tokens)
-    assert relative_rms(expected, logits(tiny_sparse_model(), tokens)) > 0.01
-    assert relative_rms(logits(wrapped[1], tokens), expected) <= TOLERANCE
+    expected = logits_of(wrapped[0], tokens)
+    assert relative_rms(expected, logits_of(tiny_sparse_model(), tokens)) > 0.01
+    assert relative_rms(logits_of(wrapped[1], tokens), expected) <= TOLERANCE
     assert not calls
     merged = wrapped[1].merge_and_unload()
-    assert relative_rms(logits(merged, tokens), expected) <= TOLERANCE
+    assert relative_rms(logits_of(merged, tokens), expected) <= TOLERANCE
     assert calls
 
 
 def test_autocast_is_as_for_the_plain_model(tokens: Tensor) -> None:
     model = tiny_sparse_model()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = logits(model, tokens)
-        assert torch.equal(logits(lte.accelerate_(model), tokens), expected)
+        expected = logits_of(model, tokens)
+        assert torch.equal(logits_of(lte.accelerate_(model), tokens), expected)

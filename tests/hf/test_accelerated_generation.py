@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers import StaticCache
 
 import lte
-from tests.hf.accelerated_models import TOLERANCE, logits
-from tests.tiny_models import randomise_routers_, tiny_sparse_model
+from tests.hf.accelerated_models import TOLERANCE
+from tests.tiny_models import logits_of, randomise_routers_, tiny_sparse_model
 
 Measure = Callable[[Tensor, Tensor], float]
 
 
 class TestGeneration:
     @pytest.mark.parametrize("cache", [None, "static"])
-    def test_padded_batches(self, cache: str | None, model_type: str, calls: list[int]) -> None:
-        model, settings = tiny_sparse_model(model_type), {"max_new_tokens": 12, "do_sample": False}
+    def test_padded_batches(self, cache: str | None, causal_type: str, calls: list[int]) -> None:
+        model, settings = tiny_sparse_model(causal_type), {"max_new_tokens": 12, "do_sample": False}
         ids = torch.randint(3, 99, (3, 6))
         mask = torch.ones_like(ids)
         mask[0, :4] = mask[1, :1] = 0
@@ -48,4 +48,4 @@ class TestGeneration:
             with torch.no_grad():
                 ids, cache = torch.tensor([[7]]), StaticCache(config=model.config, max_cache_len=16)
                 actual = step(ids, past_key_values=cache).logits
-            assert relative_rms(actual, logits(model, ids)) <= TOLERANCE
+            assert relative_rms(actual, logits_of(model, ids)) <= TOLERANCE

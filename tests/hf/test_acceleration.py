@@ -11,15 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import lte
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.acceleration import describe_kernels
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops import dispatch
-from tests.hf.accelerated_models import TOLERANCE, first_ffn, logits, weight_bytes
-from tests.tiny_models import EXPERT_SIZE, NEURONS, randomise_routers_, tiny_dense_model, tiny_sparse_model
+from tests.hf.accelerated_models import TOLERANCE, first_ffn, weight_bytes
+from tests.tiny_models import (
+    EXPERT_SIZE,
+    NEURONS,
+    auto_class,
+    logits_of,
+    num_ffns,
+    num_inputs,
+    randomise_routers_,
+    tiny_dense_model,
+    tiny_sparse_model,
+)
 
 Measure = Callable[[Tensor, Tensor], float]
 
@@ -33,20 +42,20 @@ def low_rank_model() -> Any:
 def test_logits_of_every_family(model_type: str, length: int, calls: list[int], relative_rms: Measure) -> None:
     model = tiny_sparse_model(model_type)
     tokens = torch.randint(3, 99, (2, length))
-    expected = logits(model, tokens)
+    expected = logits_of(model, tokens)
     assert lte.accelerate_(model) is model
     assert lte.is_accelerated(model)
-    assert relative_rms(logits(model, tokens), expected) <= TOLERANCE
-    assert calls == [2 * length] * 2
+    assert relative_rms(logits_of(model, tokens), expected) <= TOLERANCE
+    assert calls == [2 * length] * num_ffns(model_type)
 
 
 @pytest.mark.parametrize("length", [1, 20])
 def test_low_rank_routers(length: int, relative_rms: Measure) -> None:
     model, tokens = low_rank_model(), torch.randint(3, 99, (1, length))
-    expected = logits(model, tokens)
+    expected = logits_of(model, tokens)
     lte.accelerate_(model)
     assert first_ffn(model).router_rows is None
-    assert relative_rms(logits(model, tokens), expected) <= TOLERANCE
+    assert relative_rms(logits_of(model, tokens), expected) <= TOLERANCE
 
 
 def test_parameters_are_views_of_one_tensor(model_type: str) -> None:
@@ -61,20 +70,20 @@ def test_parameters_are_views_of_one_tensor(model_type: str) -> None:
         weight = ffn.get_submodule(name).weight
         assert weight.untyped_storage().data_ptr() == ffn.stacked.untyped_storage().data_ptr()
         assert weight.requires_grad
-    assert ffn.get_submodule(ffn.layout.down).weight.stride() == (1, 32)
+    assert ffn.layout.matrix(ffn.get_submodule(ffn.layout.down)).stride() == (1, 32)
     # What is new is the router's rows and the rows that fill the stacked tensor up.
-    extra = len(lte.sparse_ffns(model)) * (ffn.stacked.shape[0] - 2 * NEURONS) * 32 * 4
+    extra = len(lte.sparse_ffns(model)) * (ffn.stacked.shape[0] - num_inputs(model_type) * NEURONS) * 32 * 4
     assert weight_bytes(model) == before + extra
 
 
 def test_back_again_is_bit_equal(model_type: str, tokens: Tensor) -> None:
     model = tiny_sparse_model(model_type)
-    expected, state = logits(model, tokens), copy.deepcopy(model.state_dict())
+    expected, state = logits_of(model, tokens), copy.deepcopy(model.state_dict())
     before = weight_bytes(model)
     assert lte.decelerate_(lte.accelerate_(model)) is model
     assert not lte.is_accelerated(model)
     assert all(type(ffn) is SparseFfn for ffn in lte.sparse_ffns(model).values())
-    assert torch.equal(logits(model, tokens), expected)
+    assert torch.equal(logits_of(model, tokens), expected)
     assert weight_bytes(model) == before
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name])
@@ -97,8 +106,8 @@ def test_a_saved_folder_is_that_of_the_plain_model(model_type: str, tmp_path: Pa
     lte.accelerate_(model).save_pretrained(tmp_path / "accelerated")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "accelerated" / file).read_bytes()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "accelerated").eval()
-    assert torch.equal(logits(lte.accelerate_(loaded), tokens), logits(model, tokens))
+    loaded = auto_class(model_type).from_pretrained(tmp_path / "accelerated").eval()
+    assert torch.equal(logits_of(lte.accelerate_(loaded), tokens), logits_of(model, tokens))
 
 
 def test_a_folder_in_shards(tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def test_other_modes_are_those_of_the_plain_model(
     for network in (model, fast):
         for ffn in lte.sparse_ffns(network).values():
             ffn.set_mode(mode)  # type: ignore[arg-type]
-    assert relative_rms(logits(fast, tokens), logits(model, tokens)) <= TOLERANCE
+    assert relative_rms(logits_of(fast, tokens), logits_of(model, tokens)) <= TOLERANCE
     assert not calls
 
 
@@ -144,7 +153,7 @@ def test_training_steps_are_those_of_the_plain_model(mode: str, tokens: Tensor, 
         assert relative_rms(parameter, plain.state_dict()[name]) <= 1e-4, name
         assert ("router" in name and mode == "hard") or not torch.equal(parameter, start[name]), name
     # The kernels see what training changed, the routers' rows included.
-    assert relative_rms(logits(fast, tokens), logits(plain, tokens)) <= 1e-4
+    assert relative_rms(logits_of(fast, tokens), logits_of(plain, tokens)) <= 1e-4
 
 
 def test_gradients_are_wanted_or_not(tokens: Tensor, calls: list[int]) -> None:
@@ -180,7 +189,7 @@ def test_measured_sparsity_is_that_of_the_kernels(length: int, monkeypatch: pyte
 def test_densified_models_are_stock(tokens: Tensor) -> None:
     plain = lte.densify_(tiny_sparse_model())
     model = lte.densify_(lte.accelerate_(tiny_sparse_model()))
-    assert torch.equal(logits(model, tokens), logits(plain, tokens))
+    assert torch.equal(logits_of(model, tokens), logits_of(plain, tokens))
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 

@@ -17,9 +17,9 @@ import lte
 from lte.hf.activations import activation_name
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.quantize import dequantize_rows, quantize_rows
-from tests.hf.accelerated_models import first_ffn, logits, weight_bytes
+from tests.hf.accelerated_models import first_ffn, weight_bytes
 from tests.processes import run_processes
-from tests.tiny_models import tiny_dense_model, tiny_sparse_model
+from tests.tiny_models import logits_of, num_ffns, num_inputs, tiny_dense_model, tiny_sparse_model
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -142,8 +142,9 @@ class TestInt8:
         model = tiny_sparse_model(model_type).to(dtype)
         before = weight_bytes(model)
         lte.accelerate_(model, "int8")
-        count = 2 * 3 * 64 * 32
-        scales, router_rows = 2 * (2 * 64 + 32) * 4, 2 * 8 * 32 * dtype.itemsize
+        layers, inputs = num_ffns(model_type), num_inputs(model_type)
+        count = layers * (inputs + 1) * 64 * 32
+        scales, router_rows = layers * (inputs * 64 + 32) * 4, layers * 8 * 32 * dtype.itemsize
         assert weight_bytes(model) == before - count * (dtype.itemsize - 1) + scales + router_rows
 
     def test_it_computes_what_its_rounded_weights_say(
@@ -151,10 +152,10 @@ class TestInt8:
     ) -> None:
         model = tiny_sparse_model(model_type)
         fast = lte.accelerate_(copy.deepcopy(model), "int8")
-        actual = logits(fast, tokens)
+        actual = logits_of(fast, tokens)
         back = lte.decelerate_(copy.deepcopy(fast))
-        assert relative_rms(actual, logits(back, tokens)) <= 1e-5
-        assert 1e-4 < relative_rms(actual, logits(model, tokens)) < 0.1
+        assert relative_rms(actual, logits_of(back, tokens)) <= 1e-5
+        assert 1e-4 < relative_rms(actual, logits_of(model, tokens)) < 0.1
 
     def test_decelerated_weights_are_the_rounded_ones(self) -> None:
         plain = tiny_sparse_model()
@@ -188,15 +189,15 @@ class TestInt8:
         for ffn in lte.sparse_ffns(model).values():
             ffn.set_mode("soft")
         with pytest.raises(ValueError, match=r"got mode=soft, x=torch.float32, grad_enabled=False"):
-            logits(model, tokens)
+            logits_of(model, tokens)
 
     def test_casts_keep_the_scales(self, tokens: Tensor, relative_rms: Callable[[Tensor, Tensor], float]) -> None:
         model = lte.accelerate_(tiny_sparse_model(), "int8")
-        scales, expected = first_ffn(model).up_scale.clone(), logits(model, tokens)
+        scales, expected = first_ffn(model).up_scale.clone(), logits_of(model, tokens)
         model.to(torch.bfloat16)
         assert torch.equal(first_ffn(model).up_scale, scales)
         assert first_ffn(model).router_rows.dtype == torch.bfloat16
-        assert relative_rms(logits(model, tokens), expected) < 0.1
+        assert relative_rms(logits_of(model, tokens), expected) < 0.1
         weight = first_ffn(lte.decelerate_(model) and lte.accelerate_(model)).up_proj.weight
         assert weight.dtype == torch.bfloat16
 

@@ -11,8 +11,8 @@ from torch import Tensor
 import lte
 from lte.bench.routing import force_same_
 from lte.nn.accelerated import WeightFormat
-from tests.hf.accelerated_models import logits, weight_bytes
-from tests.tiny_models import tiny_sparse_model
+from tests.hf.accelerated_models import weight_bytes
+from tests.tiny_models import logits_of, tiny_sparse_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 LAYERS = 16
@@ -46,11 +46,11 @@ def test_cuda_graphs_read_the_weights_where_they_are(relative_rms: Callable[[Ten
         for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
             actual = step(ids, use_cache=False).logits.clone()
-        assert relative_rms(actual, logits(model, ids)) <= 0.05
+        assert relative_rms(actual, logits_of(model, ids)) <= 0.05
         # A graph that had copied its inputs would go on computing with the old ones.
         for ffn in lte.sparse_ffns(model).values():
             ffn.down_proj.weight.zero_()
         torch.compiler.cudagraph_mark_step_begin()
         changed = step(ids, use_cache=False).logits.clone()
-    assert relative_rms(changed, logits(model, ids)) <= 0.05
+    assert relative_rms(changed, logits_of(model, ids)) <= 0.05
     assert relative_rms(changed, actual) > 0.1

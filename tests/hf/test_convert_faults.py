@@ -11,12 +11,12 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AlbertConfig, AlbertForMaskedLM
 
 import lte
 from lte.hf import convert
-from lte.hf.families import FAMILIES
-from tests.tiny_models import EXPERT_SIZE, tiny_config, tiny_dense_model, tiny_sparse_model
+from lte.hf.families import FAMILIES, block_name
+from tests.tiny_models import EXPERT_SIZE, row_of, tiny_config, tiny_dense_model, tiny_sparse_model
 
 CONFIG = lte.LteConfig(expert_size=EXPERT_SIZE, grouping="random")
 
@@ -39,8 +39,10 @@ def refused_unchanged(model: nn.Module, message: str) -> Iterator[None]:
 
 
 def test_unknown_family_names_the_known_ones() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
-    with refused_unchanged(model, r"must be one of llama, mistral, .*phi3, got model_type='gpt2'.*FAMILIES"):
+    model = AlbertForMaskedLM(
+        AlbertConfig(vocab_size=9, embedding_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    )
+    with refused_unchanged(model, r"must be one of llama, mistral, .*phi3, .*got model_type='albert'.*FAMILIES"):
         lte.sparsify_(model, CONFIG)
 
 
@@ -51,8 +53,9 @@ def test_model_without_config() -> None:
 
 def test_nothing_to_convert(model_type: str) -> None:
     model = tiny_dense_model(model_type)
-    model.model.layers = nn.ModuleList()
-    with refused_unchanged(model, f"must contain {FAMILIES[model_type].ffn_class} modules, got none"):
+    for name in {block_name(name).rpartition(".")[0] for name in convert.dense_ffns(model, row_of(model_type))}:
+        model.set_submodule(name, nn.ModuleList())
+    with refused_unchanged(model, f"must contain {row_of(model_type).ffn_class} modules, got none"):
         lte.sparsify_(model, CONFIG)
 
 
@@ -91,14 +94,15 @@ class QuantisedTensor(torch.Tensor):
 
 
 def last_ffn(model: Any, model_type: str) -> tuple[str, nn.Module]:
-    return list(convert.dense_ffns(model, FAMILIES[model_type]).items())[-1]
+    return list(convert.dense_ffns(model, row_of(model_type)).items())[-1]
 
 
 def test_quantised_module_is_refused(model_type: str) -> None:
     model = tiny_dense_model(model_type)
     name, ffn = last_ffn(model, model_type)
-    ffn.down_proj = QuantisedLinear(64, 32, bias=False)
-    with refused_unchanged(model, f"{name}.down_proj must be a plain .*QuantisedLinear.*without quantisation"):
+    down = row_of(model_type).layout.down
+    ffn.set_submodule(down, QuantisedLinear(64, 32, bias=False))
+    with refused_unchanged(model, f"{name}.{down} must be a plain .*QuantisedLinear.*without quantisation"):
         lte.sparsify_(model, CONFIG)
 
 
@@ -145,20 +149,21 @@ def test_lora_in_an_ffn_is_refused() -> None:
 def test_models_that_share_a_config_object_stay_apart(model_type: str, tokens: Tensor) -> None:
     """`from_config` does not copy its argument: a dense teacher made from it must stay a stock model."""
     config = tiny_config(model_type)
-    model_class = FAMILIES[model_type].stock_class(FAMILIES[model_type].models["AutoModelForCausalLM"])
+    model_class = type(tiny_dense_model(model_type))
     student, teacher = model_class(config), model_class(config)
     assert student.config is teacher.config
     lte.sparsify_(student, CONFIG)
-    assert teacher.config.model_type == config.model_type == model_type
-    assert student.model.config is student.config
+    stock_type = row_of(model_type).model_type
+    assert teacher.config.model_type == config.model_type == stock_type
+    assert student.base_model.config is student.config
     twin = type(student)(student.config)
     lte.densify_(student)
-    assert twin.config.model_type == f"lte_{model_type}"
-    assert student.config.model_type == model_type
+    assert twin.config.model_type == f"lte_{stock_type}"
+    assert student.config.model_type == stock_type
 
 
 def test_densify_needs_an_lte_model(model_type: str) -> None:
-    with refused_unchanged(model := tiny_dense_model(model_type), "model must be an LTE model, got .*CausalLM"):
+    with refused_unchanged(model := tiny_dense_model(model_type), "model must be an LTE model, got .*For"):
         lte.densify_(model)
 
 

@@ -93,12 +93,12 @@ class TestCompletions:
         assert text.endswith("yes[EOS]")
         assert text.split("yes")[0][-2:] in {"10", "11", "12", "13"}
 
-    def test_packed_documents_do_not_see_each_other(self, pairs, tokenizer, model_type):
+    def test_packed_documents_do_not_see_each_other(self, pairs, tokenizer, causal_type):
         rows = list(load(tokenizer, train=pairs, kind="completion", sequence_length=16).train)[:4]
         for row in rows:
             row["input_ids"] = row["input_ids"] % 90
         batch = LmCollator(0)(rows)
-        model = tiny_sparse_model(model_type)
+        model = tiny_sparse_model(causal_type)
         with torch.no_grad():
             packed = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
             for row, logits in zip(rows, packed, strict=True):

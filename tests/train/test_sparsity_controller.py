@@ -28,4 +28,4 @@ def test_the_target_logit_is_the_quantile_of_the_counted_tokens():
     expected = torch.stack(logits)[:, mask].flatten().quantile(0.3)
     for layer in logits:
         layer[:, 40:] = 1e6
-    assert target_logit(logits, mask, 0.3).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert target_logit(logits, [mask] * len(logits), 0.3).item() == pytest.approx(expected.item(), abs=1e-5)

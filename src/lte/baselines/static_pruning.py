@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from lte.config import check_choice, check_fraction
 from lte.hf.families import Family, dense_ffns, family_of
+from lte.hf.inputs import model_inputs, padding_masks
 from lte.hf.install import num_neurons, sparse_ffns
+from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import check_expert_size, group_neurons
 from lte.nn.sparse_ffn import FfnLayout
 
@@ -96,10 +98,9 @@ def prune_static_(model: nn.Module, config: StaticPruningConfig, batches: Iterab
         _picked_neurons(importance[name], ffn, family.layout, config, config.seed + index)
         for index, (name, ffn) in enumerate(ffns.items())
     ]
-    smaller = _own_config_(model)
-    smaller.intermediate_size = kept
-    for (name, ffn), index in zip(ffns.items(), picks, strict=True):
-        model.set_submodule(name, _smaller_ffn(ffn, family, smaller, index))
+    setattr(_own_config_(model), family.neurons_field, kept)
+    for ffn, index in zip(ffns.values(), picks, strict=True):
+        _keep_neurons_(ffn, family.layout, index)
     return model
 
 
@@ -117,12 +118,12 @@ def neuron_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]])
     family = family_of(getattr(model, "config", model))
     ffns = dense_ffns(model, family)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in ffns}
-    weights: list[Tensor] = [torch.ones(())]
+    masks: dict[str, Tensor] = {}
 
     def add(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            weighted = args[0].abs().float() * weights[0].to(args[0].device).unsqueeze(-1)
-            total = weighted.flatten(0, -2).sum(0)
+            rows = args[0].abs().float().flatten(0, -2)
+            total = masks[name].float().to(rows.device).flatten() @ rows
             sums[name] = sums[name].to(total.device) + total
 
         return hook
@@ -130,35 +131,36 @@ def neuron_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]])
     down = family.layout.down
     hooks = [ffn.get_submodule(down).register_forward_pre_hook(add(name)) for name, ffn in ffns.items()]
     try:
-        tokens = _run(model, batches, weights)
+        tokens = _run(model, batches, masks, list(ffns))
     finally:
         for handle in hooks:
             handle.remove()
-    norms = {name: _weight(ffn, down).float().norm(dim=0) for name, ffn in ffns.items()}
-    scores = {name: (sums[name] / tokens).float() * norms[name] for name in ffns}
+    norms = {name: _matrix(ffn, family.layout, down).float().norm(dim=0) for name, ffn in ffns.items()}
+    scores = {name: (sums[name] / tokens[name]).float() * norms[name] for name in ffns}
     if not all(score.isfinite().all() for score in scores.values()):
         raise ValueError("activations must be finite, got NaN or infinity; the weights are damaged")
     return scores
 
 
-def _run(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], weights: list[Tensor]) -> float:
-    """Runs all batches with `weights[0]` [B, T] at 1 on tokens and 0 on padding; returns how many tokens."""
+def _run(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], masks: dict[str, Tensor], ffn_names: list[str]
+) -> dict[str, float]:
+    """Runs all batches with `masks` [B, T] true on the tokens of each FFN and not on padding; returns how many."""
     device = next(model.parameters()).device
     training = {module: module.training for module in model.modules()}
     model.eval()
-    tokens = 0.0
+    tokens = dict.fromkeys(ffn_names, 0.0)
     try:
         for batch in batches:
-            ids = batch["input_ids"].to(device)
-            mask = batch.get("attention_mask")
-            mask = None if mask is None else mask.to(device)
-            weights[0] = torch.ones(ids.shape, device=device) if mask is None else mask.float()
-            tokens += weights[0].sum().item()
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            moved = {key: value.to(device) for key, value in batch.items()}
+            masks.update(padding_masks(model, ffn_names, moved))
+            for name in ffn_names:
+                tokens[name] += masks[name].sum().item()
+            model(**model_inputs(model, moved), use_cache=False)
     finally:
         for module, flag in training.items():
             module.training = flag
-    if not tokens:
+    if not all(tokens.values()):
         raise ValueError("batches must hold at least one calibration token, got none")
     return tokens
 
@@ -170,7 +172,7 @@ def _picked_neurons(
     kept = config.kept_neurons(len(scores))
     if config.granularity == "neuron":
         return scores.argsort(descending=True, stable=True)[:kept].sort().values
-    features = _weight(ffn, layout.gate or layout.up)[: len(scores)]
+    features = _matrix(ffn, layout, layout.gate or layout.up)[: len(scores)]
     order = group_neurons(
         features,
         num_neurons=len(scores),
@@ -192,11 +194,10 @@ def _prunable_ffns(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     for name, ffn in ffns.items():
         for part in family.layout.projections:
             linear: Any = ffn.get_submodule(part)
-            plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
-            if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
+            if not is_plain_projection(linear, family.layout) or linear.weight.is_meta:
                 raise ValueError(
-                    f"{name}.{part} must be a plain floating-point nn.Linear with its weights, got "
-                    f"{type(linear).__name__}; load the model without quantisation and merge adapters first"
+                    f"{name}.{part} must be a plain floating-point {projection_name(family.layout)} with its weights, "
+                    f"got {type(linear).__name__}; load the model without quantisation and merge adapters first"
                 )
     sizes = sorted({num_neurons(ffn, family.layout) for ffn in ffns.values()})
     if len(sizes) != 1:
@@ -214,25 +215,27 @@ def _own_config_(model: Any) -> Any:
     return own
 
 
-def _smaller_ffn(ffn: nn.Module, family: Family, config: Any, index: Tensor) -> nn.Module:
-    """A stock FFN that holds the neurons `index` of `ffn`."""
-    layout, neurons = family.layout, num_neurons(ffn, family.layout)
-    with torch.device("meta"):
-        smaller: nn.Module = family.stock_class(family.ffn_class)(config)
+def _keep_neurons_(ffn: Any, layout: FfnLayout, index: Tensor) -> None:
+    """Leaves a stock FFN with the neurons `index` alone, in place."""
+    neurons, kept = num_neurons(ffn, layout), len(index)
     for name in layout.projections:
-        old: Any = ffn.get_submodule(name)
-        new: Any = smaller.get_submodule(name)
+        projection: Any = ffn.get_submodule(name)
+        matrix = layout.matrix(projection)
+        sizes = ("nx", "nf") if layout.transposed else ("in_features", "out_features")
         if name == layout.down:
-            weight, bias = old.weight[:, index], old.bias
+            matrix = matrix[:, index]
+            setattr(projection, sizes[0], kept)
         else:
             rows = torch.cat([index, index + neurons]) if layout.fused and name == layout.up else index
-            weight, bias = old.weight[rows], None if old.bias is None else old.bias[rows]
-        new.weight = nn.Parameter(weight.contiguous(), requires_grad=old.weight.requires_grad)
-        if bias is not None:
-            new.bias = nn.Parameter(bias.clone(), requires_grad=old.bias.requires_grad)
-    return smaller.train(ffn.training)
+            matrix = matrix[rows]
+            setattr(projection, sizes[1], len(rows))
+            if projection.bias is not None:
+                projection.bias = nn.Parameter(projection.bias[rows], requires_grad=projection.bias.requires_grad)
+        weight = (matrix.T if layout.transposed else matrix).contiguous()
+        projection.weight = nn.Parameter(weight, requires_grad=projection.weight.requires_grad)
+    if hasattr(ffn, "intermediate_size"):
+        ffn.intermediate_size = kept
 
 
-def _weight(ffn: nn.Module, name: str) -> Tensor:
-    weight: Tensor = ffn.get_submodule(name).weight  # type: ignore[assignment]
-    return weight.detach()
+def _matrix(ffn: nn.Module, layout: FfnLayout, name: str) -> Tensor:
+    return layout.matrix(ffn.get_submodule(name)).detach()

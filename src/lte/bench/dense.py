@@ -35,8 +35,8 @@ class Projections:
         up: Any = ffn.get_submodule(layout.up)
         down: Any = ffn.get_submodule(layout.down)
         gate: Any = None if layout.gate is None else ffn.get_submodule(layout.gate)
-        gate_rows, gate_bias = (None, None) if gate is None else (gate.weight, gate.bias)
-        up_rows, up_bias = up.weight, up.bias
+        gate_rows, gate_bias = (None, None) if gate is None else (layout.matrix(gate), gate.bias)
+        up_rows, up_bias = layout.matrix(up), up.bias
         if layout.fused:
             gate_rows, up_rows = up_rows.chunk(2)
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
@@ -44,7 +44,7 @@ class Projections:
         def plain(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.detach()
 
-        found = (gate_rows, up_rows, down.weight, gate_bias, up_bias, down.bias)
+        found = (gate_rows, up_rows, layout.matrix(down), gate_bias, up_bias, down.bias)
         return Projections(*[plain(tensor) for tensor in found])
 
     def flat(self) -> tuple[Any, ...]:

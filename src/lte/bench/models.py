@@ -14,7 +14,7 @@ from lte.config import LteConfig
 from lte.hf.acceleration import accelerate_
 from lte.hf.convert import densify_, sparsify_
 from lte.hf.families import Family, dense_ffns, family_of
-from lte.hf.install import require_sparse_ffns, sparse_ffns
+from lte.hf.install import num_neurons, require_sparse_ffns, sparse_ffns
 from lte.nn.accelerated import WeightFormat
 from lte.nn.sparse_ffn import SparseFfn
 
@@ -101,7 +101,8 @@ def _copy_ffns(model: Any, family: Family) -> Any:
 
 def _expert_size(model: Any) -> int:
     """32, or the largest power of two below it that divides the neurons."""
-    neurons = model.config.intermediate_size
+    family = family_of(model.config)
+    neurons = num_neurons(next(iter(dense_ffns(model, family).values())), family.layout)
     return next(size for size in (32, 16, 8) if neurons % size == 0)
 
 

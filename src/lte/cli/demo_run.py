@@ -33,7 +33,7 @@ from lte.train.data import LmCollator, load_lm_datasets
 from lte.train.data_config import DataConfig
 from lte.train.processes import training_device
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
-from lte.train.two_stage import TrainingSummary, masked_batches, train_two_stage
+from lte.train.two_stage import TrainingSummary, device_batches, train_two_stage
 
 # 1024 tokens a step: more would not fit the memory, and not be faster on a CPU.
 BATCH_SIZE, SEQUENCE_LENGTH, HELD_OUT_TOKENS = 4, 256, 8192
@@ -173,8 +173,8 @@ class Demo:
             highlight=False,
         )
         with torch.autocast(training_device().type, torch.bfloat16):
-            fit_routers_(model, masked_batches(model, self.data.train, FIT_TOKENS, BATCH_SIZE, self.collator))
-            batches = masked_batches(model, self.data.train, FIT_TOKENS // 2, BATCH_SIZE, self.collator)
+            fit_routers_(model, device_batches(model, self.data.train, FIT_TOKENS, BATCH_SIZE, self.collator))
+            batches = device_batches(model, self.data.train, FIT_TOKENS // 2, BATCH_SIZE, self.collator)
             calibrate_thresholds_(model, batches, self.target_sparsity, rounds=2)
         self.evaluate(model, "sparse, untrained")
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from lte.config import LteConfig
-from lte.hf.families import dense_ffns, family_of
+from lte.hf.families import block_name, dense_ffns, family_of
 from lte.hf.install import install_sparse_ffns_, sparse_ffns
 
 GFLOP = 2**30
@@ -62,9 +64,10 @@ def count_linear_weights(model: ModelLike, lte_config: LteConfig | None = None) 
     ffns: dict[str, nn.Module] = dict(sparse) or dense_ffns(module, family_of(module.config))
     if not ffns:
         raise ValueError(f"model must hold FFNs of its family, got none in {type(module).__name__}")
-    blocks = {name.rpartition(".")[0]: ffn for name, ffn in ffns.items()}
+    blocks = dict.fromkeys(block_name(name) for name in ffns)
     total = sum(_linear_weights(module.get_submodule(name).modules()) for name in blocks)
-    ffn = [_linear_weights(part.modules()) for part in ffns.values()]
+    layout = family_of(module.config).layout
+    ffn = [_linear_weights(part.get_submodule(name) for name in layout.projections) for part in ffns.values()]
     router = [_router_weights(layer.router) for layer in sparse.values()] or [0] * len(ffn)
     output_embeddings: Any = getattr(module, "get_output_embeddings", lambda: None)()
     lm_head = 0 if output_embeddings is None else output_embeddings.weight.numel()
@@ -127,12 +130,15 @@ def bytes_per_token(
 
 
 def meta_model(config: PreTrainedConfig | str | Path) -> nn.Module:
-    """The causal LM of a config, or of the config in a folder, without memory for its weights."""
+    """The model of a config, or of the config in a folder, without memory for its weights.
+
+    It has the family's own head, a language model's.
+    """
     if not isinstance(config, PreTrainedConfig):
         config = AutoConfig.from_pretrained(config)
-    family_of(config)
+    auto_class = getattr(transformers, next(iter(family_of(config).models)))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class.from_config(config)
 
 
 def _sparsified_meta_model(model: nn.Module, lte_config: LteConfig) -> nn.Module:
@@ -144,7 +150,7 @@ def _sparsified_meta_model(model: nn.Module, lte_config: LteConfig) -> nn.Module
 
 
 def _linear_weights(modules: Iterable[nn.Module]) -> int:
-    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
 
 
 def _router_weights(router: nn.Module) -> int:

@@ -14,11 +14,11 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lte.hf.inputs import model_inputs
 from lte.hf.install import sparse_ffns
 from lte.train.data import LmCollator
 
 Batch = Mapping[str, Tensor]
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def moved_batches(
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits [B, T, V] for a batch; labels and unknown keys stay out of the model."""
-    return model(**{key: batch[key] for key in MODEL_INPUTS if key in batch}, use_cache=False).logits
+    return model(**model_inputs(model, batch), use_cache=False).logits
 
 
 def as_batches(

@@ -24,9 +24,10 @@ from lte.eval.inference import (
     model_device,
     moved_batches,
 )
-from lte.eval.sparsity import SparsityCounter, SparsityMeasurement, counted_tokens
+from lte.eval.sparsity import SparsityCounter, SparsityMeasurement
+from lte.hf.inputs import predicts_next_token
 from lte.hf.install import sparse_ffns
-from lte.train.data import IGNORED
+from lte.train.data import IGNORED, routing_masks
 
 # Logits in fp32 at once: 2^26 of them, 256 MiB.
 CHUNK_LOGITS = 1 << 26
@@ -122,6 +123,11 @@ def evaluate_model(
 def _prepared(
     model: nn.Module, data: Any, batch_size: int, collator: Any, device: torch.device | str | None
 ) -> Iterable[Batch]:
+    if not predicts_next_token(model):
+        raise ValueError(
+            f"model must predict the next token to have a perplexity, got {type(model).__name__}; measure_sparsity "
+            "takes other heads too"
+        )
     if device is not None:
         model.to(device)
     return as_batches(data, model, batch_size, collator)
@@ -148,7 +154,7 @@ def _evaluate(
             losses.append(_negative_log_likelihood(logits, targets))
             counts.append((targets != IGNORED).sum())
             if counter is not None:
-                counter.update(counted_tokens(batch))
+                counter.update(routing_masks(model, counter.layers, batch))
     return _result(losses, counts, num_words)
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.eval.inference import Batch, forward_logits, hard_inference, model_device, moved_batches
+from lte.eval.inference import Batch, hard_inference, model_device, moved_batches
+from lte.hf.inputs import model_inputs
 from lte.hf.install import require_sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
-from lte.train.data import token_mask
+from lte.train.data import routing_masks
 
 HISTOGRAM_BINS = 40
 NEAR_THRESHOLD = 0.1
@@ -30,7 +31,7 @@ class SparsityMeasurement:
 
     Attributes:
         sparsity: share of FFN neurons not computed per token, mean over tokens and layers.
-        tokens: how many tokens were counted.
+        tokens: how many tokens were counted, on both sides of an encoder-decoder.
         active_fraction: share of active experts by layer, mean over tokens, [L].
         expert_use: share of tokens that activate each expert, [L][E].
         score_histogram: share of the scores in each of K equal bins on [0, 1], [L][K].
@@ -89,7 +90,7 @@ class _LayerCounts:
     def __init__(self, ffn: SparseFfn):
         self.ffn = ffn
         self.threshold = float(torch.sigmoid(torch.tensor(ffn.threshold_logit, dtype=torch.float64)))
-        self.active = self.bins = self.near = torch.zeros((), dtype=torch.int64)
+        self.active = self.bins = self.near = self.tokens = torch.zeros((), dtype=torch.int64)
 
     def update(self, mask: Tensor) -> None:
         logits = self.ffn.logits
@@ -106,6 +107,7 @@ class _LayerCounts:
         scores = torch.sigmoid(logits)
         near = (scores - self.threshold).abs() < NEAR_THRESHOLD
         self.active = ((logits > self.ffn.threshold_logit) & keep).sum(0) + self._on(self.active, logits)
+        self.tokens = keep.sum() + self._on(self.tokens, logits)
         self.near = (near & keep).sum() + self._on(self.near, logits)
         self.bins = _histogram(scores, keep) + self._on(self.bins, logits)
 
@@ -132,30 +134,31 @@ class SparsityCounter:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = [_LayerCounts(ffn) for ffn in require_sparse_ffns(model).values()]
+        self.layers = {name: _LayerCounts(ffn) for name, ffn in require_sparse_ffns(model).items()}
         self.tokens: list[Tensor] = []
-        self._recorded = [layer.ffn.record_logits for layer in self.layers]
+        self._recorded = [layer.ffn.record_logits for layer in self.layers.values()]
 
     def __enter__(self) -> SparsityCounter:
-        self._recorded = [layer.ffn.record_logits for layer in self.layers]
-        for layer in self.layers:
+        self._recorded = [layer.ffn.record_logits for layer in self.layers.values()]
+        for layer in self.layers.values():
             layer.ffn.record_logits, layer.ffn.logits = True, None
         return self
 
     def __exit__(self, *error: object) -> None:
-        for layer, recorded in zip(self.layers, self._recorded, strict=True):
+        for layer, recorded in zip(self.layers.values(), self._recorded, strict=True):
             layer.ffn.record_logits, layer.ffn.logits = recorded, None
 
     @torch.no_grad()
-    def update(self, mask: Tensor) -> None:
-        """Counts the forward pass that just ended over the tokens of `mask` (bool, [B, T]).
+    def update(self, mask: Tensor | Mapping[str, Tensor]) -> None:
+        """Counts the forward pass that just ended over the tokens of `mask` (bool, [B, T]), one for all or by FFN.
 
         Raises:
             ValueError: if no forward pass in a routed mode came before, or the mask is not of its shape.
         """
-        for layer in self.layers:
-            layer.update(mask)
-        self.tokens.append(mask.sum())
+        masks = dict.fromkeys(self.layers, mask) if isinstance(mask, Tensor) else mask
+        for name, layer in self.layers.items():
+            layer.update(masks[name])
+        self.tokens.append(torch.stack([each.sum() for each in {id(m): m for m in masks.values()}.values()]).sum())
 
     def result(self) -> SparsityMeasurement:
         """The statistics so far.
@@ -164,15 +167,17 @@ class SparsityCounter:
             ValueError: if no token was counted, or a router score is NaN.
         """
         tokens = int(torch.stack(self.tokens).sum()) if self.tokens else 0
-        if not tokens:
+        layers = list(self.layers.values())
+        counts = [int(layer.tokens) for layer in layers]
+        if not all(counts):
             raise ValueError("batches must hold at least one counted token, got none")
-        use = [layer.active.cpu().double() / tokens for layer in self.layers]
-        bins = [layer.bins.cpu().double() for layer in self.layers]
-        totals = [tokens * len(layer) for layer in use]
+        use = [layer.active.cpu().double() / count for layer, count in zip(layers, counts, strict=True)]
+        bins = [layer.bins.cpu().double() for layer in layers]
+        totals = [count * len(layer) for layer, count in zip(use, counts, strict=True)]
         if any(int(count.sum()) != total for count, total in zip(bins, totals, strict=True)):
             raise ValueError("router scores must be numbers, got NaN; the model's weights are damaged")
         fractions = [float(layer.mean()) for layer in use]
-        near = [int(layer.near) / total for layer, total in zip(self.layers, totals, strict=True)]
+        near = [int(layer.near) / total for layer, total in zip(layers, totals, strict=True)]
         return SparsityMeasurement(
             sparsity=1 - sum(fractions) / len(fractions),
             tokens=tokens,
@@ -180,20 +185,8 @@ class SparsityCounter:
             expert_use=[layer.tolist() for layer in use],
             score_histogram=[(count / total).tolist() for count, total in zip(bins, totals, strict=True)],
             near_threshold=near,
-            threshold=self.layers[0].threshold,
+            threshold=layers[0].threshold,
         )
-
-
-def counted_tokens(batch: Batch, *, skip_ignored_labels: bool = True) -> Tensor:
-    """Which tokens the statistics count, bool [B, T]: no padding and, if asked, no ignored labels.
-
-    Args:
-        batch: `input_ids` and optionally `attention_mask` and `labels`, [B, T].
-        skip_ignored_labels: whether tokens with the label -100 (prompts, say) are left out.
-    """
-    if not skip_ignored_labels or "labels" not in batch:
-        batch = {**batch, "labels": batch["input_ids"]}
-    return token_mask(batch)
 
 
 def measure_sparsity(
@@ -209,7 +202,7 @@ def measure_sparsity(
         model: an LTE model.
         batches: `input_ids` and optionally `attention_mask` and `labels`, [B, T], on any device and of any
             length.
-        skip_ignored_labels: whether tokens with the label -100 are left out.
+        skip_ignored_labels: whether tokens with the label -100 are left out, if the model predicts the next token.
         progress: whether to show a progress bar.
 
     Raises:
@@ -217,6 +210,6 @@ def measure_sparsity(
     """
     with SparsityCounter(model) as counter, hard_inference(model):
         for batch in moved_batches(batches, model_device(model), progress=progress):
-            forward_logits(model, batch)
-            counter.update(counted_tokens(batch, skip_ignored_labels=skip_ignored_labels))
+            model(**model_inputs(model, batch), use_cache=False)
+            counter.update(routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels))
         return counter.result()

@@ -10,8 +10,9 @@ from torch import nn
 from lte.config import check_choice
 from lte.hf.activations import activation_name
 from lte.hf.install import require_sparse_ffns, sparse_ffns
+from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
-from lte.nn.sparse_ffn import SparseFfn
+from lte.nn.sparse_ffn import FfnLayout, SparseFfn
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import DTYPES, EXPERT_SIZES
 from lte.ops.dispatch import HAS_TRITON, kernel_names
@@ -92,7 +93,7 @@ def _check_same(name: str, ffn: AcceleratedFfn, weights: WeightFormat) -> None:
 def _check_ffn(name: str, ffn: SparseFfn) -> str:
     """The kernels' name for the FFN's activation, if they can compute it."""
     for part in ffn.layout.projections:
-        _check_projection(f"{name}.{part}", ffn.get_submodule(part))
+        _check_projection(f"{name}.{part}", ffn.get_submodule(part), ffn.layout)
     first: Any = ffn.get_submodule(ffn.layout.up)
     tensors = [ffn.get_submodule(part).weight for part in ffn.layout.projections]
     if {weight.dtype for weight in tensors} != {first.weight.dtype}:
@@ -113,13 +114,11 @@ def _check_ffn(name: str, ffn: SparseFfn) -> str:
     return found
 
 
-def _check_projection(name: str, linear: Any) -> None:
-    # Some quantisers keep nn.Linear, and make the weight a tensor subclass.
-    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
-    if not plain or not linear.weight.is_floating_point():
+def _check_projection(name: str, linear: Any, layout: FfnLayout) -> None:
+    if not is_plain_projection(linear, layout):
         raise ValueError(
-            f"{name} must be a plain floating-point nn.Linear, got {type(linear).__name__}; merge adapters first "
-            "(merge_and_unload of peft), and load the model without quantisation"
+            f"{name} must be a plain floating-point {projection_name(layout)}, got {type(linear).__name__}; merge "
+            "adapters first (merge_and_unload of peft), and load the model without quantisation"
         )
     if linear.weight.is_meta:
         raise ValueError(f"{name} must hold its weights, got a meta tensor; load the model first")

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig
 from lte.hf.acceleration import decelerate_
 from lte.hf.families import Family, dense_ffns, family_of
+from lte.hf.inputs import model_inputs, padding_masks
 from lte.hf.install import install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
 from lte.hf.loading import become_dense_, become_sparse_
+from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
 from lte.nn.sparse_ffn import FfnLayout
 
@@ -68,9 +70,9 @@ def densify_(model: nn.Module) -> nn.Module:
     decelerate_(model)
     for name, sparse in require_sparse_ffns(model).items():
         with torch.device("meta"):
-            dense = family.stock_class(family.ffn_class)(stock_config)
-        for projection in family.layout.projections:
-            setattr(dense, projection, sparse.get_submodule(projection))
+            dense = family.new_ffn(stock_config)
+        for part in family.layout.parts:
+            setattr(dense, part, sparse.get_submodule(part))
         dense.train(sparse.training)
         model.set_submodule(name, dense)
     return model
@@ -81,21 +83,22 @@ def permute_neurons_(ffn: nn.Module, layout: FfnLayout, order: Tensor) -> None:
     """Reorders the neurons of an FFN in place: new neuron i is the old neuron `order[i]` (order: [F])."""
     for name in layout.projections:
         linear: Any = ffn.get_submodule(name)
-        index = order.to(linear.weight.device)
+        matrix = layout.matrix(linear)
+        index = order.to(matrix.device)
         if name == layout.down:
-            linear.weight.copy_(linear.weight[:, index])
+            matrix.copy_(matrix[:, index])
             continue
         if layout.fused:
             index = torch.cat([index, index + len(index)])
-        linear.weight.copy_(linear.weight[index])
+        matrix.copy_(matrix[index])
         if linear.bias is not None:
             linear.bias.copy_(linear.bias[index])
 
 
 def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
     """The (gate) input weights of the neurons [F, D], which the paper's k-means groups."""
-    weight: Tensor = ffn.get_submodule(layout.gate or layout.up).weight  # type: ignore[assignment]
-    return weight.detach()[: num_neurons(ffn, layout)]
+    matrix = layout.matrix(ffn.get_submodule(layout.gate or layout.up))
+    return matrix.detach()[: num_neurons(ffn, layout)]
 
 
 def _neuron_orders(
@@ -128,12 +131,10 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
     for name, ffn in ffns.items():
         for part in family.layout.projections:
             linear: Any = ffn.get_submodule(part)
-            # Some quantisers keep nn.Linear and a floating-point dtype, and make the weight a tensor
-            # subclass.
-            plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
-            if not plain or not linear.weight.is_floating_point():
+            if not is_plain_projection(linear, family.layout):
                 raise ValueError(
-                    f"{name}.{part} must be a plain floating-point nn.Linear, got {type(linear).__name__}; "
+                    f"{name}.{part} must be a plain floating-point {projection_name(family.layout)}, got "
+                    f"{type(linear).__name__}; "
                     "load the model without quantisation and merge adapters first"
                 )
             if linear.weight.is_meta:
@@ -153,29 +154,29 @@ def _activity_features(
     if calibration is None:
         raise ValueError(f'grouping="{grouping}" must get calibration batches, got calibration=None')
     downs: dict[str, Any] = {name: ffn.get_submodule(family.layout.down) for name, ffn in ffns.items()}
-    collectors = {name: _collector(grouping, down) for name, down in downs.items()}
-    mask: list[Tensor | None] = [None]
+    collectors = {name: _collector(grouping, family.layout.matrix(down)) for name, down in downs.items()}
+    masks: dict[str, Tensor] = {}
 
     def collect(name: str) -> Any:
-        return lambda module, args: collectors[name].update(_counted_tokens(args[0], mask[0]))
+        return lambda module, args: collectors[name].update(_counted_tokens(args[0], masks[name]))
 
     hooks = [down.register_forward_pre_hook(collect(name)) for name, down in downs.items()]
     try:
         for batch in calibration:
-            mask[0] = batch.get("attention_mask")
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            masks.update(padding_masks(model, ffns, batch))
+            model(**model_inputs(model, batch))
     finally:
         for hook in hooks:
             hook.remove()
     return {name: collector.gram for name, collector in collectors.items()}
 
 
-def _collector(grouping: Grouping, down: Any) -> CoactivationCounts | ContributionProducts:
+def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | ContributionProducts:
     if grouping == "coactivation":
-        return CoactivationCounts(down.weight.shape[1])
-    return ContributionProducts(down.weight.float().norm(dim=0))
+        return CoactivationCounts(down.shape[1])
+    return ContributionProducts(down.float().norm(dim=0))
 
 
-def _counted_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The rows [N, F] of hidden [B, T, F] that are no padding."""
-    return hidden.flatten(0, -2) if attention_mask is None else hidden[attention_mask.to(hidden.device).bool()]
+def _counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The rows [N, F] of hidden [..., F] that are no padding, by mask [B, T]."""
+    return hidden.flatten(0, -2)[mask.to(hidden.device).flatten()]

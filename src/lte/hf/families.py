@@ -9,7 +9,7 @@ does not exist yet.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from lte.nn.sparse_ffn import FfnLayout
 
 GATED = FfnLayout()
 FUSED_GATED = FfnLayout(up="gate_up_proj", gate=None, fused=True, activation="activation_fn")
+_T5 = FfnLayout(up="wi", gate=None, down="wo", activation="act", inner_dropout="dropout", casts_to_down=True)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Family:
         ffn_class: name of the stock FFN class that is replaced.
         layout: roles of the FFN's projections.
         activation_field: config field that names the activation function.
-        models: which stock model class each Auto class loads.
+        neurons_field: config field that holds the number of neurons.
+        models: which stock model class each Auto class loads, the one with the family's own head first.
+        gated: the row for configs whose `is_gated_act` is true, for a family that has both kinds of FFN.
     """
 
     model_type: str
@@ -40,7 +43,9 @@ class Family:
     ffn_class: str
     layout: FfnLayout = GATED
     activation_field: str = "hidden_act"
+    neurons_field: str = "intermediate_size"
     models: dict[str, str] = field(default_factory=dict)
+    gated: Family | None = None
 
     @property
     def sparse_model_type(self) -> str:
@@ -52,6 +57,10 @@ class Family:
         part = "configuration" if name == self.config_class else "modeling"
         return getattr(importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}"), name)
 
+    def new_ffn(self, config: Any) -> nn.Module:
+        """A stock FFN with random weights."""
+        return self.stock_class(self.ffn_class)(config)
+
 
 def _decoder(model_type: str, prefix: str, module: str | None = None, **row: Any) -> Family:
     defaults = {
@@ -61,6 +70,35 @@ def _decoder(model_type: str, prefix: str, module: str | None = None, **row: Any
     }
     return Family(model_type=model_type, module=module or model_type, **{**defaults, **row})
 
+
+def _heads(prefix: str, *heads: str, **classes: str) -> dict[str, str]:
+    """The Auto classes of the heads, whose stock classes have regular names but for `classes`, and of none."""
+    named = {head: classes.get(head, f"{prefix}For{head}") for head in heads}
+    return {**{f"AutoModelFor{head}": name for head, name in named.items()}, "AutoModel": f"{prefix}Model"}
+
+
+def _t5() -> Family:
+    models = _heads(
+        "T5",
+        *("Seq2SeqLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"),
+        Seq2SeqLM="T5ForConditionalGeneration",
+    )
+    # The config derives dense_act_fn from feed_forward_proj, and then takes what the file holds for it.
+    plain = Family(
+        model_type="t5",
+        module="t5",
+        config_class="T5Config",
+        ffn_class="T5DenseActDense",
+        layout=_T5,
+        activation_field="dense_act_fn",
+        neurons_field="d_ff",
+        models={**models, "AutoModelForTextEncoding": "T5EncoderModel"},
+    )
+    gated = replace(plain, ffn_class="T5DenseGatedActDense", layout=replace(_T5, gate="wi_0", up="wi_1"))
+    return replace(plain, gated=gated)
+
+
+_ON_TEXT = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -78,6 +116,29 @@ FAMILIES: dict[str, Family] = {
             activation_field="hidden_activation",
         ),
         _decoder("phi3", "Phi3", layout=FUSED_GATED),
+        _decoder(
+            "phi",
+            "Phi",
+            layout=FfnLayout(up="fc1", gate=None, down="fc2", activation="activation_fn"),
+            models=_heads("Phi", "CausalLM", "SequenceClassification", "TokenClassification"),
+        ),
+        _decoder(
+            "gpt_neox",
+            "GPTNeoX",
+            layout=FfnLayout(up="dense_h_to_4h", gate=None, down="dense_4h_to_h", activation="act"),
+            models=_heads("GPTNeoX", "CausalLM", *_ON_TEXT),
+        ),
+        Family(
+            model_type="distilbert",
+            module="distilbert",
+            config_class="DistilBertConfig",
+            ffn_class="FFN",
+            layout=FfnLayout(up="lin1", gate=None, down="lin2", activation="activation", outer_dropout="dropout"),
+            activation_field="activation",
+            neurons_field="hidden_dim",
+            models=_heads("DistilBert", "MaskedLM", *_ON_TEXT, "MultipleChoice"),
+        ),
+        _t5(),
     )
 }
 
@@ -95,10 +156,20 @@ def family_of(config: Any) -> Family:
             f"model_type must be one of {', '.join(FAMILIES)}, got model_type={model_type!r}. To "
             "support another family, add a row to FAMILIES in lte/hf/families.py (its FFN class and projection names)."
         )
-    return row
+    return row.gated if row.gated is not None and getattr(config, "is_gated_act", False) else row
 
 
 def dense_ffns(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     """The stock FFN modules of `model` by qualified name, in depth order."""
     ffn_class = family.stock_class(family.ffn_class)
     return {name: module for name, module in model.named_modules() if isinstance(module, ffn_class)}
+
+
+def block_name(ffn_name: str) -> str:
+    """The name of the transformer block that an FFN lies in, by the FFN's: `encoder.block.0` of T5, say.
+
+    Blocks are elements of the outermost list of modules on the way.
+    """
+    parts = ffn_name.split(".")
+    index = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[: index + 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lte.config import LteConfig
 from lte.hf.families import Family, dense_ffns
@@ -30,7 +30,7 @@ def require_sparse_ffns(model: nn.Module) -> dict[str, SparseFfn]:
 def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) -> None:
     """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
     for index, (name, ffn) in enumerate(dense_ffns(model, family).items()):
-        weight: Tensor = ffn.get_submodule(family.layout.up).weight  # type: ignore[assignment]
+        weight = family.layout.matrix(ffn.get_submodule(family.layout.up))
         num_experts = check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
         router = Router(
             weight.shape[1],
@@ -42,13 +42,12 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
         if not weight.is_meta and config.router_rank:
             generator = torch.Generator(weight.device).manual_seed(config.seed + index)
             router.reset_parameters(generator)
-        projections = {part: ffn.get_submodule(part) for part in family.layout.projections}
+        parts = {part: ffn.get_submodule(part) for part in family.layout.parts}
         activation = getattr(ffn, family.layout.activation)
-        sparse = SparseFfn(projections, activation, family.layout, router, config.threshold)
+        sparse = SparseFfn(parts, activation, family.layout, router, config.threshold)
         model.set_submodule(name, sparse.train(ffn.training))
 
 
 def num_neurons(ffn: nn.Module, layout: FfnLayout) -> int:
     """F of a stock FFN."""
-    weight: Tensor = ffn.get_submodule(layout.down).weight  # type: ignore[assignment]
-    return weight.shape[1]
+    return layout.matrix(ffn.get_submodule(layout.down)).shape[1]

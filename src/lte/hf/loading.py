@@ -21,6 +21,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from lte.config import LteConfig
 from lte.hf.dense import forget_gguf_
@@ -36,7 +37,10 @@ class LteConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         field = family_of(self).activation_field
-        setattr(self, field, str(getattr(self, field)).removesuffix(_GUARD))
+        # What is no field of the config class itself, but kept in its file, comes with the other arguments.
+        holder = kwargs if field in kwargs else vars(self)
+        if field in holder:
+            holder[field] = str(holder[field]).removesuffix(_GUARD)
         self.lte: dict[str, Any] | None = kwargs.pop("lte", None)
         self.lte_measurement: dict[str, Any] | None = kwargs.pop("lte_measurement", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -188,7 +192,15 @@ def _sparse_model_class(stock: type[nn.Module], family: Family) -> type:
             "__doc__": stock.__doc__,
         }
         _MODEL_CLASSES[stock] = globals()[name] = type(name, (LteModelMixin, stock), body)
+        _keep_renamings(stock.__name__, name)
     return _MODEL_CLASSES[stock]
+
+
+def _keep_renamings(stock: str, sparse: str) -> None:
+    """Gives a sparse class or `model_type` the stock one's own names for files, GPT-NeoX's `embed_out` say."""
+    renamings = get_checkpoint_conversion_mapping(stock)
+    if renamings is not None:
+        register_checkpoint_conversion_mapping(sparse, renamings, overwrite=True)
 
 
 def register_families() -> None:
@@ -204,6 +216,7 @@ def register_families() -> None:
         config_class = type(name, (LteConfigMixin, stock_config), body)
         _CONFIG_CLASSES[family.model_type] = globals()[name] = config_class
         transformers.AutoConfig.register(family.sparse_model_type, config_class, exist_ok=True)
+        _keep_renamings(family.model_type, family.sparse_model_type)
         for auto_name, stock_name in family.models.items():
             model_class = _sparse_model_class(family.stock_class(stock_name), family)
             getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)

@@ -63,6 +63,7 @@ class AcceleratedFfn(SparseFfn):
     stacked: Tensor | None
     router_rows: Tensor | None
     _names: tuple[str, ...]
+    _kind: type[nn.Module]
     _trainable: list[str]
     _after_load: RemovableHandle
     _runner: FfnRunner
@@ -71,7 +72,7 @@ class AcceleratedFfn(SparseFfn):
 
     @staticmethod
     def install_(ffn: SparseFfn, acceleration: Acceleration) -> None:
-        """Makes a `SparseFfn` with plain `nn.Linear` projections an `AcceleratedFfn`."""
+        """Makes a `SparseFfn` with plain projections, `nn.Linear` say, an `AcceleratedFfn`."""
         for name in _BUFFERS:
             ffn.register_buffer(name, None, persistent=False)
         trainable = [name for name in ffn.layout.projections if getattr(ffn, name).weight.requires_grad]
@@ -80,6 +81,7 @@ class AcceleratedFfn(SparseFfn):
         assert isinstance(ffn, AcceleratedFfn)
         ffn.acceleration, ffn.dtype = acceleration, dtype
         ffn._names, ffn._trainable = ffn.layout.projections, trainable
+        ffn._kind = type(getattr(ffn, ffn.layout.down))
         ffn._after_load = ffn.register_load_state_dict_post_hook(_refresh_loaded)
         if ffn._is_int8:
             for role, scale in quantize_projections_(ffn).items():
@@ -132,6 +134,8 @@ class AcceleratedFfn(SparseFfn):
     def _kernels_take(self, x: Tensor) -> bool:
         return (
             self.mode == "hard"
+            # Dropout is random, and not what the kernels compute.
+            and not (self.training and self._drops)
             and x.dtype == self.dtype
             and x.dtype in DTYPES
             and x.device.type in ("cpu", "cuda")
@@ -144,15 +148,19 @@ class AcceleratedFfn(SparseFfn):
     def _is_plain(self) -> bool:
         """Whether nothing was put around the projections since, LoRA say, that the kernels would leave out."""
         modules = self._modules  # getattr on a module costs a microsecond, which counts 30 times per token
-        return type(modules["router"]) is Router and all(type(modules[name]) is nn.Linear for name in self._names)
+        return type(modules["router"]) is Router and all(type(modules[name]) is self._kind for name in self._names)
+
+    @property
+    def _drops(self) -> bool:
+        return any(getattr(self, name).p > 0 for name in self.layout.parts[len(self._names) :])
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _refuse(self, x: Tensor) -> None:
         raise ValueError(
-            "an FFN with int8 weights must run in hard mode, in torch.no_grad(), without autocast and adapters, on "
-            f"{self.dtype}, got mode={self.mode}, x={x.dtype}, grad_enabled={torch.is_grad_enabled()}; otherwise "
+            "int8 weights must run in hard mode, in torch.no_grad(), without autocast, dropout and adapters, "
+            f"on {self.dtype}, got mode={self.mode}, x={x.dtype}, grad_enabled={torch.is_grad_enabled()}; otherwise "
             f"{_DECELERATE}"
         )
 
@@ -163,17 +171,23 @@ class AcceleratedFfn(SparseFfn):
         if self._is_int8:
             self.router_rows = self.router.weight.to(self.dtype, copy=True) if full_rank else None
         else:
-            up, gate, down = weight_of(self, "up"), weight_of(self, "gate"), getattr(self, layout.down).weight
+            up, gate = weight_of(self, "up"), weight_of(self, "gate")
             assert up is not None
             parts = stack_inputs(up, gate, self.router.weight if full_rank else None)
             self.dtype, self.stacked, self.router_rows = up.dtype, parts.stacked, parts.router
-            getattr(self, layout.up).weight.data = parts.stacked[: 2 * len(up)] if layout.fused else parts.up
+            self._place_(layout.up, parts.stacked[: 2 * len(up)] if layout.fused else parts.up)
             if layout.gate is not None:
-                getattr(self, layout.gate).weight.data = parts.gate
-            if not down.data.T.is_contiguous():
-                down.data = by_neuron(down.data)
+                assert parts.gate is not None
+                self._place_(layout.gate, parts.gate)
+            down = layout.matrix(getattr(self, layout.down)).data
+            if not down.T.is_contiguous():
+                self._place_(layout.down, by_neuron(down))
         self._arch = prepare(self.router.weight.device)
         self._runner, self._seen = self._bind(), self._look()
+
+    def _place_(self, name: str, matrix: Tensor) -> None:
+        """Makes a parameter a view of its values [out, in] elsewhere."""
+        getattr(self, name).weight.data = matrix.T if self.layout.transposed else matrix
 
     def _look(self) -> tuple[int, ...]:
         """Where the parameters lie, and last the version of the router: whether the layout still holds."""

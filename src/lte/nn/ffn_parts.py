@@ -27,11 +27,12 @@ def projection_of(ffn: SparseFfn, role: Role) -> Any:
 
 
 def weight_of(ffn: SparseFfn, role: Role) -> Tensor | None:
-    """The weight [F, D] of a role, a view of its parameter (of down the transpose); `None` if there is no gate."""
+    """The weight [F, D] of a role, a view of its parameter; `None` if there is no gate."""
     projection = projection_of(ffn, role)
     if projection is None:
         return None
-    return projection.weight.T if role == "down" else _half(ffn, role, projection.weight)
+    matrix = ffn.layout.matrix(projection)
+    return matrix.T if role == "down" else _half(ffn, role, matrix)
 
 
 def bias_of(ffn: SparseFfn, role: Role) -> Tensor | None:
@@ -55,10 +56,11 @@ def quantize_projections_(ffn: SparseFfn) -> dict[Role, Tensor]:
     scales: dict[Role, Tensor] = {}
     for name in ffn.layout.projections:
         weight, down = getattr(ffn, name).weight, name == ffn.layout.down
-        values, scale = quantize_rows(weight.data)
+        values, scale = quantize_rows(ffn.layout.matrix(getattr(ffn, name)).data)
         weight.grad = None
         weight.requires_grad_(False)
-        weight.data = by_neuron(values) if down else values.contiguous()
+        values = by_neuron(values) if down else values.contiguous()
+        weight.data = values.T if ffn.layout.transposed else values
         for role in ROLES:
             if projection_of(ffn, role) is getattr(ffn, name):
                 scales[role] = scale if down else _half(ffn, role, scale)
@@ -71,4 +73,5 @@ def dequantize_projections_(ffn: SparseFfn, scales: dict[Role, Tensor], dtype: t
     for name in ffn.layout.projections:
         projection = getattr(ffn, name)
         rows = torch.cat([scales[role] for role in ROLES if projection_of(ffn, role) is projection])
-        projection.weight.data = dequantize_rows(projection.weight.data, rows, dtype).contiguous()
+        weight = dequantize_rows(ffn.layout.matrix(projection).data, rows, dtype)
+        projection.weight.data = (weight.T if ffn.layout.transposed else weight).contiguous()

@@ -28,6 +28,11 @@ class FfnLayout:
         gate: the gate projection D -> F, `None` for a plain FFN or a fused one.
         fused: whether `up` stacks gate and up.
         activation: attribute that holds the activation function.
+        inner_dropout: the dropout of the intermediate activations, if the FFN has one.
+        outer_dropout: the dropout of the FFN's output, if it lies in the FFN.
+        transposed: whether weights are stored [in, out], as those of transformers' `Conv1D` are.
+        casts_to_down: whether intermediate activations are cast to the dtype of `down`, which some families keep in
+            fp32 in a model of half precision.
     """
 
     up: str = "up_proj"
@@ -35,11 +40,24 @@ class FfnLayout:
     down: str = "down_proj"
     fused: bool = False
     activation: str = "act_fn"
+    inner_dropout: str | None = None
+    outer_dropout: str | None = None
+    transposed: bool = False
+    casts_to_down: bool = False
 
     @property
     def projections(self) -> tuple[str, ...]:
         """Names of all projections, inputs first."""
         return tuple(name for name in (self.gate, self.up, self.down) if name is not None)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of all submodules with weights or state: the projections, then the dropouts."""
+        return (*self.projections, *(name for name in (self.inner_dropout, self.outer_dropout) if name is not None))
+
+    def matrix(self, projection: Any) -> Tensor:
+        """The weight of a projection as [out, in], a view if the family stores it the other way round."""
+        return projection.weight.T if self.transposed else projection.weight
 
 
 class SparseFfn(nn.Module):
@@ -57,7 +75,7 @@ class SparseFfn(nn.Module):
     plus `router.weight` and `router.bias`. Expert e owns the neurons [e S, (e + 1) S).
 
     Args:
-        projections: the family's projection modules by their own names.
+        parts: the family's projections and dropouts by their own names (`FfnLayout.parts`).
         activation: activation function of the FFN.
         layout: what each projection does.
         router: the router D -> E.
@@ -66,15 +84,15 @@ class SparseFfn(nn.Module):
 
     def __init__(
         self,
-        projections: Mapping[str, nn.Module],
+        parts: Mapping[str, nn.Module],
         activation: Callable[[Tensor], Tensor],
         layout: FfnLayout,
         router: Router,
         threshold: float = 0.5,
     ):
         super().__init__()
-        for name in layout.projections:
-            self.add_module(name, projections[name])
+        for name in layout.parts:
+            self.add_module(name, parts[name])
         setattr(self, layout.activation, activation)
         self.router = router
         self.layout = layout
@@ -91,7 +109,7 @@ class SparseFfn(nn.Module):
     @property
     def num_neurons(self) -> int:
         """F."""
-        return self.get_submodule(self.layout.down).in_features  # type: ignore[return-value]
+        return self.layout.matrix(self.get_submodule(self.layout.down)).shape[1]
 
     def set_mode(self, mode: FfnMode) -> None:
         """Switches between dense, soft, straight_through and hard."""
@@ -131,12 +149,22 @@ class SparseFfn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps hidden states [..., D] to [..., D]; keeps the router logits in `logits` if `record_logits`."""
         if self.mode == "dense":
-            return self.get_submodule(self.layout.down)(self.intermediate(x))
+            return self._project_down(self.intermediate(x))
         activated, up = self.factors(x)
         logits = self.router(x)
         if self.record_logits:
             self.logits = logits
-        return self.get_submodule(self.layout.down)(scale_experts(activated, self.gate_values(logits), up))
+        return self._project_down(scale_experts(activated, self.gate_values(logits), up))
+
+    def _project_down(self, hidden: Tensor) -> Tensor:
+        """The FFN's output for switched intermediate activations, with the family's dropouts."""
+        layout, down = self.layout, self.get_submodule(self.layout.down)
+        if layout.inner_dropout is not None:
+            hidden = self.get_submodule(layout.inner_dropout)(hidden)
+        if layout.casts_to_down:
+            hidden = hidden.to(down.weight.dtype)  # type: ignore[arg-type]
+        out = down(hidden)
+        return out if layout.outer_dropout is None else self.get_submodule(layout.outer_dropout)(out)
 
     def extra_repr(self) -> str:
         size = self.num_neurons // self.num_experts

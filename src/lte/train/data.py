@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lte.hf.inputs import padding_masks, predicts_next_token
 from lte.train.data_config import (
     DataConfig,
     check_sequence_length,
@@ -41,6 +42,7 @@ __all__ = [
     "check_sequence_length",
     "load_lm_datasets",
     "read_documents",
+    "routing_masks",
     "token_mask",
 ]
 
@@ -125,6 +127,19 @@ def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
     if "attention_mask" in batch:
         mask = mask & batch["attention_mask"].bool()
     return mask
+
+
+def routing_masks(
+    model: Any, ffn_names: Iterable[str], batch: Mapping[str, Tensor], *, skip_ignored_labels: bool = True
+) -> dict[str, Tensor]:
+    """Which tokens count in the routing losses and statistics of each FFN, bool [B, T] by name: none that is padding.
+
+    Where the model predicts the next token, labels of -100 mark what is not counted either (`token_mask`). Labels of
+    other heads say nothing of the kind: those of masked language models are -100 at most tokens, all of which route.
+    """
+    if skip_ignored_labels and "labels" in batch and predicts_next_token(model):
+        return dict.fromkeys(ffn_names, token_mask(batch))
+    return padding_masks(model, ffn_names, batch)
 
 
 def calibration_batches(

@@ -44,23 +44,38 @@ def language_terms(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None
     return cross_entropy, (divergence * counted).sum() / count
 
 
+def head_divergence(logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) of a head that predicts no next token, mean over what is labelled, in nats.
+
+    Args:
+        logits: [B, C] of a head over whole sequences, or [B, T, C].
+        labels: [B] or [B, T], -100 where no label is; those of another shape leave nothing out.
+        teacher_logits: as `logits`.
+    """
+    teacher, student = (F.log_softmax(each.float(), dim=-1) for each in (teacher_logits, logits))
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    counted = labels != IGNORED if labels.shape == divergence.shape else torch.ones_like(divergence)
+    return (divergence * counted).sum() / counted.sum().clamp_min(1)
+
+
 def routing_terms(
-    logits: Sequence[Tensor], token_mask: Tensor | None, threshold_logit: float, guard: float
+    logits: Sequence[Tensor], token_masks: Sequence[Tensor | None], threshold_logit: float, guard: float
 ) -> dict[str, Tensor]:
-    """Router losses and statistics over all layers, from the fp32 router logits [B, T, E] of each.
+    """Router losses and statistics over all layers, from the fp32 router logits [B, T, E] and token mask of each.
 
     Returns:
         `efficiency` and `separability` (Eq. 5-6), `active_fraction` of experts with G > tau, and `near_threshold`,
         the share of scores within 0.1 of tau.
     """
     threshold = 1 / (1 + math.exp(-threshold_logit))
-    scores = [torch.sigmoid(layer) for layer in logits]
+    masked_logits = list(zip(logits, token_masks, strict=True))
+    masked = [(torch.sigmoid(layer), mask) for layer, mask in masked_logits]
     with torch.no_grad():
-        active = [active_fraction(layer, token_mask, threshold_logit=threshold_logit) for layer in logits]
-        near = [near_threshold_fraction(layer, token_mask, threshold=threshold) for layer in scores]
-    separability = [separability_loss(layer, token_mask, threshold=threshold, guard=guard) for layer in scores]
+        active = [active_fraction(*layer, threshold_logit=threshold_logit) for layer in masked_logits]
+        near = [near_threshold_fraction(*layer, threshold=threshold) for layer in masked]
+    separability = [separability_loss(*layer, threshold=threshold, guard=guard) for layer in masked]
     return {
-        "efficiency": mean_over_layers([efficiency_loss(layer, token_mask) for layer in scores]),
+        "efficiency": mean_over_layers([efficiency_loss(*layer) for layer in masked]),
         "separability": mean_over_layers(separability),
         "active_fraction": mean_over_layers(active),
         "near_threshold": mean_over_layers(near),

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import FfnMode
+from lte.hf.inputs import model_inputs
 from lte.hf.install import require_sparse_ffns
 from lte.nn.router import INITIAL_LOGIT
 from lte.nn.sparse_ffn import SparseFfn
+from lte.train.data import routing_masks
 
 Batch = Mapping[str, Tensor]
 
@@ -39,7 +41,7 @@ class _NormRegression:
 
     def __init__(self, ffn: SparseFfn):
         self.ffn = ffn
-        down: Tensor = ffn.get_submodule(ffn.layout.down).weight  # type: ignore[assignment]
+        down = ffn.layout.matrix(ffn.get_submodule(ffn.layout.down))
         blocks = down.detach().float().unflatten(1, (ffn.num_experts, -1))
         # ||h_e W_e||^2 = h_e (W_e W_e^T) h_e^T: S x S Gram matrices instead of E outputs of width D per token.
         self.gram = torch.einsum("des,det->est", blocks, blocks)
@@ -50,14 +52,13 @@ class _NormRegression:
         self.yy = torch.zeros((), device=down.device, dtype=torch.float64)
         self.tokens = torch.zeros((), device=down.device, dtype=torch.float64)
 
-    def update(self, x: Tensor, token_mask: Tensor | None) -> None:
+    def update(self, x: Tensor, token_mask: Tensor) -> None:
         hidden = self.ffn.intermediate(x).float().unflatten(-1, (self.ffn.num_experts, -1))
         squared = torch.einsum("...es,est,...et->...e", hidden, self.gram, hidden)
         norms = (squared.clamp_min(0).sqrt() + 1e-6).log().flatten(0, -2).double()
         inputs = nn.functional.pad(x.float(), (0, 1), value=1.0).flatten(0, -2).double()
-        if token_mask is not None:
-            keep = token_mask.flatten().to(inputs.dtype).unsqueeze(-1)
-            norms, inputs = norms * keep, inputs * keep
+        keep = token_mask.flatten().to(inputs.dtype).unsqueeze(-1)
+        norms, inputs = norms * keep, inputs * keep
         self.xx += inputs.T @ inputs
         self.xy += inputs.T @ norms
         self.y += norms.sum(0)
@@ -84,26 +85,33 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
 
     Args:
         model: an LTE model.
-        batches: `input_ids`, and optionally `attention_mask` and `token_mask` (bool, [B, T]).
+        batches: `input_ids`, and optionally `attention_mask`, `labels`, and `token_mask` (bool, [B, T]) in place of the
+            tokens that count in training.
     """
     ffns = require_sparse_ffns(model)
     fits = {name: _NormRegression(ffn) for name, ffn in ffns.items() if ffn.router.down is None}
-    mask: list[Tensor | None] = [None]
+    masks: dict[str, Tensor] = {}
 
-    def observe(fit: _NormRegression) -> Any:
-        return lambda module, args: fit.update(args[0], mask[0])
+    def observe(name: str) -> Any:
+        return lambda module, args: fits[name].update(args[0], masks[name])
 
-    hooks = [ffns[name].register_forward_pre_hook(observe(fit)) for name, fit in fits.items()]
+    hooks = [ffns[name].register_forward_pre_hook(observe(name)) for name in fits]
     try:
         with evaluating(model, "dense"):
             for batch in batches:
-                mask[0] = batch.get("token_mask")
-                model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
+                masks.update(_token_masks(model, list(ffns), batch))
+                model(**model_inputs(model, batch))
     finally:
         for hook in hooks:
             hook.remove()
     for fit in fits.values():
         fit.solve_()
+
+
+def _token_masks(model: nn.Module, ffn_names: list[str], batch: Batch) -> dict[str, Tensor]:
+    if "token_mask" in batch:
+        return dict.fromkeys(ffn_names, batch["token_mask"])
+    return routing_masks(model, ffn_names, batch)
 
 
 def calibrate_thresholds_(
@@ -128,13 +136,13 @@ def calibrate_thresholds_(
         The sum of the shifts, in logits.
     """
     batches = list(batches)
-    ffns = list(require_sparse_ffns(model).values())
+    ffns = require_sparse_ffns(model)
     total = 0.0
     for _ in range(rounds):
         shift, sparsity = _quantile_shift(model, ffns, batches, target_sparsity)
         if abs(sparsity - target_sparsity) <= tolerance:
             break
-        for ffn in ffns:
+        for ffn in ffns.values():
             with torch.no_grad():
                 ffn.router.bias.add_(shift)
         total += shift
@@ -142,29 +150,33 @@ def calibrate_thresholds_(
 
 
 def _quantile_shift(
-    model: nn.Module, ffns: list[SparseFfn], batches: list[Batch], target: float
+    model: nn.Module, ffns: dict[str, SparseFfn], batches: list[Batch], target: float
 ) -> tuple[float, float]:
-    """The shift that moves the `target` quantile of all logits to the threshold, and the sparsity before it."""
+    """The shift that moves the `target` quantile of all logits to the threshold, and the sparsity before it.
+
+    Every layer counts the same, however many tokens it sees: an encoder and a decoder see different ones.
+    """
     edges, bins = 64.0, 1 << 16
-    histogram = torch.zeros(bins, dtype=torch.float64)
-    threshold = ffns[0].threshold_logit
-    below = total = 0.0
-    for ffn in ffns:
+    histograms = {name: torch.zeros(bins, dtype=torch.float64) for name in ffns}
+    below = dict.fromkeys(ffns, 0.0)
+    for ffn in ffns.values():
         ffn.record_logits = True
     try:
         with evaluating(model, "hard"):
             for batch in batches:
-                model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
-                mask = batch.get("token_mask")
-                logits = torch.stack([ffn.logits for ffn in ffns if ffn.logits is not None]) - threshold
-                if mask is not None:
-                    logits = logits[:, mask]
-                below += (logits <= 0).sum().item()
-                total += logits.numel()
-                histogram += torch.histc(logits.clamp(-edges, edges).float().cpu(), bins, -edges, edges).double()
+                model(**model_inputs(model, batch))
+                masks = _token_masks(model, list(ffns), batch)
+                for name, ffn in ffns.items():
+                    assert ffn.logits is not None
+                    logits = (ffn.logits - ffn.threshold_logit)[masks[name].to(ffn.logits.device)]
+                    below[name] += (logits <= 0).sum().item()
+                    counts = torch.histc(logits.clamp(-edges, edges).float().cpu(), bins, -edges, edges)
+                    histograms[name] += counts.double()
     finally:
-        for ffn in ffns:
+        for ffn in ffns.values():
             ffn.record_logits, ffn.logits = False, None
-    cumulative = histogram.cumsum(0) / histogram.sum()
-    index = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64)))
-    return edges - (min(index, bins - 1) + 1) * 2 * edges / bins, below / total
+    totals = {name: histogram.sum().item() for name, histogram in histograms.items()}
+    shares = torch.stack([histogram / totals[name] for name, histogram in histograms.items()]).mean(0)
+    index = int(torch.searchsorted(shares.cumsum(0), torch.tensor(target, dtype=torch.float64)))
+    sparsity = sum(below[name] / totals[name] for name in ffns) / len(ffns)
+    return edges - (min(index, bins - 1) + 1) * 2 * edges / bins, sparsity

@@ -71,21 +71,22 @@ QUANTILE_SAMPLES = 1 << 18
 
 
 @torch.no_grad()
-def target_logit(logits: Sequence[Tensor], token_mask: Tensor | None, target: float) -> Tensor:
+def target_logit(logits: Sequence[Tensor], token_masks: Sequence[Tensor | None], target: float) -> Tensor:
     """The logit below which the share `target` of all experts lies, over layers and counted tokens.
 
     Args:
         logits: router logits [B, T, E] of each layer.
-        token_mask: [B, T], true where a token counts; `None` counts all.
+        token_masks: [B, T] of each layer, true where a token counts; `None` counts all.
         target: target sparsity.
 
     Returns:
         A scalar on the logits' device, found on at most `QUANTILE_SAMPLES` logits spread evenly over all.
     """
-    stacked = torch.stack([layer.detach() for layer in logits])
-    if token_mask is not None:
-        stacked = stacked.masked_fill(~token_mask[None, ..., None], float("nan"))
-    flat = stacked.flatten()
+    masked = [
+        layer.detach() if mask is None else layer.detach().masked_fill(~mask.unsqueeze(-1), float("nan"))
+        for layer, mask in zip(logits, token_masks, strict=True)
+    ]
+    flat = torch.cat([layer.flatten() for layer in masked])
     # An odd stride meets every expert and layer, whatever their number.
     stride = max(1, flat.numel() // QUANTILE_SAMPLES) | 1
     return torch.nanquantile(flat[::stride][: 2 * QUANTILE_SAMPLES], target)

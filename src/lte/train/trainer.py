@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from lte.hf.inputs import predicts_next_token
 from lte.hf.install import require_sparse_ffns
-from lte.nn.sparse_ffn import SparseFfn
 from lte.train.config import Stage, TrainConfig
-from lte.train.data import token_mask
-from lte.train.objective import language_terms, routing_terms
+from lte.train.data import routing_masks
+from lte.train.objective import head_divergence, language_terms, routing_terms
 from lte.train.processes import autocast
 from lte.train.sparsity_controller import (
     BIAS_RATE,
@@ -44,6 +44,9 @@ class NonFiniteLossError(RuntimeError):
 
 class LteTrainer(Trainer):
     """Trains one stage of an LTE model.
+
+    L_task is the cross entropy with the next token, or for a model with another head (a classifier, a masked language
+    model, an encoder-decoder) the loss that it returns for the batch's labels.
 
     The loss is (1 - a) L_task + a KL(teacher || student) + eta L_eff + lambda L_sep, with a the distillation weight;
     lambda is 0 in stage 2, and so is eta while the routers are frozen.
@@ -75,7 +78,9 @@ class LteTrainer(Trainer):
         self.train_config = train_config
         self.target_sparsity = target_sparsity
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        self.ffns: list[SparseFfn] = list(require_sparse_ffns(self.model).values())
+        ffns = require_sparse_ffns(self.model)
+        self.ffn_names, self.ffns = list(ffns), list(ffns.values())
+        self.predicts_next_token = predicts_next_token(self.model)
         self.eta_controller = EtaController.starting_at(first_eta) if first_eta else EtaController()
         self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
         self.target_logit = torch.zeros(())
@@ -122,12 +127,16 @@ class LteTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of all terms for one batch; collects each term for the log."""
-        labels = inputs["labels"]
-        features = {key: value for key, value in inputs.items() if key != "labels"}
-        outputs = model(**features, use_cache=False)
-        teacher_logits = self._teacher_logits(features)
-        task, divergence = self._language_terms(outputs.logits, labels, teacher_logits)
-        routing = self._routing(token_mask(inputs))
+        if self.predicts_next_token:
+            features = {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**features, use_cache=False)
+            terms = outputs.logits, inputs["labels"], self._teacher_logits(features)
+            task, divergence = self._language_terms(*terms)
+        else:
+            outputs = model(**inputs)
+            task, divergence = self._own_terms(outputs, inputs)
+        masks = routing_masks(self.model, self.ffn_names, inputs)
+        routing = self._routing([masks[name] for name in self.ffn_names])
         weight = self.train_config.distillation_weight if self.teacher is not None else 0.0
         loss = (1 - weight) * task + weight * divergence
         if routing:
@@ -142,22 +151,32 @@ class LteTrainer(Trainer):
             self._collect({"task_loss": task, "distillation_loss": divergence, "loss_total": loss, **routing})
         return (loss, outputs) if return_outputs else loss
 
-    def _routing(self, mask: Tensor) -> dict[str, Tensor]:
+    def _own_terms(self, outputs: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss that a model with another head computes itself, and the divergence from the teacher."""
+        if outputs.loss is None:
+            raise ValueError(f"batches must hold labels for {type(self.model).__name__}, got {', '.join(inputs)}")
+        teacher_logits = self._teacher_logits(inputs)
+        if teacher_logits is None:
+            return outputs.loss, outputs.loss.new_zeros(())
+        return outputs.loss, head_divergence(outputs.logits, inputs["labels"], teacher_logits)
+
+    def _routing(self, masks: list[Tensor]) -> dict[str, Tensor]:
         if self.stage.mode == "dense":
             return {}
         logits = [ffn.logits for ffn in self.ffns if ffn.logits is not None]
         for ffn in self.ffns:
             ffn.logits = None
         if self.stage.controls_bias:
-            self.target_logit = target_logit(logits, mask, self.target_sparsity)
-        return self._routing_terms(logits, mask, self.ffns[0].threshold_logit, self.train_config.pole_guard)
+            self.target_logit = target_logit(logits, masks, self.target_sparsity)
+        return self._routing_terms(logits, masks, self.ffns[0].threshold_logit, self.train_config.pole_guard)
 
     def _teacher_logits(self, features: dict[str, Any]) -> Tensor | None:
         if self.teacher is None or not self.train_config.distillation_weight:
             return None
         # In the teacher's own dtype: autocast would only add casts.
         with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
-            return self.teacher(**features, use_cache=False).logits
+            cache = {"use_cache": False} if self.predicts_next_token else {}
+            return self.teacher(**features, **cache).logits
 
     def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         if math.isfinite(loss.item()):

@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from lte.hf.families import block_name
 from lte.hf.install import require_sparse_ffns
 from lte.train.config import Stage, TrainConfig, stages_of
-from lte.train.data import LmCollator, calibration_batches, token_mask
+from lte.train.data import LmCollator, calibration_batches
 from lte.train.processes import autocast, training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
 from lte.train.trainer import CONTROL_STATE_FILE, LteTrainer
@@ -91,7 +92,7 @@ def train_two_stage(
                 summaries.append(_run_stage(model, train_dataset, config, stage, output, teacher, collator, eta))
     if 2 in stages and config.holds_target and config.calibration_tokens:
         source = calibration_dataset or train_dataset
-        batches = masked_batches(model, source, config.calibration_tokens, config.batch_size, collator)
+        batches = device_batches(model, source, config.calibration_tokens, config.batch_size, collator)
         with autocast(config):
             calibrate_thresholds_(model, batches, model.lte_config.target_sparsity)
     for ffn in ffns.values():
@@ -106,16 +107,13 @@ def train_two_stage(
     )
 
 
-def masked_batches(
+def device_batches(
     model: nn.Module, dataset: Dataset[Any], num_tokens: int, batch_size: int, collator: Any
 ) -> list[Batch]:
-    """About `num_tokens` tokens spread over `dataset`, on the model's device, each batch with its `token_mask`."""
+    """About `num_tokens` tokens spread over `dataset`, on the model's device."""
     device = next(model.parameters()).device
-    batches: list[Batch] = []
-    for batch in calibration_batches(dataset, num_tokens, batch_size, collator):
-        moved = {key: value.to(device) for key, value in batch.items()}
-        batches.append({**moved, "token_mask": token_mask(moved)})
-    return batches
+    batches = calibration_batches(dataset, num_tokens, batch_size, collator)
+    return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
 
 def _run_stage(
@@ -135,7 +133,7 @@ def _run_stage(
     checkpoint = _newest_complete_checkpoint(folder)
     if stage.number == 1 and checkpoint is None and config.router_fit_tokens and config.holds_target:
         model.to(training_device())
-        batches = masked_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator)
+        batches = device_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator)
         with autocast(config):
             fit_routers_(model, batches)
     for ffn in require_sparse_ffns(model).values():
@@ -289,4 +287,4 @@ def _compile_layers_(model: nn.Module, teacher: nn.Module | None, ffn_names: lis
         if network is None:
             continue
         for name in ffn_names:
-            network.get_submodule(name.rpartition(".")[0]).compile()
+            network.get_submodule(block_name(name)).compile()

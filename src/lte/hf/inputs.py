@@ -1,0 +1,74 @@
+"""What a model of any kind is called with, and which of its tokens count in each FFN.
+
+Shapes: B sequences, T tokens; an encoder-decoder has T tokens of its own on each side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte.hf.families import family_of
+
+MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+)
+_IGNORED = -100
+
+
+def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model reads: no labels, but what an encoder-decoder's decoder reads is made of them.
+
+    Raises:
+        ValueError: if an encoder-decoder gets neither `decoder_input_ids` nor `labels`.
+    """
+    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    if _decodes_labels(model) and "decoder_input_ids" not in inputs:
+        if "labels" not in batch:
+            raise ValueError(
+                f"batches for an encoder-decoder must hold labels or decoder_input_ids, got the keys {', '.join(batch)}"
+            )
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return inputs
+
+
+def _decodes_labels(model: Any) -> bool:
+    """Whether a decoder reads tokens of its own. That of T5's classifier reads those of the encoder, shifted."""
+    return model.config.is_encoder_decoder and hasattr(unwrapped(model), "prepare_decoder_input_ids_from_labels")
+
+
+def predicts_next_token(model: Any) -> bool:
+    """Whether the model has the head that predicts the next token of its input, and not another."""
+    names = {base.__name__ for base in type(unwrapped(model)).__mro__}
+    return family_of(model.config).models.get("AutoModelForCausalLM") in names
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside adapters of peft; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def padding_masks(model: Any, ffn_names: Iterable[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which tokens are no padding, bool [B, T], for each FFN by name: in a decoder with an encoder, its own.
+
+    A decoder's tokens without `decoder_attention_mask` are padding where the labels are -100.
+    """
+    ids = batch["input_ids"]
+    encoder = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+    if not _decodes_labels(model):
+        return dict.fromkeys(ffn_names, encoder)
+    if "decoder_attention_mask" in batch:
+        decoder = batch["decoder_attention_mask"].bool()
+    elif "labels" in batch:
+        decoder = batch["labels"] != _IGNORED
+    else:
+        decoder = torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+    return {name: decoder if "decoder" in name.split(".") else encoder for name in ffn_names}
