@@ -45,5 +45,6 @@ def other_bytes(pair: ModelPair, batch: int, context: int) -> int:
     tied = embeddings.nbytes if head is embeddings else 0
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * context * batch
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * head_size * context * batch
     return weights + tied + cache * pair.dtype.itemsize

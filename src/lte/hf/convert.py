@@ -70,7 +70,7 @@ def densify_(model: nn.Module) -> nn.Module:
     decelerate_(model)
     for name, sparse in require_sparse_ffns(model).items():
         with torch.device("meta"):
-            dense = family.new_ffn(stock_config)
+            dense = family.new_ffn(stock_config, sparse.num_neurons)
         for part in family.layout.parts:
             setattr(dense, part, sparse.get_submodule(part))
         dense.train(sparse.training)

@@ -34,6 +34,7 @@ class Family:
         activation_field: config field that names the activation function.
         neurons_field: config field that holds the number of neurons.
         models: which stock model class each Auto class loads, the one with the family's own head first.
+        takes_neurons: whether the FFN class takes the number of neurons before the config.
         gated: the row for configs whose `is_gated_act` is true, for a family that has both kinds of FFN.
     """
 
@@ -45,6 +46,7 @@ class Family:
     activation_field: str = "hidden_act"
     neurons_field: str = "intermediate_size"
     models: dict[str, str] = field(default_factory=dict)
+    takes_neurons: bool = False
     gated: Family | None = None
 
     @property
@@ -57,9 +59,9 @@ class Family:
         part = "configuration" if name == self.config_class else "modeling"
         return getattr(importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}"), name)
 
-    def new_ffn(self, config: Any) -> nn.Module:
+    def new_ffn(self, config: Any, neurons: int) -> nn.Module:
         """A stock FFN with random weights."""
-        return self.stock_class(self.ffn_class)(config)
+        return self.stock_class(self.ffn_class)(*((neurons,) if self.takes_neurons else ()), config)
 
 
 def _decoder(model_type: str, prefix: str, module: str | None = None, **row: Any) -> Family:
@@ -137,6 +139,19 @@ FAMILIES: dict[str, Family] = {
             activation_field="activation",
             neurons_field="hidden_dim",
             models=_heads("DistilBert", "MaskedLM", *_ON_TEXT, "MultipleChoice"),
+        ),
+        Family(
+            model_type="gpt2",
+            module="gpt2",
+            config_class="GPT2Config",
+            ffn_class="GPT2MLP",
+            layout=FfnLayout(
+                up="c_fc", gate=None, down="c_proj", activation="act", outer_dropout="dropout", transposed=True
+            ),
+            activation_field="activation_function",
+            neurons_field="n_inner",
+            models=_heads("GPT2", "CausalLM", *_ON_TEXT, CausalLM="GPT2LMHeadModel"),
+            takes_neurons=True,
         ),
         _t5(),
     )
