@@ -141,7 +141,7 @@ def test_experts_are_those_of_sparsify(grouping: Any, model_type: str) -> None:
     scores = neuron_importance(dense, calibration())
     ffns = zip(ffns_of(dense, model_type).items(), lte.sparse_ffns(sparse).values(), kept, strict=True)
     for (name, old), ffn, index in ffns:
-        columns = [layout.matrix(each.get_submodule(layout.down)).T for each in (old, ffn)]
+        columns = [layout.matrix(down).T for down in (old.get_submodule(layout.down), ffn.part(layout.down))]
         order = torch.stack([(columns[0] == column).all(1).nonzero()[0, 0] for column in columns[1]])
         experts = order.unflatten(0, (-1, 8))
         best = experts[scores[name][experts].sum(1).topk(NEURONS // 16).indices]

@@ -60,7 +60,7 @@ def test_every_family_is_counted_by_its_shapes(model_type: str) -> None:
     assert weights.attention == attentions * HIDDEN * width * 2 * (4 + key_value_heads)
     assert weights.ffn == [(num_inputs(model_type) + 1) * HIDDEN * NEURONS] * layers
     assert weights.router == [0] * layers
-    assert weights.lm_head == VOCAB * HIDDEN
+    assert weights.lm_head == VOCAB * getattr(config, "embedding_size", HIDDEN)
 
 
 def test_model_config_and_folder_agree(model_type: str, tmp_path: Path) -> None:

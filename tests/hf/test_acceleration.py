@@ -67,10 +67,10 @@ def test_parameters_are_views_of_one_tensor(model_type: str) -> None:
     assert ffn.stacked is not None
     inputs = [name for name in ffn.layout.projections if name != ffn.layout.down]
     for name in inputs:
-        weight = ffn.get_submodule(name).weight
+        weight = ffn.part(name).weight
         assert weight.untyped_storage().data_ptr() == ffn.stacked.untyped_storage().data_ptr()
         assert weight.requires_grad
-    assert ffn.layout.matrix(ffn.get_submodule(ffn.layout.down)).stride() == (1, 32)
+    assert ffn.layout.matrix(ffn.part(ffn.layout.down)).stride() == (1, 32)
     # What is new is the router's rows and the rows that fill the stacked tensor up.
     extra = len(lte.sparse_ffns(model)) * (ffn.stacked.shape[0] - num_inputs(model_type) * NEURONS) * 32 * 4
     assert weight_bytes(model) == before + extra

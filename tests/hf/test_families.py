@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 import lte
-from lte.hf.families import family_of
+from lte.hf.families import FAMILIES, family_of
 from tests.tiny_models import (
     EXPERT_SIZE,
+    MODEL_TYPES,
     NEURONS,
     PAD,
     auto_class,
     logits_of,
     num_ffns,
     row_of,
+    tiny_config,
     tiny_dense_model,
     tiny_sparse_model,
 )
@@ -264,3 +267,22 @@ def test_family_of_sparse_and_stock_configs(model_type: str) -> None:
     family = row_of(model_type)
     assert family_of(tiny_dense_model(model_type).config) is family
     assert family_of(tiny_sparse_model(model_type).config) is family
+
+
+def head_cases() -> list[tuple[str, str]]:
+    return [
+        (model_type, head) for model_type in MODEL_TYPES for head in row_of(model_type).models if model_type in FAMILIES
+    ]
+
+
+@pytest.mark.parametrize(("model_type", "head"), head_cases())
+def test_every_head_reloads_through_its_auto_class(model_type: str, head: str, tmp_path: Path) -> None:
+    row = row_of(model_type)
+    assert getattr(transformers, head)._model_mapping[row.stock_class(row.config_class)].__name__ == row.models[head]
+    model = row.stock_class(row.models[head])(tiny_config(model_type))
+    lte.sparsify_(model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="random"))
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, head).from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name

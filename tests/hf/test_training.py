@@ -60,8 +60,8 @@ def test_activation_checkpointing_gives_the_same_gradients(
     assert_equal_gradients(checkpointed, gradients, relative_rms)
 
 
-# The graph of a dense and of a fused FFN; the other families share them.
-@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+# The graph of a gated, of a fused and of a spread FFN; the other families share them.
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "bert"])
 @pytest.mark.parametrize("mode", ["soft", "straight_through"])
 def test_compiled_step_equals_the_eager_one(model_type: str, mode: Any, tokens: Tensor, relative_rms) -> None:
     model = trainable_model(model_type, mode)

@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 import lte
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig
+from lte.train.objective import head_divergence
 from lte.train.two_stage import train_two_stage
 from tests.tiny_models import EXPERT_SIZE, PAD, VOCAB, row_of, tiny_config, zero_dropout_
 
 CASES = [
     (model_type, head)
-    for model_type in ("distilbert", "t5")
+    for model_type in ("distilbert", "t5", "bert", "opt")
     for head in row_of(model_type).models
     if head.endswith(("MaskedLM", "Seq2SeqLM", "SequenceClassification"))
 ]
@@ -103,3 +105,13 @@ def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
         del row["labels"]
     with pytest.raises(ValueError, match="batches must hold labels for LteDistilBertForMaskedLM, got input_ids"):
         train_two_stage(model, rows, TrainConfig(**FEW), tmp_path, data_collator=stack)
+
+
+def test_the_divergence_of_heads_is_over_what_is_labelled() -> None:
+    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    logs = [functional.log_softmax(each, -1) for each in (student, teacher)]
+    every = functional.kl_div(*logs, log_target=True, reduction="none").sum(-1)
+    labels = torch.tensor([[1, 2, -100, -100, 3], [-100] * 5])
+    torch.testing.assert_close(head_divergence(student, labels, teacher), every[labels != -100].mean())
+    torch.testing.assert_close(head_divergence(student, torch.tensor([0, 1]), teacher), every.mean())
+    torch.testing.assert_close(head_divergence(student[:, 0], torch.tensor([0, 1]), teacher[:, 0]), every[:, 0].mean())

@@ -77,6 +77,11 @@ def model_pair(model: Any, weights: WeightFormat = "native") -> ModelPair:
     Raises:
         ValueError: for an unknown family or a model that cannot be converted.
     """
+    if family_of(model.config).layout.spread:
+        raise ValueError(
+            "model must have FFNs that are modules of their own to be timed, got model_type="
+            f"{model.config.model_type!r}, whose blocks hold them"
+        )
     model.eval().requires_grad_(False)
     trained = bool(sparse_ffns(model))
     other = _copy_ffns(model, family_of(model.config))

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from lte.config import LteConfig
 from lte.hf.families import block_name, dense_ffns, family_of
 from lte.hf.install import install_sparse_ffns_, sparse_ffns
+from lte.nn.sparse_ffn import SparseFfn
 
 GFLOP = 2**30
 """The paper's unit of FLOPs."""
@@ -67,7 +68,8 @@ def count_linear_weights(model: ModelLike, lte_config: LteConfig | None = None) 
     blocks = dict.fromkeys(block_name(name) for name in ffns)
     total = sum(_linear_weights(module.get_submodule(name).modules()) for name in blocks)
     layout = family_of(module.config).layout
-    ffn = [_linear_weights(part.get_submodule(name) for name in layout.projections) for part in ffns.values()]
+    parts = [ffn.part if isinstance(ffn, SparseFfn) else ffn.get_submodule for ffn in ffns.values()]
+    ffn = [_linear_weights(part(name) for name in layout.projections) for part in parts]
     router = [_router_weights(layer.router) for layer in sparse.values()] or [0] * len(ffn)
     output_embeddings: Any = getattr(module, "get_output_embeddings", lambda: None)()
     lm_head = 0 if output_embeddings is None else output_embeddings.weight.numel()

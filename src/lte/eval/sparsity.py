@@ -97,7 +97,8 @@ class _LayerCounts:
         if logits is None:
             raise ValueError("model must run in hard mode before each update, got no recorded logits")
         self.ffn.logits = None
-        if logits.shape[:-1] != mask.shape:
+        # Some blocks flatten [B, T] before their FFN.
+        if logits.shape[:-1] not in (mask.shape, mask.flatten().shape):
             raise ValueError(
                 f"mask must be [B, T] of the last forward pass, {tuple(logits.shape[:-1])}, got mask="
                 f"{tuple(mask.shape)}"

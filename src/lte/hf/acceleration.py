@@ -93,24 +93,28 @@ def _check_same(name: str, ffn: AcceleratedFfn, weights: WeightFormat) -> None:
 def _check_ffn(name: str, ffn: SparseFfn) -> str:
     """The kernels' name for the FFN's activation, if they can compute it."""
     for part in ffn.layout.projections:
-        _check_projection(f"{name}.{part}", ffn.get_submodule(part), ffn.layout)
-    first: Any = ffn.get_submodule(ffn.layout.up)
-    tensors = [ffn.get_submodule(part).weight for part in ffn.layout.projections]
+        _check_projection(f"{name}.{part}", ffn.part(part), ffn.layout)
+    first = ffn.part(ffn.layout.up)
+    tensors = [ffn.part(part).weight for part in ffn.layout.projections]
     if {weight.dtype for weight in tensors} != {first.weight.dtype}:
         raise ValueError(f"{name} must hold weights of one dtype, got {', '.join(str(w.dtype) for w in tensors)}")
     device = first.weight.device
     if {weight.device for weight in (*tensors, *ffn.router.parameters())} != {device}:
         raise ValueError(f"{name} must lie on one device, got its projections and router on several")
     _check_device(name, device)
+    hidden_size = ffn.layout.matrix(first).shape[1]
+    if ffn.block and ffn.num_neurons == hidden_size:
+        raise ValueError(
+            f"{name} must not have as many neurons as hidden states are wide for the kernels, got {hidden_size} of both"
+        )
     size = ffn.num_neurons // ffn.num_experts
     if size not in EXPERT_SIZES:
         known = ", ".join(map(str, EXPERT_SIZES))
         raise ValueError(f"expert_size must be one of {known} for the kernels, got expert_size={size} in {name}")
-    activation = getattr(ffn, ffn.layout.activation)
-    found = activation_name(activation)
+    found = activation_name(ffn.activation_function)
     if found is None:
         known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"the activation of {name} must be one of {known}, got {activation!r}")
+        raise ValueError(f"the activation of {name} must be one of {known}, got {ffn.activation_function!r}")
     return found
 
 

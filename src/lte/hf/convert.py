@@ -13,7 +13,7 @@ from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig
 from lte.hf.acceleration import decelerate_
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import model_inputs, padding_masks
-from lte.hf.install import install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
+from lte.hf.install import check_unchunked, install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
 from lte.hf.loading import become_dense_, become_sparse_
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
@@ -69,10 +69,14 @@ def densify_(model: nn.Module) -> nn.Module:
     stock_config = become_dense_(model, family)
     decelerate_(model)
     for name, sparse in require_sparse_ffns(model).items():
+        if family.layout.spread:
+            sparse.leave_()
+            model.set_submodule(name, sparse.activation_function)  # type: ignore[arg-type]
+            continue
         with torch.device("meta"):
             dense = family.new_ffn(stock_config, sparse.num_neurons)
         for part in family.layout.parts:
-            setattr(dense, part, sparse.get_submodule(part))
+            setattr(dense, part, sparse.part(part))
         dense.train(sparse.training)
         model.set_submodule(name, dense)
     return model
@@ -123,6 +127,7 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
             f"model must be a transformers model itself, got the wrapper {type(model).__name__}; merge "
             "adapters and unwrap the model first"
         )
+    check_unchunked(model, family)
     if not ffns:
         raise ValueError(
             f"model must contain {family.ffn_class} modules, got none; lte converts the FFNs of "

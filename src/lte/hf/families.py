@@ -2,8 +2,8 @@
 
 To add a family, add a row: the names of its stock classes, and an `FfnLayout` that says which projection of
 its FFN does what. `tests/hf/test_families.py` then converts, trains, saves and reloads it on a tiny random
-config. A family whose FFN is no module of its own (OPT) or spans two (BERT) needs a second kind of row, which
-does not exist yet.
+config. A family whose FFN is no module of its own (OPT) or spans two (BERT) names its block instead, and a layout
+with `spread=True`, whose names are paths in the block.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Family:
         model_type: the stock `config.model_type`.
         module: the family's package in `transformers.models`.
         config_class: name of the stock config class.
-        ffn_class: name of the stock FFN class that is replaced.
+        ffn_class: name of the stock FFN class that is replaced, or of the block that holds a spread FFN.
         layout: roles of the FFN's projections.
         activation_field: config field that names the activation function.
         neurons_field: config field that holds the number of neurons.
@@ -102,6 +102,25 @@ def _t5() -> Family:
 
 _ON_TEXT = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
+
+def _bert(model_type: str, prefix: str, *heads: str, **classes: str) -> Family:
+    """A family whose blocks have the two modules `intermediate` and `output` of BERT."""
+    return Family(
+        model_type=model_type,
+        module=model_type,
+        config_class=f"{prefix}Config",
+        ffn_class=f"{prefix}Layer",
+        layout=FfnLayout(
+            up="intermediate.dense",
+            gate=None,
+            down="output.dense",
+            activation="intermediate.intermediate_act_fn",
+            spread=True,
+        ),
+        models=_heads(prefix, "MaskedLM", *_ON_TEXT, "MultipleChoice", "CausalLM", *heads, **classes),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -154,6 +173,19 @@ FAMILIES: dict[str, Family] = {
             takes_neurons=True,
         ),
         _t5(),
+        Family(
+            model_type="opt",
+            module="opt",
+            config_class="OPTConfig",
+            ffn_class="OPTDecoderLayer",
+            layout=FfnLayout(up="fc1", gate=None, down="fc2", activation="activation_fn", spread=True),
+            activation_field="activation_function",
+            neurons_field="ffn_dim",
+            models=_heads("OPT", "CausalLM", "SequenceClassification", "QuestionAnswering"),
+        ),
+        _bert("bert", "Bert", "NextSentencePrediction", CausalLM="BertLMHeadModel"),
+        _bert("roberta", "Roberta"),
+        _bert("electra", "Electra"),
     )
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import nn
 
@@ -29,6 +31,7 @@ def require_sparse_ffns(model: nn.Module) -> dict[str, SparseFfn]:
 
 def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) -> None:
     """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
+    check_unchunked(model, family)
     for index, (name, ffn) in enumerate(dense_ffns(model, family).items()):
         weight = family.layout.matrix(ffn.get_submodule(family.layout.up))
         num_experts = check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
@@ -42,10 +45,25 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
         if not weight.is_meta and config.router_rank:
             generator = torch.Generator(weight.device).manual_seed(config.seed + index)
             router.reset_parameters(generator)
-        parts = {part: ffn.get_submodule(part) for part in family.layout.parts}
-        activation = getattr(ffn, family.layout.activation)
-        sparse = SparseFfn(parts, activation, family.layout, router, config.threshold)
-        model.set_submodule(name, sparse.train(ffn.training))
+        layout = family.layout
+        parts = ffn if layout.spread else {part: ffn.get_submodule(part) for part in layout.parts}
+        activation = attrgetter(layout.activation)(ffn)
+        sparse = SparseFfn(parts, activation, layout, router, config.threshold)
+        place = f"{name}.{layout.activation}" if layout.spread else name
+        model.set_submodule(place, sparse.train(ffn.training))
+
+
+def check_unchunked(model: nn.Module, family: Family) -> None:
+    """Refuses blocks that call a spread FFN chunk by chunk: its routing would be recorded for the last chunk alone.
+
+    Raises:
+        ValueError: for a `chunk_size_feed_forward` of such a model.
+    """
+    chunk = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
+    if family.layout.spread and chunk:
+        raise ValueError(
+            f"chunk_size_feed_forward must be 0 for {family.model_type}, got chunk_size_feed_forward={chunk}"
+        )
 
 
 def num_neurons(ffn: nn.Module, layout: FfnLayout) -> int:

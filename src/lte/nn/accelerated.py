@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
 from lte.nn.ffn_parts import ROLES, bias_of, dequantize_projections_, quantize_projections_, weight_of
+from lte.nn.passing import install_passing_, remove_passing_
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import DTYPES, FfnWeights, Routing
@@ -63,7 +64,7 @@ class AcceleratedFfn(SparseFfn):
     stacked: Tensor | None
     router_rows: Tensor | None
     _names: tuple[str, ...]
-    _kind: type[nn.Module]
+    _kinds: tuple[type[nn.Module], ...]
     _trainable: list[str]
     _after_load: RemovableHandle
     _runner: FfnRunner
@@ -75,13 +76,15 @@ class AcceleratedFfn(SparseFfn):
         """Makes a `SparseFfn` with plain projections, `nn.Linear` say, an `AcceleratedFfn`."""
         for name in _BUFFERS:
             ffn.register_buffer(name, None, persistent=False)
-        trainable = [name for name in ffn.layout.projections if getattr(ffn, name).weight.requires_grad]
+        trainable = [name for name in ffn.layout.projections if ffn.part(name).weight.requires_grad]
         dtype = weight_of(ffn, "up").dtype  # type: ignore[union-attr]
         ffn.__class__ = AcceleratedFfn
         assert isinstance(ffn, AcceleratedFfn)
         ffn.acceleration, ffn.dtype = acceleration, dtype
         ffn._names, ffn._trainable = ffn.layout.projections, trainable
-        ffn._kind = type(getattr(ffn, ffn.layout.down))
+        if ffn.block:
+            install_passing_(ffn)
+        ffn._kinds = tuple(type(ffn.part(name)) for name in ffn._names)
         ffn._after_load = ffn.register_load_state_dict_post_hook(_refresh_loaded)
         if ffn._is_int8:
             for role, scale in quantize_projections_(ffn).items():
@@ -95,15 +98,26 @@ class AcceleratedFfn(SparseFfn):
             scales = {role: getattr(self, f"{role}_scale") for role in ROLES if weight_of(self, role) is not None}
             dequantize_projections_(self, scales, self.dtype)
             for name in self._trainable:
-                getattr(self, name).weight.requires_grad_(True)
+                self.part(name).weight.requires_grad_(True)
         else:
             for name in self.layout.projections:
-                weight = getattr(self, name).weight
+                weight = self.part(name).weight
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        if self.block:
+            remove_passing_(self)
         self._after_load.remove()
-        for name in {*_BUFFERS, *AcceleratedFfn.__annotations__}:
+        for name in _BUFFERS:
             delattr(self, name)
+        for name in AcceleratedFfn.__annotations__:
+            # A copy that has not run yet has no runner.
+            vars(self).pop(name, None)
         self.__class__ = SparseFfn  # type: ignore[assignment]
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the FFN's input and output."""
+        rows = self.router.weight if self.router.down is None else self.router.down
+        return rows.shape[1]
 
     @property
     def _is_int8(self) -> bool:
@@ -111,15 +125,17 @@ class AcceleratedFfn(SparseFfn):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `SparseFfn.forward`, by the kernels in hard mode where no gradient is wanted."""
-        if not self._kernels_take(x):
-            if self._is_int8:
-                self._refuse(x)
+        if self.block:
+            if x.shape[-1] != self.hidden_size:
+                return super().forward(x)
+            self._up_input = None
+        elif not self.takes(x):
             return super().forward(x)
         if torch.compiler.is_compiling():
             # Graphs must see parameters and buffers, which stay where they are: CUDA graphs copy all other inputs.
             runner = self._bind()
         else:
-            self._refresh_()
+            self.refresh_()
             runner = self._runner
         flat = x.reshape(-1, x.shape[-1])
         logits = None
@@ -130,6 +146,17 @@ class AcceleratedFfn(SparseFfn):
         if self.record_logits and logits is not None:
             self.logits = logits.view(*x.shape[:-1], -1)
         return runner(flat, logits).view(x.shape)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels compute the FFN for hidden states x, in this mode and now.
+
+        Raises:
+            ValueError: if they do not, and nothing else can, as the weights are int8.
+        """
+        taken = self._kernels_take(x)
+        if not taken and self._is_int8:
+            self._refuse(x)
+        return taken
 
     def _kernels_take(self, x: Tensor) -> bool:
         return (
@@ -148,14 +175,18 @@ class AcceleratedFfn(SparseFfn):
     def _is_plain(self) -> bool:
         """Whether nothing was put around the projections since, LoRA say, that the kernels would leave out."""
         modules = self._modules  # getattr on a module costs a microsecond, which counts 30 times per token
-        return type(modules["router"]) is Router and all(type(modules[name]) is self._kind for name in self._names)
+        if type(modules["router"]) is not Router:
+            return False
+        if self.block:
+            modules = {name: self.part(name) for name in self._names}
+        return all(type(modules[name]) is kind for name, kind in zip(self._names, self._kinds, strict=True))
 
     @property
     def _drops(self) -> bool:
-        return any(getattr(self, name).p > 0 for name in self.layout.parts[len(self._names) :])
+        return any(self.part(name).p > 0 for name in self.layout.parts[len(self._names) :])
 
     def _wants_gradient(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.own_parameters()))
 
     def _refuse(self, x: Tensor) -> None:
         raise ValueError(
@@ -179,7 +210,7 @@ class AcceleratedFfn(SparseFfn):
             if layout.gate is not None:
                 assert parts.gate is not None
                 self._place_(layout.gate, parts.gate)
-            down = layout.matrix(getattr(self, layout.down)).data
+            down = layout.matrix(self.part(layout.down)).data
             if not down.T.is_contiguous():
                 self._place_(layout.down, by_neuron(down))
         self._arch = prepare(self.router.weight.device)
@@ -187,19 +218,19 @@ class AcceleratedFfn(SparseFfn):
 
     def _place_(self, name: str, matrix: Tensor) -> None:
         """Makes a parameter a view of its values [out, in] elsewhere."""
-        getattr(self, name).weight.data = matrix.T if self.layout.transposed else matrix
+        self.part(name).weight.data = matrix.T if self.layout.transposed else matrix
 
     def _look(self) -> tuple[int, ...]:
         """Where the parameters lie, and last the version of the router: whether the layout still holds."""
         router = self.router.weight
         version = 0 if router.is_inference() else router._version
         return (
-            *(getattr(self, name).weight.data_ptr() for name in self.layout.projections),
+            *(self.part(name).weight.data_ptr() for name in self.layout.projections),
             router.data_ptr(),
             version,
         )
 
-    def _refresh_(self) -> None:
+    def refresh_(self) -> None:
         """Lays out anew what somebody moved, replaced or trained since."""
         now = self._look()
         if now == self._seen:
@@ -226,7 +257,7 @@ class AcceleratedFfn(SparseFfn):
     def set_mode(self, mode: FfnMode) -> None:
         """As `SparseFfn.set_mode`."""
         super().set_mode(mode)
-        self._refresh_()
+        self.refresh_()
 
     def expect_(self, active_fraction: float | None) -> None:
         """Sets the share of active experts by which the path is chosen; graphs that were captured keep theirs."""
@@ -235,7 +266,7 @@ class AcceleratedFfn(SparseFfn):
 
     def train(self, mode: bool = True) -> AcceleratedFfn:
         """As `nn.Module.train`."""
-        self._refresh_()
+        self.refresh_()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedFfn:
@@ -245,12 +276,18 @@ class AcceleratedFfn(SparseFfn):
         for name in _BUFFERS:
             setattr(self, name, None)
         super()._apply(fn, recurse)
+        if self.block:
+            # The projections are moved on their own, before and after; the last one calls `refresh_`.
+            for name in _SCALES:
+                setattr(self, name, None if kept[name] is None else kept[name].to(self.router.weight.device))
+            self.dtype, self._seen = fn(probe).dtype, ()
+            return self
         unmoved = self._look()[:-1] == seen[:-1]
         device = self.router.weight.device
         for name in _BUFFERS if unmoved else _SCALES:
             setattr(self, name, None if kept[name] is None else kept[name].to(device))
         if unmoved:
-            self._refresh_()
+            self.refresh_()
         else:
             del kept
             self.dtype = fn(probe).dtype
@@ -277,7 +314,9 @@ class AcceleratedFfn(SparseFfn):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lay_out_()
+        self._seen = ()
+        if not self.block:
+            self._lay_out_()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernels={self.acceleration.weights}"
@@ -285,4 +324,4 @@ class AcceleratedFfn(SparseFfn):
 
 def _refresh_loaded(ffn: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(ffn, AcceleratedFfn)
-    ffn._refresh_()
+    ffn.refresh_()

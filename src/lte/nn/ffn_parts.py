@@ -23,7 +23,7 @@ def projection_of(ffn: SparseFfn, role: Role) -> Any:
     layout = ffn.layout
     names = {"gate": layout.up if layout.fused else layout.gate, "up": layout.up, "down": layout.down}
     name = names[role]
-    return None if name is None else getattr(ffn, name)
+    return None if name is None else ffn.part(name)
 
 
 def weight_of(ffn: SparseFfn, role: Role) -> Tensor | None:
@@ -55,14 +55,14 @@ def quantize_projections_(ffn: SparseFfn) -> dict[Role, Tensor]:
     """
     scales: dict[Role, Tensor] = {}
     for name in ffn.layout.projections:
-        weight, down = getattr(ffn, name).weight, name == ffn.layout.down
-        values, scale = quantize_rows(ffn.layout.matrix(getattr(ffn, name)).data)
+        weight, down = ffn.part(name).weight, name == ffn.layout.down
+        values, scale = quantize_rows(ffn.layout.matrix(ffn.part(name)).data)
         weight.grad = None
         weight.requires_grad_(False)
         values = by_neuron(values) if down else values.contiguous()
         weight.data = values.T if ffn.layout.transposed else values
         for role in ROLES:
-            if projection_of(ffn, role) is getattr(ffn, name):
+            if projection_of(ffn, role) is ffn.part(name):
                 scales[role] = scale if down else _half(ffn, role, scale)
     return scales
 
@@ -71,7 +71,7 @@ def quantize_projections_(ffn: SparseFfn) -> dict[Role, Tensor]:
 def dequantize_projections_(ffn: SparseFfn, scales: dict[Role, Tensor], dtype: torch.dtype) -> None:
     """The inverse of `quantize_projections_`, but for the rounding; the parameters are contiguous then."""
     for name in ffn.layout.projections:
-        projection = getattr(ffn, name)
+        projection = ffn.part(name)
         rows = torch.cat([scales[role] for role in ROLES if projection_of(ffn, role) is projection])
         weight = dequantize_rows(ffn.layout.matrix(projection).data, rows, dtype)
         projection.weight.data = (weight.T if ffn.layout.transposed else weight).contiguous()

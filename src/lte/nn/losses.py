@@ -22,7 +22,8 @@ def masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
     values = _at_least_fp32(values)
     if token_mask is None:
         return values.mean()
-    weights = token_mask.to(values.dtype)
+    # Some blocks flatten [B, T] before their FFN.
+    weights = token_mask.to(values.dtype).reshape(values.shape[:-1])
     return (values.mean(-1) * weights).sum() / weights.sum().clamp_min(1)
 
 

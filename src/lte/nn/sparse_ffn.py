@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -30,6 +30,8 @@ class FfnLayout:
         activation: attribute that holds the activation function.
         inner_dropout: the dropout of the intermediate activations, if the FFN has one.
         outer_dropout: the dropout of the FFN's output, if it lies in the FFN.
+        spread: whether the FFN has no module of its own but lies in its transformer block, together with other parts.
+            All names are then paths in the block, and the sparse FFN takes the place of the activation function.
         transposed: whether weights are stored [in, out], as those of transformers' `Conv1D` are.
         casts_to_down: whether intermediate activations are cast to the dtype of `down`, which some families keep in
             fp32 in a model of half precision.
@@ -42,6 +44,7 @@ class FfnLayout:
     activation: str = "act_fn"
     inner_dropout: str | None = None
     outer_dropout: str | None = None
+    spread: bool = False
     transposed: bool = False
     casts_to_down: bool = False
 
@@ -74,8 +77,14 @@ class SparseFfn(nn.Module):
     The projections keep the names that the family gives them, so a checkpoint has its own parameter names
     plus `router.weight` and `router.bias`. Expert e owns the neurons [e S, (e + 1) S).
 
+    An FFN that is spread over its block (`FfnLayout.spread`) takes the activation function's place there: the block
+    calls its up projection, this module, and its down projection one after the other. A hook keeps the up
+    projection's input for the router, and `forward` maps x W_up to m * h, so that all else of the block, dropouts and
+    adapters on the projections included, stays as it is.
+
     Args:
-        parts: the family's projections and dropouts by their own names (`FfnLayout.parts`).
+        parts: the family's projections and dropouts by their own names (`FfnLayout.parts`), or the block that holds
+            them if the FFN is spread over one.
         activation: activation function of the FFN.
         layout: what each projection does.
         router: the router D -> E.
@@ -84,22 +93,56 @@ class SparseFfn(nn.Module):
 
     def __init__(
         self,
-        parts: Mapping[str, nn.Module],
+        parts: Mapping[str, nn.Module] | nn.Module,
         activation: Callable[[Tensor], Tensor],
         layout: FfnLayout,
         router: Router,
         threshold: float = 0.5,
     ):
         super().__init__()
-        for name in layout.parts:
-            self.add_module(name, parts[name])
-        setattr(self, layout.activation, activation)
-        self.router = router
         self.layout = layout
+        # In a tuple, or it would become a submodule of its own submodule.
+        self.block = (parts,) if isinstance(parts, nn.Module) else ()
+        self._up_input: Tensor | None = None
+        if isinstance(parts, nn.Module):
+            self._hook = parts.get_submodule(layout.up).register_forward_pre_hook(self._keep_input)
+        else:
+            for name in layout.parts:
+                self.add_module(name, parts[name])
+        setattr(self, self._activation_name, activation)
+        self.router = router
         self.threshold_logit = math.log(threshold / (1 - threshold))
         self.mode: FfnMode = "hard"
         self.record_logits = False
         self.logits: Tensor | None = None
+
+    def part(self, name: str) -> Any:
+        """A projection or dropout by the name that the layout gives it."""
+        return self.block[0].get_submodule(name) if self.block else self._modules[name]
+
+    @property
+    def activation_function(self) -> Callable[[Tensor], Tensor]:
+        """The activation function."""
+        return getattr(self, self._activation_name)
+
+    @property
+    def _activation_name(self) -> str:
+        return "activation_fn" if self.layout.spread else self.layout.activation
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters of the FFN, those that lie elsewhere in its block included."""
+        yield from self.parameters()
+        if self.block:
+            for name in self.layout.projections:
+                yield from self.part(name).parameters()
+
+    def leave_(self) -> None:
+        """Takes the hook off the block, before something else takes the FFN's place in it."""
+        if self.block:
+            self._hook.remove()
+
+    def _keep_input(self, up: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._up_input = args[0]
 
     @property
     def num_experts(self) -> int:
@@ -109,7 +152,7 @@ class SparseFfn(nn.Module):
     @property
     def num_neurons(self) -> int:
         """F."""
-        return self.layout.matrix(self.get_submodule(self.layout.down)).shape[1]
+        return self.layout.matrix(self.part(self.layout.down)).shape[1]
 
     def set_mode(self, mode: FfnMode) -> None:
         """Switches between dense, soft, straight_through and hard."""
@@ -121,14 +164,14 @@ class SparseFfn(nn.Module):
 
         A plain FFN has one factor, act(x W_up), and `None`.
         """
-        activation = getattr(self, self.layout.activation)
-        up = self.get_submodule(self.layout.up)(x)
+        activation = self.activation_function
+        up = self.part(self.layout.up)(x)
         if self.layout.fused:
             gate, up = up.chunk(2, dim=-1)
         elif self.layout.gate is None:
             return activation(up), None
         else:
-            gate = self.get_submodule(self.layout.gate)(x)
+            gate = self.part(self.layout.gate)(x)
         return activation(gate), up
 
     def intermediate(self, x: Tensor) -> Tensor:
@@ -147,7 +190,12 @@ class SparseFfn(nn.Module):
         return active
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps hidden states [..., D] to [..., D]; keeps the router logits in `logits` if `record_logits`."""
+        """Maps hidden states [..., D] to [..., D]; keeps the router logits in `logits` if `record_logits`.
+
+        A spread FFN maps the up projection's output [..., F] to switched intermediate activations [..., F].
+        """
+        if self.block:
+            return self._switch(x)
         if self.mode == "dense":
             return self._project_down(self.intermediate(x))
         activated, up = self.factors(x)
@@ -156,15 +204,29 @@ class SparseFfn(nn.Module):
             self.logits = logits
         return self._project_down(scale_experts(activated, self.gate_values(logits), up))
 
+    def _switch(self, projected: Tensor) -> Tensor:
+        hidden, x, self._up_input = self.activation_function(projected), self._up_input, None
+        if self.mode == "dense":
+            return hidden
+        if x is None:
+            raise ValueError(
+                f"{self.layout.up} must be the up projection that the FFN was built around, got another; take adapters "
+                "and quantisation off, or convert the model anew"
+            )
+        logits = self.router(x)
+        if self.record_logits:
+            self.logits = logits
+        return scale_experts(hidden, self.gate_values(logits))
+
     def _project_down(self, hidden: Tensor) -> Tensor:
         """The FFN's output for switched intermediate activations, with the family's dropouts."""
-        layout, down = self.layout, self.get_submodule(self.layout.down)
+        layout, down = self.layout, self.part(self.layout.down)
         if layout.inner_dropout is not None:
-            hidden = self.get_submodule(layout.inner_dropout)(hidden)
+            hidden = self.part(layout.inner_dropout)(hidden)
         if layout.casts_to_down:
-            hidden = hidden.to(down.weight.dtype)  # type: ignore[arg-type]
+            hidden = hidden.to(down.weight.dtype)
         out = down(hidden)
-        return out if layout.outer_dropout is None else self.get_submodule(layout.outer_dropout)(out)
+        return out if layout.outer_dropout is None else self.part(layout.outer_dropout)(out)
 
     def extra_repr(self) -> str:
         size = self.num_neurons // self.num_experts

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
 from lte.hf.inputs import model_inputs
@@ -41,7 +41,7 @@ class _NormRegression:
 
     def __init__(self, ffn: SparseFfn):
         self.ffn = ffn
-        down = ffn.layout.matrix(ffn.get_submodule(ffn.layout.down))
+        down = ffn.layout.matrix(ffn.part(ffn.layout.down))
         blocks = down.detach().float().unflatten(1, (ffn.num_experts, -1))
         # ||h_e W_e||^2 = h_e (W_e W_e^T) h_e^T: S x S Gram matrices instead of E outputs of width D per token.
         self.gram = torch.einsum("des,det->est", blocks, blocks)
@@ -52,8 +52,13 @@ class _NormRegression:
         self.yy = torch.zeros((), device=down.device, dtype=torch.float64)
         self.tokens = torch.zeros((), device=down.device, dtype=torch.float64)
 
-    def update(self, x: Tensor, token_mask: Tensor) -> None:
-        hidden = self.ffn.intermediate(x).float().unflatten(-1, (self.ffn.num_experts, -1))
+    def see_input(self, x: Tensor) -> None:
+        """Keeps hidden states [..., D] for the `update` of the same pass."""
+        self.x = x
+
+    def update(self, hidden: Tensor, token_mask: Tensor) -> None:
+        """Adds one pass with intermediate activations [..., F], over the tokens of the mask [B, T]."""
+        x, hidden = self.x, hidden.float().unflatten(-1, (self.ffn.num_experts, -1))
         squared = torch.einsum("...es,est,...et->...e", hidden, self.gram, hidden)
         norms = (squared.clamp_min(0).sqrt() + 1e-6).log().flatten(0, -2).double()
         inputs = nn.functional.pad(x.float(), (0, 1), value=1.0).flatten(0, -2).double()
@@ -92,10 +97,7 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
     fits = {name: _NormRegression(ffn) for name, ffn in ffns.items() if ffn.router.down is None}
     masks: dict[str, Tensor] = {}
 
-    def observe(name: str) -> Any:
-        return lambda module, args: fits[name].update(args[0], masks[name])
-
-    hooks = [ffns[name].register_forward_pre_hook(observe(name)) for name in fits]
+    hooks = [hook for name, fit in fits.items() for hook in _observe(fit, name, masks)]
     try:
         with evaluating(model, "dense"):
             for batch in batches:
@@ -106,6 +108,16 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
             hook.remove()
     for fit in fits.values():
         fit.solve_()
+
+
+def _observe(fit: _NormRegression, name: str, masks: dict[str, Tensor]) -> list[RemovableHandle]:
+    """Hooks on the projections of an FFN, which every kind of FFN calls as they are."""
+    layout = fit.ffn.layout
+    up, down = fit.ffn.part(layout.up), fit.ffn.part(layout.down)
+    return [
+        up.register_forward_pre_hook(lambda module, args: fit.see_input(args[0])),
+        down.register_forward_pre_hook(lambda module, args: fit.update(args[0], masks[name])),
+    ]
 
 
 def _token_masks(model: nn.Module, ffn_names: list[str], batch: Batch) -> dict[str, Tensor]:
@@ -168,7 +180,8 @@ def _quantile_shift(
                 masks = _token_masks(model, list(ffns), batch)
                 for name, ffn in ffns.items():
                     assert ffn.logits is not None
-                    logits = (ffn.logits - ffn.threshold_logit)[masks[name].to(ffn.logits.device)]
+                    keep = masks[name].to(ffn.logits.device).flatten()
+                    logits = (ffn.logits - ffn.threshold_logit).flatten(0, -2)[keep]
                     below[name] += (logits <= 0).sum().item()
                     counts = torch.histc(logits.clamp(-edges, edges).float().cpu(), bins, -edges, edges)
                     histograms[name] += counts.double()

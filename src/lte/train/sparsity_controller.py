@@ -83,7 +83,8 @@ def target_logit(logits: Sequence[Tensor], token_masks: Sequence[Tensor | None],
         A scalar on the logits' device, found on at most `QUANTILE_SAMPLES` logits spread evenly over all.
     """
     masked = [
-        layer.detach() if mask is None else layer.detach().masked_fill(~mask.unsqueeze(-1), float("nan"))
+        # Some blocks flatten [B, T] before their FFN.
+        layer if mask is None else layer.masked_fill(~mask.reshape(*layer.shape[:-1], 1), float("nan"))
         for layer, mask in zip(logits, token_masks, strict=True)
     ]
     flat = torch.cat([layer.flatten() for layer in masked])

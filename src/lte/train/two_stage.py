@@ -204,7 +204,8 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
 def _set_trainable_(model: nn.Module, config: TrainConfig, stage: Stage) -> None:
     model.requires_grad_(config.trainable == "all")
     for ffn in require_sparse_ffns(model).values():
-        ffn.requires_grad_(config.trainable != "routers")
+        for parameter in ffn.own_parameters():
+            parameter.requires_grad_(config.trainable != "routers")
         ffn.router.requires_grad_(stage.train_routers)
 
 
