@@ -7,6 +7,7 @@ from itertools import chain
 import pytest
 import torch
 
+from lte.hf.inputs import model_inputs
 from lte.train import encoding
 from lte.train.data import DataConfig, LmCollator, read_documents
 from tests.tiny_models import tiny_sparse_model
@@ -99,6 +100,10 @@ class TestCompletions:
             row["input_ids"] = row["input_ids"] % 90
         batch = LmCollator(0)(rows)
         model = tiny_sparse_model(causal_type)
+        if causal_type == "opt":
+            with pytest.raises(ValueError, match=r"position_ids must not be in batches for opt, .* set pack=False"):
+                model_inputs(model, batch)
+            return
         with torch.no_grad():
             packed = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
             for row, logits in zip(rows, packed, strict=True):

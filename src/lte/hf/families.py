@@ -34,6 +34,7 @@ class Family:
         activation_field: config field that names the activation function.
         neurons_field: config field that holds the number of neurons.
         models: which stock model class each Auto class loads, the one with the family's own head first.
+        separates_packed: whether `position_ids` that start anew keep attention within each document of a packed row.
         takes_neurons: whether the FFN class takes the number of neurons before the config.
         gated: the row for configs whose `is_gated_act` is true, for a family that has both kinds of FFN.
     """
@@ -46,6 +47,7 @@ class Family:
     activation_field: str = "hidden_act"
     neurons_field: str = "intermediate_size"
     models: dict[str, str] = field(default_factory=dict)
+    separates_packed: bool = True
     takes_neurons: bool = False
     gated: Family | None = None
 
@@ -182,6 +184,7 @@ FAMILIES: dict[str, Family] = {
             activation_field="activation_function",
             neurons_field="ffn_dim",
             models=_heads("OPT", "CausalLM", "SequenceClassification", "QuestionAnswering"),
+            separates_packed=False,
         ),
         _bert("bert", "Bert", "NextSentencePrediction", CausalLM="BertLMHeadModel"),
         _bert("roberta", "Roberta"),

@@ -28,8 +28,9 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the model reads: no labels, but what an encoder-decoder's decoder reads is made of them.
 
     Raises:
-        ValueError: if an encoder-decoder gets neither `decoder_input_ids` nor `labels`.
+        ValueError: if an encoder-decoder gets neither `decoder_input_ids` nor `labels`, and as `check_packing`.
     """
+    check_packing(model, batch)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     if _decodes_labels(model) and "decoder_input_ids" not in inputs:
         if "labels" not in batch:
@@ -38,6 +39,20 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     return inputs
+
+
+def check_packing(model: Any, batch: Mapping[str, Tensor]) -> None:
+    """Refuses packed rows for a model whose attention would run over the documents' borders.
+
+    Raises:
+        ValueError: for `position_ids` in a batch for such a family.
+    """
+    family = family_of(model.config)
+    if "position_ids" in batch and not family.separates_packed:
+        raise ValueError(
+            f"position_ids must not be in batches for {family.model_type}, whose attention would mix packed documents, "
+            "got position_ids; set pack=False"
+        )
 
 
 def _decodes_labels(model: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from lte.hf.inputs import predicts_next_token
+from lte.hf.inputs import check_packing, predicts_next_token
 from lte.hf.install import require_sparse_ffns
 from lte.train.config import Stage, TrainConfig
 from lte.train.data import routing_masks
@@ -128,6 +128,7 @@ class LteTrainer(Trainer):
     ) -> Any:
         """The weighted sum of all terms for one batch; collects each term for the log."""
         if self.predicts_next_token:
+            check_packing(self.model, inputs)
             features = {key: value for key, value in inputs.items() if key != "labels"}
             outputs = model(**features, use_cache=False)
             terms = outputs.logits, inputs["labels"], self._teacher_logits(features)
