@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def work_folder(tmp_path, monkeypatch):
     """A folder with a tiny model and a text, where the commands run."""
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "tiny")
@@ -33,7 +33,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_python_examples_run(workplace):
+def test_the_python_examples_run(work_folder):
     example = "\n".join(blocks("python"))
     # Only what makes it small enough for a test is changed.
     small = example.replace(MODEL, "./tiny").replace("TrainConfig()", "TrainConfig(stage1_steps=4, stage2_steps=4)")
@@ -47,7 +47,7 @@ def test_the_python_examples_run(workplace):
     assert names["ids"].shape[1] > 20
 
 
-def test_the_shell_example_runs(workplace):
+def test_the_shell_example_runs(work_folder):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lte ")]
     assert [shlex.split(line)[1] for line in commands] == ["train", "eval", "inspect", "generate"]
     for line in commands:
