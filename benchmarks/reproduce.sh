@@ -5,7 +5,7 @@
 #
 # Steps: tests, ffn, formats, decode, batches, few_tokens, many_tokens, tiles, trace, kernels, and trained, which needs
 # MODEL (SmolLM2-135M-Instruct as a GGUF file), CACHE (what experiments/wikipedia/prepare.py wrote) and HELD_OUT (articles,
-# a JSONL file) in the environment. A step takes one to five minutes, and writes its result files as it goes on.
+# a JSONL file) in the environment. Every step writes its result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"

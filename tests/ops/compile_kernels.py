@@ -25,6 +25,8 @@ from lte.ops import decode, launch
 from lte.ops.arguments import FfnWeights, Routing
 
 HIDDEN, EXPERTS, SIZE = 4096, 344, 32
+# So many that a thread reads 1, 4, or 8 routing words at once; it reads 2 of `EXPERTS`.
+FEW, MORE, MANY = 16, 1000, 2000
 NAMES = ("decode_one_kernel", "decode_many_kernel")
 TYPES = {
     torch.float32: "*fp32",
@@ -83,7 +85,7 @@ class Recorder:
         row["tensor_core"] = "mma" in ptx
         row["warp_group"] = "wgmma.mma" in ptx
         row["barriers"] = len(re.findall(r"ld\.acquire\.gpu", ptx))
-        row["waits"] = "ld.relaxed.gpu" in ptx
+        row["waits"] = len(re.findall(r"ld\.relaxed\.gpu", ptx))
         row["dependent"] = "griddepcontrol.wait" in ptx
         row["ptx_bytes"] = len(ptx)
         self.rows.append(row)
@@ -93,20 +95,22 @@ class Recorder:
 def variants(full: bool) -> Any:
     """(arch, dtype, int8, gated, biases, activation, tokens, router, S): all axes, not all combinations."""
     base = {"dtype": torch.bfloat16, "int8": False, "gated": True, "bias": False, "activation": "silu"}
-    base |= {"tokens": 1, "router": "own", "size": SIZE, "hidden": HIDDEN}
+    base |= {"tokens": 1, "router": "own", "size": SIZE, "hidden": HIDDEN, "experts": EXPERTS}
     for arch, tokens in itertools.product((80, 90), (1, 16)):
         changes: list[dict[str, Any]] = [{}, {"gated": False, "bias": True, "activation": "gelu"}, {"int8": True}]
         changes += [{"router": "given"}, {"router": "wide"}, {"dtype": torch.float32, "activation": "gelu_tanh"}]
         changes += [{"dtype": torch.float16, "activation": "relu2"}]
         if full or (arch, tokens) == (80, 1):
             changes += [{"size": 8, "activation": "relu"}, {"size": 64}, {"size": 16}, {"hidden": 100}]
+        if (arch, tokens) == (90, 1):
+            changes += [{"experts": experts} for experts in (FEW, MORE, MANY)]
         for change in changes:
             yield {**base, "arch": arch, "tokens": tokens, **change}
 
 
 def launch_variant(v: dict[str, Any]) -> None:
     """Runs the launcher on meta tensors."""
-    hidden, neurons = v["hidden"], EXPERTS * v["size"]
+    hidden, experts, neurons = v["hidden"], v["experts"], v["experts"] * v["size"]
 
     def empty(*shape: int, dtype: torch.dtype = v["dtype"]) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -119,9 +123,9 @@ def launch_variant(v: dict[str, Any]) -> None:
     if v["bias"]:
         named |= {"up_bias": empty(neurons), "down_bias": empty(hidden)}
     router_dtype = torch.float32 if v["router"] == "wide" else v["dtype"]
-    routing = Routing(weight=empty(EXPERTS, hidden, dtype=router_dtype), bias=empty(EXPERTS, dtype=torch.float32))
+    routing = Routing(weight=empty(experts, hidden, dtype=router_dtype), bias=empty(experts, dtype=torch.float32))
     if v["router"] == "given":
-        routing = Routing(logits=empty(v["tokens"], EXPERTS, dtype=torch.float32))
+        routing = Routing(logits=empty(v["tokens"], experts, dtype=torch.float32))
     weights = FfnWeights(**named)
     decode.run_decode(empty(v["tokens"], hidden), weights, routing, v["activation"])
 

@@ -55,6 +55,11 @@ def test_the_programs_wait_for_the_routing_and_for_each_other(kernels: list[dict
         assert row["barriers"] == 1, row
 
 
+def test_a_thread_asks_for_all_its_routing_words_at_once(kernels: list[dict[str, Any]]) -> None:
+    found = {row["waits"] for row in kernels if row["kernel"] == "decode_one_kernel"}
+    assert found == {1, 2, 4, 8}
+
+
 def test_launches_overlap_with_the_kernel_before_where_the_gpu_can(kernels: list[dict[str, Any]]) -> None:
     for row in kernels:
         assert row["dependent"] == (row["arch"] >= 90), row

@@ -14,7 +14,7 @@ from lte.cli.models import is_lte, load_config, quiet_transformers
 from lte.config import LteConfig
 from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_model
 from lte.eval.results import write_json_atomic
-from lte.hf.families import Family, dense_ffns, family_of
+from lte.hf.families import dense_ffns, family_of
 from lte.hf.install import num_neurons, sparse_ffns
 
 
@@ -51,25 +51,19 @@ def describe(name_or_path: str) -> dict[str, Any]:
     family = family_of(config)
     skeleton = meta_model(config)
     weights = count_linear_weights(skeleton)
+    first = next(iter((sparse_ffns(skeleton) or dense_ffns(skeleton, family)).values()))
     found: dict[str, Any] = {
         "model": name_or_path,
         "method": "lte" if is_lte(config) else "dense",
         "family": family.model_type,
         "layers": len(weights.ffn),
         "hidden_size": config.hidden_size,
-        "ffn_neurons": _neurons(skeleton, family),
+        "ffn_neurons": num_neurons(first, family.layout),
         "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
         "gflops_per_token_dense": 2 * (weights.attention + sum(weights.ffn)) / GFLOP,
         "layers_measured": [],
     }
     return {**found, **_describe_experts(config, skeleton)} if is_lte(config) else found
-
-
-def _neurons(skeleton: Any, family: Family) -> int:
-    sparse = sparse_ffns(skeleton)
-    if sparse:
-        return next(iter(sparse.values())).num_neurons
-    return num_neurons(next(iter(dense_ffns(skeleton, family).values())), family.layout)
 
 
 def _describe_experts(config: Any, skeleton: Any) -> dict[str, Any]:

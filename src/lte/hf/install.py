@@ -67,5 +67,7 @@ def check_unchunked(model: nn.Module, family: Family) -> None:
 
 
 def num_neurons(ffn: nn.Module, layout: FfnLayout) -> int:
-    """F of a stock FFN."""
+    """F of an FFN, stock or sparse."""
+    if isinstance(ffn, SparseFfn):
+        return ffn.num_neurons
     return layout.matrix(ffn.get_submodule(layout.down)).shape[1]

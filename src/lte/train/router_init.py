@@ -169,8 +169,8 @@ def _quantile_shift(
     Every layer counts the same, however many tokens it sees: an encoder and a decoder see different ones.
     """
     edges, bins = 64.0, 1 << 16
-    histograms = {name: torch.zeros(bins, dtype=torch.float64) for name in ffns}
-    below = dict.fromkeys(ffns, 0.0)
+    # They stay where the logits are until all batches are through: a GPU is not waited for.
+    histograms, below = ({name: torch.zeros((), dtype=torch.float64) for name in ffns} for _ in range(2))
     for ffn in ffns.values():
         ffn.record_logits = True
     try:
@@ -182,14 +182,14 @@ def _quantile_shift(
                     assert ffn.logits is not None
                     keep = masks[name].to(ffn.logits.device).flatten()
                     logits = (ffn.logits - ffn.threshold_logit).flatten(0, -2)[keep]
-                    below[name] += (logits <= 0).sum().item()
-                    counts = torch.histc(logits.clamp(-edges, edges).float().cpu(), bins, -edges, edges)
-                    histograms[name] += counts.double()
+                    counts = torch.histc(logits.clamp(-edges, edges).float(), bins, -edges, edges)
+                    histograms[name] = counts.double() + histograms[name].to(counts.device)
+                    below[name] = (logits <= 0).sum() + below[name].to(counts.device)
     finally:
         for ffn in ffns.values():
             ffn.record_logits, ffn.logits = False, None
-    totals = {name: histogram.sum().item() for name, histogram in histograms.items()}
-    shares = torch.stack([histogram / totals[name] for name, histogram in histograms.items()]).mean(0)
+    totals = {name: histogram.sum() for name, histogram in histograms.items()}
+    shares = torch.stack([(histogram / totals[name]).cpu() for name, histogram in histograms.items()]).mean(0)
     index = int(torch.searchsorted(shares.cumsum(0), torch.tensor(target, dtype=torch.float64)))
-    sparsity = sum(below[name] / totals[name] for name in ffns) / len(ffns)
+    sparsity = sum((below[name] / totals[name]).item() for name in ffns) / len(ffns)
     return edges - (min(index, bins - 1) + 1) * 2 * edges / bins, sparsity
