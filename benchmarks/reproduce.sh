@@ -30,10 +30,10 @@ tests() {
   return $status
 }
 
-ffn() { llama llama2_7b_ffn --dtype bfloat16 --benchmarks ffn --batches 1,2,4,8,16; }
+ffn() { llama llama2_7b_ffn --dtype bfloat16 --benchmarks ffn --batches 1,4,16; }
 
 formats() {
-  llama llama2_7b_ffn_int8 --dtype bfloat16 --weights int8 --benchmarks ffn --batches 1,4,16
+  llama llama2_7b_ffn_int8 --dtype bfloat16 --weights int8 --benchmarks ffn --batches 1,4
   llama llama2_7b_ffn_float16 --dtype float16 --benchmarks ffn --batches 1
   llama llama2_7b_ffn_float32 --dtype float32 --benchmarks ffn --batches 1 --no-autotune
 }
