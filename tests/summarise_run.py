@@ -1,7 +1,7 @@
-"""Turns a JUnit file of pytest into a result file: what ran, what was left out and why, and on what.
+"""Turns JUnit files of pytest into a result file: what ran, what was left out and why, and on what.
 
 python -m pytest tests/ops --junit-xml=run.xml
-python -m tests.summarise_run run.xml results/gpu_tests.json --command "python -m pytest tests/ops"
+python -m tests.summarise_run results/gpu_tests.json run.xml --command "python -m pytest tests/ops"
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from lte.eval.results import environment, write_json_atomic
 OUTCOMES = {"failure": "failed", "error": "errors", "skipped": "skipped"}  # by pytest's tags
 
 
-def summarise(junit: Path) -> dict[str, Any]:
-    """Counts by outcome and by module, and the names of the tests that failed or were skipped.
+def summarise(*junits: Path) -> dict[str, Any]:
+    """Counts by outcome and by module over all files, and the names of the tests that failed or were skipped.
 
     Skipped tests stand under their reason, the cases of one test together with their number.
 
     Raises:
-        ValueError: if the file holds no test suite.
+        ValueError: if a file holds no test suite.
     """
-    suite = ElementTree.parse(junit).getroot().find("testsuite")
-    if suite is None:
-        raise ValueError(f"junit must hold a test suite, got none in {junit}")
+    suites = [_suite(junit) for junit in junits]
     outcomes, modules = Counter[str](), Counter[str]()
     failed: list[str] = []
     skipped: dict[str, Counter[str]] = {}
-    for case in suite.iter("testcase"):
+    for case in (case for suite in suites for case in suite.iter("testcase")):
         if not case.get("name"):  # under way when the run was interrupted
             outcomes["unfinished"] += 1
             continue
@@ -47,20 +45,27 @@ def summarise(junit: Path) -> dict[str, Any]:
             failed.append(name)
     return {
         "counts": {outcome: outcomes[outcome] for outcome in ("passed", *OUTCOMES.values(), "unfinished")},
-        "seconds": float(suite.get("time", "nan")),
+        "seconds": sum(float(suite.get("time", "nan")) for suite in suites),
         "failed": failed,
         "skipped": skipped,
         "passed_by_module": modules,
     }
 
 
+def _suite(junit: Path) -> ElementTree.Element:
+    suite = ElementTree.parse(junit).getroot().find("testsuite")
+    if suite is None:
+        raise ValueError(f"junit must hold a test suite, got none in {junit}")
+    return suite
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("junit", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("junit", type=Path, nargs="+")
     parser.add_argument("--command", help="what was run, for the file")
     args = parser.parse_args()
-    found = {"command": args.command, **environment(), **summarise(args.junit)}
+    found = {"command": args.command, **environment(), **summarise(*args.junit)}
     write_json_atomic(args.output, found)
     print({"counts": found["counts"], "failed": found["failed"]})
 

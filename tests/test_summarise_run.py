@@ -28,3 +28,13 @@ def test_the_summary_of_a_run(tmp_path: Path) -> None:
         "skipped": {"what runs on a CPU": {"tests.ops.test_a.TestCpu::test_two": 2}},
         "passed_by_module": {"tests.ops.test_a": 2, "tests.ops.test_b": 1},
     }
+
+
+def test_the_summary_of_several_runs(tmp_path: Path) -> None:
+    junits = [tmp_path / "run_0.xml", tmp_path / "run_1.xml"]
+    for junit in junits:
+        junit.write_text(JUNIT)
+    found = summarise(*junits)
+    assert found["counts"] == {"passed": 6, "failed": 2, "errors": 2, "skipped": 4, "unfinished": 2}
+    assert found["seconds"] == 7.0
+    assert found["passed_by_module"] == {"tests.ops.test_a": 4, "tests.ops.test_b": 2}

@@ -45,13 +45,14 @@ UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
 # Masked expands int8 weights at every call: it reads one byte, writes two and reads two where decode reads one at most.
 UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2**31))
 MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {
-    # results/prefill.json: LLaMA2-7B's widths in bf16 on one H200.
+    # LLaMA2-7B's widths in bf16: results/prefill_few_tokens.json on an H100, above 64 tokens results/prefill.json on an
+    # H200.
     (90, 2, True): (
         BreakEven(tokens=1, decode=1.0),
-        BreakEven(tokens=2, decode=0.7),
-        BreakEven(tokens=4, decode=0.68),
-        BreakEven(tokens=8, decode=0.62),
-        BreakEven(tokens=16, decode=0.6),
+        BreakEven(tokens=3, decode=0.86),
+        BreakEven(tokens=4, decode=0.89),
+        BreakEven(tokens=8, decode=0.86),
+        BreakEven(tokens=16, decode=0.75),
         BreakEven(tokens=511),
         BreakEven(tokens=1023, grouped=0.37),
         BreakEven(tokens=2047, grouped=0.43),

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from lte.report.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, new_figure, plain_axes
 
@@ -76,8 +76,9 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
     slowest, fastest = max(row["median_ms"] for row in rows), min(row["median_ms"] for row in rows)
     if slowest > MOST_ON_A_LINEAR_AXIS * fastest:
         axis.set_yscale("log")
-        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            set_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
     else:
         axis.set_ylim(0, 1.1 * slowest)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
