@@ -11,22 +11,22 @@ from rich.console import Console
 from rich.table import Table
 
 from lte.cli.errors import reports_errors
+from lte.cli.harness import HarnessConfig, check_flags, run_harness
 from lte.cli.kernels import KernelsOption
-from lte.cli.models import held_out_batches, load_any_model, quiet_transformers
+from lte.cli.models import held_out_batches, load_any_model, model_record, quiet_transformers
 from lte.cli.settings import build, takes_settings
-from lte.eval.flops import GFLOP, bytes_per_token, flops_per_token
+from lte.eval.flops import GFLOP
 from lte.eval.perplexity import PerplexityResult, evaluate_model
-from lte.eval.results import result_record, write_json_atomic
+from lte.eval.results import write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
-from lte.hf.install import sparse_ffns
 from lte.train.data import load_lm_datasets
 from lte.train.data_config import DataConfig
 
 
 @reports_errors
-@takes_settings({DataConfig: "Data"})
+@takes_settings({DataConfig: "Data", HarnessConfig: "lm-eval"})
 def eval_command(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or GGUF file; dense or LTE.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
@@ -39,12 +39,18 @@ def eval_command(
 
     Without `--validation` the held-out text is the part of `--train` that `lte train` holds out with the same settings.
 
-    Example: `lte eval out --train my-text.jsonl --json out-eval.json`
+    With `--harness` tasks of lm-eval run in place of the text, and the sparsity is that of their forward passes.
+
+    Examples: `lte eval out --train my-text.jsonl --json out-eval.json`, `lte eval out --harness piqa,mmlu`
     """
     quiet_transformers()
-    data_config = build(DataConfig, given)
+    check_flags(given)
+    data_config, harness = build(DataConfig, given), build(HarnessConfig, given)
     tokenizer = load_tokenizer(model)
     loaded = load_any_model(model, dtype, kernels)
+    if harness.harness:
+        run_harness(loaded, tokenizer, harness, batch_size, {"model": model, "dtype": dtype}, json)
+        return
     data = load_lm_datasets(data_config, tokenizer, max_positions(loaded))
     start = time.monotonic()
     batches = held_out_batches(data.validation, batch_size, tokenizer.pad_token_id)
@@ -74,22 +80,16 @@ def evaluation_record(
     network: Any, perplexity: PerplexityResult, measurement: SparsityMeasurement | None, **fields: Any
 ) -> dict[str, Any]:
     """A result record of one evaluation; `fields` are those that the network does not tell."""
-    sparsity = 0.0 if measurement is None else measurement.sparsity
-    by_layer = 0.0 if measurement is None else [1 - share for share in measurement.active_fraction]
-    return result_record(
+    return model_record(
+        network,
+        measurement,
         **{
-            "method": "lte" if sparse_ffns(network) else "dense",
-            "target_sparsity": network.lte_config.target_sparsity if sparse_ffns(network) else 0.0,
-            "sparsity": sparsity,
             "metric": "perplexity",
             "value": perplexity.perplexity,
             "split": "validation",
             "tokens_evaluated": perplexity.tokens,
-            "flops_per_token": flops_per_token(network, by_layer),
-            "bytes_per_token": bytes_per_token(network, by_layer),
-            "measurement": None if measurement is None else measurement.to_dict(),
             **fields,
-        }
+        },
     )
 
 
