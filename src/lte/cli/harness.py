@@ -122,10 +122,10 @@ def _file_name(task: str) -> str:
 
 def _print_scores(console: Console, model: str, result: HarnessResult) -> None:
     table = Table(title=f"{model}, lm-eval {result.harness_version}", title_justify="left")
-    for heading in ("task", "metric", "value", "standard error", "shots", "questions", "FFN sparsity, measured"):
+    for heading in ("task", "metric", "value", "standard error", "shots", "questions", "FFN sparsity"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for score in result.scores:
-        sparsity = "dense model" if score.measurement is None else f"{100 * score.measurement.sparsity:.2f}%"
+        sparsity = "dense" if score.measurement is None else f"{100 * score.measurement.sparsity:.2f}%"
         shots = "" if score.num_fewshot is None else str(score.num_fewshot)
         for metric, value in score.metrics.items():
             if "_stderr" not in metric:
