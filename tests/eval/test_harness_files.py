@@ -182,18 +182,23 @@ def test_other_rows(folder: Path) -> None:
     assert truth["mc2_targets"] == {"choices": ["Best", "Also so", "No", "Never"], "labels": [1, 1, 0, 0]}
 
 
+def write_mmlu_part(folder: Path) -> Path:
+    """A folder with a task of the subjects that are in the files."""
+    folder.mkdir()
+    subjects = [f"  - {{task: {name}, dataset_kwargs: {{subject: {name}}}}}\n" for name in SUBJECTS]
+    lines = f"include: {TASK_FILES / 'mmlu_files.yaml'}\ngroup: mmlu_part\ntask:\n{''.join(subjects)}"
+    (folder / "part.yaml").write_text(lines)
+    return folder
+
+
 def test_all_of_them_run(folder: Path, tmp_path: Path) -> None:
     names = [path.stem for path in TASK_FILES.glob("*.yaml")]
     assert sorted(names) == sorted([*ORIGINALS, "mmlu_files"])
-    # Only two of the subjects are in the files.
-    part = tmp_path / "tasks" / "part.yaml"
-    part.parent.mkdir()
-    subjects = [f"  - {{task: {name}, dataset_kwargs: {{subject: {name}}}}}\n" for name in SUBJECTS]
-    part.write_text(f"include: {TASK_FILES / 'mmlu_files.yaml'}\ngroup: mmlu_part\ntask:\n{''.join(subjects)}")
+    tasks = write_mmlu_part(tmp_path / "tasks")
     names = ["mmlu_part", *(name for name in names if name != "mmlu_files")]
     model, tokenizer = toy_model(), toy_tokenizer(tmp_path / "tokenizer")
     model.config.max_position_embeddings = 1024
-    found = evaluate_harness(model, tokenizer, names, num_fewshot=1, limit=1, tasks_dir=part.parent, data_dir=folder)
+    found = evaluate_harness(model, tokenizer, names, num_fewshot=1, limit=1, tasks_dir=tasks, data_dir=folder)
     assert [score.task for score in found.scores] == names
     scores = {score.task: score for score in found.scores}
     assert scores["gsm8k_files"].metric == "exact_match,strict-match"
@@ -202,6 +207,14 @@ def test_all_of_them_run(folder: Path, tmp_path: Path) -> None:
     question = 'One, "two", 0?\nA. 0\nB. NA\nC. x\nD. y\nAnswer:'
     about = "The following are multiple choice questions (with answers) about us foreign policy.\n\n"
     assert (prompt, answer) == (f"{about}{question} C\n\n{question}", " A")
+
+
+def test_more_shots_than_there_are(folder: Path, tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer(tmp_path / "tokenizer")
+    tasks = write_mmlu_part(tmp_path / "tasks")
+    for name in ("gsm8k_files", "mmlu_part"):
+        with pytest.raises(ValueError, match=f"num_fewshot must be what {name} has, got num_fewshot=7"):
+            evaluate_harness(toy_model(), tokenizer, [name], num_fewshot=7, tasks_dir=tasks, data_dir=folder)
 
 
 def test_files_that_are_missing_or_other(folder: Path) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TASK_FILES = Path(__file__).with_name("harness_tasks")
 """Tasks of ours, which read local files."""
+# What lm-eval's samplers, the first ones and random ones, say if a task has fewer examples than they should take.
+TOO_MANY_SHOTS = ("number of fewshot samples", "Sample larger than population")
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,12 @@ def _run(
     start = time.monotonic()
     counter = lm.restart()
     with counter or nullcontext():
-        found = simple_evaluate(model=lm, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager)
+        try:
+            found = simple_evaluate(model=lm, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager)
+        except (AssertionError, ValueError) as error:
+            if not any(words in str(error) for words in TOO_MANY_SHOTS):
+                raise
+            raise ValueError(f"num_fewshot must be what {name} has, got num_fewshot={num_fewshot}; {error}") from error
         measurement = None if counter is None else counter.result()
     assert found is not None
     passes = {"wall_time_s": time.monotonic() - start, "tokens": lm.tokens, "measurement": measurement}
