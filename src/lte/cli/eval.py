@@ -39,9 +39,9 @@ def eval_command(
 
     Without `--validation` the held-out text is the part of `--train` that `lte train` holds out with the same settings.
 
-    With `--harness` tasks of lm-eval run in place of the text, and the sparsity is that of their forward passes.
+    With `--harness piqa,mmlu` tasks of lm-eval run in place of the text, and the sparsity is that of their passes.
 
-    Examples: `lte eval out --train my-text.jsonl --json out-eval.json`, `lte eval out --harness piqa,mmlu`
+    Example: `lte eval out --train my-text.jsonl --json out-eval.json`
     """
     quiet_transformers()
     check_flags(given)

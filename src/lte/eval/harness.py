@@ -42,7 +42,7 @@ class TaskScore:
         num_fewshot: examples before each, `None` if the tasks of a group differ.
         split: where the documents are from.
         task_version: as the task's file says.
-        config_hash: sha256 of the configs of the tasks, where they are and where their data is left out.
+        config_hash: sha256 of the configs of the tasks without their metadata, which say where files lie.
         samples: what lm-eval logged for each document, by task.
         wall_time_s: seconds, reading the task's data included; of a tag's or group's tasks all together.
         tokens: text tokens of all forward passes, each prompt once for all answers that share it.

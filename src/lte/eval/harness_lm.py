@@ -37,8 +37,10 @@ class CountingLm(HFLM):
         logger = logging.getLogger(HFLM.__module__)
         level = logger.level
         logger.setLevel(logging.ERROR)  # it warns that the model is loaded already
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        logger.setLevel(level)
+        try:
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        finally:
+            logger.setLevel(level)
         self.tokens = 0
         self._counter: SparsityCounter | None = None
         self._lengths: list[int] = []
