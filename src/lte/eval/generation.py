@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from lte.eval.inference import hard_inference, model_device
-from lte.tasks.rows import PaddingCollator
+from lte.tasks.collator import PaddingCollator
 
 # Greedy, whatever the checkpoint's generation config says.
 GREEDY: dict[str, Any] = {

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lte.tasks.collator import PaddingCollator
 from lte.tasks.config import TaskConfig
 from lte.tasks.encoding import encode_classified, encode_sources, encode_summaries, fit_sources, overlapping_rows
 from lte.tasks.files import SplitRows, read_split
-from lte.tasks.rows import PaddingCollator, TaskRows
 from lte.tasks.task import ChatTask, ClassificationTask, Example, GenerationTask, LanguageTask, Task
 from lte.train.data import LmCollator
 from lte.train.data_config import DataConfig, check_sequence_length, split_documents
 from lte.train.encoding import Encoder
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class _Split:
         return {"examples": len(self.examples), **counts, **self.source.to_dict(), "sha256": digest}
 
 
+def _table(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
 def _read_splits(task: Task, data_dir: str | None, data_config: DataConfig, uses: dict[str, str]) -> dict[str, _Split]:
     """The splits by their use: `measured`, `train`, and the suffixes of further ones that are measured."""
     for name in uses.values():
@@ -154,7 +163,7 @@ class _Loader:
                 ends = np.cumsum([len(row["input_ids"]) for row in found])
                 found = found[: max(1, int((ends <= limit).sum()))]
             tokens = sum(len(row["input_ids"]) for row in found)
-            rows[use] = TaskRows(found)
+            rows[use] = _table(found)
             counts[use] = {"rows": len(found), "tokens": tokens, "truncated_documents": truncated}
         return TaskData(
             train=rows.pop("train", None),
@@ -184,7 +193,7 @@ class _Loader:
         counts["measured"]["tokens"] = sum(len(row["input_ids"]) for row in measured)
         return TaskData(
             train=train,
-            measured=TaskRows(measured),
+            measured=_table(measured),
             collator=collator,
             split=splits["measured"].name,
             references=[example["references"] for example in splits["measured"].examples],
@@ -207,7 +216,7 @@ class _Loader:
         rows = encode_summaries(pairs, self.tokenizer, self.data_config.sequence_length)
         ends = np.cumsum([len(row["input_ids"]) + len(row["labels"]) for row in rows])
         rows = rows if limit is None else rows[: max(1, int((ends <= limit).sum()))]
-        return TaskRows(rows), {"rows": len(rows), "tokens": int(ends[len(rows) - 1])}
+        return _table(rows), {"rows": len(rows), "tokens": int(ends[len(rows) - 1])}
 
     def _predicted(self, splits: dict[str, _Split]) -> TaskData:
         chat = isinstance(self.task, ChatTask)

@@ -5,7 +5,7 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,45 +17,49 @@ from lte.train.data import TokenRows
 from lte.train.encoding import Encoder
 from lte.train.objective import IGNORED
 
+BATCH = 1000
+
 
 def encode_classified(examples: Sequence[Example], tokenizer: Any, length: int) -> tuple[list[dict[str, Any]], int]:
     """Rows with `labels` of texts and pairs of texts, and how many of them had to be cut to `length` tokens.
 
     Pairs are separated as the tokenizer does it, by a new line if it puts nothing between them.
     """
-    texts = [example["text"].strip() for example in examples]
-    pairs = [(example["text_pair"] or "").strip() for example in examples]
-    paired = any(example["text_pair"] is not None for example in examples)
     marks = tokenizer.num_special_tokens_to_add(pair=True) - tokenizer.num_special_tokens_to_add(pair=False)
-    if paired and marks == 0:
-        texts = [f"{text}\n{pair}" for text, pair in zip(texts, pairs, strict=True)]
-    inputs = (texts, pairs) if paired and marks else (texts,)
-    whole = tokenizer(*inputs, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
-    found = tokenizer(*inputs, truncation=True, max_length=length)
-    names = [name for name in tokenizer.model_input_names if name in found]
-    rows = [
-        {**{name: found[name][index] for name in names}, "labels": example["label"]}
-        for index, example in enumerate(examples)
-    ]
-    return rows, sum(len(ids) > length for ids in whole)
+    rows, cut = [], 0
+    for batch in _batches(examples):
+        inputs = [[example["text"].strip() for example in batch]]
+        if batch[0]["text_pair"] is not None:
+            inputs.append([example["text_pair"].strip() for example in batch])
+            inputs = inputs if marks else [[f"{text}\n{pair}" for text, pair in zip(*inputs, strict=True)]]
+        # The collator makes the mask.
+        options = {"return_attention_mask": False, "verbose": False}
+        found = tokenizer(*inputs, truncation=True, max_length=length, **options)
+        cut += sum(len(ids) > length for ids in tokenizer(*inputs, **options)["input_ids"])
+        for index, example in enumerate(batch):
+            rows.append({**{name: values[index] for name, values in found.items()}, "labels": example["label"]})
+    return rows, cut
 
 
 def fit_sources(sources: Sequence[str], template: str, tokenizer: Any, room: int) -> tuple[list[str], int]:
     """Prompts of at most about `room` tokens, and how many sources lost their end for that.
 
     Raises:
-        ValueError: if the template alone leaves no room.
+        ValueError: if the template alone leaves no room, or the tokenizer does not say where its tokens lie.
     """
+    if not tokenizer.is_fast:
+        raise ValueError("tokenizer must be a fast one to cut sources, got a slow one; load it with use_fast=True")
     around = len(tokenizer(template.format(source=""))["input_ids"])
     if room - around < 1:
         raise ValueError(
             f"sequence_length must leave room for a source beside {around} tokens of the prompt and max_new_tokens, "
             f"got {room} for both; raise sequence_length, or lower max_new_tokens"
         )
-    found = tokenizer(
-        list(sources), add_special_tokens=False, truncation=True, max_length=room - around, return_offsets_mapping=True
-    )
-    ends = [offsets[-1][1] if offsets else 0 for offsets in found["offset_mapping"]]
+    options = {"add_special_tokens": False, "return_offsets_mapping": True}
+    ends = []
+    for batch in _batches(sources):
+        found = tokenizer(list(batch), truncation=True, max_length=room - around, **options)
+        ends += [offsets[-1][1] if offsets else 0 for offsets in found["offset_mapping"]]
     cut = sum(end < len(source.rstrip()) for end, source in zip(ends, sources, strict=True))
     return [template.format(source=source[:end]) for source, end in zip(sources, ends, strict=True)], cut
 
@@ -94,6 +98,12 @@ def overlapping_rows(rows: Any, length: int, limit: int | None = None) -> TokenR
     return TokenRows(
         [part.numpy() for part in parts], [_labels(part, start == 0) for part, start in zip(parts, starts, strict=True)]
     )
+
+
+def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Items in parts: what a tokenizer returns of a call is many times as large as its text."""
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
 
 
 def _labels(ids: Tensor, first: bool) -> np.ndarray:

@@ -123,8 +123,9 @@ class ClassificationTask(Task):
         }
 
     def _example(self, row: Row, origin: str) -> Example | None:
+        text = self.value(row, "text", origin)
         pair = self.value(row, "text_pair", origin) if "text_pair" in self.columns else None
-        text, label = self.value(row, "text", origin), self.value(row, "label", origin)
+        label = self.value(row, "label", origin)
         # "-" is SNLI's mark for rows whose annotators disagree, -1 the hub's for rows without a label.
         if text is None or label is None or str(label) in ("-", "-1", "-1.0", ""):
             return None

@@ -1,4 +1,4 @@
-"""Rows of examples, and batches of them.
+"""Batches of rows of different lengths.
 
 Shapes: B rows, T tokens.
 """
@@ -10,24 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lte.train.objective import IGNORED
 
 MULTIPLE = 8
-
-
-class TaskRows(Dataset[dict[str, Any]]):
-    """Rows made by a tokenizer: lists of token ids by name, and `labels`."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
 
 
 class PaddingCollator:
