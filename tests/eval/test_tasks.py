@@ -158,6 +158,13 @@ def test_logits_of_nan_are_an_error(folder: Path) -> None:
 
 
 class TestHead:
+    def test_the_tokenizers_padding_becomes_the_models(self, folder: Path, tmp_path: Path) -> None:
+        model, _, tokenizer = loaded(folder, "sst2", "llama", sparse=False)
+        model.config.pad_token_id = 7
+        model.save_pretrained(tmp_path)
+        again = load_task_model(tmp_path, get_task("sst2"), tokenizer)
+        assert again.config.pad_token_id == tokenizer.pad_token_id != 7
+
     def test_a_trained_head_stays(self, folder: Path, tmp_path: Path) -> None:
         model, _, tokenizer = loaded(folder, "sst2", "llama", sparse=False)
         model.save_pretrained(tmp_path / "dense")

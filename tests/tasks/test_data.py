@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lte.tasks import TaskConfig, get_task, load_task_data
 from lte.tasks.collator import PaddingCollator
+from lte.tasks.encoding import fit_sources
 from lte.train.data_config import DataConfig
 from tests.tasks.made_up import write, write_e2e, write_sst2
 from tests.train.text_samples import TEMPLATE
@@ -91,6 +92,14 @@ def test_a_long_source_loses_its_end_and_leaves_room_for_the_answer(byte_tokeniz
     assert data.info["validation"]["truncated_documents"] == 1
     with pytest.raises(ValueError, match=r"sequence_length must leave room for a source .*, got 5 for both"):
         load("dialogsum", byte_tokenizer, tmp_path, max_new_tokens=95, sequence_length=100)
+
+
+def test_a_slow_tokenizer_cuts_no_sources() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="tokenizer must be a fast one to cut sources, got a slow one"):
+        fit_sources(["w1"], "{source}", Slow(), 8)
 
 
 def test_an_encoder_decoder_reads_the_source_and_learns_the_answer_with_its_end(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,13 +46,7 @@ def eval_command(
     Example: `lte eval out --train my-text.jsonl --json out-eval.json`, or `lte eval out --task sst2 --data-dir glue`
     """
     quiet_transformers()
-    data_config, task_config = build(DataConfig, given), build(TaskConfig, given)
-    tokenizer = load_tokenizer(model)
-    work: Workload = TextWorkload(data_config, tokenizer, batch_size)
-    if task_config.task is not None:
-        check_no_text(given)
-        splits = (None, given.get("split") or given.get("validation_split"))
-        work = TaskWorkload(task_config, data_config, tokenizer, batch_size, splits)
+    work = _workload(given, load_tokenizer(model), batch_size)
     loaded = work.load_model(model, dtype, kernels)
     work.load_data(loaded)
     start = time.monotonic()
@@ -62,7 +57,7 @@ def eval_command(
         task=work.name,
         split=work.split,
         model=model,
-        seed=data_config.data_seed,
+        seed=work.data_config.data_seed,
         tokens_trained=0,
         wall_time_s=time.monotonic() - start,
         config={**work.settings, "data_info": work.info, "dtype": dtype, "kernels": describe_kernels(loaded)},
@@ -70,6 +65,15 @@ def eval_command(
     print_evaluation(Console(), record)
     if json is not None:
         write_json_atomic(json, record)
+
+
+def _workload(given: Mapping[str, Any], tokenizer: Any, batch_size: int) -> Workload:
+    data_config, task_config = build(DataConfig, given), build(TaskConfig, given)
+    if task_config.task is None:
+        return TextWorkload(data_config, tokenizer, batch_size)
+    check_no_text(given)
+    splits = (None, given.get("split") or given.get("validation_split"))
+    return TaskWorkload(task_config, data_config, tokenizer, batch_size, splits)
 
 
 def evaluation_record(

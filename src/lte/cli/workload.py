@@ -30,6 +30,7 @@ class Workload(Protocol):
     """Data to train and measure on.
 
     Attributes:
+        data_config: how text becomes rows.
         name: what result records call it.
         split: name of the measured part.
         settings: what a result record says of it, JSON-ready.
@@ -40,6 +41,7 @@ class Workload(Protocol):
         info: counts and checksums, see `lte.train.data.LmDatasets` and `lte.tasks.data.TaskData`.
     """
 
+    data_config: DataConfig
     name: str
     split: str
     settings: dict[str, Any]
@@ -69,7 +71,7 @@ class TextWorkload:
     measures_first = True
 
     def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int):
-        self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.data_config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.name, self.settings = config.task, {"data": vars(config)}
         self.train: Any = None
         self.collator: Any = LmCollator(tokenizer.pad_token_id)
@@ -85,7 +87,7 @@ class TextWorkload:
 
     def load_data(self, model: Any) -> None:
         """Reads and splits the text."""
-        data = load_lm_datasets(self.config, self.tokenizer, max_positions(model), progress=is_main_process())
+        data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
         self.train, self.info = data.train, data.info
         self._batches = held_out_batches(data.validation, self.batch_size, self.tokenizer.pad_token_id)
 

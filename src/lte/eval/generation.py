@@ -70,6 +70,9 @@ def generate_answers(
             # A decoder with an encoder starts with a token of its own.
             new = tokens[:, 1:] if encoder_decoder else tokens[:, batch["input_ids"].shape[1] :]
             for index, row in zip(picked, new.tolist(), strict=True):
-                end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-                answers[index] = row[:end]
+                answers[index] = _until_end(row, tokenizer.eos_token_id)
     return answers
+
+
+def _until_end(tokens: list[int], eos: int) -> list[int]:
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

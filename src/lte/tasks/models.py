@@ -34,12 +34,12 @@ def load_task_model(
     Args:
         name_or_path: hub name, folder, or GGUF file.
         task: what it is for.
-        tokenizer: its pad token becomes the model's where that has none; heads on decoders look for it.
+        tokenizer: its pad token becomes the model's; heads on decoders read the last token that is another one.
         dtype: of the weights.
         new_head: whether a model without the task's head may get one.
 
     Raises:
-        ValueError: for a family that cannot have the head, a head of another task, or no head and `new_head=False`.
+        ValueError: for a model that cannot do the task, a head of another task, or no head and `new_head=False`.
     """
     location = model_location(name_or_path)
     config = AutoConfig.from_pretrained(**location)
@@ -50,41 +50,28 @@ def load_task_model(
         head = task.head
     model = auto_class.from_pretrained(**location, dtype=dtype, **head)
     forget_gguf_(model)
-    if model.config.pad_token_id is None:
+    if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def is_encoder_decoder(name_or_path: str | Path) -> bool:
-    """Whether a model reads its input in an encoder, and its output in a decoder."""
-    return bool(AutoConfig.from_pretrained(**model_location(name_or_path)).is_encoder_decoder)
-
-
 def _auto_class(task: Task, config: Any) -> Any:
+    if isinstance(task, ClassificationTask):
+        return AutoModelForSequenceClassification
     family = family_of(config)
     own = next(iter(family.models))
-    if isinstance(task, ClassificationTask):
-        # The table lists the heads that an LTE folder can have.
-        if "AutoModelForSequenceClassification" not in family.models:
-            raise ValueError(
-                f"model must be of a family with a classifier for task={task.name}, got {family.model_type}"
-            )
-        return AutoModelForSequenceClassification
     if own == "AutoModelForCausalLM":
         return AutoModelForCausalLM
     if own == "AutoModelForSeq2SeqLM" and isinstance(task, GenerationTask):
         return AutoModelForSeq2SeqLM
     kind = "write text" if isinstance(task, GenerationTask) else "predict the next token"
-    raise ValueError(f"model must {kind} for task={task.name}, got model_type={family.model_type}")
-
-
-def has_head(config: Any) -> bool:
-    """Whether the model of a config was saved with a classification head."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    raise ValueError(
+        f"model must {kind} for task={task.name}, got model_type={family.model_type}; take a causal language model"
+    )
 
 
 def _check_head(task: ClassificationTask, config: Any, name: str | Path, new_head: bool) -> None:
-    if not has_head(config):
+    if not any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ()):
         if new_head and not config.model_type.startswith("lte_"):
             return
         raise ValueError(
