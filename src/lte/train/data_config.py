@@ -51,9 +51,7 @@ class DataConfig:
     )
     name: str | None = _option(None, "Configuration of a hub data set.")
     split: str = _option("train", "Split of a hub data set given as train; of a task, in lte eval the measured one.")
-    validation_split: str = _option(
-        "validation", "Split of a hub data set given as validation; of a task, what is measured."
-    )
+    validation_split: str = _option("validation", "Split of a hub data set given as validation, or of a task.")
     kind: Kind = _option("text", "text: every token trains; completion: the completion; chat: the assistant's turns.")
     text_field: str = _option("text", "Field that holds the text.")
     prompt_field: str = _option("prompt", "Field that holds the prompt of a completion.")
