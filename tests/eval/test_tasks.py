@@ -175,7 +175,9 @@ class TestHead:
         assert torch.equal(sparse.score.weight, model.score.weight)
         assert len(lte.sparse_ffns(sparse)) == 2
         assert sparse.config.id2label == {0: "negative", 1: "positive"}
-        assert lte.densify_(sparse).score.weight.shape == model.score.weight.shape
+        dense = lte.densify_(sparse)
+        assert torch.equal(dense.score.weight, model.score.weight)
+        assert type(dense.model) is type(model.model)
 
     def test_a_model_without_the_head_is_refused_where_it_must_be_trained(self, folder: Path) -> None:
         tokenizer = load_tokenizer(folder / "bert")
