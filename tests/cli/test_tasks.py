@@ -107,7 +107,7 @@ def test_lte_starts_from_the_trained_head(run: Callable[..., Any], data_dir: Pat
 
 def test_e2e_is_learnt_and_measured_on_what_is_written(run: Callable[..., Any], data_dir: Path, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "base", "llama")
-    # Rows of one example each; one text in two of a meaning is the most likely.
+    # Without packing a batch is 8 examples, so that few steps are enough.
     length = ["--sequence-length", "96", "--max-new-tokens", "32"]
     longer = ["--stage1-steps", "120", "--stage2-steps", "60", "--target-sparsity", "0.3", "--no-pack"]
     record = train(run, "e2e", data_dir, tmp_path / "base", tmp_path / "out", *length, *longer)
