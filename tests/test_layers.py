@@ -13,7 +13,7 @@ import lte
 ROOT = Path(lte.__file__).parent
 # Baselines and training stand beside each other, on the same height.
 RANKS = {"config": 0, "ops": 1, "nn": 2, "hf": 3, "baselines": 4, "train": 4}
-RANKS |= {"eval": 5, "bench": 6, "report": 7, "cli": 8, "__main__": 9}
+RANKS |= {"tasks": 5, "eval": 6, "bench": 7, "report": 8, "cli": 9, "__main__": 10}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -78,4 +78,4 @@ def test_mistakes_are_a_sentence(evaluate: Any, run: Any, trained: Any) -> None:
     assert "train must not be given with --harness, got train=my-text.jsonl" in result.stderr
     result = run("eval", trained[0], "--limit", 3)
     assert result.exit_code == 1
-    assert "limit must not be given without --harness, got limit=3" in result.stderr
+    assert "task must be given with limit, got limit=3" in result.stderr

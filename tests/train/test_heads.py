@@ -115,3 +115,8 @@ def test_the_divergence_of_heads_is_over_what_is_labelled() -> None:
     torch.testing.assert_close(head_divergence(student, labels, teacher), every[labels != -100].mean())
     torch.testing.assert_close(head_divergence(student, torch.tensor([0, 1]), teacher), every.mean())
     torch.testing.assert_close(head_divergence(student[:, 0], torch.tensor([0, 1]), teacher[:, 0]), every[:, 0].mean())
+
+
+def test_the_divergence_of_regressions_is_the_squared_difference() -> None:
+    student, teacher = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [2.5]])
+    assert head_divergence(student, torch.tensor([3.0, 2.0]), teacher).item() == pytest.approx((4 + 0.25) / 2)

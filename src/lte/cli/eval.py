@@ -1,8 +1,9 @@
-"""`lte eval`: perplexity, measured sparsity, and work per token of a dense or LTE model."""
+"""`lte eval`: perplexity or a task's metrics, measured sparsity, and work per token of a dense or LTE model."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,20 +14,22 @@ from rich.table import Table
 from lte.cli.errors import reports_errors
 from lte.cli.harness import HarnessConfig, check_flags, run_harness
 from lte.cli.kernels import KernelsOption
-from lte.cli.models import held_out_batches, load_any_model, model_record, quiet_transformers
+from lte.cli.models import load_any_model, model_record, quiet_transformers
 from lte.cli.settings import build, takes_settings
+from lte.cli.workload import TaskWorkload, TextWorkload, Workload, check_no_text
 from lte.eval.flops import GFLOP
-from lte.eval.perplexity import PerplexityResult, evaluate_model
+from lte.eval.perplexity import PerplexityResult
 from lte.eval.results import write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.tasks import TaskResult
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
-from lte.train.data import load_lm_datasets
+from lte.tasks.config import TaskConfig
 from lte.train.data_config import DataConfig
 
 
 @reports_errors
-@takes_settings({DataConfig: "Data", HarnessConfig: "lm-eval"})
+@takes_settings({TaskConfig: "Task", DataConfig: "Data", HarnessConfig: "lm-eval"})
 def eval_command(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or GGUF file; dense or LTE.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
@@ -35,59 +38,69 @@ def eval_command(
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
     **given: Any,
 ) -> None:
-    """Measures a model on held-out text: perplexity, sparsity in hard mode, GFLOPs and bytes per token.
+    """Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per token.
 
     Without `--validation` the held-out text is the part of `--train` that `lte train` holds out with the same settings.
+    With `--task` it is the task's own split, or the one that `--split` names.
 
     With `--harness piqa,mmlu` tasks of lm-eval run in place of the text, and the sparsity is that of their passes.
 
-    Example: `lte eval out --train my-text.jsonl --json out-eval.json`
+    Example: `lte eval out --train my-text.jsonl --json out-eval.json`, or `lte eval out --task sst2 --data-dir glue`
     """
     quiet_transformers()
     check_flags(given)
-    data_config, harness = build(DataConfig, given), build(HarnessConfig, given)
-    tokenizer = load_tokenizer(model)
-    loaded = load_any_model(model, dtype, kernels)
-    if harness.harness:
-        run_harness(loaded, tokenizer, harness, batch_size, {"model": model, "dtype": dtype}, json)
+    if "harness" in given:
+        loaded, names = load_any_model(model, dtype, kernels), {"model": model, "dtype": dtype}
+        run_harness(loaded, load_tokenizer(model), build(HarnessConfig, given), batch_size, names, json)
         return
-    data = load_lm_datasets(data_config, tokenizer, max_positions(loaded))
+    work = _workload(given, load_tokenizer(model), batch_size)
+    loaded = work.load_model(model, dtype, kernels)
+    work.load_data(loaded)
     start = time.monotonic()
-    batches = held_out_batches(data.validation, batch_size, tokenizer.pad_token_id)
-    perplexity, measurement = evaluate_model(loaded, batches)
-    record = evaluation_record(
+    result = work.measure(loaded)
+    record = task_record(
         loaded,
-        perplexity,
-        measurement,
-        task=data_config.task,
+        result,
+        task=work.name,
+        split=work.split,
         model=model,
-        seed=data_config.data_seed,
+        seed=work.data_config.data_seed,
         tokens_trained=0,
         wall_time_s=time.monotonic() - start,
-        config={"data": vars(data_config), "data_info": data.info, "dtype": dtype, "kernels": describe_kernels(loaded)},
+        config={**work.settings, "data_info": work.info, "dtype": dtype, "kernels": describe_kernels(loaded)},
     )
     print_evaluation(Console(), record)
     if json is not None:
         write_json_atomic(json, record)
 
 
-def max_positions(model: Any) -> int | None:
-    """The longest sequence that a model takes, if its config says so."""
-    return getattr(model.config, "max_position_embeddings", None)
+def _workload(given: Mapping[str, Any], tokenizer: Any, batch_size: int) -> Workload:
+    data_config, task_config = build(DataConfig, given), build(TaskConfig, given)
+    if task_config.task is None:
+        return TextWorkload(data_config, tokenizer, batch_size)
+    check_no_text(given)
+    splits = (None, given.get("split") or given.get("validation_split"))
+    return TaskWorkload(task_config, data_config, tokenizer, batch_size, splits)
 
 
 def evaluation_record(
     network: Any, perplexity: PerplexityResult, measurement: SparsityMeasurement | None, **fields: Any
 ) -> dict[str, Any]:
-    """A result record of one evaluation; `fields` are those that the network does not tell."""
+    """A result record of one evaluation on text; `fields` are those that the network does not tell."""
+    return task_record(network, TaskResult.of_text(perplexity, measurement), **fields)
+
+
+def task_record(network: Any, result: TaskResult, **fields: Any) -> dict[str, Any]:
+    """A result record of one evaluation; `fields` are those that neither the network nor the result tells."""
     return model_record(
         network,
-        measurement,
+        result.measurement,
         **{
-            "metric": "perplexity",
-            "value": perplexity.perplexity,
+            "metric": result.metric,
+            "value": result.value,
+            "metrics": result.metrics,
             "split": "validation",
-            "tokens_evaluated": perplexity.tokens,
+            "tokens_evaluated": result.tokens,
             **fields,
         },
     )
@@ -95,12 +108,15 @@ def evaluation_record(
 
 def print_evaluation(console: Console, record: dict[str, Any]) -> None:
     """The numbers of a result record as a table."""
-    table = Table(show_header=False, title=f"{record['model']} on {record['task']}", title_justify="left")
+    title = f"{record['model']} on {record['task']}, {record['split']}"
+    table = Table(show_header=False, title=title, title_justify="left")
     dense = record["method"] == "dense"
     sparsity = "dense model" if dense else f"{100 * record['sparsity']:.2f}%"
     if not dense:
         sparsity += f" (target {100 * record['target_sparsity']:g}%)"
-    table.add_row("perplexity", f"{record['value']:.3f} ({record['tokens_evaluated']} held-out tokens)")
+    for name, value in record["metrics"].items():
+        note = f" ({record['tokens_evaluated']} held-out tokens)" if name == record["metric"] else ""
+        table.add_row(name.replace("_", " "), f"{value:.3f}{note}")
     table.add_row("FFN sparsity, measured", sparsity)
     table.add_row("GFLOPs per token", f"{record['flops_per_token'] / GFLOP:.4f} (block linears, 1 G = 2^30)")
     table.add_row("weight MB per token", f"{record['bytes_per_token'] / 1e6:.1f} (16-bit weights, batch 1)")

@@ -15,6 +15,7 @@ from lte.cli.models import model_record
 from lte.eval.harness import HarnessResult, TaskScore, evaluate_harness
 from lte.eval.results import write_json_atomic
 from lte.hf.acceleration import describe_kernels
+from lte.tasks.config import TaskConfig
 from lte.train.data_config import DataConfig
 
 # Where lm-eval tells of each task what we told it: the shots, and that a task with data of its own could take more.
@@ -29,7 +30,7 @@ class HarnessConfig:
         harness: Tasks, groups or tags of lm-eval, with commas between them, in place of held-out text. Those named
           ..._files read --harness-data.
         num_fewshot: Examples before each question; by default what the task says.
-        limit: Questions per task at most.
+        limit: Questions or examples of a task at most.
         harness_tasks_dir: Folder with more task files of lm-eval.
         harness_data: Folder with the files of the ..._files tasks.
     """
@@ -50,11 +51,12 @@ def check_flags(given: Mapping[str, Any]) -> None:
     """Refuses flags that would do nothing.
 
     Raises:
-        ValueError: for flags of lm-eval without `--harness`, or flags of the held-out text with it.
+        ValueError: for flags of lm-eval without `--harness`, or flags of the held-out text or of a task with it.
     """
-    others = [field.name for field in fields(HarnessConfig) if field.name != "harness"]
-    idle = [field.name for field in fields(DataConfig)] if "harness" in given else others
-    for name in idle:
+    own = {field.name for field in fields(HarnessConfig)} - {"harness"}
+    of_tasks = {field.name for field in fields(TaskConfig)}
+    idle = ({f.name for f in fields(DataConfig)} | of_tasks) - own if "harness" in given else own - of_tasks
+    for name in sorted(idle):
         if name in given:
             rule = "not be given with --harness" if "harness" in given else "not be given without --harness"
             raise ValueError(f"{name} must {rule}, got {name}={given[name]}; see `lte eval --help`")

@@ -83,6 +83,11 @@ def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "of
     return use_kernels_(model.to(training_device()).eval(), kernels)
 
 
+def max_positions(model: Any) -> int | None:
+    """The longest sequence that a model takes, if its config says so."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
     """All rows in order, as batches."""
     collator = LmCollator(pad_token_id)
@@ -112,7 +117,7 @@ def measurement_summary(measurement: SparsityMeasurement, data: Mapping[str, Any
     return {
         "sparsity": measurement.sparsity,
         "tokens": measurement.tokens,
-        "split": "validation",
+        "split": data.get("split", "validation"),
         "data": {"source": data["train_source"], **data["validation"]},
         "active_fraction": measurement.active_fraction,
         "dead_experts": measurement.dead_experts,

@@ -15,7 +15,9 @@ from lte.cli.errors import Interrupted, reports_errors
 from lte.cli.models import quiet_transformers
 from lte.cli.settings import build, read_settings_file, settings_of, takes_settings
 from lte.cli.training_run import TrainingRun
+from lte.cli.workload import check_no_text
 from lte.config import LteConfig, check_choice
+from lte.tasks.config import TaskConfig
 from lte.train.config import TrainConfig
 from lte.train.data_config import DataConfig
 from lte.train.processes import is_main_process
@@ -54,6 +56,7 @@ class RunConfig:
 GROUPS: dict[type, str] = {
     RunConfig: "Run",
     LteConfig: "Sparsity",
+    TaskConfig: "Task",
     DataConfig: "Data",
     TrainConfig: "Training",
 }
@@ -75,13 +78,18 @@ def train(
 
     Example: `lte train --model HuggingFaceTB/SmolLM2-135M --train my-text.jsonl --output out --target-sparsity 0.5`
 
-    Without `--train` it learns on a small text that comes with Python. After an interruption: `lte train --resume
-    --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`
+    With `--task` it learns one of the paper's tasks: first `lte train --task sst2 --model roberta-base --output dense
+    --recipe dense`, then from there `lte train --task sst2 --model dense --output out`.
+
+    Without `--train` and `--task` it learns on a small text that comes with Python. After an interruption:
+    `lte train --resume --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`
     """
     quiet_transformers()
     console = Console(quiet=not is_main_process())
     values = merge_settings(given, config)
     run = build(RunConfig, values)
+    if values.get("task"):
+        check_no_text(values)
     output = Path(run.output).expanduser()
     training = TrainingRun(
         model=run.model,
@@ -92,6 +100,7 @@ def train(
         lte_config=build(LteConfig, values),
         data_config=build(DataConfig, values),
         train_config=build(TrainConfig, values),
+        task_config=build(TaskConfig, values),
         given=frozenset(values),
     )
     if is_main_process():

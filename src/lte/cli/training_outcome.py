@@ -50,19 +50,29 @@ def save_outcome(model: Any, tokenizer: Any, output: Path, outcome: Outcome) -> 
 
 
 def print_outcome(console: Console, output: Path, stages: tuple[int, ...], outcome: Outcome) -> None:
-    """Router health, target against measured sparsity, perplexity before against after, and what to do next."""
+    """Router health, target against measured sparsity, quality, and what to do next."""
     record = outcome.record
     if outcome.measurement is not None:
         console.print(router_health_table(outcome.measurement))
-    before, after = record["perplexity_before"], record["value"]
-    lines = [f"Perplexity on held-out text: {before:.3f} before training, {after:.3f} after."]
+    lines = [_quality_line(record)]
     if record["measurement"] is None:
         lines.append("The model is dense (recipe=dense, a control).")
     else:
         lines += _sparsity_lines(stages, record)
     folder = shlex.quote(str(output))
-    lines.append(f"Saved to {folder}. Next: lte inspect {folder}; lte generate {folder} --prompt 'Once upon'")
+    task = record["config"].get("task")
+    following = f"lte eval {folder} --task {task['task']}" if task else f"lte generate {folder} --prompt 'Once upon'"
+    lines.append(f"Saved to {folder}. Next: lte inspect {folder}; {following}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _quality_line(record: dict[str, Any]) -> str:
+    metric = record["metric"]
+    where = f"{record['task']} {record['split']}" if "task" in record["config"] else "held-out text"
+    before = record.get(f"{metric}_before")
+    if before is not None:
+        return f"{metric.capitalize()} on {where}: {before:.3f} before training, {record['value']:.3f} after."
+    return f"On {where}: " + ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items()) + "."
 
 
 def _sparsity_lines(stages: tuple[int, ...], record: dict[str, Any]) -> list[str]:

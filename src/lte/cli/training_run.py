@@ -10,17 +10,18 @@ import torch
 from rich.console import Console
 
 import lte
-from lte.cli.eval import evaluation_record, max_positions
+from lte.cli.eval import task_record
 from lte.cli.kernels import use_kernels_
-from lte.cli.models import held_out_batches, is_lte, load_any_model, load_config
+from lte.cli.models import is_lte, load_config
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
+from lte.cli.workload import TaskWorkload, TextWorkload, Workload
 from lte.config import CALIBRATED_GROUPINGS, LteConfig
-from lte.eval.perplexity import evaluate_model
 from lte.hf.acceleration import describe_kernels
-from lte.hf.dense import load_dense_model, load_tokenizer
+from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
+from lte.tasks.config import TaskConfig
 from lte.train.config import TrainConfig
-from lte.train.data import LmCollator, LmDatasets, calibration_batches, load_lm_datasets
+from lte.train.data import calibration_batches
 from lte.train.data_config import DataConfig
 from lte.train.processes import is_main_process, training_device
 from lte.train.two_stage import train_two_stage
@@ -44,6 +45,7 @@ class TrainingRun:
     lte_config: LteConfig
     data_config: DataConfig
     train_config: TrainConfig
+    task_config: TaskConfig
     given: frozenset[str]
 
     def execute(self, console: Console) -> dict[str, Any]:
@@ -53,64 +55,81 @@ class TrainingRun:
             ValueError: if the settings do not fit the model, or each other.
         """
         check_start(self)
-        tokenizer = load_tokenizer(self.model)
-        model = load_any_model(self.model)
-        data = load_lm_datasets(self.data_config, tokenizer, max_positions(model), progress=is_main_process())
-        batches = held_out_batches(data.validation, self.train_config.batch_size, tokenizer.pad_token_id)
-        sizes = f"{data.info['train']['tokens']} training tokens, {data.info['validation']['tokens']} held out"
-        console.print(f"Data: {self.data_config.task}, {sizes}.", highlight=False)
-        before, _ = evaluate_model(model, batches, progress=is_main_process())
-        console.print(f"Perplexity before training: {before.perplexity:.3f}.", highlight=False)
-        model = self._sparse(model, data, tokenizer)
+        work = self._workload(load_tokenizer(self.model))
+        # What a new head starts from.
+        torch.manual_seed(self.train_config.seed)
+        model = work.load_model(self.model)
+        work.load_data(model)
+        info = work.info
+        sizes = f"{info['train']['tokens']} training tokens, {info['validation']['tokens']} held out"
+        console.print(f"Data: {work.name}, {sizes}.", highlight=False)
+        before = self._measure_first(work, model, console)
+        model = self._sparse(model, work)
         summary = train_two_stage(
             model,
-            data.train,
+            work.train,
             self.train_config,
             self.output,
-            teacher=self._teacher(model),
+            teacher=self._teacher(model, work),
             stages=self.stages,
-            data_collator=LmCollator(tokenizer.pad_token_id),
+            data_collator=work.collator,
             resume=self.resume,
         )
         if self.train_config.recipe == "dense":
             lte.densify_(model)
         # Measured on the code that `lte eval` and `lte generate` run.
         use_kernels_(model.to(training_device()), tell=False)
-        after, measurement = evaluate_model(model, batches, progress=is_main_process())
-        found = evaluation_record(
+        after = work.measure(model)
+        found = task_record(
             model,
             after,
-            measurement,
-            **self._record_fields(data.info, describe_kernels(model)),
+            **self._record_fields(work, describe_kernels(model)),
             tokens_trained=summary.tokens_trained,
             wall_time_s=summary.wall_time_s,
-            perplexity_before=before.perplexity,
+            **before,
         )
         if is_main_process():
-            outcome = Outcome(found, measurement, summary)
-            save_outcome(model, tokenizer, self.output, outcome)
+            outcome = Outcome(found, after.measurement, summary)
+            save_outcome(model, work.tokenizer, self.output, outcome)
             print_outcome(console, self.output, self.stages, outcome)
         return found
 
-    def _record_fields(self, data_info: dict[str, Any], kernels: dict[str, str] | None) -> dict[str, Any]:
+    def _workload(self, tokenizer: Any) -> Workload:
+        batch_size = self.train_config.batch_size
+        if self.task_config.task is None:
+            return TextWorkload(self.data_config, tokenizer, batch_size)
+        measured = self.data_config.validation_split if "validation_split" in self.given else None
+        splits = (self.data_config.split, measured)
+        return TaskWorkload(self.task_config, self.data_config, tokenizer, batch_size, splits)
+
+    def _measure_first(self, work: Workload, model: Any, console: Console) -> dict[str, float]:
+        """What a result record says of the model before training."""
+        if not work.measures_first:
+            return {}
+        before = work.measure(model)
+        console.print(f"{before.metric.capitalize()} before training: {before.value:.3f}.", highlight=False)
+        return {f"{before.metric}_before": before.value}
+
+    def _record_fields(self, work: Workload, kernels: dict[str, str] | None) -> dict[str, Any]:
         """What a result record says of the settings."""
         config = {
             "lte": self.lte_config.to_dict(),
-            "data": vars(self.data_config),
+            **work.settings,
             "train": self.train_config.to_dict(),
             "distill_from": self.distill_from,
             "stages": list(self.stages),
-            "data_info": data_info,
+            "data_info": work.info,
             "kernels": kernels,
         }
         return {
-            "task": self.data_config.task,
+            "task": work.name,
+            "split": work.split,
             "model": self.model,
             "seed": self.train_config.seed,
             "config": config,
         }
 
-    def _sparse(self, model: Any, data: LmDatasets, tokenizer: Any) -> Any:
+    def _sparse(self, model: Any, work: Workload) -> Any:
         """The model converted, or with its new target if it is an LTE model already."""
         if sparse_ffns(model):
             return self._retarget(model)
@@ -119,11 +138,10 @@ class TrainingRun:
             config = replace(config, target_sparsity=0.0, grouping="contiguous")
         calibration = None
         if config.grouping in CALIBRATED_GROUPINGS:
-            collator = LmCollator(tokenizer.pad_token_id)
             batch_size = self.train_config.batch_size
             calibration = [
                 {key: value.to(model.device) for key, value in batch.items()}
-                for batch in calibration_batches(data.train, GROUPING_TOKENS, batch_size, collator)
+                for batch in calibration_batches(work.train, GROUPING_TOKENS, batch_size, work.collator)
             ]
         return lte.sparsify_(model, config, calibration=calibration)
 
@@ -139,11 +157,11 @@ class TrainingRun:
         model.config.lte = replace(own, target_sparsity=target).to_dict()
         return model
 
-    def _teacher(self, model: Any) -> Any:
+    def _teacher(self, model: Any, work: Workload) -> Any:
         if self.distill_from is None:
             return None
         name = self.model if self.distill_from == "initial" else self.distill_from
-        teacher: Any = load_dense_model(name)
+        teacher = work.load_teacher(name)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise ValueError(
                 f"distill_from must have the vocabulary of the model, {model.config.vocab_size} tokens, got {name} "

@@ -20,7 +20,7 @@ def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch
     Raises:
         ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(**_location(name_or_path), dtype=dtype or "auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(**model_location(name_or_path), dtype=dtype or "auto")
     forget_gguf_(model)
     return model
 
@@ -45,7 +45,7 @@ def forget_gguf_(model: Any) -> None:
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, folder, or `.gguf` file; a missing pad token becomes the end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(**_location(name_or_path))
+    tokenizer = AutoTokenizer.from_pretrained(**model_location(name_or_path))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -55,7 +55,12 @@ def _is_gguf(name_or_path: str | Path) -> bool:
     return str(name_or_path).endswith(".gguf")
 
 
-def _location(name_or_path: str | Path) -> dict[str, Any]:
+def model_location(name_or_path: str | Path) -> dict[str, Any]:
+    """The arguments by which `from_pretrained` finds a hub name, folder, or `.gguf` file.
+
+    Raises:
+        ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing.
+    """
     path = Path(name_or_path)
     if not _is_gguf(path):
         looks_local = str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") > 1

@@ -70,7 +70,7 @@ def _decoder(model_type: str, prefix: str, module: str | None = None, **row: Any
     defaults = {
         "config_class": f"{prefix}Config",
         "ffn_class": f"{prefix}MLP",
-        "models": {"AutoModelForCausalLM": f"{prefix}ForCausalLM"},
+        "models": _heads(prefix, "CausalLM", "SequenceClassification"),
     }
     return Family(model_type=model_type, module=module or model_type, **{**defaults, **row})
 
@@ -137,6 +137,7 @@ FAMILIES: dict[str, Family] = {
             module="gemma3",
             config_class="Gemma3TextConfig",
             activation_field="hidden_activation",
+            models=_heads("Gemma3Text", "CausalLM", "SequenceClassification", CausalLM="Gemma3ForCausalLM"),
         ),
         _decoder("phi3", "Phi3", layout=FUSED_GATED),
         _decoder(

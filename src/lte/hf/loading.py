@@ -160,8 +160,11 @@ def become_dense_(model: Any, family: Family) -> Any:
     """Gives an LTE model its stock classes back, returns the stock config; the caller replaces the FFNs."""
     if not issubclass(type(model), LteModelMixin):
         raise ValueError(f"model must be an LTE model, got {type(model).__name__}")
-    stock = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
-    model.__class__ = stock
+    # A loaded classifier of a decoder holds a sparse model of its own.
+    for module in [module for module in model.modules() if isinstance(module, LteModelMixin)]:
+        module.__class__ = next(
+            base for base in type(module).__mro__ if base.__module__.startswith("transformers.models.")
+        )
     _own_config_(model)
     model.config.__class__ = family.stock_class(family.config_class)
     for name in ("lte", "lte_measurement"):

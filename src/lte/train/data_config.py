@@ -50,8 +50,8 @@ class DataConfig:
         "auto", "auto goes by the file's ending, also before .gz, .bz2, .xz, or .zst (pip install zstandard)."
     )
     name: str | None = _option(None, "Configuration of a hub data set.")
-    split: str = _option("train", "Split of a hub data set given as train.")
-    validation_split: str = _option("validation", "Split of a hub data set given as validation.")
+    split: str = _option("train", "Split of a hub data set given as train; of a task, in lte eval the measured one.")
+    validation_split: str = _option("validation", "Split of a hub data set given as validation, or of a task.")
     kind: Kind = _option("text", "text: every token trains; completion: the completion; chat: the assistant's turns.")
     text_field: str = _option("text", "Field that holds the text.")
     prompt_field: str = _option("prompt", "Field that holds the prompt of a completion.")

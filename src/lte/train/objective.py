@@ -47,11 +47,15 @@ def language_terms(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None
 def head_divergence(logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(teacher || student) of a head that predicts no next token, mean over what is labelled, in nats.
 
+    A head with one output is a regression's, whose softmax is always 1: there it is the mean squared difference.
+
     Args:
         logits: [B, C] of a head over whole sequences, or [B, T, C].
         labels: [B] or [B, T], -100 where no label is; those of another shape leave nothing out.
         teacher_logits: as `logits`.
     """
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.float(), teacher_logits.float())
     teacher, student = (F.log_softmax(each.float(), dim=-1) for each in (teacher_logits, logits))
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
     counted = labels != IGNORED if labels.shape == divergence.shape else torch.ones_like(divergence)
