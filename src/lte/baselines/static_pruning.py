@@ -8,7 +8,6 @@ Shapes: F neurons, E = F / S experts of S neurons.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -20,6 +19,7 @@ from lte.config import check_choice, check_fraction
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import model_inputs, padding_masks
 from lte.hf.install import num_neurons, sparse_ffns
+from lte.hf.loading import own_config_
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import check_expert_size, group_neurons
 from lte.nn.sparse_ffn import FfnLayout
@@ -98,7 +98,7 @@ def prune_static_(model: nn.Module, config: StaticPruningConfig, batches: Iterab
         _picked_neurons(importance[name], ffn, family.layout, config, config.seed + index)
         for index, (name, ffn) in enumerate(ffns.items())
     ]
-    setattr(_own_config_(model), family.neurons_field, kept)
+    setattr(own_config_(model), family.neurons_field, kept)
     for ffn, index in zip(ffns.values(), picks, strict=True):
         _keep_neurons_(ffn, family.layout, index)
     return model
@@ -203,16 +203,6 @@ def _prunable_ffns(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     if len(sizes) != 1:
         raise ValueError(f"model must have FFNs of one width, got widths {sizes}")
     return ffns
-
-
-def _own_config_(model: Any) -> Any:
-    """Gives the model a config of its own, since models made by `from_config` share one, and returns it."""
-    shared = model.config
-    own = copy.deepcopy(shared)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
-    return own
 
 
 def _keep_neurons_(ffn: Any, layout: FfnLayout, index: Tensor) -> None:
