@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lte.baselines.contract import config_of
 from lte.cli.errors import reports_errors
 from lte.cli.kernels import KernelsOption
 from lte.cli.models import held_out_batches, load_any_model, quiet_transformers
 from lte.cli.settings import build, takes_settings
-from lte.eval.flops import GFLOP, bytes_per_token, flops_per_token
+from lte.eval.flops import GFLOP
+from lte.eval.methods import MethodMeasurement, measured_cost, method_name
 from lte.eval.perplexity import PerplexityResult, evaluate_model
 from lte.eval.results import result_record, write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
@@ -71,22 +74,24 @@ def max_positions(model: Any) -> int | None:
 
 
 def evaluation_record(
-    network: Any, perplexity: PerplexityResult, measurement: SparsityMeasurement | None, **fields: Any
+    network: Any,
+    perplexity: PerplexityResult,
+    measurement: SparsityMeasurement | MethodMeasurement | None,
+    **fields: Any,
 ) -> dict[str, Any]:
     """A result record of one evaluation; `fields` are those that the network does not tell."""
-    sparsity = 0.0 if measurement is None else measurement.sparsity
-    by_layer = 0.0 if measurement is None else [1 - share for share in measurement.active_fraction]
+    cost = measured_cost(network, measurement)
+    config = config_of(network)
+    target = 0.0 if config is None else config.target_sparsity
     return result_record(
         **{
-            "method": "lte" if sparse_ffns(network) else "dense",
-            "target_sparsity": network.lte_config.target_sparsity if sparse_ffns(network) else 0.0,
-            "sparsity": sparsity,
+            "method": method_name(network),
+            "target_sparsity": network.lte_config.target_sparsity if sparse_ffns(network) else target,
             "metric": "perplexity",
             "value": perplexity.perplexity,
             "split": "validation",
             "tokens_evaluated": perplexity.tokens,
-            "flops_per_token": flops_per_token(network, by_layer),
-            "bytes_per_token": bytes_per_token(network, by_layer),
+            **asdict(cost),
             "measurement": None if measurement is None else measurement.to_dict(),
             **fields,
         }

@@ -52,8 +52,8 @@ def load_config(name_or_path: str) -> Any:
 
 
 def is_lte(config: Any) -> bool:
-    """Whether a config is that of an LTE model."""
-    return str(config.model_type).startswith("lte_")
+    """Whether a config is that of an LTE model, and not of a dense one or another method's."""
+    return getattr(config, "lte", None) is not None
 
 
 def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:

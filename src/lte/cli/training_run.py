@@ -16,6 +16,7 @@ from lte.cli.models import held_out_batches, is_lte, load_any_model, load_config
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
 from lte.config import CALIBRATED_GROUPINGS, LteConfig
 from lte.eval.perplexity import evaluate_model
+from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.hf.install import sparse_ffns
@@ -77,6 +78,7 @@ class TrainingRun:
         # Measured on the code that `lte eval` and `lte generate` run.
         use_kernels_(model.to(training_device()), tell=False)
         after, measurement = evaluate_model(model, batches, progress=is_main_process())
+        assert measurement is None or isinstance(measurement, SparsityMeasurement)
         found = evaluation_record(
             model,
             after,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lte.baselines.metering import metered_modules
 from lte.eval.inference import (
     Batch,
     as_batches,
@@ -24,6 +25,7 @@ from lte.eval.inference import (
     model_device,
     moved_batches,
 )
+from lte.eval.methods import MethodCounter, MethodMeasurement
 from lte.eval.sparsity import SparsityCounter, SparsityMeasurement
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import sparse_ffns
@@ -106,16 +108,17 @@ def evaluate_model(
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
     num_words: int | None = None,
-) -> tuple[PerplexityResult, SparsityMeasurement | None]:
-    """Quality and sparsity from one and the same pass; the sparsity is `None` for a dense model.
+) -> tuple[PerplexityResult, SparsityMeasurement | MethodMeasurement | None]:
+    """Quality and sparsity from one and the same pass; the sparsity is `None` for a stock model.
 
     Arguments and errors are those of `evaluate_perplexity`. The sparsity counts tokens that are no padding
-    and whose own label is not ignored.
+    and whose own label is not ignored. `lte.eval.methods.measured_cost` makes costs of it.
     """
     batches = _prepared(model, data, batch_size, collator, device)
-    if not sparse_ffns(model):
+    if not sparse_ffns(model) and not metered_modules(model):
         return _evaluate(model, batches, None, autocast_dtype, progress, num_words), None
-    with SparsityCounter(model) as counter:
+    counting = SparsityCounter(model) if sparse_ffns(model) else MethodCounter(model)
+    with counting as counter:
         perplexity = _evaluate(model, batches, counter, autocast_dtype, progress, num_words)
         return perplexity, counter.result()
 
@@ -136,7 +139,7 @@ def _prepared(
 def _evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    counter: SparsityCounter | None,
+    counter: SparsityCounter | MethodCounter | None,
     autocast_dtype: torch.dtype | None,
     progress: bool,
     num_words: int | None,

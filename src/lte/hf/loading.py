@@ -35,6 +35,9 @@ INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
 Called with the model, its family, and the settings in `config.lte_method`; `lte.baselines` fills it.
 """
 
+FP32_NAMES = {"router"}
+"""Submodules and buffers that stay in fp32 whatever dtype a model is loaded in: they decide about neurons."""
+
 _GUARD = " (an LTE model: `pip install lte` and `import lte` before loading it)"
 _PREFIX = "Lte"
 
@@ -72,8 +75,7 @@ class LteConfigMixin:
 class LteModelMixin:
     """What a family's model class gains: wrapped FFNs made from the config, checked loading, atomic saving."""
 
-    # What decides about neurons does so in fp32 whatever dtype the model is loaded in.
-    _keep_in_fp32_modules_strict = frozenset({"router", "predictor", "threshold"})
+    _keep_in_fp32_modules_strict = FP32_NAMES
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         install = _installer(config)
@@ -197,7 +199,7 @@ def _become_ours_(model: Any, family: Family) -> None:
     model.config.lte_measurement = None
     forget_gguf_(model)
     model.__class__ = _sparse_model_class(type(model), family)
-    model._keep_in_fp32_modules_strict = set(LteModelMixin._keep_in_fp32_modules_strict)
+    model._keep_in_fp32_modules_strict = set(FP32_NAMES)
 
 
 def become_dense_(model: Any, family: Family) -> Any:
