@@ -14,6 +14,7 @@ from tests.tiny_models import EXPERT_SIZE, VOCAB
 # A method whose settings change what it computes is tested in each way. A new method is tested with its defaults.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kla experts": ("kla", {"granularity": "expert"}),
+    "moefication ground truth": ("moefication", {"selection": "ground_truth"}),
     "teal greedy": ("teal", {"allocation": "greedy", "greedy_step": 0.2}),
 }
 EVERY_METHOD = [*METHODS, *VARIANTS]
@@ -25,7 +26,7 @@ def config_for(method: str, **settings: Any) -> MethodConfig:
     config_class = METHODS[name].config
     known = {field.name for field in fields(config_class)}
     tiny = {"expert_size": EXPERT_SIZE, "grouping": "random"}
-    return config_class(**{key: value for key, value in tiny.items() if key in known}, **own, **settings)
+    return config_class(**{**{key: value for key, value in tiny.items() if key in known}, **own, **settings})
 
 
 def calibration_batches(rows: int = 4, length: int = 9) -> list[dict[str, Tensor]]:

@@ -57,7 +57,7 @@ def test_a_saved_model_loads_bit_equal(method: str, kind: str, tokens: Tensor, t
 def test_a_target_of_0_leaves_the_dense_model(method: str, kind: str, tokens: Tensor, relative_rms) -> None:
     dense = tiny_dense_model(kind)
     model = applied(method, kind, target=0.0)
-    assert relative_rms(logits_of(model, tokens), logits_of(dense, tokens)) <= 1e-5
+    assert relative_rms(logits_of(model, tokens), logits_of(dense, tokens)) <= 1e-4
     if METHODS[config_for(method).name].install is not None:
         cost = measured_cost(model, measure_method(model, calibration_batches()))
         # What ReLU makes 0 needs no reading whatever the target is.

@@ -6,6 +6,7 @@ Shapes: N counted tokens, D hidden size, F neurons.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from lte.hf.inputs import model_inputs, padding_masks
 
 @torch.no_grad()
 def run_batches(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], masks: dict[str, Tensor], names: list[str]
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    masks: dict[str, Tensor],
+    names: list[str],
+    last: nn.Module | None = None,
 ) -> dict[str, float]:
     """Runs all batches in eval mode and restores the modes; returns how many tokens each of `names` has counted.
 
@@ -26,6 +31,7 @@ def run_batches(
         batches: with `input_ids` and optionally `attention_mask`, [B, T].
         masks: gets, before each batch runs, which tokens are no padding, bool [B, T] by name.
         names: of modules, which tell the two sides of an encoder-decoder apart.
+        last: a module after which each pass ends; `None` runs the whole model.
 
     Raises:
         ValueError: if a module has no token that is no padding.
@@ -34,19 +40,31 @@ def run_batches(
     training = {module: module.training for module in model.modules()}
     model.eval()
     tokens = dict.fromkeys(names, 0.0)
+    hook = None if last is None else last.register_forward_hook(_end_pass)
     try:
         for batch in batches:
             moved = {key: value.to(device) for key, value in batch.items()}
             masks.update(padding_masks(model, names, moved))
             for name in names:
                 tokens[name] += masks[name].sum().item()
-            model(**model_inputs(model, moved), use_cache=False)
+            with suppress(_PassEnds):
+                model(**model_inputs(model, moved), use_cache=False)
     finally:
+        if hook is not None:
+            hook.remove()
         for module, flag in training.items():
             module.training = flag
     if not all(tokens.values()):
         raise ValueError("batches must hold at least one calibration token, got none")
     return tokens
+
+
+class _PassEnds(Exception):
+    """Nothing after this module is wanted."""
+
+
+def _end_pass(module: nn.Module, args: Any, output: Any) -> None:
+    raise _PassEnds
 
 
 def observe_(

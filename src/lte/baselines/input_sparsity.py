@@ -67,7 +67,16 @@ def sparse_pair(sparse: type[InputSparse]) -> dict[type[nn.Module], type[nn.Modu
 
 
 def projections_of(model: Any, family: Family, linears: Linears) -> dict[str, Any]:
-    """The plain projections of the FFNs, or of the whole transformer blocks, by qualified name in depth order."""
+    """The plain projections of the FFNs, or of the whole transformer blocks, by qualified name in depth order.
+
+    Raises:
+        ValueError: for the whole blocks of an encoder-decoder.
+    """
+    if linears == "block" and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"linears must be 'ffn' for {family.model_type}, whose decoder reads tokens of both sides, got "
+            f"linears={linears!r}"
+        )
     ffns = dense_ffns(model, family)
     if linears == "ffn":
         return {
@@ -100,13 +109,8 @@ def make_input_sparse_(
         initialise_: sets up each of the projections.
 
     Raises:
-        ValueError: for the whole blocks of an encoder-decoder.
+        ValueError: as `projections_of`.
     """
-    if linears == "block" and model.config.is_encoder_decoder:
-        raise ValueError(
-            f'linears must be "ffn" for {family.model_type}, whose decoder reads tokens of both sides, got linears='
-            f"{linears!r}"
-        )
     downs = {ffn.get_submodule(family.layout.down) for ffn in dense_ffns(model, family).values()}
     for projection in projections_of(model, family, linears).values():
         projection.__class__ = classes[type(projection)]

@@ -65,7 +65,7 @@ class KlaExpertFfn(ExpertFfn):
         """All."""
         return self.num_inputs + 1
 
-    def expert_multipliers(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def expert_multipliers(self, x: Tensor, activated: Tensor, hidden: Tensor) -> Tensor:
         """See `ExpertFfn`."""
         down = self.layout.matrix(self.part(self.layout.down)).float()
         blocks = down.unflatten(1, (self.num_experts, -1))

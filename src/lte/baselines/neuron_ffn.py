@@ -151,13 +151,13 @@ class ExpertFfn(NeuronFfn):
         """How many experts are kept."""
         return num_kept(self.num_experts, self.target_sparsity)
 
-    def expert_multipliers(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """m of each expert, [..., E]."""
+    def expert_multipliers(self, x: Tensor, activated: Tensor, hidden: Tensor) -> Tensor:
+        """m of each expert, [..., E]; the arguments are those of `multipliers`."""
         raise NotImplementedError
 
     def multipliers(self, x: Tensor, activated: Tensor, hidden: Tensor) -> Tensor:
         """See `NeuronFfn`."""
-        experts = self.expert_multipliers(x, hidden)
+        experts = self.expert_multipliers(x, activated, hidden)
         return experts.repeat_interleave(self.num_neurons // self.num_experts, dim=-1)
 
     def by_expert(self, hidden: Tensor) -> Tensor:
