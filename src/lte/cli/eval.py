@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lte.baselines.contract import config_of
 from lte.cli.errors import reports_errors
 from lte.cli.kernels import KernelsOption
 from lte.cli.models import held_out_batches, load_any_model, quiet_transformers
 from lte.cli.settings import build, takes_settings
 from lte.eval.flops import GFLOP
-from lte.eval.methods import MethodMeasurement, measured_cost, method_name
+from lte.eval.methods import Measurement, record_fields
 from lte.eval.perplexity import PerplexityResult, evaluate_model
 from lte.eval.results import result_record, write_json_atomic
-from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
-from lte.hf.install import sparse_ffns
 from lte.train.data import load_lm_datasets
 from lte.train.data_config import DataConfig
 
@@ -74,25 +70,16 @@ def max_positions(model: Any) -> int | None:
 
 
 def evaluation_record(
-    network: Any,
-    perplexity: PerplexityResult,
-    measurement: SparsityMeasurement | MethodMeasurement | None,
-    **fields: Any,
+    network: Any, perplexity: PerplexityResult, measurement: Measurement | None, **fields: Any
 ) -> dict[str, Any]:
     """A result record of one evaluation; `fields` are those that the network does not tell."""
-    cost = measured_cost(network, measurement)
-    config = config_of(network)
-    target = 0.0 if config is None else config.target_sparsity
     return result_record(
         **{
-            "method": method_name(network),
-            "target_sparsity": network.lte_config.target_sparsity if sparse_ffns(network) else target,
+            **record_fields(network, measurement),
             "metric": "perplexity",
             "value": perplexity.perplexity,
             "split": "validation",
             "tokens_evaluated": perplexity.tokens,
-            **asdict(cost),
-            "measurement": None if measurement is None else measurement.to_dict(),
             **fields,
         }
     )

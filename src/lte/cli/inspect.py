@@ -36,6 +36,8 @@ def inspect(
         console.print(_layer_table(found["layers_measured"]))
     elif found["method"] == "lte":
         console.print("No sparsity was measured for this folder; `lte eval` measures it.")
+    elif found["method"] != "dense":
+        console.print(f"This model is of the method {found['method']}; `lte eval` measures what it costs.")
     else:
         console.print("This model is dense: every token uses all its FFN neurons. `lte train` makes it sparse.")
     if json is not None:

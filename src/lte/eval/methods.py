@@ -6,6 +6,7 @@ Shapes: L FFNs; a token counts where the token mask is true.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from lte.baselines.contract import config_of
 from lte.baselines.metering import MeteredModule, metered_modules
 from lte.eval.flops import block_linears, bytes_per_token, count_linear_weights, flops_per_token
 from lte.eval.inference import Batch, hard_inference, model_device, moved_batches
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import SparsityCounter, SparsityMeasurement
 from lte.hf.families import dense_ffns, family_of
 from lte.hf.inputs import model_inputs
 from lte.hf.install import num_neurons, sparse_ffns
@@ -118,12 +119,13 @@ class MethodCounter:
             layer.module.metering, layer.module.reading = False, None
 
     @torch.no_grad()
-    def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Counts the forward pass that just ended over the tokens of each module's mask, bool [B, T].
+    def update(self, mask: Tensor | Mapping[str, Tensor]) -> None:
+        """Counts the forward pass that just ended over the tokens of `mask` (bool, [B, T]), one for all or by module.
 
         Raises:
             ValueError: if no forward pass came before, or a mask is not of its shape.
         """
+        masks = dict.fromkeys(self.layers, mask) if isinstance(mask, Tensor) else mask
         for name, layer in self.layers.items():
             layer.update(masks[name])
         self.tokens.append(torch.stack([each.sum() for each in {id(m): m for m in masks.values()}.values()]).sum())
@@ -148,6 +150,17 @@ class MethodCounter:
             dense_weights=sum(layer.module.dense_weights for layer in layers),
             selector_weights=sum(layer.selector for layer in layers),
         )
+
+
+Measurement = SparsityMeasurement | MethodMeasurement
+Counter = SparsityCounter | MethodCounter
+
+
+def counter_for(model: nn.Module) -> AbstractContextManager[Counter | None]:
+    """What counts while a model of any kind runs, as a context; a stock model has nothing to count, which is `None`."""
+    if sparse_ffns(model):
+        return SparsityCounter(model)
+    return MethodCounter(model) if metered_modules(model) else nullcontext()
 
 
 def measure_method(model: nn.Module, batches: Iterable[Batch]) -> MethodMeasurement:
@@ -175,7 +188,19 @@ def method_name(model: Any) -> str:
     return "dense" if config is None else config.name
 
 
-def measured_cost(model: Any, measurement: SparsityMeasurement | MethodMeasurement | None) -> Cost:
+def record_fields(model: Any, measurement: Measurement | None) -> dict[str, Any]:
+    """What a result record says of a measured model of any method, by the names in `lte.eval.results`."""
+    config = model.lte_config if sparse_ffns(model) else config_of(model)
+    return {
+        "method": method_name(model),
+        "method_config": None if config is None else config.to_dict(),
+        "target_sparsity": 0.0 if config is None else config.target_sparsity,
+        **asdict(measured_cost(model, measurement)),
+        "measurement": None if measurement is None else measurement.to_dict(),
+    }
+
+
+def measured_cost(model: Any, measurement: Measurement | None) -> Cost:
     """What a token costs, from what a pass measured.
 
     Args:
