@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lte
-from lte.baselines import METHODS, Method, MethodConfig, apply_method_, config_of, register
+from lte.baselines import METHODS, Method, MethodConfig, apply_method_, config_of, refit_, register
 from lte.baselines.cats import CatsConfig
 from lte.baselines.contract import wraps_ffns
 from lte.baselines.neuron_ffn import NeuronFfn
@@ -77,7 +77,7 @@ def test_a_folder_of_a_method_that_is_not_registered_is_refused(every_other: Met
     model: Any = apply_method_(tiny_dense_model(), EveryOtherConfig())
     model.save_pretrained(tmp_path)
     install = INSTALLERS.pop("every_other")
-    with pytest.raises(ValueError, match=r"config.lte_method name must be one of cats, .* got .*'every_other'"):
+    with pytest.raises(ValueError, match=r"must name one of cats, .*, got every_other; import the module"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     INSTALLERS["every_other"] = install
 
@@ -119,6 +119,20 @@ def test_models_that_are_not_dense_are_refused() -> None:
                 lte.sparsify_(model, lte.LteConfig(expert_size=8))
             with pytest.raises(ValueError, match=f"model must be an LTE model, got one of the method {name}"):
                 lte.densify_(model)
+
+
+def test_thresholds_are_fitted_anew_after_training() -> None:
+    model: Any = apply_method_(tiny_dense_model(), CatsConfig(), calibration_batches())
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight *= 0.1
+    assert measure_method(model, calibration_batches()).layer_sparsity[0] > 0.7
+    assert refit_(model, calibration_batches()) is model
+    assert measure_method(model, calibration_batches()).layer_sparsity[0] == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match="cats must get calibration batches, got none"):
+        refit_(model, [])
+    for other, name in ((tiny_dense_model(), "none"), (apply_method_(tiny_dense_model(), config_for("kla")), "kla")):
+        with pytest.raises(ValueError, match=f"model must be of a method that fits something, got {name}"):
+            refit_(other, calibration_batches())
 
 
 @pytest.mark.parametrize("method", ["cats", "teal", "wanda", "deja_vu", "moefication", "static_pruning"])

@@ -117,6 +117,14 @@ def test_dense_and_lte_models_cost_what_they_always_did() -> None:
     assert cost.bytes_per_token == pytest.approx(weights)
 
 
+def test_zeros_that_no_method_made_save_nothing() -> None:
+    dense = tiny_dense_model()
+    expected = measured_cost(dense, None)
+    with torch.no_grad():
+        dense.model.layers[0].mlp.up_proj.weight[:, :16] = 0
+    assert measured_cost(dense, None) == expected
+
+
 def test_quality_and_cost_come_from_one_pass() -> None:
     model = applied("cats")
     calls: list[None] = []

@@ -77,6 +77,7 @@ class Method:
         fit: sets parameters and buffers of the installed modules on calibration batches.
         needs_calibration: whether it takes calibration batches, by the config.
         fp32_names: of its submodules and buffers that stay in fp32 when a folder is loaded in another dtype.
+        zeroes_weights: whether what it saves is weights that are 0; dense models have some by chance, to no avail.
         trained: whether it is meant to train with `lte.train.two_stage`, `recipe="method"`, afterwards.
     """
 
@@ -86,6 +87,7 @@ class Method:
     fit: Callable[[Any, Any, Batches], object] | None = None
     needs_calibration: Callable[[Any], bool] = lambda config: False
     trained: bool = False
+    zeroes_weights: bool = False
     fp32_names: tuple[str, ...] = ()
 
 
@@ -156,6 +158,29 @@ def apply_method_(
     become_method_(model, family, config.to_dict())
     if method.fit is not None:
         method.fit(model, config, batches)
+    return model
+
+
+def refit_(model: nn.Module, calibration: Iterable[Mapping[str, Tensor]]) -> nn.Module:
+    """Fits thresholds or predictors of a model anew in place, after its weights were trained, and returns it.
+
+    Args:
+        model: of a method that fits something.
+        calibration: as for `apply_method_`.
+
+    Raises:
+        ValueError: for a model of which nothing was fitted, or no calibration batch.
+    """
+    config = config_of(model)
+    fit = None if config is None else METHODS[config.name].fit
+    if config is None or fit is None:
+        raise ValueError(
+            f"model must be of a method that fits something, got {'none' if config is None else config.name}"
+        )
+    batches = _on_device(model, calibration)
+    if not batches:
+        raise ValueError(f"{config.name} must get calibration batches, got none; pass calibration")
+    fit(model, config, batches)
     return model
 
 

@@ -124,4 +124,11 @@ def _input_norms(model: Any, batches: Batches, projections: dict[str, Any], last
     return {name: total.sqrt().float() for name, total in squares.items()}
 
 
-register(Method(config=WandaConfig, prepare=prune_wanda_, needs_calibration=lambda config: True))
+register(
+    Method(
+        config=WandaConfig,
+        prepare=prune_wanda_,
+        needs_calibration=lambda config: True,
+        zeroes_weights=True,
+    )
+)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.baselines.contract import config_of
+from lte.baselines.contract import METHODS, config_of
 from lte.baselines.metering import MeteredModule, metered_modules
 from lte.eval.flops import block_linears, bytes_per_token, count_linear_weights, flops_per_token
 from lte.eval.inference import Batch, hard_inference, model_device, moved_batches
@@ -221,8 +221,11 @@ def measured_cost(model: Any, measurement: Measurement | None) -> Cost:
 
 
 def _stock_cost(model: Any, total: int) -> Cost:
-    """The cost of a stock model, whose weights may hold zeros, and which may once have had more neurons."""
-    sizes = [(linear.weight.numel(), int(linear.weight.count_nonzero())) for linear in block_linears(model)]
+    """The cost of a stock model, which a method may have left with zeros among its weights, or with fewer neurons."""
+    config = config_of(model)
+    sizes = [(linear.weight.numel(), linear.weight.numel()) for linear in block_linears(model)]
+    if config is not None and METHODS[config.name].zeroes_weights:
+        sizes = [(linear.weight.numel(), int(linear.weight.count_nonzero())) for linear in block_linears(model)]
     nonzero = sum(count for _, count in sizes)
     stored = sum(min(2 * size, 2 * count + size / 8) for size, count in sizes)
     family = family_of(model.config)

@@ -7,6 +7,9 @@ without lte:
 1. its `model_type` (`lte_llama`) is unknown to stock transformers, so the Auto classes refuse it;
 2. its activation field holds a sentence instead of a function's name, so naming a stock class outright
    (`LlamaForCausalLM.from_pretrained(folder)`), which only warns about a foreign `model_type`, fails too.
+
+Methods that LTE is compared with are saved in the same classes: `config.lte_method` holds their settings, and
+`INSTALLERS` what builds their modules.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from lte.config import LteConfig, check_choice
+from lte.config import LteConfig
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
 from lte.hf.install import install_sparse_ffns_
@@ -149,7 +152,11 @@ def _installer(config: Any) -> Callable[[Any, Family], None]:
     settings = getattr(config, "lte_method", None)
     if settings is None:
         raise ValueError("config.lte must hold an LteConfig dict, got None; start from a dense model with sparsify_")
-    check_choice("config.lte_method name", settings.get("name"), tuple(INSTALLERS))
+    if settings.get("name") not in INSTALLERS:
+        raise ValueError(
+            f"config.lte_method must name one of {', '.join(INSTALLERS)}, got {settings.get('name')}; import the "
+            "module that registers it"
+        )
     return lambda model, family: INSTALLERS[settings["name"]](model, family, settings)
 
 
