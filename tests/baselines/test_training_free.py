@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte.baselines import apply_method_
+from lte.baselines import apply_method_, refit_
 from lte.baselines.calibration import MagnitudeHistogram
 from lte.baselines.cats import CatsConfig
 from lte.baselines.kla import KlaConfig
 from lte.baselines.metering import metered_modules
-from lte.baselines.neuron_ffn import keep_largest, num_kept
+from lte.baselines.neuron_ffn import keep_largest, kept_count
 from lte.baselines.teal import TealConfig
 from lte.baselines.wina import WinaConfig
 from lte.eval.methods import measure_method
@@ -178,9 +178,25 @@ def test_quantiles_of_magnitudes_are_right_and_do_not_depend_on_order(share: flo
     assert found == pytest.approx(values.abs().quantile(share).item() if share else 0.0, rel=3e-3)
 
 
+def test_activations_that_are_not_finite_are_told() -> None:
+    dense = tiny_dense_model()
+    with torch.no_grad():
+        dense.model.layers[0].mlp.gate_proj.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="activations must be finite, got NaN or infinity; the weights are damaged"):
+        apply_method_(dense, CatsConfig(), calibration_batches())
+
+
+def test_teal_fits_anew_from_the_dense_function() -> None:
+    config = TealConfig(allocation="greedy", greedy_step=0.1)
+    model = apply_method_(tiny_dense_model(), config, calibration_batches())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    refit_(model, calibration_batches())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_fixed_count_is_kept_whatever_the_ties() -> None:
     assert keep_largest(torch.zeros(3, 8), 2).sum(-1).tolist() == [2, 2, 2]
-    assert [num_kept(64, target) for target in (0.0, 0.5, 0.99)] == [64, 32, 1]
+    assert [kept_count(64, target) for target in (0.0, 0.5, 0.99)] == [64, 32, 1]
 
 
 def test_projections_of_both_sides_are_refused() -> None:

@@ -102,8 +102,9 @@ def observe_(
             module.observer = None
 
 
-# The 15 uppermost bits below the sign of an fp32 number, and two more: magnitudes apart by a factor of 1 + 2^-9.
+# Of an fp32 number 8 bits of exponent and 9 of mantissa stay: bins a factor of 1 + 2^-9 apart.
 _DROPPED_BITS = 14
+_NOT_FINITE = 0x7F800000 >> _DROPPED_BITS
 
 
 class MagnitudeHistogram:
@@ -121,7 +122,12 @@ class MagnitudeHistogram:
         """The smallest magnitude, to a factor of 1 + 2^-9, such that at least `share` of all are not above it.
 
         A share of 0 gives 0: what is above it is all that is not zero.
+
+        Raises:
+            ValueError: if a value was NaN or infinite.
         """
+        if self.counts[_NOT_FINITE:].any():
+            raise ValueError("activations must be finite, got NaN or infinity; the weights are damaged")
         if share <= 0:
             return 0.0
         total = self.counts.cpu().cumsum(0).double()

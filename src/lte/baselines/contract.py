@@ -130,8 +130,8 @@ def apply_method_(
 ) -> nn.Module:
     """Turns a dense Hugging Face model into one of a method in place and returns it.
 
-    `save_pretrained` then saves it. The folder loads after `import lte.baselines`, and nowhere else, except where the
-    method leaves a stock model (static pruning, Wanda).
+    `save_pretrained` then saves it. The folder loads after `import lte` and nowhere else, but where the method leaves a
+    stock model (static pruning, Wanda).
 
     Args:
         model: a dense model of a family in `lte.hf.families.FAMILIES`.
@@ -140,7 +140,8 @@ def apply_method_(
             not count.
 
     Raises:
-        ValueError: for an unknown method, a model that is not dense, or missing calibration.
+        ValueError: for an unknown method, a model that is not dense, missing calibration, or settings that do not fit
+            the model, which is then unchanged; and if what is fitted does not come out finite.
     """
     check_choice("method", getattr(config, "name", type(config).__name__), tuple(METHODS))
     method = METHODS[config.name]
@@ -174,9 +175,8 @@ def refit_(model: nn.Module, calibration: Iterable[Mapping[str, Tensor]]) -> nn.
     config = config_of(model)
     fit = None if config is None else METHODS[config.name].fit
     if config is None or fit is None:
-        raise ValueError(
-            f"model must be of a method that fits something, got {'none' if config is None else config.name}"
-        )
+        name = "none" if config is None else config.name
+        raise ValueError(f"model must be of a method that fits something, got {name}")
     batches = _on_device(model, calibration)
     if not batches:
         raise ValueError(f"{config.name} must get calibration batches, got none; pass calibration")

@@ -3,9 +3,9 @@
 A predictor D -> R -> F of two linear layers per FFN says which neurons matter, and the K neurons of the highest
 predictions compute. It is fitted by binary cross entropy on calibration text: in a ReLU model to which neurons are not
 0, in others to which are among the K largest |h|, the paper being about ReLU models alone. R is the paper's 1000 for D
-= 12288, scaled with D. The paper's predictors read the input of the attention before, to run beside it; here they
-read the FFN's own input, which can only help. Attention heads are not pruned, and no training follows in the paper; to
-train the model with frozen predictors, as LTE's paper did for a comparison, take `recipe="method"`.
+= 12288, scaled with D. The paper's predictors look ahead, to run beside the sub-layer before; here they read the FFN's
+own input. Attention heads are not pruned, and no training follows in the paper; to train the model with frozen
+predictors, as LTE's paper did for a comparison, take `recipe="method"`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """KLA: keep the largest activations of each token, an oracle without training.
 
-LTE's paper (arXiv 2402.06126, section 2) uses it to show how much sparsity a model has by itself; Li et al., *The Lazy
-Neuron Phenomenon* (arXiv 2210.06313), call the training with it Top-K.
+It shows how much sparsity a model has by itself: nothing that must predict the activations does better on the same
+weights. A baseline of LTE's paper (arXiv 2402.06126).
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ class NeuronFfn(WrappedFfn, MeteredModule):
     Args:
         stock: the FFN to build around.
         config: the method's settings, `target_sparsity` among them.
-
     """
 
     def __init__(self, stock: StockFfn, config: MethodConfig):
@@ -45,7 +44,7 @@ class NeuronFfn(WrappedFfn, MeteredModule):
     @property
     def num_kept(self) -> int:
         """How many neurons a method that keeps a fixed number keeps."""
-        return num_kept(self.num_neurons, self.target_sparsity)
+        return kept_count(self.num_neurons, self.target_sparsity)
 
     @property
     def full_matrices(self) -> int:
@@ -96,7 +95,7 @@ class NeuronFfn(WrappedFfn, MeteredModule):
         return f"target_sparsity={self.target_sparsity:g}"
 
 
-def num_kept(count: int, target_sparsity: float) -> int:
+def kept_count(count: int, target_sparsity: float) -> int:
     """How many of `count` are kept: the nearest whole number, at least one."""
     return max(1, round(count * (1 - target_sparsity)))
 
@@ -149,7 +148,7 @@ class ExpertFfn(NeuronFfn):
     @property
     def num_kept_experts(self) -> int:
         """How many experts are kept."""
-        return num_kept(self.num_experts, self.target_sparsity)
+        return kept_count(self.num_experts, self.target_sparsity)
 
     def expert_multipliers(self, x: Tensor, activated: Tensor, hidden: Tensor) -> Tensor:
         """m of each expert, [..., E]; the arguments are those of `multipliers`."""

@@ -77,7 +77,7 @@ class SigmaMoeFfn(ExpertFfn):
         return 2 * scores * keep_largest(scores.detach(), self.num_kept_experts)
 
     def auxiliary_loss(self, token_mask: Tensor) -> Tensor | None:
-        """Weight times sum_e p_e log p_e, p the mean of softmax(logits) over the tokens that count (Eq. 20-22)."""
+        """Weight times sum_e p_e log p_e, p the mean of softmax(logits) over the tokens that count."""
         logits, self._logits = self._logits, None
         if logits is None:
             return None

@@ -76,7 +76,10 @@ def install_(model: Any, family: Family, config: TealConfig) -> None:
 
 @torch.no_grad()
 def fit_thresholds_(model: Any, config: TealConfig, batches: Batches) -> None:
-    """Sets all thresholds by the magnitudes of the inputs in the dense model."""
+    """Sets all thresholds by the magnitudes of the inputs in the dense model.
+
+    The greedy shares are found on the first batch: it runs every block once per projection and step.
+    """
     histograms: dict[str, MagnitudeHistogram] = {}
 
     def see(name: str, module: Any, values: tuple[Tensor, ...]) -> None:
@@ -84,6 +87,8 @@ def fit_thresholds_(model: Any, config: TealConfig, batches: Batches) -> None:
 
     observe_(model, batches, see)
     projections: dict[str, Any] = metered_modules(model)
+    for projection in projections.values():
+        projection.threshold.zero_()
     if config.allocation == "uniform":
         for name, projection in projections.items():
             projection.threshold.fill_(histograms[name].quantile(config.target_sparsity))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lte.baselines.contract import Batches, Method, MethodConfig, register
 from lte.baselines.input_sparsity import InputSparse, Linears, make_input_sparse_, sparse_pair
 from lte.baselines.metering import metered_modules
-from lte.baselines.neuron_ffn import keep_largest, num_kept
+from lte.baselines.neuron_ffn import keep_largest, kept_count
 from lte.config import check_choice
 from lte.hf.families import Family
 
@@ -47,7 +47,7 @@ class WinaInputs(InputSparse):
     def keeps(self, x: Tensor) -> Tensor:
         """See `InputSparse`."""
         scores = x.abs() * self.input_norms
-        return keep_largest(scores, num_kept(x.shape[-1], self.target_sparsity)).bool()
+        return keep_largest(scores, kept_count(x.shape[-1], self.target_sparsity)).bool()
 
 
 _CLASSES = sparse_pair(WinaInputs)
