@@ -35,7 +35,7 @@ class CatsFfn(NeuronFfn):
 
     def __init__(self, stock: StockFfn, config: CatsConfig):
         super().__init__(stock, config)
-        self.register_buffer("threshold", torch.zeros((), device=stock.device))
+        self.register_buffer("threshold", torch.zeros((), device=stock.device, dtype=torch.float32))
 
     @property
     def full_matrices(self) -> int:

@@ -69,7 +69,7 @@ def install_(model: Any, family: Family, config: TealConfig) -> None:
     """Makes the projections sparse, with thresholds of 0."""
 
     def initialise_(projection: Any) -> None:
-        projection.register_buffer("threshold", torch.zeros((), device=projection.weight.device))
+        projection.register_buffer("threshold", torch.zeros((), device=projection.weight.device, dtype=torch.float32))
 
     make_input_sparse_(model, family, config.linears, _CLASSES, initialise_)
 

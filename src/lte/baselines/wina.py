@@ -59,7 +59,9 @@ def install_(model: Any, family: Family, config: WinaConfig) -> None:
     def initialise_(projection: Any) -> None:
         projection.target_sparsity = config.target_sparsity
         width = projection.dense_neurons
-        projection.register_buffer("input_norms", torch.ones(width, device=projection.weight.device))
+        projection.register_buffer(
+            "input_norms", torch.ones(width, device=projection.weight.device, dtype=torch.float32)
+        )
 
     make_input_sparse_(model, family, config.linears, _CLASSES, initialise_)
 
