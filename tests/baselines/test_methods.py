@@ -105,6 +105,19 @@ def test_a_folder_in_bfloat16_decides_in_fp32(method: str, tmp_path: Path) -> No
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+def test_modes_and_gradients_are_left_as_they_were(method: str) -> None:
+    model = tiny_dense_model().train()
+    model.model.layers[0].self_attn.eval()
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    expected = {name: module.training for name, module in model.named_modules()}
+    apply_method_(model, config_for(method), calibration_batches())
+    found = {name: module.training for name, module in model.named_modules()}
+    assert {name: found[name] for name in expected} == expected
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.layers.1.mlp.up_proj.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_configs_round_trip(method: str) -> None:
     config = config_for(method, target_sparsity=0.25)
     again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))

@@ -5,8 +5,8 @@ Shapes: N counted tokens, D hidden size, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,6 +14,18 @@ from torch import Tensor, nn
 
 from lte.baselines.metering import MeteredModule, metered_modules
 from lte.hf.inputs import model_inputs, padding_masks
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Runs a block in eval mode, and restores the training flag of every module."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 @torch.no_grad()
@@ -37,23 +49,20 @@ def run_batches(
         ValueError: if a module has no token that is no padding.
     """
     device = next(model.parameters()).device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     tokens = dict.fromkeys(names, 0.0)
     hook = None if last is None else last.register_forward_hook(_end_pass)
     try:
-        for batch in batches:
-            moved = {key: value.to(device) for key, value in batch.items()}
-            masks.update(padding_masks(model, names, moved))
-            for name in names:
-                tokens[name] += masks[name].sum().item()
-            with suppress(_PassEnds):
-                model(**model_inputs(model, moved), use_cache=False)
+        with eval_mode(model):
+            for batch in batches:
+                moved = {key: value.to(device) for key, value in batch.items()}
+                masks.update(padding_masks(model, names, moved))
+                for name in names:
+                    tokens[name] += masks[name].sum().item()
+                with suppress(_PassEnds):
+                    model(**model_inputs(model, moved), use_cache=False)
     finally:
         if hook is not None:
             hook.remove()
-        for module, flag in training.items():
-            module.training = flag
     if not all(tokens.values()):
         raise ValueError("batches must hold at least one calibration token, got none")
     return tokens

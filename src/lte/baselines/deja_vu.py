@@ -32,14 +32,15 @@ class DejaVuConfig(MethodConfig):
     Attributes:
         rank: R; `None` scales the paper's with the hidden size.
         fit_epochs: passes over the calibration text.
-        fit_learning_rate: of Adam.
+        fit_learning_rate: of Adam. On a layer of SmolLM2-135M, 10 epochs of 10k tokens at 0.01 found 63% of the larger
+            half of the neurons, at 0.001 61%, and the neurons that are large most often are 58%.
         seed: of the predictors' start.
     """
 
     name = "deja_vu"
     rank: int | None = None
     fit_epochs: int = 10
-    fit_learning_rate: float = 1e-3
+    fit_learning_rate: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lte.baselines.calibration import MagnitudeHistogram, observe_, run_batches
+from lte.baselines.calibration import MagnitudeHistogram, eval_mode, observe_, run_batches
 from lte.baselines.contract import Batches, Method, MethodConfig, register
 from lte.baselines.input_sparsity import InputSparse, Linears, make_input_sparse_, sparse_pair
 from lte.baselines.metering import metered_modules
@@ -97,9 +97,10 @@ def fit_thresholds_(model: Any, config: TealConfig, batches: Batches) -> None:
     for name in projections:
         blocks.setdefault(block_name(name), []).append(name)
     calls = _block_calls(model, list(blocks), batches[0])
-    for block, names in blocks.items():
-        part = {name: (projections[name], histograms[name]) for name in names}
-        _allocate_greedily_(calls[block], part, config)
+    with eval_mode(model):
+        for block, names in blocks.items():
+            part = {name: (projections[name], histograms[name]) for name in names}
+            _allocate_greedily_(calls[block], part, config)
 
 
 @dataclass
@@ -144,8 +145,7 @@ def _block_calls(model: Any, names: list[str], batch: Mapping[str, Tensor]) -> d
 
 def _allocate_greedily_(call: _BlockCall, part: dict[str, tuple[Any, MagnitudeHistogram]], config: TealConfig) -> None:
     """Algorithm 1 of the paper for one block; a step skips the same number of weights wherever it is taken."""
-    training, total = call.block.training, sum(projection.dense_weights for projection, _ in part.values())
-    call.block.eval()
+    total = sum(projection.dense_weights for projection, _ in part.values())
     shares = dict.fromkeys(part, 0.0)
     skipped = 0.0
     while config.target_sparsity - skipped > 1e-9:
@@ -164,7 +164,6 @@ def _allocate_greedily_(call: _BlockCall, part: dict[str, tuple[Any, MagnitudeHi
         projection.threshold.fill_(histogram.quantile(errors[best][1]))
         skipped += (errors[best][1] - shares[best]) * projection.dense_weights / total
         shares[best] = errors[best][1]
-    call.block.train(training)
 
 
 register(
