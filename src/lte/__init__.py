@@ -1,9 +1,10 @@
 """Learn-To-be-Efficient: train a transformer to activate few of its FFN neurons, in blocks that hardware can skip.
 
-Importing lte registers the sparse model classes with transformers, so that `AutoModelForCausalLM.from_pretrained`
-loads a folder that lte saved.
+Importing lte registers the sparse model classes with transformers, and the methods that LTE is compared with, so that
+`AutoModelForCausalLM.from_pretrained` loads a folder that lte saved.
 """
 
+from lte import baselines
 from lte.config import LteConfig
 from lte.hf.acceleration import accelerate_, decelerate_, is_accelerated
 from lte.hf.convert import densify_, sparsify_
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LteConfig",
     "accelerate_",
+    "baselines",
     "decelerate_",
     "densify_",
     "is_accelerated",

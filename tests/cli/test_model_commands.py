@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte
-from lte.eval.flops import GFLOP
+from lte.baselines import apply_method_
+from lte.baselines.cats import CatsConfig
+from lte.baselines.deja_vu import DejaVuConfig
+from lte.baselines.wanda import WandaConfig
+from lte.eval.flops import GFLOP, count_linear_weights
+from lte.hf.dense import load_dense_model
 from tests.cli.conftest import SHORT
 from tests.tiny_models import tiny_dense_model
 
@@ -43,6 +49,50 @@ class TestEval:
         assert result.exit_code == 1
         assert "dtype must be one of float32, bfloat16, float16" in result.stderr
         assert "did you mean bfloat16" in result.stderr
+
+
+class TestMethods:
+    """A folder of another method than LTE, and one that a method left as a stock model."""
+
+    def save(self, config: Any, dense_folder: Path, folder: Path) -> Path:
+        model = AutoModelForCausalLM.from_pretrained(dense_folder)
+        AutoTokenizer.from_pretrained(dense_folder).save_pretrained(folder)
+        apply_method_(model, config, [{"input_ids": torch.arange(60).view(2, 30)}]).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize(
+        ("config", "sparsity", "share"),
+        [(CatsConfig(), 0.5, 2 / 3), (WandaConfig(), 0.0, 0.5), (DejaVuConfig(), 0.5, 0.5)],
+    )
+    def test_eval_counts_what_it_costs(
+        self, config: Any, sparsity: float, share: float, run: Callable[..., Any], dense_folder: Path, tmp_path: Path
+    ) -> None:
+        folder = self.save(config, dense_folder, tmp_path / "model")
+        result = run("eval", folder, *DATA, "--json", tmp_path / "eval.json")
+        assert result.exit_code == 0, result.output
+        record = json.loads((tmp_path / "eval.json").read_text())
+        assert record["method"] == config.name
+        assert record["method_config"] == config.to_dict()
+        assert record["sparsity"] == pytest.approx(sparsity, abs=0.05)
+        weights = count_linear_weights(load_dense_model(dense_folder))
+        read = weights.attention + share * sum(weights.ffn)
+        assert 1 - record["weight_sparsity"] == pytest.approx(read / (weights.attention + sum(weights.ffn)), abs=0.03)
+        assert "target 50%" in result.output
+
+    def test_inspect_names_the_method(self, run: Callable[..., Any], dense_folder: Path, tmp_path: Path) -> None:
+        folder = self.save(CatsConfig(), dense_folder, tmp_path / "model")
+        result = run("inspect", folder, "--json", tmp_path / "inspect.json")
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "inspect.json").read_text())["method"] == "cats"
+        assert "This model is dense" not in result.output
+
+    def test_it_is_not_trained_as_an_lte_model(
+        self, run: Callable[..., Any], dense_folder: Path, tmp_path: Path
+    ) -> None:
+        folder = self.save(CatsConfig(), dense_folder, tmp_path / "model")
+        result = run("train", "--model", folder, "--output", tmp_path / "out", *SHORT)
+        assert result.exit_code == 1
+        assert "model must be dense, got LteLlamaForCausalLM, which a method changed" in result.stderr
 
 
 class TestGenerate:

@@ -8,18 +8,19 @@ Shapes: F neurons, E = F / S experts of S neurons.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lte.config import check_choice, check_fraction
+from lte.baselines.calibration import run_batches
+from lte.baselines.contract import Method, MethodConfig, register
+from lte.config import check_choice
 from lte.hf.families import Family, dense_ffns, family_of
-from lte.hf.inputs import model_inputs, padding_masks
 from lte.hf.install import num_neurons, sparse_ffns
+from lte.hf.loading import own_config_
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import check_expert_size, group_neurons
 from lte.nn.sparse_ffn import FfnLayout
@@ -29,7 +30,7 @@ ExpertGrouping = Literal["kmeans", "random", "contiguous"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticPruningConfig:
+class StaticPruningConfig(MethodConfig):
     """What to remove.
 
     Every layer loses the same number of neurons, since a stock config has one FFN width for all layers; there
@@ -46,14 +47,14 @@ class StaticPruningConfig:
         seed: seed of the grouping, as in `LteConfig`.
     """
 
-    target_sparsity: float = 0.5
+    name = "static_pruning"
     expert_size: int = 32
     granularity: Granularity = "neuron"
     grouping: ExpertGrouping = "kmeans"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fraction("target_sparsity", self.target_sparsity)
+        super().__post_init__()
         check_choice("granularity", self.granularity, get_args(Granularity))
         check_choice("grouping", self.grouping, get_args(ExpertGrouping))
         if self.expert_size < 1:
@@ -67,10 +68,6 @@ class StaticPruningConfig:
         """
         experts = check_expert_size(neurons, self.expert_size)
         return self.expert_size * max(1, round(experts * (1 - self.target_sparsity)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
-        return asdict(self)
 
 
 @torch.no_grad()
@@ -98,7 +95,7 @@ def prune_static_(model: nn.Module, config: StaticPruningConfig, batches: Iterab
         _picked_neurons(importance[name], ffn, family.layout, config, config.seed + index)
         for index, (name, ffn) in enumerate(ffns.items())
     ]
-    setattr(_own_config_(model), family.neurons_field, kept)
+    setattr(own_config_(model), family.neurons_field, kept)
     for ffn, index in zip(ffns.values(), picks, strict=True):
         _keep_neurons_(ffn, family.layout, index)
     return model
@@ -131,7 +128,7 @@ def neuron_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]])
     down = family.layout.down
     hooks = [ffn.get_submodule(down).register_forward_pre_hook(add(name)) for name, ffn in ffns.items()]
     try:
-        tokens = _run(model, batches, masks, list(ffns))
+        tokens = run_batches(model, batches, masks, list(ffns))
     finally:
         for handle in hooks:
             handle.remove()
@@ -140,29 +137,6 @@ def neuron_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]])
     if not all(score.isfinite().all() for score in scores.values()):
         raise ValueError("activations must be finite, got NaN or infinity; the weights are damaged")
     return scores
-
-
-def _run(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], masks: dict[str, Tensor], ffn_names: list[str]
-) -> dict[str, float]:
-    """Runs all batches with `masks` [B, T] true on the tokens of each FFN and not on padding; returns how many."""
-    device = next(model.parameters()).device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    tokens = dict.fromkeys(ffn_names, 0.0)
-    try:
-        for batch in batches:
-            moved = {key: value.to(device) for key, value in batch.items()}
-            masks.update(padding_masks(model, ffn_names, moved))
-            for name in ffn_names:
-                tokens[name] += masks[name].sum().item()
-            model(**model_inputs(model, moved), use_cache=False)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-    if not all(tokens.values()):
-        raise ValueError("batches must hold at least one calibration token, got none")
-    return tokens
 
 
 def _picked_neurons(
@@ -205,16 +179,6 @@ def _prunable_ffns(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     return ffns
 
 
-def _own_config_(model: Any) -> Any:
-    """Gives the model a config of its own, since models made by `from_config` share one, and returns it."""
-    shared = model.config
-    own = copy.deepcopy(shared)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
-    return own
-
-
 def _keep_neurons_(ffn: Any, layout: FfnLayout, index: Tensor) -> None:
     """Leaves a stock FFN with the neurons `index` alone, in place."""
     neurons, kept = num_neurons(ffn, layout), len(index)
@@ -239,3 +203,6 @@ def _keep_neurons_(ffn: Any, layout: FfnLayout, index: Tensor) -> None:
 
 def _matrix(ffn: nn.Module, layout: FfnLayout, name: str) -> Tensor:
     return layout.matrix(ffn.get_submodule(name)).detach()
+
+
+register(Method(config=StaticPruningConfig, prepare=prune_static_, needs_calibration=lambda config: True))

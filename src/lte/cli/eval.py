@@ -18,9 +18,9 @@ from lte.cli.models import load_any_model, model_record, quiet_transformers
 from lte.cli.settings import build, takes_settings
 from lte.cli.workload import TaskWorkload, TextWorkload, Workload, check_no_text
 from lte.eval.flops import GFLOP
+from lte.eval.methods import Measurement
 from lte.eval.perplexity import PerplexityResult
 from lte.eval.results import write_json_atomic
-from lte.eval.sparsity import SparsityMeasurement
 from lte.eval.tasks import TaskResult
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
@@ -84,7 +84,7 @@ def _workload(given: Mapping[str, Any], tokenizer: Any, batch_size: int) -> Work
 
 
 def evaluation_record(
-    network: Any, perplexity: PerplexityResult, measurement: SparsityMeasurement | None, **fields: Any
+    network: Any, perplexity: PerplexityResult, measurement: Measurement | None, **fields: Any
 ) -> dict[str, Any]:
     """A result record of one evaluation on text; `fields` are those that the network does not tell."""
     return task_record(network, TaskResult.of_text(perplexity, measurement), **fields)

@@ -13,9 +13,10 @@ from lte.cli.errors import reports_errors
 from lte.cli.models import is_lte, load_config, quiet_transformers
 from lte.config import LteConfig
 from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_model
+from lte.eval.methods import method_name
 from lte.eval.results import write_json_atomic
 from lte.hf.families import dense_ffns, family_of
-from lte.hf.install import num_neurons, sparse_ffns
+from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
 
 
 @reports_errors
@@ -35,6 +36,8 @@ def inspect(
         console.print(_layer_table(found["layers_measured"]))
     elif found["method"] == "lte":
         console.print("No sparsity was measured for this folder; `lte eval` measures it.")
+    elif found["method"] != "dense":
+        console.print(f"This model is of the method {found['method']}; `lte eval` measures what it costs.")
     else:
         console.print("This model is dense: every token uses all its FFN neurons. `lte train` makes it sparse.")
     if json is not None:
@@ -51,10 +54,10 @@ def describe(name_or_path: str) -> dict[str, Any]:
     family = family_of(config)
     skeleton = meta_model(config)
     weights = count_linear_weights(skeleton)
-    first = next(iter((sparse_ffns(skeleton) or dense_ffns(skeleton, family)).values()))
+    first = next(iter((wrapped_ffns(skeleton) or dense_ffns(skeleton, family)).values()))
     found: dict[str, Any] = {
         "model": name_or_path,
-        "method": "lte" if is_lte(config) else "dense",
+        "method": method_name(skeleton),
         "family": family.model_type,
         "layers": len(weights.ffn),
         "hidden_size": config.hidden_size,

@@ -13,12 +13,11 @@ from transformers.utils import logging
 
 from lte.cli.kernels import KERNELS, use_kernels_
 from lte.config import check_choice
-from lte.eval.flops import bytes_per_token, flops_per_token
+from lte.eval.methods import Measurement, record_fields
 from lte.eval.results import result_record
 from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.dense import load_dense_model
 from lte.hf.families import family_of
-from lte.hf.install import sparse_ffns
 from lte.train.data import LmCollator, TokenRows
 from lte.train.processes import training_device
 
@@ -55,8 +54,8 @@ def load_config(name_or_path: str) -> Any:
 
 
 def is_lte(config: Any) -> bool:
-    """Whether a config is that of an LTE model."""
-    return str(config.model_type).startswith("lte_")
+    """Whether a config is that of an LTE model, and not of a dense one or another method's."""
+    return getattr(config, "lte", None) is not None
 
 
 def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
@@ -95,21 +94,9 @@ def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> lis
     return [collator([rows[i] for i in range(s, min(s + batch_size, len(rows)))]) for s in starts]
 
 
-def model_record(network: Any, measurement: SparsityMeasurement | None, **fields: Any) -> dict[str, Any]:
+def model_record(network: Any, measurement: Measurement | None, **fields: Any) -> dict[str, Any]:
     """A result record with what a measured model tells: method, sparsity and work per token; `fields` are the rest."""
-    sparse = bool(sparse_ffns(network))
-    by_layer = 0.0 if measurement is None else measurement.layer_sparsity
-    return result_record(
-        **{
-            "method": "lte" if sparse else "dense",
-            "target_sparsity": network.lte_config.target_sparsity if sparse else 0.0,
-            "sparsity": 0.0 if measurement is None else measurement.sparsity,
-            "flops_per_token": flops_per_token(network, by_layer),
-            "bytes_per_token": bytes_per_token(network, by_layer),
-            "measurement": None if measurement is None else measurement.to_dict(),
-            **fields,
-        }
-    )
+    return result_record(**{**record_fields(network, measurement), **fields})
 
 
 def measurement_summary(measurement: SparsityMeasurement, data: Mapping[str, Any]) -> dict[str, Any]:

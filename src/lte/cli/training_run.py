@@ -16,6 +16,7 @@ from lte.cli.models import is_lte, load_config
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
 from lte.cli.workload import TaskWorkload, TextWorkload, Workload
 from lte.config import CALIBRATED_GROUPINGS, LteConfig
+from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
@@ -80,6 +81,7 @@ class TrainingRun:
         # Measured on the code that `lte eval` and `lte generate` run.
         use_kernels_(model.to(training_device()), tell=False)
         after = work.measure(model)
+        assert after.measurement is None or isinstance(after.measurement, SparsityMeasurement)
         found = task_record(
             model,
             after,

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lte.config import LteConfig
 from lte.hf.families import block_name, dense_ffns, family_of
-from lte.hf.install import install_sparse_ffns_, sparse_ffns
-from lte.nn.sparse_ffn import SparseFfn
+from lte.hf.install import install_sparse_ffns_, sparse_ffns, wrapped_ffns
+from lte.nn.wrapped_ffn import WrappedFfn
 
 GFLOP = 2**30
 """The paper's unit of FLOPs."""
@@ -62,13 +62,9 @@ def count_linear_weights(model: ModelLike, lte_config: LteConfig | None = None) 
     if lte_config is not None:
         module = _sparsified_meta_model(module, lte_config)
     sparse = sparse_ffns(module)
-    ffns: dict[str, nn.Module] = dict(sparse) or dense_ffns(module, family_of(module.config))
-    if not ffns:
-        raise ValueError(f"model must hold FFNs of its family, got none in {type(module).__name__}")
-    blocks = dict.fromkeys(block_name(name) for name in ffns)
-    total = sum(_linear_weights(module.get_submodule(name).modules()) for name in blocks)
+    total = _linear_weights(block_linears(module))
     layout = family_of(module.config).layout
-    parts = [ffn.part if isinstance(ffn, SparseFfn) else ffn.get_submodule for ffn in ffns.values()]
+    parts = [ffn.part if isinstance(ffn, WrappedFfn) else ffn.get_submodule for ffn in _ffns(module).values()]
     ffn = [_linear_weights(part(name) for name in layout.projections) for part in parts]
     router = [_router_weights(layer.router) for layer in sparse.values()] or [0] * len(ffn)
     output_embeddings: Any = getattr(module, "get_output_embeddings", lambda: None)()
@@ -149,6 +145,25 @@ def _sparsified_meta_model(model: nn.Module, lte_config: LteConfig) -> nn.Module
     model = meta_model(model.config)  # type: ignore[arg-type]
     install_sparse_ffns_(model, family_of(model.config), lte_config)
     return model
+
+
+def block_linears(model: nn.Module) -> list[Any]:
+    """The linear layers of the transformer blocks, those of the FFNs included; routers and predictors are none."""
+    blocks = dict.fromkeys(map(block_name, _ffns(model)))
+    parts = [module for name in blocks for module in model.get_submodule(name).modules()]
+    return [module for module in parts if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _ffns(model: Any) -> dict[str, nn.Module]:
+    """The FFNs of a model of any kind, stock or wrapped.
+
+    Raises:
+        ValueError: for an unknown family, or a model without FFNs.
+    """
+    ffns: dict[str, nn.Module] = dict(wrapped_ffns(model)) or dense_ffns(model, family_of(model.config))
+    if not ffns:
+        raise ValueError(f"model must hold FFNs of its family, got none in {type(model).__name__}")
+    return ffns
 
 
 def _linear_weights(modules: Iterable[nn.Module]) -> int:

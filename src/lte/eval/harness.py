@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lte.eval.inference import hard_inference
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.methods import Measurement
 from lte.hf.inputs import predicts_next_token
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class TaskScore:
         samples: what lm-eval logged for each document, by task.
         wall_time_s: seconds, reading the task's data included; of a tag's or group's tasks all together.
         tokens: text tokens of all forward passes, each prompt once for all answers that share it.
-        measurement: routing over these tokens, `None` for a dense model.
+        measurement: routing over these tokens, `None` for a stock model.
     """
 
     task: str
@@ -62,7 +62,7 @@ class TaskScore:
     samples: dict[str, list[dict[str, Any]]]
     wall_time_s: float
     tokens: int
-    measurement: SparsityMeasurement | None
+    measurement: Measurement | None
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from lte.eval.sparsity import SparsityCounter
+from lte.eval.methods import Counter, new_counter
 from lte.hf.inputs import unwrapped
-from lte.hf.install import sparse_ffns
 
 
 class CountingLm(HFLM):
@@ -42,14 +41,14 @@ class CountingLm(HFLM):
         finally:
             logger.setLevel(level)
         self.tokens = 0
-        self._counter: SparsityCounter | None = None
+        self._counter: Counter | None = None
         self._lengths: list[int] = []
         self._num_rows = self._width = 0
 
-    def restart(self) -> SparsityCounter | None:
-        """Counts from zero; the counter, `None` for a dense model, is to be used as a context around the requests."""
+    def restart(self) -> Counter | None:
+        """Counts from zero; the counter, `None` for a stock model, is to be used as a context around the requests."""
         self.tokens = 0
-        self._counter = SparsityCounter(self.model) if sparse_ffns(self.model) else None
+        self._counter = new_counter(self.model)
         return self._counter
 
     def _count(self, text: Tensor) -> None:

@@ -24,9 +24,8 @@ from lte.eval.inference import (
     model_device,
     moved_batches,
 )
-from lte.eval.sparsity import SparsityCounter, SparsityMeasurement
+from lte.eval.methods import Counter, Measurement, counter_for
 from lte.hf.inputs import predicts_next_token
-from lte.hf.install import sparse_ffns
 from lte.train.data import IGNORED, routing_masks
 
 # Logits in fp32 at once: 2^26 of them, 256 MiB.
@@ -106,18 +105,16 @@ def evaluate_model(
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
     num_words: int | None = None,
-) -> tuple[PerplexityResult, SparsityMeasurement | None]:
-    """Quality and sparsity from one and the same pass; the sparsity is `None` for a dense model.
+) -> tuple[PerplexityResult, Measurement | None]:
+    """Quality and sparsity from one and the same pass; the sparsity is `None` for a stock model.
 
     Arguments and errors are those of `evaluate_perplexity`. The sparsity counts tokens that are no padding
-    and whose own label is not ignored.
+    and whose own label is not ignored. `lte.eval.methods.measured_cost` makes costs of it.
     """
     batches = _prepared(model, data, batch_size, collator, device)
-    if not sparse_ffns(model):
-        return _evaluate(model, batches, None, autocast_dtype, progress, num_words), None
-    with SparsityCounter(model) as counter:
+    with counter_for(model) as counter:
         perplexity = _evaluate(model, batches, counter, autocast_dtype, progress, num_words)
-        return perplexity, counter.result()
+        return perplexity, None if counter is None else counter.result()
 
 
 def _prepared(
@@ -136,7 +133,7 @@ def _prepared(
 def _evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    counter: SparsityCounter | None,
+    counter: Counter | None,
     autocast_dtype: torch.dtype | None,
     progress: bool,
     num_words: int | None,

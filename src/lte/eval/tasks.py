@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, C outputs of a classification head.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from lte.eval.generation import generate_answers
 from lte.eval.inference import as_batches, hard_inference, model_device, moved_batches
+from lte.eval.methods import Measurement, counter_for
 from lte.eval.metrics import check_metrics, compute_metrics
 from lte.eval.perplexity import PerplexityResult, evaluate_model
-from lte.eval.sparsity import SparsityCounter, SparsityMeasurement, measure_sparsity
 from lte.hf.inputs import model_inputs
-from lte.hf.install import sparse_ffns
 from lte.tasks.data import TaskData
 from lte.tasks.task import ClassificationTask, GenerationTask, Task
 from lte.train.data import routing_masks
@@ -31,7 +29,7 @@ class TaskResult:
     Attributes:
         metric: name of the main metric.
         metrics: all metrics by name.
-        measurement: of the sparsity; `None` for a dense model.
+        measurement: of what was skipped; `None` for a stock model.
         tokens: which the numbers are about: of the inputs of a classification, of the answers that were generated, or
             those that were predicted.
         predictions: labels, numbers or texts in the order of the data; none where the metric is perplexity.
@@ -39,7 +37,7 @@ class TaskResult:
 
     metric: str
     metrics: dict[str, float]
-    measurement: SparsityMeasurement | None
+    measurement: Measurement | None
     tokens: int
     predictions: list[Any] = field(default_factory=list)
 
@@ -49,7 +47,7 @@ class TaskResult:
         return self.metrics[self.metric]
 
     @classmethod
-    def of_text(cls, found: PerplexityResult, measurement: SparsityMeasurement | None) -> TaskResult:
+    def of_text(cls, found: PerplexityResult, measurement: Measurement | None) -> TaskResult:
         """The result of a language model on a text."""
         metrics = {"perplexity": found.perplexity}
         if found.perplexity_per_word is not None:
@@ -108,8 +106,7 @@ def _classify(
     batches = as_batches(rows, model, batch_size, data.collator)
     outputs: list[Tensor] = []
     tokens: list[Tensor] = []
-    counting = SparsityCounter(model) if sparse_ffns(model) else nullcontext()
-    with counting as counter, hard_inference(model):
+    with counter_for(model) as counter, hard_inference(model):
         for batch in moved_batches(batches, model_device(model), progress=progress):
             outputs.append(model(**model_inputs(model, batch)).logits.float())
             tokens.append(batch["attention_mask"].sum())
@@ -132,14 +129,22 @@ def _answer(
     prompts = [data.measured[index]["input_ids"] for index in range(len(data.measured))]
     answers = generate_answers(model, tokenizer, prompts, data.max_new_tokens, batch_size=batch_size, progress=progress)
     texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    measurement = None
-    if sparse_ffns(model):
-        rows = [_labelled(model, *pair) for pair in zip(prompts, answers, strict=True)]
-        starts = range(0, len(rows), batch_size)
-        batches = (data.collator(rows[start : start + batch_size]) for start in starts)
-        measurement = measure_sparsity(model, batches)
+    rows = [_labelled(model, *pair) for pair in zip(prompts, answers, strict=True)]
+    measurement = _count(model, rows, data.collator, batch_size)
     metrics = compute_metrics(task.metrics, texts, data.references)
     return TaskResult(task.main_metric, metrics, measurement, sum(map(len, answers)), texts)
+
+
+def _count(model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int) -> Measurement | None:
+    """What the model skips in a pass over the rows; `None` for a stock model, which need not run."""
+    with counter_for(model) as counter, hard_inference(model):
+        if counter is None:
+            return None
+        batches = (collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+        for batch in moved_batches(batches, model_device(model), progress=False):
+            model(**model_inputs(model, batch), use_cache=False)
+            counter.update(routing_masks(model, counter.layers, batch))
+        return counter.result()
 
 
 def _labelled(model: Any, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from lte.hf.acceleration import decelerate_
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import model_inputs, padding_masks
 from lte.hf.install import check_unchunked, install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
-from lte.hf.loading import become_dense_, become_sparse_
+from lte.hf.loading import become_dense_, become_sparse_, is_ours
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
 from lte.nn.sparse_ffn import FfnLayout
@@ -42,15 +42,8 @@ def sparsify_(
             is then unchanged.
     """
     config = config or LteConfig()
-    if sparse_ffns(model):
-        raise ValueError("model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew")
-    family = family_of(getattr(model, "config", model))
-    ffns = dense_ffns(model, family)
-    _check_convertible(model, ffns, family, config)
-    calibrated = config.grouping in CALIBRATED_GROUPINGS
-    features = _activity_features(model, ffns, family, config.grouping, calibration) if calibrated else {}
-    for ffn, order in zip(ffns.values(), _neuron_orders(ffns, features, family, config), strict=True):
-        permute_neurons_(ffn, family.layout, order)
+    family = require_dense(model)
+    group_experts_(model, config, calibration)
     install_sparse_ffns_(model, family, config)
     become_sparse_(model, family, config)
     return model
@@ -80,6 +73,45 @@ def densify_(model: nn.Module) -> nn.Module:
         dense.train(sparse.training)
         model.set_submodule(name, dense)
     return model
+
+
+def require_dense(model: nn.Module) -> Family:
+    """The family of a model whose FFNs can be replaced.
+
+    Raises:
+        ValueError: for an unknown family, a model with nothing to convert or already converted, or quantised weights.
+    """
+    if sparse_ffns(model):
+        raise ValueError("model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew")
+    if is_ours(model):
+        raise ValueError(f"model must be dense, got {type(model).__name__}, which a method changed; load it anew")
+    family = family_of(getattr(model, "config", model))
+    _check_convertible(model, dense_ffns(model, family), family)
+    return family
+
+
+def group_experts_(
+    model: nn.Module, config: LteConfig, calibration: Iterable[Mapping[str, Tensor]] | None = None
+) -> None:
+    """Permutes the neurons of every FFN of a dense model in place so that the experts of `config` are contiguous.
+
+    Args:
+        model: a dense model, from `require_dense`; its function stays.
+        config: of which `expert_size`, `grouping` and `seed` count.
+        calibration: as for `sparsify_`.
+
+    Raises:
+        ValueError: for an `expert_size` that does not divide the neurons, or a missing `calibration`. The model is
+            then unchanged.
+    """
+    family = family_of(model.config)
+    ffns = dense_ffns(model, family)
+    for ffn in ffns.values():
+        check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
+    calibrated = config.grouping in CALIBRATED_GROUPINGS
+    features = _activity_features(model, ffns, family, config.grouping, calibration) if calibrated else {}
+    for ffn, order in zip(ffns.values(), _neuron_orders(ffns, features, family, config), strict=True):
+        permute_neurons_(ffn, family.layout, order)
 
 
 @torch.no_grad()
@@ -121,7 +153,7 @@ def _neuron_orders(
     ]
 
 
-def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family, config: LteConfig) -> None:
+def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model must be a transformers model itself, got the wrapper {type(model).__name__}; merge "
@@ -144,7 +176,6 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
                 )
             if linear.weight.is_meta:
                 raise ValueError(f"{name}.{part} must hold its weights, got a meta tensor; load the model first")
-        check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
 
 
 @torch.no_grad()

@@ -1,17 +1,66 @@
-"""The sparse FFNs of a model: finding them, and building them around a family's own projections."""
+"""The wrapped FFNs of a model: finding them, and building them around a family's own projections."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte.config import LteConfig
 from lte.hf.families import Family, dense_ffns
 from lte.nn.clustering import check_expert_size
 from lte.nn.router import Router
-from lte.nn.sparse_ffn import FfnLayout, SparseFfn
+from lte.nn.sparse_ffn import SparseFfn
+from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
+
+
+@dataclass(frozen=True)
+class StockFfn:
+    """A stock FFN that a `WrappedFfn` is about to be built around.
+
+    Attributes:
+        index: its place in depth order, from 0.
+        module: the stock module, or the block that holds a spread FFN.
+        layout: what each projection does.
+    """
+
+    index: int
+    module: nn.Module
+    layout: FfnLayout
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module] | nn.Module:
+        """What `WrappedFfn` takes: the parts by name, or the block."""
+        if self.layout.spread:
+            return self.module
+        return {name: self.module.get_submodule(name) for name in self.layout.parts}
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The activation function."""
+        return attrgetter(self.layout.activation)(self.module)
+
+    @property
+    def _up(self) -> Tensor:
+        return self.layout.matrix(self.module.get_submodule(self.layout.up))
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self._up.shape[1]
+
+    @property
+    def num_neurons(self) -> int:
+        """F."""
+        return num_neurons(self.module, self.layout)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, the meta device included."""
+        return self._up.device
 
 
 def sparse_ffns(model: nn.Module) -> dict[str, SparseFfn]:
@@ -29,28 +78,44 @@ def require_sparse_ffns(model: nn.Module) -> dict[str, SparseFfn]:
     return found
 
 
+def wrapped_ffns(model: nn.Module) -> dict[str, WrappedFfn]:
+    """The FFNs of `model` that LTE or another method has wrapped, by qualified name, in depth order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WrappedFfn)}
+
+
+def require_wrapped_ffns(model: nn.Module) -> dict[str, WrappedFfn]:
+    """As `wrapped_ffns`, but a model without any is a `ValueError`."""
+    found = wrapped_ffns(model)
+    if not found:
+        raise ValueError(
+            "model must be an LTE model or have FFNs of another method, got neither; call lte.sparsify_(model, ...) or "
+            "lte.baselines.apply_method_(model, ...) first"
+        )
+    return found
+
+
+def install_wrapped_ffns_(model: nn.Module, family: Family, build: Callable[[StockFfn], WrappedFfn]) -> None:
+    """Replaces the stock FFNs of `model` by what `build` makes around the same projections, on any device."""
+    check_unchunked(model, family)
+    layout = family.layout
+    for index, (name, ffn) in enumerate(dense_ffns(model, family).items()):
+        wrapped = build(StockFfn(index, ffn, layout))
+        place = f"{name}.{layout.activation}" if layout.spread else name
+        model.set_submodule(place, wrapped.train(ffn.training))
+
+
 def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) -> None:
     """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
-    check_unchunked(model, family)
-    for index, (name, ffn) in enumerate(dense_ffns(model, family).items()):
-        weight = family.layout.matrix(ffn.get_submodule(family.layout.up))
-        num_experts = check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
-        router = Router(
-            weight.shape[1],
-            num_experts,
-            config.router_rank,
-            device=weight.device,
-            dtype=torch.float32,
-        )
-        if not weight.is_meta and config.router_rank:
-            generator = torch.Generator(weight.device).manual_seed(config.seed + index)
-            router.reset_parameters(generator)
-        layout = family.layout
-        parts = ffn if layout.spread else {part: ffn.get_submodule(part) for part in layout.parts}
-        activation = attrgetter(layout.activation)(ffn)
-        sparse = SparseFfn(parts, activation, layout, router, config.threshold)
-        place = f"{name}.{layout.activation}" if layout.spread else name
-        model.set_submodule(place, sparse.train(ffn.training))
+
+    def build(stock: StockFfn) -> SparseFfn:
+        num_experts = check_expert_size(stock.num_neurons, config.expert_size)
+        device = stock.device
+        router = Router(stock.hidden_size, num_experts, config.router_rank, device=device, dtype=torch.float32)
+        if device.type != "meta" and config.router_rank:
+            router.reset_parameters(torch.Generator(device).manual_seed(config.seed + stock.index))
+        return SparseFfn(stock.parts, stock.activation, stock.layout, router, config.threshold)
+
+    install_wrapped_ffns_(model, family, build)
 
 
 def check_unchunked(model: nn.Module, family: Family) -> None:
@@ -67,7 +132,7 @@ def check_unchunked(model: nn.Module, family: Family) -> None:
 
 
 def num_neurons(ffn: nn.Module, layout: FfnLayout) -> int:
-    """F of an FFN, stock or sparse."""
-    if isinstance(ffn, SparseFfn):
+    """F of an FFN, stock or wrapped."""
+    if isinstance(ffn, WrappedFfn):
         return ffn.num_neurons
     return layout.matrix(ffn.get_submodule(layout.down)).shape[1]

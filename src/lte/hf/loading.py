@@ -7,6 +7,9 @@ without lte:
 1. its `model_type` (`lte_llama`) is unknown to stock transformers, so the Auto classes refuse it;
 2. its activation field holds a sentence instead of a function's name, so naming a stock class outright
    (`LlamaForCausalLM.from_pretrained(folder)`), which only warns about a foreign `model_type`, fails too.
+
+Methods that LTE is compared with are saved in the same classes: `config.lte_method` holds their settings, and
+`INSTALLERS` what builds their modules.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +32,25 @@ from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
 from lte.hf.install import install_sparse_ffns_
 
+INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
+"""What builds the modules of each other method around a model's FFNs, by the method's name.
+
+Called with the model, its family, and the settings in `config.lte_method`; `lte.baselines` fills it.
+"""
+
+FP32_NAMES = {"router"}
+"""Submodules and buffers that stay in fp32 whatever dtype a model is loaded in: they decide about neurons."""
+
 _GUARD = " (an LTE model: `pip install lte` and `import lte` before loading it)"
 _PREFIX = "Lte"
 
 
 class LteConfigMixin:
-    """What a family's config gains: `lte` (an `LteConfig` as a dict) and `lte_measurement` (or None)."""
+    """What a family's config gains.
+
+    `lte` is an `LteConfig` as a dict, or None for another method, whose settings and name are in `lte_method` then.
+    `lte_measurement` is what was measured, or None.
+    """
 
     def __post_init__(self, **kwargs: Any) -> None:
         field = family_of(self).activation_field
@@ -43,6 +60,8 @@ class LteConfigMixin:
             holder[field] = str(holder[field]).removesuffix(_GUARD)
         self.lte: dict[str, Any] | None = kwargs.pop("lte", None)
         self.lte_measurement: dict[str, Any] | None = kwargs.pop("lte_measurement", None)
+        if "lte_method" in kwargs:
+            self.lte_method: dict[str, Any] = kwargs.pop("lte_method")
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,19 +76,20 @@ class LteConfigMixin:
 
 
 class LteModelMixin:
-    """What a family's model class gains: sparse FFNs made from the config, checked loading, atomic saving."""
+    """What a family's model class gains: wrapped FFNs made from the config, checked loading, atomic saving."""
 
-    # Router scores decide in fp32 whatever dtype the model is loaded in.
-    _keep_in_fp32_modules_strict = frozenset({"router"})
+    _keep_in_fp32_modules_strict = FP32_NAMES
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        if getattr(config, "lte", None) is None:
-            raise ValueError(
-                "config.lte must hold an LteConfig dict, got None; start from a dense model with sparsify_"
-            )
-        lte_config = LteConfig.from_dict(config.lte)
+        install = _installer(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install_sparse_ffns_(self, family_of(config), lte_config)  # type: ignore[arg-type]
+        install(self, family_of(config))
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of FFN neurons that a token shall skip, or what the method's own config says that it is."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        return (config.lte or config.lte_method)["target_sparsity"]
 
     @property
     def lte_config(self) -> LteConfig:
@@ -124,6 +144,22 @@ class LteModelMixin:
         return result
 
 
+def _installer(config: Any) -> Callable[[Any, Family], None]:
+    """What builds the wrapped FFNs that a config asks for."""
+    if getattr(config, "lte", None) is not None:
+        lte_config = LteConfig.from_dict(config.lte)
+        return lambda model, family: install_sparse_ffns_(model, family, lte_config)
+    settings = getattr(config, "lte_method", None)
+    if settings is None:
+        raise ValueError("config.lte must hold an LteConfig dict, got None; start from a dense model with sparsify_")
+    if settings.get("name") not in INSTALLERS:
+        raise ValueError(
+            f"config.lte_method must name one of {', '.join(INSTALLERS)}, got {settings.get('name')}; import the "
+            "module that registers it"
+        )
+    return lambda model, family: INSTALLERS[settings["name"]](model, family, settings)
+
+
 def publish_folder(partial: Path, target: Path) -> None:
     """Moves the files of `partial` into `target` on the same file system so that `config.json` appears last.
 
@@ -147,38 +183,59 @@ def publish_folder(partial: Path, target: Path) -> None:
 
 def become_sparse_(model: Any, family: Family, config: LteConfig) -> None:
     """Gives a stock model with sparse FFNs installed the family's sparse model and config classes."""
-    _own_config_(model)
-    model.config.__class__ = _CONFIG_CLASSES[family.model_type]
+    _become_ours_(model, family)
     model.config.lte = config.to_dict()
+    vars(model.config).pop("lte_method", None)
+
+
+def become_method_(model: Any, family: Family, settings: dict[str, Any]) -> None:
+    """As `become_sparse_`, for another method of `INSTALLERS` with its settings and its name in `settings`."""
+    _become_ours_(model, family)
+    model.config.lte = None
+    model.config.lte_method = settings
+
+
+def is_ours(model: Any) -> bool:
+    """Whether LTE or another method that is no stock model made it."""
+    return isinstance(model, LteModelMixin)
+
+
+def _become_ours_(model: Any, family: Family) -> None:
+    own_config_(model)
+    model.config.__class__ = _CONFIG_CLASSES[family.model_type]
     model.config.lte_measurement = None
     forget_gguf_(model)
     model.__class__ = _sparse_model_class(type(model), family)
-    model._keep_in_fp32_modules_strict = set(LteModelMixin._keep_in_fp32_modules_strict)
+    model._keep_in_fp32_modules_strict = set(FP32_NAMES)
 
 
 def become_dense_(model: Any, family: Family) -> Any:
     """Gives an LTE model its stock classes back, returns the stock config; the caller replaces the FFNs."""
     if not issubclass(type(model), LteModelMixin):
         raise ValueError(f"model must be an LTE model, got {type(model).__name__}")
+    if model.config.lte is None:
+        name = model.config.lte_method["name"]
+        raise ValueError(f"model must be an LTE model, got one of the method {name}; load the dense model again")
     # A loaded classifier of a decoder holds a sparse model of its own.
     for module in [module for module in model.modules() if isinstance(module, LteModelMixin)]:
         module.__class__ = next(
             base for base in type(module).__mro__ if base.__module__.startswith("transformers.models.")
         )
-    _own_config_(model)
+    own_config_(model)
     model.config.__class__ = family.stock_class(family.config_class)
     for name in ("lte", "lte_measurement"):
         model.config.__dict__.pop(name, None)
     return model.config
 
 
-def _own_config_(model: Any) -> None:
+def own_config_(model: Any) -> Any:
     """Replaces the config by a copy: models made by `from_config` share the object, a dense teacher's say."""
     shared = model.config
     own = copy.deepcopy(shared)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
+    return own
 
 
 _CONFIG_CLASSES: dict[str, type] = {}

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from lte.config import FfnMode, check_choice, check_fraction
 from lte.nn.losses import POLE_GUARD
 
-Recipe = Literal["straight_through", "annealed", "paper", "dense"]
+Recipe = Literal["straight_through", "annealed", "paper", "dense", "method"]
 RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
 
@@ -25,7 +25,8 @@ class TrainConfig:
         "straight_through",
         "straight_through: hard switching in the forward pass from the first step; annealed: soft scores that "
         "sharpen into hard ones; paper: the procedure of the paper, which does not hold a target by itself; dense: "
-        "no switching at all, a control with the same data, schedule, and teacher.",
+        "no switching at all, a control with the same data, schedule, and teacher; method: for a model of another "
+        "method than LTE, its own switching and losses with the same data, schedule, and teacher.",
     )
     stage1_epochs: float = _option(1.0, "Passes over the data in stage 1 (model and routers learn to skip).")
     stage2_epochs: float = _option(1.0, "Passes over the data in stage 2 (the model adapts to its routing).")
@@ -145,7 +146,8 @@ def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
     The paper's: soft scores with both router losses, then frozen routers and the task loss alone, each with its own
     decaying learning rate. Ours: stage 1 keeps the learning rate up while the target ramps, stage 2 decays it to zero
     at the full target, which a feedback on eta holds, or on the router biases while the routers are frozen. The
-    control `dense` follows the schedule of ours and never switches.
+    control `dense` follows the schedule of ours and never switches, and so does `method`, whose modules have a mode of
+    their own.
     """
     if config.recipe == "paper":
         trained = config.stage2_routers == "trained"
@@ -153,7 +155,7 @@ def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
             Stage(1, "soft", True, config.eta is None, False, "linear", config.eta or 0.0),
             Stage(2, "straight_through" if trained else "hard", trained, False, False, "linear"),
         )
-    if config.recipe == "dense":
+    if config.recipe in ("dense", "method"):
         return (
             Stage(1, "dense", False, False, False, "constant_with_warmup"),
             Stage(2, "dense", False, False, False, "linear"),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from lte.hf.inputs import check_packing, predicts_next_token
-from lte.hf.install import require_sparse_ffns
+from lte.hf.install import require_wrapped_ffns
+from lte.nn.sparse_ffn import SparseFfn
 from lte.train.config import Stage, TrainConfig
 from lte.train.data import routing_masks
 from lte.train.objective import head_divergence, language_terms, routing_terms
@@ -78,8 +79,9 @@ class LteTrainer(Trainer):
         self.train_config = train_config
         self.target_sparsity = target_sparsity
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        ffns = require_sparse_ffns(self.model)
-        self.ffn_names, self.ffns = list(ffns), list(ffns.values())
+        wrapped = require_wrapped_ffns(self.model)
+        self.ffn_names, self.wrapped_ffns = list(wrapped), list(wrapped.values())
+        self.ffns = [ffn for ffn in self.wrapped_ffns if isinstance(ffn, SparseFfn)]
         self.predicts_next_token = predicts_next_token(self.model)
         self.eta_controller = EtaController.starting_at(first_eta) if first_eta else EtaController()
         self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
@@ -95,7 +97,8 @@ class LteTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a parameter group of its own for the routers."""
         if self.optimizer is None:
-            router_ids = {id(p) for ffn in self.ffns for p in ffn.router.parameters()}
+            routers = [getattr(ffn, "router", None) for ffn in self.wrapped_ffns]
+            router_ids = {id(p) for router in routers if router is not None for p in router.parameters()}
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rate = self.train_config.router_learning_rate
             scale = rate / self.train_config.learning_rate if rate else 1.0
@@ -131,25 +134,30 @@ class LteTrainer(Trainer):
             check_packing(self.model, inputs)
             features = {key: value for key, value in inputs.items() if key != "labels"}
             outputs = model(**features, use_cache=False)
-            terms = outputs.logits, inputs["labels"], self._teacher_logits(features)
-            task, divergence = self._language_terms(*terms)
+            pair = outputs.logits, inputs["labels"]
+            task, divergence = self._language_terms(*pair, self._teacher_logits(features))
         else:
             outputs = model(**inputs)
             task, divergence = self._own_terms(outputs, inputs)
-        masks = routing_masks(self.model, self.ffn_names, inputs)
-        routing = self._routing([masks[name] for name in self.ffn_names])
+        by_name = routing_masks(self.model, self.ffn_names, inputs)
+        masks = [by_name[name] for name in self.ffn_names]
+        routing = self._routing(masks)
         weight = self.train_config.distillation_weight if self.teacher is not None else 0.0
         loss = (1 - weight) * task + weight * divergence
         if routing:
             loss = loss + self.eta * routing["efficiency"]
             if self.stage.number == 1 and self.train_config.separability_weight:
                 loss = loss + self.train_config.separability_weight * routing["separability"]
+        auxiliary = self._auxiliary_loss(masks)
+        if auxiliary is not None:
+            loss = loss + auxiliary
         if self.model.training:
             self._check_finite(loss, inputs)
             if routing:
                 # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
                 self.step_active.append(routing["active_fraction"].item())
-            self._collect({"task_loss": task, "distillation_loss": divergence, "loss_total": loss, **routing})
+            terms = {} if auxiliary is None else {"auxiliary_loss": auxiliary}
+            self._collect({"task_loss": task, "distillation_loss": divergence, "loss_total": loss, **terms, **routing})
         return (loss, outputs) if return_outputs else loss
 
     def _own_terms(self, outputs: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -170,6 +178,12 @@ class LteTrainer(Trainer):
         if self.stage.controls_bias:
             self.target_logit = target_logit(logits, masks, self.target_sparsity)
         return self._routing_terms(logits, masks, self.ffns[0].threshold_logit, self.train_config.pole_guard)
+
+    def _auxiliary_loss(self, masks: list[Tensor]) -> Tensor | None:
+        """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
+        losses = [ffn.auxiliary_loss(mask) for ffn, mask in zip(self.wrapped_ffns, masks, strict=True)]
+        added = [loss for loss in losses if loss is not None]
+        return torch.stack(added).sum() if added else None
 
     def _teacher_logits(self, features: dict[str, Any]) -> Tensor | None:
         if self.teacher is None or not self.train_config.distillation_weight:

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from lte.hf.families import block_name
-from lte.hf.install import require_sparse_ffns
+from lte.hf.install import require_wrapped_ffns, sparse_ffns
+from lte.nn.sparse_ffn import SparseFfn
 from lte.train.config import Stage, TrainConfig, stages_of
 from lte.train.data import LmCollator, calibration_batches
 from lte.train.processes import autocast, training_device
@@ -57,11 +58,14 @@ def train_two_stage(
 ) -> TrainingSummary:
     """Trains an LTE model in place: routing in stage 1, adaptation in stage 2, thresholds at the end.
 
+    With `recipe="method"` it trains a model of another method that puts modules around the FFNs (`lte.baselines`) on
+    the same schedule, and its own losses are added to the task's.
+
     Checkpoints and the model after each stage go to `output_dir/stage1` and `output_dir/stage2`. The final model is
     the one in memory: save it with `model.save_pretrained`.
 
     Args:
-        model: an LTE model from `sparsify_` (or a saved one).
+        model: an LTE model from `sparsify_`, one of another method from `apply_method_`, or a saved one.
         train_dataset: rows with `input_ids` and `labels`, see `lte.train.data.load_lm_datasets`.
         config: the recipe.
         output_dir: folder for checkpoints and logs.
@@ -78,7 +82,8 @@ def train_two_stage(
         NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
     """
     output = Path(output_dir)
-    ffns = require_sparse_ffns(model)
+    ffns = require_wrapped_ffns(model)
+    _check_recipe(model, config)
     _check_arguments(config, output, teacher, stages, resume)
     collator = data_collator or LmCollator(_pad_token_id(model))
     model.config.lte_measurement = None
@@ -94,8 +99,8 @@ def train_two_stage(
         source = calibration_dataset or train_dataset
         batches = device_batches(model, source, config.calibration_tokens, config.batch_size, collator)
         with autocast(config):
-            calibrate_thresholds_(model, batches, model.lte_config.target_sparsity)
-    for ffn in ffns.values():
+            calibrate_thresholds_(model, batches, model.target_sparsity)
+    for ffn in sparse_ffns(model).values():
         ffn.set_mode("hard")
         ffn.record_logits, ffn.logits = False, None
     model.requires_grad_(True)
@@ -136,7 +141,7 @@ def _run_stage(
         batches = device_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator)
         with autocast(config):
             fit_routers_(model, batches)
-    for ffn in require_sparse_ffns(model).values():
+    for ffn in sparse_ffns(model).values():
         ffn.set_mode(stage.mode)
         ffn.record_logits = stage.mode != "dense"
     _set_trainable_(model, config, stage)
@@ -147,7 +152,7 @@ def _run_stage(
         data_collator=collator,
         stage=stage,
         train_config=config,
-        target_sparsity=model.lte_config.target_sparsity,
+        target_sparsity=model.target_sparsity,
         teacher=None if teacher is None else teacher.to(training_device()),
         first_eta=eta,
     )
@@ -203,10 +208,20 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
 
 def _set_trainable_(model: nn.Module, config: TrainConfig, stage: Stage) -> None:
     model.requires_grad_(config.trainable == "all")
-    for ffn in require_sparse_ffns(model).values():
+    for ffn in require_wrapped_ffns(model).values():
         for parameter in ffn.own_parameters():
             parameter.requires_grad_(config.trainable != "routers")
-        ffn.router.requires_grad_(stage.train_routers)
+        if isinstance(ffn, SparseFfn):
+            ffn.router.requires_grad_(stage.train_routers)
+        for name in ffn.frozen:
+            ffn.get_submodule(name).requires_grad_(False)
+
+
+def _check_recipe(model: nn.Module, config: TrainConfig) -> None:
+    if bool(sparse_ffns(model)) == (config.recipe == "method"):
+        kind = "an LTE model" if sparse_ffns(model) else "a model of another method than LTE"
+        fitting = "another one" if sparse_ffns(model) else "'method'"
+        raise ValueError(f"recipe must be {fitting} for {kind}, got recipe={config.recipe!r}")
 
 
 def _check_arguments(
