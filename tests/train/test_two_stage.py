@@ -157,6 +157,32 @@ def test_the_log_holds_every_term(tmp_path):
     assert all(names <= set(entry) for entry in entries)
     assert {entry["stage"] for entry in entries} == {1, 2}
     assert all(math.isfinite(value) for entry in entries for value in entry.values())
+    layers = [[value for name, value in entry.items() if name.startswith("layers/active_")] for entry in entries]
+    assert [len(shares) for shares in layers] == [2] * len(entries)
+    assert [sum(shares) / 2 for shares in layers] == pytest.approx([entry["active_fraction"] for entry in entries])
+    assert len({tuple(shares) for shares in layers}) > 1
+
+
+def test_the_log_goes_to_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = train_two_stage(fresh_model(), toy_rows(), config(), tmp_path).log_history
+    for stage in (1, 2):
+        (events,) = (tmp_path / f"stage{stage}").rglob("events.out.tfevents.*")
+        found = EventAccumulator(str(events)).Reload()
+        entries = [entry for entry in log if entry["stage"] == stage and "task_loss" in entry]
+        for name in ("task_loss", "active_fraction", "eta", "layers/active_01"):
+            scalars = [(scalar.step, scalar.value) for scalar in found.Scalars(f"train/{name}")]
+            assert scalars == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
+
+
+def test_reporting_can_be_switched_off_and_names_what_is_missing(tmp_path, monkeypatch):
+    train_two_stage(fresh_model(), toy_rows(), config(report_to="none"), tmp_path)
+    assert not list(tmp_path.rglob("events.out.tfevents.*"))
+    monkeypatch.setattr("lte.train.config.find_spec", lambda name: None)
+    assert config().reporters == []
+    with pytest.raises(ValueError, match=r"report_to must name an installed package, got report_to=wandb; pip install"):
+        config(report_to="wandb")
 
 
 def test_nan_stops_with_the_batch_saved_and_checkpoints_kept(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from lte.train.processes import is_main_process
 Stages = Literal["both", "1", "2"]
 RUN_FILE = "run.yaml"
 # Settings that a resumed run may change: they do not touch the weights.
-FREE_ON_RESUME = {"logging_steps", "save_steps", "resume"}
+FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
 
 
 def _option(default: Any, text: str) -> Any:

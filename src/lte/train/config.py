@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from lte.config import FfnMode, check_choice, check_fraction
@@ -11,6 +12,7 @@ from lte.nn.losses import POLE_GUARD
 Recipe = Literal["straight_through", "annealed", "paper", "dense", "method"]
 RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
+Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -66,11 +68,20 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
     logging_steps: int = _option(10, "Steps between two log entries.")
     save_steps: int = _option(500, "Steps between two checkpoints.")
+    report_to: Reporter = _option(
+        "auto", "Where the curves of the log also go while it trains; auto: to TensorBoard if it is installed."
+    )
     seed: int = _option(0, "Seed of data order and dropout.")
 
     def __post_init__(self) -> None:
         check_choice("recipe", self.recipe, get_args(Recipe))
         check_choice("trainable", self.trainable, get_args(Trainable))
+        check_choice("report_to", self.report_to, get_args(Reporter))
+        if self.report_to not in ("auto", "none") and find_spec(self.report_to) is None:
+            raise ValueError(
+                f"report_to must name an installed package, got report_to={self.report_to}; pip install "
+                f"{self.report_to}, or say none"
+            )
         if self.stage2_routers is not None:
             check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
         check_fraction("warmup_ratio", self.warmup_ratio)
@@ -99,6 +110,13 @@ class TrainConfig:
             raise ValueError(f"eta must not be negative, got eta={self.eta}")
         if self.router_sharpening < 1:
             raise ValueError(f"router_sharpening must be at least 1, got router_sharpening={self.router_sharpening}")
+
+    @property
+    def reporters(self) -> list[str]:
+        """`report_to` as `transformers.TrainingArguments` takes it."""
+        if self.report_to == "auto":
+            return ["tensorboard"] if find_spec("tensorboard") else []
+        return [] if self.report_to == "none" else [self.report_to]
 
     @property
     def holds_target(self) -> bool:

@@ -68,8 +68,8 @@ def routing_terms(
     """Router losses and statistics over all layers, from the fp32 router logits [B, T, E] and token mask of each.
 
     Returns:
-        `efficiency` and `separability` (Eq. 5-6), `active_fraction` of experts with G > tau, and `near_threshold`,
-        the share of scores within 0.1 of tau.
+        `efficiency` and `separability` (Eq. 5-6), `active_fraction` of experts with G > tau, `active_by_layer`, the
+        same of each layer, [L], and `near_threshold`, the share of scores within 0.1 of tau.
     """
     threshold = 1 / (1 + math.exp(-threshold_logit))
     masked_logits = list(zip(logits, token_masks, strict=True))
@@ -82,5 +82,6 @@ def routing_terms(
         "efficiency": mean_over_layers([efficiency_loss(*layer) for layer in masked]),
         "separability": mean_over_layers(separability),
         "active_fraction": mean_over_layers(active),
+        "active_by_layer": torch.stack([layer.to(active[0].device) for layer in active]),
         "near_threshold": mean_over_layers(near),
     }

@@ -28,6 +28,9 @@ from lte.train.sparsity_controller import (
 )
 
 CONTROL_STATE_FILE = "lte_control.json"
+# What a term of `routing_terms` is called in the log, if not by its own name.
+LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
+# What the progress bar shows, and how.
 LOG_NAMES = {
     "task_loss": "task",
     "distillation_loss": "kl",
@@ -86,6 +89,7 @@ class LteTrainer(Trainer):
         self.eta_controller = EtaController.starting_at(first_eta) if first_eta else EtaController()
         self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
         self.target_logit = torch.zeros(())
+        # Sums of each term since the last log entry, and how many there were.
         self.sums: dict[str, tuple[Tensor | float, int]] = {}
         self.step_active: list[float] = []
         self._language_terms = torch.compile(language_terms) if train_config.compile else language_terms
@@ -206,18 +210,26 @@ class LteTrainer(Trainer):
 
     def _collect(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
-            key = f"{name}_loss" if name in ("efficiency", "separability") else name
+            key = LOG_KEYS.get(name, name)
             total, count = self.sums.get(key, (0.0, 0))
             self.sums[key] = (total + value.detach(), count + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of all terms since the last entry, eta, and the target sparsity."""
+        """Adds the means of all terms since the last entry, the active fraction of each layer, eta, and the target."""
         if "loss" in logs and self.sums:
-            means = torch.stack([torch.as_tensor(total) / count for total, count in self.sums.values()])
-            logs.update(zip(self.sums, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+            logs.update(self._means())
             logs.update(eta=self.eta, target_sparsity=self.target_at_step(), stage=self.stage.number)
             self.sums.clear()
         super().log(logs, start_time)
+
+    def _means(self) -> dict[str, float]:
+        """The mean of each term over all processes; of one with a value per layer a mean for each, `layers/...`."""
+        by_name = {name: torch.as_tensor(total) / count for name, (total, count) in self.sums.items()}
+        means = self.accelerator.reduce(torch.cat([mean.reshape(-1) for mean in by_name.values()]), reduction="mean")
+        names: list[str] = []
+        for name, mean in by_name.items():
+            names += [name] if mean.ndim == 0 else [f"layers/{name}_{layer:02d}" for layer in range(len(mean))]
+        return dict(zip(names, means.tolist(), strict=True))
 
     def target_at_step(self) -> float:
         """The target sparsity that holds after the current step."""

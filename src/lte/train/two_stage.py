@@ -192,7 +192,7 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
         logging_nan_inf_filter=False,
         save_steps=config.save_steps,
         save_total_limit=2,
-        report_to=[],
+        report_to=config.reporters,
         remove_unused_columns=False,
         dataloader_num_workers=2 if torch.cuda.is_available() else 0,
         # What a stage leaves unused is frozen.
