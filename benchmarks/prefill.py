@@ -74,7 +74,7 @@ def count_work(widths: Widths, path: str, tokens: int, active: float, union: flo
 
 def effort(widths: Widths, tokens: int) -> tuple[int, int]:
     """(layers, repeats): fewer where a layer takes long."""
-    if tokens <= 256:
+    if tokens <= 256 or widths.layers > 8:  # narrow ones, of which a few would stay in the L2 cache
         return widths.layers, 20
     return (4, 12) if tokens <= 1024 else (2, 8)
 

@@ -3,8 +3,8 @@
 #
 #     bash benchmarks/reproduce.sh OUTPUT STEP...
 #
-# Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, and trained, which needs
-# MODEL (SmolLM2-135M-Instruct as a GGUF file), CACHE (what experiments/wikipedia/prepare.py wrote) and HELD_OUT (articles,
+# Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, and trained,
+# which needs MODEL (SmolLM2-135M-Instruct as a GGUF file), CACHE (what experiments/wikipedia/prepare.py wrote) and HELD_OUT (articles,
 # a JSONL file) in the environment. Every step writes its result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
