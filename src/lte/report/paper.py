@@ -14,6 +14,8 @@ from lte.report.interpolation import Cheapest, cheapest_within, interpolate
 from lte.report.tradeoff import Comparison, Point
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
+PAPER_SUFFIX = " (paper)"
+"""Of labels in figures."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,15 @@ def paper_markers(comparison: Comparison) -> list[PaperMarker]:
             x |= {"sparsity": row["sparsity"][task]} if "sparsity" in row else {}
             sign = -1 if metric.higher_is_better else 1
             value = comparison.reference.value.mean + sign * place["drop"]
-            found.append(PaperMarker(row["method"], f"{row['label']} (paper, {first['where']})", x, value))
+            found.append(PaperMarker(row["method"], _legend(row), x, value))
     for row in second["rows"] if (task, metric.name) == (second["task"], second["metric"]) else ():
         x = {"gflops": (1 - row["weight_sparsity"]) * dense}
-        found.append(PaperMarker(row["method"], f"{row['label']} (paper, {second['where']})", x, row["value"]))
+        found.append(PaperMarker(row["method"], _legend(row), x, row["value"]))
     return found
+
+
+def _legend(row: Mapping[str, Any]) -> str:
+    return f"{paper_numbers()['names'][row['method']]}{PAPER_SUFFIX}"
 
 
 def _table1(table: Mapping[str, Any], comparison: Comparison) -> list[PaperRow]:
@@ -133,7 +139,7 @@ def _curves(comparison: Comparison, row: Mapping[str, Any]) -> list[tuple[str, S
     found = []
     for name, points in comparison.curves.items():
         own = [point for point in points if point.method == row["method"] and _fits(point, row)]
-        if own and ("relu" in name.lower()) == row.get("relu", False):
+        if own and row.get("relu", "relu" in name.lower()) == ("relu" in name.lower()):
             found.append((name, own))
     return found
 
@@ -147,7 +153,7 @@ def _table2(table: Mapping[str, Any], row: Mapping[str, Any], comparison: Compar
     at = row["weight_sparsity"]
     pairs = [(interpolate(own, "weight_sparsity", at, "value"), name) for name, own in _curves(comparison, row)]
     values = [(value, name) for value, name in pairs if value is not None]
-    ours = "-" if not values else "{0}, {1}".format(comparison.metric.format(min(values)[0]), min(values)[1])
+    ours = "-" if not values else f"{comparison.metric.format(min(values)[0])}, {min(values)[1]}"
     what = f"{row['label']}, {table['model']}: perplexity with {_percent(at)} of the weights not read"
     return PaperRow(table["where"], what, f"{row['value']:.2f}", ours)
 
