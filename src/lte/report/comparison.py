@@ -20,8 +20,8 @@ from lte.report.records import Record, Run
 from lte.report.tradeoff import Comparison, Point, Statistic, compare_runs
 
 # These have the same look in every figure; other curves get what is left.
-_METHODS = ("lte", "static_pruning", "cats", "teal", "wina", "wanda", "kla", "moefication", "deja_vu", "sigma_moe")
-_METHODS += ("noisy_topk", "random_router")
+_METHODS: tuple[str, ...] = ("lte", "static_pruning", "cats", "teal", "wina", "wanda", "kla")
+_METHODS += ("moefication", "deja_vu", "sigma_moe", "noisy_topk", "random_router")
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">", "p", "d")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
@@ -94,12 +94,15 @@ def tradeoff_figure(comparison: Comparison, styles: Mapping[str, Style] | None =
     axes = list(grid.flat)
     for axis, panel in zip(axes, PANELS, strict=True):
         _draw_panel(axis, comparison, panel, styles)
-    figure.suptitle("\n".join([comparison.title, "; ".join(_notes(comparison))]).strip(), fontsize=11)
+    figure.suptitle(
+        "\n".join(textwrap.wrap(comparison.title, 110) + textwrap.wrap("; ".join(_notes(comparison)), 110)), fontsize=11
+    )
     # Of all panels, since a curve may lack the quantity of the first.
     found = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
     found.sort(key=lambda pair: pair[1].endswith(PAPER_SUFFIX))
-    handles = {label: handle for handle, label in reversed(found)}
-    handles = dict(reversed(handles.items()))
+    handles: dict[str, Any] = {}
+    for handle, label in found:
+        handles.setdefault(label, handle)
     columns = max(1, min(4, LEGEND_CHARACTERS // max(map(len, handles))))
     look = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "frameon": False}
     figure.legend(list(handles.values()), list(handles), **look)
@@ -164,7 +167,9 @@ def _say_not_measured(axis: Axes, comparison: Comparison, panel: Panel) -> None:
     notes = sorted({record["latency_note"] for record in records if record.get("latency_note")})
     why = f":\n{textwrap.fill(notes[0], 50)}" if panel.quantity == "latency_ms" and notes else ""
     axis.set(xticks=[], yticks=[], xlabel=panel.label)
-    axis.text(0.5, 0.5, f"not measured{why}", transform=axis.transAxes, ha="center", va="center", color=GREY, fontsize=9)
+    axis.text(
+        0.5, 0.5, f"not measured{why}", transform=axis.transAxes, ha="center", va="center", color=GREY, fontsize=9
+    )
 
 
 def _draw_curve(axis: Axes, name: str, points: Sequence[Point], panel: Panel, style: Style) -> None:
@@ -206,9 +211,8 @@ def _draw_paper(axis: Axes, markers: Sequence[PaperMarker], panel: Panel, styles
     own = {**curve_styles(marker.method for marker in markers), **styles}
     for marker in markers:
         colour, shape, _ = own[marker.method]
-        x = [marker.x[panel.quantity]]
-        look = {"color": colour, "marker": shape, "markerfacecolor": "none", "markersize": 9, "linestyle": "none"}
-        axis.plot(x, [marker.value], label=marker.label, **look)
+        (line,) = axis.plot([marker.x[panel.quantity]], [marker.value], shape, color=colour, label=marker.label)
+        line.set(markerfacecolor="none", markersize=9)
 
 
 def _scale(axis: Axes, comparison: Comparison, panel: Panel) -> None:

@@ -8,8 +8,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lte.report.canvas import save_figure
-from lte.report.comparison import curve_styles, tradeoff_figure
 from lte.report.comparison_tables import (
     TextTable,
     cheapest_table,
@@ -17,6 +15,7 @@ from lte.report.comparison_tables import (
     csv_rows,
     envelope_table,
     failed_table,
+    latency_texts,
     paper_table,
     reference_text,
     results_table,
@@ -44,7 +43,8 @@ def comparison_texts(comparison: Comparison, limit: float | None = None) -> list
     parts: list[str | TextTable | None] = [failed_table(comparison)]
     if comparison.points():
         allowed = comparison.metric.small_drop if limit is None else limit
-        parts = [results_table(comparison), reference_text(comparison), *parts, cheapest_table(comparison, allowed)]
+        parts = [results_table(comparison), reference_text(comparison), *latency_texts(comparison), *parts]
+        parts.append(cheapest_table(comparison, allowed))
         parts += envelope_sentences(comparison, standings)
         parts += [envelope_table(comparison, standings) if standings else None, paper_table(comparison, limit)]
     return [part for part in parts if part is not None]
@@ -66,6 +66,9 @@ def write_comparison_report(
     Raises:
         ValueError: if there is no comparison.
     """
+    from lte.report.canvas import save_figure  # matplotlib is slow to load
+    from lte.report.comparison import curve_styles, tradeoff_figure
+
     if not comparisons:
         raise ValueError("comparisons must hold at least one, got none")
     folder = Path(folder)

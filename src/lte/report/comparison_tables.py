@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -31,17 +33,17 @@ class TextTable:
     """
 
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     left: int
     title: str
 
     def rich(self) -> Table:
         """For the terminal."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(
+            title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
         for place, name in enumerate(self.header):
-            words = " ".join(row[place] for row in self.rows).split() if place == 0 else []
-            width = min(20, max(map(len, words), default=1))
-            table.add_column(name, justify="left" if place < self.left else "right", overflow="fold", min_width=width)
+            table.add_column(Text(name), justify="left" if place < self.left else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
@@ -53,8 +55,8 @@ class TextTable:
 
 def results_table(comparison: Comparison) -> TextTable:
     """A row for each point: its metric, its drop, and what it costs, as shares of the dense model's cost."""
-    header = ("method", "target", comparison.metric.name, "seeds", "drop", "FFN sparsity", "weights not read")
-    header += ("FLOPs", "bytes", "latency", "tokens")
+    costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
+    header = ("method", "target", comparison.metric.name, "seeds", "drop", *costs)
     rows = [_result_cells(comparison, point) for point in comparison.points()]
     return TextTable(header, rows, 1, comparison.title)
 
@@ -67,11 +69,11 @@ def _result_cells(comparison: Comparison, point: Point) -> tuple[str, ...]:
         _spread_text(point.value, metric.format),
         str(point.value.n),
         MISSING if drop is None else metric.format(drop),
-        _spread_text(point.sparsity, percent),
-        _spread_text(point.weight_sparsity, percent),
+        percent(point.mean("sparsity")),
+        percent(point.mean("weight_sparsity")),
         percent(comparison.share(point, "gflops")),
         percent(comparison.share(point, "megabytes")),
-        _spread_text(point.latency_ratio, percent),
+        percent(point.mean("latency_ratio")),
         _tokens_text(point.tokens_trained),
     )
 
@@ -93,7 +95,15 @@ def cheapest_table(comparison: Comparison, limit: float) -> TextTable:
 def envelope_table(comparison: Comparison, standings: Sequence[Standing]) -> TextTable:
     """Each point of LTE beside the best other method that reads at most as many bytes."""
     metric = comparison.metric
-    header = ("LTE", "on the envelope", "best other method", "bytes saved", metric.name, "the other's", "the other better by")
+    header = (
+        "LTE",
+        "on the envelope",
+        "best other method",
+        "bytes saved",
+        metric.name,
+        "the other's",
+        "the other better by",
+    )
     rows = [
         (
             standing.curve,
@@ -118,24 +128,23 @@ def paper_table(comparison: Comparison, limit: float | None = None) -> TextTable
 
 def failed_table(comparison: Comparison) -> TextTable | None:
     """The runs without a finite value, `None` if there are none."""
-    rows = [
-        (
-            record.get("label") or record["method"],
-            str(record["seed"]),
-            record.get("failure") or f"{comparison.metric.name} is not finite",
-            run.source,
-            _target(record["target_sparsity"]),
-        )
-        for run in comparison.failed
-        for record in (run.record,)
-    ]
+    rows = []
+    for run in comparison.failed:
+        record = run.record
+        name, why = record.get("label") or record["method"], record.get("failure") or "the value is not finite"
+        rows.append((name, str(record["seed"]), why, run.source, _target(record["target_sparsity"])))
     return TextTable(("method", "seed", "failure", "file", "target"), rows, 4, "Failed runs") if rows else None
 
 
 def commands_table(comparison: Comparison) -> TextTable | None:
     """The command behind the first seed of each point, `None` if no record says one."""
     rows = [
-        (point_name(point), f"`{command}`", ", ".join(str(run.record["seed"]) for run in point.runs), _target(point.target))
+        (
+            point_name(point),
+            f"`{command}`",
+            ", ".join(str(run.record["seed"]) for run in point.runs),
+            _target(point.target),
+        )
         for point in comparison.points()
         if (command := point.runs[0].record.get("command"))
     ]
@@ -183,6 +192,22 @@ def reference_text(comparison: Comparison) -> str:
     )
 
 
+def latency_texts(comparison: Comparison) -> list[str]:
+    """Why curves have no latency, where the records say so, and which machines measured, where there are several."""
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    machines = set()
+    for point in comparison.points():
+        for record in (run.record for run in point.runs):
+            if record.get("latency_ms") is not None:
+                machines.add(record["hardware"])
+            elif record.get("latency_note"):
+                reasons[record["latency_note"]][point.curve] = None
+    found = [f"No latency of {', '.join(curves)}: {note.rstrip('.')}." for note, curves in reasons.items()]
+    if len(machines) > 1:
+        found.append(f"Latencies are of several machines, so compare shares alone: {'; '.join(sorted(machines))}.")
+    return found
+
+
 def _difference(comparison: Comparison, standing: Standing) -> str:
     form = comparison.metric.format
     if standing.behind is None:
@@ -194,9 +219,7 @@ def _target(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:g}%"
 
 
-def _spread_text(found: Statistic | None, form: Any) -> str:
-    if found is None:
-        return MISSING
+def _spread_text(found: Statistic, form: Callable[[float], str]) -> str:
     return form(found.mean) if found.sd is None else f"{form(found.mean)} ± {form(found.sd)}"
 
 

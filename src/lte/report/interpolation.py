@@ -76,7 +76,9 @@ def interpolate(points: Sequence[Point], x: str, at: float, y: str) -> float | N
         at: the place.
         y: another quantity.
     """
-    pairs = sorted((px, py) for point in points if (px := point.mean(x)) is not None and (py := point.mean(y)) is not None)
+    pairs = sorted(
+        (px, py) for point in points if (px := point.mean(x)) is not None and (py := point.mean(y)) is not None
+    )
     for px, py in pairs:
         if px == at:
             return py

@@ -67,8 +67,8 @@ def metric_named(name: str, higher: Collection[str] = (), lower: Collection[str]
         near = difflib.get_close_matches(name, _METRICS, n=2)
         hint = f"did you mean {' or '.join(near)}? Else declare" if near else "declare"
         raise ValueError(
-            f"metric must be known as better the higher or the lower, got metric={name}; {hint} it with --higher {name} "
-            f"or --lower {name}"
+            f"metric must be known as better the higher or the lower, got metric={name}; {hint} it with "
+            f"--higher {name} or --lower {name}"
         )
     return replace(_METRICS[stem], name=name)
 

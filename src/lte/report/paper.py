@@ -136,7 +136,7 @@ def _best(comparison: Comparison, row: Mapping[str, Any], limit: float) -> tuple
 
 def _curves(comparison: Comparison, row: Mapping[str, Any]) -> list[tuple[str, Sequence[Point]]]:
     """Our curves of a row's method, with the points alone that have its pattern."""
-    found = []
+    found: list[tuple[str, Sequence[Point]]] = []
     for name, points in comparison.curves.items():
         own = [point for point in points if point.method == row["method"] and _fits(point, row)]
         if own and row.get("relu", "relu" in name.lower()) == ("relu" in name.lower()):

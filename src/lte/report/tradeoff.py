@@ -158,9 +158,7 @@ def compare_runs(
     if not groups:
         names = sorted({name for run in runs for name in (run.record["metric"], *(run.record.get("metrics") or ()))})
         raise ValueError(f"metric must be one that a record has, got metric={metric!r}; they have {', '.join(names)}")
-    return [
-        _comparison(key, groups[key], metric_named(key[-1], higher, lower), curve) for key in sorted(groups)
-    ]
+    return [_comparison(key, groups[key], metric_named(key[-1], higher, lower), curve) for key in sorted(groups)]
 
 
 def _has_metric(record: Record, metric: str) -> bool:
@@ -177,13 +175,14 @@ def _comparison(
     key: tuple[str, ...], runs: Sequence[Run], metric: Metric, curve: Callable[[Record], str]
 ) -> Comparison:
     by_point: dict[tuple[str, bool, str, float], list[Run]] = defaultdict(list)
-    failed = [run for run in runs if value_of(run.record, metric.name) is None]
+    failed = []
     for run in runs:
         record = run.record
+        if value_of(record, metric.name) is None:
+            failed.append(run)
+            continue
         target = -1.0 if record["target_sparsity"] is None else record["target_sparsity"]
-        if run not in failed:
-            place = (curve(record), record["method"] == DENSE, record.get("label") or "", target)
-            by_point[place].append(run)
+        by_point[curve(record), record["method"] == DENSE, record.get("label") or "", target].append(run)
     points = [_point(curve(found[0].record), found, metric) for _, found in sorted(by_point.items())]
     reference, dense = _dense(points, metric)
     curves: dict[str, list[Point]] = defaultdict(list)
@@ -210,7 +209,7 @@ def _dense(points: Sequence[Point], metric: Metric) -> tuple[Point | None, tuple
 
 
 def _with_weight_sparsity(point: Point, reference: Point | None) -> Point:
-    """Fills in a weight sparsity that the records lack, from the FLOPs that the dense model has and the point has not."""
+    """A weight sparsity that the records lack is the share of the dense model's FLOPs that a point saves."""
     dense = None if reference is None else reference.mean("gflops")
     if point.weight_sparsity is not None or point.gflops is None or not dense:
         return point
