@@ -128,6 +128,11 @@ def test_curves_go_by_group_then_label_then_method() -> None:
     assert [point.label for point in compared(*records).curves["eta"]] == ["a", "b"]
 
 
+def test_a_group_keeps_methods_apart_at_the_same_target() -> None:
+    records = [record(group="both"), record("cats", group="both", seed=1, value=30.0)]
+    assert [(point.method, point.value.n) for point in compared(*records).curves["both"]] == [("cats", 1), ("lte", 1)]
+
+
 def test_fields_name_curves_where_they_differ() -> None:
     records = [record(config={"lte": {"expert_size": size, "tau": 0.5}}) for size in (8, 16)]
     runs = runs_of(*records, record("cats"))

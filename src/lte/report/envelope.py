@@ -58,8 +58,8 @@ def lte_standings(comparison: Comparison) -> list[Standing]:
         By curve and rising saving; empty without a dense reference or LTE points with known bytes.
     """
     found: list[Standing] = []
-    others = {name: points for name, points in comparison.curves.items() if points[0].method != OURS}
-    rivals = [*others.values(), *((point,) for point in comparison.dense)]
+    others = [[point for point in points if point.method != OURS] for points in comparison.curves.values()]
+    rivals = [*others, *([point] for point in comparison.dense)]
     for name, points in comparison.curves.items():
         standings = [_standing(comparison, name, point, rivals) for point in points if point.method == OURS]
         found += sorted((each for each in standings if each is not None), key=lambda each: each.saving)

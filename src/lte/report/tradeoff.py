@@ -174,7 +174,7 @@ def value_of(record: Record, metric: str) -> float | None:
 def _comparison(
     key: tuple[str, ...], runs: Sequence[Run], metric: Metric, curve: Callable[[Record], str]
 ) -> Comparison:
-    by_point: dict[tuple[str, bool, str, float], list[Run]] = defaultdict(list)
+    by_point: dict[tuple[str, str, str, float], list[Run]] = defaultdict(list)
     failed = []
     for run in runs:
         record = run.record
@@ -182,7 +182,7 @@ def _comparison(
             failed.append(run)
             continue
         target = -1.0 if record["target_sparsity"] is None else record["target_sparsity"]
-        by_point[curve(record), record["method"] == DENSE, record.get("label") or "", target].append(run)
+        by_point[curve(record), record["method"], record.get("label") or "", target].append(run)
     points = [_point(curve(found[0].record), found, metric) for _, found in sorted(by_point.items())]
     reference, dense = _dense(points, metric)
     curves: dict[str, list[Point]] = defaultdict(list)
