@@ -111,6 +111,17 @@ def test_one_standard_deviation_of_the_difference_is_a_tie() -> None:
     assert len(envelope_sentences(compared(DENSE, *lte, *cats), [standing])) == 1
 
 
+def test_a_clear_rival_comes_before_an_uncertain_one() -> None:
+    lte = [point("lte", 0.5, 21.0 + step, 5.0, seed=seed) for seed, step in enumerate((-0.1, 0.0, 0.1))]
+    noisy = [point("cats", 0.5, 20.5 + step, 5.0, seed=seed) for seed, step in enumerate((-2.0, 0.0, 2.0))]
+    clear = [point("teal", 0.5, 20.6, 5.0, seed=seed) for seed in range(3)]
+    (standing,) = lte_standings(compared(DENSE, *lte, *noisy, *clear))
+    assert (standing.rival, standing.behind) == ("teal", pytest.approx(0.4))
+    assert not standing.on_envelope
+    (alone,) = lte_standings(compared(DENSE, *lte, *noisy))
+    assert alone.on_envelope
+
+
 def test_a_method_that_is_better_with_fewer_bytes_counts_too() -> None:
     (standing,) = lte_standings(compared(DENSE, point("lte", 0.3, 22.0, 8.0), point("teal", 0.9, 21.0, 1.0)))
     assert (standing.rival, standing.behind) == ("teal", 1.0)

@@ -70,19 +70,32 @@ def _standing(comparison: Comparison, name: str, point: Point, rivals: Sequence[
     share, megabytes = comparison.share(point, "megabytes"), point.mean("megabytes")
     if share is None or megabytes is None:
         return None
-    candidates = [rival for points in rivals for rival in _at_most(points, megabytes)]
-    own = point.value
-    if not candidates:
+    own, drop = point.value, comparison.metric.drop
+    standings = [
+        Standing(
+            curve=name,
+            point=point,
+            saving=1 - share,
+            rival=rival.name,
+            rival_value=rival.value,
+            behind=drop(own.mean, rival.value),
+            sd=math.hypot(own.spread, rival.sd),
+            seeds=min(own.n, rival.seeds),
+        )
+        for points in rivals
+        for rival in _at_most(points, megabytes)
+    ]
+    if not standings:
         return Standing(name, point, 1 - share, None, None, None, own.spread, own.n)
-    better = comparison.metric.drop
-    best = min(candidates, key=lambda rival: better(rival.value, own.mean))
-    sd = math.hypot(own.spread, best.sd)
-    behind = better(own.mean, best.value)
-    return Standing(name, point, 1 - share, best.name, best.value, behind, sd, min(own.n, best.seeds))
+    # A rival that is clearly better comes before one that is better on average, but not clearly so.
+    return max(standings, key=lambda standing: (not standing.on_envelope, standing.behind))
 
 
 def _at_most(points: Sequence[Point], megabytes: float) -> list[_Rival]:
-    """A curve's measured points with at most so many bytes, and the curve at exactly so many."""
+    """A curve's measured points with at most so many bytes, and the curve at exactly so many.
+
+    Between two points it has the spread and the seeds of the nearer one.
+    """
     known = [point for point in points if point.megabytes is not None]
     found = [
         _Rival(point.curve, point.value.mean, point.value.spread, point.value.n)
