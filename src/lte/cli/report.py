@@ -18,9 +18,7 @@ from lte.report.tradeoff import compare_runs
 
 @reports_errors
 def report(
-    results: Annotated[
-        list[Path], typer.Argument(help="Result files, or folders that hold them.", metavar="RESULTS...")
-    ],
+    results: Annotated[list[Path], typer.Argument(help="Result files, or folders that hold them.", metavar="RESULTS")],
     output: Annotated[Path | None, typer.Option(help="Also write report.md, report.csv and figures here.")] = None,
     metric: Annotated[str | None, typer.Option(help="Another metric of the records than their main one.")] = None,
     by: Annotated[
