@@ -13,7 +13,7 @@ import lte
 from lte.cli.settings import settings_of
 from lte.cli.train import GROUPS
 
-COMMANDS = ("train", "eval", "generate", "inspect", "demo")
+COMMANDS = ("train", "eval", "generate", "inspect", "report", "demo")
 
 
 def test_version(run: Callable[..., Any]) -> None:
