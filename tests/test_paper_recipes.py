@@ -1,12 +1,10 @@
-"""The commands of experiments/paper: their numbers are the paper's, and they run on tiny models of the same families."""
+"""The commands of experiments/paper: their numbers are the paper's, and they run on tiny models of the families."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,53 +16,24 @@ from transformers import AutoTokenizer
 from lte.bench import timing
 from lte.cli import app
 from lte.cli.training_run import TrainingRun
+from lte.eval.harness import TASK_FILES
 from lte.tasks import get_task
 from tests.cli.conftest import run, save_tiny_model
-from tests.tasks.made_up import write, write_e2e, write_sst2, write_stsb
+from tests.paper_commands import COMMANDS, FOLDER, HUB, README, ROOT, Command, place
+from tests.tasks.made_up import (
+    write_e2e,
+    write_mmlu,
+    write_sst2,
+    write_stsb,
+    write_tulu,
+    write_wikitext,
+    write_xsum,
+)
 
 __all__ = ["run"]
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "experiments" / "paper"
-README = (FOLDER / "README.md").read_text()
 GLUE = {"sst2", "mrpc", "rte", "cola", "stsb", "qnli", "mnli", "qqp"}
 TEXTS = {"xsum", "e2e", "wikitext103"}
-# Bash itself reads the commands; these functions print their arguments in place of running.
-PRINTING = """
-set -eu
-lte() { printf '%s\\0' 1 "$@"; printf '\\n\\0'; }
-torchrun() { [ "$1" = --nproc-per-node ] && [ "$3 $4" = "-m lte" ]; count=$2; shift 4
-  printf '%s\\0' "$count" "$@"; printf '\\n\\0'; }
-pip() { :; }
-"""
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of the README: `lte` with `arguments` in `processes` processes."""
-
-    processes: int
-    arguments: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.arguments[0]
-
-    def value(self, flag: str) -> str:
-        """The last value of a flag, `""` where it is not given."""
-        found = [b for a, b in zip(self.arguments, self.arguments[1:], strict=False) if a == flag]
-        return found[-1] if found else ""
-
-
-def commands_of(text: str) -> list[Command]:
-    """Every `lte` command of the bash blocks of a text, loops unrolled, in order."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    done = subprocess.run(["bash", "-c", PRINTING + "".join(blocks)], capture_output=True, text=True, check=True)
-    parts = [part.split("\0")[:-1] for part in done.stdout.split("\n\0")[:-1]]
-    return [Command(int(count), tuple(arguments)) for count, *arguments in parts]
-
-
-COMMANDS = commands_of(README)
 TRAINING = [command for command in COMMANDS if command.name == "train"]
 
 
@@ -88,20 +57,6 @@ PAPER = {
     "llama-7b": Table({1.5e-5}, {1.5e-5}, {16}, {1}, {1}, TEXTS),
     "llama2-7b": Table({2e-5}, {2e-5}, {128}, {1}, {4}, {"tulu"}),
 }
-HUB = {
-    "roberta-base": "FacebookAI/roberta-base",
-    "roberta-large": "FacebookAI/roberta-large",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "llama-7b": "huggyllama/llama-7b",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-}
-
-
-def place(folder: str) -> tuple[str, str, str]:
-    """Model, task and what it is, of a folder of the README: runs/llama-7b/e2e/lte."""
-    runs, model, task, what = folder.split("/")
-    assert runs == "runs"
-    return model, task, what
 
 
 @pytest.fixture
@@ -211,7 +166,9 @@ def test_the_other_ways_to_a_sparsity_are_settings(settings_of: Callable[..., Tr
     assert own.holds_target
     assert own.separability_weight == 0
     for path in FOLDER.glob("*.yaml"):
-        (eta,) = re.findall(r"^# eta: ([\d.]+)$", path.read_text(), re.MULTILINE) or (["0"] if "dense" in path.name else [])
+        (eta,) = re.findall(r"^# eta: ([\d.]+)$", path.read_text(), re.MULTILINE) or (
+            ["0"] if "dense" in path.name else []
+        )
         assert 0 <= float(eta) <= 2
     fixed = settings_of(command, "--eta", "0.5", "--output", "fixed").train_config
     assert fixed.eta == 0.5
@@ -237,30 +194,6 @@ def test_measuring_commands_have_known_flags(command: Command) -> None:
     assert (context.params["sequence_length"] or 512) == files.get(model, 512)
 
 
-def write_data(folder: Path) -> None:
-    """A few examples of the tasks that run, in the forms of their files."""
-    write_sst2(folder / "SST-2")
-    write_stsb(folder / "STS-B")
-    write_e2e(folder / "e2e")
-    stories = [json.dumps({"document": f"The river rose {i} feet. " * 9, "summary": f"It rose {i}."}) for i in range(4)]
-    lines = ["", " = River = ", "", *(f" The river runs past house {i} to the sea . " for i in range(300))]
-    for split in ("train", "validation", "test"):
-        write(folder / "xsum" / f"{split}.jsonl", *stories)
-    for split in ("train", "valid", "test"):
-        write(folder / "wikitext103" / f"wiki.{split}.raw", *lines)
-    roles = ("system", "user", "assistant", "user", "assistant")
-    chat = [{"role": role, "content": f"{role} speaks"} for role in roles]
-    write(folder / "tulu" / "tulu.jsonl", *(json.dumps({"messages": chat[i % 2 :]}) for i in range(40)))
-
-
-def write_mmlu(folder: Path, subjects: list[str]) -> None:
-    for split, count in (("dev", 5), ("test", 1)):
-        rows = [f"{subject},Which {i}?,a,b,c,d,{'ABCDA'[i]}\n" for subject in subjects for i in range(count)]
-        path = folder / "mmlu" / f"{split}.csv.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(("subject,question,A,B,C,D,answer\n" + "".join(rows)).encode()))
-
-
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models under the names of the hub: 4 experts of 32, and positions as the real ones."""
@@ -276,29 +209,37 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(folder / name)
             tokenizer.pad_token = None
             tokenizer.save_pretrained(folder / name)
-    write_data(folder / "data")
+    data = folder / "data"
+    write_sst2(data / "SST-2")
+    write_stsb(data / "STS-B")
+    write_e2e(data / "e2e")
+    write_xsum(data / "xsum")
+    write_wikitext(data / "wikitext103")
+    write_tulu(data / "tulu")
+    write_mmlu(data / "mmlu", re.findall(r"subject: (\w+)", (TASK_FILES / "mmlu_files.yaml").read_text()))
     return folder
 
 
 @pytest.fixture
-def with_hub(hub: Path, work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def with_hub(hub: Path, work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The work folder with the tiny models in it: a name of the hub is a folder here."""
     for name in [*{name.split("/")[0] for name in HUB.values()}, "data"]:
         (work_folder / name).symlink_to(hub / name)
     monkeypatch.setattr(timing, "SWEEP_BYTES", 1 << 12)
-    yield work_folder
+    return work_folder
 
 
 # What makes a command small; the last of several flags counts.
+ON_FEW = ["--data-dir", "data", "--limit", "2", "--max-new-tokens", "4"]
 SMALL = {
-    "train": ["--data-dir", "data", "--stage1-steps", "2", "--stage2-steps", "2", "--limit", "4"],
-    "eval": ["--data-dir", "data", "--limit", "4"],
-    "bench": ["--quick", "--repeats", "2", "--context-length", "16", "--lengths", "5", "--batches", "1", "--no-compile"],
+    "train": [*ON_FEW, "--stage1-steps", "2", "--stage2-steps", "2"],
+    "eval": ON_FEW,
+    "bench": ["--quick", "--repeats", "1", "--sparsities", "own", "--context-length", "16", "--no-compile"],
 }
 # Together every file, family and kind of task, and both loops of GLUE.
 RUNNING = [
     "roberta-base/sst2", "roberta-large/stsb", "gpt2-medium/xsum", "gpt2-medium/wikitext103", "llama-7b/e2e",
-    "llama2-7b/tulu",
+    pytest.param("llama2-7b/tulu", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -308,14 +249,17 @@ def test_the_commands_run_on_a_tiny_model(run: Callable[..., Any], with_hub: Pat
     mine = [command for command in COMMANDS if any(f"runs/{name}/" in part for part in command.arguments)]
     for command in mine:
         flags = SMALL[command.name]
+        if command.processes > 1:
+            flags = [*flags, "--gradient-accumulation-steps", "2"]
         if command.value("--harness"):
             pytest.importorskip("lm_eval")
             assert command.value("--harness") == "mmlu"
-            write_mmlu(with_hub, mmlu_subjects())
-            flags = ["--harness", "mmlu_files", "--harness-data", "."]
+            flags = ["--harness", "mmlu_files", "--harness-data", "data"]
         result = run(*command.arguments, *flags)
         assert result.exit_code == 0, (command, result.output, result.stderr)
-    records = {path.relative_to("runs").as_posix(): json.loads(path.read_text()) for path in Path("runs").rglob("*.json")}
+    records = {
+        path.relative_to("runs").as_posix(): json.loads(path.read_text()) for path in Path("runs").rglob("*.json")
+    }
     dense, sparse = (records[f"{name}/{what}/result.json"] for what in ("dense", "lte"))
     assert (dense["method"], sparse["method"]) == ("dense", "lte")
     assert dense["metric"] == sparse["metric"] == get_task(task).main_metric
@@ -323,22 +267,16 @@ def test_the_commands_run_on_a_tiny_model(run: Callable[..., Any], with_hub: Pat
     assert records[f"{name}/lte.json"]["metrics"] == pytest.approx(sparse["metrics"], rel=0.05, nan_ok=True)
     if model == "llama2-7b":
         assert records[f"{name}/dense-mmlu.json"]["config"]["num_fewshot"] == 5
-        assert AutoTokenizer.from_pretrained(f"runs/{name}/lte").chat_template == (FOLDER / "tulu_chat.jinja").read_text()
-
-
-def mmlu_subjects() -> list[str]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    from lte.eval.harness import TASK_FILES
-
-    parts = load_yaml(TASK_FILES / "mmlu_files.yaml")["task"]
-    return [task["dataset_kwargs"]["subject"] for part in parts for task in part["task"]]
+        assert (
+            AutoTokenizer.from_pretrained(f"runs/{name}/lte").chat_template == (FOLDER / "tulu_chat.jinja").read_text()
+        )
 
 
 def test_lm_eval_has_the_group_that_is_named() -> None:
     tasks = pytest.importorskip("lm_eval.tasks")
     (name,) = {command.value("--harness") for command in COMMANDS} - {""}
-    assert name in tasks.TaskManager().all_groups
+    group = Path(tasks.__file__).parent / "mmlu" / "default" / "_mmlu.yaml"
+    assert f"group: {name}" in group.read_text().splitlines()
 
 
 def test_tulus_chat_template(hub: Path) -> None:

@@ -45,7 +45,8 @@ class RunConfig:
         "unless you set it.",
     )
     chat_template: str | None = _option(
-        None, "File with a Jinja chat template for the tokenizer, which the trained folder keeps; base models have none."
+        None,
+        "File with a Jinja chat template for the tokenizer, which the trained folder keeps; base models have none.",
     )
     resume: bool = _option(False, "Go on with the interrupted run in output, with its settings.")
 
