@@ -27,7 +27,7 @@ SHORT = [
 ]
 
 
-def save_tiny_model(folder: Path, model_type: str = "llama") -> Path:
+def save_tiny_model(folder: Path, model_type: str = "llama", **overrides: Any) -> Path:
     """A random model with a byte-level tokenizer trained on a few pages."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +42,8 @@ def save_tiny_model(folder: Path, model_type: str = "llama") -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
-    tiny_dense_model(model_type, vocab_size=VOCAB_SIZE, max_position_embeddings=256).save_pretrained(folder)
+    settings = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, **overrides}
+    tiny_dense_model(model_type, **settings).save_pretrained(folder)
     return folder
 
 

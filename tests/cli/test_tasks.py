@@ -152,6 +152,10 @@ def test_instructions_train_on_their_answers(run: Callable[..., Any], dense_fold
         (["--task", "sst"], "did you mean sst2"),
         (["--task", "sst2", "--train", "x.jsonl"], "train must not be given with a task, which has its own data"),
         (["--task", "sst2", "--data-dir", "/no/such"], "data_dir must be an existing folder"),
+        (
+            ["--chat-template", "no.jinja"],
+            "chat_template must be a file with a Jinja template, got chat_template=no.jinja",
+        ),
         (["--data-dir", "DATA"], "task must be given with data_dir"),
         (["--task", "sst2", "--data-dir", "DATA", "--split", "dev"], "split must be one of train, validation, test"),
     ],

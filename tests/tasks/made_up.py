@@ -1,7 +1,10 @@
-"""Small data sets in the original forms of SST-2, STS-B and E2E."""
+"""Small data sets in the forms in which tasks read them."""
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 GOOD = ("a fine film", "fine , and a joy", 'a "fine" comedy of manners and of much else')
@@ -46,4 +49,38 @@ def write_e2e(folder: Path) -> Path:
     ]
     for name in ("trainset", "devset", "testset_w_refs"):
         write(folder / f"{name}.csv", "mr,ref", *rows)
+    return folder
+
+
+def write_xsum(folder: Path) -> Path:
+    """XSum with four stories in each split."""
+    rows = [json.dumps({"document": f"The river rose {i} feet. " * 9, "summary": f"It rose {i}."}) for i in range(4)]
+    for split in ("train", "validation", "test"):
+        write(folder / f"{split}.jsonl", *rows)
+    return folder
+
+
+def write_wikitext(folder: Path) -> Path:
+    """WikiText with an article of thirty lines in each split."""
+    lines = ["", " = River = ", "", *(f" The river runs past house {i} to the sea . " for i in range(30))]
+    for split in ("train", "valid", "test"):
+        write(folder / f"wiki.{split}.raw", *lines)
+    return folder
+
+
+def write_tulu(folder: Path) -> Path:
+    """Tulu with forty chats, half of which have a system message."""
+    roles = ("system", "user", "assistant", "user", "assistant")
+    chat = [{"role": role, "content": f"{role} speaks"} for role in roles]
+    write(folder / "tulu.jsonl", *(json.dumps({"messages": chat[i % 2 :], "id": i}) for i in range(40)))
+    return folder
+
+
+def write_mmlu(folder: Path, subjects: Sequence[str]) -> Path:
+    """MMLU with a question and five examples for each subject."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("dev", 5), ("test", 1)):
+        rows = [f"{subject},Which {i}?,a,b,c,d,{'ABCDA'[i]}\n" for subject in subjects for i in range(count)]
+        text = "subject,question,A,B,C,D,answer\n" + "".join(rows)
+        (folder / f"{split}.csv.gz").write_bytes(gzip.compress(text.encode()))
     return folder

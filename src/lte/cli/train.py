@@ -44,6 +44,10 @@ class RunConfig:
         "Teacher: initial (the model as it was before conversion), or a dense model. Sets distillation_weight to 1 "
         "unless you set it.",
     )
+    chat_template: str | None = _option(
+        None,
+        "File with a Jinja chat template for the tokenizer, which the trained folder keeps; base models have none.",
+    )
     resume: bool = _option(False, "Go on with the interrupted run in output, with its settings.")
 
     def __post_init__(self) -> None:
@@ -96,6 +100,7 @@ def train(
         output=output,
         stages=(1, 2) if run.stages == "both" else (int(run.stages),),
         distill_from=run.distill_from,
+        chat_template=run.chat_template,
         resume=run.resume,
         lte_config=build(LteConfig, values),
         data_config=build(DataConfig, values),

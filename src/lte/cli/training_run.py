@@ -42,6 +42,7 @@ class TrainingRun:
     output: Path
     stages: tuple[int, ...]
     distill_from: str | None
+    chat_template: str | None
     resume: bool
     lte_config: LteConfig
     data_config: DataConfig
@@ -56,7 +57,7 @@ class TrainingRun:
             ValueError: if the settings do not fit the model, or each other.
         """
         check_start(self)
-        work = self._workload(load_tokenizer(self.model))
+        work = self._workload(self._tokenizer())
         # What a new head starts from.
         torch.manual_seed(self.train_config.seed)
         model = work.load_model(self.model)
@@ -95,6 +96,18 @@ class TrainingRun:
             save_outcome(model, work.tokenizer, self.output, outcome)
             print_outcome(console, self.output, self.stages, outcome)
         return found
+
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.model)
+        if self.chat_template is not None:
+            path = Path(self.chat_template).expanduser()
+            if not path.is_file():
+                raise ValueError(
+                    f"chat_template must be a file with a Jinja template, got chat_template={self.chat_template}; give "
+                    "its path"
+                )
+            tokenizer.chat_template = path.read_text()
+        return tokenizer
 
     def _workload(self, tokenizer: Any) -> Workload:
         batch_size = self.train_config.batch_size

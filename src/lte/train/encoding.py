@@ -159,7 +159,7 @@ class Encoder:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 "tokenizer must have a chat template for kind=chat, got chat_template=None; use an instruction-tuned "
-                "model's tokenizer, set tokenizer.chat_template, or use kind=completion"
+                "model's tokenizer, set tokenizer.chat_template (lte train --chat-template), or use kind=completion"
             )
         if not self.tokenizer.is_fast:
             raise ValueError("tokenizer must be a fast one for kind=chat, got a slow one; use kind=completion")
