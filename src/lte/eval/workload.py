@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from lte.cli.kernels import KERNELS, use_kernels_
-from lte.cli.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
 from lte.config import check_choice
+from lte.eval.kernels import KERNELS, use_kernels_
+from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
 from lte.eval.perplexity import evaluate_model
 from lte.eval.tasks import TaskResult, check_task, evaluate_task
 from lte.hf.dense import load_dense_model
