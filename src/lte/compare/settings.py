@@ -162,7 +162,7 @@ def read_comparison(path: Path, **overrides: Any) -> Comparison:
     given = {name: value for name, value in overrides.items() if value is not None}
     content = {**content, **given}
     for key in content:
-        check_choice(f"every key of {path}", key, KEYS)
+        check_choice("key", key, KEYS)
     if not isinstance(content.get("train", {}), dict):
         raise ValueError(
             f"train must be a mapping with the budget, got train={content['train']!r} in {path}; text files go to "
