@@ -1,6 +1,7 @@
-"""The sparse FFN of LLaMA2-7B for 1 to 8192 tokens on a GPU: every path against the best dense FFN.
+"""The sparse FFN for 1 to 8192 tokens on a GPU, in LLaMA2-7B's widths or others: every path against the best dense FFN.
 
     python benchmarks/prefill.py --output results/prefill.json
+    python benchmarks/prefill.py --shape smollm2-135m --tokens 1 2 4 16 64 512
     python benchmarks/prefill.py --tokens 512 2048 --tune --budget-s 60
     python benchmarks/prefill.py --tune-skinny --budget-s 60 --output results/skinny_product.json
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefill_layers import EXPERTS, HIDDEN, LAYERS, NEURONS, Layers
+from prefill_layers import Layers, Widths
 from prefill_tuning import activation_rows, tune_activation, tune_grouped, tune_skinny
 from timing import dense_times, graph_times, row
 from torch import Tensor
@@ -32,7 +33,7 @@ from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.decode import sparse_ffn_decode
 from lte.ops.launch import architecture
-from lte.ops.paths import BreakEven, break_even, propose_rows
+from lte.ops.paths import BreakEven, FfnKind, break_even, propose_rows
 from lte.ops.prefill import sparse_ffn_prefill
 from lte.ops.reference import active_experts, sparse_ffn_reference
 
@@ -59,27 +60,28 @@ def paths(layers: Layers, tokens: int) -> dict[str, Callable[[int], Tensor]]:
     return {"masked": masked, "decode": decode} if tokens <= MAX_TOKENS else {"masked": masked, "grouped": grouped}
 
 
-def count_work(path: str, tokens: int, active: float, union: float) -> tuple[int, int]:
+def count_work(widths: Widths, path: str, tokens: int, active: float, union: float) -> tuple[int, int]:
     """(bytes, FLOPs) of an FFN: weights once, every activation written and read once."""
-    matrix, states = HIDDEN * NEURONS, 2 * tokens * HIDDEN
-    h, products = 2 * tokens * NEURONS, 2 * tokens * (2 * NEURONS + EXPERTS)
+    hidden, neurons, experts = widths.hidden, widths.neurons, widths.experts
+    matrix, states = hidden * neurons, 2 * tokens * hidden
+    h, products = 2 * tokens * neurons, 2 * tokens * (2 * neurons + experts)
     weights = {"masked": 3.0, "grouped": 2 * union + 1, "decode": 3 * union}[path]
     activations = {"masked": 2 * products + 2 * h, "grouped": 3 * h, "decode": 0}[path]
     share = {"masked": 3.0, "grouped": 2 * active + 1, "decode": 3 * active}[path]
-    size = 2 * (weights * matrix + EXPERTS * HIDDEN) + activations + 2 * states
-    return round(size), round(2 * tokens * (share * matrix + EXPERTS * HIDDEN))
+    size = 2 * (weights * matrix + experts * hidden) + activations + 2 * states
+    return round(size), round(2 * tokens * (share * matrix + experts * hidden))
 
 
-def effort(tokens: int) -> tuple[int, int]:
+def effort(widths: Widths, tokens: int) -> tuple[int, int]:
     """(layers, repeats): fewer where a layer takes long."""
-    if tokens <= 256:
-        return LAYERS, 20
+    if tokens <= 256 or widths.layers > 8:  # narrow ones, of which a few would stay in the L2 cache
+        return widths.layers, 20
     return (4, 12) if tokens <= 1024 else (2, 8)
 
 
 def measure(layers: Layers, tokens: int, best: float) -> Iterator[dict[str, Any]]:
     """A row for every path, routing and sparsity; a `RuntimeError` where an output is wrong."""
-    count, repeats = effort(tokens)
+    count, repeats = effort(layers.widths, tokens)
     for routing in ("independent", "same") if tokens > 1 else ("same",):
         for sparsity in SPARSITIES:
             layers.route(sparsity, same=routing == "same")
@@ -91,7 +93,7 @@ def measure(layers: Layers, tokens: int, best: float) -> Iterator[dict[str, Any]
                 error = relative_rms(run(0)[sure], wanted[sure])
                 if not error <= TOLERANCE:
                     raise RuntimeError(f"relative RMS must be at most {TOLERANCE}, got {error:.2e} by {name}")
-                size, flops = count_work(name, tokens, active, union)
+                size, flops = count_work(layers.widths, name, tokens, active, union)
                 entry = row("prefill", f"lte {name}", tokens, sparsity, graph_times(run, repeats, count), size)
                 entry |= {"routing": routing, "active_fraction": active, "union": union, "relative_rms": error}
                 yield entry | {"flops": flops, "ratio_to_dense": entry["median_ms"] / best}
@@ -123,9 +125,9 @@ def print_point(tokens: int, dense: dict[str, float], rows: list[dict[str, Any]]
         print(f"  {key[0]:12} {key[1]:12} {cells}" + ("  above 1.02 of dense somewhere" if slow else ""), flush=True)
 
 
-def print_table(points: list[BreakEven], arch: int) -> None:
+def print_table(points: list[BreakEven], kind: FfnKind) -> None:
     """What to write into `lte.ops.paths.MEASURED`."""
-    print(f"    ({arch}, 2, True): (")
+    print(f"    {kind}: (")
     for entry in propose_rows(points):
         print(f"        {entry},")
     print("    ),")
@@ -134,18 +136,19 @@ def print_table(points: list[BreakEven], arch: int) -> None:
 def tune(layers: Layers, chosen: Sequence[int] | None, budget_s: float, skinny_alone: bool) -> list[dict[str, Any]]:
     """Tries tiles of all kernels, or of `skinny_product_kernel` alone, whose rows are returned."""
     if skinny_alone:
-        return tune_skinny(layers, chosen or SKINNY_TOKENS, LAYERS, budget_s)
+        return tune_skinny(layers, chosen or SKINNY_TOKENS, layers.widths.layers, budget_s)
     all_tokens = chosen or TOKENS
     for tokens in all_tokens:
         layers.take(tokens)
-        tune_activation(layers, effort(tokens)[0], budget_s / 4)
-        tune_grouped(layers, effort(tokens)[0], budget_s)
+        tune_activation(layers, effort(layers.widths, tokens)[0], budget_s / 4)
+        tune_grouped(layers, effort(layers.widths, tokens)[0], budget_s)
     few = [tokens for tokens in all_tokens if MAX_TOKENS < tokens <= max(SKINNY_TOKENS)]
-    return tune_skinny(layers, few, LAYERS, budget_s) if few else []
+    return tune_skinny(layers, few, layers.widths.layers, budget_s) if few else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama2-7b", help="whose widths, a shape of lte bench")
     parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens, by default those that matter")
     parser.add_argument("--tune", action="store_true", help="try tiles and print the best, and measure nothing else")
     parser.add_argument("--tune-skinny", action="store_true", help="the same for the product of few tokens alone")
@@ -156,7 +159,7 @@ def main() -> None:
     parser.add_argument("--activation", action="store_true", help="also the elementwise kernel alone, with inductor's")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
-    layers, start = Layers(), time.monotonic()
+    layers, start = Layers(Widths.of(args.shape)), time.monotonic()
     if args.tune or args.tune_skinny:
         found = tune(layers, args.tokens, args.budget_s, skinny_alone=args.tune_skinny)
         if args.output:
@@ -168,8 +171,8 @@ def main() -> None:
     points = []
     for tokens in args.tokens or TOKENS:
         layers.take(tokens)
-        count, repeats = effort(tokens)
-        size, flops = count_work("masked", tokens, 1, 1)
+        count, repeats = effort(layers.widths, tokens)
+        size, flops = count_work(layers.widths, "masked", tokens, 1, 1)
         dense = {
             name: row("prefill", name, tokens, 0.0, times, size) | {"flops": flops}
             for name, times in dense_times(
@@ -184,8 +187,10 @@ def main() -> None:
         if args.activation:
             rows += activation_rows(layers, count, repeats)
         if args.output:  # a run that is cut off has kept what it measured
-            write_json_atomic(args.output, {"rows": rows, "copy_gb_per_s": bandwidth, **environment()})
-    print_table(points, architecture(layers.x.device))
+            write_json_atomic(
+                args.output, {"shape": args.shape, "rows": rows, "copy_gb_per_s": bandwidth, **environment()}
+            )
+    print_table(points, FfnKind(architecture(layers.x.device), 2, True, layers.widths.weight_bytes))
     worst = max((r for r in rows if r["provider"] == "lte masked"), key=lambda r: r["ratio_to_dense"])
     print(f"masked at worst {worst['ratio_to_dense']:.3f} of dense, at {worst['tokens']} tokens")
     spread = statistics.median((r["p80_ms"] - r["p20_ms"]) / r["median_ms"] for r in rows)

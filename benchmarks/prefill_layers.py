@@ -1,23 +1,57 @@
-"""Random FFNs in the shape of LLaMA2-7B, in the layout of accelerated weights, with routing of a wanted sparsity."""
+"""Random FFNs of a model's widths, in the layout of accelerated weights, with routing of a wanted sparsity."""
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lte.bench.shapes import SHAPES
+from lte.config import check_choice
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.layout import stack_inputs
 
-HIDDEN, NEURONS, EXPERT_SIZE, LAYERS = 4096, 11008, 32, 8
-EXPERTS = NEURONS // EXPERT_SIZE
+EXPERT_SIZE = 32
+# Several times the L2 cache, so that it holds nothing when a layer's turn comes again.
+ALL_BYTES = 3 << 29
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """D, F, and how many layers make up `ALL_BYTES`."""
+
+    hidden: int
+    neurons: int
+
+    @staticmethod
+    def of(shape: str) -> Widths:
+        """Those of a shape of `lte bench`."""
+        check_choice("shape", shape, SHAPES)
+        return Widths(hidden=SHAPES[shape]["hidden_size"], neurons=SHAPES[shape]["intermediate_size"])
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.neurons // EXPERT_SIZE
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of an FFN's weights in 16 bits."""
+        return 6 * self.hidden * self.neurons
+
+    @property
+    def layers(self) -> int:
+        """How many FFNs with weights of their own are run one after the other."""
+        return min(64, max(8, ALL_BYTES // self.weight_bytes))
 
 
 class Layers:
-    """`LAYERS` FFNs with weights of their own, hidden states [T, D], and one routing per layer.
+    """FFNs with weights of their own, hidden states [T, D], and one routing per layer.
 
     Attributes:
+        widths: D, F and the number of FFNs.
         x: hidden states, by `take`.
         ffns: the weights.
         gate_up: gate over up of each layer, [2F, D], the same memory.
@@ -25,18 +59,20 @@ class Layers:
         routings: by `route`.
     """
 
-    def __init__(self, device: str = "cuda", seed: int = 0):
+    def __init__(self, widths: Widths, device: str = "cuda", seed: int = 0):
+        self.widths = widths
+        hidden, neurons, experts = widths.hidden, widths.neurons, widths.experts
         self.generator = torch.Generator(device).manual_seed(seed)
         self.ffns: list[FfnWeights] = []
         self.gate_up: list[Tensor] = []
         self.stock_down: list[Tensor] = []
         self.routers: list[Tensor] = []
-        for _ in range(LAYERS):
-            gate, up = (self._random(NEURONS, HIDDEN, HIDDEN**-0.5) for _ in range(2))
-            inputs = stack_inputs(up, gate, self._random(EXPERTS, HIDDEN, HIDDEN**-0.5))
-            down = self._random(NEURONS, HIDDEN, NEURONS**-0.5)
+        for _ in range(widths.layers):
+            gate, up = (self._random(neurons, hidden, hidden**-0.5) for _ in range(2))
+            inputs = stack_inputs(up, gate, self._random(experts, hidden, hidden**-0.5))
+            down = self._random(neurons, hidden, neurons**-0.5)
             self.ffns.append(FfnWeights(up=inputs.up, gate=inputs.gate, down=down, stacked=inputs.stacked))
-            self.gate_up.append(inputs.stacked[: 2 * NEURONS])
+            self.gate_up.append(inputs.stacked[: 2 * neurons])
             self.stock_down.append(down.T.contiguous())
             assert inputs.router is not None
             self.routers.append(inputs.router)
@@ -50,22 +86,23 @@ class Layers:
 
     def take(self, tokens: int) -> None:
         """Other hidden states, of standard normal numbers: a random router's logits are then standard normal, too."""
-        self.x = self._random(tokens, HIDDEN, 1.0)
+        self.x = self._random(tokens, self.widths.hidden, 1.0)
 
     def route(self, sparsity: float, *, same: bool = False) -> None:
         """Skips a share of the experts: for all tokens the same ones, exactly, or for every token its own, about."""
         self.routings = []
+        experts = self.widths.experts
         for index, (router, values) in enumerate(zip(self.routers, self.random_routers, strict=True)):
             if same:
                 router.zero_()
-                order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(index))
-                bias = torch.full((EXPERTS,), -1.0)
-                bias[order[: round(EXPERTS * (1 - sparsity))]] = 1.0
+                order = torch.randperm(experts, generator=torch.Generator().manual_seed(index))
+                bias = torch.full((experts,), -1.0)
+                bias[order[: round(experts * (1 - sparsity))]] = 1.0
                 self.routings.append(Routing(weight=router, bias=bias.to(router.device)))
             else:
                 router.copy_(values)
                 threshold = statistics.NormalDist().inv_cdf(sparsity) if sparsity > 0 else -1e4
-                bias = torch.zeros(EXPERTS, device=router.device)
+                bias = torch.zeros(experts, device=router.device)
                 self.routings.append(Routing(weight=router, bias=bias, threshold=threshold))
 
     def decided(self, layer: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from prefill_layers import EXPERT_SIZE, EXPERTS, HIDDEN, NEURONS, Layers
+from prefill_layers import EXPERT_SIZE, Layers
 from timing import graph_times, row
 from torch import Tensor
 from torch.nn import functional
@@ -112,7 +112,7 @@ def tune_grouped(layers: Layers, count: int, budget_s: float, sparsities: tuple[
 
     found = _try(f"grouped, {tokens} tokens", list(grouped_candidates(tokens)), budget_s, measure)
     for sparsity, value in zip(sparsities, found[0][2] if found else (), strict=False):
-        flops = 4 * tokens * HIDDEN * NEURONS * (1 - sparsity)
+        flops = 4 * tokens * layers.widths.hidden * layers.widths.neurons * (1 - sparsity)
         print(f"   {sparsity:.0%}: {flops / value / 1e9:.0f} TFLOP/s of the needed products, zeros included")
 
 
@@ -170,17 +170,17 @@ def time_skinny(
     """Times of tiles and of cuBLAS for all rows and for gate and up alone, best first; printed too."""
     runs: dict[str, tuple[int, Callable[[int], Tensor]]] = {
         "cuBLAS, all rows": (len(stacked[0]), lambda i: functional.linear(x, stacked[i])),
-        "cuBLAS, gate and up": (2 * NEURONS, lambda i: functional.linear(x, layers.gate_up[i])),
+        "cuBLAS, gate and up": (2 * layers.widths.neurons, lambda i: functional.linear(x, layers.gate_up[i])),
     }
     named = {str(tiles): tiles for tiles in candidates}
     runs |= {name: (len(stacked[0]), _skinny(x, stacked, tiles)) for name, tiles in named.items()}
     rows = []
     for name, (outputs, run) in runs.items():
         times = graph_times(run, repeats, len(stacked))
-        size = 2 * (outputs * HIDDEN + len(x) * (HIDDEN + outputs))
+        size = 2 * (outputs * x.shape[1] + len(x) * (x.shape[1] + outputs))
         entry = row("skinny product", name, len(x), 0.0, times, size)
         rows.append(entry | {"rows": outputs, "tiles": asdict(named[name]) if name in named else None})
-    goal = next(entry["median_ms"] for entry in rows if entry["rows"] == 2 * NEURONS)
+    goal = next(entry["median_ms"] for entry in rows if entry["rows"] == 2 * layers.widths.neurons)
     print(f"{len(x)} tokens: us, over cuBLAS for gate and up, GB/s")
     for entry in sorted(rows, key=lambda entry: entry["median_ms"]):
         entry["ratio_to_gate_up"] = entry["median_ms"] / goal
@@ -207,7 +207,7 @@ def activation_rows(layers: Layers, count: int, repeats: int) -> list[dict[str, 
         gate, up = both.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
-    size = 2 * tokens * (3 * NEURONS + EXPERTS)
+    size = 2 * tokens * (3 * layers.widths.neurons + layers.widths.experts)
     times = graph_times(lambda i: fused(gates[i]), repeats, count)
     rows.append(row("prefill", "inductor activation", tokens, 0.0, times, size))
     for sparsity in (0.0, 0.5, 0.8):

@@ -3,8 +3,8 @@
 #
 #     bash benchmarks/reproduce.sh OUTPUT STEP...
 #
-# Steps: tests, ffn, formats, decode, batches, few_tokens, many_tokens, tiles, trace, kernels, and trained, which needs
-# MODEL (SmolLM2-135M-Instruct as a GGUF file), CACHE (what experiments/wikipedia/prepare.py wrote) and HELD_OUT (articles,
+# Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, and trained,
+# which needs MODEL (SmolLM2-135M-Instruct as a GGUF file), CACHE (what experiments/wikipedia/prepare.py wrote) and HELD_OUT (articles,
 # a JSONL file) in the environment. Every step writes its result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -52,6 +52,10 @@ batches() {
 }
 
 few_tokens() { python3 benchmarks/prefill.py --tokens 1 2 4 8 16 24 32 48 64 --output "$output/prefill_few_tokens.json"; }
+
+small_ffn() {
+  python3 benchmarks/prefill.py --shape smollm2-135m --tokens 1 2 4 16 64 512 2048 --output "$output/prefill_smollm2.json"
+}
 
 many_tokens() { python3 benchmarks/prefill.py --tokens 128 256 512 1024 2048 8192 --output "$output/prefill.json"; }
 

@@ -14,7 +14,7 @@ from lte.ops import dispatch
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.dispatch import FfnRunner, kernel_names, masked_ffn
 from lte.ops.layout import stack_inputs
-from lte.ops.paths import BreakEven
+from lte.ops.paths import BreakEven, FfnKind
 from lte.ops.reference import sparse_ffn_reference
 from tests.ops.conftest import BOUNDS, DEVICE, masks, random_ffn, random_router
 
@@ -55,7 +55,9 @@ def set_table(monkeypatch: pytest.MonkeyPatch, *rows: BreakEven) -> None:
     monkeypatch.setattr(
         dispatch,
         "choose_path",
-        lambda *given: original(*given, table={(80, size, gated): rows for size in (1, 4) for gated in (True, False)}),
+        lambda *given: original(
+            *given, table={FfnKind(80, size, gated, 10**6): rows for size in (1, 4) for gated in (True, False)}
+        ),
     )
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from lte.ops.paths import MEASURED, BreakEven, break_even, choose_path, expected_union, explain_path, propose_rows
+from lte.ops.paths import (
+    MEASURED,
+    BreakEven,
+    FfnKind,
+    break_even,
+    choose_path,
+    expected_union,
+    explain_path,
+    propose_rows,
+)
 
 ROWS = (
     BreakEven(tokens=1, decode=1.0),
@@ -12,16 +21,17 @@ ROWS = (
     BreakEven(tokens=256),
     BreakEven(tokens=8192, grouped=0.25),
 )
-TABLE = {(90, 2, True): ROWS}
+LARGE = 2 * 10**8
+TABLE = {FfnKind(90, 2, True, LARGE): ROWS}
 
 
 def choose(tokens: int, fraction: float | None, arch: int = 90, gated: bool = True) -> str:
-    return choose_path(arch, 2, gated, tokens, fraction, TABLE)
+    return choose_path(FfnKind(arch, 2, gated, LARGE), tokens, fraction, TABLE)
 
 
 def test_one_token_is_decoded_whatever_is_known() -> None:
     assert choose(1, None) == choose(1, 1.0) == choose(1, 0.0) == "decode"
-    assert choose_path(80, 4, False, 1) == "decode"
+    assert choose_path(FfnKind(80, 4, False, LARGE), 1) == "decode"
 
 
 def test_decode_goes_by_the_union_of_the_tokens() -> None:
@@ -47,11 +57,39 @@ def test_the_unknown_is_safe() -> None:
 
 
 def test_int8_weights_are_not_expanded_for_few_tokens() -> None:
-    assert [choose_path(90, 1, True, tokens) for tokens in (1, 16, 17)] == ["decode", "decode", "masked"]
+    assert [choose_path(FfnKind(90, 1, True, LARGE), tokens) for tokens in (1, 16, 17)] == [
+        "decode",
+        "decode",
+        "masked",
+    ]
 
 
 def test_a_newer_architecture_takes_the_rows_of_the_next_older() -> None:
     assert choose(1000, 0.1, arch=100) == "grouped"
+
+
+def test_an_ffn_takes_the_rows_of_the_nearest_size() -> None:
+    small = (BreakEven(tokens=1, decode=0.2), BreakEven(tokens=9))
+    table = {**TABLE, FfnKind(90, 2, True, LARGE // 100): small}
+    choices = [
+        choose_path(FfnKind(90, 2, True, size), 4, 0.1, table)
+        for size in (LARGE // 999, LARGE // 11, LARGE // 9, LARGE)
+    ]
+    assert choices == ["masked", "masked", "decode", "decode"]
+    assert choose_path(FfnKind(90, 2, True, LARGE // 99), 1, 0.3, table) == "masked"
+    older = {FfnKind(80, 2, True, LARGE): small, **TABLE}
+    assert choose_path(FfnKind(90, 2, True, LARGE // 99), 4, 0.1, older) == "decode"
+
+
+def test_small_ffns_decode_one_token_alone() -> None:
+    smollm2, llama2 = (FfnKind(90, 2, True, 6 * matrix) for matrix in (576 * 1536, 4096 * 11008))
+    assert [choose_path(smollm2, tokens, 0.1) for tokens in (1, 4, 16, 2048)] == [
+        "decode",
+        "masked",
+        "masked",
+        "masked",
+    ]
+    assert [choose_path(llama2, tokens, 0.1) for tokens in (1, 4, 2048)] == ["decode", "decode", "grouped"]
 
 
 def test_the_measured_table_is_in_order() -> None:
@@ -84,17 +122,18 @@ def test_between_two_measurements_the_lower_limits_hold() -> None:
 
 
 def test_the_choice_in_words() -> None:
-    text = explain_path(90, 2, True, 4, 0.2, TABLE)
-    assert text.startswith("4 tokens (sm_90, 2 bytes per weight, gated): decode: one kernel reads")
+    text = explain_path(FfnKind(90, 2, True, LARGE), 4, 0.2, TABLE)
+    assert text.startswith("4 tokens (sm_90, 2 bytes per weight, gated, 200 MB of weights): decode: one kernel reads")
     assert "20% of the experts active per token, 59% for any of 4" in text
-    assert "decode wins up to 60% of the experts needed by any token, grouped never wins (measured on sm_90)" in text
-    assert "1 token (" in explain_path(80, 2, True, 1, None, TABLE)
-    assert "no measurement for this kind" in explain_path(80, 2, True, 1, None, TABLE)
-    assert "unknown and counts as 100%" in explain_path(90, 2, True, 500, None, TABLE)
+    assert "decode wins up to 60% of the experts needed by any token, grouped never wins (measured on sm_90" in text
+    assert "sm_90 with 200 MB of weights)" in text
+    assert "1 token (" in explain_path(FfnKind(80, 2, True, LARGE), 1, None, TABLE)
+    assert "no measurement for this kind" in explain_path(FfnKind(80, 2, True, LARGE), 1, None, TABLE)
+    assert "unknown and counts as 100%" in explain_path(FfnKind(90, 2, True, LARGE), 500, None, TABLE)
 
 
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="tokens must be at least 1, got tokens=0"):
-        choose_path(90, 2, True, 0)
+        choose_path(FfnKind(90, 2, True, LARGE), 0)
     with pytest.raises(ValueError, match=r"active_fraction must lie in \[0, 1\], got active_fraction=1.5"):
-        choose_path(90, 2, True, 1, 1.5)
+        choose_path(FfnKind(90, 2, True, LARGE), 1, 1.5)

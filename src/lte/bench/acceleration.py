@@ -13,7 +13,7 @@ from lte.nn.ffn_parts import bias_of, weight_of
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins
-from lte.ops.dispatch import HAS_NUMBA, prepare
+from lte.ops.dispatch import HAS_NUMBA, ffn_kind, prepare
 from lte.ops.paths import choose_path
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -31,8 +31,8 @@ def chosen_path(ffn: SparseFfn, tokens: int, active_fraction: float | None) -> s
     weight = weight_of(ffn, "up")
     assert weight is not None
     if weight.is_cuda:
-        arch, gated = prepare(weight.device), weight_of(ffn, "gate") is not None
-        return choose_path(arch, weight.element_size(), gated, tokens, active_fraction)
+        kind = ffn_kind(weight, weight_of(ffn, "gate"), prepare(weight.device))
+        return choose_path(kind, tokens, active_fraction)
     expected = 0.0 if ffn.acceleration.weights == "int8" else active_fraction
     fits = tokens <= MAX_TOKENS and HAS_NUMBA
     wins = fits and cpu_kernel_wins(ffn.dtype, tokens, 1.0 if expected is None else expected)

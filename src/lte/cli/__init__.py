@@ -1,4 +1,4 @@
-"""The command line: `lte train`, `eval`, `generate`, `inspect`, and `demo`."""
+"""The command line: `lte train`, `eval`, `generate`, `inspect`, `report`, and `demo`."""
 
 from lte.cli.app import app
 

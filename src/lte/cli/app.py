@@ -13,6 +13,7 @@ from lte.cli.demo import demo
 from lte.cli.eval import eval_command
 from lte.cli.generate import generate
 from lte.cli.inspect import inspect
+from lte.cli.report import report
 from lte.cli.train import train
 
 app = typer.Typer(
@@ -52,4 +53,5 @@ app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("compare")(compare)
 app.command("inspect")(inspect)
+app.command("report")(report)
 app.command("demo")(demo)

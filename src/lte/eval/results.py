@@ -192,14 +192,25 @@ def load_results(folder: str | Path, pattern: str = "**/*.json") -> list[dict[st
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder must be an existing folder with result files, got folder={folder}")
-    records = []
-    for path in sorted(folder.glob(pattern)):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} must hold JSON, got a file that does not: {error}") from error
-        fault = _fault(record)
-        if fault:
-            raise ValueError(f"{path} must be a result record, which must {fault}; narrow pattern={pattern!r}")
-        records.append(record)
-    return records
+    return [load_result(path, hint=f"; narrow pattern={pattern!r}") for path in sorted(folder.glob(pattern))]
+
+
+def load_result(path: str | Path, hint: str = "") -> dict[str, Any]:
+    """The result record in a file.
+
+    Args:
+        path: of the file.
+        hint: what the message about a file without a record ends with.
+
+    Raises:
+        ValueError: for a file that is no JSON or no result record.
+    """
+    path = Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got a file that does not: {error}") from error
+    fault = _fault(record)
+    if fault:
+        raise ValueError(f"{path} must be a result record, which must {fault}{hint}")
+    return record

@@ -22,7 +22,7 @@ from torch.nn import functional
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins, sparse_ffn_cpu
-from lte.ops.paths import Path, choose_path
+from lte.ops.paths import FfnKind, Path, choose_path
 from lte.ops.quantize import floating_weight
 from lte.ops.reference import active_experts
 
@@ -86,8 +86,7 @@ class FfnRunner:
         return run(x)
 
     def _path(self, tokens: int) -> Path:
-        w = self.weights
-        path = choose_path(self.arch, w.up.element_size(), w.gate is not None, tokens, self.active_fraction)
+        path = choose_path(ffn_kind(self.weights.up, self.weights.gate, self.arch), tokens, self.active_fraction)
         return "masked" if path == "decode" and tokens > MAX_TOKENS else path
 
     def _launch(self, x: Tensor, routing: Routing) -> Callable[[Tensor], Tensor]:
@@ -106,6 +105,12 @@ class FfnRunner:
         # Without the kernel int8 weights are expanded at every call.
         expected = 0.0 if self.weights.up_scale is not None else self.active_fraction
         return cpu_kernel_wins(x.dtype, x.shape[0], 1.0 if expected is None else expected)
+
+
+def ffn_kind(up: Tensor, gate: Tensor | None, arch: int) -> FfnKind:
+    """The kind of an FFN by its matrices up and gate [F, D], for `choose_path`."""
+    matrices = 2 if gate is None else 3
+    return FfnKind(arch, up.element_size(), gate is not None, matrices * up.numel() * up.element_size())
 
 
 def _current_device(x: Tensor) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lte.config import check_fraction
 from lte.ops.arguments import MAX_TOKENS
@@ -36,18 +36,34 @@ class BreakEven:
     grouped: float = 0.0
 
 
-# (architecture, bytes per weight, gated) -> rows by tokens; beyond the last row its limits hold on. An architecture
-# without rows takes those of the next older, and what was never measured is decode for one token (int8: for as many as
-# it takes) and masked otherwise.
+class FfnKind(NamedTuple):
+    """What the times of an FFN depend on, beyond tokens and routing.
+
+    Attributes:
+        arch: compute capability as one number, 90 for an H100 (`lte.ops.launch.architecture`).
+        dtype_bytes: bytes of a weight: 1 for int8.
+        gated: whether the FFN has a gate projection.
+        weight_bytes: bytes of all its weights.
+    """
+
+    arch: int
+    dtype_bytes: int
+    gated: bool
+    weight_bytes: int
+
+
+# Rows by tokens; beyond the last row its limits hold on. An architecture without rows takes those of the next older, an
+# FFN those of the measured one of the nearest size. What was never measured is decode for one token (int8: for as many
+# as it takes) and masked otherwise.
 # `benchmarks/prefill.py` prints the rows of a machine.
-Table = Mapping[tuple[int, int, bool], tuple[BreakEven, ...]]
+Table = Mapping[FfnKind, tuple[BreakEven, ...]]
 UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
 # Masked expands int8 weights at every call: it reads one byte, writes two and reads two where decode reads one at most.
 UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2**31))
-MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {
+MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
     # LLaMA2-7B's widths in bf16: results/prefill_few_tokens.json on an H100, above 64 tokens results/prefill.json on an
     # H200.
-    (90, 2, True): (
+    FfnKind(90, 2, True, 2 * 3 * 4096 * 11008): (
         BreakEven(tokens=1, decode=1.0),
         BreakEven(tokens=3, decode=0.86),
         BreakEven(tokens=4, decode=0.89),
@@ -58,6 +74,9 @@ MEASURED: dict[tuple[int, int, bool], tuple[BreakEven, ...]] = {
         BreakEven(tokens=2047, grouped=0.43),
         BreakEven(tokens=2**31, grouped=0.46),
     ),
+    # SmolLM2-135M's: results/bench/smollm2_50_h100.json. With 4 tokens the decode kernel takes 12 us at 80 and 90% of
+    # the experts off, the masked products 11 at any. Grouped was not measured.
+    FfnKind(90, 2, True, 2 * 3 * 576 * 1536): UNMEASURED,
 }
 
 
@@ -120,29 +139,29 @@ def _merge(rows: list[BreakEven]) -> list[BreakEven]:
     return merged
 
 
-def _find(arch: int, dtype_bytes: int, gated: bool, tokens: int, table: Table) -> tuple[BreakEven, int | None]:
-    """The row for some tokens, and the architecture that it was measured on."""
-    known = [a for a, size, kind in table if (size, kind) == (dtype_bytes, gated) and a <= arch]
-    unmeasured = UNMEASURED_INT8 if dtype_bytes == 1 else UNMEASURED
-    rows = table[max(known), dtype_bytes, gated] if known else unmeasured
-    row = next((row for row in rows if tokens <= row.tokens), rows[-1])
-    return row, max(known, default=None)
+def _find(kind: FfnKind, tokens: int, table: Table) -> tuple[BreakEven, FfnKind | None]:
+    """The row for some tokens, and the kind that it was measured on."""
+    nearest: FfnKind | None = None
+    for known in table:
+        fits = (known.dtype_bytes, known.gated) == (kind.dtype_bytes, kind.gated) and known.arch <= kind.arch
+        if fits and (nearest is None or _distance(known, kind) < _distance(nearest, kind)):
+            nearest = known
+    unmeasured = UNMEASURED_INT8 if kind.dtype_bytes == 1 else UNMEASURED
+    rows = unmeasured if nearest is None else table[nearest]
+    return next((row for row in rows if tokens <= row.tokens), rows[-1]), nearest
 
 
-def choose_path(
-    arch: int,
-    dtype_bytes: int,
-    gated: bool,
-    tokens: int,
-    active_fraction: float | None = None,
-    table: Table = MEASURED,
-) -> Path:
+def _distance(known: FfnKind, kind: FfnKind) -> tuple[int, float]:
+    """How much older a GPU is, and the larger FFN's bytes over the smaller one's."""
+    ratio = known.weight_bytes / kind.weight_bytes
+    return kind.arch - known.arch, max(ratio, 1 / ratio)
+
+
+def choose_path(kind: FfnKind, tokens: int, active_fraction: float | None = None, table: Table = MEASURED) -> Path:
     """The fastest path by the table.
 
     Args:
-        arch: compute capability as one number, 90 for an H100 (`lte.ops.launch.architecture`).
-        dtype_bytes: bytes of a weight: 1 for int8.
-        gated: whether the FFN has a gate projection.
+        kind: of the FFN.
         tokens: T.
         active_fraction: expected share of experts that a token needs; `None` if unknown, which counts as all for
             more than one token, and is decode for one.
@@ -157,7 +176,7 @@ def choose_path(
         return "decode"
     fraction = 1.0 if active_fraction is None else active_fraction
     check_fraction("active_fraction", fraction, upper_closed=True)
-    row, _ = _find(arch, dtype_bytes, gated, tokens, table)
+    row, _ = _find(kind, tokens, table)
     if row.decode and expected_union(tokens, fraction) <= row.decode:
         return "decode"
     return "grouped" if row.grouped and fraction <= row.grouped else "masked"
@@ -170,27 +189,27 @@ _WORDS: dict[Path, str] = {
 }
 
 
-def explain_path(
-    arch: int,
-    dtype_bytes: int,
-    gated: bool,
-    tokens: int,
-    active_fraction: float | None = None,
-    table: Table = MEASURED,
-) -> str:
+def explain_path(kind: FfnKind, tokens: int, active_fraction: float | None = None, table: Table = MEASURED) -> str:
     """What `choose_path` takes for the same arguments and why, in words."""
-    path = choose_path(arch, dtype_bytes, gated, tokens, active_fraction, table)
-    row, source = _find(arch, dtype_bytes, gated, tokens, table)
+    path = choose_path(kind, tokens, active_fraction, table)
+    row, source = _find(kind, tokens, table)
     if active_fraction is None:
         expected = "The share of active experts is unknown" + (" and counts as 100%" if tokens > 1 else "")
     else:
         union = expected_union(tokens, active_fraction)
         expected = f"{active_fraction:.0%} of the experts active per token, {union:.0%} for any of {tokens}"
     limits = [f"decode {_wins(row.decode, 'needed by any token')}", f"grouped {_wins(row.grouped, 'active per token')}"]
-    where = "no measurement for this kind" if source is None else f"measured on sm_{source}"
-    kind = f"sm_{arch}, {dtype_bytes} bytes per weight, {'gated' if gated else 'plain'}"
+    where = "no measurement for this kind"
+    if source is not None:
+        where = f"measured on sm_{source.arch} with {_megabytes(source)}"
+    gated = "gated" if kind.gated else "plain"
+    what = f"sm_{kind.arch}, {kind.dtype_bytes} bytes per weight, {gated}, {_megabytes(kind)}"
     plural = "token" if tokens == 1 else "tokens"
-    return f"{tokens} {plural} ({kind}): {path}: {_WORDS[path]}. {expected}; {', '.join(limits)} ({where})."
+    return f"{tokens} {plural} ({what}): {path}: {_WORDS[path]}. {expected}; {', '.join(limits)} ({where})."
+
+
+def _megabytes(kind: FfnKind) -> str:
+    return f"{kind.weight_bytes / 1e6:.3g} MB of weights"
 
 
 def _wins(limit: float, what: str) -> str:

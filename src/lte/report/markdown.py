@@ -55,10 +55,10 @@ def write_demo_report(
     parts += [*_samples(samples or {}), *_training(folder, log_history), *_routing(folder, measurement)]
     parts += _provenance(records["sparse"])
     write_json_atomic(folder / "report.json", dict(records))
-    return _write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    return write_text(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
-def _write_text(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
     """Writes beside `path` and renames into place, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,64 @@
+"""`lte report`: methods compared, from result files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lte.cli.errors import reports_errors
+from lte.config import check_choice
+from lte.report.comparison_report import comparison_texts, write_comparison_report
+from lte.report.comparison_tables import TextTable
+from lte.report.records import Run, curve_name, curve_name_by, load_records
+from lte.report.tradeoff import compare_runs
+
+
+@reports_errors
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files, or folders that hold them.", metavar="RESULTS")],
+    output: Annotated[Path | None, typer.Option(help="Also write report.md, report.csv and figures here.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Another metric of the records than their main one.")] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="A curve for each value of this field, say config.lte.expert_size; can be repeated."),
+    ] = None,
+    drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="For the fewest GFLOPs: how far below dense is allowed, in the metric's unit.",
+            show_default="0.5 perplexity, 0.05 ROUGE, 0.01 of a share",
+        ),
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="This task alone; can be repeated.")] = None,
+    higher: Annotated[list[str] | None, typer.Option(help="Declares a metric: higher is better.")] = None,
+    lower: Annotated[list[str] | None, typer.Option(help="Declares a metric: lower is better.")] = None,
+) -> None:
+    """Compares methods over result files: tables, trade-off curves, the paper's numbers beside ours. Loads no models.
+
+    Example: `lte report results/compare/mrpc --output report`
+    """
+    runs = _of_tasks(load_records(results), task or ())
+    curve = curve_name_by(by, runs) if by else curve_name
+    comparisons = compare_runs(runs, metric=metric, curve=curve, higher=higher or (), lower=lower or ())
+    console = Console()
+    for comparison in comparisons:
+        for part in comparison_texts(comparison, drop):
+            if isinstance(part, TextTable):
+                console.print(part.rich())
+            else:
+                console.print(part, highlight=False, markup=False)
+        console.print()
+    if output is not None:
+        files = write_comparison_report(output, comparisons, drop)
+        console.print(f"Written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _of_tasks(runs: list[Run], tasks: list[str] | tuple[str, ...]) -> list[Run]:
+    known = sorted({run.record["task"] for run in runs})
+    for name in tasks:
+        check_choice("task", name, known)
+    return [run for run in runs if not tasks or run.record["task"] in tasks]

@@ -1,0 +1,232 @@
+"""Tables of a comparison, for the terminal and for Markdown, and its points as rows of a CSV file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from lte.report.envelope import Standing
+from lte.report.interpolation import cheapest_within
+from lte.report.paper import paper_rows
+from lte.report.tables import markdown_table
+from lte.report.tradeoff import Comparison, Point, Statistic
+
+MISSING = "-"
+"""What stands in place of a number that is not known."""
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts.
+
+    Attributes:
+        header: names of the columns.
+        rows: cells.
+        left: how many of the first columns are text; the others are numbers and stand on the right.
+        title: above the table in the terminal; Markdown has headings of its own.
+    """
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    left: int
+    title: str
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(
+            title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
+        for place, name in enumerate(self.header):
+            table.add_column(Text(name), justify="left" if place < self.left else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def markdown(self) -> str:
+        """For a Markdown file."""
+        return markdown_table(self.header, self.rows, numbers=self.header[self.left :])
+
+
+def results_table(comparison: Comparison) -> TextTable:
+    """A row for each point: its metric, its drop, and what it costs, as shares of the dense model's cost."""
+    costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
+    header = ("method", "target", comparison.metric.name, "seeds", "drop", *costs)
+    rows = [_result_cells(comparison, point) for point in comparison.points()]
+    return TextTable(header, rows, 1, comparison.title)
+
+
+def _result_cells(comparison: Comparison, point: Point) -> tuple[str, ...]:
+    drop, metric = comparison.drop(point), comparison.metric
+    return (
+        point_name(point) + (" (reference)" if point is comparison.reference else ""),
+        _target(point.target),
+        _spread_text(point.value, metric.format),
+        str(point.value.n),
+        MISSING if drop is None else metric.format(drop),
+        percent(point.mean("sparsity")),
+        percent(point.mean("weight_sparsity")),
+        percent(comparison.share(point, "gflops")),
+        percent(comparison.share(point, "megabytes")),
+        percent(point.mean("latency_ratio")),
+        _tokens_text(point.tokens_trained),
+    )
+
+
+def cheapest_table(comparison: Comparison, limit: float) -> TextTable:
+    """The form of the paper's Table 1: the fewest GFLOPs of each curve at a drop of at most `limit`."""
+    title = f"Fewest GFLOPs per token at a drop of at most {limit:g} {comparison.metric.name}"
+    rows = []
+    for name, points in comparison.curves.items():
+        found = cheapest_within(comparison, points, limit)
+        if found is None:
+            rows.append((name, "no measured point is that good", MISSING, MISSING, MISSING))
+            continue
+        how = "lowest measured, fewer may do" if found.lowest_measured else "between measured points"
+        rows.append((name, how, f"{found.gflops:.4g}", percent(found.share), percent(found.sparsity)))
+    return TextTable(("method", "where", "GFLOPs", "of dense", "FFN sparsity there"), rows, 2, title)
+
+
+def envelope_table(comparison: Comparison, standings: Sequence[Standing]) -> TextTable:
+    """Each point of LTE beside the best other method that reads at most as many bytes."""
+    metric = comparison.metric
+    header = (
+        "LTE",
+        "on the envelope",
+        "best other method",
+        "bytes saved",
+        metric.name,
+        "the other's",
+        "the other better by",
+    )
+    rows = [
+        (
+            standing.curve,
+            MISSING if standing.rival is None else "yes" if standing.on_envelope else "no",
+            standing.rival or "none with as few bytes",
+            percent(standing.saving),
+            _spread_text(standing.point.value, metric.format),
+            MISSING if standing.rival_value is None else metric.format(standing.rival_value),
+            _difference(comparison, standing),
+        )
+        for standing in standings
+    ]
+    return TextTable(header, rows, 3, "LTE and the upper envelope, by bytes saved")
+
+
+def paper_table(comparison: Comparison, limit: float | None = None) -> TextTable | None:
+    """The paper's numbers and ours, `None` where the paper has none for this task."""
+    rows = [(row.where, row.what, row.paper, row.ours) for row in paper_rows(comparison, limit)]
+    title = "The paper and ours: other models and settings"
+    return TextTable(("", "what", "paper", "ours"), rows, 4, title) if rows else None
+
+
+def failed_table(comparison: Comparison) -> TextTable | None:
+    """The runs without a finite value, `None` if there are none."""
+    rows = []
+    for run in comparison.failed:
+        record = run.record
+        name, why = record.get("label") or record["method"], record.get("failure") or "the value is not finite"
+        rows.append((name, str(record["seed"]), why, run.source, _target(record["target_sparsity"])))
+    return TextTable(("method", "seed", "failure", "file", "target"), rows, 4, "Failed runs") if rows else None
+
+
+def commands_table(comparison: Comparison) -> TextTable | None:
+    """The command behind the first seed of each point, `None` if no record says one."""
+    rows = [
+        (
+            point_name(point),
+            f"`{command}`",
+            ", ".join(str(run.record["seed"]) for run in point.runs),
+            _target(point.target),
+        )
+        for point in comparison.points()
+        if (command := point.runs[0].record.get("command"))
+    ]
+    return TextTable(("method", "command of the first seed", "seeds", "target"), rows, 3, "Commands") if rows else None
+
+
+def csv_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for each point with unrounded numbers; `None` for what is not known."""
+    return [_csv_row(comparison, point) for point in comparison.points()]
+
+
+def _csv_row(comparison: Comparison, point: Point) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": comparison.task, "split": comparison.split, "model": comparison.model}
+    row |= {"metric": comparison.metric.name, "curve": point.curve, "method": point.method, "label": point.label}
+    row |= {"target": point.target, "seeds": point.value.n, "drop": comparison.drop(point)}
+    for name in ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio"):
+        found: Statistic | None = getattr(point, name)
+        row |= {name: found and found.mean, f"{name}_sd": found and found.sd}
+    row |= {f"{name}_share": comparison.share(point, name) for name in ("gflops", "megabytes")}
+    row |= {"tokens_trained": point.mean("tokens_trained"), "is_reference": point is comparison.reference}
+    row |= {"command": point.runs[0].record.get("command"), "files": " ".join(run.source for run in point.runs)}
+    return row
+
+
+def point_name(point: Point) -> str:
+    """The curve, and the setting's label where that is another."""
+    return point.curve if point.label in (None, point.curve) else f"{point.curve}: {point.label}"
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent, or `MISSING`."""
+    return MISSING if share is None else f"{100 * share:.1f}%"
+
+
+def reference_text(comparison: Comparison) -> str:
+    """Which dense model drops and shares are against."""
+    point = comparison.reference
+    if point is None:
+        return "No dense model among the records: drops and shares of dense are not known."
+    of = f" of {len(comparison.dense)} dense models" if len(comparison.dense) > 1 else ""
+    seeds = f"{point.value.n} seeds" if point.value.n > 1 else "1 seed"
+    return (
+        f"Reference, the best{of}: {point_name(point)}, {comparison.metric.name} "
+        f"{_spread_text(point.value, comparison.metric.format)} ({seeds}, {_tokens_text(point.tokens_trained)} tokens)."
+    )
+
+
+def latency_texts(comparison: Comparison) -> list[str]:
+    """Why curves have no latency, where the records say so, and which machines measured, where there are several."""
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    machines = set()
+    for point in comparison.points():
+        for record in (run.record for run in point.runs):
+            if record.get("latency_ms") is not None:
+                machines.add(record["hardware"])
+            elif record.get("latency_note"):
+                reasons[record["latency_note"]][point.curve] = None
+    found = [f"No latency of {', '.join(curves)}: {note.rstrip('.')}." for note, curves in reasons.items()]
+    if len(machines) > 1:
+        found.append(f"Latencies are of several machines, so compare shares alone: {'; '.join(sorted(machines))}.")
+    return found
+
+
+def _difference(comparison: Comparison, standing: Standing) -> str:
+    form = comparison.metric.format
+    if standing.behind is None:
+        return MISSING
+    return form(standing.behind) + (f" ± {form(standing.sd)}" if standing.sd else "")
+
+
+def _target(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:g}%"
+
+
+def _spread_text(found: Statistic, form: Callable[[float], str]) -> str:
+    return form(found.mean) if found.sd is None else f"{form(found.mean)} ± {form(found.sd)}"
+
+
+def _tokens_text(found: Statistic | None) -> str:
+    if found is None:
+        return MISSING
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if found.mean >= unit:
+            return f"{found.mean / unit:.3g}{letter}"
+    return f"{found.mean:.0f}"

@@ -1,0 +1,129 @@
+"""Result records with the files that they come from, and the curves that they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lte.config import check_choice
+from lte.eval.results import load_result
+
+Record = Mapping[str, Any]
+# Where the settings of a run are, of which one may tell apart what a curve holds twice.
+_SETTINGS = ("label", "group", "tokens_trained", "method_config", "config")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result record.
+
+    Attributes:
+        record: its fields, those of `lte.eval.results.REQUIRED_FIELDS` at least.
+        source: the file, or whatever else names the record.
+    """
+
+    record: Record
+    source: str
+
+
+def load_records(paths: Sequence[str | Path]) -> list[Run]:
+    """The result records of files and folders.
+
+    A folder stands for the files `*.json` directly in it, which are one round of experiments. If it has none, it
+    stands for the folders in it, in the same way.
+
+    Raises:
+        ValueError: for a path that does not exist, a file without a result record, or paths without any file.
+    """
+    files: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"paths must be existing files or folders with result records, got {path}")
+        files.update(dict.fromkeys(_files(path)))
+    if not files:
+        names = ", ".join(map(str, paths)) or "no path"
+        raise ValueError(f"paths must hold at least one result record (*.json), got none in {names}")
+    return [Run(load_result(file), str(file)) for file in files]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.glob("*.json") if not file.name.startswith("."))
+    return files or [file for folder in sorted(path.iterdir()) if folder.is_dir() for file in _files(folder)]
+
+
+def curve_name(record: Record) -> str:
+    """The curve of a record: its group, else its label, else its method."""
+    return record.get("group") or record.get("label") or record["method"]
+
+
+def curve_name_by(fields: Sequence[str], runs: Sequence[Run]) -> Callable[[Record], str]:
+    """Names curves by the method and the values of fields: `lte, expert_size=16`.
+
+    A field that a record lacks, or that is the same in all runs of its method, is no part of the name.
+
+    Args:
+        fields: dotted paths into the record: `config.lte.expert_size`.
+        runs: all runs.
+
+    Raises:
+        ValueError: for a field that no run has.
+    """
+    known = {name for run in runs for name, _ in flat_fields(run.record) if name.startswith(_SETTINGS)}
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for field in fields:
+        if all(field_value(run.record, field) is None for run in runs):
+            check_choice("by", field, sorted(known))
+        for run in runs:
+            values[run.record["method"], field].add(_text(field_value(run.record, field)))
+
+    def name(record: Record) -> str:
+        found = {field: field_value(record, field) for field in fields if len(values[record["method"], field]) > 1}
+        parts = [f"{field.rpartition('.')[-1]}={_text(value)}" for field, value in found.items() if value is not None]
+        return ", ".join([record["method"], *parts])
+
+    return name
+
+
+def field_value(record: Record, field: str) -> Any:
+    """The value at a dotted path, `None` where there is none."""
+    value: Any = record
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def flat_fields(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All fields that hold no object, by their dotted paths."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def distinguishing_fields(runs: Sequence[Run], most: int = 3) -> list[str]:
+    """The fewest settings, up to `most`, that tell all runs apart; empty where none do."""
+    flat = [dict(flat_fields({name: run.record.get(name) for name in _SETTINGS})) for run in runs]
+    texts = [{name: _text(value) for name, value in fields.items()} for fields in flat]
+    names = [name for name in dict.fromkeys(name for fields in texts for name in fields) if not name.endswith(".name")]
+    differing = [name for name in names if len(_values(texts, [name])) > 1]
+    for count in range(1, most + 1):
+        for chosen in combinations(differing[:40], count):
+            if len(_values(texts, chosen)) == len(runs):
+                return list(chosen)
+    return []
+
+
+def _values(fields: Sequence[Mapping[str, str]], names: Sequence[str]) -> set[tuple[str | None, ...]]:
+    return {tuple(each.get(name) for name in names) for each in fields}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

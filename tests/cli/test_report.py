@@ -1,0 +1,107 @@
+"""`lte report` on folders of records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lte.eval.results import write_json_atomic
+from tests.report.sample_records import record
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two tasks: one with a sweep over the size of experts, and a diverged run; one with another metric."""
+    sizes = [record(config={"lte": {"expert_size": size}}, value=20.0 + size, seed=size) for size in (8, 16)]
+    records = [record("dense"), *sizes, record("cats", value=None)]
+    records += [
+        record(name, task="sst2", metric="accuracy", value=0.9, metrics={"f1": 0.8}) for name in ("dense", "lte")
+    ]
+    for place, each in enumerate(records):
+        write_json_atomic(tmp_path / "results" / f"{place}.json", each)
+    return tmp_path / "results"
+
+
+def test_tables_and_sentences_are_printed(run: Callable[..., Any], folder: Path) -> None:
+    result = run("report", folder)
+    assert result.exit_code == 0
+    for part in ("lm, test: tiny", "32.00 ± 5.66", "Reference, the best: dense", "Failed runs", "sst2, test: tiny"):
+        assert part in result.output
+    assert "Fewest GFLOPs per token at a drop of at most 0.5 perplexity" in result.output
+    assert "no other method was measured with as few" in result.output
+    assert "Written" not in result.output
+
+
+def test_output_writes_a_folder(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    result = run("report", folder, "--output", tmp_path / "out", "--task", "lm", "--drop", "3")
+    assert result.exit_code == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"report.md", "report.csv", "lm-test-perplexity.png"}
+    assert "Written" in result.output
+    assert "a drop of at most 3 perplexity" in (tmp_path / "out" / "report.md").read_text()
+    assert "sst2" not in result.output
+
+
+def test_a_field_makes_curves_of_its_own(run: Callable[..., Any], folder: Path) -> None:
+    output = run("report", folder, "--by", "config.lte.expert_size").output
+    assert "lte, expert_size=8" in output
+    assert "lte, expert_size=16" in output
+
+
+def test_another_metric_leaves_other_tasks_out(run: Callable[..., Any], folder: Path) -> None:
+    output = run("report", folder, "--metric", "f1").output
+    assert "0.8000" in output
+    assert "lm, test" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "paths must be existing files or folders with result records, got missing"),
+        (["{folder}", "--task", "sst"], "task must be one of lm, sst2, got task='sst' (did you mean sst2?)"),
+        (["{folder}", "--metric", "em"], "metric must be one that a record has, got metric='em'"),
+        (["{folder}", "--by", "config.lte.size"], "by must be one of config.lte.expert_size"),
+        (["{folder}/0.json", "{folder}/../twice.json"], "records of one curve must differ in target sparsity or seed"),
+        (["{folder}/../odd.json"], "got metric=speed; declare it with --higher speed or --lower speed"),
+    ],
+)
+def test_mistakes_are_explained(run: Callable[..., Any], folder: Path, arguments: list[str], message: str) -> None:
+    write_json_atomic(folder.parent / "twice.json", record("dense"))
+    write_json_atomic(folder.parent / "odd.json", record(metric="speed"))
+    result = run("report", *(argument.format(folder=folder) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_declared_metric_is_compared(run: Callable[..., Any], tmp_path: Path) -> None:
+    write_json_atomic(tmp_path / "odd.json", record(metric="speed"))
+    assert run("report", tmp_path, "--higher", "speed").exit_code == 0
+
+
+def test_the_tracked_results_of_wikipedia(run: Callable[..., Any]) -> None:
+    fields = ("config.run.recipe", "config.run.distillation_weight", "config.run.start")
+    folder = ROOT / "results" / "wikipedia"
+    result = run("report", folder, *(part for field in fields for part in ("--by", field)))
+    assert result.exit_code == 0
+    assert "14.82 ± 0.03" in result.output
+    assert "Reference, the best of 3 dense models: dense, distillation_weight=1.0" in result.output
+    refused = run("report", folder)
+    assert "dense-continued-wikipedia_valid.json" in refused.stderr
+    assert "--by" in refused.stderr
+
+
+def test_the_documents_example_is_what_the_command_prints(run: Callable[..., Any]) -> None:
+    text = (ROOT / "docs" / "report.md").read_text()
+    fields = ("config.run.recipe", "config.run.distillation_weight", "config.run.start")
+    output = run(
+        "report", ROOT / "results" / "wikipedia", *(part for field in fields for part in ("--by", field))
+    ).output
+    example = text.split("```text\n")[1].split("```")[0]
+    assert example.strip()
+    for line in example.strip().splitlines():
+        assert " ".join(line.split()) in " ".join(output.split()), line

@@ -1,0 +1,204 @@
+"""Records with files, and their points over seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lte.eval.results import write_json_atomic
+from lte.report.metrics import metric_named
+from lte.report.records import Run, curve_name, curve_name_by, load_records
+from lte.report.tradeoff import Comparison, Statistic, compare_runs, statistic
+from tests.report.sample_records import record
+
+
+def runs_of(*records: dict[str, Any]) -> list[Run]:
+    return [Run(each, f"{place}.json") for place, each in enumerate(records)]
+
+
+def compared(*records: dict[str, Any], **options: Any) -> Comparison:
+    (comparison,) = compare_runs(runs_of(*records), **options)
+    return comparison
+
+
+def test_a_point_is_the_mean_and_the_sample_deviation_of_its_seeds() -> None:
+    seeds = [record(seed=seed, value=24.0 + seed, latency_ms=1.0, latency_dense_ms=2.0) for seed in range(3)]
+    (point,) = compared(record("dense"), *seeds).curves["lte"]
+    assert point.value == Statistic(25.0, 1.0, 3)
+    assert point.sparsity == Statistic(0.5, 0.0, 3)
+    assert point.gflops == Statistic(1.0, 0.0, 3)
+    assert point.megabytes == Statistic(3.0, 0.0, 3)
+    assert point.latency_ratio == Statistic(0.5, 0.0, 3)
+    assert [run.record["seed"] for run in point.runs] == [0, 1, 2]
+
+
+def test_a_single_run_has_no_deviation() -> None:
+    point = compared(record()).curves["lte"][0]
+    assert point.value == Statistic(25.0, None, 1)
+    assert point.value.spread == 0.0
+
+
+def test_missing_numbers_stay_missing_and_known_ones_count_alone() -> None:
+    known = {"latency_ms": 3.0, "latency_dense_ms": 4.0}
+    point = compared(record(seed=0), record(seed=1, **known)).curves["lte"][0]
+    assert point.latency_ms == Statistic(3.0, None, 1)
+    assert point.latency_ratio == Statistic(0.75, None, 1)
+    assert compared(record(flops_per_token=None)).curves["lte"][0].gflops is None
+    assert compared(record(latency_ms=3.0)).curves["lte"][0].latency_ratio is None
+    assert statistic([None, float("nan"), float("inf")]) is None
+    assert statistic([1.0, float("nan")]) == Statistic(1.0, None, 1)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_run_without_a_finite_value_failed(value: float | None) -> None:
+    comparison = compared(record(seed=0), record(seed=1, value=value))
+    assert [run.source for run in comparison.failed] == ["1.json"]
+    assert comparison.curves["lte"][0].value == Statistic(25.0, None, 1)
+    assert compared(record(value=value)).points() == []
+
+
+def test_the_reference_is_the_best_dense_model_by_the_direction_of_the_metric() -> None:
+    dense = [record("dense", label=name, value=value) for name, value in (("start", 0.8), ("dense", 0.9))]
+    assert compared(*dense).reference.curve == "start"  # type: ignore[union-attr]
+    comparison = compared(*[{**each, "metric": "accuracy"} for each in dense], record(metric="accuracy", value=0.85))
+    assert comparison.reference is not None
+    assert comparison.reference.curve == "dense"
+    point = comparison.curves["lte"][0]
+    assert comparison.drop(point) == pytest.approx(0.05)
+    assert comparison.share(point, "gflops") == 0.5
+    assert comparison.share(point, "megabytes") == 0.75
+    assert comparison.share(point, "latency_ms") is None
+
+
+def test_without_a_dense_model_there_is_no_drop() -> None:
+    comparison = compared(record())
+    point = comparison.curves["lte"][0]
+    assert comparison.reference is None
+    assert comparison.drop(point) is None
+    assert comparison.share(point, "gflops") is None
+    assert point.weight_sparsity is None
+
+
+def test_weight_sparsity_is_the_recorded_one_or_that_of_the_flops() -> None:
+    comparison = compared(record("dense"), record(weight_sparsity=0.4), record("cats", flops_per_token=2.0**29))
+    assert comparison.curves["lte"][0].weight_sparsity == Statistic(0.4, None, 1)
+    assert comparison.curves["cats"][0].weight_sparsity == Statistic(0.75, None, 1)
+    assert comparison.reference is not None
+    assert comparison.reference.weight_sparsity == Statistic(0.0, None, 1)
+
+
+def test_what_is_not_comparable_is_compared_apart() -> None:
+    others = [record(**{name: "other"}) for name in ("task", "split", "model")]
+    comparisons = compare_runs(runs_of(record(), *others, record(metric="accuracy")))
+    keys = [(each.task, each.split, each.model, each.metric.name) for each in comparisons]
+    assert len(set(keys)) == 5
+    assert all(len(each.points()) == 1 for each in comparisons)
+
+
+def test_the_same_seed_twice_is_refused_with_its_files_and_what_tells_them_apart() -> None:
+    settings = [{"run": {"name": name, "lr": lr}} for name, lr in (("a", 1e-4), ("b", 1e-3))]
+    message = (
+        r"got seeds \[0, 0\] for 'lte' at 0.5 in 0.json, 1.json; leave out one of each, or tell .* by config.run.lr "
+    )
+    with pytest.raises(ValueError, match=message):
+        compared(*(record(config=config) for config in settings))
+    with pytest.raises(ValueError, match="their settings are the same"):
+        compared(record(), record())
+    assert len(compared(record(value=None), record()).points()) == 1
+
+
+def test_another_metric_comes_from_the_metrics() -> None:
+    records = [record(metrics={"accuracy": 0.9}), record("cats", metrics={"accuracy": None}), record("teal")]
+    comparison = compared(*records, metric="accuracy")
+    assert comparison.metric.higher_is_better
+    assert comparison.curves["lte"][0].value.mean == 0.9
+    assert [run.source for run in comparison.failed] == ["1.json"]
+    assert "teal" not in comparison.curves
+    with pytest.raises(
+        ValueError, match="metric must be one that a record has, got metric='f1'; they have accuracy, perp"
+    ):
+        compared(*records, metric="f1")
+
+
+def test_curves_go_by_group_then_label_then_method() -> None:
+    records = [record(), record(label="lte-random"), record(label="a", group="eta"), record(label="b", group="eta")]
+    assert [curve_name(each) for each in records] == ["lte", "lte-random", "eta", "eta"]
+    assert [point.label for point in compared(*records).curves["eta"]] == ["a", "b"]
+
+
+def test_a_group_keeps_methods_apart_at_the_same_target() -> None:
+    records = [record(group="both"), record("cats", group="both", seed=1, value=30.0)]
+    assert [(point.method, point.value.n) for point in compared(*records).curves["both"]] == [("cats", 1), ("lte", 1)]
+
+
+def test_fields_name_curves_where_they_differ() -> None:
+    records = [record(config={"lte": {"expert_size": size, "tau": 0.5}}) for size in (8, 16)]
+    runs = runs_of(*records, record("cats"))
+    name = curve_name_by(["config.lte.expert_size", "config.lte.tau"], runs)
+    assert [name(run.record) for run in runs] == ["lte, expert_size=8", "lte, expert_size=16", "cats"]
+    with pytest.raises(ValueError, match=r"by must be one of .*did you mean config.lte.expert_size"):
+        curve_name_by(["config.lte.expert_sise"], runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "higher", "drop"),
+    [
+        ("perplexity", False, 0.5),
+        ("perplexity_per_word", False, 0.5),
+        ("bits_per_byte", False, 0.01),
+        ("accuracy", True, 0.01),
+        ("accuracy_mismatched", True, 0.01),
+        ("acc_norm", True, 0.01),
+        ("exact_match,strict-match", True, 0.01),
+        ("matthews", True, 0.01),
+        ("pearson", True, 0.01),
+        ("rougeL", True, 0.05),
+        ("bleu", True, 1.0),
+    ],
+)
+def test_a_metrics_name_says_which_way_is_better(name: str, higher: bool, drop: float) -> None:
+    metric = metric_named(name)
+    assert (metric.name, metric.higher_is_better, metric.small_drop) == (name, higher, drop)
+    assert metric.drop(1.0, 3.0) == (2.0 if higher else -2.0)
+
+
+def test_an_unknown_metric_can_be_declared() -> None:
+    with pytest.raises(ValueError, match="got metric=speed; declare it with --higher speed or --lower speed"):
+        metric_named("speed")
+    with pytest.raises(ValueError, match="got metric=accurracy; did you mean accuracy"):
+        metric_named("accurracy")
+    with pytest.raises(ValueError, match="got metric=acc_stderr"):
+        metric_named("acc_stderr")
+    assert metric_named("speed", higher=["speed"]).higher_is_better
+    assert not metric_named("speed", lower=["speed"]).higher_is_better
+    assert compared(record(metric="speed"), higher=["speed"]).metric.higher_is_better
+    with pytest.raises(ValueError, match="metric must be better one way, got metric=speed as both"):
+        metric_named("speed", higher=["speed"], lower=["speed"])
+
+
+def test_a_folder_is_one_round_of_files(tmp_path: Path) -> None:
+    for name in ("b", "a", "older/c", "older/oldest/d"):
+        write_json_atomic(tmp_path / f"{name}.json", {**record(), "label": name})
+    (tmp_path / ".hidden.json").write_text("{")
+    assert [run.record["label"] for run in load_records([tmp_path])] == ["a", "b"]
+    assert [run.source for run in load_records([tmp_path / "older"])] == [str(tmp_path / "older" / "c.json")]
+    twice = [tmp_path / "b.json", tmp_path, tmp_path / "older"]
+    assert [run.record["label"] for run in load_records(twice)] == ["b", "a", "older/c"]
+
+
+def test_a_folder_of_folders_stands_for_them(tmp_path: Path) -> None:
+    for name in ("mrpc/a", "sst2/b"):
+        write_json_atomic(tmp_path / f"{name}.json", {**record(), "label": name})
+    assert [run.record["label"] for run in load_records([tmp_path])] == ["mrpc/a", "sst2/b"]
+
+
+def test_paths_without_records_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"paths must hold at least one result record \(\*.json\), got none in"):
+        load_records([tmp_path])
+    with pytest.raises(ValueError, match=r"paths must be existing files or folders with result records, got .*missing"):
+        load_records([tmp_path / "missing"])
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other.json must be a result record"):
+        load_records([tmp_path])
