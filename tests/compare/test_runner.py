@@ -69,6 +69,7 @@ def test_a_comparison_on_a_task(mrpc: Callable[..., Path], tmp_path: Path) -> No
     assert set(sparse["metrics"]) == {"accuracy", "f1"}
     assert (sparse["group"], sparse["config"]["distill_from"]) == ("ours", "start-seed0")
     assert sparse["config"]["kernels"] is not None
+    assert sparse["config"]["lte"]["expert_size"] == EXPERT_SIZE
     assert sparse["command"] == f"lte compare {file} --only lte-0.5-seed0"
     assert sparse["latency_note"] == "not timed: latency is off"
     assert records["static_pruning-0.5-seed0"]["sparsity"] == 0.5

@@ -63,6 +63,8 @@ def compare(
 def print_plan(console: Console, estimates: list[Estimate]) -> None:
     """The runs as a table."""
     table = Table(box=None)
+    # Names are not cut, however narrow the terminal.
+    console.width = max(console.width, 160)
     for heading in ("run", "starts from", "teacher", "steps", "tokens", "state"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("steps", "tokens") else "left")
     for one in estimates:

@@ -107,6 +107,7 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
         "config": {
             **settings,
             **trained,
+            **({"lte": run.lte_config.to_dict()} if run.method == "lte" else {}),
             "start": run.base,
             "distill_from": run.teacher,
             "relu": run.options.relu,

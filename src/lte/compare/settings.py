@@ -57,7 +57,7 @@ class EntryOptions:
     Attributes:
         method: `dense`, `lte` or one of `lte.baselines.METHODS`.
         label: name of its runs and of its curve; unset: the method's name.
-        group: name of the curves that belong together; unset: `methods`.
+        group: name of a curve that several labels make up, a sweep of a setting say.
         base: what it is applied to; unset: `start` for methods that train, `dense`, the control, for others.
         fine_tune: whether it trains; unset: as the method is meant to be.
         relu: whether the FFNs use ReLU, with which the model first trains.
@@ -66,7 +66,7 @@ class EntryOptions:
 
     method: str
     label: str | None = None
-    group: str = "methods"
+    group: str | None = None
     base: Base | None = None
     fine_tune: bool | None = None
     relu: bool = False
