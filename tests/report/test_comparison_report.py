@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from rich.console import Console
 
 from lte.report.comparison import curve_styles, tradeoff_figure
 from lte.report.comparison_report import comparison_texts, write_comparison_report
@@ -196,3 +198,16 @@ def test_the_folder_holds_tables_figures_and_commands(tmp_path: Path) -> None:
 def test_no_comparison_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="comparisons must hold at least one, got none"):
         write_comparison_report(tmp_path, [])
+
+
+def test_a_narrow_terminal_goes_without_columns_rather_than_folding_numbers() -> None:
+    (comparison,) = compare_runs(runs_of(*records_of(METHODS[:1])))
+    table = results_table(comparison)
+    for width, missing in ((200, set()), (80, {"weights not read", "FLOPs"})):
+        console = Console(width=width, record=True, file=StringIO())
+        console.print(table.rich(width))
+        text = console.export_text()
+        shown = {column.header.plain for column in table.rich(width).columns}
+        assert missing.isdisjoint(shown)
+        assert ("a wider terminal shows more columns" in text) == bool(missing)
+        assert table.rows[0][2] in text

@@ -48,7 +48,7 @@ def report(
     for comparison in comparisons:
         for part in comparison_texts(comparison, drop):
             if isinstance(part, TextTable):
-                console.print(part.rich())
+                console.print(part.rich(console.width))
             else:
                 console.print(part, highlight=False, markup=False)
         console.print()

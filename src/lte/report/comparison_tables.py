@@ -17,6 +17,8 @@ from lte.report.paper import paper_rows
 from lte.report.tables import markdown_table
 from lte.report.tradeoff import Comparison, Point, Statistic
 
+# What a column of text wants at least.
+_TEXT_WIDTH = 28
 MISSING = "-"
 """What stands in place of a number that is not known."""
 
@@ -30,27 +32,51 @@ class TextTable:
         rows: cells.
         left: how many of the first columns are text; the others are numbers and stand on the right.
         title: above the table in the terminal; Markdown has headings of its own.
+        spare: columns that a narrow terminal goes without, the first ones first.
     """
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     left: int
     title: str
+    spare: tuple[str, ...] = ()
 
-    def rich(self) -> Table:
-        """For the terminal."""
+    def rich(self, width: int | None = None) -> Table:
+        """For a terminal of so many characters, `None` for a wide one."""
+        places = self._fitting(width)
         table = Table(
-            title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+            title=Text(self.title),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            caption=None if len(places) == len(self.header) else "a wider terminal shows more columns",
+            caption_justify="left",
         )
-        for place, name in enumerate(self.header):
-            table.add_column(Text(name), justify="left" if place < self.left else "right", overflow="fold")
+        for place in places:
+            text = place < self.left
+            table.add_column(
+                Text(self.header[place]), justify="left" if text else "right", overflow="fold", min_width=5 + 9 * text
+            )
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(row[place]) for place in places))
         return table
 
     def markdown(self) -> str:
         """For a Markdown file."""
         return markdown_table(self.header, self.rows, numbers=self.header[self.left :])
+
+    def _fitting(self, width: int | None) -> list[int]:
+        """The columns that leave enough width to the text."""
+        # Headings are broken between words, numbers are not.
+        sizes = [max(map(len, name.split()), default=0) for name in self.header]
+        for row in self.rows:
+            sizes = [max(size, len(cell)) for size, cell in zip(sizes, row, strict=True)]
+        sizes[: self.left] = [_TEXT_WIDTH] * self.left
+        places, spare = list(range(len(self.header))), list(self.spare)
+        while width and spare and sum(sizes[place] + 1 for place in places) > width:
+            places.remove(self.header.index(spare.pop(0)))
+        return places
 
 
 def results_table(comparison: Comparison) -> TextTable:
@@ -58,7 +84,9 @@ def results_table(comparison: Comparison) -> TextTable:
     costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
     header = ("method", "target", comparison.metric.name, "seeds", "drop", *costs)
     rows = [_result_cells(comparison, point) for point in comparison.points()]
-    return TextTable(header, rows, 1, comparison.title)
+    return TextTable(
+        header, rows, 1, comparison.title, spare=("weights not read", "FLOPs", "tokens", "seeds", "latency")
+    )
 
 
 def _result_cells(comparison: Comparison, point: Point) -> tuple[str, ...]:
