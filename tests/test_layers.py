@@ -12,8 +12,8 @@ import lte
 
 ROOT = Path(lte.__file__).parent
 # Baselines and training stand beside each other, on the same height.
-RANKS = {"config": 0, "ops": 1, "nn": 2, "hf": 3, "baselines": 4, "train": 4}
-RANKS |= {"tasks": 5, "eval": 6, "bench": 7, "report": 8, "cli": 9, "__main__": 10}
+RANKS = {"config": 0, "settings": 0, "ops": 1, "nn": 2, "hf": 3, "baselines": 4, "train": 4}
+RANKS |= {"tasks": 5, "eval": 6, "bench": 7, "compare": 8, "report": 8, "cli": 9, "__main__": 10}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

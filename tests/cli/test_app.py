@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import lte
-from lte.cli.settings import settings_of
 from lte.cli.train import GROUPS
+from lte.settings import settings_of
 
 COMMANDS = ("train", "eval", "generate", "inspect", "report", "demo")
 

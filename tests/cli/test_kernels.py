@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lte
-from lte.cli.kernels import use_kernels_
+from lte.eval.kernels import use_kernels_
 from lte.ops import dispatch
 from lte.ops.dispatch import kernel_names
 from lte.train.processes import training_device

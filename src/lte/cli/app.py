@@ -8,6 +8,7 @@ import typer
 
 from lte import __version__
 from lte.cli.bench import bench
+from lte.cli.compare import compare
 from lte.cli.demo import demo
 from lte.cli.eval import eval_command
 from lte.cli.generate import generate
@@ -50,6 +51,7 @@ app.command("train")(train)
 app.command("eval")(eval_command)
 app.command("generate")(generate)
 app.command("bench")(bench)
+app.command("compare")(compare)
 app.command("inspect")(inspect)
 app.command("report")(report)
 app.command("demo")(demo)

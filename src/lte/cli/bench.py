@@ -17,8 +17,9 @@ from lte.bench.shapes import SHAPES, random_model, shape_config
 from lte.bench.text import random_ids, read_text, text_ids
 from lte.bench.union import BATCHES
 from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
-from lte.cli.models import DTYPES, load_any_model, quiet_transformers
+from lte.cli.models import quiet_transformers
 from lte.config import check_choice
+from lte.eval.models import DTYPES, load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.report.latency_tables import break_even_report, latency_table, union_report

@@ -19,10 +19,16 @@ from rich.panel import Panel
 import lte
 from lte.cli.demo_budget import Budget, time_step, timed
 from lte.cli.demo_text import EXPLANATION, PROMPT, report_notes, result_table
-from lte.cli.eval import evaluation_record
 from lte.cli.generate import describe_use, encode_prompt, generate_ids
-from lte.cli.models import held_out_batches, load_any_model, max_positions, measurement_summary, save_folder
 from lte.config import LteConfig
+from lte.eval.models import (
+    evaluation_record,
+    held_out_batches,
+    load_any_model,
+    max_positions,
+    measurement_summary,
+    save_folder,
+)
 from lte.eval.perplexity import evaluate_model
 from lte.eval.sparsity import SparsityMeasurement, measure_sparsity
 from lte.hf.dense import load_tokenizer

@@ -14,16 +14,15 @@ from rich.table import Table
 from lte.cli.errors import reports_errors
 from lte.cli.harness import HarnessConfig, check_flags, run_harness
 from lte.cli.kernels import KernelsOption
-from lte.cli.models import load_any_model, model_record, quiet_transformers
-from lte.cli.settings import build, takes_settings
-from lte.cli.workload import TaskWorkload, TextWorkload, Workload, check_no_text
+from lte.cli.models import quiet_transformers
+from lte.cli.settings import takes_settings
 from lte.eval.flops import GFLOP
-from lte.eval.methods import Measurement
-from lte.eval.perplexity import PerplexityResult
+from lte.eval.models import load_any_model, task_record
 from lte.eval.results import write_json_atomic
-from lte.eval.tasks import TaskResult
+from lte.eval.workload import TaskWorkload, TextWorkload, Workload, check_no_text
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
+from lte.settings import build
 from lte.tasks.config import TaskConfig
 from lte.train.data_config import DataConfig
 
@@ -81,29 +80,6 @@ def _workload(given: Mapping[str, Any], tokenizer: Any, batch_size: int) -> Work
     check_no_text(given)
     splits = (None, given.get("split") or given.get("validation_split"))
     return TaskWorkload(task_config, data_config, tokenizer, batch_size, splits)
-
-
-def evaluation_record(
-    network: Any, perplexity: PerplexityResult, measurement: Measurement | None, **fields: Any
-) -> dict[str, Any]:
-    """A result record of one evaluation on text; `fields` are those that the network does not tell."""
-    return task_record(network, TaskResult.of_text(perplexity, measurement), **fields)
-
-
-def task_record(network: Any, result: TaskResult, **fields: Any) -> dict[str, Any]:
-    """A result record of one evaluation; `fields` are those that neither the network nor the result tells."""
-    return model_record(
-        network,
-        result.measurement,
-        **{
-            "metric": result.metric,
-            "value": result.value,
-            "metrics": result.metrics,
-            "split": "validation",
-            "tokens_evaluated": result.tokens,
-            **fields,
-        },
-    )
 
 
 def print_evaluation(console: Console, record: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from transformers import TextStreamer
 
 from lte.cli.errors import reports_errors
 from lte.cli.kernels import KernelsOption
-from lte.cli.models import load_any_model, quiet_transformers
+from lte.cli.models import quiet_transformers
+from lte.eval.models import load_any_model
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns

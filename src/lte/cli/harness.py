@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lte.cli.models import model_record
 from lte.eval.harness import HarnessResult, TaskScore, evaluate_harness
+from lte.eval.models import model_record
 from lte.eval.results import write_json_atomic
 from lte.hf.acceleration import describe_kernels
 from lte.tasks.config import TaskConfig

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lte.cli.errors import reports_errors
-from lte.cli.models import is_lte, load_config, quiet_transformers
+from lte.cli.models import quiet_transformers
 from lte.config import LteConfig
 from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_model
 from lte.eval.methods import method_name
+from lte.eval.models import is_lte, load_config
 from lte.eval.results import write_json_atomic
 from lte.hf.families import dense_ffns, family_of
 from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns

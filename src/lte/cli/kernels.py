@@ -1,16 +1,11 @@
-"""The option `--kernels`, and what the commands say of the kernels that they use."""
+"""The option `--kernels`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lte.config import check_choice
-from lte.hf.acceleration import accelerate_, decelerate_, describe_kernels
-from lte.hf.install import sparse_ffns
-
-KERNELS = ("auto", "off", "int8")
 KernelsOption = Annotated[
     str,
     typer.Option(
@@ -19,43 +14,3 @@ KernelsOption = Annotated[
         metavar="auto|off|int8",
     ),
 ]
-
-
-def use_kernels_(model: Any, kernels: str = "auto", *, tell: bool = True) -> Any:
-    """Accelerates an LTE model as `--kernels` says, in place, and returns it.
-
-    Args:
-        model: dense or LTE; `auto` and `off` leave a dense one as it is.
-        kernels: one of `KERNELS`.
-        tell: whether a line on stderr says what computes the FFNs now.
-
-    Raises:
-        ValueError: for another name, or `int8` and a model that cannot have it.
-    """
-    check_choice("kernels", kernels, KERNELS)
-    if kernels == "int8":
-        accelerate_(model, "int8")
-    elif kernels == "off" or not sparse_ffns(model):
-        return model
-    else:
-        reason = _accelerate_if_useful_(model)
-        if reason and tell:
-            typer.echo(f"Kernels off: {reason}", err=True)
-    found = describe_kernels(model)
-    if found is not None and tell:
-        text = f"Kernels: {found['decode']} for 1 to 16 tokens at a time, {found['prefill']} for more"
-        typer.echo(f"{text}, {found['weights']} weights.", err=True)
-    return model
-
-
-def _accelerate_if_useful_(model: Any) -> str:
-    """Accelerates a model that gains by it; else the reason why not."""
-    try:
-        accelerate_(model)
-    except ValueError as error:
-        return str(error)
-    found = describe_kernels(model)
-    if found is not None and set(found.values()) == {"native", "pytorch"}:
-        decelerate_(model)
-        return f"no kernel for {model.dtype} on {model.device}; on a CPU `pip install 'lte[cpu]'` brings one"
-    return ""

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from lte.cli.errors import Interrupted, reports_errors
 from lte.cli.models import quiet_transformers
-from lte.cli.settings import build, read_settings_file, settings_of, takes_settings
+from lte.cli.settings import takes_settings
 from lte.cli.training_run import TrainingRun
-from lte.cli.workload import check_no_text
 from lte.config import LteConfig, check_choice
+from lte.eval.workload import check_no_text
+from lte.settings import build, read_settings_file, settings_of
 from lte.tasks.config import TaskConfig
 from lte.train.config import TrainConfig
 from lte.train.data_config import DataConfig

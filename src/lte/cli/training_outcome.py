@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lte.cli.models import measurement_summary, save_folder
+from lte.eval.models import measurement_summary, save_folder
 from lte.eval.results import write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
 from lte.report.tables import router_health_markdown, router_health_table

@@ -10,13 +10,12 @@ import torch
 from rich.console import Console
 
 import lte
-from lte.cli.eval import task_record
-from lte.cli.kernels import use_kernels_
-from lte.cli.models import is_lte, load_config
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
-from lte.cli.workload import TaskWorkload, TextWorkload, Workload
 from lte.config import CALIBRATED_GROUPINGS, LteConfig
+from lte.eval.kernels import use_kernels_
+from lte.eval.models import is_lte, load_config, task_record
 from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.workload import TaskWorkload, TextWorkload, Workload
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns

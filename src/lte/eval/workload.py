@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from lte.cli.kernels import KERNELS, use_kernels_
-from lte.cli.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
 from lte.config import check_choice
+from lte.eval.kernels import KERNELS, use_kernels_
+from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
 from lte.eval.perplexity import evaluate_model
 from lte.eval.tasks import TaskResult, check_task, evaluate_task
 from lte.hf.dense import load_dense_model
@@ -33,6 +33,7 @@ class Workload(Protocol):
         data_config: how text becomes rows.
         name: what result records call it.
         split: name of the measured part.
+        metric: the main one.
         settings: what a result record says of it, JSON-ready.
         measures_first: whether the model is worth measuring before it is trained.
         train: rows to train on, after `load_data`.
@@ -44,6 +45,7 @@ class Workload(Protocol):
     data_config: DataConfig
     name: str
     split: str
+    metric: str
     settings: dict[str, Any]
     measures_first: bool
     train: Any
@@ -68,6 +70,7 @@ class TextWorkload:
     """Text from files or the hub, and the part of it that is held out."""
 
     split = "validation"
+    metric = "perplexity"
     measures_first = True
 
     def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int):
@@ -118,7 +121,7 @@ class TaskWorkload:
         self.task = get_task(str(config.task))
         check_task(self.task)
         self.config, self.data_config, self.splits = config, data_config, splits
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer, self.batch_size, self.metric = tokenizer, batch_size, self.task.main_metric
         self.name, self.split = self.task.name, splits[1] or self.task.measured_split
         # How the rows are made; where they are from is in `info`.
         rows = (
@@ -131,7 +134,7 @@ class TaskWorkload:
         )
         self.settings = {"task": vars(config), "data": {name: getattr(data_config, name) for name in rows}}
         # Heads are random before training, and generations are slow.
-        self.measures_first = self.task.main_metric == "perplexity"
+        self.measures_first = self.metric == "perplexity"
         self.train: Any = None
         self.collator: Any = None
         self.info: dict[str, Any] = {}

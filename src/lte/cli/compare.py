@@ -1,0 +1,88 @@
+"""`lte compare`: methods x sparsities x seeds from one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
+from lte.cli.models import quiet_transformers
+from lte.compare.folders import Folders
+from lte.compare.plan import Run, plan_runs
+from lte.compare.runner import Runner
+from lte.compare.schedule import Estimate, estimate_runs
+from lte.compare.settings import read_comparison
+from lte.compare.workloads import Workloads
+from lte.config import check_choice
+from lte.hf.dense import load_tokenizer
+
+
+@reports_errors
+def compare(
+    file: Annotated[Path, typer.Argument(help="YAML file, see docs/compare.md.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the records; default: results/compare/FILE.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for models and locks; default: runs/compare/FILE.")] = None,
+    model: Annotated[str | None, typer.Option(help="Dense model, in place of the file's.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the data, in place of the file's.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a run; may be given several times.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds in place of the file's, as 0,1,2.")] = None,
+    latency: Annotated[bool | None, typer.Option("--latency/--no-latency", help="Time decoding, on a GPU.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and do none.")] = False,
+) -> None:
+    """Trains and measures methods side by side: one start per seed, one budget, a result record for each run.
+
+    Runs that have a record are skipped, and interrupted ones go on. Started several times, once per GPU
+    (CUDA_VISIBLE_DEVICES), the processes share the runs.
+
+    Example: `lte compare experiments/compare/mrpc.yaml --data-dir glue --output results/mrpc`
+    """
+    quiet_transformers()
+    console = Console(highlight=False, soft_wrap=True)
+    comparison = read_comparison(
+        file, model=model, data_dir=data_dir, latency=latency, seeds=None if seeds is None else _parse_seeds(seeds)
+    )
+    runs = plan_runs(comparison)
+    for name in only or ():
+        check_choice("only", name, [run.name for run in runs if run.measured])
+    workloads = Workloads(comparison.model, load_tokenizer(comparison.model))
+    folders = Folders(output or Path("results/compare") / file.stem, work or Path("runs/compare") / file.stem)
+    if dry_run:
+        print_plan(console, estimate_runs(list(runs), workloads, folders))
+        return
+    # Plain lines, flushed: a run that is cut off has said how far it came.
+    failed = Runner(comparison, runs, folders, workloads, only or (), lambda line: print(line, flush=True)).execute()
+    if failed:
+        print_error(f"failed: {', '.join(failed)}; their records say why, delete them to try again")
+        raise typer.Exit(EXIT_ERROR)
+
+
+def print_plan(console: Console, estimates: list[Estimate]) -> None:
+    """The runs as a table."""
+    table = Table(box=None)
+    # Names are not cut, however narrow the terminal.
+    console.width = max(console.width, 160)
+    for heading in ("run", "starts from", "teacher", "steps", "tokens", "state"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("steps", "tokens") else "left")
+    for one in estimates:
+        state = "done" if one.done else "to do" if one.run.measured else "as needed"
+        row = (one.run.name, one.run.base or "the model", one.run.teacher or "", f"{one.steps:,}", f"{one.tokens:,}")
+        table.add_row(*row, state)
+    console.print(table)
+    tokens = sum(one.tokens for one in estimates if not one.done)
+    console.print(f"{_count(estimates)}, about {tokens:,} tokens to train.")
+
+
+def _count(estimates: list[Estimate]) -> str:
+    runs: list[Run] = [one.run for one in estimates if one.run.measured]
+    return f"{len(runs)} runs with a record, {len(estimates) - len(runs)} models that they start from"
+
+
+def _parse_seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds must be whole numbers, got seeds={text}; separate them with commas") from None

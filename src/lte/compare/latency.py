@@ -1,0 +1,90 @@
+"""The time of a decoding step of a saved folder, for result records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lte.bench.models import model_pair
+from lte.bench.rows import Row, is_dense
+from lte.bench.run import run_benchmarks
+from lte.bench.settings import OWN, BenchSettings
+from lte.bench.text import read_text, text_ids
+from lte.bench.union import BATCHES
+from lte.eval.models import load_any_model
+from lte.hf.install import sparse_ffns
+
+TIMED_METHODS = ("lte", "dense", "static_pruning")
+FIELDS = ("latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms")
+CONTEXT = 256
+
+
+def why_not(wanted: bool, causal: bool, method: str) -> str | None:
+    """Why decoding is not timed, `None` if it is.
+
+    Args:
+        wanted: whether the comparison asks for it.
+        causal: whether the model predicts the next token.
+        method: of the run.
+    """
+    if not wanted:
+        return "not timed: latency is off"
+    if not torch.cuda.is_available():
+        return "not timed: no GPU"
+    if not causal:
+        return "not timed: the model writes no text"
+    if method not in TIMED_METHODS:
+        return f"not timed: {method} has no kernels here, its products are dense and masked"
+    return None
+
+
+def untimed(note: str) -> dict[str, Any]:
+    """The fields of a record without times."""
+    return {**dict.fromkeys(FIELDS), "latency_note": note}
+
+
+def time_decoding(folder: Path, dense_folder: Path, tokenizer: Any, say: Any = print) -> dict[str, Any]:
+    """The median time of a decoding step at batch 1 with 20th and 80th percentile, in ms, and that of a dense model.
+
+    On a GPU both are compiled, without tuning, in bfloat16; on a CPU they run eagerly in float32. An LTE model routes
+    as it does on text, and its dense model has its own weights. Of a stock model with fewer neurons the dense one is
+    in `dense_folder`.
+
+    Args:
+        folder: of the model.
+        dense_folder: of a dense model of the same architecture.
+        tokenizer: of both.
+        say: gets lines of progress.
+    """
+    try:
+        rows, sparse = _decoding_rows(folder, tokenizer, say)
+        dense_rows = rows if folder == dense_folder or sparse else _decoding_rows(dense_folder, tokenizer, say)[0]
+        own = next(row for row in rows if is_dense(row) != sparse)
+        dense = next(row for row in dense_rows if is_dense(row))
+    # A model that cannot be compiled or timed keeps its other numbers.
+    except (RuntimeError, ValueError, StopIteration) as error:
+        return untimed(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    times = {"latency_ms": own["median_ms"], "latency_p20_ms": own["p20_ms"], "latency_p80_ms": own["p80_ms"]}
+    note = f"decoding step, batch 1, {own['provider']}, {own['dtype']}, context {CONTEXT}"
+    return {**times, "latency_dense_ms": dense["median_ms"], "latency_note": f"{note}; dense: {dense['provider']}"}
+
+
+def _decoding_rows(folder: Path, tokenizer: Any, say: Any) -> tuple[list[Row], bool]:
+    """The rows of the decoding benchmark, and whether the model is an LTE one."""
+    on_gpu = torch.cuda.is_available()
+    model = load_any_model(str(folder), "bfloat16" if on_gpu else "float32")
+    sparse = bool(sparse_ffns(model))
+    settings = BenchSettings(
+        benchmarks=("decode",),
+        sparsities=(OWN,) if sparse else (0.0,),
+        batches=(1,),
+        context_length=min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT)),
+        compile=on_gpu,
+        tunings=0,
+    )
+    ids = text_ids(tokenizer, read_text(None), max(BATCHES), settings.context_length)
+    session = run_benchmarks(folder.name, model_pair(model), settings, ids, None, say)
+    compiled = [row for row in session.results.rows if "compiled" in row["provider"]]
+    return (compiled if on_gpu else session.results.rows), sparse

@@ -1,0 +1,162 @@
+"""Doing the runs of a comparison, alone or shared with other processes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+
+from lte.compare.folders import Folders
+from lte.compare.making import make_model
+from lte.compare.plan import Run, children_of, parents_of
+from lte.compare.records import failure_record, measured_record
+from lte.compare.settings import Comparison
+from lte.compare.workloads import Workloads
+from lte.eval.results import write_json_atomic
+from lte.train.trainer import NonFiniteLossError
+
+FAILURES = (ValueError, NonFiniteLossError, torch.OutOfMemoryError)
+POLL_S = 1.0
+
+
+class Runner:
+    """Does what has no record yet.
+
+    Args:
+        comparison: settings.
+        runs: of `plan_runs`.
+        folders: where models and records go.
+        workloads: the data.
+        only: names of the runs that are wanted; empty wants all.
+        report: gets a line per run.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        runs: Sequence[Run],
+        folders: Folders,
+        workloads: Workloads,
+        only: Collection[str] = (),
+        report: Callable[[str], None] = print,
+    ):
+        self.comparison, self.runs, self.folders = comparison, runs, folders
+        self.workloads, self.report = workloads, report
+        self.wanted = [run for run in runs if run.measured and (not only or run.name in only)]
+
+    def execute(self) -> list[str]:
+        """Does all runs, or waits for other processes that do; returns the names of those that failed.
+
+        Every process that is started with the same folders takes the next run that no other one has.
+        """
+        self.folders.output.mkdir(parents=True, exist_ok=True)
+        self.folders.work.mkdir(parents=True, exist_ok=True)
+        for run in self.wanted:
+            self._tell_of_old_record(run)
+        waiting = False
+        while todo := self.todo():
+            # Data that cannot be read is no failure of a run.
+            self.workloads.of(todo[0])
+            if any([self._try(run) for run in todo]):
+                waiting = False
+                continue
+            if not waiting:
+                self.report(f"Waiting for other processes, which do {', '.join(run.name for run in todo)}.")
+            waiting = True
+            time.sleep(POLL_S)
+        return [run.name for run in self.wanted if self._failure(run)]
+
+    def todo(self) -> list[Run]:
+        """The runs to do, and those whose models they need, in order."""
+        names: set[str] = set()
+        for run in reversed(self.runs):
+            needed = any(child.name in names and not self._has_model(child) for child in children_of(run, self.runs))
+            missing_record = run in self.wanted and not self.folders.record(run).exists()
+            if missing_record or (needed and not self._has_model(run)):
+                names.add(run.name)
+        return [run for run in self.runs if run.name in names]
+
+    def _has_model(self, run: Run) -> bool:
+        return self.folders.made(run) is not None
+
+    def _try(self, run: Run) -> bool:
+        """Does a run if it is still to do, nobody else does it, and its parents are there; says whether it did."""
+        if not self._is_ready(run):
+            return False
+        with self.folders.lock(run) as mine:
+            if not mine or run not in self.todo() or not self._is_ready(run):
+                return False
+            start = time.monotonic()
+            try:
+                record = self._do(run)
+            except FAILURES as error:
+                self._fail(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            else:
+                self.report(_line(run, record, time.monotonic() - start))
+        self._clean_up(run)
+        return True
+
+    def _is_ready(self, run: Run) -> bool:
+        return self._has_model(run) or all(self._has_model(parent) for parent in parents_of(run, self.runs))
+
+    def _do(self, run: Run) -> dict[str, Any] | None:
+        """Makes and measures a run; `None` without a record of its own."""
+        work = self.workloads.of(run)
+        made = self.folders.made(run)
+        if made is None:
+            base = next((parent for parent in parents_of(run, self.runs) if parent.name == run.base), None)
+            made = make_model(
+                run, self.comparison, self.folders, work, None if base is None else self.folders.made(base)
+            )
+        if run not in self.wanted or self.folders.record(run).exists():
+            return None
+        dense = run.base if run.method == "static_pruning" else None
+        record = measured_record(run, self.comparison, self.folders, work, made, dense)
+        write_json_atomic(self.folders.record(run), record)
+        return record
+
+    def _fail(self, run: Run, failure: str) -> None:
+        """Writes what failed into the record of a run, and of those that need it."""
+        self.report(f"{run.name}: FAILED {failure}")
+        if run in self.wanted and not self.folders.record(run).exists():
+            record = failure_record(run, self.comparison, self.workloads.of(run), failure)
+            write_json_atomic(self.folders.record(run), record)
+        for child in children_of(run, self.runs):
+            if not self._has_model(child):
+                self._fail(child, f"it needs {run.name}, which failed: {failure}")
+
+    def _clean_up(self, run: Run) -> None:
+        """Deletes models that nobody needs any more."""
+        for one in (run, *parents_of(run, self.runs)):
+            if not one.options.keep and not self._is_needed(one):
+                self.folders.delete_model(one)
+
+    def _is_needed(self, run: Run) -> bool:
+        """Whether a run of the whole comparison, wanted now or not, will start from this one."""
+        return any(
+            not self._has_model(child)
+            and ((child.measured and not self.folders.record(child).exists()) or self._is_needed(child))
+            for child in children_of(run, self.runs)
+        )
+
+    def _failure(self, run: Run) -> str | None:
+        return json.loads(self.folders.record(run).read_text()).get("failure")
+
+    def _tell_of_old_record(self, run: Run) -> None:
+        path = self.folders.record(run)
+        if path.exists():
+            fingerprint = json.loads(path.read_text()).get("config", {}).get("fingerprint")
+            if fingerprint != run.fingerprint:
+                self.report(f"{run.name}: kept, but made with other settings; delete {path} to do it again.")
+
+
+def _line(run: Run, record: dict[str, Any] | None, seconds: float) -> str:
+    if record is None:
+        return f"{run.name}: made ({seconds:.0f} s)"
+    return (
+        f"{run.name}: {record['metric']} {record['value']:.4f}, sparsity {100 * record['sparsity']:.2f}%, "
+        f"{record['bytes_per_token'] / 1e6:.2f} MB per token ({seconds:.0f} s)"
+    )

@@ -1,0 +1,40 @@
+"""The data of runs, read once for all that share it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+from lte.compare.plan import Run
+from lte.eval.models import load_config
+from lte.eval.workload import TaskWorkload, TextWorkload, Workload
+
+
+class Workloads:
+    """Gives each run its data; the last one stays in memory.
+
+    Args:
+        model: that the runs start from, for the shape of the rows.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, model: str, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.model = SimpleNamespace(config=load_config(model))
+        self._last: tuple[Any, Workload] | None = None
+
+    def of(self, run: Run) -> Workload:
+        """The data of a run, read and tokenised."""
+        task, data, batch_size = run.task_config, run.data_config, run.train_config.batch_size
+        key = (asdict(task), asdict(data), batch_size)
+        if self._last is None or self._last[0] != key:
+            work: Workload
+            if task.task is None:
+                work = TextWorkload(data, self.tokenizer, batch_size)
+            else:
+                measured = run.values.get("validation_split")
+                work = TaskWorkload(task, data, self.tokenizer, batch_size, (data.split, measured))
+            work.load_data(self.model)
+            self._last = key, work
+        return self._last[1]

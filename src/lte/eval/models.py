@@ -1,0 +1,135 @@
+"""Loading a dense or sparse model to measure it, held-out batches, records, and saving a finished folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lte.config import check_choice
+from lte.eval.kernels import KERNELS, use_kernels_
+from lte.eval.methods import Measurement, record_fields
+from lte.eval.perplexity import PerplexityResult
+from lte.eval.results import result_record
+from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.tasks import TaskResult
+from lte.hf.dense import load_dense_model
+from lte.hf.families import family_of
+from lte.train.data import LmCollator, TokenRows
+from lte.train.processes import training_device
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_config(name_or_path: str) -> Any:
+    """The config of a hub name, folder or GGUF file, without its weights.
+
+    Raises:
+        ValueError: if a path does not exist.
+        OSError: if the hub or the folder has no config.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    local = path.exists() or name_or_path.startswith((".", "/", "~")) or path.suffix == ".gguf"
+    if local and not path.exists():
+        raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"model must be a folder with a config.json, got {name_or_path}, which has none")
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else name_or_path)
+    except OSError as error:
+        raise OSError(f"model {name_or_path} is no folder here and was not found on the hub: {error}") from error
+
+
+def is_lte(config: Any) -> bool:
+    """Whether a config is that of an LTE model, and not of a dense one or another method's."""
+    return getattr(config, "lte", None) is not None
+
+
+def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
+    """A dense or LTE model on the GPU if there is one.
+
+    Args:
+        name_or_path: hub name, folder, or GGUF file.
+        dtype: a key of `DTYPES`.
+        kernels: one of `lte.eval.kernels.KERNELS`, what computes the FFNs of an LTE model.
+
+    Raises:
+        ValueError: for an unknown dtype, kernels or family, or a path that does not exist.
+    """
+    check_choice("dtype", dtype, tuple(DTYPES))
+    check_choice("kernels", kernels, KERNELS)
+    config = load_config(name_or_path)
+    family_of(config)
+    model: Any
+    if is_lte(config):
+        path = str(Path(name_or_path).expanduser())
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    else:
+        model = load_dense_model(name_or_path, DTYPES[dtype])
+    return use_kernels_(model.to(training_device()).eval(), kernels)
+
+
+def max_positions(model: Any) -> int | None:
+    """The longest sequence that a model takes, if its config says so."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
+    """All rows in order, as batches."""
+    collator = LmCollator(pad_token_id)
+    starts = range(0, len(rows), batch_size)
+    return [collator([rows[i] for i in range(s, min(s + batch_size, len(rows)))]) for s in starts]
+
+
+def model_record(network: Any, measurement: Measurement | None, **fields: Any) -> dict[str, Any]:
+    """A result record with what a measured model tells: method, sparsity and work per token; `fields` are the rest."""
+    return result_record(**{**record_fields(network, measurement), **fields})
+
+
+def evaluation_record(
+    network: Any, perplexity: PerplexityResult, measurement: Measurement | None, **fields: Any
+) -> dict[str, Any]:
+    """A result record of one evaluation on text; `fields` are those that the network does not tell."""
+    return task_record(network, TaskResult.of_text(perplexity, measurement), **fields)
+
+
+def task_record(network: Any, result: TaskResult, **fields: Any) -> dict[str, Any]:
+    """A result record of one evaluation; `fields` are those that neither the network nor the result tells."""
+    return model_record(
+        network,
+        result.measurement,
+        **{
+            "metric": result.metric,
+            "value": result.value,
+            "metrics": result.metrics,
+            "split": "validation",
+            "tokens_evaluated": result.tokens,
+            **fields,
+        },
+    )
+
+
+def measurement_summary(measurement: SparsityMeasurement, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder's config remembers of a measurement: enough for `lte inspect`, without the histograms."""
+    return {
+        "sparsity": measurement.sparsity,
+        "tokens": measurement.tokens,
+        "split": data.get("split", "validation"),
+        "data": {"source": data["train_source"], **data["validation"]},
+        "active_fraction": measurement.active_fraction,
+        "dead_experts": measurement.dead_experts,
+        "always_on_experts": measurement.always_on_experts,
+    }
+
+
+def save_folder(model: Any, tokenizer: Any, output: Path) -> None:
+    """Saves tokenizer and model; the model's `config.json` comes last, so a folder with one is complete."""
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    model.save_pretrained(output)

@@ -1,0 +1,94 @@
+"""Tiny comparisons: a random BERT on a made-up MRPC, a random Llama on made-up text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lte.compare.folders import Folders
+from lte.compare.plan import plan_runs
+from lte.compare.runner import Runner
+from lte.compare.settings import read_comparison
+from lte.compare.workloads import Workloads
+from lte.hf.dense import load_tokenizer
+from tests.cli.conftest import save_tiny_model
+from tests.tasks.made_up import BAD, GOOD, write
+from tests.tiny_models import EXPERT_SIZE
+
+# A run of about a second: 2 + 2 steps of 8 rows.
+SMALL = {
+    "batch_size": 8,
+    "sequence_length": 48,
+    "learning_rate": 1e-3,
+    "expert_size": EXPERT_SIZE,
+    "router_fit_tokens": 256,
+    "calibration_tokens": 512,
+    "logging_steps": 2,
+    "report_to": "none",
+}
+BUDGET = {"stage1_steps": 2, "stage2_steps": 2}
+
+
+def write_mrpc(folder: Path) -> Path:
+    """MRPC in which a word gives the label away."""
+    rows = [
+        f"{label}\t{i}\t{i}\t{text}\t{GOOD[i % 3]}"
+        for i in range(8)
+        for label, texts in enumerate((BAD, GOOD))
+        for text in texts
+    ]
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    write(folder / "train.tsv", header, *rows)
+    write(folder / "dev.tsv", header, *rows[:16])
+    return folder
+
+
+def write_comparison(path: Path, **content: Any) -> Path:
+    """The YAML file of a small comparison."""
+    whole = {"seeds": [0], "sparsities": [0.5], "start": BUDGET, "train": BUDGET, **content}
+    path.write_text(yaml.safe_dump({**whole, "defaults": {**SMALL, **content.get("defaults", {})}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense BERT with a tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "bert", "bert")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense Llama with a tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with MRPC."""
+    folder = tmp_path_factory.mktemp("data")
+    write_mrpc(folder / "MRPC")
+    return folder
+
+
+@pytest.fixture
+def mrpc(tmp_path: Path, bert: Path, data_dir: Path) -> Callable[..., Path]:
+    """Writes the file of a comparison on MRPC."""
+
+    def write_file(*methods: Any, **content: Any) -> Path:
+        values = {"task": "mrpc", "model": str(bert), "data_dir": str(data_dir), "methods": list(methods)}
+        return write_comparison(tmp_path / "mrpc.yaml", **values, **content)
+
+    return write_file
+
+
+def runner_of(file: Path, folder: Path, *only: str, **overrides: Any) -> tuple[Runner, list[str]]:
+    """What does the runs of a file, and the lines that it says."""
+    comparison = read_comparison(file, **overrides)
+    lines: list[str] = []
+    workloads = Workloads(comparison.model, load_tokenizer(comparison.model))
+    folders = Folders(folder / "records", folder / "work")
+    return Runner(comparison, plan_runs(comparison), folders, workloads, only, lines.append), lines

@@ -1,0 +1,281 @@
+"""Whole comparisons of tiny models: records, resuming, sharing, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lte
+from lte.cli import app
+from lte.compare import making, runner
+from lte.compare.latency import time_decoding
+from lte.eval.models import load_any_model
+from lte.eval.results import load_results
+from lte.hf.dense import load_tokenizer
+from lte.train.trainer import LteTrainer, NonFiniteLossError
+from tests.compare.conftest import runner_of, write_comparison
+from tests.tiny_models import EXPERT_SIZE
+
+FIELDS = {
+    *("metrics", "weight_sparsity", "method_config", "measurement", "label", "group", "command", "data_sha256"),
+    *("peak_memory_bytes", "latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms", "latency_note"),
+}
+
+
+def records_of(folder: Path) -> dict[str, dict[str, Any]]:
+    records = load_results(folder / "records")
+    return {f"{r['label']}-{r['target_sparsity']:g}-seed{r['seed']}": r for r in records}
+
+
+def done(lines: list[str]) -> list[str]:
+    return [line.partition(":")[0] for line in lines]
+
+
+@pytest.mark.slow
+def test_a_comparison_on_a_task(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    methods = [
+        "dense",
+        {"method": "lte", "distill_from": "start", "group": "ours", "seeds": [0, 1]},
+        "static_pruning",
+        "cats",
+        {"method": "deja_vu", "fine_tune": True, "label": "fine"},
+        {"method": "sigma_moe", "keep": True},
+        {"method": "moefication", "relu": True},
+    ]
+    file = mrpc(*methods)
+    first, lines = runner_of(file, tmp_path)
+    assert first.execute() == []
+    records = records_of(tmp_path)
+    assert set(records) == {
+        *("dense-0-seed0", "lte-0.5-seed0", "lte-0.5-seed1", "static_pruning-0.5-seed0", "cats-0.5-seed0"),
+        *("fine-0.5-seed0", "sigma_moe-0.5-seed0", "moefication-relu-0.5-seed0"),
+    }
+    assert all(set(record) >= FIELDS for record in records.values())
+    # Everything had the same training after the same start.
+    tokens = {(record["tokens_trained"], record["config"]["tokens_start"]) for record in records.values()}
+    assert len(tokens) == 1
+    assert min(*tokens.pop()) > 0
+    sparse = records["lte-0.5-seed0"]
+    assert sparse["sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert set(sparse["metrics"]) == {"accuracy", "f1"}
+    assert (sparse["group"], sparse["config"]["distill_from"]) == ("ours", "start-seed0")
+    assert sparse["config"]["kernels"] is not None
+    assert sparse["config"]["lte"]["expert_size"] == EXPERT_SIZE
+    assert sparse["command"] == f"lte compare {file} --only lte-0.5-seed0"
+    assert sparse["latency_note"] == "not timed: latency is off"
+    assert records["static_pruning-0.5-seed0"]["sparsity"] == 0.5
+    # Only what is to be kept is left, and no checkpoint.
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["sigma_moe-0.5-seed0"]
+    # A run without its record is done again, with the models that it needs and nothing else.
+    before = records["cats-0.5-seed0"]
+    (tmp_path / "records" / "cats-0.5-seed0.json").unlink()
+    second, lines = runner_of(file, tmp_path)
+    assert second.execute() == []
+    assert done(lines) == ["start-seed0", "dense-0-seed0", "cats-0.5-seed0"]
+    again = records_of(tmp_path)["cats-0.5-seed0"]
+    assert (again["value"], again["measurement"]) == (before["value"], before["measurement"])
+
+
+def test_a_comparison_on_text(tmp_path: Path, llama: Path) -> None:
+    methods = ["lte", "teal", "wanda", "static_pruning", {"method": "dense", "fine_tune": False, "base": "start"}]
+    defaults = {"train": "pydoc-topics", "max_train_tokens": 4096, "max_validation_tokens": 512}
+    file = write_comparison(tmp_path / "text.yaml", model=str(llama), methods=methods, defaults=defaults)
+    first, lines = runner_of(file, tmp_path)
+    assert first.execute() == []
+    assert done(lines)[:2] == ["start-seed0", "lte-0.5-seed0"]
+    assert "control-seed0: made" in lines[2]
+    records = records_of(tmp_path)
+    tokens = {name: record["tokens_trained"] for name, record in records.items()}
+    assert tokens.pop("dense-0-seed0") == 0
+    assert set(tokens.values()) == {4 * 8 * 48}
+    assert {record["metric"] for record in records.values()} == {"perplexity"}
+    assert records["wanda-0.5-seed0"]["weight_sparsity"] > 0.2
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(
+    mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = mrpc("lte", defaults={"save_steps": 1})
+    straight, _ = runner_of(file, tmp_path / "straight")
+    straight.execute()
+    control = LteTrainer.control_sparsity
+
+    def killed(self: LteTrainer) -> None:
+        control(self)
+        if self.target_sparsity == 0.5 and self.stage.number == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LteTrainer, "control_sparsity", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runner_of(file, tmp_path)[0].execute()
+    assert not list((tmp_path / "records").iterdir())
+    trained: list[int] = []
+
+    def counted(self: LteTrainer) -> None:
+        control(self)
+        trained.append(self.stage.number)
+
+    monkeypatch.setattr(LteTrainer, "control_sparsity", counted)
+    again, lines = runner_of(file, tmp_path)
+    again.execute()
+    # Neither the start nor stage 1 trained again.
+    assert done(lines) == ["lte-0.5-seed0"]
+    assert set(trained) == {2}
+    mine, theirs = (records_of(folder)["lte-0.5-seed0"] for folder in (tmp_path, tmp_path / "straight"))
+    assert (mine["value"], mine["measurement"]) == (theirs["value"], theirs["measurement"])
+
+
+def test_other_settings_make_models_anew_and_leave_records(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    keep = {"method": "lte", "keep": True}
+    runner_of(mrpc(keep, start={"stage1_steps": 1, "stage2_steps": 1}), tmp_path)[0].execute()
+    made = tmp_path / "work" / "lte-0.5-seed0" / "made.json"
+    before = json.loads(made.read_text())["fingerprint"]
+    changed, lines = runner_of(mrpc(keep), tmp_path)
+    assert changed.execute() == []
+    assert "made with other settings; delete" in lines[0]
+    (tmp_path / "records" / "lte-0.5-seed0.json").unlink()
+    changed, lines = runner_of(mrpc(keep), tmp_path)
+    changed.execute()
+    assert done(lines) == ["start-seed0", "lte-0.5-seed0"]
+    assert json.loads(made.read_text())["fingerprint"] != before
+
+
+def test_a_failure_is_a_record_and_the_others_go_on(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    file = mrpc({"method": "sigma_moe", "expert_size": 7}, "wina")
+    first, lines = runner_of(file, tmp_path)
+    assert first.execute() == ["sigma_moe-0.5-seed0"]
+    records = records_of(tmp_path)
+    failed = records["sigma_moe-0.5-seed0"]
+    assert failed["value"] is None
+    assert failed["failure"].startswith("ValueError: expert_size must divide")
+    assert (failed["metric"], failed["split"], failed["method"]) == ("accuracy", "validation", "sigma_moe")
+    assert set(failed) >= FIELDS
+    assert records["wina-0.5-seed0"]["value"] is not None
+    # It stays failed until its record is deleted.
+    second, lines = runner_of(file, tmp_path)
+    assert second.execute() == ["sigma_moe-0.5-seed0"]
+    assert lines == []
+
+
+def test_what_needs_a_failed_model_fails_with_it(
+    mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = making.make_model
+
+    def diverges(run: Any, *args: Any) -> Any:
+        if run.name == "control-seed0":
+            raise NonFiniteLossError("the loss is nan")
+        return make(run, *args)
+
+    monkeypatch.setattr(runner, "make_model", diverges)
+    first, _ = runner_of(mrpc("cats", "lte"), tmp_path)
+    assert first.execute() == ["cats-0.5-seed0"]
+    failure = records_of(tmp_path)["cats-0.5-seed0"]["failure"]
+    assert failure == "it needs control-seed0, which failed: NonFiniteLossError: the loss is nan"
+
+
+def test_data_that_is_not_there_is_no_failure_of_a_run(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    broken, _ = runner_of(mrpc("lte"), tmp_path, data_dir="/no/such")
+    with pytest.raises(ValueError, match="data_dir must be an existing folder"):
+        broken.execute()
+    assert not list((tmp_path / "records").iterdir())
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    lock = tmp_path / "work" / "start-seed0.lock"
+    code = f"import filelock, os; lock = filelock.SoftFileLock({str(lock)!r}); lock.acquire(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert lock.exists()
+    first, _ = runner_of(mrpc("cats"), tmp_path)
+    assert first.execute() == []
+
+
+def test_a_run_of_a_living_process_is_left_to_it(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    first, _ = runner_of(mrpc("cats"), tmp_path)
+    (tmp_path / "work").mkdir()
+    start = first.runs[0]
+    with first.folders.lock(start) as mine:
+        assert mine
+        content = (tmp_path / "work" / "start-seed0.lock").read_text().split()
+        assert content[:2] == [str(os.getpid()), socket.gethostname()]
+        with first.folders.lock(start) as second:
+            assert not second
+        assert not first._try(start)
+    assert first._try(start)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    file = mrpc("dense", "lte", "cats", "sigma_moe", seeds=[0, 1])
+    folders = ["--output", str(tmp_path / "records"), "--work", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "lte", "compare", str(file), *folders]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    lines = [line for out, _ in said for line in out.splitlines() if "seed" in line and "Waiting" not in line]
+    names = sorted(line.partition(":")[0] for line in lines)
+    assert names == sorted({*records_of(tmp_path), "start-seed0", "start-seed1"})
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_decoding_is_timed_on_the_saved_folder(tmp_path: Path, llama: Path) -> None:
+    sparse = lte.sparsify_(load_any_model(str(llama)), lte.LteConfig(expert_size=EXPERT_SIZE, grouping="random"))
+    sparse.save_pretrained(tmp_path / "sparse")
+    tokenizer = load_tokenizer(llama)
+    for folder in (tmp_path / "sparse", llama):
+        found = time_decoding(folder, llama, tokenizer, lambda line: None)
+        assert 0 < found["latency_p20_ms"] <= found["latency_ms"] <= found["latency_p80_ms"]
+        assert found["latency_dense_ms"] > 0
+        provider = "lte eager" if folder != llama else "dense eager"
+        assert found["latency_note"].startswith(f"decoding step, batch 1, {provider}, float32, context 256; dense: ")
+    assert found["latency_ms"] == found["latency_dense_ms"]
+    broken = time_decoding(tmp_path / "no", llama, tokenizer)
+    assert broken["latency_ms"] is None
+    assert broken["latency_note"].startswith("failed: ValueError: model must be a hub name, folder or GGUF file")
+
+
+def test_a_dry_run_tells_what_would_be_done(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    file = mrpc(
+        "dense", "cats", {"method": "lte", "distill_from": "start"}, train={"stage1_epochs": 2, "stage2_steps": 3}
+    )
+    folders = ["--output", str(tmp_path / "records"), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(app, ["compare", str(file), *folders, "--dry-run"], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if "seed0" in line}
+    # 48 rows make 6 steps of 8 in an epoch.
+    assert rows["lte-0.5-seed0"][:3] == ["start-seed0", "start-seed0", "15"]
+    assert rows["dense-0-seed0"][:2] == ["start-seed0", "15"]
+    assert rows["cats-0.5-seed0"][:3] == ["dense-0-seed0", "0", "0"]
+    assert rows["start-seed0"][-2:] == ["as", "needed"]
+    assert "3 runs with a record, 1 models that they start from" in result.output
+    assert not (tmp_path / "records").exists()
+    result = CliRunner().invoke(app, ["compare", str(file), *folders, "--only", "lte-0.5-seed1"])
+    assert result.exit_code == 1
+    assert "did you mean lte-0.5-seed0" in result.output
+    result = CliRunner().invoke(app, ["compare", str(file), *folders, "--seeds", "a"])
+    assert "seeds must be whole numbers, got seeds=a" in result.output
+
+
+def test_the_command_fails_if_a_run_did(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    file = mrpc(
+        {"method": "lte", "expert_size": 7, "label": "odd"}, {"method": "dense", "fine_tune": False, "base": "start"}
+    )
+    folders = ["--output", str(tmp_path / "records"), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(app, ["compare", str(file), *folders, "--only", "odd-0.5-seed0"])
+    assert result.exit_code == 1
+    assert "odd-0.5-seed0: FAILED ValueError: expert_size must divide" in result.output
+    assert "failed: odd-0.5-seed0; their records say why" in result.output
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["odd-0.5-seed0.json"]
