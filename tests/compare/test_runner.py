@@ -26,8 +26,9 @@ from tests.compare.conftest import runner_of, write_comparison
 from tests.tiny_models import EXPERT_SIZE
 
 FIELDS = {
-    *("metrics", "weight_sparsity", "method_config", "measurement", "label", "group", "command", "data_sha256"),
-    *("peak_memory_bytes", "latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms", "latency_note"),
+    *("metrics", "weight_sparsity", "method_config", "measurement", "label", "group", "command", "data_sha256", "eta"),
+    *("layer_history", "peak_memory_bytes", "latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms"),
+    "latency_note",
 }
 
 

@@ -15,7 +15,7 @@ from lte.train.data import LmCollator
 from lte.train.processes import training_device
 from lte.train.sparsity_controller import EtaController
 from lte.train.trainer import LteTrainer, NonFiniteLossError
-from lte.train.two_stage import train_two_stage
+from lte.train.two_stage import TrainingSummary, train_two_stage
 from tests.tiny_models import PAD, tiny_dense_model, tiny_sparse_model
 from tests.train.toy import toy_rows
 
@@ -161,6 +161,19 @@ def test_the_log_holds_every_term(tmp_path):
     assert [len(shares) for shares in layers] == [2] * len(entries)
     assert [sum(shares) / 2 for shares in layers] == pytest.approx([entry["active_fraction"] for entry in entries])
     assert len({tuple(shares) for shares in layers}) > 1
+
+
+def test_the_history_of_the_layers_goes_on_over_both_stages(tmp_path):
+    summary = train_two_stage(fresh_model(), toy_rows(), config(logging_steps=1), tmp_path)
+    history = summary.layer_history()
+    assert history["step"] == list(range(1, 13))
+    assert history["stage"] == [1] * 6 + [2] * 6
+    logged = [entry["layers/active_01"] for entry in summary.log_history if "layers/active_01" in entry]
+    assert [shares[1] for shares in history["active_fraction"]] == pytest.approx(logged, abs=1e-4)
+    few = summary.layer_history(most=3)
+    assert few["step"] == [1, 6, 12]
+    assert few["active_fraction"][-1] == history["active_fraction"][-1]
+    assert TrainingSummary(0, 0.0, []).layer_history() is None
 
 
 def test_the_log_goes_to_tensorboard(tmp_path):

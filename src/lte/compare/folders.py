@@ -31,6 +31,8 @@ class Made:
         tokens_start: by the start of the seed.
         wall_time_s: seconds of training, or of fitting where nothing trained.
         data_info: counts and checksums of the data.
+        eta: weight of the efficiency loss at the end, of LTE.
+        layer_history: each layer's active fraction over training, see `lte.train.two_stage.TrainingSummary`.
     """
 
     fingerprint: str
@@ -39,6 +41,8 @@ class Made:
     tokens_start: int
     wall_time_s: float
     data_info: dict[str, Any]
+    eta: float | None = None
+    layer_history: dict[str, list[Any]] | None = None
 
 
 @dataclass(frozen=True)

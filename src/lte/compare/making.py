@@ -45,10 +45,10 @@ def make_model(run: Run, comparison: Comparison, folders: Folders, work: Workloa
     if run.relu:
         relu_fy_(model)
     model, method = _apply(run, model, work)
-    seconds, tokens = time.monotonic() - start, 0
+    summary = TrainingSummary(0, time.monotonic() - start, [])
     if run.trains:
         summary = _train(run, model, folders, work)
-        seconds, tokens = summary.wall_time_s, summary.tokens_trained
+    tokens = summary.tokens_trained
     model = _finish(run, model, work, method)
     is_start, before = run.base is None, base
     made = Made(
@@ -56,8 +56,10 @@ def make_model(run: Run, comparison: Comparison, folders: Folders, work: Workloa
         tokens_trained=tokens,
         tokens_since_start=0 if is_start else tokens + (before.tokens_since_start if before else 0),
         tokens_start=tokens if is_start else (before.tokens_start if before else 0),
-        wall_time_s=seconds,
+        wall_time_s=summary.wall_time_s,
         data_info=work.info,
+        eta=summary.eta,
+        layer_history=summary.layer_history(),
     )
     folders.save(run, model, work.tokenizer, made)
     return made

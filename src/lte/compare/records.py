@@ -49,6 +49,8 @@ def measured_record(
         split=work.split,
         tokens_trained=made.tokens_since_start,
         wall_time_s=made.wall_time_s,
+        eta=made.eta,
+        layer_history=made.layer_history,
         peak_memory_bytes=peak_memory_bytes(),
     )
     record["config"] |= {"kernels": kernels, "tokens_start": made.tokens_start}
@@ -72,7 +74,8 @@ def failure_record(run: Run, comparison: Comparison, work: Workload, failure: st
         split=work.split,
         metric=work.metric,
         **dict.fromkeys(("sparsity", "value", "flops_per_token", "bytes_per_token", "tokens_trained", "wall_time_s")),
-        **dict.fromkeys(("weight_sparsity", "method_config", "measurement", "peak_memory_bytes", *FIELDS)),
+        **dict.fromkeys(("weight_sparsity", "method_config", "measurement", "eta", "layer_history")),
+        **dict.fromkeys(("peak_memory_bytes", *FIELDS)),
         metrics={},
         latency_note="not timed: the run failed",
         failure=failure,

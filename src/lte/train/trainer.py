@@ -30,6 +30,8 @@ from lte.train.sparsity_controller import (
 CONTROL_STATE_FILE = "lte_control.json"
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
+# The log's names of each layer's active fraction, before its number.
+LAYER_PREFIX = "layers/active_"
 # What the progress bar shows, and how.
 LOG_NAMES = {
     "task_loss": "task",
