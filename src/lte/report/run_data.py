@@ -1,0 +1,106 @@
+"""What a page shows of one run: where it comes from, its routers, its layers over training. JSON-ready.
+
+Shapes: L layers, E experts, B bins of a histogram, S logged steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lte.report.records import Record, Run
+
+# Histograms are whole numbers of this part of all scores: most of a page is histograms.
+HISTOGRAM_UNIT = 1e-4
+# A picture shows no more steps than this, and a page has one such map for each run.
+MOST_STEPS = 60
+_DETAILS = ("command", "hardware", "git_commit", "versions", "wall_time_s", "tokens_trained", "method_config", "config")
+
+
+def run_data(run: Run, value: float | None) -> dict[str, Any]:
+    """One run.
+
+    Args:
+        run: the record and its file.
+        value: its metric.
+    """
+    record = run.record
+    return {
+        "source": run.source,
+        "seed": record["seed"],
+        "value": value,
+        **{name: record.get(name) for name in _DETAILS},
+        "eta": final_eta(record),
+        "routing": routing_data(record),
+        "history": history_data(record),
+    }
+
+
+def final_eta(record: Record) -> float | None:
+    """The weight of the efficiency loss that a run ended with: fixed in its settings, or the record's own `eta`."""
+    eta = record.get("eta")
+    if eta is None:
+        train = (record.get("config") or {}).get("train") or {}
+        eta = train.get("eta")
+    return float(eta) if _is_number(eta) else None
+
+
+def routing_data(record: Record) -> dict[str, Any] | None:
+    """What was measured of the routers; `None` where the record has no active fractions.
+
+    Returns:
+        `active_fraction` [L]; `threshold`; where they were measured `histogram` [L, B] in units of `HISTOGRAM_UNIT`,
+        and `experts`, `dead` (no token uses them) and `always_on` (every token does), [L] each, else `None`.
+    """
+    measurement = record.get("measurement")
+    if not isinstance(measurement, dict) or not measurement.get("active_fraction"):
+        return None
+    histogram, use = measurement.get("score_histogram"), measurement.get("expert_use")
+    return {
+        "active_fraction": [_rounded(share) for share in measurement["active_fraction"]],
+        "threshold": measurement.get("threshold"),
+        "tokens": measurement.get("tokens"),
+        "histogram": [[_units(share) for share in layer] for layer in histogram] if histogram else None,
+        "experts": [len(layer) for layer in use] if use else None,
+        "dead": [sum(share == 0 for share in layer) for layer in use] if use else None,
+        "always_on": [sum(share == 1 for share in layer) for layer in use] if use else None,
+    }
+
+
+def history_data(record: Record) -> dict[str, Any] | None:
+    """Active fractions over training, at `MOST_STEPS` evenly spaced steps at most; `None` where there are none.
+
+    Returns:
+        `step` [S], `stage` [S], `active_fraction` [S, L].
+    """
+    history = record.get("layer_history")
+    if not isinstance(history, dict) or not history.get("step") or not history.get("active_fraction"):
+        return None
+    steps, shares = history["step"], history["active_fraction"]
+    kept = _evenly(min(len(steps), len(shares)))
+    stages = history.get("stage") or [None] * len(steps)
+    return {
+        "step": [steps[place] for place in kept],
+        "stage": [stages[place] for place in kept],
+        "active_fraction": [[_rounded(share, 3) for share in shares[place]] for place in kept],
+    }
+
+
+def _evenly(count: int) -> Sequence[int]:
+    """Places of the first, the last, and evenly spaced ones between."""
+    if count <= MOST_STEPS:
+        return range(count)
+    return [round(place * (count - 1) / (MOST_STEPS - 1)) for place in range(MOST_STEPS)]
+
+
+def _units(share: Any) -> int | None:
+    return round(share / HISTOGRAM_UNIT) if _is_number(share) else None
+
+
+def _rounded(share: Any, digits: int = 4) -> float | None:
+    return round(share, digits) if _is_number(share) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
