@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def bench_data(bench: Bench) -> dict[str, Any]:
             }
             for benchmark, batch in keys
         ],
-        "break_even": list(content.get("break_even") or ()),
-        "union": list(content.get("union") or ()),
+        "break_even": _whole(content.get("break_even"), ("benchmark", "setting", "batches", "ratios", "break_even")),
+        "union": _whole(content.get("union"), ("batch", "union")),
         "details": {
             "command": content.get("command"),
             "hardware": content.get("hardware"),
@@ -55,6 +55,12 @@ def bench_name(bench: Bench) -> str:
     parts += [f"{weights} weights"] if weights not in (None, "native") else []
     parts += [content.get("hardware") or first.get("hardware")]
     return f"{', '.join(str(part) for part in parts if part)} ({Path(bench.source).name})"
+
+
+def _whole(rows: Any, fields: Sequence[str]) -> list[Any]:
+    """The rows that have all fields."""
+    found = rows if isinstance(rows, list) else []
+    return [row for row in found if isinstance(row, Mapping) and all(name in row for name in fields)]
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:

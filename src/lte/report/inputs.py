@@ -57,7 +57,9 @@ def _content(file: Path) -> Any:
 
 def _check_rows(file: Path, rows: Any) -> None:
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"{file} must hold a list of objects in rows, got {type(rows).__name__}; give files of lte bench")
+        raise ValueError(
+            f"{file} must hold a list of objects in rows, got {type(rows).__name__}; give files of lte bench"
+        )
     missing = sorted({name for row in rows for name in REQUIRED_FIELDS if name not in row})
     if missing:
         raise ValueError(
@@ -67,4 +69,6 @@ def _check_rows(file: Path, rows: Any) -> None:
     for row in rows:
         for name in _TIMES:
             if row[name] is not None and (not isinstance(row[name], Real) or isinstance(row[name], bool)):
-                raise ValueError(f"{file} must hold a number in {name}, got {name}={row[name]!r}; give files of lte bench")
+                raise ValueError(
+                    f"{file} must hold a number in {name}, got {name}={row[name]!r}; give files of lte bench"
+                )

@@ -6,10 +6,10 @@ Shapes: L layers, E experts, B bins of a histogram, S logged steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lte.report.records import Record, Run
+from lte.report.records import Record, Run, field_value
 
 # Histograms are whole numbers of this part of all scores: most of a page is histograms.
 HISTOGRAM_UNIT = 1e-4
@@ -38,12 +38,16 @@ def run_data(run: Run, value: float | None) -> dict[str, Any]:
 
 
 def final_eta(record: Record) -> float | None:
-    """The weight of the efficiency loss that a run ended with: fixed in its settings, or the record's own `eta`."""
-    eta = record.get("eta")
-    if eta is None:
-        train = (record.get("config") or {}).get("train") or {}
-        eta = train.get("eta")
-    return float(eta) if _is_number(eta) else None
+    """The weight of the efficiency loss at the end of a run; `None` where the record does not say it.
+
+    The record's own `eta`, else the one that its settings fix, else the last that its training log has; a log that is
+    zero throughout is of a training without this loss.
+    """
+    logged = [entry.get("eta") for entry in _list(record.get("log")) if isinstance(entry, Mapping)]
+    for eta in (record.get("eta"), field_value(record, "config.train.eta"), *(reversed(logged) if any(logged) else ())):
+        if _is_number(eta):
+            return float(eta)
+    return None
 
 
 def routing_data(record: Record) -> dict[str, Any] | None:
@@ -54,11 +58,12 @@ def routing_data(record: Record) -> dict[str, Any] | None:
         and `experts`, `dead` (no token uses them) and `always_on` (every token does), [L] each, else `None`.
     """
     measurement = record.get("measurement")
-    if not isinstance(measurement, dict) or not measurement.get("active_fraction"):
+    shares = _list(measurement.get("active_fraction")) if isinstance(measurement, Mapping) else []
+    if not shares:
         return None
-    histogram, use = measurement.get("score_histogram"), measurement.get("expert_use")
+    histogram, use = (_layers(measurement.get(name)) for name in ("score_histogram", "expert_use"))
     return {
-        "active_fraction": [_rounded(share) for share in measurement["active_fraction"]],
+        "active_fraction": [_rounded(share) for share in shares],
         "threshold": measurement.get("threshold"),
         "tokens": measurement.get("tokens"),
         "histogram": [[_units(share) for share in layer] for layer in histogram] if histogram else None,
@@ -75,16 +80,29 @@ def history_data(record: Record) -> dict[str, Any] | None:
         `step` [S], `stage` [S], `active_fraction` [S, L].
     """
     history = record.get("layer_history")
-    if not isinstance(history, dict) or not history.get("step") or not history.get("active_fraction"):
+    if not isinstance(history, Mapping):
         return None
-    steps, shares = history["step"], history["active_fraction"]
-    kept = _evenly(min(len(steps), len(shares)))
-    stages = history.get("stage") or [None] * len(steps)
+    steps, shares = _list(history.get("step")), _layers(history.get("active_fraction"))
+    if not steps or len(steps) != len(shares):
+        return None
+    kept = _evenly(len(steps))
+    stages = _list(history.get("stage"))
+    stages = stages if len(stages) == len(steps) else [None] * len(steps)
     return {
         "step": [steps[place] for place in kept],
         "stage": [stages[place] for place in kept],
         "active_fraction": [[_rounded(share, 3) for share in shares[place]] for place in kept],
     }
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _layers(value: Any) -> list[list[Any]]:
+    """A list of lists; empty where it is another thing."""
+    rows = _list(value)
+    return rows if all(isinstance(row, list) and row for row in rows) else []
 
 
 def _evenly(count: int) -> Sequence[int]:

@@ -24,7 +24,7 @@
     const [curves, history, routers, eta] = [new LayerCurves(comparison), new LayerHistory(comparison), new Routers(comparison), new EtaPlot(comparison, switches)];
     parts = [tradeoff, curves, history, routers, eta].filter(Boolean);
     document.getElementById('shown').replaceChildren(
-      ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)),
+      section('short', 'In short', ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text))),
       section('tradeoff', title.tradeoff, tradeoff?.box ?? absent('All runs of this task failed; result records with a finite value, as lte eval --json writes them, fill it.')),
       section('tables', title.tables, ...tables(comparison)),
       section('layers', title.layers, curves.isEmpty ? absent(NEEDS.layers) : curves.box, history.isEmpty ? absent(NEEDS.history) : history.box),
@@ -38,7 +38,7 @@
     layers: 'Result records with measurement.active_fraction, which the experiments write for models with routers, fill it.',
     history: 'Result records with layer_history, the active fraction of each layer at steps of the training, show it over the training too.',
     routers: 'Result records with measurement.score_histogram or measurement.expert_use, which the experiments write for models with routers, fill it.',
-    eta: 'Result records with a fixed config.train.eta, or with an eta that the training ended with, fill it; these have neither.',
+    eta: 'Result records with a fixed config.train.eta, an eta of their own, or a log of one, fill it; these have none.',
     latency: 'Files that lte bench --output writes, with timings of one FFN or of a decoding step, fill it.',
     batch: 'Files that lte bench --output writes for several batches (break_even) or for a model folder with texts (union) fill it.',
   };
@@ -48,7 +48,7 @@
     const isFailed = (table) => table.title === 'Failed runs';
     const made = comparison.tables.map((table) => {
       const choose = (place, opener) => details.show(comparison.failed[place].name, [comparison.failed[place]], opener);
-      return element('div', { class: 'panel' }, element('h3', {}, table.title), new SortableTable({ ...table, onChoose: isFailed(table) ? choose : null }).box,
+      return element('div', { class: 'panel' }, element('h3', {}, table.title), new SortableTable({ ...table, isTitled: true, onChoose: isFailed(table) ? choose : null }).box,
         ...(isFailed(table) ? [details.box] : []));
     });
     const source = comparison.tables.some((table) => table.title.startsWith('The paper')) ? [element('p', { class: 'quiet' }, `The paper: ${data.paper}.`)] : [];

@@ -116,7 +116,6 @@ class BatchPlots {
 
   show(bench) {
     this.bench = bench;
-    this.boxes[0].hidden = this.absent.hidden = false;
     this.boxes[0].hidden = !bench.union.length;
     this.absent.hidden = bench.union.length > 0;
     this.boxes[1].hidden = !bench.break_even.length;
@@ -129,7 +128,7 @@ class BatchPlots {
   }
 
   say(row) {
-    const found = row.break_even === null ? `faster than dense at all measured batches, up to ${row.batches.at(-1)}` : `no longer faster than dense from batch ${row.break_even}`;
+    const found = row.break_even === null ? `faster than dense up to batch ${row.batches.at(-1)}, the largest that was measured` : `no longer faster than dense from batch ${row.break_even}`;
     return `${this.setting(row)}: ${found}.`;
   }
 
@@ -158,7 +157,7 @@ class BatchPlots {
       options: () => this.lines([
         { name: 'measured', data: this.bench.union.map((row) => [row.batch, 1 - row.union]) },
         { name: 'if independent', dash: 'dashed', data: this.bench.union.filter((row) => Draw.isNumber(row.independent)).map((row) => [row.batch, 1 - row.independent]) },
-      ], Draw.shareAxis('share skipped by all', { nameTextStyle: { align: 'left' } }), Shell.percent),
+      ], Draw.shareAxis('share skipped by all'), Shell.percent),
       rows: () => ['Union sparsity by batch', ['batch', 'skipped by all', 'if independent'],
         this.bench.union.map((row) => [row.batch, form(row.union), form(row.independent)])],
       height: () => 360,

@@ -18,7 +18,7 @@ class LayerCurves {
     this.curves = [...Map.groupBy(points, (point) => point.curve)];
     this.isEmpty = !this.curves.length;
     if (this.isEmpty) return;
-    this.chosen = (this.curves.find(([, found]) => found[0].method === 'lte') ?? this.curves[0]);
+    this.chosen = this.curves.reduce((best, curve) => (curve[1].length > best[1].length ? curve : best));
     const choice = choiceOf('Method', this.curves.map((curve) => [curve[0], curve]), (curve) => {
       this.chosen = curve;
       this.picture.draw();
@@ -37,7 +37,7 @@ class LayerCurves {
   }
 
   label(point) {
-    const labels = this.chosen[1].map((each) => (each.target === null ? each.name : `${Draw.short(100 * each.target)}%`));
+    const labels = this.chosen[1].map((each) => (each.target === null ? each.name : `target ${Draw.short(100 * each.target)}%`));
     return labels[this.chosen[1].indexOf(point)];
   }
 
@@ -47,13 +47,13 @@ class LayerCurves {
     const layers = Math.max(...points.map((point) => layerMeans(point).length));
     const dashes = ['solid', 'dashed', 'dotted', [9, 3, 2, 3]];
     return {
-      grid: { left: 14, right: 60, top: 34, bottom: 46, containLabel: true },
+      grid: { left: 14, right: 84, top: 34, bottom: 46, containLabel: true },
       tooltip: Shell.tooltip(({ seriesName, value }) => `${Draw.clip(seriesName)}\nlayer ${value[0]}: ${Shell.percent(value[1])} computed`),
       xAxis: Shell.axis({ type: 'value', min: 0, max: Math.max(layers - 1, 1), minInterval: 1, ...Draw.below('layer') }),
-      yAxis: Draw.shareAxis('neurons computed', { nameTextStyle: { align: 'left' } }),
+      yAxis: Draw.shareAxis('neurons computed'),
       series: points.map((point, place) => ({ type: 'line', name: pointTitle(point), ...Looks.symbol(look), symbolSize: 8, showAllSymbol: true,
         lineStyle: { color: look.colour, width: 2, type: dashes[place % dashes.length] }, labelLayout: { hideOverlap: true },
-        endLabel: { show: true, color: Shell.colour('ink'), formatter: Draw.clip(this.label(point), 10) },
+        endLabel: { show: true, color: Shell.colour('ink'), formatter: Draw.clip(this.label(point), 12) },
         data: layerMeans(point).map((share, layer) => [layer, share]) })),
     };
   }
@@ -156,7 +156,7 @@ class EtaPlot {
       grid: { left: 14, right: 24, top: 34, bottom: 46, containLabel: true },
       tooltip: Shell.tooltip(({ data }) => `${Draw.clip(pointTitle(data.point))}\neta ${Draw.short(data.value[0])}\nFFN sparsity ${Shell.percent(data.value[1])}`),
       xAxis: { ...Draw.valueAxis('', shown.map(({ eta }) => eta), { ratio: 100, fromZero: true }), ...Draw.below('eta') },
-      yAxis: Draw.shareAxis('FFN sparsity', { nameTextStyle: { align: 'left' } }),
+      yAxis: Draw.shareAxis('FFN sparsity'),
       series: [...Map.groupBy(shown, ({ point }) => point.curve)].map(([name, items]) => {
         const look = Looks.of(name);
         const data = items.map(({ point, eta }) => ({ point, value: [eta, point.sparsity.mean] })).sort((a, b) => a.value[0] - b.value[0]);

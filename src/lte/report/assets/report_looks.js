@@ -14,6 +14,7 @@ const Looks = (() => {
     'M10 0L12.5 7H20L14 11.5L16.5 19L10 14.5L3.5 19L6 11.5L0 7H7.5Z', 'M1 10L18 1V19Z', 'M10 0L19 5V15L10 20L1 15V5Z',
     'M19 10L2 1V19Z', 'M10 0L20 7.5L16 19H4L0 7.5Z', 'M10 0L15 10L10 20L5 10Z'];
   const DASHES = ['solid', 'dashed', 'dotted', [9, 3, 2, 3]];
+  const ICON_DASHES = { solid: 'none', dashed: '10 5', dotted: '4 4' };
   let palette = null;
   let paletteIsDark = null;
 
@@ -28,7 +29,7 @@ const Looks = (() => {
   /* Dense models are lines in the colour of text, told apart by their dashes. */
   const DENSE_DASHES = ['dashed', 'dotted', [9, 3, 2, 3], 'solid'];
   const dense = (place) => ({ colour: Shell.colour('quiet'), dash: DENSE_DASHES[place % DENSE_DASHES.length],
-    symbol: 'path://M8 0H12V20H8Z', path: 'M8 0H12V20H8Z', variable: '--quiet' });
+    symbol: 'path://M8 0H12V20H8Z', path: 'M0 10H40', variable: '--quiet', isLine: true });
 
   function of(name) {
     const place = Shell.data.places[name] ?? 0;
@@ -37,15 +38,18 @@ const Looks = (() => {
       dash: DASHES[Math.floor(place / COLOURS) % DASHES.length] };
   }
 
-  function icon({ path, variable }, hollow = false) {
+  /* A curve's symbol, or the dash of a line, as a picture beside its name. */
+  function icon({ path, variable, isLine = false, dash }, hollow = false) {
     const make = (name) => document.createElementNS('http://www.w3.org/2000/svg', name);
     const [box, shape] = [make('svg'), make('path')];
-    box.setAttribute('viewBox', '-2 -2 24 24');
+    box.setAttribute('viewBox', isLine ? '0 0 40 20' : '-2 -2 24 24');
     box.setAttribute('aria-hidden', 'true');
+    box.classList.toggle('line', isLine);
     shape.setAttribute('d', path);
     shape.style.fill = hollow ? 'none' : `var(${variable})`;
     shape.style.stroke = `var(${variable})`;
-    shape.style.strokeWidth = hollow ? '3' : '1';
+    shape.style.strokeWidth = hollow ? '3' : isLine ? '4' : '1';
+    if (isLine) shape.style.strokeDasharray = ICON_DASHES[dash] ?? '14 5 3 5';
     box.append(shape);
     return box;
   }
@@ -113,25 +117,24 @@ const Draw = (() => {
   function valueAxis(name, values, { ratio = Infinity, fromZero = false } = {}) {
     const known = values.filter(isNumber);
     const [low, high] = known.length ? [Math.min(...known), Math.max(...known)] : [0, 1];
-    const base = { name, nameLocation: 'end', nameTextStyle: { align: 'left' } };
+    /* The ends are no round numbers. */
+    const axisLabel = { formatter: short, hideOverlap: true, showMaxLabel: false };
     if (low > 0 && high > ratio * low) {
       const logBase = high > 64 * low ? 10 : 2;
-      return Shell.axis({ ...base, type: 'log', logBase, min: low / 1.15, max: high * 1.15,
-        axisLabel: { formatter: short, hideOverlap: true } });
+      return axis(name, { type: 'log', logBase, min: low / 1.15, max: high * 1.15, axisLabel: { ...axisLabel, showMinLabel: false } });
     }
     const margin = (high - low || Math.abs(high) || 1) * 0.08;
-    return Shell.axis({ ...base, type: 'value', min: fromZero ? 0 : tidy(low - margin, high - low), max: tidy(high + margin, high - low),
-      axisLabel: { formatter: short, hideOverlap: true } });
+    return axis(name, { type: 'value', min: fromZero ? 0 : low - margin, max: high + margin, axisLabel: { ...axisLabel, showMinLabel: fromZero } });
   }
 
-  /* A limit with no more digits than a label needs. */
-  function tidy(value, range) {
-    const step = 10 ** Math.floor(Math.log10((range || Math.abs(value) || 1) / 20));
-    return Number((Math.round(value / step) * step).toPrecision(12));
-  }
-
-  const shareAxis = (name, settings = {}) => Shell.axis({ type: 'value', min: 0, max: 1, name,
+  const shareAxis = (name, settings = {}) => axis(name, { type: 'value', min: 0, max: 1,
     axisLabel: { formatter: (value) => `${Math.round(100 * value)}%` }, ...settings });
+
+  /* A vertical axis with its name above the picture, where it has room to the right. */
+  function axis(name, settings) {
+    const made = Shell.axis({ name, nameLocation: 'end', ...settings });
+    return { ...made, nameTextStyle: { ...made.nameTextStyle, align: made.nameLocation === 'middle' ? 'center' : 'left' } };
+  }
 
   const below = (name) => ({ name, nameLocation: 'middle', nameGap: 28 });
 
@@ -167,7 +170,7 @@ const Draw = (() => {
   const nothing = (text) => ({ title: { text, left: 'center', top: 'middle',
     textStyle: { color: Shell.colour('quiet'), fontSize: 14, fontWeight: 'normal' } } });
 
-  return { isNumber, short, clip, valueAxis, shareAxis, below, errorBars, threshold, nothing };
+  return { isNumber, short, clip, axis, valueAxis, shareAxis, below, errorBars, threshold, nothing };
 })();
 
 /* A drop-down list; entries are [text, value]. */

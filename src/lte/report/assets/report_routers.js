@@ -1,6 +1,13 @@
 'use strict';
 /* The health of the routers of one run: scores around tau, and experts that are never or always on. */
 
+/* The routing to begin with: of the point with the most seeds that has one. */
+function mostRouted(comparison) {
+  const points = comparison.points.filter((point) => point.runs.some((run) => run.routing?.histogram));
+  const most = Math.max(...points.map((point) => point.runs.length));
+  return points.find((point) => point.runs.length === most)?.runs.find((run) => run.routing?.histogram).routing;
+}
+
 class Routers {
   constructor(comparison) {
     const runs = comparison.points.flatMap((point) => point.runs.filter((run) => run.routing?.histogram || run.routing?.dead)
@@ -18,7 +25,9 @@ class Routers {
     this.sentence = element('p', { role: 'status' });
     this.box = element('div', {}, element('div', { class: 'controls' }, choice.box), this.sentence,
       element('div', { class: 'columns two' }, ...this.boxes));
-    this.show(runs[0][1]);
+    const most = runs.findIndex(([, routing]) => routing === mostRouted(comparison));
+    choice.select.value = String(Math.max(most, 0));
+    this.show(runs[Math.max(most, 0)][1]);
   }
 
   show(routing) {
@@ -56,10 +65,12 @@ class Routers {
     return Array.from({ length: bins }, (_, bin) => `${(bin / bins).toFixed(3)} to ${((bin + 1) / bins).toFixed(3)}`);
   }
 
-  binAxis(names) {
-    const every = Math.max(1, Math.round(names.length / 10));
-    return Shell.axis({ type: 'category', data: names, ...Draw.below(`router score; on above tau = ${Draw.short(this.tau)}, dashed`),
-      axisLabel: { interval: (place) => place % every === 0, formatter: (name) => String(Number(name.split(' ')[0])) } });
+  /* Bins have an axis without labels, and the scores at their edges one with labels. */
+  scoreAxes(names) {
+    const name = `router score; on above tau = ${Draw.short(this.tau)}, dashed`;
+    return [{ type: 'category', data: names, show: false },
+      Shell.axis({ type: 'value', min: 0, max: 1, interval: 0.1, position: 'bottom', ...Draw.below(name),
+        axisLabel: { formatter: (value) => value.toFixed(1), hideOverlap: true } })];
   }
 
   scoreMap() {
@@ -86,7 +97,7 @@ class Routers {
     return {
       grid: { left: 50, right: 14, top: 44, bottom: 50 },
       tooltip: Shell.tooltip(({ value }) => `layer ${value[1]}\nscore ${names[value[0]]}\n${Shell.percent(value[2] ** 2, 2)} of the scores`),
-      xAxis: this.binAxis(names),
+      xAxis: this.scoreAxes(names),
       yAxis: Shell.axis({ type: 'category', inverse: true, data: histogram.map((_, layer) => String(layer)), name: 'layer', nameLocation: 'start' }),
       visualMap: { type: 'continuous', seriesIndex: 0, min: 0, max: Math.sqrt(highest) || 1, dimension: 2, orient: 'horizontal', left: 60, top: 0,
         itemHeight: 110, itemWidth: 12, calculable: false, inRange: { color: Shell.ramp() },
@@ -113,8 +124,8 @@ class Routers {
         return {
           grid: { left: 54, right: 14, top: 44, bottom: 50 },
           tooltip: Shell.tooltip(({ name, value }) => `score ${name}\n${Shell.percent(value, 2)} of the scores`),
-          xAxis: this.binAxis(names),
-          yAxis: Shell.axis({ type: 'value', name: 'share of the scores', nameTextStyle: { align: 'left' },
+          xAxis: this.scoreAxes(names),
+          yAxis: Draw.axis('share of the scores', { type: 'value',
             axisLabel: { formatter: (value) => `${Number((100 * value).toPrecision(3))}%` } }),
           series: [{ type: 'bar', barCategoryGap: '10%', data: this.shares(), itemStyle: { color: Shell.colour('on') } }, Draw.threshold(this.tau)],
         };
@@ -129,7 +140,7 @@ class Routers {
   }
 
   expertBars() {
-    const kinds = [['dead', 'never on', 'second'], ['always_on', 'always on', 'third']];
+    const kinds = [['dead', 'never on', 'curve-1'], ['always_on', 'always on', 'curve-2']];
     return new Shell.Picture({
       label: 'Experts that are never on and always on, by layer',
       caption: 'An expert that no token uses could be deleted, and one that every token uses needs no router: both are capacity that routing does not use.',
@@ -141,7 +152,7 @@ class Routers {
           grid: { left: 50, right: 14, top: 50, bottom: 46 },
           tooltip: Shell.tooltip(({ name, seriesName, value, dataIndex }) => `layer ${name}\n${value} of ${experts[dataIndex]} experts ${seriesName}`),
           xAxis: Shell.axis({ type: 'category', data: dead.map((_, layer) => String(layer)), ...Draw.below('layer') }),
-          yAxis: Shell.axis({ type: 'value', minInterval: 1, name: 'experts', nameTextStyle: { align: 'left' } }),
+          yAxis: Draw.axis('experts', { type: 'value', minInterval: 1 }),
           series: kinds.map(([key, name, shade], place) => ({ type: 'bar', name, stack: 'experts', data: this.routing[key],
             itemStyle: { color: Shell.colour(shade), decal: place ? { symbol: 'rect', dashArrayX: [1, 0], dashArrayY: [2, 4], rotation: 0.8,
               color: Shell.colour('paper') } : undefined } })),

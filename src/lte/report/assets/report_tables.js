@@ -19,8 +19,8 @@ function csvOf(header, rows) {
 
 class SortableTable {
   /* csv: header and rows for the copy, in the order of `rows`; without it what is shown is copied.
-     icon: for the first cell of a row. onChoose: makes a button of the first cell, called with the row's place. */
-  constructor({ title, header, rows, left, csv = null, icon = null, onChoose = null }) {
+     isTitled: whether a heading says the title. icon: for the first cell of a row. onChoose: makes a button of the first cell, called with the row's place. */
+  constructor({ title, isTitled = false, header, rows, left, csv = null, icon = null, onChoose = null }) {
     Object.assign(this, { title, header, rows, left, csv, icon, onChoose });
     this.order = rows.map((_, place) => place);
     this.column = null;
@@ -36,7 +36,7 @@ class SortableTable {
     copy.addEventListener('click', () => this.copy());
     this.state = element('span', { role: 'status' });
     this.fallback = element('div', {});
-    const table = element('table', { class: 'sortable' }, element('caption', {}, title),
+    const table = element('table', { class: 'sortable' }, element('caption', { class: isTitled && 'unseen' }, title),
       element('thead', {}, element('tr', {}, ...this.headings)), this.body);
     this.box = element('div', {}, element('div', { class: 'table-tools' }, copy, this.state), this.fallback,
       Shell.scrollBox(title, table));
@@ -50,7 +50,7 @@ class SortableTable {
       if (column > 0) return element('td', column < this.left ? { class: 'words', dir: 'auto' } : {}, text);
       const icon = this.icon?.(place);
       const name = this.onChoose ? element('button', { type: 'button', class: 'choose' }, text) : text;
-      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, ...(icon ? [icon, ' '] : []), name);
+      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, icon ? element('span', { class: 'named' }, icon, name) : name);
     });
     const made = element('tr', {}, ...cells);
     if (this.onChoose) made.addEventListener('click', () => this.onChoose(place, cells[0].querySelector('button')));
