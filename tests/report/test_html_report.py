@@ -46,6 +46,7 @@ def many_runs(count: int, layers: int = 32, experts: int = 344) -> list[dict[str
             seed=place % 4,
             value=20 + choose.random(),
             target_sparsity=0.1 + (place // 4 % 5) / 10,
+            sparsity=0.1 + (place // 4 % 5) / 10 + choose.random() / 20,
             measurement=measured,
             config=config,
             command=f"lte eval {place}",

@@ -58,12 +58,11 @@ def routing_data(record: Record) -> dict[str, Any] | None:
         and `experts`, `dead` (no token uses them) and `always_on` (every token does), [L] each, else `None`.
     """
     measurement = record.get("measurement")
-    shares = _list(measurement.get("active_fraction")) if isinstance(measurement, Mapping) else []
-    if not shares:
+    if not isinstance(measurement, Mapping) or not _list(measurement.get("active_fraction")):
         return None
     histogram, use = (_layers(measurement.get(name)) for name in ("score_histogram", "expert_use"))
     return {
-        "active_fraction": [_rounded(share) for share in shares],
+        "active_fraction": [_rounded(share) for share in measurement["active_fraction"]],
         "threshold": measurement.get("threshold"),
         "tokens": measurement.get("tokens"),
         "histogram": [[_units(share) for share in layer] for layer in histogram] if histogram else None,

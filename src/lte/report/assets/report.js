@@ -24,7 +24,8 @@
     const [curves, history, routers, eta] = [new LayerCurves(comparison), new LayerHistory(comparison), new Routers(comparison), new EtaPlot(comparison, switches)];
     parts = [tradeoff, curves, history, routers, eta].filter(Boolean);
     document.getElementById('shown').replaceChildren(
-      section('short', 'In short', ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text))),
+      section('short', 'In short', ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)),
+        element('p', { class: 'caption' }, 'A model is on the upper envelope where no other method that reads as few bytes is clearly better.')),
       section('tradeoff', title.tradeoff, tradeoff?.box ?? absent('All runs of this task failed; result records with a finite value, as lte eval --json writes them, fill it.')),
       section('tables', title.tables, ...tables(comparison)),
       section('layers', title.layers, curves.isEmpty ? absent(NEEDS.layers) : curves.box, history.isEmpty ? absent(NEEDS.history) : history.box),

@@ -90,13 +90,6 @@ class LatencyPlot {
   }
 }
 
-/* A look for what is no method: settings and kinds, by their place. */
-function settingLook(place, count) {
-  const colours = Shell.ramp().slice(2, -2);
-  const names = Object.keys(Shell.data.places);
-  return { ...Looks.of(names[place % Math.max(names.length, 1)]), colour: colours[Math.round((place / Math.max(count - 1, 1)) * (colours.length - 1))], dash: 'solid' };
-}
-
 class BatchPlots {
   constructor(benches) {
     const found = benches.filter(({ break_even: ratios, union }) => ratios.length || union.length);
@@ -141,7 +134,7 @@ class BatchPlots {
       xAxis: Shell.axis({ type: 'category', data: batches.map(String), ...Draw.below('batch: texts decoded together') }),
       yAxis,
       series: series.map((each, place) => {
-        const look = settingLook(place, series.length);
+        const look = Looks.setting(place, series.length);
         return { type: 'line', ...Looks.symbol(look), lineStyle: { color: look.colour, width: 2, type: each.dash ?? 'solid' }, ...each,
           data: each.data.map(([batch, value]) => [batches.indexOf(batch), value]) };
       }),

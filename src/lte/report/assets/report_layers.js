@@ -83,8 +83,8 @@ class LayerHistory {
     });
     this.picture = new Shell.Picture({
       label: 'Map of the share of neurons computed by training step and layer',
-      caption: 'A column is a step of the training and a row is a layer, the first layer on top: the paler a field, or the darker on a ' +
-        'dark page, the less of that layer was computed then.',
+      caption: 'A column is a step of the training and a row is a layer, the first layer on top; the colour of a field tells how much of ' +
+        'that layer was computed then.',
       options: () => this.options(),
       rows: () => this.rows(),
       height: () => Math.max(180, 13 * this.run.history.active_fraction[0].length) + 120,

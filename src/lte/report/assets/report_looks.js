@@ -38,6 +38,12 @@ const Looks = (() => {
       dash: DASHES[Math.floor(place / COLOURS) % DASHES.length] };
   }
 
+  /* What is no method, a setting say: by its place among `count`, in the stronger half of the ramp. */
+  function setting(place, count) {
+    const strong = Shell.ramp().slice(4);
+    return { colour: strong[Math.round((place / Math.max(count - 1, 1)) * (strong.length - 1))], symbol: `path://${SYMBOLS[place % SYMBOLS.length]}` };
+  }
+
   /* A curve's symbol, or the dash of a line, as a picture beside its name. */
   function icon({ path, variable, isLine = false, dash }, hollow = false) {
     const make = (name) => document.createElementNS('http://www.w3.org/2000/svg', name);
@@ -56,9 +62,9 @@ const Looks = (() => {
 
   /* ECharts' style of a symbol. */
   const symbol = (look, hollow = false) => ({ symbol: look.symbol, symbolKeepAspect: true, symbolSize: hollow ? 14 : 11,
-    itemStyle: hollow ? { color: 'transparent', borderColor: look.colour, borderWidth: 2 } : { color: look.colour } });
+    itemStyle: hollow ? { color: 'transparent', borderColor: look.colour, borderWidth: 2, opacity: 1 } : { color: look.colour } });
 
-  return { of, dense, icon, symbol };
+  return { of, dense, setting, icon, symbol };
 })();
 
 /* Buttons that switch curves off and on; what is off is remembered by name, whichever task is shown. */
@@ -80,7 +86,7 @@ class Switches {
     });
     const chips = entries.map(({ name, look, hollow, label }) => {
       const button = Shell.element('button', { type: 'button', class: 'chip', 'aria-pressed': String(this.isOn(name)) },
-        Looks.icon(look, hollow), label ?? name);
+        Looks.icon(look, hollow), Shell.element('span', { class: 'clamped', title: label ?? name }, label ?? name));
       button.addEventListener('click', () => this.set([name], !this.isOn(name)));
       this.buttons.set(name, button);
       return button;

@@ -49,7 +49,7 @@ class SortableTable {
     const cells = row.map((text, column) => {
       if (column > 0) return element('td', column < this.left ? { class: 'words', dir: 'auto' } : {}, text);
       const icon = this.icon?.(place);
-      const name = this.onChoose ? element('button', { type: 'button', class: 'choose' }, text) : text;
+      const name = this.onChoose ? element('button', { type: 'button', class: 'choose' }, element('span', { class: 'clamped', title: text }, text)) : text;
       return element('th', { scope: 'row', class: 'words', dir: 'auto' }, icon ? element('span', { class: 'named' }, icon, name) : name);
     });
     const made = element('tr', {}, ...cells);

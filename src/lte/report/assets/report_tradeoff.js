@@ -158,7 +158,8 @@ class Tradeoff {
   }
 
   barSeries(measured) {
-    const spread = measured.filter(({ point }) => point.value.sd || point[this.cost.key].sd);
+    /* Dense models have bands. */
+    const spread = measured.filter(({ point }) => !point.is_dense && (point.value.sd || point[this.cost.key].sd));
     const ends = ({ mean, sd }) => [mean - (sd ?? 0), mean + (sd ?? 0)];
     return Draw.errorBars(spread.map(({ point }) => {
       const [x, y] = [point[this.cost.key], point.value];
