@@ -37,8 +37,10 @@ class DetailsPanel {
 
   runElement(run, place, count) {
     const { element } = Shell;
-    const value = Draw.isNumber(run.value) ? `${this.metric.name} ${run.value.toFixed(this.metric.decimals)}` : run.why ?? 'no value';
-    const facts = FACTS.flatMap(([key, name]) => [element('dt', {}, name), element('dd', {}, this.fact(key, run[key]))]);
+    const { name: metric, decimals } = this.metric;
+    const value = Draw.isNumber(run.value) ? `${metric} ${run.value.toFixed(decimals)}` : run.why ?? 'no value';
+    const facts = FACTS.flatMap(([key, name]) => [element('dt', {}, name),
+      element('dd', {}, this.fact(key, run[key]))]);
     return element('details', { open: place === 0 || count < 4 }, element('summary', {}, `Seed ${run.seed}: ${value}`),
       element('dl', { class: 'run-facts' }, ...facts));
   }
@@ -52,6 +54,7 @@ class DetailsPanel {
     if (key === 'versions' && typeof value === 'object') {
       return Object.entries(value).map(([name, version]) => `${name} ${version}`).join(', ');
     }
-    return typeof value === 'object' ? element('pre', { tabindex: '0' }, JSON.stringify(value, null, 1)) : String(value);
+    return typeof value === 'object' ? element('pre', { tabindex: '0' }, JSON.stringify(value, null, 1))
+      : String(value);
   }
 }

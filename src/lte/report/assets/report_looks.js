@@ -9,8 +9,9 @@ document.adoptedStyleSheets = [reportSheet];
 const Looks = (() => {
   const COLOURS = 7;
   /* On a field of 20 by 20; 7 colours and 13 symbols: no pair comes again before the 92nd curve. */
-  const SYMBOLS = ['M10 1A9 9 0 1 0 10 19A9 9 0 1 0 10 1Z', 'M2 2H18V18H2Z', 'M10 1L19 18H1Z', 'M10 0L20 10L10 20L0 10Z',
-    'M1 2H19L10 19Z', 'M7 1H13V7H19V13H13V19H7V13H1V7H7Z', 'M5 1L10 6L15 1L19 5L14 10L19 15L15 19L10 14L5 19L1 15L6 10L1 5Z',
+  const SYMBOLS = ['M10 1A9 9 0 1 0 10 19A9 9 0 1 0 10 1Z', 'M2 2H18V18H2Z', 'M10 1L19 18H1Z',
+    'M10 0L20 10L10 20L0 10Z', 'M1 2H19L10 19Z', 'M7 1H13V7H19V13H13V19H7V13H1V7H7Z',
+    'M5 1L10 6L15 1L19 5L14 10L19 15L15 19L10 14L5 19L1 15L6 10L1 5Z',
     'M10 0L12.5 7H20L14 11.5L16.5 19L10 14.5L3.5 19L6 11.5L0 7H7.5Z', 'M1 10L18 1V19Z', 'M10 0L19 5V15L10 20L1 15V5Z',
     'M19 10L2 1V19Z', 'M10 0L20 7.5L16 19H4L0 7.5Z', 'M10 0L15 10L10 20L5 10Z'];
   const DASHES = ['solid', 'dashed', 'dotted', [9, 3, 2, 3]];
@@ -41,7 +42,8 @@ const Looks = (() => {
   /* What is no method, a setting say: by its place among `count`, in the stronger half of the ramp. */
   function setting(place, count) {
     const strong = Shell.ramp().slice(4);
-    return { colour: strong[Math.round((place / Math.max(count - 1, 1)) * (strong.length - 1))], symbol: `path://${SYMBOLS[place % SYMBOLS.length]}` };
+    return { colour: strong[Math.round((place / Math.max(count - 1, 1)) * (strong.length - 1))],
+      symbol: `path://${SYMBOLS[place % SYMBOLS.length]}` };
   }
 
   /* A curve's symbol, or the dash of a line, as a picture beside its name. */
@@ -62,7 +64,8 @@ const Looks = (() => {
 
   /* ECharts' style of a symbol. */
   const symbol = (look, hollow = false) => ({ symbol: look.symbol, symbolKeepAspect: true, symbolSize: hollow ? 14 : 11,
-    itemStyle: hollow ? { color: 'transparent', borderColor: look.colour, borderWidth: 2, opacity: 1 } : { color: look.colour } });
+    itemStyle: hollow ? { color: 'transparent', borderColor: look.colour, borderWidth: 2, opacity: 1 }
+      : { color: look.colour } });
 
   return { of, dense, setting, icon, symbol };
 })();
@@ -127,10 +130,12 @@ const Draw = (() => {
     const axisLabel = { formatter: short, hideOverlap: true, showMaxLabel: false };
     if (low > 0 && high > ratio * low) {
       const logBase = high > 64 * low ? 10 : 2;
-      return axis(name, { type: 'log', logBase, min: low / 1.15, max: high * 1.15, axisLabel: { ...axisLabel, showMinLabel: false } });
+      return axis(name, { type: 'log', logBase, min: low / 1.15, max: high * 1.15, axisLabel: { ...axisLabel,
+        showMinLabel: false } });
     }
     const margin = (high - low || Math.abs(high) || 1) * 0.08;
-    return axis(name, { type: 'value', min: fromZero ? 0 : low - margin, max: high + margin, axisLabel: { ...axisLabel, showMinLabel: fromZero } });
+    return axis(name, { type: 'value', min: fromZero ? 0 : low - margin, max: high + margin, axisLabel: { ...axisLabel,
+      showMinLabel: fromZero } });
   }
 
   const shareAxis = (name, settings = {}) => axis(name, { type: 'value', min: 0, max: 1,
@@ -139,14 +144,16 @@ const Draw = (() => {
   /* A vertical axis with its name above the picture, where it has room to the right. */
   function axis(name, settings) {
     const made = Shell.axis({ name, nameLocation: 'end', ...settings });
-    return { ...made, nameTextStyle: { ...made.nameTextStyle, align: made.nameLocation === 'middle' ? 'center' : 'left' } };
+    return { ...made, nameTextStyle: { ...made.nameTextStyle, align: made.nameLocation === 'middle' ? 'center'
+      : 'left' } };
   }
 
   const below = (name) => ({ name, nameLocation: 'middle', nameGap: 28 });
 
   /* Bars of errors; an item is [x, y, lowest x, highest x, lowest y, highest y]. */
   function errorBars(items, colours) {
-    return { type: 'custom', silent: true, z: 3, clip: true, data: items, encode: { x: [0, 2, 3], y: [1, 4, 5] }, tooltip: { show: false },
+    return { type: 'custom', silent: true, z: 3, clip: true, data: items, encode: { x: [0, 2, 3], y: [1, 4, 5] },
+      tooltip: { show: false },
       renderItem: (params, api) => {
         const [x, y, left, right, low, high] = [0, 1, 2, 3, 4, 5].map((place) => api.value(place));
         const style = { stroke: colours[params.dataIndex], lineWidth: 1.5 };
@@ -181,7 +188,8 @@ const Draw = (() => {
 
 /* A drop-down list; entries are [text, value]. */
 function choiceOf(label, entries, onChange) {
-  const select = Shell.element('select', {}, ...entries.map(([text], place) => Shell.element('option', { value: String(place) }, text)));
+  const select = Shell.element('select', {}, ...entries.map(([text], place) =>
+    Shell.element('option', { value: String(place) }, text)));
   select.addEventListener('change', () => onChange(entries[Number(select.value)][1]));
   return { select, box: Shell.element('label', { hidden: entries.length < 2 }, `${label} `, select) };
 }

@@ -10,7 +10,8 @@ function mostRouted(comparison) {
 
 class Routers {
   constructor(comparison) {
-    const runs = comparison.points.flatMap((point) => point.runs.filter((run) => run.routing?.histogram || run.routing?.dead)
+    const runs = comparison.points.flatMap((point) => point.runs.filter((run) =>
+      run.routing?.histogram || run.routing?.dead)
       .map((run) => [`${pointTitle(point)}, seed ${run.seed}`, run.routing]));
     this.isEmpty = !runs.length;
     if (this.isEmpty) return;
@@ -49,7 +50,8 @@ class Routers {
     if (!dead) return '';
     const sum = (values) => values.reduce((total, value) => total + value, 0);
     const on = tokens ? ` on ${Shell.count(tokens)} tokens` : '';
-    return `Of ${Shell.count(sum(experts))} experts ${Shell.count(sum(dead))} were never used${on}, and ${Shell.count(sum(always))} by every token.`;
+    return `Of ${Shell.count(sum(experts))} experts ${Shell.count(sum(dead))} were never used${on}, and ` +
+      `${Shell.count(sum(always))} by every token.`;
   }
 
   get tau() {
@@ -76,13 +78,14 @@ class Routers {
   scoreMap() {
     return new Shell.Picture({
       label: 'Map of router scores by layer',
-      caption: 'A router gives every expert a score for every token, and those above tau (dashed) are computed: the stronger a field, the more ' +
-        'scores of that layer lie there. Few scores near tau are a clear choice.',
+      caption: 'A router gives every expert a score for every token, and those above tau (dashed) are computed: ' +
+        'the stronger a field, the more scores of that layer lie there. Few scores near tau are a clear choice.',
       options: () => this.routing.histogram ? this.mapOptions() : {},
       rows: () => {
         const names = this.binNames();
         return ['Share of scores by layer and score', ['layer', ...names],
-          this.routing.histogram.map((units, layer) => [layer, ...units.map((each) => Shell.percent(this.share(each), 2))])];
+          this.routing.histogram.map((units, layer) =>
+            [layer, ...units.map((each) => Shell.percent(this.share(each), 2))])];
       },
       height: () => 360,
     });
@@ -96,10 +99,13 @@ class Routers {
     const data = histogram.flatMap((layer, row) => layer.map((units, bin) => [bin, row, Math.sqrt(this.share(units))]));
     return {
       grid: { left: 50, right: 14, top: 44, bottom: 50 },
-      tooltip: Shell.tooltip(({ value }) => `layer ${value[1]}\nscore ${names[value[0]]}\n${Shell.percent(value[2] ** 2, 2)} of the scores`),
+      tooltip: Shell.tooltip(({ value }) =>
+        `layer ${value[1]}\nscore ${names[value[0]]}\n${Shell.percent(value[2] ** 2, 2)} of the scores`),
       xAxis: this.scoreAxes(names),
-      yAxis: Shell.axis({ type: 'category', inverse: true, data: histogram.map((_, layer) => String(layer)), name: 'layer', nameLocation: 'start' }),
-      visualMap: { type: 'continuous', seriesIndex: 0, min: 0, max: Math.sqrt(highest) || 1, dimension: 2, orient: 'horizontal', left: 60, top: 0,
+      yAxis: Shell.axis({ type: 'category', inverse: true, data: histogram.map((_, layer) => String(layer)),
+        name: 'layer', nameLocation: 'start' }),
+      visualMap: { type: 'continuous', seriesIndex: 0, min: 0, max: Math.sqrt(highest) || 1, dimension: 2,
+        orient: 'horizontal', left: 60, top: 0,
         itemHeight: 110, itemWidth: 12, calculable: false, inRange: { color: Shell.ramp() },
         text: [`${Shell.percent(highest)} of a layer's scores`, '0%'], textStyle: { color: Shell.colour('quiet') } },
       series: [{ type: 'heatmap', data, progressive: 0, emphasis: { disabled: true } }, Draw.threshold(this.tau)],
@@ -116,8 +122,8 @@ class Routers {
   scoreBars() {
     return new Shell.Picture({
       label: 'Histogram of router scores around tau',
-      caption: 'Scores left of the dashed line switch an expert off, those right of it switch it on; a hill on each side with a valley at the ' +
-        'line means that the routers know what they want.',
+      caption: 'Scores left of the dashed line switch an expert off, those right of it switch it on; a hill on ' +
+        'each side with a valley at the line means that the routers know what they want.',
       options: () => {
         if (!this.routing.histogram) return {};
         const names = this.binNames();
@@ -127,12 +133,14 @@ class Routers {
           xAxis: this.scoreAxes(names),
           yAxis: Draw.axis('share of the scores', { type: 'value',
             axisLabel: { formatter: (value) => `${Number((100 * value).toPrecision(3))}%` } }),
-          series: [{ type: 'bar', barCategoryGap: '10%', data: this.shares(), itemStyle: { color: Shell.colour('on') } }, Draw.threshold(this.tau)],
+          series: [{ type: 'bar', barCategoryGap: '10%', data: this.shares(),
+            itemStyle: { color: Shell.colour('on') } }, Draw.threshold(this.tau)],
         };
       },
       rows: () => {
         const names = this.binNames();
-        return [`Share of scores, ${this.layer === null ? 'all layers' : `layer ${this.layer}`}`, [{ words: 'score' }, 'share'],
+        return [`Share of scores, ${this.layer === null ? 'all layers' : `layer ${this.layer}`}`,
+          [{ words: 'score' }, 'share'],
           this.shares().map((share, bin) => [{ words: names[bin] }, Shell.percent(share, 2)])];
       },
       height: () => 360,
@@ -143,23 +151,28 @@ class Routers {
     const kinds = [['dead', 'never on', 'curve-1'], ['always_on', 'always on', 'curve-2']];
     return new Shell.Picture({
       label: 'Experts that are never on and always on, by layer',
-      caption: 'An expert that no token uses could be deleted, and one that every token uses needs no router: both are capacity that routing does not use.',
+      caption: 'An expert that no token uses could be deleted, and one that every token uses needs no router: both ' +
+        'are capacity that routing does not use.',
       options: () => {
         const { dead, experts } = this.routing;
         if (!dead) return {};
         return {
           legend: { top: 0, left: 50, selectedMode: false, textStyle: { color: Shell.colour('ink') } },
           grid: { left: 50, right: 14, top: 50, bottom: 46 },
-          tooltip: Shell.tooltip(({ name, seriesName, value, dataIndex }) => `layer ${name}\n${value} of ${experts[dataIndex]} experts ${seriesName}`),
+          tooltip: Shell.tooltip(({ name, seriesName, value, dataIndex }) =>
+            `layer ${name}\n${value} of ${experts[dataIndex]} experts ${seriesName}`),
           xAxis: Shell.axis({ type: 'category', data: dead.map((_, layer) => String(layer)), ...Draw.below('layer') }),
           yAxis: Draw.axis('experts', { type: 'value', minInterval: 1 }),
-          series: kinds.map(([key, name, shade], place) => ({ type: 'bar', name, stack: 'experts', data: this.routing[key],
-            itemStyle: { color: Shell.colour(shade), decal: place ? { symbol: 'rect', dashArrayX: [1, 0], dashArrayY: [2, 4], rotation: 0.8,
+          series: kinds.map(([key, name, shade], place) =>
+            ({ type: 'bar', name, stack: 'experts', data: this.routing[key],
+            itemStyle: { color: Shell.colour(shade), decal: place ? { symbol: 'rect', dashArrayX: [1, 0],
+              dashArrayY: [2, 4], rotation: 0.8,
               color: Shell.colour('paper') } : undefined } })),
         };
       },
       rows: () => ['Experts by layer', ['layer', 'experts', 'never on', 'always on'],
-        this.routing.dead.map((count, layer) => [layer, this.routing.experts[layer], count, this.routing.always_on[layer]])],
+        this.routing.dead.map((count, layer) => [layer, this.routing.experts[layer], count,
+          this.routing.always_on[layer]])],
       height: () => 300,
     });
   }

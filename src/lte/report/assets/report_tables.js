@@ -19,7 +19,8 @@ function csvOf(header, rows) {
 
 class SortableTable {
   /* csv: header and rows for the copy, in the order of `rows`; without it what is shown is copied.
-     isTitled: whether a heading says the title. icon: for the first cell of a row. onChoose: makes a button of the first cell, called with the row's place. */
+     isTitled: whether a heading says the title. icon: for the first cell of a row.
+     onChoose: makes a button of the first cell, called with the row's place. */
   constructor({ title, isTitled = false, header, rows, left, csv = null, icon = null, onChoose = null }) {
     Object.assign(this, { title, header, rows, left, csv, icon, onChoose });
     this.order = rows.map((_, place) => place);
@@ -49,8 +50,10 @@ class SortableTable {
     const cells = row.map((text, column) => {
       if (column > 0) return element('td', column < this.left ? { class: 'words', dir: 'auto' } : {}, text);
       const icon = this.icon?.(place);
-      const name = this.onChoose ? element('button', { type: 'button', class: 'choose' }, element('span', { class: 'clamped', title: text }, text)) : text;
-      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, icon ? element('span', { class: 'named' }, icon, name) : name);
+      const name = this.onChoose ? element('button', { type: 'button', class: 'choose' },
+        element('span', { class: 'clamped', title: text }, text)) : text;
+      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, icon ? element('span', { class: 'named' },
+        icon, name) : name);
     });
     const made = element('tr', {}, ...cells);
     if (this.onChoose) made.addEventListener('click', () => this.onChoose(place, cells[0].querySelector('button')));
@@ -97,7 +100,8 @@ class SortableTable {
       this.fallback.replaceChildren();
       this.state.textContent = `Copied ${rows}.`;
     } catch {
-      const area = Shell.element('textarea', { class: 'csv', rows: '6', readonly: true, 'aria-label': `${this.title}, as CSV` });
+      const area = Shell.element('textarea', { class: 'csv', rows: '6', readonly: true,
+        'aria-label': `${this.title}, as CSV` });
       area.value = text;
       this.fallback.replaceChildren(area);
       area.select();

@@ -29,9 +29,11 @@ class Tradeoff {
     });
     this.caption = this.picture.box.querySelector('.caption');
     this.table = new SortableTable({ ...comparison.results, csv: this.csv(),
-      icon: (place) => Looks.icon(this.look(comparison.points[place])), onChoose: (place, opener) => this.choose(place, opener) });
+      icon: (place) => Looks.icon(this.look(comparison.points[place])), onChoose: (place, opener) =>
+        this.choose(place, opener) });
     this.fillSwitches();
-    this.box = element('div', { class: 'panel' }, this.costChoice(), switches.box, this.picture.box, this.details.box, this.table.box);
+    this.box = element('div', { class: 'panel' }, this.costChoice(), switches.box, this.picture.box, this.details.box,
+      this.table.box);
     this.say();
   }
 
@@ -63,7 +65,8 @@ class Tradeoff {
       });
       return element('label', {}, radio, cost.name);
     });
-    return element('fieldset', {}, element('legend', {}, 'Cost on the horizontal axis'), element('div', { class: 'choices' }, ...radios));
+    return element('fieldset', {}, element('legend', {}, 'Cost on the horizontal axis'),
+      element('div', { class: 'choices' }, ...radios));
   }
 
   say() {
@@ -72,9 +75,10 @@ class Tradeoff {
     const hollow = paper.length ? ' Hollow symbols are the paper’s own numbers, of other models and settings.' : '';
     const far = leftOut ? ` ${leftOut} of the paper’s numbers are too far from these to show.` : '';
     const dense = this.dense.length ? ' Horizontal lines are dense models, which compute everything.' : '';
-    this.caption.textContent = `Each symbol is a trained model, further ${up ? 'up' : 'down'} is better quality, and the horizontal ` +
-      `axis is ${this.cost.says}: the best trade-offs lie ${up ? 'top' : 'bottom'} ${this.cost.better}. Bars and bands are one ` +
-      `standard deviation over seeds.${dense}${hollow}${far} Choose a symbol to see its runs.`;
+    this.caption.textContent =
+      `Each symbol is a trained model, further ${up ? 'up' : 'down'} is better quality, and the horizontal ` +
+      `axis is ${this.cost.says}: the best trade-offs lie ${up ? 'top' : 'bottom'} ${this.cost.better}. ` +
+      `Bars and bands are one standard deviation over seeds.${dense}${hollow}${far} Choose a symbol to see its runs.`;
   }
 
   choose(place, opener) {
@@ -84,26 +88,32 @@ class Tradeoff {
   }
 
   title(point) {
-    return point.target === null || point.is_dense ? point.name : `${point.name}, target ${Draw.short(100 * point.target)}%`;
+    return point.target === null || point.is_dense ? point.name
+      : `${point.name}, target ${Draw.short(100 * point.target)}%`;
   }
 
   shown() {
-    return this.comparison.points.map((point, place) => ({ point, place })).filter(({ point }) => this.switches.isOn(point.curve));
+    return this.comparison.points.map((point, place) => ({ point, place }))
+      .filter(({ point }) => this.switches.isOn(point.curve));
   }
 
   paperShown() {
-    return this.switches.isOn(PAPER_SWITCH) ? this.comparison.paper.filter(({ x }) => x[this.cost.key] !== undefined) : [];
+    if (!this.switches.isOn(PAPER_SWITCH)) return [];
+    return this.comparison.paper.filter(({ x }) => x[this.cost.key] !== undefined);
   }
 
   text({ point, place, marker }) {
     const { metric } = this.comparison;
-    if (marker) return `${marker.label}\n${metric.name} ${marker.value.toFixed(metric.decimals)}\nother model and settings`;
-    const spread = (found, form) => (found === null ? '-' : form(found.mean) + (found.sd === null ? '' : ` ± ${form(found.sd)}`));
+    const format = (value) => value.toFixed(metric.decimals);
+    if (marker) return `${marker.label}\n${metric.name} ${format(marker.value)}\nother model and settings`;
+    const spread = (found, form) => (found === null ? '-' : form(found.mean) +
+      (found.sd === null ? '' : ` ± ${form(found.sd)}`));
     const cost = point[this.cost.key];
-    const runs = point.runs.slice(0, 5).map((run) => `seed ${run.seed}: ${Draw.isNumber(run.value) ? run.value.toFixed(metric.decimals) : '-'}`);
+    const runs = point.runs.slice(0, 5)
+      .map((run) => `seed ${run.seed}: ${Draw.isNumber(run.value) ? format(run.value) : '-'}`);
     if (point.runs.length > 5) runs.push(`and ${point.runs.length - 5} more seeds`);
     return [Draw.clip(this.title(this.comparison.points[place])),
-      `${metric.name} ${spread(point.value, (value) => value.toFixed(metric.decimals))}`,
+      `${metric.name} ${spread(point.value, format)}`,
       `${this.cost.name} ${spread(cost, this.cost.isShare ? Shell.percent : Draw.short)}`, ...runs].join('\n');
   }
 
@@ -115,16 +125,20 @@ class Tradeoff {
     if (!measured.length && !paper.length) return Draw.nothing(this.why(shown.length));
     const limits = ({ mean, sd }) => [mean - (sd ?? 0), mean, mean + (sd ?? 0)];
     const dense = shown.filter(({ point }) => point.is_dense);
-    const y = [...[...measured, ...dense].flatMap(({ point }) => limits(point.value)), ...paper.map(({ value }) => value)];
-    const x = [...measured.flatMap(({ point }) => limits(point[this.cost.key])), ...paper.map((marker) => marker.x[this.cost.key])];
+    const y = [...[...measured, ...dense].flatMap(({ point }) => limits(point.value)),
+      ...paper.map(({ value }) => value)];
+    const x = [...measured.flatMap(({ point }) => limits(point[this.cost.key])),
+      ...paper.map((marker) => marker.x[this.cost.key])];
     const perToken = metric.name === 'perplexity' ? ' per token' : '';
     return {
       grid: { left: 14, right: 24, top: 34, bottom: 46, containLabel: true },
       tooltip: Shell.tooltip(({ data }) => (data?.point || data?.marker ? this.text(data) : ''), { trigger: 'item' }),
-      xAxis: this.cost.isShare ? Draw.shareAxis(...this.xName(width)) : { ...Draw.valueAxis('', x, { fromZero: true }), ...Draw.below(this.xName(width)[0]) },
+      xAxis: this.cost.isShare ? Draw.shareAxis(...this.xName(width)) : { ...Draw.valueAxis('', x, { fromZero: true }),
+        ...Draw.below(this.xName(width)[0]) },
       yAxis: Draw.valueAxis(`${metric.name}${perToken}, ${metric.higher_is_better ? 'higher' : 'lower'} is better`, y,
         { ratio: metric.higher_is_better ? Infinity : 3 }),
-      series: [...this.curveSeries(measured), ...dense.map((each) => this.denseSeries(each)), this.barSeries(measured), ...this.paperSeries(paper)],
+      series: [...this.curveSeries(measured), ...dense.map((each) => this.denseSeries(each)), this.barSeries(measured),
+        ...this.paperSeries(paper)],
     };
   }
 
@@ -143,7 +157,8 @@ class Tradeoff {
       const look = Looks.of(name);
       const data = items.map((item) => ({ ...item, value: [item.point[this.cost.key].mean, item.point.value.mean] }));
       data.sort((a, b) => a.value[0] - b.value[0]);
-      return { type: 'line', name, data, ...Looks.symbol(look), lineStyle: { color: look.colour, type: look.dash, width: 2 }, showAllSymbol: true, z: 4 };
+      return { type: 'line', name, data, ...Looks.symbol(look), lineStyle: { color: look.colour, type: look.dash,
+        width: 2 }, showAllSymbol: true, z: 4 };
     });
   }
 
@@ -153,8 +168,10 @@ class Tradeoff {
     const cost = point[this.cost.key];
     const data = cost === null ? [] : [{ point, place, value: [cost.mean, mean] }];
     return { type: 'line', name: point.curve, data, ...Looks.symbol(look), z: 2,
-      markLine: { silent: true, symbol: 'none', label: { show: false }, lineStyle: { color: look.colour, type: look.dash, width: 2 }, data: [{ yAxis: mean }] },
-      markArea: sd ? { silent: true, itemStyle: { color: look.colour, opacity: 0.18 }, data: [[{ yAxis: mean - sd }, { yAxis: mean + sd }]] } : undefined };
+      markLine: { silent: true, symbol: 'none', label: { show: false }, lineStyle: { color: look.colour,
+        type: look.dash, width: 2 }, data: [{ yAxis: mean }] },
+      markArea: sd ? { silent: true, itemStyle: { color: look.colour, opacity: 0.18 },
+        data: [[{ yAxis: mean - sd }, { yAxis: mean + sd }]] } : undefined };
   }
 
   barSeries(measured) {
@@ -168,7 +185,8 @@ class Tradeoff {
   }
 
   paperSeries(paper) {
-    return paper.map((marker) => ({ type: 'scatter', name: marker.label, ...Looks.symbol(Looks.of(marker.method), true), z: 5,
+    return paper.map((marker) => ({ type: 'scatter', name: marker.label, ...Looks.symbol(Looks.of(marker.method),
+      true), z: 5,
       data: [{ marker, value: [marker.x[this.cost.key], marker.value] }] }));
   }
 
@@ -177,8 +195,10 @@ class Tradeoff {
     const form = this.cost.isShare ? Shell.percent : Draw.short;
     const cells = ({ point }) => {
       const cost = point[this.cost.key];
-      return [{ words: this.title(point) }, cost === null ? '-' : form(cost.mean), cost?.sd == null ? '-' : form(cost.sd),
-        point.value.mean.toFixed(metric.decimals), point.value.sd === null ? '-' : point.value.sd.toFixed(metric.decimals), point.value.n];
+      return [{ words: this.title(point) }, cost === null ? '-' : form(cost.mean), cost?.sd == null ? '-'
+        : form(cost.sd),
+        point.value.mean.toFixed(metric.decimals), point.value.sd === null ? '-'
+          : point.value.sd.toFixed(metric.decimals), point.value.n];
     };
     const paper = this.paperShown().map((marker) => [{ words: marker.label }, form(marker.x[this.cost.key]), '-',
       marker.value.toFixed(metric.decimals), '-', '-']);
