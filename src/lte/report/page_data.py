@@ -10,13 +10,13 @@ from typing import Any
 from lte import __version__
 from lte.report.bench_data import bench_data
 from lte.report.comparison_report import comparison_texts
-from lte.report.comparison_tables import TextTable, commands_table, csv_rows, point_name, results_table
+from lte.report.comparison_tables import TextTable, csv_rows, point_name, results_table
 from lte.report.curve_places import curve_places
 from lte.report.inputs import Bench
 from lte.report.paper import paper_markers, paper_numbers, visible_markers
 from lte.report.records import Run
 from lte.report.run_data import HISTOGRAM_UNIT, run_data
-from lte.report.tradeoff import Comparison, Point, Statistic, value_of
+from lte.report.tradeoff import DENSE, Comparison, Point, Statistic, value_of
 
 QUANTITIES = ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio")
 
@@ -48,7 +48,7 @@ def page_data(
 def comparison_data(comparison: Comparison, limit: float | None = None) -> dict[str, Any]:
     """One comparison: its points with their runs, the paper's points, the tables, and what sentences say of it."""
     parts = comparison_texts(comparison, limit)
-    tables = [part for part in [*parts, commands_table(comparison)] if isinstance(part, TextTable)]
+    tables = [part for part in parts if isinstance(part, TextTable)]
     markers, visible = paper_markers(comparison), visible_markers(comparison)
     metric = comparison.metric
     return {
@@ -73,7 +73,7 @@ def _point(comparison: Comparison, point: Point) -> dict[str, Any]:
         "name": point_name(point),
         "method": point.method,
         "target": point.target,
-        "is_dense": point in comparison.dense,
+        "is_dense": point.method == DENSE,
         "is_reference": point is comparison.reference,
         "drop": comparison.drop(point),
         **{name: _statistic(getattr(point, name)) for name in QUANTITIES},

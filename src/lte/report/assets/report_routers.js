@@ -79,7 +79,7 @@ class Routers {
     return new Shell.Picture({
       label: 'Map of router scores by layer',
       caption: 'A router gives every expert a score for every token, and those above tau (dashed) are computed: ' +
-        'the stronger a field, the more scores of that layer lie there. Few scores near tau are a clear choice.',
+        'the stronger a field, the more of that layer’s scores lie there. Few scores near tau are a clear choice.',
       options: () => this.routing.histogram ? this.mapOptions() : {},
       rows: () => {
         const names = this.binNames();
@@ -107,7 +107,7 @@ class Routers {
       visualMap: { type: 'continuous', seriesIndex: 0, min: 0, max: Math.sqrt(highest) || 1, dimension: 2,
         orient: 'horizontal', left: 60, top: 0,
         itemHeight: 110, itemWidth: 12, calculable: false, inRange: { color: Shell.ramp() },
-        text: [`${Shell.percent(highest)} of a layer's scores`, '0%'], textStyle: { color: Shell.colour('quiet') } },
+        text: [Shell.percent(highest), '0%'], textStyle: { color: Shell.colour('quiet') } },
       series: [{ type: 'heatmap', data, progressive: 0, emphasis: { disabled: true } }, Draw.threshold(this.tau)],
     };
   }
