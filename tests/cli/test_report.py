@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lte.eval.results import write_json_atomic
+from tests.report.sample_benches import bench_content
 from tests.report.sample_records import record
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +106,28 @@ def test_the_documents_example_is_what_the_command_prints(run: Callable[..., Any
     assert example.strip()
     for line in example.strip().splitlines():
         assert " ".join(line.split()) in " ".join(output.split()), line
+
+
+def test_a_page_takes_records_and_benchmarks(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    write_json_atomic(folder / "bench.json", bench_content())
+    result = run("report", folder, "--html", tmp_path / "new" / "report.html", "--task", "lm")
+    assert result.exit_code == 0
+    assert "lm, test: tiny" in result.output
+    assert "Written" in result.output
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert "lm, test: tiny" in page
+    assert "sst2, test: tiny" not in page
+    assert "dense eager" in page
+
+
+def test_a_page_of_benchmarks_alone(run: Callable[..., Any], tmp_path: Path) -> None:
+    write_json_atomic(tmp_path / "bench.json", bench_content())
+    assert run("report", tmp_path / "bench.json", "--html", tmp_path / "report.html").exit_code == 0
+    assert "dense eager" in (tmp_path / "report.html").read_text()
+
+
+def test_a_benchmark_needs_a_page(run: Callable[..., Any], folder: Path) -> None:
+    write_json_atomic(folder / "bench.json", bench_content())
+    result = run("report", folder)
+    assert result.exit_code != 0
+    assert "must be a result record" in result.output.replace("\n", " ")

@@ -12,6 +12,8 @@ from lte.cli.errors import reports_errors
 from lte.config import check_choice
 from lte.report.comparison_report import comparison_texts, write_comparison_report
 from lte.report.comparison_tables import TextTable
+from lte.report.html_report import write_html_report
+from lte.report.inputs import load_inputs
 from lte.report.records import Run, curve_name, curve_name_by, load_records
 from lte.report.tradeoff import compare_runs
 
@@ -36,14 +38,20 @@ def report(
     task: Annotated[list[str] | None, typer.Option(help="This task alone; can be repeated.")] = None,
     higher: Annotated[list[str] | None, typer.Option(help="Declares a metric: higher is better.")] = None,
     lower: Annotated[list[str] | None, typer.Option(help="Declares a metric: lower is better.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write one web page with everything; files of lte bench may be among RESULTS then."),
+    ] = None,
 ) -> None:
     """Compares methods over result files: tables, trade-off curves, the paper's numbers beside ours. Loads no models.
 
     Example: `lte report results/compare/mrpc --output report`
     """
-    runs = _of_tasks(load_records(results), task or ())
+    runs, benches = load_inputs(results) if html else (load_records(results), [])
+    runs = _of_tasks(runs, task or ())
     curve = curve_name_by(by, runs) if by else curve_name
-    comparisons = compare_runs(runs, metric=metric, curve=curve, higher=higher or (), lower=lower or ())
+    declared = {"higher": higher or (), "lower": lower or ()}
+    comparisons = compare_runs(runs, metric=metric, curve=curve, **declared) if runs else []
     console = Console()
     for comparison in comparisons:
         for part in comparison_texts(comparison, drop):
@@ -52,8 +60,10 @@ def report(
             else:
                 console.print(part, highlight=False, markup=False)
         console.print()
-    if output is not None:
-        files = write_comparison_report(output, comparisons, drop)
+    files = write_comparison_report(output, comparisons, drop) if output is not None else []
+    if html is not None:
+        files.append(write_html_report(html, comparisons, benches, drop))
+    if files:
         console.print(f"Written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -15,13 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from lte.report.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, new_figure, plain_axes
-from lte.report.paper import PAPER_SUFFIX, PaperMarker, paper_markers
+from lte.report.curve_places import curve_places
+from lte.report.paper import PAPER_SUFFIX, PaperMarker, paper_markers, visible_markers
 from lte.report.records import Record, Run
 from lte.report.tradeoff import Comparison, Point, Statistic, compare_runs
 
-# These have the same look in every figure; other curves get what is left.
-_METHODS: tuple[str, ...] = ("lte", "static_pruning", "cats", "teal", "wina", "wanda", "kla")
-_METHODS += ("moefication", "deja_vu", "sigma_moe", "noisy_topk", "random_router")
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">", "p", "d")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
@@ -61,10 +59,7 @@ def curve_styles(names: Iterable[str]) -> dict[str, Style]:
     Args:
         names: of all curves of all figures that shall agree.
     """
-    names = sorted(set(names))
-    places = {name: _METHODS.index(name) for name in names if name in _METHODS}
-    free = (place for place in range(len(names) + len(_METHODS)) if place not in places.values())
-    return {name: _style(places[name] if name in places else next(free)) for name in names}
+    return {name: _style(place) for name, place in curve_places(names).items()}
 
 
 def _style(place: int) -> Style:
@@ -157,7 +152,7 @@ def _draw_panel(axis: Axes, comparison: Comparison, panel: Panel, styles: Mappin
         _draw_dense(axis, comparison, point, panel, _DENSE_DASHES[place % len(_DENSE_DASHES)])
     for name, points in comparison.curves.items():
         _draw_curve(axis, name, points, panel, styles[name])
-    markers = [marker for marker in _visible_markers(comparison) if panel.quantity in marker.x]
+    markers = [marker for marker in visible_markers(comparison) if panel.quantity in marker.x]
     _draw_paper(axis, markers, panel, styles)
     _scale(axis, comparison, panel)
 
@@ -233,20 +228,11 @@ def _scale(axis: Axes, comparison: Comparison, panel: Panel) -> None:
     plain_axes(axis)
 
 
-def _visible_markers(comparison: Comparison) -> list[PaperMarker]:
-    """The paper's points in the range of ours and a quarter of it on either side; others would squash our curves."""
-    values = [point.value.mean for point in comparison.points()]
-    margin = (max(values) - min(values)) / 4
-    return [
-        marker for marker in paper_markers(comparison) if min(values) - margin <= marker.value <= max(values) + margin
-    ]
-
-
 def _notes(comparison: Comparison) -> list[str]:
     notes = []
     if comparison.failed:
         notes.append(f"{len(comparison.failed)} runs without a finite value are left out")
-    drawn, known = len(_visible_markers(comparison)), len(paper_markers(comparison))
+    drawn, known = len(visible_markers(comparison)), len(paper_markers(comparison))
     if drawn:
         notes.append("hollow: the paper's numbers, of other models and settings, GFLOPs as a share of dense ones")
     if drawn < known:

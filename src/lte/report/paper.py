@@ -101,6 +101,17 @@ def paper_markers(comparison: Comparison) -> list[PaperMarker]:
     return found
 
 
+def visible_markers(comparison: Comparison) -> list[PaperMarker]:
+    """The paper's points in the range of ours and a quarter of it on either side; others would squash our curves."""
+    values = [point.value.mean for point in comparison.points()]
+    if not values:
+        return []
+    margin = (max(values) - min(values)) / 4
+    return [
+        marker for marker in paper_markers(comparison) if min(values) - margin <= marker.value <= max(values) + margin
+    ]
+
+
 def _legend(row: Mapping[str, Any]) -> str:
     return f"{paper_numbers()['names'][row['method']]}{PAPER_SUFFIX}"
 

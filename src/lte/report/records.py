@@ -32,13 +32,22 @@ class Run:
 
 
 def load_records(paths: Sequence[str | Path]) -> list[Run]:
-    """The result records of files and folders.
+    """The result records of files and folders, which stand for files as `result_files` says.
+
+    Raises:
+        ValueError: for a path that does not exist, a file without a result record, or paths without any file.
+    """
+    return [Run(load_result(file), str(file)) for file in result_files(paths)]
+
+
+def result_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that paths stand for.
 
     A folder stands for the files `*.json` directly in it, which are one round of experiments. If it has none, it
     stands for the folders in it, in the same way.
 
     Raises:
-        ValueError: for a path that does not exist, a file without a result record, or paths without any file.
+        ValueError: for a path that does not exist, or paths without any file.
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -48,7 +57,7 @@ def load_records(paths: Sequence[str | Path]) -> list[Run]:
     if not files:
         names = ", ".join(map(str, paths)) or "no path"
         raise ValueError(f"paths must hold at least one result record (*.json), got none in {names}")
-    return [Run(load_result(file), str(file)) for file in files]
+    return list(files)
 
 
 def _files(path: Path) -> list[Path]:
