@@ -1,0 +1,110 @@
+"""Self-contained web pages: one file with its data, styles, scripts and plots, which loads nothing from anywhere.
+
+A page can show what others wrote, a prompt say. It is data, never markup: it goes in as JSON that cannot close its
+element, scripts put it on the page as text, and a content security policy lets no other script run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+# In JSON these characters occur in strings alone, where they may be written as escapes.
+_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header class="page-header">
+<h1>{title}</h1>
+<label>Colours <select id="theme"><option value="">as the system</option><option>light</option><option>dark</option>
+</select></label>
+</header>
+<main id="main">{body}</main>
+<noscript><p class="problem">This page draws its pictures with JavaScript, which is off in this browser.</p></noscript>
+<script type="application/json" id="page-data">{data}</script>
+{scripts}
+</body>
+</html>
+"""
+
+
+def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, connects: bool = False) -> str:
+    """A page as one HTML text.
+
+    Scripts run in their order after ECharts (`echarts`) and the shell (`Shell`: see `assets/shell.js`), each in strict
+    mode, and find the data as `Shell.data`.
+
+    Args:
+        title: of the page, any text.
+        body: trusted HTML of the main part.
+        data: what JSON can hold; not-a-number is refused.
+        scripts: file names in `assets`.
+        connects: whether the page may send requests to the server that it came from.
+
+    Raises:
+        ValueError: for a number in `data` that is not finite, or a script that would end its own element.
+    """
+    style = read_asset("shell.css")
+    sources = [read_asset(name) for name in ("echarts.min.js", "shell.js", *scripts)]
+    for name, source in zip(("echarts.min.js", "shell.js", *scripts), sources, strict=True):
+        if "</script" in source.lower():
+            raise ValueError(f"{name} must not hold </script, got a script that would end its element; escape it")
+    return _PAGE.format(
+        policy=content_policy(style, sources, connects),
+        title=html.escape(title),
+        style=style,
+        body=body,
+        data=embed_json(data),
+        scripts="\n".join(f"<script>{source}</script>" for source in sources),
+    )
+
+
+def read_asset(name: str) -> str:
+    """The text of a file that pages are made of."""
+    return files("lte.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def embed_json(data: Any) -> str:
+    """JSON that is safe inside a `<script>` element, whatever strings it holds.
+
+    Raises:
+        ValueError: for a number that is not finite.
+    """
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # A lone surrogate is no text that UTF-8 could hold.
+    return text.translate(_ESCAPES).encode("utf-8", "replace").decode("utf-8")
+
+
+def content_policy(style: str, scripts: Sequence[str], connects: bool) -> str:
+    """A policy that runs these scripts, by their hashes, and loads nothing."""
+    allowed = " ".join(map(_source_hash, scripts))
+    connections = "'self'" if connects else "'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_source_hash(style)}; img-src data:; "
+        f"connect-src {connections}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _source_hash(source: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def pack_base64(values: bytes) -> str:
+    """Bytes as a page's JSON holds them."""
+    return base64.b64encode(values).decode("ascii")
