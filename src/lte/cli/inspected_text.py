@@ -128,20 +128,15 @@ def write_inspector(model: str, method: str, config: TextConfig) -> None:
     """Writes the page of a text to a file and says what it holds."""
     assert config.text is not None and config.html is not None
     text = read_text(config.text, "--text")
-    runs = [(model, method, text)]
+    check_method(model, method)
+    texts = [text]
     if config.compare_text is not None:
-        runs.append((model, method, read_text(config.compare_text, "--compare-text")))
+        texts.append(read_text(config.compare_text, "--compare-text"))
     if config.compare_model is not None:
-        runs.append((config.compare_model, describe(config.compare_model)["method"], text))
-    for name, found, _ in runs:
-        check_method(name, found)
-    recorded, inspector = [], None
-    for name, _, shown in runs:
-        # One model in memory at a time.
-        if inspector is None or inspector.name != name:
-            inspector = None
-            inspector = _inspector(name, config)
-        recorded.append(inspector.run(shown))
+        check_method(config.compare_model, describe(config.compare_model)["method"])
+    recorded = _record(model, texts, config)
+    if config.compare_model is not None:
+        recorded += _record(config.compare_model, texts, config)
     path = Path(config.html).expanduser()
     write_text_atomic(path, inspector_page(page_data(recorded)))
     for run in recorded:
@@ -149,10 +144,17 @@ def write_inspector(model: str, method: str, config: TextConfig) -> None:
     typer.echo(f"Wrote {path}; open it in a browser.")
 
 
+def _record(model: str, texts: list[NamedText], config: TextConfig) -> list[dict[str, Any]]:
+    inspector = _inspector(model, config)
+    return [inspector.run(text) for text in texts]
+
+
 def _inspector(model: str, config: TextConfig) -> Inspector:
     reference = None if config.reference is None else read_text(config.reference, "--reference")
     loaded = load_inspected_model(model, config.dtype, config.kernels)
-    return Inspector(loaded, load_tokenizer(model), model, config.max_tokens, reference)
+    # The name alone: a page that is passed on need not tell where the folder was.
+    name = Path(model).name if Path(model).expanduser().exists() and config.compare_model is None else model
+    return Inspector(loaded, load_tokenizer(model), name, config.max_tokens, reference)
 
 
 def _tell(run: Mapping[str, Any]) -> None:

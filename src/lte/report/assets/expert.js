@@ -21,7 +21,7 @@ class ExpertPanel {
       onPick: ({ dataIndex }) => choice.set({ expert: dataIndex }),
     });
     const source = known.isOwn ? 'The reference text is this text itself.' : `The reference text is ${known.text}.`;
-    this.box = element('section', { class: 'panel' }, element('h3', {}, 'One expert'),
+    this.box = element('section', { class: 'panel half' }, element('h3', {}, 'One expert'),
       element('div', { class: 'controls' }, element('label', {}, 'Layer ', this.layer),
         element('label', {}, 'Expert ', this.expert)),
       this.told, this.tokens,
@@ -57,7 +57,7 @@ class ExpertPanel {
   options() {
     const { routing, choice } = this;
     const bars = Array.from({ length: routing.experts }, (_, expert) => ({ value: routing.known.use(choice.layer, expert),
-      itemStyle: { color: Shell.colour(expert === choice.expert ? 'second' : 'on') } }));
+      itemStyle: { color: Shell.colour(expert === choice.expert ? 'mark' : 'on') } }));
     return {
       grid: { left: LEFT, right: 10, top: 12, bottom: 34 },
       tooltip: Shell.tooltip(({ dataIndex, value }) => `expert ${dataIndex}: on for ${Shell.percent(value)}`),

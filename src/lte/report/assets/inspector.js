@@ -20,7 +20,7 @@
   }
 
   function column(routing, index, scale, several) {
-    const choice = new Choice();
+    const choice = new Choice(routing);
     const views = [new TokenText(routing, choice, scale, `token-${index}`), new LayerMap(routing, choice, scale),
       new ExpertMap(routing, choice), new ExpertPanel(routing, choice), new Costs(routing)];
     const heading = element('h2', {}, titleOf(routing, index, several));
@@ -30,26 +30,28 @@
     return { box, choice, show: () => views.forEach((view) => view.show?.()) };
   }
 
+  const points = (share) => `${(100 * share).toFixed(2)} points`;
+
+  /* Name, value, its words, and the words of a difference. */
   const ROWS = [
-    ['tokens', (routing) => routing.length, count],
+    ['tokens', (routing) => routing.length, count, count],
     ['layers x experts of neurons', (routing) => `${routing.layers} x ${routing.experts} of ${routing.expert_size}`, String],
-    ['FFN neurons used per token', (routing) => 1 - routing.sparsity, (share) => percent(share, 2)],
+    ['FFN neurons used per token', (routing) => 1 - routing.sparsity, (share) => percent(share, 2), points],
     ['least, most of a token', (routing) => rangeOf([...routing.shares]),
       (shares) => shares.map((share) => percent(share)).join(', ')],
-    ['experts that some token uses', (routing) => routing.union, (share) => percent(share, 2)],
-    ['FLOPs over dense', (routing) => sumOf(routing.cost.flops) / sumOf(routing.cost.dense_flops), (share) => percent(share, 2)],
-    ['bytes over dense', (routing) => sumOf(routing.cost.bytes) / sumOf(routing.cost.dense_bytes), (share) => percent(share, 2)],
+    ['experts that some token uses', (routing) => routing.union, (share) => percent(share, 2), points],
+    ['FLOPs over dense', (routing) => sumOf(routing.cost.flops) / sumOf(routing.cost.dense_flops), (share) => percent(share, 2), points],
+    ['bytes over dense', (routing) => sumOf(routing.cost.bytes) / sumOf(routing.cost.dense_bytes), (share) => percent(share, 2), points],
   ];
 
   function overview(routings) {
     const several = routings.length > 1;
     const names = several ? routings.map((_, index) => 'AB'[index]) : ['this text'];
-    const rows = ROWS.map(([name, value, words]) => {
+    const rows = ROWS.map(([name, value, words, difference]) => {
       const values = routings.map(value);
-      const differs = several && values.every((found) => typeof found === 'number');
-      const change = differs ? values[1] - values[0] : null;
-      const difference = change === null ? '' : `${change < 0 ? '−' : '+'}${words(Math.abs(change))}`;
-      return [name, ...values.map(words), ...(several ? [difference] : [])];
+      const change = several && difference ? values[1] - values[0] : null;
+      const told = change === null ? '' : `${change < 0 ? '−' : '+'}${difference(Math.abs(change))}`;
+      return [name, ...values.map(words), ...(several ? [told] : [])];
     });
     const layers = Array.from({ length: Math.max(...routings.map((routing) => routing.layers)) }, (_, layer) => layer);
     const picture = new Shell.Picture({
@@ -88,7 +90,7 @@
     const several = routings.length > 1;
     const top = document.getElementById('overview');
     const place = document.getElementById('runs');
-    place.className = several ? 'columns two' : 'columns';
+    place.className = several ? 'columns two' : 'columns one';
     if (!routings.length) {
       top.replaceChildren();
       place.replaceChildren();

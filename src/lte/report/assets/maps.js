@@ -16,7 +16,7 @@ function layerHeight(layers) {
 
 class LayerMap {
   constructor(routing, choice, scale) {
-    Object.assign(this, { routing, choice, scale, first: 0, shown: 1 });
+    Object.assign(this, { routing, choice, scale, first: 0, shown: 0 });
     const { element } = Shell;
     this.slider = element('input', { type: 'range', min: '0', step: '1', value: '0' });
     this.place = element('output', {});
@@ -50,7 +50,9 @@ class LayerMap {
 
   fit(width) {
     const { length } = this.routing;
+    const before = this.shown;
     this.shown = Math.min(length, Math.max(Math.floor((width - LEFT - 10) / MAP_CELL), 5));
+    if (before !== this.shown) this.follow();
     this.first = Math.min(Math.max(this.first, 0), length - this.shown);
     this.slider.max = String(length - this.shown);
     this.slider.value = String(this.first);
@@ -64,13 +66,15 @@ class LayerMap {
     this.fit(width);
     const { routing, choice, first, shown } = this;
     const [low, high] = this.scale.count;
+    const mark = Shell.colour('mark');
+    const quiet = Shell.colour('quiet');
     const cells = [];
     for (let layer = 0; layer < routing.layers; layer++) {
       for (let column = 0; column < shown; column++) {
         const token = first + column;
         const chosen = token === choice.token;
         cells.push({ value: [column, layer, routing.count(layer, token), token], itemStyle: chosen
-          ? { borderColor: Shell.colour('second'), borderWidth: layer === choice.layer ? 3 : 1.5 } : undefined });
+          ? { borderColor: mark, borderWidth: layer === choice.layer ? 3.5 : 1.5 } : undefined });
       }
     }
     const labels = Array.from({ length: shown }, (_, column) => routing.list.label(first + column));
@@ -79,11 +83,12 @@ class LayerMap {
       tooltip: Shell.tooltip(({ value }) => `${routing.list.label(value[3])}\nlayer ${value[1]}: ${value[2]} of ` +
         `${routing.experts} experts on`),
       xAxis: Shell.axis({ type: 'category', data: labels,
-        axisLabel: { interval: 0, rotate: 90, fontSize: 11, width: 80, overflow: 'truncate' } }),
+        axisLabel: { interval: 0, rotate: 90, fontSize: 11, width: 80, overflow: 'truncate',
+          color: (_, column) => (first + column === choice.token ? mark : quiet) } }),
       yAxis: layerAxis(routing),
       visualMap: { type: 'continuous', min: low, max: Math.max(high, low + 1), dimension: 2, orient: 'horizontal',
-        left: LEFT, top: 0, itemHeight: 120, itemWidth: 12, calculable: false, inRange: { color: Shell.ramp() },
-        textStyle: { color: Shell.colour('quiet') }, text: [`${high} of ${routing.experts} experts on`, `${low}`] },
+        left: LEFT + 20, top: 0, itemHeight: Math.min(width / 4, 120), itemWidth: 12, calculable: false, inRange: { color: Shell.ramp() },
+        textStyle: { color: quiet }, text: [`${high} experts on`, `${low}`] },
       series: [{ type: 'heatmap', data: cells, progressive: 0, emphasis: { disabled: true } }],
     };
   }
@@ -115,7 +120,7 @@ class ExpertMap {
     const wide = element('div', { class: 'sideways', tabindex: '0', role: 'region', 'aria-label': 'Experts of the token, scrollable' },
       this.picture.plot);
     this.picture.box.prepend(wide);
-    this.box = element('section', { class: 'panel' }, this.title, element('p', { class: 'legend' },
+    this.box = element('section', { class: 'panel half' }, this.title, element('p', { class: 'legend' },
       element('span', {}, element('span', { class: 'key on' }), 'on'),
       element('span', {}, element('span', { class: 'key off' }), 'off, not computed')), this.picture.box);
     choice.onChange(['token', 'layer', 'expert'], () => this.picture.draw());
@@ -124,12 +129,13 @@ class ExpertMap {
   options() {
     const { routing, choice } = this;
     this.title.textContent = `Experts of the token “${routing.list.label(choice.token)}”`;
+    const mark = Shell.colour('mark');
     const cells = [];
     for (let layer = 0; layer < routing.layers; layer++) {
       for (let expert = 0; expert < routing.experts; expert++) {
         const chosen = layer === choice.layer && expert === choice.expert;
         cells.push({ value: [expert, layer, routing.isOn(layer, choice.token, expert)],
-          itemStyle: chosen ? { borderColor: Shell.colour('second'), borderWidth: 3 } : undefined });
+          itemStyle: chosen ? { borderColor: mark, borderWidth: 3 } : undefined });
       }
     }
     const colours = [Shell.colour('off'), Shell.colour('on')];

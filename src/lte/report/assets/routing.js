@@ -115,9 +115,13 @@ class Reference {
 
 /* What a reader has chosen in one run: a token, a layer, an expert. */
 class Choice extends EventTarget {
-  constructor() {
+  /* At first it is the token that used most of the network, and the first expert that it switched on. */
+  constructor(routing) {
     super();
-    Object.assign(this, { token: 0, layer: 0, expert: 0 });
+    const token = routing.shares.indexOf(routing.shares.reduce((most, share) => Math.max(most, share), 0));
+    const layers = Array.from({ length: routing.layers }, (_, index) => index);
+    const layer = Math.max(layers.findIndex((index) => routing.count(index, token) > 0), 0);
+    Object.assign(this, { token, layer, expert: routing.activeExperts(layer, token)[0] ?? 0 });
   }
 
   set(changes) {
