@@ -74,4 +74,6 @@ def save_screenshot(browser: webdriver.Chrome, path: Path, width: int, dark: boo
 
 def settle(browser: webdriver.Chrome) -> None:
     """Waits until two frames were drawn."""
-    browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))")
+    browser.execute_async_script(
+        "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
+    )

@@ -112,9 +112,7 @@ def test_models_with_nothing_to_inspect(
     assert not (tmp_path / "page.html").exists()
 
 
-def test_texts_that_cannot_be_read(
-    run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path
-) -> None:
+def test_texts_that_cannot_be_read(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
     binary, empty = tmp_path / "binary", tmp_path / "empty"
     binary.write_bytes(b"\xff\xfe\x00")
     empty.write_text("")
@@ -155,7 +153,18 @@ def test_flags_that_do_not_go_together(
 
 @pytest.mark.slow
 def test_serving_until_ctrl_c(sparse_folder: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "lte", "inspect", str(sparse_folder), "--serve", "--port", "0", "--text", str(text)]
+    command = [
+        sys.executable,
+        "-m",
+        "lte",
+        "inspect",
+        str(sparse_folder),
+        "--serve",
+        "--port",
+        "0",
+        "--text",
+        str(text),
+    ]
     with subprocess.Popen(
         [*command, "--kernels", "off"],
         stdout=subprocess.PIPE,
@@ -163,7 +172,7 @@ def test_serving_until_ctrl_c(sparse_folder: Path, text: Path) -> None:
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
         lines = [process.stdout.readline(), process.stdout.readline()]
         assert lines[0].startswith("text.txt on sparse: ")
         found = re.search(r"Open (http://127\.0\.0\.1:\d+/) in a browser", lines[1])

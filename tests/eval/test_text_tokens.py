@@ -27,7 +27,9 @@ def with_marks() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
 
 
-@pytest.mark.parametrize("text", ["a river, and a town\n\n\tby it", "😀 family 👩‍👩‍👧", "e\u0301 and ñ", "日本語", "<script>&amp;"])
+@pytest.mark.parametrize(
+    "text", ["a river, and a town\n\n\tby it", "😀 family 👩‍👩‍👧", "e\u0301 and ñ", "日本語", "<script>&amp;"]
+)
 def test_the_stretches_are_the_whole_text(byte_level: Any, text: str) -> None:
     tokens = encode_text(byte_level, text, 500)
     assert "".join(tokens.texts) == text

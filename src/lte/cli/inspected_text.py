@@ -68,7 +68,9 @@ def check_flags(config: TextConfig, given: Mapping[str, Any]) -> None:
     if not config.serve and config.text is None:
         raise ValueError("--html must be given with --text FILE, got none; or type texts on the page of --serve")
     if config.compare_text is not None and (config.compare_model is not None or config.text is None):
-        rule = "be given without --compare-model, got both" if config.compare_model else "be given with --text, got none"
+        rule = (
+            "be given without --compare-model, got both" if config.compare_model else "be given with --text, got none"
+        )
         raise ValueError(f"--compare-text must {rule}; compare two texts, or two models on one text")
     if "port" in given and not config.serve:
         raise ValueError(f"--port must be given with --serve, got --port {config.port} without it")
@@ -126,7 +128,8 @@ def read_text(path: str, flag: str) -> NamedText:
 
 def write_inspector(model: str, method: str, config: TextConfig) -> None:
     """Writes the page of a text to a file and says what it holds."""
-    assert config.text is not None and config.html is not None
+    assert config.text is not None
+    assert config.html is not None
     text = read_text(config.text, "--text")
     check_method(model, method)
     texts = [text]

@@ -152,8 +152,10 @@ def _parse(body: bytes) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"body must be JSON, got {error}") from error
     keys = {"text", "compare"}
-    if not isinstance(found, dict) or not {"text"} <= set(found) <= keys or not all(
-        isinstance(value, str) for value in found.values()
+    if (
+        not isinstance(found, dict)
+        or not {"text"} <= set(found) <= keys
+        or not all(isinstance(value, str) for value in found.values())
     ):
         raise ValueError("body must be an object with the strings text and, if wanted, compare, got something else")
     return found
