@@ -82,6 +82,13 @@ def test_a_long_text_is_cut_and_says_so(max_tokens: int, shown: int, tokenizer: 
     assert run["reference"]["notes"][0].startswith(f"Only the first {shown:,} of ")
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "bert", "opt", "gpt2", "phi"])
+def test_the_longest_text_that_a_model_takes(model_type: str, tokenizer: Any) -> None:
+    # RoBERTa's padding token is 0 here, and its 256 positions begin at 1.
+    run = Inspector(sparse_model(model_type), tokenizer, "tiny").run(NamedText("t", PLAIN * 40))
+    assert len(run["ids"]) == (255 if model_type == "roberta" else 256)
+
+
 def test_damaged_weights_are_an_error(tokenizer: Any) -> None:
     model = sparse_model()
     with torch.no_grad():

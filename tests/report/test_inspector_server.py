@@ -104,8 +104,10 @@ def test_the_size_is_limited_before_anything_is_read(server: InspectorServer) ->
         client.sendall(f"{head}Content-Length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
         answer = client.recv(65536)
     assert b" 413 " in answer.split(b"\r\n")[0]
-    status, _ = post(server, b'{"text": "a"}', Content_Length="-1")
-    assert status == 411
+    status, answer = post(server, {"text": "a" * 4 * MAX_BODY_BYTES})
+    assert (status, answer) == (413, {"error": "Texts must be at most 1,048,576 bytes together."})
+    status, answer = post(server, b'{"text": "a"}', Content_Length="-1")
+    assert (status, answer) == (411, {"error": "A request must say its length."})
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,7 @@ class Inspector:
         reference: NamedText | None = None,
     ):
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        longest = getattr(model.config, "max_position_embeddings", None) or max_tokens
-        self.max_tokens = min(max_tokens, longest)
+        self.max_tokens = min(max_tokens, _longest_text(model) or max_tokens)
         self._reference = None if reference is None else self._recorded_reference(reference)
 
     def run(self, text: NamedText) -> dict[str, Any]:
@@ -94,6 +93,15 @@ class Inspector:
         if not tokens.truncated:
             return []
         return [f"Only the first {len(tokens):,} of {tokens.total:,} tokens are shown; the text was cut there."]
+
+
+def _longest_text(model: Any) -> int | None:
+    """The longest text that a model takes, if its config says so."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    table = next((module for name, module in model.named_modules() if name.endswith(".position_embeddings")), None)
+    padding = getattr(table, "padding_idx", None)
+    # RoBERTa counts positions from the one after that of the padding.
+    return longest if longest is None or padding is None else longest - padding - 1
 
 
 def _decodes(model: Any) -> bool:

@@ -7,6 +7,7 @@ host) and that come from its own page.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from http import HTTPStatus
@@ -19,6 +20,8 @@ ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 1 << 20
 # A client that sends nothing may not hold a thread for good.
 TIMEOUT_S = 30.0
+# For what else a refused client sends.
+MAX_DISCARDED_BYTES, DISCARD_S = 1 << 26, 1.0
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -95,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             answer()
         except _RefusedError as refused:
             self._send_json(refused.status, {"error": str(refused)})
+            if self.command == "POST":
+                self._discard()
         except ValueError as error:
             self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
 
@@ -126,6 +131,14 @@ class _Handler(BaseHTTPRequestHandler):
             limit = f"{MAX_BODY_BYTES:,} bytes"
             raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Texts must be at most {limit} together.")
         return self.rfile.read(int(length))
+
+    def _discard(self) -> None:
+        """Reads what a refused client goes on sending: a closed connection would take the answer from it."""
+        self.connection.settimeout(DISCARD_S)
+        with contextlib.suppress(OSError):
+            for _ in range(MAX_DISCARDED_BYTES // MAX_BODY_BYTES):
+                if len(self.rfile.read(MAX_BODY_BYTES)) < MAX_BODY_BYTES:
+                    return
 
     def _send_json(self, status: HTTPStatus, content: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(content, allow_nan=False).encode())
