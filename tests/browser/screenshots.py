@@ -35,9 +35,9 @@ CODE = """def read_rows(path):
 """
 # Name, texts, width, theme, and the highest picture that is kept.
 PICTURES = [
-    ("inspector", 1, 1200, False, 1500),
-    ("inspector_dark", 1, 360, True, 1500),
-    ("inspector_two_texts", 2, 1600, False, 1500),
+    ("inspector", 1, 1200, False, 1450),
+    ("inspector_dark", 1, 360, True, 2300),
+    ("inspector_two_texts", 2, 1600, False, 1350),
 ]
 
 
@@ -76,10 +76,10 @@ def main(folder: Path) -> None:
 
 
 def shrink(path: Path, height: int) -> None:
-    """Keeps the upper part of a picture, in 64 colours."""
+    """Keeps the upper part of a picture, in 128 colours."""
     with Image.open(path) as image:
         cut = image.convert("RGB").crop((0, 0, image.width, min(image.height, height)))
-    cut.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    cut.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

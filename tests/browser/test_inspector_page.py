@@ -41,6 +41,7 @@ def told(browser: Chrome, heading: str) -> str:
 
 def press(browser: Chrome, *keys: str) -> None:
     ActionChains(browser).send_keys(*keys).perform()
+    settle(browser)
 
 
 def tab_to(browser: Chrome, wanted: WebElement) -> None:
@@ -78,10 +79,12 @@ def pick(browser: Chrome, heading: str, x: float, y: float) -> None:
     size = plot.size
     offset = (round(left - size["width"] / 2), round(top - size["height"] / 2))
     ActionChains(browser).move_to_element_with_offset(plot, *offset).click().perform()
+    settle(browser)
 
 
 def choose_token(browser: Chrome, token: int) -> None:
     browser.execute_script("arguments[0].click()", find(browser, f"#token-0-{token}"))
+    settle(browser)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class ExpertPanel {
       ? Shell.table(`Tokens that switch expert ${choice.expert} of layer ${choice.layer} on most`,
         ['token', { words: 'in the text' }, 'router score', 'on for'], rows)
       : Shell.element('p', {}, 'No token of the reference text switches this expert on.'));
-    this.picture.draw();
+    this.picture.drawSoon();
   }
 
   options() {

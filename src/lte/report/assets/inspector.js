@@ -63,7 +63,8 @@
       rows: () => ['Share of experts on by layer', ['layer', ...names], layers.map((layer) => [layer,
         ...routings.map((routing) => (layer < routing.layers ? percent(routing.layerShare(layer)) : ''))])],
     });
-    const box = element('section', { class: 'panel', 'aria-label': 'Overview' }, element('h2', { class: 'first' }, several ? 'A and B at a glance' : 'At a glance'),
+    const heading = element('h2', { class: 'first' }, several ? 'A and B at a glance' : 'At a glance');
+    const box = element('section', { class: 'panel overview', 'aria-label': 'Overview' }, heading,
       Shell.scrollBox('Key numbers', Shell.table(several ? 'Key numbers, and B less A' : 'Key numbers',
         ['', ...names, ...(several ? ['difference'] : [])], rows)), picture.box);
     return { box, picture };

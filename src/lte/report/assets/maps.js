@@ -38,7 +38,7 @@ class LayerMap {
     });
     choice.onChange(['token', 'layer'], () => {
       this.follow();
-      this.picture.draw();
+      this.picture.drawSoon();
     });
   }
 
@@ -123,7 +123,7 @@ class ExpertMap {
     this.box = element('section', { class: 'panel half' }, this.title, element('p', { class: 'legend' },
       element('span', {}, element('span', { class: 'key on' }), 'on'),
       element('span', {}, element('span', { class: 'key off' }), 'off, not computed')), this.picture.box);
-    choice.onChange(['token', 'layer', 'expert'], () => this.picture.draw());
+    choice.onChange(['token', 'layer', 'expert'], () => this.picture.drawSoon());
   }
 
   options() {
@@ -133,11 +133,12 @@ class ExpertMap {
     const cells = [];
     for (let layer = 0; layer < routing.layers; layer++) {
       for (let expert = 0; expert < routing.experts; expert++) {
-        const chosen = layer === choice.layer && expert === choice.expert;
-        cells.push({ value: [expert, layer, routing.isOn(layer, choice.token, expert)],
-          itemStyle: chosen ? { borderColor: mark, borderWidth: 3 } : undefined });
+        cells.push({ value: [expert, layer, routing.isOn(layer, choice.token, expert)] });
       }
     }
+    /* Drawn last, so that its border lies above its neighbours. */
+    const chosen = cells.splice(choice.layer * routing.experts + choice.expert, 1)[0];
+    cells.push({ ...chosen, itemStyle: { borderColor: mark, borderWidth: 3 } });
     const colours = [Shell.colour('off'), Shell.colour('on')];
     return {
       grid: { left: LEFT, right: 10, top: 22, bottom: 34 },

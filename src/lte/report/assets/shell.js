@@ -115,12 +115,19 @@ const Shell = (() => {
       this.fillTable();
     }
 
+    /* Draws with the next frame, once, however often it is asked for until then. */
+    drawSoon() {
+      cancelAnimationFrame(this.frame);
+      this.frame = requestAnimationFrame(() => this.draw());
+    }
+
     fillTable() {
       if (this.details.open) this.tableBox.replaceChildren(table(...this.rows()));
     }
 
     remove() {
       this.observer.disconnect();
+      cancelAnimationFrame(this.frame);
       this.chart?.dispose();
       pictures.delete(this);
     }
