@@ -33,7 +33,6 @@ def browser(started: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
     started.get_log("browser")
     yield started
     complaints = [entry["message"] for entry in started.get_log("browser")]
-    started.get("about:blank")
     assert complaints == []
 
 

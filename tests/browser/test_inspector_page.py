@@ -31,6 +31,12 @@ def find(place: Chrome | WebElement, selector: str) -> WebElement:
     return place.find_element(By.CSS_SELECTOR, selector)
 
 
+def open_page(browser: Chrome, address: str) -> None:
+    """Opens a page and waits until it has drawn itself."""
+    browser.get(address)
+    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".run .plot canvas"))
+
+
 def panel(browser: Chrome, heading: str) -> WebElement:
     return browser.find_element(By.XPATH, f"//section[h3[starts-with(., '{heading}')]]")
 
@@ -89,7 +95,7 @@ def choose_token(browser: Chrome, token: int) -> None:
 
 @pytest.fixture
 def page(browser: Chrome, pages: dict[str, str]) -> Chrome:
-    browser.get(pages["one"])
+    open_page(browser, pages["one"])
     return browser
 
 
@@ -319,7 +325,7 @@ class TestReading:
         self, width: int, dark: bool, name: str, browser: Chrome, pages: dict[str, str], screenshots: Path
     ) -> None:
         set_screen(browser, width, 900, dark)
-        browser.get(pages[name])
+        open_page(browser, pages[name])
         save_screenshot(browser, screenshots / f"{name}.png", width, dark)
         for details in browser.find_elements(By.TAG_NAME, "details"):
             browser.execute_script("arguments[0].open = true", details)
@@ -340,7 +346,7 @@ class TestReading:
 class TestComparison:
     def test_two_texts(self, browser: Chrome, pages: dict[str, str], run: dict[str, Any]) -> None:
         set_screen(browser, 1600, 900)
-        browser.get(pages["two"])
+        open_page(browser, pages["two"])
         columns = browser.find_elements(By.CSS_SELECTOR, ".run")
         assert [find(column, "h2").text for column in columns] == ["A: <i>text</i>.txt, tiny", "B: other.txt, tiny"]
         assert columns[0].location["y"] == columns[1].location["y"]
@@ -358,7 +364,7 @@ class TestComparison:
         assert columns[1].find_element(By.CSS_SELECTOR, ".told").text == before
 
     def test_two_models_choose_the_same_token(self, browser: Chrome, pages: dict[str, str]) -> None:
-        browser.get(pages["models"])
+        open_page(browser, pages["models"])
         choose_token(browser, 11)
         texts = [find(column, ".told").text for column in browser.find_elements(By.CSS_SELECTOR, ".run")]
         assert all(text.startswith("Token 12 of ") for text in texts)
@@ -393,4 +399,3 @@ def test_an_empty_text_is_a_sentence(started: Chrome, serve: Callable[[], str]) 
     WebDriverWait(started, 10).until(lambda _: problem.is_displayed())
     assert problem.text.startswith("text must hold at least one token")
     assert problem.get_attribute("role") == "alert"
-    started.get("about:blank")
