@@ -76,10 +76,10 @@ def main(folder: Path) -> None:
 
 
 def shrink(path: Path, height: int) -> None:
-    """Keeps the upper part of a picture, in 128 colours."""
+    """Keeps the upper part of a picture, in 256 colours."""
     with Image.open(path) as image:
         cut = image.convert("RGB").crop((0, 0, image.width, min(image.height, height)))
-    cut.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    cut.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

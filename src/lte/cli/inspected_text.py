@@ -161,8 +161,9 @@ def _inspector(model: str, config: TextConfig) -> Inspector:
 
 
 def _tell(run: Mapping[str, Any]) -> None:
-    for note in run["notes"] + run["reference"]["notes"]:
-        typer.echo(f"{run['text']}: {note}", err=True)
+    for shown in (run, run["reference"]):
+        for note in shown["notes"]:
+            typer.echo(f"{shown['text']}: {note}", err=True)
     used = f"{100 * (1 - run['sparsity']):.1f}% of the FFN neurons were used per token"
     typer.echo(f"{run['text']} on {run['model']}: {len(run['ids']):,} tokens, {used}.")
 

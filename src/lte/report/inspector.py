@@ -10,6 +10,7 @@ import numpy as np
 
 from lte.eval.text_tokens import TextTokens, encode_text
 from lte.eval.token_routing import StrongestTokens, TokenRouting, record_routing, strongest_tokens, text_cost
+from lte.hf.families import family_of
 from lte.report.page import pack_base64, read_asset, render_page
 
 MAX_TOKENS = 2000
@@ -58,7 +59,6 @@ class Inspector:
         routing = record_routing(self.model, tokens.ids)
         layers, _, experts = routing.shape
         cost = text_cost(self.model, routing)
-        encoder = not _decodes(self.model)
         return {
             "model": self.name,
             "text": text.name,
@@ -70,7 +70,7 @@ class Inspector:
             "active": pack_base64(routing.packed.tobytes()),
             "sparsity": routing.sparsity,
             "union": routing.union,
-            "reads_at_once": encoder,
+            "reads_at_once": not _decodes(self.model),
             "cost": {name: getattr(cost, name) for name in ("flops", "dense_flops", "bytes", "dense_bytes")},
             "reference": self._reference or _reference(text.name, None, routing, strongest_tokens(routing, tokens.ids)),
         }
@@ -105,8 +105,8 @@ def _longest_text(model: Any) -> int | None:
 
 
 def _decodes(model: Any) -> bool:
-    """Whether the model generates token by token, at batch size 1 one at a time."""
-    return not model.config.is_encoder_decoder and model.can_generate()
+    """Whether the model's family writes token by token, and is no encoder."""
+    return next(iter(family_of(model.config).models)) == "AutoModelForCausalLM"
 
 
 def _tokens(tokens: TextTokens) -> dict[str, Any]:

@@ -27,8 +27,7 @@ class ExpertPanel {
       this.told, this.tokens,
       element('p', { class: 'caption' }, 'These tokens got the highest scores from the router for this expert, each ' +
         'distinct token once, at its strongest place; an expert is on where the score is above the threshold.'),
-      this.picture.box, ...known.notes.map((note) => element('p', { class: 'note' }, note)),
-      element('p', { class: 'quiet' }, source));
+      this.picture.box, element('p', { class: 'quiet' }, [source, ...known.notes].join(' ')));
     this.layer.addEventListener('change', () => choice.set({ layer: this.layer.selectedIndex }));
     this.expert.addEventListener('change', () => choice.set({ expert: this.expert.selectedIndex }));
     choice.onChange(['token', 'layer', 'expert'], () => this.show());
