@@ -156,7 +156,8 @@ def _inspector(model: str, config: TextConfig) -> Inspector:
     reference = None if config.reference is None else read_text(config.reference, "--reference")
     loaded = load_inspected_model(model, config.dtype, config.kernels)
     # The name alone: a page that is passed on need not tell where the folder was.
-    name = Path(model).name if Path(model).expanduser().exists() and config.compare_model is None else model
+    folder = Path(model).expanduser()
+    name = folder.resolve().name if folder.exists() and config.compare_model is None else model
     return Inspector(loaded, load_tokenizer(model), name, config.max_tokens, reference)
 
 
