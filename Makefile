@@ -4,13 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+CHROMIUM := chromium chromium-driver
+
+.PHONY: chromium demo test lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lte demo --output demo-output
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed chromium
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The browser tests drive Debian's Chromium. Without it they are skipped, and fail where CI=true.
+chromium:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CHROMIUM) >/dev/null; \
+	} || echo "The browser tests need Chromium, which was not installed: apt-get install $(CHROMIUM)"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -156,8 +156,12 @@ def write_json_atomic(path: str | Path, data: Any) -> None:
     Raises:
         TypeError: for other objects that JSON does not have; nothing is then written.
     """
+    write_text_atomic(path, json.dumps(_json_ready(data), indent=1, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Writes a text as UTF-8 beside `path` and renames it into place."""
     path = Path(path)
-    text = json.dumps(_json_ready(data), indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

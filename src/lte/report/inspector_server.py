@@ -1,0 +1,174 @@
+"""The inspector on a page of this machine, where texts can be typed.
+
+The server listens on the loopback address alone. A web page from elsewhere that the same browser shows could still send
+requests to it, so it answers only those that name it as their host (a name that was pointed at 127.0.0.1 is another
+host) and that come from its own page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
+
+ADDRESS = "127.0.0.1"
+MAX_BODY_BYTES = 1 << 20
+# A client that sends nothing may not hold a thread for good.
+TIMEOUT_S = 30.0
+# For what else a refused client sends.
+MAX_DISCARDED_BYTES, DISCARD_S = 1 << 26, 1.0
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class _RefusedError(Exception):
+    """A request that gets an error status and a sentence."""
+
+    def __init__(self, status: HTTPStatus, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class InspectorServer(ThreadingHTTPServer):
+    """Serves the inspector's page and records the texts that it sends, one at a time.
+
+    Args:
+        inspector: of the one model in memory.
+        port: where to listen; 0 takes a free one.
+        first: a text that the page shows at first, `None` for an empty page.
+
+    Raises:
+        ValueError: if the port is taken or no port.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, inspector: Inspector, port: int = 0, first: list[dict[str, Any]] | None = None):
+        try:
+            super().__init__((ADDRESS, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"port must be free, got port={port}: {error}; choose another with --port") from error
+        self.inspector = inspector
+        self.page = inspector_page(page_data(first or [], served=True)).encode()
+        self.busy = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{ADDRESS}:{self.server_port}/"
+
+    def hosts(self) -> set[str]:
+        """What a request may call this server."""
+        return {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+
+    def record(self, request: dict[str, str]) -> dict[str, Any]:
+        """The page's data for a request: a `text`, and one to `compare` it with if that is not empty."""
+        texts = [NamedText("your text", request["text"])]
+        if request.get("compare"):
+            texts.append(NamedText("your second text", request["compare"]))
+        with self.busy:
+            return page_data([self.inspector.run(text) for text in texts], served=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: InspectorServer
+    timeout = TIMEOUT_S
+    server_version, sys_version = "lte", ""
+
+    def do_GET(self) -> None:
+        self._guarded(self._page)
+
+    def do_POST(self) -> None:
+        self._guarded(self._record)
+
+    def _guarded(self, answer: Any) -> None:
+        try:
+            self._check_host()
+            answer()
+        except _RefusedError as refused:
+            self._send_json(refused.status, {"error": str(refused)})
+            if self.command == "POST":
+                self._discard()
+        except ValueError as error:
+            self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+
+    def _check_host(self) -> None:
+        if self.headers.get("Host") not in self.server.hosts():
+            raise _RefusedError(HTTPStatus.FORBIDDEN, f"Open this page as {self.server.url}.")
+
+    def _page(self) -> None:
+        if self.path != "/":
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "There is one page here, at /.")
+        self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
+
+    def _record(self) -> None:
+        if self.path != "/inspect":
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "Texts go to /inspect.")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin.removeprefix("http://") not in self.server.hosts():
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "Texts are taken from this server's own page alone.")
+        # Forms of other pages cannot send this type without asking first.
+        if self.headers.get_content_type() != "application/json":
+            raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Texts must come as application/json.")
+        self._send_json(HTTPStatus.OK, self.server.record(_parse(self._body())))
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "A request must say its length.")
+        if int(length) > MAX_BODY_BYTES:
+            limit = f"{MAX_BODY_BYTES:,} bytes"
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Texts must be at most {limit} together.")
+        return self.rfile.read(int(length))
+
+    def _discard(self) -> None:
+        """Reads what a refused client goes on sending: a closed connection would take the answer from it."""
+        self.connection.settimeout(DISCARD_S)
+        with contextlib.suppress(OSError):
+            for _ in range(MAX_DISCARDED_BYTES // MAX_BODY_BYTES):
+                if len(self.rfile.read(MAX_BODY_BYTES)) < MAX_BODY_BYTES:
+                    return
+
+    def _send_json(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+        self._send(status, "application/json", json.dumps(content, allow_nan=False).encode())
+
+    def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Leaves the terminal alone."""
+
+
+def _parse(body: bytes) -> dict[str, str]:
+    """The texts of a request.
+
+    Raises:
+        ValueError: for a body that is not what the page sends.
+    """
+    try:
+        found = json.loads(body)
+    except ValueError as error:
+        raise ValueError(f"body must be JSON, got {error}") from error
+    keys = {"text", "compare"}
+    if (
+        not isinstance(found, dict)
+        or not {"text"} <= set(found) <= keys
+        or not all(isinstance(value, str) for value in found.values())
+    ):
+        raise ValueError("body must be an object with the strings text and, if wanted, compare, got something else")
+    return found

@@ -1,0 +1,184 @@
+"""`lte inspect --text` and `--serve`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lte.baselines import apply_method_
+from lte.baselines.cats import CatsConfig
+from tests.report.inspected import NASTY, PLAIN, save_sparse_model
+
+
+@pytest.fixture(scope="module")
+def sparse_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sparse_model(tmp_path_factory.mktemp("models") / "sparse")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(NASTY + PLAIN, encoding="utf-8")
+    return path
+
+
+def runs_of(page: Path) -> list[dict[str, Any]]:
+    found = re.search(r'id="page-data">(.*?)</script>', page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])["runs"]
+
+
+def test_a_page_of_a_text(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "inspect.html"
+    result = run("inspect", sparse_folder, "--text", text, "--html", page, "--json", tmp_path / "model.json")
+    assert result.exit_code == 0, result.output
+    (shown,) = runs_of(page)
+    assert "".join(shown["tokens"]) == text.read_text(encoding="utf-8")
+    assert (shown["model"], shown["text"]) == ("sparse", "text.txt")
+    assert f"{len(shown['ids'])} tokens, {100 * (1 - shown['sparsity']):.1f}% of the FFN neurons" in result.stdout
+    assert f"Wrote {page}" in result.stdout
+    assert json.loads((tmp_path / "model.json").read_text())["method"] == "lte"
+
+
+def test_kernels_change_nothing(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
+    for kernels in ("auto", "off"):
+        flags = ["--text", text, "--html", tmp_path / f"{kernels}.html", "--kernels", kernels]
+        assert run("inspect", sparse_folder, *flags).exit_code == 0
+    assert (tmp_path / "auto.html").read_bytes() == (tmp_path / "off.html").read_bytes()
+
+
+def test_two_texts(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(PLAIN)
+    flags = ["--text", text, "--compare-text", other, "--reference", other, "--html", tmp_path / "page.html"]
+    assert run("inspect", sparse_folder, *flags).exit_code == 0
+    shown = runs_of(tmp_path / "page.html")
+    assert [one["text"] for one in shown] == ["text.txt", "other.txt"]
+    assert shown[0]["reference"] == shown[1]["reference"]
+    assert shown[0]["reference"]["text"] == "other.txt"
+
+
+def test_two_models(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
+    second = save_sparse_model(tmp_path / "second", seed=1)
+    page = tmp_path / "page.html"
+    result = run("inspect", sparse_folder, "--text", text, "--compare-model", second, "--html", page)
+    assert result.exit_code == 0, result.output
+    shown = runs_of(page)
+    assert [one["model"] for one in shown] == [str(sparse_folder), str(second)]
+    assert shown[0]["ids"] == shown[1]["ids"]
+    assert shown[0]["active"] != shown[1]["active"]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_other_kinds_of_models(model_type: str, run: Callable[..., Any], text: Path, tmp_path: Path) -> None:
+    folder, page = save_sparse_model(tmp_path / model_type, model_type), tmp_path / "page.html"
+    result = run("inspect", folder, "--text", text, "--html", page)
+    assert result.exit_code == 0, result.output
+    assert runs_of(page)[0]["reads_at_once"]
+    assert ("The encoder reads the text" in result.stderr) == (model_type == "t5")
+
+
+def test_a_text_that_is_cut_says_so(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--text", text, "--html", tmp_path / "page.html", "--max-tokens", 7]
+    result = run("inspect", sparse_folder, *flags)
+    assert len(runs_of(tmp_path / "page.html")[0]["ids"]) == 7
+    assert "text.txt: Only the first 7 of " in result.stderr
+
+
+def test_models_with_nothing_to_inspect(
+    run: Callable[..., Any], dense_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ["--text", text, "--html", tmp_path / "page.html"]
+    result = run("inspect", dense_folder, *flags)
+    assert result.exit_code == 1
+    assert "a dense one: every token uses all its neurons, so there is nothing to inspect" in result.stderr
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    ids = AutoTokenizer.from_pretrained(dense_folder)(PLAIN, return_tensors="pt")["input_ids"]
+    apply_method_(model, CatsConfig(), [{"input_ids": ids}]).save_pretrained(tmp_path / "cats")
+    result = run("inspect", tmp_path / "cats", *flags)
+    assert result.exit_code == 1
+    assert "of the method cats, whose neurons no router switches" in result.stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_texts_that_cannot_be_read(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
+    binary, empty = tmp_path / "binary", tmp_path / "empty"
+    binary.write_bytes(b"\xff\xfe\x00")
+    empty.write_text("")
+    html = ["--html", tmp_path / "page.html"]
+    missing = run("inspect", sparse_folder, "--text", tmp_path / "none", *html)
+    assert "--text must be an existing text file, got " in missing.stderr
+    broken = run("inspect", sparse_folder, "--text", text, "--reference", binary, *html)
+    assert "--reference must be UTF-8 text, got " in broken.stderr
+    assert "text must hold at least one token, got ''" in run("inspect", sparse_folder, "--text", empty, *html).stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text", "t"], "--text must be given with --html FILE or --serve, got neither"),
+        (["--max-tokens", "7"], "--max-tokens must be given with --html FILE or --serve, got neither"),
+        (["--html", "p"], "--html must be given with --text FILE, got none"),
+        (["--serve", "--html", "p"], "--html must not be given with --serve, got both"),
+        (["--serve", "--compare-model", "m"], "--compare-model must not be given with --serve, got both"),
+        (["--text", "t", "--html", "p", "--port", "1"], "--port must be given with --serve, got --port 1 without it"),
+        (["--serve", "--compare-text", "t"], "--compare-text must be given with --text, got none"),
+        (
+            ["--text", "t", "--html", "p", "--compare-text", "u", "--compare-model", "m"],
+            "--compare-text must be given without --compare-model, got both",
+        ),
+        (["--text", "t", "--html", "p", "--kernels", "of"], "did you mean off"),
+        (["--text", "t", "--html", "p", "--dtype", "float23"], "did you mean float32"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    flags: list[str], message: str, run: Callable[..., Any], sparse_folder: Path
+) -> None:
+    result = run("inspect", sparse_folder, *flags)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_serving_until_ctrl_c(sparse_folder: Path, text: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lte",
+        "inspect",
+        str(sparse_folder),
+        "--serve",
+        "--port",
+        "0",
+        "--text",
+        str(text),
+    ]
+    with subprocess.Popen(
+        [*command, "--kernels", "off"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        assert lines[0].startswith("text.txt on sparse: ")
+        found = re.search(r"Open (http://127\.0\.0\.1:\d+/) in a browser", lines[1])
+        assert found is not None, lines
+        with urllib.request.urlopen(found[1], timeout=20) as page:
+            assert b'"served":true' in page.read()
+        process.send_signal(signal.SIGINT)
+        output, problems = process.communicate(timeout=30)
+    assert (process.returncode, output, problems) == (0, "Stopped.\n", "")

@@ -1,0 +1,39 @@
+"""What the inspector's tests look at: tiny models with random routers, and a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+import lte
+from lte.hf.dense import load_tokenizer
+from tests.cli.conftest import save_tiny_model
+from tests.tiny_models import EXPERT_SIZE, randomise_routers_, tiny_dense_model
+
+NASTY = "with <script>document.title = 'taken'</script> & <b>open</b>\n\n\t😀 e\u0301 </script>"
+PLAIN = "while the file is open, with open(path) as file: while True: read the file"
+VOCAB_SIZE = 300
+
+
+def save_sparse_model(folder: Path, model_type: str = "llama", seed: int = 0) -> Path:
+    """A folder of an LTE model whose tokens switch on different experts, with a byte-level tokenizer."""
+    save_tiny_model(folder, model_type)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = sparse_model(model_type, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sparse_model(model_type: str = "llama", seed: int = 0) -> Any:
+    """The model of `save_sparse_model`."""
+    model = tiny_dense_model(model_type, vocab_size=VOCAB_SIZE, max_position_embeddings=256)
+    lte.sparsify_(model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="random"))
+    return randomise_routers_(model, seed)
+
+
+def byte_level_tokenizer(folder: Path) -> Any:
+    """The tokenizer of `save_tiny_model`."""
+    return load_tokenizer(save_tiny_model(folder))
