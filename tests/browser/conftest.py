@@ -1,4 +1,4 @@
-"""A browser, and the inspector's page on tiny models in it."""
+"""A browser for all pages, and the inspector's page on tiny models."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def browser(started: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
     started.get_log("browser")
     yield started
     complaints = [entry["message"] for entry in started.get_log("browser")]
+    started.get("about:blank")  # nothing of this page is there for the next test
     assert complaints == []
 
 

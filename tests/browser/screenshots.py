@@ -1,7 +1,10 @@
-"""Draws the pictures of docs/inspector.md: `python -m tests.browser.screenshots docs/images/`.
+"""Draws the pictures of the pages: `python -m tests.browser.screenshots docs/images/ [report]`.
 
-SmolLM2-135M becomes sparse without training: routers fitted to the norms of its experts, thresholds set to half of the
-experts on average, both on some pages of Python's manual. It takes some minutes on two cores.
+`report` draws the page of `lte report` alone, from the committed results; docs/report.md has its command.
+
+The inspector's pictures are of a model that was not trained. SmolLM2-135M becomes sparse by routers fitted to the norms
+of its experts, and thresholds set to half of the experts on average, both on some pages of Python's manual. It takes
+some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from PIL import Image
 
 import lte
 from lte.hf.dense import load_dense_model, load_tokenizer
+from lte.report.html_report import write_html_report
+from lte.report.inputs import load_inputs
 from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
+from lte.report.records import curve_name_by
+from lte.report.tradeoff import compare_runs
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from tests.browser.chromium import chromium, find_chromium, save_screenshot
 
@@ -33,6 +40,8 @@ CODE = """def read_rows(path):
         for line in file:
             yield [float(value) for value in line.split(",")]
 """
+RESULTS = Path(__file__).parents[2] / "results"
+CURVES = [f"config.run.{name}" for name in ("recipe", "distillation_weight", "start")]
 # Name, texts, width, theme, and the highest picture that is kept.
 PICTURES = [
     ("inspector", 1, 1200, False, 1450),
@@ -57,22 +66,37 @@ def sparse_smollm2() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, report_alone: bool = False) -> None:
     """Writes the pictures into a folder."""
     found = find_chromium()
     if found is None:
         sys.exit("the pictures need Chromium: apt-get install chromium chromium-driver")
+    with tempfile.TemporaryDirectory() as pages, chromium(*found) as browser:
+        runs, benches = load_inputs([RESULTS / "wikipedia", RESULTS / "bench"])
+        comparisons = compare_runs(runs, curve=curve_name_by(CURVES, runs))
+        page = write_html_report(Path(pages) / "report.html", comparisons, benches)
+        take(browser, page, folder / "report.png", 1200, False, 1450)
+    if not report_alone:
+        draw_inspector(folder, found)
+
+
+def draw_inspector(folder: Path, found: tuple[str, str]) -> None:
+    """Writes the inspector's pictures into a folder."""
     inspector = Inspector(*sparse_smollm2(), name="SmolLM2-135M")
     runs = [inspector.run(NamedText(name, text)) for name, text in (("mill.txt", STORY), ("rows.py", CODE))]
     with tempfile.TemporaryDirectory() as pages, chromium(*found) as browser:
         for name, texts, width, dark, height in PICTURES:
             page = Path(pages) / f"{name}.html"
             page.write_text(inspector_page(page_data(runs[:texts])), encoding="utf-8")
-            browser.get(page.as_uri())
-            picture = folder / f"{name}.png"
-            save_screenshot(browser, picture, width, dark)
-            shrink(picture, height)
-            print(f"{picture}: {picture.stat().st_size / 1024:.0f} KiB")
+            take(browser, page, folder / f"{name}.png", width, dark, height)
+
+
+def take(browser: Any, page: Path, picture: Path, width: int, dark: bool, height: int) -> None:
+    """One picture of a page."""
+    browser.get(page.as_uri())
+    save_screenshot(browser, picture, width, dark)
+    shrink(picture, height)
+    print(f"{picture}: {picture.stat().st_size / 1024:.0f} KiB")
 
 
 def shrink(path: Path, height: int) -> None:
@@ -83,4 +107,4 @@ def shrink(path: Path, height: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images"), "report" in sys.argv[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lte.report.comparison_tables import csv_rows
 from lte.report.html_report import write_html_report
 from lte.report.inputs import Bench
 from lte.report.tradeoff import compare_runs
-from tests.browser.chromium import chromium, require_chromium, set_screen, settle
+from tests.browser.chromium import set_screen, settle
 from tests.report.sample_benches import bench
 from tests.report.sample_records import measurement, record
 from tests.report.test_html_report import MARKUP, many_runs
@@ -49,24 +49,6 @@ def other_task() -> list[dict[str, Any]]:
 
 
 Write = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[Chrome]:
-    """One browser for all tests."""
-    with chromium(*require_chromium()) as running:
-        yield running
-
-
-@pytest.fixture
-def browser(started: Chrome) -> Iterator[Chrome]:
-    """The browser at 900 pixels, light; what it complained of in the test fails the test."""
-    set_screen(started, 900, 900)
-    started.get_log("browser")
-    yield started
-    complaints = [entry["message"] for entry in started.get_log("browser")]
-    started.get("about:blank")
-    assert complaints == []
 
 
 @pytest.fixture
