@@ -14,8 +14,9 @@ from lte.train.config import TrainConfig, stages_of
 from lte.train.data import LmCollator
 from lte.train.processes import training_device
 from lte.train.sparsity_controller import EtaController
+from lte.train.summary import TrainingSummary
 from lte.train.trainer import LteTrainer, NonFiniteLossError
-from lte.train.two_stage import TrainingSummary, train_two_stage
+from lte.train.two_stage import train_two_stage
 from tests.tiny_models import PAD, tiny_dense_model, tiny_sparse_model
 from tests.train.toy import toy_rows
 

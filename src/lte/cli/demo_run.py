@@ -39,7 +39,8 @@ from lte.train.data import LmCollator, load_lm_datasets
 from lte.train.data_config import DataConfig
 from lte.train.processes import training_device
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
-from lte.train.two_stage import TrainingSummary, device_batches, train_two_stage
+from lte.train.summary import TrainingSummary
+from lte.train.two_stage import device_batches, train_two_stage
 
 # 1024 tokens a step: more would not fit the memory, and not be faster on a CPU.
 BATCH_SIZE, SEQUENCE_LENGTH, HELD_OUT_TOKENS = 4, 256, 8192

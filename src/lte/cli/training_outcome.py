@@ -13,7 +13,7 @@ from lte.eval.models import measurement_summary, save_folder
 from lte.eval.results import write_json_atomic
 from lte.eval.sparsity import SparsityMeasurement
 from lte.report.tables import router_health_markdown, router_health_table
-from lte.train.two_stage import TrainingSummary
+from lte.train.summary import TrainingSummary
 
 # A miss of more than this is worth a hint.
 TOLERANCE = 0.02

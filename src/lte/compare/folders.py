@@ -32,7 +32,7 @@ class Made:
         wall_time_s: seconds of training, or of fitting where nothing trained.
         data_info: counts and checksums of the data.
         eta: weight of the efficiency loss at the end, of LTE.
-        layer_history: each layer's active fraction over training, see `lte.train.two_stage.TrainingSummary`.
+        layer_history: each layer's active fraction over training, see `lte.train.summary.TrainingSummary`.
     """
 
     fingerprint: str

@@ -17,7 +17,8 @@ from lte.compare.settings import Comparison
 from lte.config import CALIBRATED_GROUPINGS
 from lte.eval.workload import Workload
 from lte.train.processes import training_device
-from lte.train.two_stage import TrainingSummary, device_batches, train_two_stage
+from lte.train.summary import TrainingSummary
+from lte.train.two_stage import device_batches, train_two_stage
 
 # As `lte train` takes.
 GROUPING_TOKENS = 16384

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer
 
 from lte.hf.inputs import check_packing, predicts_next_token
 from lte.hf.install import require_wrapped_ffns
 from lte.nn.sparse_ffn import SparseFfn
+from lte.train.callbacks import CONTROL_STATE_FILE, LteProgress, SparsityControl
 from lte.train.config import Stage, TrainConfig
 from lte.train.data import routing_masks
 from lte.train.objective import head_divergence, language_terms, routing_terms
@@ -27,21 +28,10 @@ from lte.train.sparsity_controller import (
     target_logit,
 )
 
-CONTROL_STATE_FILE = "lte_control.json"
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
 # The log's names of each layer's active fraction, before its number.
 LAYER_PREFIX = "layers/active_"
-# What the progress bar shows, and how.
-LOG_NAMES = {
-    "task_loss": "task",
-    "distillation_loss": "kl",
-    "efficiency_loss": "eff",
-    "separability_loss": "sep",
-    "eta": "eta",
-    "active_fraction": "active",
-    "near_threshold": "near_tau",
-}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -277,31 +267,3 @@ class LteTrainer(Trainer):
         state = json.loads((checkpoint / CONTROL_STATE_FILE).read_text())
         state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
         self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
-
-
-class SparsityControl(TrainerCallback):
-    """Calls the trainer's controllers after every optimiser step and saves their state with each checkpoint."""
-
-    def __init__(self, trainer: LteTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.control_sparsity()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.should_save:
-            return
-        # Written last and renamed into place: a checkpoint without this file is not complete.
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROL_STATE_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.trainer.control_state()))
-        partial.replace(path)
-
-
-class LteProgress(ProgressCallback):
-    """Progress bar that shows the losses, eta, and the active fraction instead of printing dicts."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "active_fraction" in logs:
-            shown = {short: f"{logs[name]:.3g}" for name, short in LOG_NAMES.items() if name in logs}
-            self.training_bar.set_postfix(shown)

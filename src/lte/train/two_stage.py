@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +17,15 @@ from transformers import TrainingArguments
 from lte.hf.families import block_name
 from lte.hf.install import require_wrapped_ffns, sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
+from lte.train.callbacks import CONTROL_STATE_FILE
 from lte.train.config import Stage, TrainConfig, stages_of
 from lte.train.data import LmCollator, calibration_batches
 from lte.train.processes import autocast, training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
-from lte.train.trainer import CONTROL_STATE_FILE, LAYER_PREFIX, LteTrainer
+from lte.train.summary import TrainingSummary
+from lte.train.trainer import LteTrainer
 
 STAGE_RECORD_FILE = "stage.json"
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What training did.
-
-    Attributes:
-        tokens_trained: tokens in all forward passes with a backward pass, both stages.
-        wall_time_s: seconds of both stages, without what an interrupted run spent.
-        log_history: Trainer's log entries of both stages, each with its `stage`.
-        eta: weight of the efficiency loss that the controller had settled on at the end.
-    """
-
-    tokens_trained: int
-    wall_time_s: float
-    log_history: list[dict[str, Any]]
-    eta: float | None = None
-
-    def layer_history(self, most: int = 64) -> dict[str, list[Any]] | None:
-        """The share of active experts of each layer over training, at `most` logged steps at most.
-
-        Returns:
-            `step` [S], stage 2 going on from stage 1, `stage` [S], and `active_fraction` [S, L]; `None` if no routed
-            step was logged.
-        """
-        entries = [entry for entry in self.log_history if f"{LAYER_PREFIX}00" in entry]
-        if not entries:
-            return None
-        # The last entry of a stage, its run time, holds the number of its steps.
-        first = max((entry["step"] for entry in self.log_history if entry["stage"] == 1), default=0)
-        picked = [entries[index * (len(entries) - 1) // max(1, most - 1)] for index in range(min(most, len(entries)))]
-        picked = picked if len(entries) > most else entries
-        return {
-            "step": [entry["step"] + first * (entry["stage"] == 2) for entry in picked],
-            "stage": [entry["stage"] for entry in picked],
-            "active_fraction": [
-                [round(share, 4) for name, share in entry.items() if name.startswith(LAYER_PREFIX)] for entry in picked
-            ],
-        }
 
 
 def train_two_stage(

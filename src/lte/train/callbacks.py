@@ -1,0 +1,52 @@
+"""What the trainer does between its steps: control of the sparsity, checkpoints that are complete, a progress bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+if TYPE_CHECKING:
+    from lte.train.trainer import LteTrainer
+
+CONTROL_STATE_FILE = "lte_control.json"
+# What the progress bar shows, and how.
+LOG_NAMES = {
+    "task_loss": "task",
+    "distillation_loss": "kl",
+    "efficiency_loss": "eff",
+    "separability_loss": "sep",
+    "eta": "eta",
+    "active_fraction": "active",
+    "near_threshold": "near_tau",
+}
+
+
+class SparsityControl(TrainerCallback):
+    """Calls the trainer's controllers after every optimiser step and saves their state with each checkpoint."""
+
+    def __init__(self, trainer: LteTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.control_sparsity()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.should_save:
+            return
+        # Written last and renamed into place: a checkpoint without this file is not complete.
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROL_STATE_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.trainer.control_state()))
+        partial.replace(path)
+
+
+class LteProgress(ProgressCallback):
+    """Progress bar that shows the losses, eta, and the active fraction instead of printing dicts."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "active_fraction" in logs:
+            shown = {short: f"{logs[name]:.3g}" for name, short in LOG_NAMES.items() if name in logs}
+            self.training_bar.set_postfix(shown)
