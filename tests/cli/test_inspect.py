@@ -171,14 +171,19 @@ def test_serving_until_ctrl_c(sparse_folder: Path, text: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # What runs in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline(), process.stdout.readline()]
-        assert lines[0].startswith("text.txt on sparse: ")
-        found = re.search(r"Open (http://127\.0\.0\.1:\d+/) in a browser", lines[1])
-        assert found is not None, lines
-        with urllib.request.urlopen(found[1], timeout=20) as page:
-            assert b'"served":true' in page.read()
-        process.send_signal(signal.SIGINT)
-        output, problems = process.communicate(timeout=30)
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline(), process.stdout.readline()]
+            assert lines[0].startswith("text.txt on sparse: ")
+            found = re.search(r"Open (http://127\.0\.0\.1:\d+/) in a browser", lines[1])
+            assert found is not None, lines
+            with urllib.request.urlopen(found[1], timeout=20) as page:
+                assert b'"served":true' in page.read()
+            process.send_signal(signal.SIGINT)
+            output, problems = process.communicate(timeout=30)
+        finally:
+            process.kill()  # or it would be waited for
     assert (process.returncode, output, problems) == (0, "Stopped.\n", "")
