@@ -21,12 +21,9 @@ from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.tasks.config import TaskConfig
 from lte.train.config import TrainConfig
-from lte.train.data import calibration_batches
 from lte.train.data_config import DataConfig
 from lte.train.processes import is_main_process, training_device
-from lte.train.two_stage import train_two_stage
-
-GROUPING_TOKENS = 16384
+from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
 
 
 @dataclass(frozen=True)
@@ -153,10 +150,7 @@ class TrainingRun:
         calibration = None
         if config.grouping in CALIBRATED_GROUPINGS:
             batch_size = self.train_config.batch_size
-            calibration = [
-                {key: value.to(model.device) for key, value in batch.items()}
-                for batch in calibration_batches(work.train, GROUPING_TOKENS, batch_size, work.collator)
-            ]
+            calibration = device_batches(model, work.train, GROUPING_TOKENS, batch_size, work.collator)
         return lte.sparsify_(model, config, calibration=calibration)
 
     def _retarget(self, model: Any) -> Any:

@@ -18,10 +18,7 @@ from lte.config import CALIBRATED_GROUPINGS
 from lte.eval.workload import Workload
 from lte.train.processes import training_device
 from lte.train.summary import TrainingSummary
-from lte.train.two_stage import device_batches, train_two_stage
-
-# As `lte train` takes.
-GROUPING_TOKENS = 16384
+from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
 
 
 def make_model(run: Run, comparison: Comparison, folders: Folders, work: Workload, base: Made | None) -> Made:

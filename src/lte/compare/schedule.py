@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from lte.compare.folders import Folders
 from lte.compare.plan import Run
 from lte.compare.workloads import Workloads
-
-PROBED_ROWS = 256
+from lte.train.data import mean_row_tokens
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,5 @@ def _estimate(run: Run, workloads: Workloads, done: bool) -> Estimate:
         for stage, (given, epochs) in budget.items()
         if stage in run.stages
     )
-    probed = [len(rows[index]["input_ids"]) for index in range(min(PROBED_ROWS, len(rows)))]
-    per_step = config.batch_size * config.gradient_accumulation_steps * sum(probed) / len(probed)
+    per_step = config.batch_size * config.gradient_accumulation_steps * mean_row_tokens(rows)
     return Estimate(run, steps, round(steps * per_step), done)

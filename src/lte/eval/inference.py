@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lte.baselines.calibration import eval_mode
 from lte.hf.inputs import model_inputs
 from lte.hf.install import sparse_ffns
-from lte.train.data import LmCollator
+from lte.train.data import LmCollator, routing_masks
 
 Batch = Mapping[str, Tensor]
 
@@ -28,17 +29,13 @@ def hard_inference(model: nn.Module) -> Iterator[None]:
     The training flag of every module and the mode of every sparse FFN are restored, also after an error. A
     dense model is fine.
     """
-    training = {module: module.training for module in model.modules()}
     modes = {ffn: ffn.mode for ffn in sparse_ffns(model).values()}
-    model.eval()
     for ffn in modes:
         ffn.set_mode("hard")
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
         for ffn, mode in modes.items():
             ffn.set_mode(mode)
 
@@ -72,6 +69,40 @@ def moved_batches(
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits [B, T, V] for a batch; labels and unknown keys stay out of the model."""
     return model(**model_inputs(model, batch), use_cache=False).logits
+
+
+class RoutingCounter(Protocol):
+    """What counts the forward pass that just ended."""
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """What it counts, by qualified name of the modules."""
+
+    def update(self, mask: Mapping[str, Tensor]) -> None:
+        """Counts over the tokens of the masks [B, T], by name."""
+
+
+def count_batches(
+    model: nn.Module,
+    counter: RoutingCounter,
+    batches: Iterable[Batch],
+    *,
+    skip_ignored_labels: bool = True,
+    progress: bool = False,
+) -> None:
+    """Runs a model with any head over `batches` in hard mode, and lets `counter` count each pass.
+
+    Args:
+        model: modes are restored afterwards.
+        counter: used as a context around this.
+        batches: `input_ids` and optionally `attention_mask` and `labels`, [B, T], on any device.
+        skip_ignored_labels: whether tokens with the label -100 are left out, if the model predicts the next token.
+        progress: whether to show a progress bar.
+    """
+    with hard_inference(model):
+        for batch in moved_batches(batches, model_device(model), progress=progress):
+            model(**model_inputs(model, batch), use_cache=False)
+            counter.update(routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels))
 
 
 def as_batches(

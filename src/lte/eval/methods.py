@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from lte.baselines.contract import METHODS, config_of
 from lte.baselines.metering import MeteredModule, metered_modules
 from lte.eval.flops import block_linears, bytes_per_token, count_linear_weights, flops_per_token
-from lte.eval.inference import Batch, hard_inference, model_device, moved_batches
+from lte.eval.inference import Batch, count_batches
 from lte.eval.sparsity import SparsityCounter, SparsityMeasurement
 from lte.hf.families import dense_ffns, family_of
-from lte.hf.inputs import model_inputs
 from lte.hf.install import num_neurons, sparse_ffns
-from lte.train.data import routing_masks
 
 
 @dataclass(frozen=True)
@@ -178,10 +176,8 @@ def measure_method(model: nn.Module, batches: Iterable[Batch]) -> MethodMeasurem
     Raises:
         ValueError: for a model without such modules, or batches without a counted token.
     """
-    with MethodCounter(model) as counter, hard_inference(model):
-        for batch in moved_batches(batches, model_device(model), progress=False):
-            model(**model_inputs(model, batch), use_cache=False)
-            counter.update(routing_masks(model, counter.layers, batch))
+    with MethodCounter(model) as counter:
+        count_batches(model, counter, batches)
         return counter.result()
 
 

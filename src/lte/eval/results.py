@@ -209,12 +209,25 @@ def load_result(path: str | Path, hint: str = "") -> dict[str, Any]:
     Raises:
         ValueError: for a file that is no JSON or no result record.
     """
-    path = Path(path)
+    record = read_json(path)
+    check_result(record, path, hint)
+    return record
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: for a file that is no JSON.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must hold JSON, got a file that does not: {error}") from error
+
+
+def check_result(record: Any, path: str | Path, hint: str = "") -> None:
+    """Raises a `ValueError` if what the file `path` holds is no result record; `hint` ends its message."""
     fault = _fault(record)
     if fault:
         raise ValueError(f"{path} must be a result record, which must {fault}{hint}")
-    return record

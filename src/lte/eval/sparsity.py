@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.eval.inference import Batch, hard_inference, model_device, moved_batches
-from lte.hf.inputs import model_inputs
+from lte.eval.inference import Batch, count_batches
 from lte.hf.install import require_sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
-from lte.train.data import routing_masks
 
 HISTOGRAM_BINS = 40
 NEAR_THRESHOLD = 0.1
@@ -209,8 +207,6 @@ def measure_sparsity(
     Raises:
         ValueError: for a dense model, or batches without a counted token.
     """
-    with SparsityCounter(model) as counter, hard_inference(model):
-        for batch in moved_batches(batches, model_device(model), progress=progress):
-            model(**model_inputs(model, batch), use_cache=False)
-            counter.update(routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels))
+    with SparsityCounter(model) as counter:
+        count_batches(model, counter, batches, skip_ignored_labels=skip_ignored_labels, progress=progress)
         return counter.result()

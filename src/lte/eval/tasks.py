@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lte.eval.generation import generate_answers
-from lte.eval.inference import as_batches, hard_inference, model_device, moved_batches
+from lte.eval.inference import as_batches, count_batches, hard_inference, model_device, moved_batches
 from lte.eval.methods import Measurement, counter_for
 from lte.eval.metrics import check_metrics, compute_metrics
 from lte.eval.perplexity import PerplexityResult, evaluate_model
@@ -137,13 +137,10 @@ def _answer(
 
 def _count(model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int) -> Measurement | None:
     """What the model skips in a pass over the rows; `None` for a stock model, which need not run."""
-    with counter_for(model) as counter, hard_inference(model):
+    with counter_for(model) as counter:
         if counter is None:
             return None
-        batches = (collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
-        for batch in moved_batches(batches, model_device(model), progress=False):
-            model(**model_inputs(model, batch), use_cache=False)
-            counter.update(routing_masks(model, counter.layers, batch))
+        count_batches(model, counter, (collator(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)))
         return counter.result()
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lte.eval.results import write_text_atomic
 from lte.report.comparison_tables import (
     TextTable,
     cheapest_table,
@@ -21,7 +22,6 @@ from lte.report.comparison_tables import (
     results_table,
 )
 from lte.report.envelope import envelope_sentences, lte_standings
-from lte.report.markdown import write_text
 from lte.report.paper import paper_numbers
 from lte.report.tradeoff import Comparison
 
@@ -75,7 +75,7 @@ def write_comparison_report(
     folder.mkdir(parents=True, exist_ok=True)
     styles = curve_styles(name for comparison in comparisons for name in comparison.curves)
     files, parts = [folder / "report.csv"], ["# Methods compared", _LEGEND]
-    write_text(files[0], _csv_text(comparisons))
+    write_text_atomic(files[0], _csv_text(comparisons))
     for comparison in comparisons:
         parts += [f"## {comparison.title}, {comparison.metric.name}"]
         if comparison.points():
@@ -83,7 +83,9 @@ def write_comparison_report(
             save_figure(tradeoff_figure(comparison, styles), files[-1])
             parts.append(f"![{comparison.metric.name} against sparsity, GFLOPs, bytes and latency]({files[-1].name})")
         parts += _markdown(comparison, limit)
-    return [*files, write_text(folder / "report.md", "\n\n".join(parts) + "\n")]
+    files.append(folder / "report.md")
+    write_text_atomic(files[-1], "\n\n".join(parts) + "\n")
+    return files
 
 
 def _markdown(comparison: Comparison, limit: float | None) -> list[str]:

@@ -17,10 +17,10 @@ from lte.report.paper import paper_rows
 from lte.report.tables import markdown_table
 from lte.report.tradeoff import Comparison, Point, Statistic
 
-# What a column of text wants at least.
-_TEXT_WIDTH = 28
 MISSING = "-"
 """What stands in place of a number that is not known."""
+# Characters that a column of text wants at least.
+_TEXT_WIDTH = 28
 
 
 @dataclass(frozen=True)

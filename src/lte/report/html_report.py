@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lte.eval.results import write_text_atomic
 from lte.report.inputs import Bench
-from lte.report.markdown import write_text
 from lte.report.page import read_asset, render_page
 from lte.report.page_data import page_data
 from lte.report.tradeoff import Comparison
@@ -43,6 +43,5 @@ def write_html_report(
         limit: the drop for the table of fewest GFLOPs, as for `comparison_texts`.
     """
     path = Path(path)
-    text = html_report(page_data(comparisons, benches, limit))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(path, text)
+    write_text_atomic(path, html_report(page_data(comparisons, benches, limit)))
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.bench.rows import REQUIRED_FIELDS
-from lte.eval.results import load_result
+from lte.eval.results import check_result, read_json
 from lte.report.records import Run, result_files
 
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
@@ -39,20 +38,14 @@ def load_inputs(paths: Sequence[str | Path]) -> tuple[list[Run], list[Bench]]:
     """
     runs, benches = [], []
     for file in result_files(paths):
-        content = _content(file)
+        content = read_json(file)
         if isinstance(content, Mapping) and "rows" in content:
             _check_rows(file, content["rows"])
             benches.append(Bench(content, str(file)))
         else:
-            runs.append(Run(load_result(file), str(file)))
+            check_result(content, file)
+            runs.append(Run(content, str(file)))
     return runs, benches
-
-
-def _content(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must hold JSON, got a file that does not: {error}") from error
 
 
 def _check_rows(file: Path, rows: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lte.eval.flops import GFLOP
-from lte.eval.results import write_json_atomic
+from lte.eval.results import write_json_atomic, write_text_atomic
 from lte.eval.sparsity import SparsityMeasurement
 from lte.report.tables import markdown_table, router_health_markdown
 
@@ -55,15 +54,9 @@ def write_demo_report(
     parts += [*_samples(samples or {}), *_training(folder, log_history), *_routing(folder, measurement)]
     parts += _provenance(records["sparse"])
     write_json_atomic(folder / "report.json", dict(records))
-    return write_text(folder / "report.md", "\n\n".join(parts) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes beside `path` and renames into place, so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    return path
+    report = folder / "report.md"
+    write_text_atomic(report, "\n\n".join(parts) + "\n")
+    return report
 
 
 def _headline(records: Mapping[str, Record]) -> str:

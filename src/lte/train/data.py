@@ -41,6 +41,7 @@ __all__ = [
     "calibration_batches",
     "check_sequence_length",
     "load_lm_datasets",
+    "mean_row_tokens",
     "read_documents",
     "routing_masks",
     "token_mask",
@@ -162,6 +163,12 @@ def calibration_batches(
     picks = [index * total // wanted for index in range(wanted)]
     for start in range(0, wanted, batch_size):
         yield collator([dataset[index] for index in picks[start : start + batch_size]])
+
+
+def mean_row_tokens(dataset: Any) -> float:
+    """Tokens of a row of a data set, mean over its first 256 rows."""
+    lengths = [len(dataset[index]["input_ids"]) for index in range(min(256, len(dataset)))]
+    return sum(lengths) / len(lengths)
 
 
 def load_lm_datasets(

@@ -36,8 +36,8 @@ class TrainingSummary:
             return None
         # The last entry of a stage, its run time, holds the number of its steps.
         first = max((entry["step"] for entry in self.log_history if entry["stage"] == 1), default=0)
-        picked = [entries[index * (len(entries) - 1) // max(1, most - 1)] for index in range(min(most, len(entries)))]
-        picked = picked if len(entries) > most else entries
+        count = min(most, len(entries))
+        picked = [entries[index * (len(entries) - 1) // max(1, count - 1)] for index in range(count)]
         return {
             "step": [entry["step"] + first * (entry["stage"] == 2) for entry in picked],
             "stage": [entry["stage"] for entry in picked],

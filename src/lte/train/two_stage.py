@@ -19,13 +19,15 @@ from lte.hf.install import require_wrapped_ffns, sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE
 from lte.train.config import Stage, TrainConfig, stages_of
-from lte.train.data import LmCollator, calibration_batches
+from lte.train.data import LmCollator, calibration_batches, mean_row_tokens
 from lte.train.processes import autocast, training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
 from lte.train.summary import TrainingSummary
 from lte.train.trainer import LteTrainer
 
 STAGE_RECORD_FILE = "stage.json"
+GROUPING_TOKENS = 16384
+"""Training tokens on which groupings compare when neurons are active."""
 
 
 def train_two_stage(
@@ -253,9 +255,7 @@ def _finished_stage_(model: Any, folder: Path) -> TrainingSummary | None:
 
 def _tokens_trained(trainer: LteTrainer) -> int:
     rows = trainer.state.global_step * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    dataset: Any = trainer.train_dataset
-    lengths = [len(dataset[i]["input_ids"]) for i in range(min(256, len(dataset)))]
-    return round(rows * trainer.args.world_size * sum(lengths) / len(lengths))
+    return round(rows * trainer.args.world_size * mean_row_tokens(trainer.train_dataset))
 
 
 def _pad_token_id(model: Any) -> int:
