@@ -14,6 +14,7 @@ from lte.compare.plan import plan_runs
 from lte.compare.runner import Runner
 from lte.compare.settings import read_comparison
 from lte.compare.workloads import Workloads
+from lte.eval.results import load_results
 from lte.hf.dense import load_tokenizer
 from tests.cli.conftest import save_tiny_model
 from tests.tasks.made_up import BAD, GOOD, write
@@ -31,6 +32,12 @@ SMALL = {
     "report_to": "none",
 }
 BUDGET = {"stage1_steps": 2, "stage2_steps": 2}
+# Of a record, beyond those of `lte eval`.
+FIELDS = {
+    *("metrics", "weight_sparsity", "method_config", "measurement", "label", "group", "command", "data_sha256", "eta"),
+    *("layer_history", "peak_memory_bytes", "latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms"),
+    "latency_note",
+}
 
 
 def write_mrpc(folder: Path) -> Path:
@@ -92,3 +99,9 @@ def runner_of(file: Path, folder: Path, *only: str, **overrides: Any) -> tuple[R
     workloads = Workloads(comparison.model, load_tokenizer(comparison.model))
     folders = Folders(folder / "records", folder / "work")
     return Runner(comparison, plan_runs(comparison), folders, workloads, only, lines.append), lines
+
+
+def records_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of a comparison by the names of their runs."""
+    records = load_results(folder / "records")
+    return {f"{r['label']}-{r['target_sparsity']:g}-seed{r['seed']}": r for r in records}

@@ -9,32 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import lte
 from lte.cli import app
-from lte.compare import making, runner
 from lte.compare.latency import time_decoding
 from lte.eval.models import load_any_model
-from lte.eval.results import load_results
 from lte.hf.dense import load_tokenizer
-from lte.train.trainer import LteTrainer, NonFiniteLossError
-from tests.compare.conftest import runner_of, write_comparison
+from lte.train.trainer import LteTrainer
+from tests.compare.conftest import FIELDS, records_of, runner_of, write_comparison
 from tests.tiny_models import EXPERT_SIZE
-
-FIELDS = {
-    *("metrics", "weight_sparsity", "method_config", "measurement", "label", "group", "command", "data_sha256", "eta"),
-    *("layer_history", "peak_memory_bytes", "latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms"),
-    "latency_note",
-}
-
-
-def records_of(folder: Path) -> dict[str, dict[str, Any]]:
-    records = load_results(folder / "records")
-    return {f"{r['label']}-{r['target_sparsity']:g}-seed{r['seed']}": r for r in records}
 
 
 def done(lines: list[str]) -> list[str]:
@@ -150,47 +136,6 @@ def test_other_settings_make_models_anew_and_leave_records(mrpc: Callable[..., P
     changed.execute()
     assert done(lines) == ["start-seed0", "lte-0.5-seed0"]
     assert json.loads(made.read_text())["fingerprint"] != before
-
-
-def test_a_failure_is_a_record_and_the_others_go_on(mrpc: Callable[..., Path], tmp_path: Path) -> None:
-    file = mrpc({"method": "sigma_moe", "expert_size": 7}, "wina")
-    first, lines = runner_of(file, tmp_path)
-    assert first.execute() == ["sigma_moe-0.5-seed0"]
-    records = records_of(tmp_path)
-    failed = records["sigma_moe-0.5-seed0"]
-    assert failed["value"] is None
-    assert failed["failure"].startswith("ValueError: expert_size must divide")
-    assert (failed["metric"], failed["split"], failed["method"]) == ("accuracy", "validation", "sigma_moe")
-    assert set(failed) >= FIELDS
-    assert records["wina-0.5-seed0"]["value"] is not None
-    # It stays failed until its record is deleted.
-    second, lines = runner_of(file, tmp_path)
-    assert second.execute() == ["sigma_moe-0.5-seed0"]
-    assert lines == []
-
-
-def test_what_needs_a_failed_model_fails_with_it(
-    mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = making.make_model
-
-    def diverges(run: Any, *args: Any) -> Any:
-        if run.name == "control-seed0":
-            raise NonFiniteLossError("the loss is nan")
-        return make(run, *args)
-
-    monkeypatch.setattr(runner, "make_model", diverges)
-    first, _ = runner_of(mrpc("cats", "lte"), tmp_path)
-    assert first.execute() == ["cats-0.5-seed0"]
-    failure = records_of(tmp_path)["cats-0.5-seed0"]["failure"]
-    assert failure == "it needs control-seed0, which failed: NonFiniteLossError: the loss is nan"
-
-
-def test_data_that_is_not_there_is_no_failure_of_a_run(mrpc: Callable[..., Path], tmp_path: Path) -> None:
-    broken, _ = runner_of(mrpc("lte"), tmp_path, data_dir="/no/such")
-    with pytest.raises(ValueError, match="data_dir must be an existing folder"):
-        broken.execute()
-    assert not list((tmp_path / "records").iterdir())
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(mrpc: Callable[..., Path], tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ CHECKED_LAYERS = 4
 CHECKED_TOKENS = 256
 
 
+class GateError(RuntimeError):
+    """A result that differs from the reference, so that its time means nothing."""
+
+
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """RMS of the error over RMS of the reference; infinite where the reference is zero and `actual` is not."""
     error = (actual.float() - expected.float()).square().mean().sqrt().item()
@@ -33,10 +37,10 @@ def require(error: float, bound: float, what: str) -> float:
     """Returns the error.
 
     Raises:
-        RuntimeError: if it is above the bound, or not a number.
+        GateError: if it is above the bound, or not a number.
     """
     if not error <= bound:
-        raise RuntimeError(f"relative RMS of {what} must be at most {bound:g}, got {error:.2e}; nothing was timed")
+        raise GateError(f"relative RMS of {what} must be at most {bound:g}, got {error:.2e}; nothing was timed")
     return error
 
 
@@ -58,7 +62,7 @@ def check_ffns(
         native: whether the layers hold these weights, and not int8 ones, which are then compared with themselves.
 
     Raises:
-        RuntimeError: if an error is above the bound of the dtype.
+        GateError: if an error is above the bound of the dtype.
     """
     worst = 0.0
     step = max(len(ffns) // CHECKED_LAYERS, 1)

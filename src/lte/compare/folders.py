@@ -33,6 +33,7 @@ class Made:
         data_info: counts and checksums of the data.
         eta: weight of the efficiency loss at the end, of LTE.
         layer_history: each layer's active fraction over training, see `lte.train.summary.TrainingSummary`.
+        peak_memory_bytes: the most memory while it was made.
     """
 
     fingerprint: str
@@ -43,6 +44,7 @@ class Made:
     data_info: dict[str, Any]
     eta: float | None = None
     layer_history: dict[str, list[Any]] | None = None
+    peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class Folders:
 
     def made(self, run: Run) -> Made | None:
         """What is said of a run's model, `None` if it is not there or was made with other settings."""
-        path = self.model(run) / MADE_FILE
-        if not path.exists():
+        try:
+            made = Made(**json.loads((self.model(run) / MADE_FILE).read_text()))
+        # Another process may delete it at any time.
+        except FileNotFoundError:
             return None
-        made = Made(**json.loads(path.read_text()))
         return made if made.fingerprint == run.fingerprint else None
 
     def checkpoints(self, run: Run) -> Path:

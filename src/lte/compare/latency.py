@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lte.bench.gate import GateError
 from lte.bench.models import model_pair
 from lte.bench.rows import Row, is_dense
 from lte.bench.run import run_benchmarks
@@ -57,12 +58,17 @@ def time_decoding(folder: Path, dense_folder: Path, tokenizer: Any, say: Any = p
         dense_folder: of a dense model of the same architecture.
         tokenizer: of both.
         say: gets lines of progress.
+
+    Raises:
+        GateError: if the kernels do not compute what the reference does; no number of such a model counts.
     """
     try:
         rows, sparse = _decoding_rows(folder, tokenizer, say)
         dense_rows = rows if folder == dense_folder or sparse else _decoding_rows(dense_folder, tokenizer, say)[0]
         own = next(row for row in rows if is_dense(row) != sparse)
         dense = next(row for row in dense_rows if is_dense(row))
+    except GateError:
+        raise
     # A model that cannot be compiled or timed keeps its other numbers.
     except (RuntimeError, ValueError, StopIteration) as error:
         return untimed(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

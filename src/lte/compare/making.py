@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ import lte
 from lte.baselines import METHODS, apply_method_, refit_
 from lte.baselines.moefication import relu_fy_
 from lte.compare.folders import Folders, Made
+from lte.compare.memory import peak_memory_bytes
 from lte.compare.plan import Run
 from lte.compare.settings import Comparison
 from lte.config import CALIBRATED_GROUPINGS
@@ -35,7 +35,6 @@ def make_model(run: Run, comparison: Comparison, folders: Folders, work: Workloa
         ValueError: if the settings do not fit the model.
         NonFiniteLossError: if the training diverges.
     """
-    free_memory(run)
     # What a new head starts from.
     torch.manual_seed(run.seed)
     start = time.monotonic()
@@ -58,19 +57,10 @@ def make_model(run: Run, comparison: Comparison, folders: Folders, work: Workloa
         data_info=work.info,
         eta=summary.eta,
         layer_history=summary.layer_history(),
+        peak_memory_bytes=peak_memory_bytes(),
     )
     folders.save(run, model, work.tokenizer, made)
     return made
-
-
-def free_memory(run: Run) -> None:
-    """Forgets the models of earlier runs, and their peak of memory."""
-    gc.collect()
-    if run.values.get("compile"):
-        torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def calibration_text(run: Run, model: Any, work: Workload, tokens: int) -> list[Any]:

@@ -22,7 +22,10 @@ _LTE_ALONE = {
     *("stage2_routers", "router_sharpening", "calibration_tokens"),
 }
 # Settings that do not touch the weights of any model.
-_FREE = {"logging_steps", "save_steps", "report_to", "data_dir", "limit", "max_new_tokens", "max_validation_tokens"}
+_FREE = {
+    *("logging_steps", "save_steps", "report_to", "dataloader_num_workers"),
+    *("data_dir", "limit", "max_validation_tokens"),
+}
 _LEARNING = {
     field.name
     for cls in (TaskConfig, DataConfig, TrainConfig, TeachingOptions)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from typing import Any
-
-import torch
 
 from lte.compare.folders import Folders, Made
 from lte.compare.latency import FIELDS, time_decoding, untimed, why_not
+from lte.compare.memory import peak_memory_bytes
 from lte.compare.plan import Run
 from lte.compare.settings import Comparison
 from lte.eval.kernels import use_kernels_
@@ -51,7 +49,7 @@ def measured_record(
         wall_time_s=made.wall_time_s,
         eta=made.eta,
         layer_history=made.layer_history,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()),
     )
     record["config"] |= {"kernels": kernels, "tokens_start": made.tokens_start}
     if isinstance(result.measurement, SparsityMeasurement):
@@ -87,16 +85,6 @@ def command_of(run: Run, comparison: Comparison) -> str:
     return shlex.join(["lte", "compare", comparison.file, "--only", run.name, *comparison.flags])
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that PyTorch allocated on the GPU for this run, or that this process ever had on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
-    # In KiB, but on macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_info: dict[str, Any]) -> dict[str, Any]:
     """What a record says of a run that does not depend on its outcome."""
     trained = {"train": run.train_config.to_dict(), "stages": list(run.stages)} if run.trains else {"train": None}
@@ -106,7 +94,7 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
         "label": run.options.name,
         "group": run.options.group,
         "command": command_of(run, comparison),
-        "data_sha256": {part: data_info[part]["sha256"] for part in ("train", "validation")},
+        "data_sha256": {part: data_info.get(part, {}).get("sha256") for part in ("train", "validation")},
         "config": {
             **settings,
             **trained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lte.compare.folders import Folders
 from lte.compare.making import make_model
+from lte.compare.memory import free_memory
 from lte.compare.plan import Run, children_of, parents_of
 from lte.compare.records import failure_record, measured_record
 from lte.compare.settings import Comparison
@@ -18,7 +20,8 @@ from lte.compare.workloads import Workloads
 from lte.eval.results import write_json_atomic
 from lte.train.trainer import NonFiniteLossError
 
-FAILURES = (ValueError, NonFiniteLossError, torch.OutOfMemoryError)
+# What a run may fail by; anything else comes with a traceback.
+EXPECTED = (ValueError, NonFiniteLossError, torch.OutOfMemoryError)
 POLL_S = 1.0
 
 
@@ -92,8 +95,13 @@ class Runner:
             start = time.monotonic()
             try:
                 record = self._do(run)
-            except FAILURES as error:
+            except Exception as error:
+                if not isinstance(error, EXPECTED):
+                    traceback.print_exc()
                 self._fail(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
+                if not _device_works():
+                    # Nothing else can run in this process.
+                    raise
             else:
                 self.report(_line(run, record, time.monotonic() - start))
         self._clean_up(run)
@@ -104,8 +112,14 @@ class Runner:
 
     def _do(self, run: Run) -> dict[str, Any] | None:
         """Makes and measures a run; `None` without a record of its own."""
+        free_memory(run)
         work = self.workloads.of(run)
         made = self.folders.made(run)
+        if made is not None and made.data_info["train"]["sha256"] != work.info["train"]["sha256"]:
+            raise ValueError(
+                f"data must be what the model in {self.folders.model(run)} was made with, got other rows; "
+                "delete the work folder to make all models anew"
+            )
         if made is None:
             base = next((parent for parent in parents_of(run, self.runs) if parent.name == run.base), None)
             made = make_model(
@@ -119,11 +133,13 @@ class Runner:
         return record
 
     def _fail(self, run: Run, failure: str) -> None:
-        """Writes what failed into the record of a run, and of those that need it."""
+        """Writes what failed into the record of a run, and of those that need its model if there is none."""
         self.report(f"{run.name}: FAILED {failure}")
         if run in self.wanted and not self.folders.record(run).exists():
-            record = failure_record(run, self.comparison, self.workloads.of(run), failure)
+            record = failure_record(run, self.comparison, self.workloads.unread(run), failure)
             write_json_atomic(self.folders.record(run), record)
+        if self._has_model(run):
+            return
         for child in children_of(run, self.runs):
             if not self._has_model(child):
                 self._fail(child, f"it needs {run.name}, which failed: {failure}")
@@ -135,12 +151,17 @@ class Runner:
                 self.folders.delete_model(one)
 
     def _is_needed(self, run: Run) -> bool:
-        """Whether a run of the whole comparison, wanted now or not, will start from this one."""
+        """Whether a run of the whole comparison, wanted now or not, is to measure this model or to start from it."""
+        if self._lacks_record(run):
+            return True
         return any(
-            not self._has_model(child)
-            and ((child.measured and not self.folders.record(child).exists()) or self._is_needed(child))
+            # A model is also measured beside its parents.
+            self._lacks_record(child) or (not self._has_model(child) and self._is_needed(child))
             for child in children_of(run, self.runs)
         )
+
+    def _lacks_record(self, run: Run) -> bool:
+        return run.measured and not self.folders.record(run).exists()
 
     def _failure(self, run: Run) -> str | None:
         return json.loads(self.folders.record(run).read_text()).get("failure")
@@ -151,6 +172,16 @@ class Runner:
             fingerprint = json.loads(path.read_text()).get("config", {}).get("fingerprint")
             if fingerprint != run.fingerprint:
                 self.report(f"{run.name}: kept, but made with other settings; delete {path} to do it again.")
+
+
+def _device_works() -> bool:
+    """Whether the GPU still answers: after some errors of a kernel it does not, for this process."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _line(run: Run, record: dict[str, Any] | None, seconds: float) -> str:

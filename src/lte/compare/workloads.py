@@ -29,12 +29,15 @@ class Workloads:
         task, data, batch_size = run.task_config, run.data_config, run.train_config.batch_size
         key = (asdict(task), asdict(data), batch_size)
         if self._last is None or self._last[0] != key:
-            work: Workload
-            if task.task is None:
-                work = TextWorkload(data, self.tokenizer, batch_size)
-            else:
-                measured = run.values.get("validation_split")
-                work = TaskWorkload(task, data, self.tokenizer, batch_size, (data.split, measured))
+            work = self.unread(run)
             work.load_data(self.model)
             self._last = key, work
         return self._last[1]
+
+    def unread(self, run: Run) -> Workload:
+        """The data of a run by name and settings, before anything is read."""
+        task, data, batch_size = run.task_config, run.data_config, run.train_config.batch_size
+        if task.task is None:
+            return TextWorkload(data, self.tokenizer, batch_size)
+        measured = run.values.get("validation_split")
+        return TaskWorkload(task, data, self.tokenizer, batch_size, (data.split, measured))

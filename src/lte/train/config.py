@@ -64,8 +64,12 @@ class TrainConfig:
     )
     trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
     bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
+    tf32: bool = _option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
     compile: bool = _option(False, "Compile each decoder layer and the loss with torch.compile.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    dataloader_num_workers: int = _option(
+        2, "Processes that prepare batches on a GPU machine; 0 where many trainings share its cores."
+    )
     logging_steps: int = _option(10, "Steps between two log entries.")
     save_steps: int = _option(500, "Steps between two checkpoints.")
     report_to: Reporter = _option(
@@ -101,6 +105,7 @@ class TrainConfig:
             "router_fit_tokens",
             "calibration_tokens",
             "pole_guard",
+            "dataloader_num_workers",
             "stage1_epochs",
             "stage2_epochs",
         ):

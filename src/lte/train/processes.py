@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,3 +27,16 @@ def autocast(config: TrainConfig) -> torch.autocast:
     """bf16 autocast where the config asks for it. Around single passes: it keeps its copies of weights until it ends,
     so that weights which an optimiser changes inside would be used as they were."""
     return torch.autocast(training_device().type, torch.bfloat16, enabled=config.bf16)
+
+
+@contextmanager
+def float32_products(config: TrainConfig) -> Iterator[None]:
+    """TF32 products on the GPU where the config asks for them; what follows, measuring say, has the precision as it
+    was."""
+    before = torch.get_float32_matmul_precision()
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

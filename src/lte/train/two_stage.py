@@ -20,7 +20,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE
 from lte.train.config import Stage, TrainConfig, stages_of
 from lte.train.data import LmCollator, calibration_batches, mean_row_tokens
-from lte.train.processes import autocast, training_device
+from lte.train.processes import autocast, float32_products, training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
 from lte.train.summary import TrainingSummary
 from lte.train.trainer import LteTrainer
@@ -76,7 +76,7 @@ def train_two_stage(
     if config.compile:
         _compile_layers_(model, teacher, list(ffns))
     summaries: list[TrainingSummary] = []
-    with _gradient_checkpointing(model, config):
+    with _gradient_checkpointing(model, config), float32_products(config):
         for stage in stages_of(config):
             if stage.number in stages:
                 eta = summaries[-1].eta if summaries else None
@@ -180,7 +180,7 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
         save_total_limit=2,
         report_to=config.reporters,
         remove_unused_columns=False,
-        dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+        dataloader_num_workers=config.dataloader_num_workers if torch.cuda.is_available() else 0,
         # What a stage leaves unused is frozen.
         ddp_find_unused_parameters=False,
         # Each stage draws its own order of the data.

@@ -1,0 +1,30 @@
+"""Memory of the runs of a comparison, which follow each other in one process."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import torch
+
+from lte.compare.plan import Run
+
+
+def free_memory(run: Run) -> None:
+    """Forgets the models of earlier runs, and their peak of memory."""
+    gc.collect()
+    if run.values.get("compile"):
+        torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_bytes() -> int:
+    """The most that PyTorch allocated on the GPU since `free_memory`, or that this process ever had on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    # In KiB, but on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

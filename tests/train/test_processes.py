@@ -1,0 +1,19 @@
+"""What a training process sets for itself alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lte.train.config import TrainConfig
+from lte.train.processes import float32_products
+
+
+def test_tf32_ends_with_the_training() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), float32_products(TrainConfig(tf32=True)):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before == "highest"
+    with float32_products(TrainConfig()):
+        assert torch.get_float32_matmul_precision() == before
