@@ -48,7 +48,7 @@ formats() {
 decode() { llama llama2_7b_decode --dtype bfloat16 --benchmarks decode --batches 1 --tunings "${TUNINGS:-2}"; }
 
 batches() {
-  llama llama2_7b_decode_batches --dtype bfloat16 --benchmarks decode --batches 4,16 --sparsities 0,0.5,0.8 --tunings 0
+  llama llama2_7b_decode_batches --dtype bfloat16 --benchmarks decode --batches "${BATCHES:-4,16}" --sparsities 0,0.5,0.8 --tunings 0
 }
 
 few_tokens() { python3 benchmarks/prefill.py --tokens 1 2 4 8 16 24 32 48 64 --output "$output/prefill_few_tokens.json"; }

@@ -96,7 +96,7 @@ def runner_of(file: Path, folder: Path, *only: str, **overrides: Any) -> tuple[R
     """What does the runs of a file, and the lines that it says."""
     comparison = read_comparison(file, **overrides)
     lines: list[str] = []
-    workloads = Workloads(comparison.model, load_tokenizer(comparison.model))
+    workloads = Workloads(comparison.model, load_tokenizer(comparison.model), comparison.eval_batch_size)
     folders = Folders(folder / "records", folder / "work")
     return Runner(comparison, plan_runs(comparison), folders, workloads, only, lines.append), lines
 

@@ -48,7 +48,7 @@ def compare(
     runs = plan_runs(comparison)
     for name in only or ():
         check_choice("only", name, [run.name for run in runs if run.measured])
-    workloads = Workloads(comparison.model, load_tokenizer(comparison.model))
+    workloads = Workloads(comparison.model, load_tokenizer(comparison.model), comparison.eval_batch_size)
     folders = Folders(output or Path("results/compare") / file.stem, work or Path("runs/compare") / file.stem)
     if dry_run:
         print_plan(console, estimate_runs(list(runs), workloads, folders))

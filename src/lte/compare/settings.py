@@ -22,7 +22,7 @@ Stages = Literal["both", "1", "2"]
 OWN_METHODS = ("dense", "lte")
 KEYS = (
     *("task", "model", "data_dir", "seeds", "defaults", "start", "train", "sparsities", "methods"),
-    *("dtype", "latency"),
+    *("dtype", "eval_batch_size", "latency"),
 )
 # Settings with a place of their own in the file.
 ELSEWHERE = {
@@ -126,6 +126,7 @@ class Comparison:
         start: settings of the fine-tuning that everything starts from, over the defaults.
         train: settings of the budget after it, over the defaults.
         dtype: of the weights while a model is measured.
+        eval_batch_size: rows per forward pass while it is measured, `None` for as many as in training.
         latency: whether decoding is timed, on GPUs alone.
         flags: in place of keys of the file, for the command that repeats a run.
     """
@@ -137,6 +138,7 @@ class Comparison:
     start: dict[str, Any]
     train: dict[str, Any]
     dtype: str = "float32"
+    eval_batch_size: int | None = None
     latency: bool = False
     flags: tuple[str, ...] = ()
 
@@ -171,6 +173,9 @@ def read_comparison(path: Path, **overrides: Any) -> Comparison:
     if not content.get("model"):
         raise ValueError(f"model must be given: --model, or model: in {path}")
     check_choice("dtype", content.get("dtype", "float32"), tuple(DTYPES))
+    batch_size = content.get("eval_batch_size")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"eval_batch_size must be a whole number above 0, got eval_batch_size={batch_size!r}")
     blocks = {name: _block(content, name, path) for name in ("defaults", "start", "train")}
     blocks["defaults"] = _with_data(blocks["defaults"], content)
     return Comparison(
@@ -178,6 +183,7 @@ def read_comparison(path: Path, **overrides: Any) -> Comparison:
         model=str(content["model"]),
         entries=_entries(content, path, "seeds" in given),
         dtype=content.get("dtype", "float32"),
+        eval_batch_size=batch_size,
         latency=bool(content.get("latency", False)),
         flags=_flags(given),
         **blocks,
