@@ -72,9 +72,9 @@ def main(folder: Path, report_alone: bool = False) -> None:
     if found is None:
         sys.exit("the pictures need Chromium: apt-get install chromium chromium-driver")
     with tempfile.TemporaryDirectory() as pages, chromium(*found) as browser:
-        runs, benches = load_inputs([RESULTS / "wikipedia", RESULTS / "bench"])
-        comparisons = compare_runs(runs, curve=curve_name_by(CURVES, runs))
-        page = write_html_report(Path(pages) / "report.html", comparisons, benches)
+        inputs = load_inputs([*(RESULTS / "wikipedia").glob("*.json"), RESULTS / "bench"])
+        comparisons = compare_runs(inputs.runs, curve=curve_name_by(CURVES, inputs.runs))
+        page = write_html_report(Path(pages) / "report.html", comparisons, inputs.benches)
         take(browser, page, folder / "report.png", 1200, False, 1450)
     if not report_alone:
         draw_inspector(folder, found)
