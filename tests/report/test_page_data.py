@@ -116,7 +116,7 @@ def test_a_record_without_a_whole_history_has_none(held: Any) -> None:
         ({"eta": 0.25, "config": {"train": {"eta": 1.0}}}, 0.25),
         ({"config": {"train": {"eta": 1.0}}, "log": [{"eta": 0.5}]}, 1.0),
         ({"config": {"train": {"eta": None}}, "log": [{"eta": 0.5}, {"eta": 0.75}, {"step": 3}]}, 0.75),
-        ({"log": [{"eta": 0.5}, {"eta": 0.0}]}, 0.0),
+        ({"log": [{"eta": 0.5}, {"eta": 0.0}]}, 0.5),
         ({"log": [{"eta": 0.0}]}, None),
         ({"config": {"train": None}, "log": 3}, None),
         ({"eta": math.nan}, None),
