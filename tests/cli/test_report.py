@@ -106,7 +106,12 @@ def test_a_page_of_all_tracked_results(run: Callable[..., Any], tmp_path: Path) 
     assert result.exit_code == 0
     assert "which --html shows" not in result.output
     page = (tmp_path / "report.html").read_text()
-    for part in ("lte, recipe=straight_through", "dense, folder=second_teacher", "llama2_7b_decode.json"):
+    for part in (
+        "lte, recipe=straight_through",
+        "dense, folder=second_teacher",
+        "llama2_7b_decode.json",
+        "lte grouped, same routing",
+    ):
         assert part in page
 
 

@@ -76,6 +76,14 @@ def test_the_file_is_the_last_resort_and_long_texts_are_none() -> None:
     assert points_of(run("a", notes="x" * 40), run("b", notes="y" * 40)) == {"lte, file=a": [1], "lte, file=b": [1]}
 
 
+def test_the_order_of_runs_changes_no_name() -> None:
+    runs = [
+        Run(record(config={"recipe": "paper", "grouping": "kmeans"}), "a.json"),
+        Run(record(config={"grouping": "random", "recipe": "annealed"}), "b.json"),
+    ]
+    assert points_of(*runs) == points_of(*reversed(runs)) == {"lte, recipe=annealed": [1], "lte, recipe=paper": [1]}
+
+
 def test_splits_of_a_task_have_the_same_names() -> None:
     clashing = [run(recipe, recipe=recipe) for recipe in ("paper", "annealed")]
     alone = run("c", recipe="paper", split="other")

@@ -57,6 +57,8 @@ def told_apart(groups: Mapping[Key, Sequence[Run]], curve: Callable[[Record], st
         for index, name in enumerate(found):
             together[task, model, name].append((key, index))
     for (_, _, name), places in together.items():
+        # Of fields that differ alike the first is taken: names do not depend on the order of the runs.
+        places.sort(key=lambda place: (groups[place[0]][place[1]].source, place))
         for member, fields in _split(_members(groups, places)):
             key, index = member.place
             parts = [f"{each.rpartition('.')[-1]}={member.facts[each]}" for each in fields if member.facts.get(each)]
