@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import write_rows
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
 from lte.bench.decode import REDUCE_OVERHEAD, TUNING, WARM_STEPS, Decoder
+from lte.bench.dense import Projections
 from lte.bench.gate import check_logits
 from lte.bench.models import ModelPair, model_pair
-from lte.bench.routing import force_same_
+from lte.bench.routing import active_count, force_same_
 from lte.bench.shapes import random_model, shape_config
-from lte.eval.results import environment, write_json_atomic
 
 PDL = {"triton.enable_pdl": True}
 SETTINGS = {
@@ -84,6 +86,14 @@ def kernel_times(decoder: Decoder, run: Callable[[], Tensor]) -> list[dict[str, 
     ]
 
 
+def step_bytes(pair: ModelPair, sparsity: float | None) -> int:
+    """Bytes that a step must move, counted as `lte bench` does: of the dense model, or at a forced sparsity."""
+    ffn, stock = pair.sparse_ffns[0], Projections.of(pair.dense_ffns[0], pair.family.layout)
+    share = 1.0 if sparsity is None else active_count(ffn.num_experts, sparsity) / ffn.num_experts
+    size = ffn_bytes(stock, 1, share) + (0 if sparsity is None else router_bytes(ffn))
+    return round(other_bytes(pair, 1, CONTEXT) + len(pair.sparse_ffns) * size)
+
+
 def measure(pair: ModelPair, ids: Tensor, attention: str, name: str, sparsity: float | None) -> dict[str, Any]:
     """One row: the dense model, or the sparse one at a forced sparsity."""
     model = pair.dense if sparsity is None else pair.sparse
@@ -95,11 +105,12 @@ def measure(pair: ModelPair, ids: Tensor, attention: str, name: str, sparsity: f
     run = compiled_step(decoder, SETTINGS[name], f"{provider}, {attention}, {name}")
     times = step_times(decoder, run)
     cuts = statistics.quantiles(times, n=5)
-    kernels = kernel_times(decoder, run)
+    kernels, median, size = kernel_times(decoder, run), statistics.median(times), step_bytes(pair, sparsity)
     row = {
         "benchmark": "decode", "provider": provider, "dtype": "bfloat16", "batch": 1, "tokens": 1,
         "sparsity": sparsity or 0.0, "attention": attention, "settings": name, "layers": len(pair.sparse_ffns),
-        "median_ms": statistics.median(times), "p20_ms": cuts[0], "p80_ms": cuts[3], "kernels": kernels[:30],
+        "median_ms": median, "p20_ms": cuts[0], "p80_ms": cuts[3], "bytes": size, "gb_per_s": size / median / 1e6,
+        "kernels": kernels[:30],
         "kernels_ms": sum(kernel["us_per_step"] for kernel in kernels) / 1e3,
         "launches": sum(kernel["per_step"] for kernel in kernels),
     }  # fmt: skip
@@ -133,8 +144,7 @@ def main() -> None:
                     print(
                         f"        {kernel['us_per_step']:8.1f} us in {kernel['per_step']:5.1f}  {kernel['kernel'][:90]}"
                     )
-                if args.output:
-                    write_json_atomic(args.output, {"rows": rows, **environment()})
+                write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from prefill_layers import Layers, Widths
 from prefill_tuning import activation_rows, tune_activation, tune_grouped, tune_skinny
-from timing import dense_times, graph_times, row
+from timing import dense_times, graph_times, row, write_rows
 from torch import Tensor
 
 from lte.bench.gate import relative_rms
 from lte.bench.timing import copy_gb_per_s
-from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.decode import sparse_ffn_decode
 from lte.ops.launch import architecture
@@ -162,8 +161,7 @@ def main() -> None:
     layers, start = Layers(Widths.of(args.shape)), time.monotonic()
     if args.tune or args.tune_skinny:
         found = tune(layers, args.tokens, args.budget_s, skinny_alone=args.tune_skinny)
-        if args.output:
-            write_json_atomic(args.output, {"rows": found, **environment()})
+        write_rows(args.output, found)
         return
     bandwidth = copy_gb_per_s(torch.device("cuda"))
     print(f"copy: {bandwidth:.0f} GB/s; columns: sparsity {', '.join(f'{s:.0%}' for s in SPARSITIES)}")
@@ -186,10 +184,8 @@ def main() -> None:
         rows += [*dense.values(), *found]
         if args.activation:
             rows += activation_rows(layers, count, repeats)
-        if args.output:  # a run that is cut off has kept what it measured
-            write_json_atomic(
-                args.output, {"shape": args.shape, "rows": rows, "copy_gb_per_s": bandwidth, **environment()}
-            )
+        # A run that is cut off has kept what it measured.
+        write_rows(args.output, rows, shape=args.shape, copy_gb_per_s=bandwidth)
     print_table(points, FfnKind(architecture(layers.x.device), 2, True, layers.widths.weight_bytes))
     worst = max((r for r in rows if r["provider"] == "lte masked"), key=lambda r: r["ratio_to_dense"])
     print(f"masked at worst {worst['ratio_to_dense']:.3f} of dense, at {worst['tokens']} tokens")

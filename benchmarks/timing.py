@@ -1,15 +1,18 @@
-"""What the benchmarks of one FFN on a GPU share: times of CUDA graphs, dense baselines, the form of a row."""
+"""What the benchmarks on a GPU share: times of CUDA graphs, dense baselines, the form of a row and of a file."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from lte.eval.results import environment, write_json_atomic
 
 
 def graph_times(run: Callable[[int], object], repeats: int = 30, layers: int = 8) -> list[float]:
@@ -86,3 +89,10 @@ def row(benchmark: str, provider: str, tokens: int, sparsity: float, times: list
         "sparsity": sparsity, "median_ms": median, "p20_ms": low, "p80_ms": high, "bytes": size,
         "gb_per_s": size / median / 1e6,
     }  # fmt: skip
+
+
+def write_rows(path: Path | None, rows: Sequence[dict[str, Any]], **header: Any) -> None:
+    """Writes rows and what else a file says; hardware, versions and commit stand in the file and in every row."""
+    if path is not None:
+        where = environment()
+        write_json_atomic(path, {**header, **where, "rows": [{**each, **where} for each in rows]})

@@ -24,7 +24,6 @@ from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.report.html_report import write_html_report
 from lte.report.inputs import load_inputs
 from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
-from lte.report.records import curve_name_by
 from lte.report.tradeoff import compare_runs
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from tests.browser.chromium import chromium, find_chromium, save_screenshot
@@ -41,7 +40,6 @@ CODE = """def read_rows(path):
             yield [float(value) for value in line.split(",")]
 """
 RESULTS = Path(__file__).parents[2] / "results"
-CURVES = [f"config.run.{name}" for name in ("recipe", "distillation_weight", "start")]
 # Name, texts, width, theme, and the highest picture that is kept.
 PICTURES = [
     ("inspector", 1, 1200, False, 1450),
@@ -72,9 +70,8 @@ def main(folder: Path, report_alone: bool = False) -> None:
     if found is None:
         sys.exit("the pictures need Chromium: apt-get install chromium chromium-driver")
     with tempfile.TemporaryDirectory() as pages, chromium(*found) as browser:
-        runs, benches = load_inputs([RESULTS / "wikipedia", RESULTS / "bench"])
-        comparisons = compare_runs(runs, curve=curve_name_by(CURVES, runs))
-        page = write_html_report(Path(pages) / "report.html", comparisons, benches)
+        inputs = load_inputs([*sorted((RESULTS / "wikipedia").glob("*.json")), RESULTS / "bench"])
+        page = write_html_report(Path(pages) / "report.html", compare_runs(inputs.runs), inputs.benches)
         take(browser, page, folder / "report.png", 1200, False, 1450)
     if not report_alone:
         draw_inspector(folder, found)

@@ -13,6 +13,7 @@ from tests.report.sample_benches import bench_content
 from tests.report.sample_records import record
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
 
 
 @pytest.fixture
@@ -67,12 +68,15 @@ def test_another_metric_leaves_other_tasks_out(run: Callable[..., Any], folder: 
         (["{folder}", "--task", "sst"], "task must be one of lm, sst2, got task='sst' (did you mean sst2?)"),
         (["{folder}", "--metric", "em"], "metric must be one that a record has, got metric='em'"),
         (["{folder}", "--by", "config.lte.size"], "by must be one of config.lte.expert_size"),
-        (["{folder}/0.json", "{folder}/../twice.json"], "records of one curve must differ in target sparsity or seed"),
+        (["{folder}/../bench.json"], "RESULTS must hold at least one result record, got 1 files of lte bench, which"),
+        (["{folder}/../others"], "RESULTS must hold at least one result record, got 1 other JSON files in"),
+        (["{folder}", "{folder}/../others/x.json"], "x.json must be a result record"),
         (["{folder}/../odd.json"], "got metric=speed; declare it with --higher speed or --lower speed"),
     ],
 )
 def test_mistakes_are_explained(run: Callable[..., Any], folder: Path, arguments: list[str], message: str) -> None:
-    write_json_atomic(folder.parent / "twice.json", record("dense"))
+    write_json_atomic(folder.parent / "bench.json", bench_content())
+    write_json_atomic(folder.parent / "others" / "x.json", {"clusters": 3})
     write_json_atomic(folder.parent / "odd.json", record(metric="speed"))
     result = run("report", *(argument.format(folder=folder) for argument in arguments))
     assert result.exit_code == 1
@@ -84,24 +88,43 @@ def test_a_declared_metric_is_compared(run: Callable[..., Any], tmp_path: Path) 
     assert run("report", tmp_path, "--higher", "speed").exit_code == 0
 
 
-def test_the_tracked_results_of_wikipedia(run: Callable[..., Any]) -> None:
-    fields = ("config.run.recipe", "config.run.distillation_weight", "config.run.start")
-    folder = ROOT / "results" / "wikipedia"
-    result = run("report", folder, *(part for field in fields for part in ("--by", field)))
+def test_all_tracked_results_at_once(run: Callable[..., Any]) -> None:
+    result = run("report", RESULTS)
     assert result.exit_code == 0
-    assert "14.82 ± 0.03" in result.output
-    assert "Reference, the best of 3 dense models: dense, distillation_weight=1.0" in result.output
-    refused = run("report", folder)
-    assert "dense-continued-wikipedia_valid.json" in refused.stderr
-    assert "--by" in refused.stderr
+    text = " ".join(result.output.split())
+    for part in ("14.82 ± 0.03", "best of 9 dense models: dense, name=dense-distilled", "lte, folder=fewer_articles"):
+        assert part in text
+    (skipped,) = (line for line in result.output.splitlines() if line.startswith("Skipped, "))
+    names = skipped.partition(": ")[2].split(", ")
+    assert str(RESULTS / "clustering.json") in names
+    assert skipped.startswith(f"Skipped, {len(names)} JSON files without a result record")
+    assert "files of lte bench, which --html shows" in text
+
+
+def test_a_page_of_all_tracked_results(run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run("report", RESULTS, "--html", tmp_path / "report.html")
+    assert result.exit_code == 0
+    assert "which --html shows" not in result.output
+    page = (tmp_path / "report.html").read_text()
+    for part in (
+        "lte, recipe=straight_through",
+        "dense, folder=second_teacher",
+        "llama2_7b_decode.json",
+        "lte grouped, same routing",
+    ):
+        assert part in page
+
+
+def test_the_tracked_results_of_wikipedia(run: Callable[..., Any]) -> None:
+    result = run("report", RESULTS / "wikipedia")
+    assert result.exit_code == 0
+    assert "Skipped" not in result.output
+    assert "lte, folder=first_recipe, name=lte-50-36M" in " ".join(result.output.split())
 
 
 def test_the_documents_example_is_what_the_command_prints(run: Callable[..., Any]) -> None:
     text = (ROOT / "docs" / "report.md").read_text()
-    fields = ("config.run.recipe", "config.run.distillation_weight", "config.run.start")
-    output = run(
-        "report", ROOT / "results" / "wikipedia", *(part for field in fields for part in ("--by", field))
-    ).output
+    output = run("report", *sorted((RESULTS / "wikipedia").glob("*.json"))).output
     example = text.split("```text\n")[1].split("```")[0]
     assert example.strip()
     for line in example.strip().splitlines():
@@ -126,8 +149,11 @@ def test_a_page_of_benchmarks_alone(run: Callable[..., Any], tmp_path: Path) -> 
     assert "dense eager" in (tmp_path / "report.html").read_text()
 
 
-def test_a_benchmark_needs_a_page(run: Callable[..., Any], folder: Path) -> None:
+def test_files_of_which_tables_show_nothing_are_named(run: Callable[..., Any], folder: Path) -> None:
     write_json_atomic(folder / "bench.json", bench_content())
+    write_json_atomic(folder / "below" / "clusters.json", {"clusters": 3})
     result = run("report", folder)
-    assert result.exit_code != 0
-    assert "must be a result record" in result.output.replace("\n", " ")
+    assert result.exit_code == 0
+    assert f"Not shown, 1 files of lte bench, which --html shows: {folder / 'bench.json'}\n" in result.output
+    below = folder / "below" / "clusters.json"
+    assert f"Skipped, 1 JSON files without a result record or rows of lte bench: {below}\n" in result.output

@@ -17,7 +17,8 @@ def test_records_and_benchmarks_are_told_apart(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "a.json", record())
     write_json_atomic(tmp_path / "b.json", bench_content())
     write_json_atomic(tmp_path / "c.json", bench_content(rows=[]))
-    runs, benches = load_inputs([tmp_path])
+    inputs = load_inputs([tmp_path])
+    runs, benches = inputs.runs, inputs.benches
     assert [run.source for run in runs] == [str(tmp_path / "a.json")]
     assert runs[0].record == record()
     assert [bench.source for bench in benches] == [str(tmp_path / name) for name in ("b.json", "c.json")]
@@ -34,7 +35,7 @@ def test_records_and_benchmarks_are_told_apart(tmp_path: Path) -> None:
         ([1], r"x\.json must be a result record, which must be a JSON object, got list"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+def test_other_files_that_are_named_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     write_json_atomic(tmp_path / "x.json", content)
     with pytest.raises(ValueError, match=message):
         load_inputs([tmp_path / "x.json"])
@@ -44,3 +45,52 @@ def test_a_file_without_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json must hold JSON, got a file that does not"):
         load_inputs([tmp_path / "x.json"])
+
+
+def write_records(folder: Path, *names: str) -> None:
+    for name in names:
+        write_json_atomic(folder / f"{name}.json", record(label=name))
+
+
+def test_a_folder_stands_for_all_files_below_it(tmp_path: Path) -> None:
+    write_records(tmp_path, "b", "a", "older/c", "older/oldest/d", ".cache/e", ".hidden")
+    assert labels([tmp_path]) == ["a", "b", "older/c", "older/oldest/d"]
+    assert labels([tmp_path / "older" / "oldest"]) == ["older/oldest/d"]
+    assert labels([tmp_path / "b.json", tmp_path, tmp_path / "older"]) == ["b", "a", "older/c", "older/oldest/d"]
+
+
+def labels(paths: list[Path]) -> list[str]:
+    return [run.record["label"] for run in load_inputs(paths).runs]
+
+
+def test_other_files_in_a_folder_are_skipped_and_named(tmp_path: Path) -> None:
+    write_records(tmp_path, "a")
+    others = {"clusters": {"clusters": 3}, "list": [1], "rows": {"rows": 3}, "training": {"rows": [{"step": 1}]}}
+    for name, content in others.items():
+        write_json_atomic(tmp_path / f"{name}.json", content)
+    (tmp_path / "broken.json").write_text("{")
+    inputs = load_inputs([tmp_path])
+    assert len(inputs.runs) == 1
+    assert inputs.skipped == [str(tmp_path / f"{name}.json") for name in sorted([*others, "broken"])]
+    with pytest.raises(ValueError, match=r"clusters\.json must be a result record"):
+        load_inputs([tmp_path, tmp_path / "clusters.json"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (record(sparsity=2.0), r"hold a share in \[0, 1\] in sparsity, got sparsity=2.0"),
+        ({"rows": [bench_row("lte", "0.5", 0.5, 1.0, p20_ms="fast")]}, r"a number in p20_ms, got p20_ms='fast'"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_a_folder_too(tmp_path: Path, content: Any, message: str) -> None:
+    write_json_atomic(tmp_path / "x.json", content)
+    with pytest.raises(ValueError, match=message):
+        load_inputs([tmp_path])
+
+
+def test_paths_without_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"paths must hold at least one result record \(\*.json\), got none in"):
+        load_inputs([tmp_path])
+    with pytest.raises(ValueError, match=r"paths must be existing files or folders with result records, got .*missing"):
+        load_inputs([tmp_path / "missing"])

@@ -12,7 +12,7 @@ from lte.report.inputs import Bench
 from lte.report.page_data import page_data
 from lte.report.run_data import MOST_STEPS, final_eta, history_data, routing_data
 from lte.report.tradeoff import compare_runs
-from tests.report.sample_benches import bench, bench_content
+from tests.report.sample_benches import bench, bench_content, bench_row
 from tests.report.sample_records import measurement, record
 from tests.report.test_tradeoff import runs_of
 
@@ -116,7 +116,7 @@ def test_a_record_without_a_whole_history_has_none(held: Any) -> None:
         ({"eta": 0.25, "config": {"train": {"eta": 1.0}}}, 0.25),
         ({"config": {"train": {"eta": 1.0}}, "log": [{"eta": 0.5}]}, 1.0),
         ({"config": {"train": {"eta": None}}, "log": [{"eta": 0.5}, {"eta": 0.75}, {"step": 3}]}, 0.75),
-        ({"log": [{"eta": 0.5}, {"eta": 0.0}]}, 0.0),
+        ({"log": [{"eta": 0.5}, {"eta": 0.0}]}, 0.5),
         ({"log": [{"eta": 0.0}]}, None),
         ({"config": {"train": None}, "log": 3}, None),
         ({"eta": math.nan}, None),
@@ -135,6 +135,36 @@ def test_a_bench_file_becomes_groups_of_rows() -> None:
     assert medians == [("dense eager", True, 0.0, 4.0), ("lte", False, 0.5, 3.0), ("lte", False, 0.8, 2.0)]
     assert found["break_even"] == bench_content()["break_even"]
     assert found["union"] == bench_content()["union"]
+
+
+def test_rows_of_a_provider_that_come_twice_are_told_apart() -> None:
+    rows = [
+        bench_row(provider, None, sparsity, 1.0, benchmark="prefill", tokens=16, batch=16, routing=routing)
+        for provider, sparsity, routing in (
+            ("dense eager", 0.0, None),
+            ("lte masked", 0.0, "same"),
+            ("lte masked", 0.5, "same"),
+            ("lte masked", 0.5, "independent"),
+            ("lte decode", 0.5, "same"),
+        )
+    ]
+    data = data_of(benches=(bench(rows=rows, model=None, shape="llama2-7b"),))
+    (group,) = data["benches"][0]["latency"]
+    assert group["title"] == "FFN, 16 tokens: llama2-7b, bfloat16, int8 weights, 1 x GPU (tiny.json)"
+    names = [(row["provider"], row["is_dense"]) for row in group["rows"]]
+    same, independent = "lte masked, same routing", "lte masked, independent routing"
+    assert names == [("dense eager", True), (same, False), (same, False), (independent, False), ("lte decode", False)]
+    assert set(data["places"]) == {name for name, _ in names}
+
+
+def test_prompts_of_a_model_are_no_ffn() -> None:
+    rows = [
+        bench_row("lte", "0.5", 0.5, 1.0, benchmark="prefill", tokens=64, scope="model"),
+        bench_row("a", None, 0, 1),
+    ]
+    rows.append(bench_row("b", None, 0.0, 1.0, benchmark="other"))
+    titles = [group["title"].split(":")[0] for group in data_of(benches=(bench(rows=rows),))["benches"][0]["latency"]]
+    assert titles == ["prompt of 64 tokens", "decoding step, batch 1"]
 
 
 def test_rows_of_a_batch_that_lack_a_field_are_left_out() -> None:

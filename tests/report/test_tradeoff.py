@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lte.eval.results import write_json_atomic
 from lte.report.metrics import metric_named
-from lte.report.records import Run, curve_name, curve_name_by, load_records
+from lte.report.records import Run, curve_name, curve_name_by
 from lte.report.tradeoff import Comparison, Statistic, compare_runs, statistic
 from tests.report.sample_records import record
 
@@ -97,15 +95,10 @@ def test_what_is_not_comparable_is_compared_apart() -> None:
     assert all(len(each.points()) == 1 for each in comparisons)
 
 
-def test_the_same_seed_twice_is_refused_with_its_files_and_what_tells_them_apart() -> None:
-    settings = [{"run": {"name": name, "lr": lr}} for name, lr in (("a", 1e-4), ("b", 1e-3))]
-    message = (
-        r"got seeds \[0, 0\] for 'lte' at 0.5 in 0.json, 1.json; leave out one of each, or tell .* by config.run.lr "
-    )
-    with pytest.raises(ValueError, match=message):
-        compared(*(record(config=config) for config in settings))
-    with pytest.raises(ValueError, match="their settings are the same"):
-        compared(record(), record())
+def test_the_same_seed_twice_is_refused_where_nothing_tells_it_apart() -> None:
+    twice = [Run(record(), "0.json")] * 2
+    with pytest.raises(ValueError, match=r"got seeds \[0, 0\] for 'lte' at 0.5 in 0.json, 0.json, which nothing tells"):
+        compare_runs(twice)
     assert len(compared(record(value=None), record()).points()) == 1
 
 
@@ -176,29 +169,3 @@ def test_an_unknown_metric_can_be_declared() -> None:
     assert compared(record(metric="speed"), higher=["speed"]).metric.higher_is_better
     with pytest.raises(ValueError, match="metric must be better one way, got metric=speed as both"):
         metric_named("speed", higher=["speed"], lower=["speed"])
-
-
-def test_a_folder_is_one_round_of_files(tmp_path: Path) -> None:
-    for name in ("b", "a", "older/c", "older/oldest/d"):
-        write_json_atomic(tmp_path / f"{name}.json", {**record(), "label": name})
-    (tmp_path / ".hidden.json").write_text("{")
-    assert [run.record["label"] for run in load_records([tmp_path])] == ["a", "b"]
-    assert [run.source for run in load_records([tmp_path / "older"])] == [str(tmp_path / "older" / "c.json")]
-    twice = [tmp_path / "b.json", tmp_path, tmp_path / "older"]
-    assert [run.record["label"] for run in load_records(twice)] == ["b", "a", "older/c"]
-
-
-def test_a_folder_of_folders_stands_for_them(tmp_path: Path) -> None:
-    for name in ("mrpc/a", "sst2/b"):
-        write_json_atomic(tmp_path / f"{name}.json", {**record(), "label": name})
-    assert [run.record["label"] for run in load_records([tmp_path])] == ["mrpc/a", "sst2/b"]
-
-
-def test_paths_without_records_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"paths must hold at least one result record \(\*.json\), got none in"):
-        load_records([tmp_path])
-    with pytest.raises(ValueError, match=r"paths must be existing files or folders with result records, got .*missing"):
-        load_records([tmp_path / "missing"])
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"other.json must be a result record"):
-        load_records([tmp_path])

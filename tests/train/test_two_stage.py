@@ -241,6 +241,20 @@ def test_stage_2_goes_on_with_the_eta_of_stage_1(tmp_path):
     assert first == pytest.approx(expected.update(0.5, 0.5 - error), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [({"recipe": "paper"}, "stage1"), ({"recipe": "annealed"}, "stage1"), ({"recipe": "straight_through"}, "stage2")],
+)
+def test_the_summary_has_the_eta_of_the_last_stage_that_controls_it(tmp_path, options, file):
+    summary = train_two_stage(fresh_model(), toy_rows(), config(**options), tmp_path)
+    assert summary.eta == json.loads((tmp_path / file / "stage.json").read_text())["eta"]
+    assert summary.eta is not None
+
+
+def test_without_a_controller_the_summary_has_no_eta(tmp_path):
+    assert train_two_stage(fresh_model(), toy_rows(), config(recipe="paper", eta=0.5), tmp_path).eta is None
+
+
 def test_gradient_checkpointing_is_on_while_training_and_off_after(tmp_path, monkeypatch):
     seen, original = [], LteTrainer.training_step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,8 +13,8 @@ from lte.config import check_choice
 from lte.report.comparison_report import comparison_texts, write_comparison_report
 from lte.report.comparison_tables import TextTable
 from lte.report.html_report import write_html_report
-from lte.report.inputs import load_inputs
-from lte.report.records import Run, curve_name, curve_name_by, load_records
+from lte.report.inputs import Inputs, load_inputs
+from lte.report.records import Run, curve_name, curve_name_by
 from lte.report.tradeoff import compare_runs
 
 
@@ -47,8 +47,10 @@ def report(
 
     Example: `lte report results/compare/mrpc --output report`
     """
-    runs, benches = load_inputs(results) if html else (load_records(results), [])
-    runs = _of_tasks(runs, task or ())
+    inputs = load_inputs(results)
+    if not inputs.runs and not (html and inputs.benches):
+        _refuse_without_records(results, inputs)
+    runs = _of_tasks(inputs.runs, task or ())
     curve = curve_name_by(by, runs) if by else curve_name
     declared = {"higher": higher or (), "lower": lower or ()}
     comparisons = compare_runs(runs, metric=metric, curve=curve, **declared) if runs else []
@@ -62,9 +64,32 @@ def report(
         console.print()
     files = write_comparison_report(output, comparisons, drop) if output is not None else []
     if html is not None:
-        files.append(write_html_report(html, comparisons, benches, drop))
+        files.append(write_html_report(html, comparisons, inputs.benches, drop))
+    for note in _notes(inputs, html):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if files:
         console.print(f"Written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _refuse_without_records(results: list[Path], inputs: Inputs) -> NoReturn:
+    """Says what the paths hold in place of records."""
+    found = [f"{len(inputs.benches)} files of lte bench, which --html shows"] if inputs.benches else []
+    found += [f"{len(inputs.skipped)} other JSON files"] if inputs.skipped else []
+    raise ValueError(
+        f"RESULTS must hold at least one result record, got {' and '.join(found)} in {', '.join(map(str, results))}"
+    )
+
+
+def _notes(inputs: Inputs, html: Path | None) -> list[str]:
+    """A line for each kind of files that nothing is shown of."""
+    notes = []
+    if inputs.benches and html is None:
+        names = ", ".join(bench.source for bench in inputs.benches)
+        notes.append(f"Not shown, {len(inputs.benches)} files of lte bench, which --html shows: {names}")
+    if inputs.skipped:
+        names = ", ".join(inputs.skipped)
+        notes.append(f"Skipped, {len(inputs.skipped)} JSON files without a result record or rows of lte bench: {names}")
+    return notes
 
 
 def _of_tasks(runs: list[Run], tasks: list[str] | tuple[str, ...]) -> list[Run]:

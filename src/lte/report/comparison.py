@@ -124,8 +124,8 @@ def perplexity_vs_sparsity_figure(
         label: names the curve that a record belongs to.
 
     Raises:
-        ValueError: if there is no record with a value, if the records are not comparable, or if two of one
-            curve share target and seed.
+        ValueError: if there is no record with a value, if the records are not comparable, or if nothing
+            tells apart two of one curve, target and seed.
     """
     _check_comparable(records)
     if all(record["value"] is None for record in records):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ class Standing:
         curve: name of LTE's curve.
         point: of it.
         saving: share of the dense reference's bytes that the point saves.
+        ffn_saving: the same bytes as a share of those of the dense FFNs, so that routers count against it; `None` where
+            the records do not tell these.
         rival: name of the other curve, `None` if no other method was measured with that few bytes.
         rival_value: its metric there.
         behind: how much better the rival is, in the metric's unit; negative where LTE is better.
@@ -28,6 +31,7 @@ class Standing:
     curve: str
     point: Point
     saving: float
+    ffn_saving: float | None
     rival: str | None
     rival_value: float | None
     behind: float | None
@@ -60,22 +64,46 @@ def lte_standings(comparison: Comparison) -> list[Standing]:
     found: list[Standing] = []
     others = [[point for point in points if point.method != OURS] for points in comparison.curves.values()]
     rivals = [*others, *([point] for point in comparison.dense)]
+    ffn_share = dense_ffn_share(comparison)
     for name, points in comparison.curves.items():
-        standings = [_standing(comparison, name, point, rivals) for point in points if point.method == OURS]
+        standings = [_standing(comparison, name, point, rivals, ffn_share) for point in points if point.method == OURS]
         found += sorted((each for each in standings if each is not None), key=lambda each: each.saving)
     return found
 
 
-def _standing(comparison: Comparison, name: str, point: Point, rivals: Sequence[Sequence[Point]]) -> Standing | None:
+def dense_ffn_share(comparison: Comparison) -> float | None:
+    """Share of the FFNs in the dense reference's bytes; `None` where no record of LTE tells it.
+
+    Records count 2 FLOPs and 2 bytes per weight, and 4 bytes per weight of a router, so LTE reads 2 FLOPs - bytes
+    without its routers. What it reads less than the dense model is its sparsity's share of the FFNs, all layers being
+    as wide as each other.
+    """
+    dense = None if comparison.reference is None else comparison.reference.mean("megabytes")
+    records = [run.record for point in comparison.points() if point.method == OURS for run in point.runs]
+    known = [each for each in records if each["sparsity"] and each["flops_per_token"] and each["bytes_per_token"]]
+    if not dense or not known:
+        return None
+    record = max(known, key=lambda each: each["sparsity"])
+    share = 1 - (2 * record["flops_per_token"] - record["bytes_per_token"]) / (dense * 1e6)
+    share /= record["sparsity"]
+    return share if 0 < share <= 1 else None
+
+
+def _standing(
+    comparison: Comparison, name: str, point: Point, rivals: Sequence[Sequence[Point]], ffn_share: float | None
+) -> Standing | None:
     share, megabytes = comparison.share(point, "megabytes"), point.mean("megabytes")
     if share is None or megabytes is None:
         return None
+    saving = 1 - share
+    ffn_saving = None if ffn_share is None else saving / ffn_share
     own, drop = point.value, comparison.metric.drop
     standings = [
         Standing(
             curve=name,
             point=point,
-            saving=1 - share,
+            saving=saving,
+            ffn_saving=ffn_saving,
             rival=rival.name,
             rival_value=rival.value,
             behind=drop(own.mean, rival.value),
@@ -86,7 +114,7 @@ def _standing(comparison: Comparison, name: str, point: Point, rivals: Sequence[
         for rival in _at_most(points, megabytes)
     ]
     if not standings:
-        return Standing(name, point, 1 - share, None, None, None, own.spread, own.n)
+        return Standing(name, point, saving, ffn_saving, None, None, None, own.spread, own.n)
     # A rival that is clearly better comes before one that is better on average, but not clearly so.
     return max(standings, key=lambda standing: (not standing.on_envelope, standing.behind))
 
@@ -110,13 +138,17 @@ def _at_most(points: Sequence[Point], megabytes: float) -> list[_Rival]:
 
 
 def envelope_sentences(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
-    """What the standings say, a sentence for each curve of LTE, and one about seeds where there is one seed alone."""
+    """What the standings say: a sentence for each curve of LTE, one about the saving from which LTE is on the envelope,
+    in bytes of the FFNs, and one about seeds where there is one seed alone.
+    """
     if not standings:
         return ["No point of LTE with known bytes beside a dense model: nothing is said of the envelope."]
     found = []
     for name in dict.fromkeys(standing.curve for standing in standings):
         own = [standing for standing in standings if standing.curve == name]
         found.append(_sentence(comparison, name, own))
+    if all(standing.ffn_saving is not None for standing in standings):
+        found.append(_ffn_sentence(comparison, standings))
     if any(standing.seeds < 2 for standing in standings):
         found.append("Where one side has a single seed, its standard deviation counts as 0.")
     return found
@@ -142,3 +174,34 @@ def _sentence(comparison: Comparison, name: str, standings: Sequence[Standing]) 
 
 def _savings(standings: Sequence[Standing]) -> str:
     return f"{', '.join(f'{100 * standing.saving:.1f}%' for standing in standings)} of the bytes saved"
+
+
+def _ffn_sentence(comparison: Comparison, standings: Sequence[Standing]) -> str:
+    """The lowest saving of the FFNs' bytes from which all best points of LTE are on the envelope."""
+    best = [standing for standing in standings if not _is_beaten(comparison, standing, standings)]
+    best.sort(key=lambda standing: -standing.saving)
+    held = list(itertools.takewhile(lambda standing: standing.on_envelope, best))
+    compared = [standing for standing in held if standing.rival is not None]
+    if not held:
+        return f"LTE is not on the upper envelope at its largest saving of the FFNs' bytes, {_ffn_saving(best[0])}."
+    if not compared:
+        return f"No other method was measured where LTE saves {_ffn_saving(held[-1])} of the FFNs' bytes or more."
+    alone = held[: len(held) - len(compared)]
+    rest = f"; no other method was measured with {_ffn_saving(alone[-1])} saved or more" if alone else ""
+    return (
+        f"With routers counted, LTE is on the upper envelope from {_ffn_saving(held[-1])} of the FFNs' bytes saved on, "
+        f"at each of its best points up to {_ffn_saving(compared[0])}{rest}."
+    )
+
+
+def _is_beaten(comparison: Comparison, standing: Standing, others: Sequence[Standing]) -> bool:
+    """Whether another point of LTE saves as much and is as good, and is better in one of both."""
+    for other in others:
+        worse = comparison.metric.drop(other.point.value.mean, standing.point.value.mean)
+        if other.saving >= standing.saving and worse <= 0 and (other.saving > standing.saving or worse < 0):
+            return True
+    return False
+
+
+def _ffn_saving(standing: Standing) -> str:
+    return f"{100 * (standing.ffn_saving or 0.0):.1f}%"

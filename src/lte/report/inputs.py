@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.bench.rows import REQUIRED_FIELDS
+from lte.eval.results import REQUIRED_FIELDS as RECORD_FIELDS
 from lte.eval.results import check_result, read_json
 from lte.report.records import Run, result_files
 
@@ -28,24 +29,56 @@ class Bench:
     source: str
 
 
-def load_inputs(paths: Sequence[str | Path]) -> tuple[list[Run], list[Bench]]:
+@dataclass(frozen=True)
+class Inputs:
+    """What paths hold.
+
+    Attributes:
+        runs: the result records.
+        benches: the files of `lte bench`.
+        skipped: files found in folders that are neither.
+    """
+
+    runs: list[Run]
+    benches: list[Bench]
+    skipped: list[str]
+
+
+def load_inputs(paths: Sequence[str | Path]) -> Inputs:
     """The result records and the benchmarks of files and folders, which stand for files as `result_files` says.
 
-    A JSON object with `rows` is a benchmark, any other one a record.
+    A JSON object with the required fields of a result record is one; one with `rows`, each with the required fields of
+    a benchmark's row, is a benchmark.
 
     Raises:
-        ValueError: for a path that does not exist, paths without any file, or a file that is neither.
+        ValueError: for a path that does not exist, paths without any file, a file named among the paths that is
+            neither, or a record or benchmark with a wrong value.
     """
-    runs, benches = [], []
-    for file in result_files(paths):
-        content = read_json(file)
-        if isinstance(content, Mapping) and "rows" in content:
+    inputs = Inputs([], [], [])
+    for file, is_named in result_files(paths).items():
+        content = read_json(file) if is_named else _json_or_none(file)
+        if isinstance(content, Mapping) and "rows" in content and (is_named or _has_bench_rows(content["rows"])):
             _check_rows(file, content["rows"])
-            benches.append(Bench(content, str(file)))
-        else:
+            inputs.benches.append(Bench(content, str(file)))
+        elif is_named or (isinstance(content, Mapping) and all(name in content for name in RECORD_FIELDS)):
             check_result(content, file)
-            runs.append(Run(content, str(file)))
-    return runs, benches
+            inputs.runs.append(Run(content, str(file)))
+        else:
+            inputs.skipped.append(str(file))
+    return inputs
+
+
+def _json_or_none(file: Path) -> Any:
+    try:
+        return read_json(file)
+    except ValueError:
+        return None
+
+
+def _has_bench_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, Mapping) and all(name in row for name in REQUIRED_FIELDS) for row in rows
+    )
 
 
 def _check_rows(file: Path, rows: Any) -> None:

@@ -33,14 +33,15 @@ def page_data(
     """
     names = [name for comparison in comparisons for name in comparison.curves]
     names += [marker.method for comparison in comparisons for marker in paper_markers(comparison)]
-    names += [row["provider"] for bench in benches for row in bench.content["rows"]]
+    measured = [bench_data(bench) for bench in benches]
+    names += [row["provider"] for each in measured for group in each["latency"] for row in group["rows"]]
     data = {
         "version": __version__,
         "places": curve_places(names),
         "histogram_unit": HISTOGRAM_UNIT,
         "paper": paper_numbers()["source"],
         "comparisons": [comparison_data(comparison, limit) for comparison in comparisons],
-        "benches": [bench_data(bench) for bench in benches],
+        "benches": measured,
     }
     return _finite(data)
 

@@ -6,16 +6,14 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lte.config import check_choice
-from lte.eval.results import load_result
 
 Record = Mapping[str, Any]
-# Where the settings of a run are, of which one may tell apart what a curve holds twice.
-_SETTINGS = ("label", "group", "tokens_trained", "method_config", "config")
+SETTINGS = ("label", "group", "tokens_trained", "method_config", "config")
+"""Fields of a record that say what was run."""
 
 
 @dataclass(frozen=True)
@@ -31,40 +29,29 @@ class Run:
     source: str
 
 
-def load_records(paths: Sequence[str | Path]) -> list[Run]:
-    """The result records of files and folders, which stand for files as `result_files` says.
+def result_files(paths: Sequence[str | Path]) -> dict[Path, bool]:
+    """The files that paths stand for, and whether a path names the file itself.
 
-    Raises:
-        ValueError: for a path that does not exist, a file without a result record, or paths without any file.
-    """
-    return [Run(load_result(file), str(file)) for file in result_files(paths)]
-
-
-def result_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for.
-
-    A folder stands for the files `*.json` directly in it, which are one round of experiments. If it has none, it
-    stands for the folders in it, in the same way.
+    A folder stands for all files `*.json` in it and in the folders below, hidden ones left out.
 
     Raises:
         ValueError: for a path that does not exist, or paths without any file.
     """
-    files: dict[Path, None] = {}
+    files: dict[Path, bool] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"paths must be existing files or folders with result records, got {path}")
-        files.update(dict.fromkeys(_files(path)))
+        for file in [path] if path.is_file() else _files_below(path):
+            files[file] = files.get(file, False) or path.is_file()
     if not files:
         names = ", ".join(map(str, paths)) or "no path"
         raise ValueError(f"paths must hold at least one result record (*.json), got none in {names}")
-    return list(files)
+    return files
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.glob("*.json") if not file.name.startswith("."))
-    return files or [file for folder in sorted(path.iterdir()) if folder.is_dir() for file in _files(folder)]
+def _files_below(folder: Path) -> list[Path]:
+    found = (file for file in folder.rglob("*.json") if file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def curve_name(record: Record) -> str:
@@ -84,17 +71,18 @@ def curve_name_by(fields: Sequence[str], runs: Sequence[Run]) -> Callable[[Recor
     Raises:
         ValueError: for a field that no run has.
     """
-    known = {name for run in runs for name, _ in flat_fields(run.record) if name.startswith(_SETTINGS)}
+    known = {name for run in runs for name, _ in flat_fields(run.record) if name.startswith(SETTINGS)}
     values: dict[tuple[str, str], set[str]] = defaultdict(set)
     for field in fields:
         if all(field_value(run.record, field) is None for run in runs):
             check_choice("by", field, sorted(known))
         for run in runs:
-            values[run.record["method"], field].add(_text(field_value(run.record, field)))
+            values[run.record["method"], field].add(field_text(field_value(run.record, field)))
 
     def name(record: Record) -> str:
         found = {field: field_value(record, field) for field in fields if len(values[record["method"], field]) > 1}
-        parts = [f"{field.rpartition('.')[-1]}={_text(value)}" for field, value in found.items() if value is not None]
+        known = {field: value for field, value in found.items() if value is not None}
+        parts = [f"{field.rpartition('.')[-1]}={field_text(value)}" for field, value in known.items()]
         return ", ".join([record["method"], *parts])
 
     return name
@@ -117,22 +105,6 @@ def flat_fields(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def distinguishing_fields(runs: Sequence[Run], most: int = 3) -> list[str]:
-    """The fewest settings, up to `most`, that tell all runs apart; empty where none do."""
-    flat = [dict(flat_fields({name: run.record.get(name) for name in _SETTINGS})) for run in runs]
-    texts = [{name: _text(value) for name, value in fields.items()} for fields in flat]
-    names = [name for name in dict.fromkeys(name for fields in texts for name in fields) if not name.endswith(".name")]
-    differing = [name for name in names if len(_values(texts, [name])) > 1]
-    for count in range(1, most + 1):
-        for chosen in combinations(differing[:40], count):
-            if len(_values(texts, chosen)) == len(runs):
-                return list(chosen)
-    return []
-
-
-def _values(fields: Sequence[Mapping[str, str]], names: Sequence[str]) -> set[tuple[str | None, ...]]:
-    return {tuple(each.get(name) for name in names) for each in fields}
-
-
-def _text(value: Any) -> str:
+def field_text(value: Any) -> str:
+    """A value as a part of a curve's name."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -40,11 +40,11 @@ def run_data(run: Run, value: float | None) -> dict[str, Any]:
 def final_eta(record: Record) -> float | None:
     """The weight of the efficiency loss at the end of a run; `None` where the record does not say it.
 
-    The record's own `eta`, else the one that its settings fix, else the last that its training log has; a log that is
-    zero throughout is of a training without this loss.
+    The record's own `eta`, else the one that its settings fix, else the last in its training log that is not 0: entries
+    of frozen routers, and of a training without this loss, have 0.
     """
     logged = [entry.get("eta") for entry in _list(record.get("log")) if isinstance(entry, Mapping)]
-    for eta in (record.get("eta"), field_value(record, "config.train.eta"), *(reversed(logged) if any(logged) else ())):
+    for eta in (record.get("eta"), field_value(record, "config.train.eta"), *filter(None, reversed(logged))):
         if _is_number(eta):
             return float(eta)
     return None

@@ -13,7 +13,8 @@ from statistics import fmean, stdev
 
 from lte.eval.flops import GFLOP
 from lte.report.metrics import Metric, metric_named
-from lte.report.records import Record, Run, curve_name, distinguishing_fields
+from lte.report.records import Record, Run, curve_name
+from lte.report.telling_apart import told_apart
 
 DENSE, OURS = "dense", "lte"
 """What `method` says in the records of dense models and of LTE."""
@@ -142,13 +143,14 @@ def compare_runs(
     Args:
         runs: of any tasks, splits and models; each combination is a comparison of its own.
         metric: name in the records' `metrics`; `None` takes each record's main metric. Tasks without it are left out.
-        curve: names the curve of a record.
+        curve: names the curve of a record. One that would hold a target and a seed twice is split by what differs, see
+            `lte.report.telling_apart.told_apart`.
         higher: metrics that are declared as better the higher.
         lower: metrics that are declared as better the lower.
 
     Raises:
-        ValueError: for a metric that no record has or whose direction is not known, or for two runs of the same curve,
-            target and seed.
+        ValueError: for a metric that no record has or whose direction is not known, or for runs of the same curve,
+            target and seed that nothing tells apart.
     """
     groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
@@ -158,7 +160,13 @@ def compare_runs(
     if not groups:
         names = sorted({name for run in runs for name in (run.record["metric"], *(run.record.get("metrics") or ()))})
         raise ValueError(f"metric must be one that a record has, got metric={metric!r}; they have {', '.join(names)}")
-    return [_comparison(key, groups[key], metric_named(key[-1], higher, lower), curve) for key in sorted(groups)]
+    found = {key: [run for run in group if value_of(run.record, key[-1]) is not None] for key, group in groups.items()}
+    failed = {key: [run for run in group if value_of(run.record, key[-1]) is None] for key, group in groups.items()}
+    curves = told_apart(found, curve)
+    return [
+        _comparison(key, found[key], curves[key], failed[key], metric_named(key[-1], higher, lower))
+        for key in sorted(groups)
+    ]
 
 
 def _has_metric(record: Record, metric: str) -> bool:
@@ -172,18 +180,14 @@ def value_of(record: Record, metric: str) -> float | None:
 
 
 def _comparison(
-    key: tuple[str, ...], runs: Sequence[Run], metric: Metric, curve: Callable[[Record], str]
+    key: tuple[str, ...], runs: Sequence[Run], names: Sequence[str], failed: Sequence[Run], metric: Metric
 ) -> Comparison:
     by_point: dict[tuple[str, str, str, float], list[Run]] = defaultdict(list)
-    failed = []
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         record = run.record
-        if value_of(record, metric.name) is None:
-            failed.append(run)
-            continue
         target = -1.0 if record["target_sparsity"] is None else record["target_sparsity"]
-        by_point[curve(record), record["method"], record.get("label") or "", target].append(run)
-    points = [_point(curve(found[0].record), found, metric) for _, found in sorted(by_point.items())]
+        by_point[name, record["method"], record.get("label") or "", target].append(run)
+    points = [_point(place[0], found, metric) for place, found in sorted(by_point.items())]
     reference, dense = _dense(points, metric)
     curves: dict[str, list[Point]] = defaultdict(list)
     for point in points:
@@ -255,11 +259,9 @@ def _check_seeds(curve: str, runs: Sequence[Run]) -> None:
     twice = [run for run in runs if seeds.count(run.record["seed"]) > 1]
     if not twice:
         return
-    fields = distinguishing_fields(twice)
-    hint = f"tell them apart by {', '.join(fields)} (--by)" if fields else "their settings are the same"
     target = runs[0].record["target_sparsity"]
     at = "no target" if target is None else f"{target:g}"
     raise ValueError(
         f"records of one curve must differ in target sparsity or seed, got seeds {seeds} for {curve!r} at {at} in "
-        f"{', '.join(run.source for run in twice)}; leave out one of each, or {hint}"
+        f"{', '.join(run.source for run in twice)}, which nothing tells apart; leave out one of each"
     )

@@ -16,7 +16,8 @@ class TrainingSummary:
         tokens_trained: tokens in all forward passes with a backward pass, both stages.
         wall_time_s: seconds of both stages, without what an interrupted run spent.
         log_history: Trainer's log entries of both stages, each with its `stage`.
-        eta: weight of the efficiency loss that the controller had settled on at the end.
+        eta: weight of the efficiency loss that its controller had settled on, in the last stage that had one; `None` if
+            none had.
     """
 
     tokens_trained: int

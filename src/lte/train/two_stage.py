@@ -94,7 +94,8 @@ def train_two_stage(
         tokens_trained=sum(s.tokens_trained for s in summaries),
         wall_time_s=sum(s.wall_time_s for s in summaries),
         log_history=[entry for s in summaries for entry in s.log_history],
-        eta=summaries[-1].eta,
+        # A stage with frozen routers has no controller of eta.
+        eta=next((s.eta for s in reversed(summaries) if s.eta is not None), None),
     )
 
 
