@@ -1,6 +1,6 @@
 """What a task is: where its data lies, how a row becomes an example, and what is measured.
 
-To add a task, make one of these classes in a file of this folder and list it in `registry`.
+To add a task, put an object of one of these classes into `TASKS` of a file in `lte.tasks.sets`.
 """
 
 from __future__ import annotations
