@@ -37,5 +37,5 @@ def test_every_file_counts_in_the_order_of_their_names(tmp_path: Path, monkeypat
 
 
 def test_a_second_task_of_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="task must have a name of its own, got a second a in two; rename it"):
+    with pytest.raises(ValueError, match="tasks must have names of their own, got a second a in two"):
         package_of(tmp_path, monkeypatch, one=("a",), two=("a",))

@@ -21,7 +21,7 @@ def find_tasks(package: ModuleType) -> dict[str, Task]:
     for file in iter_modules(package.__path__):
         for task in import_module(f"{package.__name__}.{file.name}").TASKS:
             if task.name in found:
-                raise ValueError(f"task must have a name of its own, got a second {task.name} in {file.name}; rename it")
+                raise ValueError(f"tasks must have names of their own, got a second {task.name} in {file.name}")
             found[task.name] = task
     return found
 

@@ -217,9 +217,13 @@ class ChatTask(Task):
     """The assistant's turns of a chat. Examples hold `messages`.
 
     The sources have a training split alone: a share of whole chats, drawn by seed, is held out from it as `validation`.
+
+    Attributes:
+        parts: tasks whose chats together are this one's, each read as it is by itself.
     """
 
     measured_split: str = "validation"
+    parts: tuple[ChatTask, ...] = ()
 
     def check_split(self, split: str) -> None:
         """Raises a `ValueError` for another split than `train` and `validation`."""
