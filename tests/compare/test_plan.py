@@ -17,6 +17,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # Records that each file asks for.
 EXAMPLES = {
     **{f"compare/{task}": 135 for task in ("cola", "dialogsum", "e2e", "mrpc", "rte", "sst2", "stsb", "wikipedia")},
+    "compare/instruct": 34,
     "ablations/eta": 21,
     "ablations/expert_size": 33,
     "ablations/grouping": 33,

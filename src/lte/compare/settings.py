@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lte.baselines import METHODS
+from lte.compare.harness import KEYS as HARNESS_KEYS
+from lte.compare.harness import HarnessSettings, read_harness
 from lte.config import LteConfig, check_choice, check_fraction
 from lte.eval.models import DTYPES
 from lte.settings import build, parse_settings
@@ -22,7 +24,7 @@ Stages = Literal["both", "1", "2"]
 OWN_METHODS = ("dense", "lte")
 KEYS = (
     *("task", "model", "data_dir", "seeds", "defaults", "start", "train", "sparsities", "methods"),
-    *("dtype", "latency"),
+    *("dtype", "latency", *HARNESS_KEYS),
 )
 # Settings with a place of their own in the file.
 ELSEWHERE = {
@@ -127,6 +129,7 @@ class Comparison:
         train: settings of the budget after it, over the defaults.
         dtype: of the weights while a model is measured.
         latency: whether decoding is timed, on GPUs alone.
+        harness: question sets that every run answers.
         flags: in place of keys of the file, for the command that repeats a run.
     """
 
@@ -138,6 +141,7 @@ class Comparison:
     train: dict[str, Any]
     dtype: str = "float32"
     latency: bool = False
+    harness: HarnessSettings | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -179,6 +183,7 @@ def read_comparison(path: Path, **overrides: Any) -> Comparison:
         entries=_entries(content, path, "seeds" in given),
         dtype=content.get("dtype", "float32"),
         latency=bool(content.get("latency", False)),
+        harness=read_harness(content, str(path)),
         flags=_flags(given),
         **blocks,
     )

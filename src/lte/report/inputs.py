@@ -10,7 +10,7 @@ from typing import Any
 
 from lte.bench.rows import REQUIRED_FIELDS
 from lte.eval.results import check_result, read_json
-from lte.report.records import Run, result_files
+from lte.report.records import Run, result_files, with_question_sets
 
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
 
@@ -44,7 +44,7 @@ def load_inputs(paths: Sequence[str | Path]) -> tuple[list[Run], list[Bench]]:
             benches.append(Bench(content, str(file)))
         else:
             check_result(content, file)
-            runs.append(Run(content, str(file)))
+            runs += with_question_sets(Run(content, str(file)))
     return runs, benches
 
 

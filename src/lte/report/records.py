@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lte.config import check_choice
-from lte.eval.results import load_result
+from lte.eval.results import check_result, load_result
 
 Record = Mapping[str, Any]
 # Where the settings of a run are, of which one may tell apart what a curve holds twice.
 _SETTINGS = ("label", "group", "tokens_trained", "method_config", "config")
+# What a record says of its own task, and not of its question sets.
+_OF_THE_MAIN_TASK = (
+    *("harness", "harness_note", "metric", "value", "metrics", "split", "measurement", "layer_history"),
+    *("sparsity", "weight_sparsity", "flops_per_token", "bytes_per_token", "tokens_evaluated", "wall_time_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,31 @@ class Run:
 
 
 def load_records(paths: Sequence[str | Path]) -> list[Run]:
-    """The result records of files and folders, which stand for files as `result_files` says.
+    """The result records of files and folders, which stand for files as `result_files` says, and their question sets.
 
     Raises:
         ValueError: for a path that does not exist, a file without a result record, or paths without any file.
     """
-    return [Run(load_result(file), str(file)) for file in result_files(paths)]
+    return [run for file in result_files(paths) for run in with_question_sets(Run(load_result(file), str(file)))]
+
+
+def with_question_sets(run: Run) -> list[Run]:
+    """A run of `lte compare`, and for each question set in its record one that has this set for its task.
+
+    Raises:
+        ValueError: for a question set without what a result record must hold.
+    """
+    sets = run.record.get("harness")
+    if not isinstance(sets, Mapping):
+        return [run]
+    common = {name: value for name, value in run.record.items() if name not in _OF_THE_MAIN_TASK}
+    found = [run]
+    for name, score in sets.items():
+        config = {**common["config"], **score.get("config", {})}
+        record = {**common, **score, "task": name, "config": config}
+        check_result(record, run.source)
+        found.append(Run(record, run.source))
+    return found
 
 
 def result_files(paths: Sequence[str | Path]) -> list[Path]:
