@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval")
 
 import lte
 from lte.bench.models import model_pair
-from lte.eval.harness import TaskScore, evaluate_harness
+from lte.eval.harness import TaskScore, check_harness_tasks, evaluate_harness
 from lte.eval.inference import hard_inference
 from lte.eval.sparsity import measure_sparsity
 from lte.nn.sparse_ffn import SparseFfn
@@ -281,5 +281,6 @@ class TestFaults:
 
     def test_without_lm_eval(self, evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
-        with pytest.raises(ValueError, match=r"lm-eval must be installed .* pip install 'lte\[lm-eval\]'"):
-            evaluate(toy_model(), "toy_choice")
+        for run in (lambda: evaluate(toy_model(), "toy_choice"), lambda: check_harness_tasks(["toy_choice"])):
+            with pytest.raises(ValueError, match=r"lm-eval must be installed .* pip install 'lte\[lm-eval\]'"):
+                run()

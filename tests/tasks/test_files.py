@@ -123,6 +123,20 @@ def test_chats_are_messages_conversations_or_instructions(tmp_path: Path, row: d
     assert examples("lima", "train", tmp_path) == [{"messages": wanted}]
 
 
+def test_a_mixture_is_the_chats_of_its_parts(tmp_path: Path) -> None:
+    write(tmp_path / "instruct" / "lima.jsonl", json.dumps({"conversations": ["Add.", "2"]}))
+    write(tmp_path / "instruct" / "alpaca_subset.jsonl", json.dumps({"instruction": "Halve.", "output": "1"}))
+    parts = [examples(name, "train", tmp_path) for name in ("lima", "alpaca")]
+    assert examples("instruct", "train", tmp_path) == [*parts[0], *parts[1]]
+    found = read_split(get_task("instruct"), "train", tmp_path)
+    assert found.origin == f"{tmp_path}/instruct/lima.jsonl, {tmp_path}/instruct/alpaca_subset.jsonl"
+    sums = [read_split(get_task(name), "train", tmp_path).sha256 for name in ("lima", "alpaca")]
+    assert found.sha256 == hashlib.sha256("\n".join(sums).encode()).hexdigest()
+    (tmp_path / "instruct" / "lima.jsonl").unlink()
+    with pytest.raises(ValueError, match="data_dir must hold the train split of lima"):
+        read_split(get_task("instruct"), "train", tmp_path)
+
+
 def test_the_hub_gives_rows_of_the_same_form(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -11,9 +11,16 @@ from lte.train.processes import float32_products
 
 def test_tf32_ends_with_the_training() -> None:
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), float32_products(TrainConfig(tf32=True)):
-        assert torch.get_float32_matmul_precision() == "high"
-        raise KeyError
+    seen = []
+
+    def diverges() -> None:
+        with float32_products(TrainConfig(tf32=True)):
+            seen.append(torch.get_float32_matmul_precision())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        diverges()
+    assert seen == ["high"]
     assert torch.get_float32_matmul_precision() == before == "highest"
     with float32_products(TrainConfig()):
         assert torch.get_float32_matmul_precision() == before

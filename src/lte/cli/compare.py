@@ -53,6 +53,8 @@ def compare(
     if dry_run:
         print_plan(console, estimate_runs(list(runs), workloads, folders))
         return
+    if comparison.harness is not None:
+        comparison.harness.check()
     # Plain lines, flushed: a run that is cut off has said how far it came.
     failed = Runner(comparison, runs, folders, workloads, only or (), lambda line: print(line, flush=True)).execute()
     if failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,15 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lte.eval.harness import HarnessResult, TaskScore, evaluate_harness
-from lte.eval.models import model_record
-from lte.eval.results import write_json_atomic
+from lte.eval.harness import HarnessResult, TaskScore, evaluate_harness, quiet_harness
+from lte.eval.results import result_record, write_json_atomic
 from lte.hf.acceleration import describe_kernels
 from lte.tasks.config import TaskConfig
 from lte.train.data_config import DataConfig
-
-# Where lm-eval tells of each task what we told it: the shots, and that a task with data of its own could take more.
-CHATTY = ("lm_eval.api.task", "lm_eval.evaluator")
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,7 @@ def run_harness(
         names: what the records say of the network, `model` and `dtype`.
         json: the record's file; of several tasks each has a file with its name before the suffix.
     """
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    quiet_harness()
     result = evaluate_harness(
         network,
         tokenizer,
@@ -99,23 +93,8 @@ def run_harness(
 
 
 def _record(network: Any, score: TaskScore, common: Mapping[str, Any]) -> dict[str, Any]:
-    version = {name: getattr(score, name) for name in ("task_version", "config_hash", "num_fewshot", "num_samples")}
-    return model_record(
-        network,
-        score.measurement,
-        **{
-            **common,
-            "task": score.task,
-            "metric": score.metric,
-            "value": score.value,
-            "split": score.split,
-            "metrics": score.metrics,
-            "by_task": score.by_task,
-            "tokens_evaluated": score.tokens,
-            "wall_time_s": score.wall_time_s,
-            "config": {**common["config"], **version},
-        },
-    )
+    fields = score.to_fields(network)
+    return result_record(**{**common, **fields, "config": {**common["config"], **fields["config"]}})
 
 
 def _file_name(task: str) -> str:

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from lte.compare.folders import Folders, Made
+from lte.compare.harness import answer_questions, unanswered
 from lte.compare.latency import FIELDS, time_decoding, untimed, why_not
 from lte.compare.memory import peak_memory_bytes
 from lte.compare.plan import Run
@@ -54,6 +55,8 @@ def measured_record(
     record["config"] |= {"kernels": kernels, "tokens_start": made.tokens_start}
     if isinstance(result.measurement, SparsityMeasurement):
         _remember(folder, result.measurement, made.data_info)
+    if comparison.harness is not None:
+        record |= answer_questions(model, work.tokenizer, comparison.harness)
     del model
     reason = why_not(comparison.latency, causal, run.method)
     if reason is not None:
@@ -74,6 +77,7 @@ def failure_record(run: Run, comparison: Comparison, work: Workload, failure: st
         **dict.fromkeys(("sparsity", "value", "flops_per_token", "bytes_per_token", "tokens_trained", "wall_time_s")),
         **dict.fromkeys(("weight_sparsity", "method_config", "measurement", "eta", "layer_history")),
         **dict.fromkeys(("peak_memory_bytes", *FIELDS)),
+        **({} if comparison.harness is None else unanswered("not run: the run failed")),
         metrics={},
         latency_note="not timed: the run failed",
         failure=failure,

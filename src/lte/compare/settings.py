@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lte.baselines import METHODS
+from lte.compare.harness import KEYS as HARNESS_KEYS
+from lte.compare.harness import HarnessSettings, read_harness
 from lte.config import LteConfig, check_choice, check_fraction
 from lte.eval.models import DTYPES
 from lte.settings import build, parse_settings
@@ -22,7 +24,7 @@ Stages = Literal["both", "1", "2"]
 OWN_METHODS = ("dense", "lte")
 KEYS = (
     *("task", "model", "data_dir", "seeds", "defaults", "start", "train", "sparsities", "methods"),
-    *("dtype", "eval_batch_size", "latency"),
+    *("dtype", "eval_batch_size", "latency", *HARNESS_KEYS),
 )
 # Settings with a place of their own in the file.
 ELSEWHERE = {
@@ -128,6 +130,7 @@ class Comparison:
         dtype: of the weights while a model is measured.
         eval_batch_size: rows per forward pass while it is measured, `None` for as many as in training.
         latency: whether decoding is timed, on GPUs alone.
+        harness: question sets that every run answers.
         flags: in place of keys of the file, for the command that repeats a run.
     """
 
@@ -140,6 +143,7 @@ class Comparison:
     dtype: str = "float32"
     eval_batch_size: int | None = None
     latency: bool = False
+    harness: HarnessSettings | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -185,6 +189,7 @@ def read_comparison(path: Path, **overrides: Any) -> Comparison:
         dtype=content.get("dtype", "float32"),
         eval_batch_size=batch_size,
         latency=bool(content.get("latency", False)),
+        harness=read_harness(content, str(path)),
         flags=_flags(given),
         **blocks,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lte.eval.inference import hard_inference
-from lte.eval.methods import Measurement
+from lte.eval.methods import Measurement, record_fields
 from lte.hf.inputs import predicts_next_token
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 TASK_FILES = Path(__file__).with_name("harness_tasks")
 """Tasks of ours, which read local files."""
+# Where lm-eval tells of each task what we told it: the shots, and that a task with data of its own could take more.
+_CHATTY = ("lm_eval.api.task", "lm_eval.evaluator")
 # What lm-eval's samplers, the first ones and random ones, say if a task has fewer examples than they should take.
 TOO_MANY_SHOTS = ("number of fewshot samples", "Sample larger than population")
 
@@ -63,6 +66,21 @@ class TaskScore:
     wall_time_s: float
     tokens: int
     measurement: Measurement | None
+
+    def to_fields(self, model: Any) -> dict[str, Any]:
+        """What a result record says of the task, and of a token of `model` in its passes, JSON-ready.
+
+        Args:
+            model: which was measured.
+        """
+        config = {name: getattr(self, name) for name in ("task_version", "config_hash", "num_fewshot", "num_samples")}
+        return {
+            **record_fields(model, self.measurement),
+            **{name: getattr(self, name) for name in ("task", "metric", "value", "split", "metrics", "by_task")},
+            "tokens_evaluated": self.tokens,
+            "wall_time_s": self.wall_time_s,
+            "config": config,
+        }
 
 
 @dataclass(frozen=True)
@@ -121,11 +139,38 @@ def evaluate_harness(
     return HarnessResult(scores, version("lm_eval"))
 
 
-def _check(model: Any, tasks: Sequence[str], num_fewshot: int | None, limit: float | None, batch_size: int) -> None:
+def check_harness_tasks(
+    tasks: Sequence[str], tasks_dir: str | Path | None = None, data_dir: str | Path | None = None
+) -> None:
+    """Reads the tasks with their data, which takes seconds, and runs none.
+
+    Args:
+        tasks: as for `evaluate_harness`, and so are the others.
+        tasks_dir: a folder with more task files.
+        data_dir: the folder that tasks named `..._files` read.
+
+    Raises:
+        ValueError: if lm-eval is missing, a name is unknown, or files of `data_dir` are missing.
+    """
+    _require_lm_eval()
+    _task_manager(tasks, tasks_dir, data_dir).load(list(tasks))
+
+
+def quiet_harness() -> None:
+    """Keeps lm-eval from telling on stderr, for each task, what we told it."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _require_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise ValueError("lm-eval must be installed to run its tasks, got none: pip install 'lte[lm-eval]'") from error
+
+
+def _check(model: Any, tasks: Sequence[str], num_fewshot: int | None, limit: float | None, batch_size: int) -> None:
+    _require_lm_eval()
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must be a list of at least one task's name, got tasks={tasks!r}")
     if not predicts_next_token(model):

@@ -87,11 +87,6 @@ def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> lis
     return [collator([rows[i] for i in range(s, min(s + batch_size, len(rows)))]) for s in starts]
 
 
-def model_record(network: Any, measurement: Measurement | None, **fields: Any) -> dict[str, Any]:
-    """A result record with what a measured model tells: method, sparsity and work per token; `fields` are the rest."""
-    return result_record(**{**record_fields(network, measurement), **fields})
-
-
 def evaluation_record(
     network: Any, perplexity: PerplexityResult, measurement: Measurement | None, **fields: Any
 ) -> dict[str, Any]:
@@ -101,10 +96,9 @@ def evaluation_record(
 
 def task_record(network: Any, result: TaskResult, **fields: Any) -> dict[str, Any]:
     """A result record of one evaluation; `fields` are those that neither the network nor the result tells."""
-    return model_record(
-        network,
-        result.measurement,
+    return result_record(
         **{
+            **record_fields(network, result.measurement),
             "metric": result.metric,
             "value": result.value,
             "metrics": result.metrics,

@@ -18,6 +18,7 @@ from lte.report.comparison_tables import (
     failed_table,
     latency_texts,
     paper_table,
+    question_texts,
     reference_text,
     results_table,
 )
@@ -43,7 +44,8 @@ def comparison_texts(comparison: Comparison, limit: float | None = None) -> list
     parts: list[str | TextTable | None] = [failed_table(comparison)]
     if comparison.points():
         allowed = comparison.metric.small_drop if limit is None else limit
-        parts = [results_table(comparison), reference_text(comparison), *latency_texts(comparison), *parts]
+        texts = [reference_text(comparison), *latency_texts(comparison), *question_texts(comparison)]
+        parts = [results_table(comparison), *texts, *parts]
         parts.append(cheapest_table(comparison, allowed))
         parts += envelope_sentences(comparison, standings)
         parts += [envelope_table(comparison, standings) if standings else None, paper_table(comparison, limit)]

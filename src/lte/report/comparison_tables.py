@@ -238,6 +238,15 @@ def latency_texts(comparison: Comparison) -> list[str]:
     return found
 
 
+def question_texts(comparison: Comparison) -> list[str]:
+    """Which runs have no scores of some question sets, and why."""
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    for point in comparison.points():
+        for note in {run.record.get("harness_note") for run in point.runs} - {None}:
+            reasons[str(note)][f"{point_name(point)} at {_target(point.target)}"] = None
+    return [f"Question sets of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
+
+
 def _difference(comparison: Comparison, standing: Standing) -> str:
     form = comparison.metric.format
     if standing.behind is None:

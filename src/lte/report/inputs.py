@@ -11,7 +11,7 @@ from typing import Any
 from lte.bench.rows import REQUIRED_FIELDS
 from lte.eval.results import REQUIRED_FIELDS as RECORD_FIELDS
 from lte.eval.results import check_result, read_json
-from lte.report.records import Run, result_files
+from lte.report.records import Run, result_files, with_question_sets
 
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
 
@@ -62,7 +62,7 @@ def load_inputs(paths: Sequence[str | Path]) -> Inputs:
             inputs.benches.append(Bench(content, str(file)))
         elif is_named or (isinstance(content, Mapping) and all(name in content for name in RECORD_FIELDS)):
             check_result(content, file)
-            inputs.runs.append(Run(content, str(file)))
+            inputs.runs.extend(with_question_sets(Run(content, str(file))))
         else:
             inputs.skipped.append(str(file))
     return inputs

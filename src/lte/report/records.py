@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lte.config import check_choice
+from lte.eval.results import check_result
 
 Record = Mapping[str, Any]
 SETTINGS = ("label", "group", "tokens_trained", "method_config", "config")
 """Fields of a record that say what was run."""
+# What a record says of its own task, and not of its question sets.
+_OF_THE_MAIN_TASK = (
+    *("harness", "harness_note", "metric", "value", "metrics", "split", "measurement", "layer_history"),
+    *("sparsity", "weight_sparsity", "flops_per_token", "bytes_per_token", "tokens_evaluated", "wall_time_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,25 @@ class Run:
 
     record: Record
     source: str
+
+
+def with_question_sets(run: Run) -> list[Run]:
+    """A run of `lte compare`, and for each question set in its record one that has this set for its task.
+
+    Raises:
+        ValueError: for a question set without what a result record must hold.
+    """
+    sets = run.record.get("harness")
+    if not isinstance(sets, Mapping):
+        return [run]
+    common = {name: value for name, value in run.record.items() if name not in _OF_THE_MAIN_TASK}
+    found = [run]
+    for name, score in sets.items():
+        config = {**common["config"], **score.get("config", {})}
+        record = {**common, **score, "task": name, "config": config}
+        check_result(record, run.source)
+        found.append(Run(record, run.source))
+    return found
 
 
 def result_files(paths: Sequence[str | Path]) -> dict[Path, bool]:

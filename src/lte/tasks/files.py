@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lte.tasks.task import Row, Task
+from lte.tasks.task import ChatTask, Row, Task
 from lte.train.data_config import UNREADABLE
 
 OPENERS: dict[str, Callable[..., IO[str]]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -50,6 +50,8 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Sp
         ValueError: for a split that the task does not have, a file that is not there or cannot be read, or a data set
             that the hub does not give.
     """
+    if isinstance(task, ChatTask) and task.parts:
+        return _joined([read_split(part, split, data_dir) for part in task.parts])
     if data_dir is None:
         return _read_hub(task, split)
     path = find_file(task, split, Path(data_dir).expanduser())
@@ -60,6 +62,12 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Sp
     except UNREADABLE as error:
         raise ValueError(f"{path} must be readable as {_format(path)}, got {type(error).__name__}: {error}") from error
     return SplitRows(rows, str(path), digest)
+
+
+def _joined(parts: list[SplitRows]) -> SplitRows:
+    """The rows of several sources one after the other; the sha256 is that of theirs, one a line."""
+    digest = hashlib.sha256("\n".join(part.sha256 for part in parts).encode()).hexdigest()
+    return SplitRows([row for part in parts for row in part.rows], ", ".join(part.origin for part in parts), digest)
 
 
 def find_file(task: Task, split: str, data_dir: Path) -> Path:

@@ -1,12 +1,32 @@
-"""All tasks by name."""
+"""All tasks by name, found in the files of `lte.tasks.sets`."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+
 from lte.config import check_choice
-from lte.tasks import generation, glue, instructions, language
+from lte.tasks import sets
 from lte.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for file in (glue, generation, language, instructions) for task in file.TASKS}
+
+def find_tasks(package: ModuleType) -> dict[str, Task]:
+    """The tasks in `TASKS` of every file of a package, by name: files in the order of their names, tasks in the file's.
+
+    Raises:
+        ValueError: for a name that two tasks have.
+    """
+    found: dict[str, Task] = {}
+    for file in iter_modules(package.__path__):
+        for task in import_module(f"{package.__name__}.{file.name}").TASKS:
+            if task.name in found:
+                raise ValueError(f"tasks must have names of their own, got a second {task.name} in {file.name}")
+            found[task.name] = task
+    return found
+
+
+TASKS: dict[str, Task] = find_tasks(sets)
 
 
 def get_task(name: str) -> Task:

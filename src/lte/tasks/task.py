@@ -1,6 +1,6 @@
 """What a task is: where its data lies, how a row becomes an example, and what is measured.
 
-To add a task, make one of these classes in a file of this folder and list it in `registry`.
+To add a task, put an object of one of these classes into `TASKS` of a file in `lte.tasks.sets`.
 """
 
 from __future__ import annotations
@@ -217,9 +217,13 @@ class ChatTask(Task):
     """The assistant's turns of a chat. Examples hold `messages`.
 
     The sources have a training split alone: a share of whole chats, drawn by seed, is held out from it as `validation`.
+
+    Attributes:
+        parts: tasks whose chats together are this one's, each read as it is by itself.
     """
 
     measured_split: str = "validation"
+    parts: tuple[ChatTask, ...] = ()
 
     def check_split(self, split: str) -> None:
         """Raises a `ValueError` for another split than `train` and `validation`."""
