@@ -1,7 +1,7 @@
 """A sparse SmolLM2-135M without training, for the pictures of the inspector where no trained model is given.
 
 Its routers are fitted to the norms of its experts, and its thresholds set to half of the experts on average, both on
-some pages of Python's manual. It takes about a minute on two cores.
+some pages of Python's manual. It takes a minute or more on two cores.
 """
 
 from __future__ import annotations

@@ -176,6 +176,6 @@ const Shell = (() => {
     listeners.clear();
   }
 
-  return { data, element, breakable, captionOf, colour, isDark, ramp, rampColour, inkOn, count, percent, table, scrollBox, Picture, axis,
-    tooltip, onTheme, clearPictures };
+  return { data, element, breakable, captionOf, colour, isDark, ramp, rampColour, inkOn, count, percent, table,
+    scrollBox, Picture, axis, tooltip, onTheme, clearPictures };
 })();
