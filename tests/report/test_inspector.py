@@ -14,8 +14,7 @@ import torch
 from lte.eval.sparsity import measure_sparsity
 from lte.eval.token_routing import record_routing, strongest_tokens
 from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
-from lte.report.page import pack_base64
-from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, sparse_model
+from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, large_run, sparse_model
 
 MAX_PAGE_BYTES = 5_000_000
 
@@ -107,13 +106,5 @@ def test_the_page_holds_the_data(tokenizer: Any) -> None:
 
 
 def test_a_page_of_2000_tokens_30_layers_and_48_experts_is_small(tokenizer: Any) -> None:
-    run = Inspector(sparse_model(), tokenizer, "tiny").run(NamedText("t", PLAIN))
-    layers, tokens, experts = 30, 2000, 48
-    random = np.random.default_rng(0)
-    words = [f" wörd{index}" for index in range(tokens)]
-    known = {**run["reference"], "tokens": {**run, "ids": list(range(tokens)), "tokens": words, "entries": words}}
-    for name, size in (("use", 1), ("positions", 8), ("scores", 8), ("switched_on", 8)):
-        known[name] = pack_base64(random.bytes(4 * layers * experts * size))
-    run |= {"ids": list(range(tokens)), "tokens": words, "entries": words, "layers": layers, "experts": experts}
-    run |= {"active": pack_base64(random.bytes(layers * tokens * experts // 8)), "reference": known}
+    run = large_run(Inspector(sparse_model(), tokenizer, "tiny").run(NamedText("t", PLAIN)))
     assert len(inspector_page(page_data([run, run])).encode()) < MAX_PAGE_BYTES

@@ -9,7 +9,6 @@ import pytest
 
 from lte.eval.results import write_json_atomic
 from lte.report.inputs import load_inputs
-from lte.report.records import load_records
 from lte.report.tradeoff import compare_runs
 from tests.report.sample_records import measurement, record
 
@@ -35,7 +34,7 @@ def write_run(folder: Path, method: str, **score: Any) -> None:
 def test_each_set_is_compared_by_its_own_numbers(tmp_path: Path) -> None:
     write_run(tmp_path, "dense", value=0.75, sparsity=0.0, flops_per_token=2.0**30)
     write_run(tmp_path, "lte")
-    runs = load_records([tmp_path])
+    runs = load_inputs([tmp_path]).runs
     assert [run.record["task"] for run in runs] == ["lm", "mmlu_files"] * 2
     assert load_inputs([tmp_path])[0] == runs
     _, questions = compare_runs(runs)
@@ -55,4 +54,4 @@ def test_a_set_without_its_numbers_is_refused(tmp_path: Path) -> None:
     score = {name: value for name, value in SCORE.items() if name != "sparsity"}
     write_json_atomic(tmp_path / "lte.json", record(harness={"mmlu_files": score}))
     with pytest.raises(ValueError, match=r"lte.json must be a result record, .*missing: sparsity"):
-        load_records([tmp_path])
+        load_inputs([tmp_path]).runs

@@ -14,7 +14,7 @@ class Costs {
       label: 'Bars of the work per token of the dense model and of this text',
       caption: 'The bars compare the work for one token, mean over this text, with that of a model that computes all its ' +
         'neurons: skipped experts shorten the middle part, and the routers, which always run in full, add the last one.',
-      options: () => this.options(),
+      options: (width) => this.options(width),
       rows: () => this.rows(),
       height: () => 300,
     });
@@ -44,7 +44,7 @@ class Costs {
       `${Shell.percent((dense.ffn - now.ffn) / sumOf(dense))}, the routers cost ${Shell.percent(now.routers / sumOf(dense))}.`;
   }
 
-  options() {
+  options(width) {
     const { cost } = this.routing;
     const kinds = ['flops', 'bytes'];
     return {
@@ -52,7 +52,7 @@ class Costs {
       tooltip: Shell.tooltip(({ seriesName, name, value }) => `${name}\n${seriesName}: ${value.toPrecision(4)}`),
       grid: kinds.map((_, index) => ({ left: 72, right: 20, top: 36 + 130 * index, height: 70 })),
       xAxis: kinds.map((kind, index) => Shell.axis({ type: 'value', gridIndex: index, name: `${UNITS[kind][1]} per token`,
-        nameLocation: 'middle', nameGap: 24 })),
+        nameLocation: 'middle', nameGap: 24, splitNumber: width < 500 ? 3 : 5 })),
       yAxis: kinds.map((_, index) => Shell.axis({ type: 'category', gridIndex: index, data: ['this text', 'dense'] })),
       series: kinds.flatMap((kind, index) => PARTS.map(([part, name, shade]) => ({
         type: 'bar', name, stack: kind, xAxisIndex: index, yAxisIndex: index, barWidth: 22,

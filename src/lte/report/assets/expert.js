@@ -17,7 +17,7 @@ class ExpertPanel {
         'switch it on; the chosen expert is the bar in the other colour.',
       options: () => this.options(),
       rows: () => this.rows(),
-      height: () => 200,
+      height: () => 208,
       onPick: ({ dataIndex }) => choice.set({ expert: dataIndex }),
     });
     const source = known.isOwn ? 'The reference text is this text itself.' : `The reference text is ${known.text}.`;
@@ -58,9 +58,9 @@ class ExpertPanel {
     const bars = Array.from({ length: routing.experts }, (_, expert) => ({ value: routing.known.use(choice.layer, expert),
       itemStyle: { color: Shell.colour(expert === choice.expert ? 'mark' : 'on') } }));
     return {
-      grid: { left: LEFT, right: 10, top: 12, bottom: 34 },
+      grid: { left: LEFT, right: 10, top: 12, bottom: 42 },
       tooltip: Shell.tooltip(({ dataIndex, value }) => `expert ${dataIndex}: on for ${Shell.percent(value)}`),
-      xAxis: Shell.axis({ type: 'category', name: 'expert', nameLocation: 'middle', nameGap: 20,
+      xAxis: Shell.axis({ type: 'category', name: 'expert', nameLocation: 'middle', nameGap: 26,
         data: bars.map((_, expert) => String(expert)) }),
       yAxis: Shell.axis({ type: 'value', min: 0, max: 1, axisLabel: { formatter: (value) => Shell.percent(value, 0) } }),
       series: [{ type: 'bar', data: bars, barCategoryGap: '15%', barMinHeight: 1 }],

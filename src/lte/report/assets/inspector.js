@@ -73,13 +73,13 @@
   function layerLines(routings, names, layers) {
     return {
       legend: { show: routings.length > 1, top: 0, textStyle: { color: Shell.colour('ink') } },
-      grid: { left: LEFT, right: 16, top: 30, bottom: 36 },
+      grid: { left: LEFT, right: 16, top: 30, bottom: 44 },
       tooltip: Shell.tooltip(({ seriesName, dataIndex, value }) => `${seriesName}, layer ${dataIndex}: ${percent(value)}`),
-      xAxis: Shell.axis({ type: 'category', data: layers.map(String), name: 'layer', nameLocation: 'middle', nameGap: 22 }),
+      xAxis: Shell.axis({ type: 'category', data: layers.map(String), name: 'layer', nameLocation: 'middle', nameGap: 28 }),
       yAxis: Shell.axis({ type: 'value', min: 0, max: 1, axisLabel: { formatter: (value) => percent(value, 0) } }),
       series: routings.map((routing, index) => {
         const [shade, dash, symbol] = MARKS[index];
-        return { type: 'line', name: names[index], symbol, symbolSize: 7, lineStyle: { type: dash, width: 2 },
+        return { type: 'line', name: names[index], symbol, symbolSize: 7, showAllSymbol: true, lineStyle: { type: dash, width: 2 },
           color: Shell.colour(shade), data: Array.from({ length: routing.layers }, (_, layer) => routing.layerShare(layer)) };
       }),
     };

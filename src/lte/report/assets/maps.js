@@ -113,7 +113,7 @@ class ExpertMap {
         'the router switched on for this token, and the others were not computed. Choose a field to see more of its expert.',
       options: () => this.options(),
       rows: () => this.rows(),
-      height: () => layerHeight(routing.layers) + 56,
+      height: () => layerHeight(routing.layers) + 72,
       onPick: ({ value }) => choice.set({ layer: value[1], expert: value[0] }),
     });
     this.picture.plot.style.minWidth = `${LEFT + 10 + 5 * routing.experts}px`;
@@ -141,9 +141,9 @@ class ExpertMap {
     cells.push({ ...chosen, itemStyle: { borderColor: mark, borderWidth: 3 } });
     const colours = [Shell.colour('off'), Shell.colour('on')];
     return {
-      grid: { left: LEFT, right: 10, top: 22, bottom: 34 },
+      grid: { left: LEFT, right: 10, top: 30, bottom: 42 },
       tooltip: Shell.tooltip(({ value }) => `layer ${value[1]}, expert ${value[0]}: ${value[2] ? 'on' : 'off'}`),
-      xAxis: Shell.axis({ type: 'category', name: 'expert', nameLocation: 'middle', nameGap: 20,
+      xAxis: Shell.axis({ type: 'category', name: 'expert', nameLocation: 'middle', nameGap: 26,
         data: Array.from({ length: routing.experts }, (_, expert) => String(expert)) }),
       yAxis: layerAxis(routing),
       visualMap: { show: false, type: 'piecewise', dimension: 2, pieces: [0, 1].map((value) => ({ value, color: colours[value] })) },

@@ -144,11 +144,18 @@ class BatchPlots {
     return `${this.setting(row)}: ${found}.`;
   }
 
-  lines(series, yAxis, text) {
+  /* How many rows of a legend at most this many entries take; in a single column they stand below each other. */
+  legendRows(width, entries) {
+    const columns = Math.max(Math.floor(width / 160), 1);
+    return { orient: columns > 1 ? 'horizontal' : 'vertical', room: 24 * Math.ceil(entries / columns) };
+  }
+
+  lines(series, yAxis, text, width) {
+    const { orient, room } = this.legendRows(width, series.length);
     const batches = [...new Set(series.flatMap(({ data }) => data.map(([batch]) => batch)))].sort((a, b) => a - b);
     return {
-      legend: { top: 0, left: 0, type: 'scroll', selectedMode: false, textStyle: { color: Shell.colour('ink') } },
-      grid: { left: 14, right: 24, top: 64, bottom: 46, containLabel: true },
+      legend: { top: 0, left: 0, orient, selectedMode: false, textStyle: { color: Shell.colour('ink') } },
+      grid: { left: 14, right: 24, top: 40 + room, bottom: 46, containLabel: true },
       tooltip: Shell.tooltip(({ seriesName, value }) => `${seriesName}\nbatch ${batches[value[0]]}: ${text(value[1])}`),
       xAxis: Shell.axis({ type: 'category', data: batches.map(String),
         ...Draw.below('batch: texts decoded together') }),
@@ -168,14 +175,14 @@ class BatchPlots {
       label: 'Union sparsity by batch size',
       caption: 'Weights that at least one text of a batch needs must be read, so the share that all can skip falls ' +
         'as the batch grows; the second line is what it would be if texts chose independently of each other.',
-      options: () => this.lines([
+      options: (width) => this.lines([
         { name: 'measured', data: this.bench.union.map((row) => [row.batch, 1 - row.union]) },
         { name: 'if independent', dash: 'dashed', data: this.bench.union.filter((row) => Draw.isNumber(row.independent))
           .map((row) => [row.batch, 1 - row.independent]) },
-      ], Draw.shareAxis('share skipped by all'), Shell.percent),
+      ], Draw.shareAxis('share skipped by all'), Shell.percent, width),
       rows: () => ['Union sparsity by batch', ['batch', 'skipped by all', 'if independent'],
         this.bench.union.map((row) => [row.batch, form(row.union), form(row.independent)])],
-      height: () => 360,
+      height: (width) => 336 + this.legendRows(width, 2).room,
     });
   }
 
@@ -184,12 +191,12 @@ class BatchPlots {
       label: 'Latency over that of the fastest dense implementation, by batch size',
       caption: 'Below the dashed line at 1 the sparse model is faster than the dense one; where its line crosses ' +
         'is the batch from which skipping no longer pays.',
-      options: () => {
+      options: (width) => {
         const rows = this.bench.break_even;
         const ratios = rows.flatMap((row) => row.ratios);
         const options = this.lines(rows.map((row) =>
           ({ name: this.setting(row), data: row.batches.map((batch, place) => [batch, row.ratios[place]]) })),
-          Draw.valueAxis('latency over dense', [...ratios, 1.1], { fromZero: true }), Draw.short);
+          Draw.valueAxis('latency over dense', [...ratios, 1.1], { fromZero: true }), Draw.short, width);
         options.series[0].markLine = { silent: true, symbol: 'none', label: { show: false }, data: [{ yAxis: 1 }],
           lineStyle: { color: Shell.colour('ink'), type: 'dashed', width: 1.5 } };
         return options;
@@ -199,7 +206,7 @@ class BatchPlots {
         this.bench.break_even.flatMap((row) => row.batches.map((batch, place) => [{ words: this.setting(row) }, batch,
           Draw.short(row.ratios[place]),
           row.break_even ?? 'none measured']))],
-      height: () => 360,
+      height: (width) => 336 + this.legendRows(width, this.bench.break_even.length).room,
     });
   }
 }

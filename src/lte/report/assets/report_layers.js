@@ -94,7 +94,7 @@ class LayerHistory {
       label: 'Map of the share of neurons computed by training step and layer',
       caption: 'A column is a step of the training and a row is a layer, the first layer on top; the colour of a ' +
         'field tells how much of that layer was computed then.',
-      options: () => this.options(),
+      options: (width) => this.options(width),
       rows: () => this.rows(),
       height: () => Math.max(180, 13 * this.run.history.active_fraction[0].length) + 120,
     });
@@ -107,7 +107,7 @@ class LayerHistory {
     return step.map((each, place) => (stage[place] === null ? String(each) : `${each} (stage ${stage[place]})`));
   }
 
-  options() {
+  options(width) {
     const shares = this.run.history.active_fraction;
     const steps = this.steps();
     return {
@@ -118,7 +118,7 @@ class LayerHistory {
       yAxis: Shell.axis({ type: 'category', inverse: true, data: shares[0].map((_, layer) => String(layer)),
         name: 'layer', nameLocation: 'start' }),
       visualMap: { type: 'continuous', min: 0, max: 1, dimension: 2, orient: 'horizontal', left: 60, top: 0,
-        itemHeight: 120, itemWidth: 12,
+        itemHeight: Math.min(width / 4, 120), itemWidth: 12,
         calculable: false, inRange: { color: Shell.ramp() }, text: ['100% computed', '0%'],
         textStyle: { color: Shell.colour('quiet') } },
       series: [{ type: 'heatmap', progressive: 0, emphasis: { disabled: true },

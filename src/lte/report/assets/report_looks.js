@@ -169,13 +169,14 @@ const Draw = (() => {
       } };
   }
 
-  /* A line at a share of the axis from the first to the last bin of a histogram. */
+  /* A line at a share of the axis from the first to the last bin of a histogram, on a band that sets it off. */
   function threshold(share) {
     return { type: 'custom', silent: true, z: 5, data: [[0, 0]], tooltip: { show: false },
       renderItem: ({ coordSys: { x, y, width, height } }) => {
         const at = x + share * width;
-        return { type: 'line', shape: { x1: at, x2: at, y1: y, y2: y + height },
-          style: { stroke: Shell.colour('second'), lineWidth: 2.5, lineDash: [6, 4] } };
+        const line = (style) => ({ type: 'line', shape: { x1: at, x2: at, y1: y, y2: y + height }, style });
+        return { type: 'group', children: [line({ stroke: Shell.colour('paper'), lineWidth: 5 }),
+          line({ stroke: Shell.colour('second'), lineWidth: 2.5, lineDash: [6, 4] })] };
       } };
   }
 

@@ -37,7 +37,7 @@ class SortableTable {
     copy.addEventListener('click', () => this.copy());
     this.state = element('span', { role: 'status' });
     this.fallback = element('div', {});
-    const table = element('table', { class: 'sortable' }, element('caption', { class: isTitled && 'unseen' }, title),
+    const table = element('table', { class: 'sortable' }, Shell.captionOf(title, { class: isTitled && 'unseen' }),
       element('thead', {}, element('tr', {}, ...this.headings)), this.body);
     this.box = element('div', {}, element('div', { class: 'table-tools' }, copy, this.state), this.fallback,
       Shell.scrollBox(title, table));
@@ -48,12 +48,14 @@ class SortableTable {
   rowElement(row, place) {
     const { element } = Shell;
     const cells = row.map((text, column) => {
-      if (column > 0) return element('td', column < this.left ? { class: 'words', dir: 'auto' } : {}, text);
+      if (column >= this.left && column > 0) return element('td', {}, text);
+      const words = Shell.breakable(text);
+      if (column > 0) return element('td', { class: 'words', dir: 'auto' }, ...words);
       const icon = this.icon?.(place);
-      const name = this.onChoose ? element('button', { type: 'button', class: 'choose' },
-        element('span', { class: 'clamped', title: text }, text)) : text;
-      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, icon ? element('span', { class: 'named' },
-        icon, name) : name);
+      const name = this.onChoose ? [element('button', { type: 'button', class: 'choose' },
+        element('span', { class: 'clamped', title: text }, ...words))] : words;
+      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, ...(icon ? [element('span', { class: 'named' },
+        icon, ...name)] : name));
     });
     const made = element('tr', {}, ...cells);
     if (this.onChoose) made.addEventListener('click', () => this.onChoose(place, cells[0].querySelector('button')));

@@ -25,6 +25,11 @@ const Shell = (() => {
     return found;
   }
 
+  /* A name as children of an element: it may break after each underscore and slash before it breaks within a word. */
+  function breakable(text) {
+    return text.split(/(?<=[_/])/).flatMap((part, place) => (place ? [element('wbr'), part] : [part]));
+  }
+
   const prefersDark = matchMedia('(prefers-color-scheme: dark)');
 
   function isDark() {
@@ -59,11 +64,16 @@ const Shell = (() => {
   const count = (value) => whole.format(value);
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
 
+  /* A table's caption, which stays in sight while the table scrolls sideways. */
+  function captionOf(title, attributes = {}) {
+    return element('caption', attributes, element('span', {}, title));
+  }
+
   /* A table; a cell is text, or { words } for text that is not a number, or { mark: [before, marked, after] }. */
   function table(title, headings, rows) {
     const head = headings.map((name) => element('th', { scope: 'col', class: name.words !== undefined && 'words' }, name.words ?? name));
     const body = rows.map((row) => element('tr', {}, ...row.map((value, index) => cell(value, index === 0))));
-    return element('table', {}, element('caption', {}, title), element('thead', {}, element('tr', {}, ...head)),
+    return element('table', {}, captionOf(title), element('thead', {}, element('tr', {}, ...head)),
       element('tbody', {}, ...body));
   }
 
@@ -166,6 +176,6 @@ const Shell = (() => {
     listeners.clear();
   }
 
-  return { data, element, colour, isDark, ramp, rampColour, inkOn, count, percent, table, scrollBox, Picture, axis,
-    tooltip, onTheme, clearPictures };
+  return { data, element, breakable, captionOf, colour, isDark, ramp, rampColour, inkOn, count, percent, table,
+    scrollBox, Picture, axis, tooltip, onTheme, clearPictures };
 })();
