@@ -37,6 +37,7 @@ CODE = """def read_rows(path):
             yield [float(value) for value in line.split(",")]
 """
 RESULTS = Path(__file__).parents[2] / "results"
+SHOWN = [*sorted((RESULTS / "wikipedia").glob("*.json")), RESULTS / "bench"]
 PAGES = ("report", "inspector")
 # Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
 HEIGHTS = {360: 2100, 800: 1480, 1600: 1350}
@@ -87,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/images"))
     parser.add_argument("pages", nargs="*", metavar="page", help="report or inspector; both where it is left out")
     parser.add_argument("--model", help="folder of a trained LTE model for the inspector")
-    parser.add_argument(
-        "--results", type=Path, nargs="+", default=[*sorted((RESULTS / "wikipedia").glob("*.json")), RESULTS / "bench"]
-    )
+    parser.add_argument("--results", type=Path, nargs="+", default=SHOWN)
     parser.add_argument("--by", nargs="*", default=[], help="as of `lte report`: fields that tell curves apart")
     given = parser.parse_args(arguments)
     if unknown := set(given.pages) - set(PAGES):

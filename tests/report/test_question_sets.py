@@ -54,4 +54,4 @@ def test_a_set_without_its_numbers_is_refused(tmp_path: Path) -> None:
     score = {name: value for name, value in SCORE.items() if name != "sparsity"}
     write_json_atomic(tmp_path / "lte.json", record(harness={"mmlu_files": score}))
     with pytest.raises(ValueError, match=r"lte.json must be a result record, .*missing: sparsity"):
-        load_inputs([tmp_path]).runs
+        load_inputs([tmp_path])
