@@ -109,7 +109,7 @@ def test_a_page_of_all_tracked_results(run: Callable[..., Any], tmp_path: Path) 
     for part in (
         "lte, recipe=straight_through",
         "dense, folder=second_teacher",
-        "llama2_7b_decode.json",
+        "llama2_7b_decode_h100.json",
         "lte grouped, same routing",
     ):
         assert part in page

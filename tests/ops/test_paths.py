@@ -81,14 +81,16 @@ def test_an_ffn_takes_the_rows_of_the_nearest_size() -> None:
     assert choose_path(FfnKind(90, 2, True, LARGE // 99), 4, 0.1, older) == "decode"
 
 
-def test_small_ffns_decode_one_token_alone() -> None:
+def test_small_ffns_decode_one_token_alone_where_few_experts_are_on() -> None:
     smollm2, llama2 = (FfnKind(90, 2, True, 6 * matrix) for matrix in (576 * 1536, 4096 * 11008))
     assert [choose_path(smollm2, tokens, 0.1) for tokens in (1, 4, 16, 2048)] == [
         "decode",
         "masked",
         "masked",
-        "masked",
+        "grouped",
     ]
+    assert [choose_path(smollm2, 1, fraction) for fraction in (None, 0.5)] == ["decode", "masked"]
+    assert [choose_path(llama2, 1, fraction) for fraction in (0.5, 1.0)] == ["decode", "masked"]
     assert [choose_path(llama2, tokens, 0.1) for tokens in (1, 4, 2048)] == ["decode", "decode", "grouped"]
 
 

@@ -61,8 +61,8 @@ UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
 # Masked expands int8 weights at every call: it reads one byte, writes two and reads two where decode reads one at most.
 UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2**31))
 MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
-    # LLaMA2-7B's widths in bf16: results/prefill_few_tokens.json on an H100, above 64 tokens results/prefill.json on an
-    # H200.
+    # LLaMA2-7B's widths in bf16: one token results/prefill_few_tokens_again.json, up to 64 prefill_few_tokens.json,
+    # both on an H100; above 64 prefill.json on an H200.
     FfnKind(90, 2, True, 2 * 3 * 4096 * 11008): (
         BreakEven(tokens=1, decode=0.99),
         BreakEven(tokens=3, decode=0.86),
@@ -74,9 +74,13 @@ MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
         BreakEven(tokens=2047, grouped=0.43),
         BreakEven(tokens=2**31, grouped=0.46),
     ),
-    # SmolLM2-135M's: results/bench/smollm2_50_h100.json. With 4 tokens the decode kernel takes 12 us at 80 and 90% of
-    # the experts off, the masked products 11 at any. Grouped was not measured.
-    FfnKind(90, 2, True, 2 * 3 * 576 * 1536): UNMEASURED,
+    # SmolLM2-135M's: results/prefill_smollm2.json on an H100.
+    FfnKind(90, 2, True, 2 * 3 * 576 * 1536): (
+        BreakEven(tokens=1, decode=0.18),
+        BreakEven(tokens=2, decode=0.04),
+        BreakEven(tokens=2047),
+        BreakEven(tokens=2**31, grouped=0.3),
+    ),
 }
 
 
