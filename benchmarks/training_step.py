@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lte
 from lte.eval.results import environment
-from lte.train.objective import language_terms, routing_terms
+from lte.train.objective import language_terms, routing_terms, stack_layers
 
 MODES = ("dense", "soft", "straight_through", "hard")
 
@@ -54,7 +54,8 @@ class Step:
             logits = self.model(input_ids=self.tokens, use_cache=False).logits
             loss, _ = self.language(logits, self.tokens)
             if mode != "dense":
-                routing = self.routing([ffn.logits for ffn in self.ffns], None, 0.0, 0.01)
+                stacked = stack_layers([ffn.logits for ffn in self.ffns], [None] * len(self.ffns))
+                routing = self.routing(*stacked, 0.0, 0.01)
                 loss = loss + 0.1 * routing["efficiency"]
         loss.backward()
         self.optimizer.step()

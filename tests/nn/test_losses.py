@@ -129,4 +129,4 @@ def test_fp64_stays_fp64_and_gradients_are_right() -> None:
 
 
 def test_every_layer_counts_the_same() -> None:
-    assert mean_over_layers([torch.tensor(1.0), torch.tensor(4.0)]).item() == 2.5
+    assert mean_over_layers([torch.tensor([1.0, 4.0]), torch.tensor([7.0])]).item() == 4

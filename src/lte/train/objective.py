@@ -62,10 +62,34 @@ def head_divergence(logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> T
     return (divergence * counted).sum() / counted.sum().clamp_min(1)
 
 
+def stack_layers(
+    logits: Sequence[Tensor], token_masks: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Stacks neighbouring layers whose logits have one shape and whose tokens have one mask, most often all of them: a
+    term then takes a few kernels, not a few per layer.
+
+    Args:
+        logits: router logits [B, T, E] of each layer.
+        token_masks: [B, T] of each layer; `None` counts all tokens.
+
+    Returns:
+        Logits [L, B, T, E] and the mask of each stack.
+    """
+    stacks: list[list[Tensor]] = []
+    masks: list[Tensor | None] = []
+    for layer, mask in zip(logits, token_masks, strict=True):
+        if stacks and mask is masks[-1] and layer.shape == stacks[-1][0].shape and layer.device == stacks[-1][0].device:
+            stacks[-1].append(layer)
+        else:
+            stacks.append([layer])
+            masks.append(mask)
+    return [torch.stack(stack) for stack in stacks], masks
+
+
 def routing_terms(
     logits: Sequence[Tensor], token_masks: Sequence[Tensor | None], threshold_logit: float, guard: float
 ) -> dict[str, Tensor]:
-    """Router losses and statistics over all layers, from the fp32 router logits [B, T, E] and token mask of each.
+    """Router losses and statistics over all layers, from the fp32 router logits and masks of `stack_layers`.
 
     Returns:
         `efficiency` and `separability` (Eq. 5-6), `active_fraction` of experts with G > tau, `active_by_layer`, the
@@ -73,15 +97,19 @@ def routing_terms(
     """
     threshold = 1 / (1 + math.exp(-threshold_logit))
     masked_logits = list(zip(logits, token_masks, strict=True))
-    masked = [(torch.sigmoid(layer), mask) for layer, mask in masked_logits]
+    masked = [(torch.sigmoid(stack), mask) for stack, mask in masked_logits]
     with torch.no_grad():
-        active = [active_fraction(*layer, threshold_logit=threshold_logit) for layer in masked_logits]
-        near = [near_threshold_fraction(*layer, threshold=threshold) for layer in masked]
-    separability = [separability_loss(*layer, threshold=threshold, guard=guard) for layer in masked]
-    return {
-        "efficiency": mean_over_layers([efficiency_loss(*layer) for layer in masked]),
-        "separability": mean_over_layers(separability),
-        "active_fraction": mean_over_layers(active),
-        "active_by_layer": torch.stack([layer.to(active[0].device) for layer in active]),
-        "near_threshold": mean_over_layers(near),
+        active = [active_fraction(*stack, threshold_logit=threshold_logit, layers=True) for stack in masked_logits]
+        near = [near_threshold_fraction(*stack, threshold=threshold, layers=True) for stack in masked]
+    separability = [separability_loss(*stack, threshold=threshold, guard=guard, layers=True) for stack in masked]
+    # Stacks are on several devices if the model is.
+    device = logits[0].device
+    terms = {
+        "efficiency": [efficiency_loss(*stack, layers=True) for stack in masked],
+        "separability": separability,
+        "active_fraction": active,
+        "near_threshold": near,
     }
+    on_one_device = {name: [value.to(device) for value in values] for name, values in terms.items()}
+    means = {name: mean_over_layers(values) for name, values in on_one_device.items()}
+    return {**means, "active_by_layer": torch.cat(on_one_device["active_fraction"])}

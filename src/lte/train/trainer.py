@@ -18,7 +18,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE, LteProgress, SparsityControl
 from lte.train.config import Stage, TrainConfig
 from lte.train.data import routing_masks
-from lte.train.objective import head_divergence, language_terms, routing_terms
+from lte.train.objective import head_divergence, language_terms, routing_terms, stack_layers
 from lte.train.processes import autocast
 from lte.train.sparsity_controller import (
     BIAS_RATE,
@@ -176,7 +176,8 @@ class LteTrainer(Trainer):
             ffn.logits = None
         if self.stage.controls_bias:
             self.target_logit = target_logit(logits, masks, self.target_sparsity)
-        return self._routing_terms(logits, masks, self.ffns[0].threshold_logit, self.train_config.pole_guard)
+        stacked = stack_layers(logits, masks)
+        return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.train_config.pole_guard)
 
     def _auxiliary_loss(self, masks: list[Tensor]) -> Tensor | None:
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
