@@ -21,15 +21,17 @@ llama() { # NAME FLAG...
   bench "$1" --shape llama2-7b "${@:2}"
 }
 
-tests() { # a run that is cut off has kept the groups that ended
+tests() { # all, or those of TEST_GROUPS by number; a run that is cut off has kept the groups that ended
   local status=0 index groups=(
     "tests/ops/test_decode.py tests/ops/test_dispatch.py tests/ops/test_quantize.py"
     "tests/ops/test_prefill.py tests/cli/test_kernels.py"
-    "tests/hf/test_accelerated_changes.py tests/hf/test_acceleration.py tests/hf/test_acceleration_faults.py"
-    "tests/hf/test_acceleration_gpu.py tests/hf/test_accelerated_generation.py"
+    "tests/hf/test_accelerated_changes.py"
+    "tests/hf/test_acceleration.py"
+    "tests/hf/test_acceleration_faults.py tests/hf/test_acceleration_gpu.py"
+    "tests/hf/test_accelerated_generation.py"
     "tests/bench"
   )
-  for index in "${!groups[@]}"; do
+  for index in ${TEST_GROUPS:-${!groups[*]}}; do
     python3 -m pytest ${groups[index]} -n 8 --dist worksteal -ra --junit-xml="$output/gpu_tests_$index.xml" || status=$?
     python3 -m tests.summarise_run "$output/gpu_tests.json" "$output"/gpu_tests_*.xml \
       --command "bash benchmarks/reproduce.sh OUTPUT tests"

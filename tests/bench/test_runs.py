@@ -230,12 +230,10 @@ def test_compiled_models_follow_the_routing(run: Start) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_a_gpu(run: Start) -> None:
     model = random_model(shape_config("tiny"), torch.device("cuda"), torch.bfloat16)
-    session = run(model_pair(model), compile=True, batches=(1, 4), prefill_scope="ffn")
+    session = run(model_pair(model), compile=True, batches=(1,), prefill_scope="ffn")
     assert session.failures == []
     rows = session.results.rows
     decode = {row["provider"] for row in rows if (row["benchmark"], row["batch"]) == ("decode", 1)}
-    tuned = {"dense compiled, tuned", "lte compiled, tuned"}
-    assert decode == {"dense eager", "dense compiled", "lte eager", *tuned}
-    assert {row["provider"] for row in rows if (row["benchmark"], row["batch"]) == ("decode", 4)} == tuned
+    assert decode == {"dense eager", "dense compiled", "lte eager", "dense compiled, tuned", "lte compiled, tuned"}
     split = next(row["phase_ms"] for row in rows if (row["benchmark"], row["provider"]) == ("ffn", "lte"))
     assert list(split) == list(PHASES)
