@@ -20,7 +20,7 @@ from lte.eval.harness import evaluate_harness
 from lte.eval.models import load_any_model
 from lte.eval.results import load_result
 from lte.hf.dense import load_tokenizer
-from lte.report.records import load_records
+from lte.report.inputs import load_inputs
 from tests.compare.conftest import runner_of, write_comparison
 from tests.eval.harness_toys import write_tasks
 from tests.tasks.made_up import write
@@ -68,7 +68,7 @@ def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], t
     assert ours["toy_choice"]["metrics"] == pytest.approx(score.metrics)
     assert ours["toy_choice"]["sparsity"] == score.measurement.sparsity != records["lte-0.5-seed0"]["sparsity"]
     # The report has a comparison for each set.
-    runs = load_records([tmp_path / "records"])
+    runs = load_inputs([tmp_path / "records"]).runs
     assert sorted({run.record["task"] for run in runs}) == ["instruct", "toy_choice", "toy_group"]
     result = CliRunner().invoke(app, ["report", str(tmp_path / "records"), "--task", "toy_choice"])
     assert result.exit_code == 0, result.output

@@ -18,6 +18,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 EXAMPLES = {
     **{f"compare/{task}": 62 for task in ("cola", "mrpc", "rte", "sst2", "stsb")},
     **{f"compare/{task}": 34 for task in ("dialogsum", "e2e", "wikipedia")},
+    "compare/wikitext2": 42,
     "compare/instruct": 34,
     "ablations/eta": 21,
     "ablations/expert_size": 18,

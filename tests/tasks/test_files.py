@@ -14,7 +14,7 @@ import datasets
 import pytest
 
 from lte.tasks import TASKS, get_task
-from lte.tasks.files import read_split
+from lte.tasks.files import find_file, read_split
 from tests.tasks.made_up import write, write_e2e
 
 
@@ -105,6 +105,22 @@ def test_wikitext_takes_the_original_words_where_they_are(tmp_path: Path) -> Non
     assert "<unk>" in examples("wikitext2", "test", tmp_path)[0]["text"]
     (tmp_path / "wiki.test.raw").write_text(text)
     assert examples("wikitext2", "test", tmp_path) == [{"text": text}]
+
+
+def test_all_splits_have_one_form(tmp_path: Path) -> None:
+    task = get_task("wikitext2")
+    for name in ("wiki.train.tokens", "wiki.valid.raw", "wiki.test.tokens", "wiki.test.raw"):
+        write(tmp_path / name, "text")
+    # No form has all three: each split's first one.
+    assert [find_file(task, split, tmp_path).name for split in task.files] == [
+        "wiki.train.tokens",
+        "wiki.valid.raw",
+        "wiki.test.raw",
+    ]
+    write(tmp_path / "wiki.valid.tokens", "text")
+    assert {find_file(task, split, tmp_path).suffix for split in task.files} == {".tokens"}
+    write(tmp_path / "wiki.train.raw", "text")
+    assert {find_file(task, split, tmp_path).suffix for split in task.files} == {".raw"}
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def _joined(parts: list[SplitRows]) -> SplitRows:
 def find_file(task: Task, split: str, data_dir: Path) -> Path:
     """The file of a split in `data_dir` or in the task's folder below it, packed or not.
 
+    Where a folder has files of several names for a split, WikiText's .raw and .tokens say, the first name counts that
+    all its splits have: training on the one and measuring on the other would compare two texts.
+
     Raises:
         ValueError: if it is not there, saying what was looked for and where.
     """
@@ -80,15 +83,27 @@ def find_file(task: Task, split: str, data_dir: Path) -> Path:
         raise ValueError(f"data_dir must be an existing folder, got data_dir={data_dir}")
     folders = [folder for folder in (data_dir, *(data_dir / name for name in task.folders)) if folder.is_dir()]
     for folder in folders:
-        for name in task.files[split]:
-            for ending in OPENERS:
-                if (folder / f"{name}{ending}").is_file():
-                    return folder / f"{name}{ending}"
+        found = {
+            name: [_packed_or_not(folder, file) for file in files]
+            for name, files in task.files.items()
+            if any(_packed_or_not(folder, file) for file in files)
+        }
+        if split in found:
+            forms = range(min(len(files) for files in found.values()))
+            complete = [form for form in forms if all(files[form] for files in found.values())]
+            path = found[split][complete[0]] if complete else next(filter(None, found[split]))
+            assert path is not None
+            return path
     raise ValueError(
         f"data_dir must hold the {split} split of {task.name}, {' or '.join(task.files[split])} (also with "
         f"{', '.join(filter(None, OPENERS))}), got none in {', '.join(map(str, folders))}"
         + (f"; folders below it may be called {', '.join(task.folders)}" if task.folders else "")
     )
+
+
+def _packed_or_not(folder: Path, name: str) -> Path | None:
+    paths = (folder / f"{name}{ending}" for ending in OPENERS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_rows(path: Path, header: tuple[str, ...] | None = None) -> list[Row]:

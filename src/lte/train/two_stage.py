@@ -284,6 +284,10 @@ def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
 
 def _compile_layers_(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> None:
     """Compiles each decoder layer in place: one compilation serves all layers, and parameter names stay."""
+    # Student and teacher, with gradients and without, each switching, each number of rows: more than the 8 after which
+    # dynamo would go on eagerly, without a word.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)
     for network in (model, teacher):
         if network is None:
             continue
