@@ -59,12 +59,26 @@ def test_different_experts_for_each_token(tokens: int, dtype: torch.dtype) -> No
     assert len(patterns.x.unique(dim=0)) == tokens
 
 
-def test_random_routers_keep_the_wanted_share_on_average() -> None:
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.05, 0.0), (3.0, 5.0)])
+def test_random_routers_keep_the_wanted_share_on_average(scale: float, offset: float) -> None:
+    """Whatever the norm and the mean of the hidden states."""
     ffns = trained_pair().sparse_ffns
-    x = torch.nn.functional.rms_norm(torch.randn(4000, HIDDEN), (HIDDEN,))
+    x = scale * torch.randn(8000, HIDDEN) + offset * torch.randn(HIDDEN)
+
+    def run() -> None:
+        for ffn in ffns:
+            ffn(x[:4000])
+
     for sparsity in (0.2, 0.5, 0.9):
-        force_random_(ffns, sparsity)
-        assert use_of(masks(ffns, x)).sparsity == pytest.approx(sparsity, abs=0.03)
+        force_random_(ffns, sparsity, run)
+        found = masks(ffns, x[4000:])
+        assert use_of(found).sparsity == pytest.approx(sparsity, abs=0.03)
+        # Each expert is off for about that share of the tokens.
+        assert torch.stack(found).float().mean(1).sub(1 - sparsity).abs().max() < 0.1
+        assert not ffns[0]._forward_pre_hooks
+    for sparsity in (0.0, 1.0):
+        force_random_(ffns, sparsity, run)
+        assert use_of(masks(ffns, x[4000:])).sparsity == sparsity
 
 
 def test_layers_expect_what_is_forced_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:

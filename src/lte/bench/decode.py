@@ -114,7 +114,7 @@ def benchmark_decode(session: Session, batch: int, full: bool) -> None:
             group.error = check_forced(session, group.ffns, own, sparsity, batch, first_step)
             if index == 0:
                 group.prepare(full)
-            route_model_(session, group.ffns, own, sparsity, batch)
+            route_model_(session, group.ffns, own, sparsity, batch, group.read_text)
             use = measure_use(group.ffns, lambda: group.eager_steps(USE_STEPS))
             samples = interleaved_times(group.runs, session.device, session.settings.repeats, group.before)
             sweep.add(samples, sparsity, use)
@@ -139,6 +139,7 @@ class _DecodeGroup:
         settings, pair = session.settings, session.pair
         self.ffns = pair.sparse_ffns
         ids, prompt = session.texts(batch), settings.context_length // 4
+        self.ids = ids
         self.dense = Decoder(pair.dense, ids, prompt, settings.context_length)
         self.sparse = Decoder(pair.sparse, ids, prompt, settings.context_length)
         self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
@@ -157,6 +158,10 @@ class _DecodeGroup:
         for _ in range(min(count, self.sparse.steps)):
             self.sparse.next_token()
             self.sparse.eager()
+
+    def read_text(self) -> None:
+        """All texts at once through the sparse model."""
+        self.session.pair.sparse(input_ids=self.ids, use_cache=False, logits_to_keep=1)
 
     def prepare(self, full: bool) -> None:
         """Compiles the providers; each compiled one is checked against the eager model."""

@@ -36,7 +36,7 @@ def benchmark_prefill(session: Session, length: int) -> None:
             group.error = check_forced(session, group.ffns, own, sparsity, length, group.sparse)
             if index == 0:
                 group.prepare()
-            route_model_(session, group.ffns, own, sparsity, length)
+            route_model_(session, group.ffns, own, sparsity, length, group.sparse)
             use = measure_use(group.ffns, group.sparse)
             sweep.add(interleaved_times(group.runs, session.device, session.settings.repeats), sparsity, use)
 

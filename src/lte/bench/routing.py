@@ -20,6 +20,7 @@ from lte.nn.sparse_ffn import SparseFfn
 # Distinct tokens of `TokenPatterns`: with half of the experts active, 64 tokens need nearly all of them.
 MAX_PATTERNS = 256
 MARGIN = 1.0
+QUANTILE_SAMPLES = 1 << 20
 
 
 def _refresh_(ffns: Sequence[SparseFfn]) -> None:
@@ -95,21 +96,46 @@ class TokenPatterns:
 
 
 @torch.no_grad()
-def force_random_(ffns: Sequence[SparseFfn], sparsity: float, seed: int = 0) -> None:
+def force_random_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object], seed: int = 0) -> None:
     """Random routers that keep a share of the experts on average, others for each token.
 
-    A normalised hidden state has norm D**0.5, so that weights of std MARGIN D**-0.5 give logits of std MARGIN; the
-    bias is their quantile. What it comes to is measured, see `measure_use`.
+    Args:
+        ffns: layers of one model.
+        sparsity: share of experts that are off.
+        run: passes text through the model. The biases are set during it, each layer's on its hidden states behind the
+            layers that switch already: of a trained model neither their norm nor their mean is known. What it comes to
+            on other tokens is measured, see `measure_use`.
+        seed: of the weights.
     """
     check_fraction("sparsity", sparsity, upper_closed=True)
-    quantile = torch.special.ndtri(torch.tensor(min(max(1 - sparsity, 1e-6), 1 - 1e-6), dtype=torch.float64)).item()
     for index, ffn in enumerate(ffns):
-        weight = ffn.router.weight
-        generator = torch.Generator().manual_seed(seed + index)
-        random = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
-        weight.copy_(MARGIN * random.to(weight.device))
-        ffn.router.bias.fill_(ffn.threshold_logit + MARGIN * quantile)
-    _refresh_(ffns)
+        random = torch.randn(ffn.router.weight.shape, generator=torch.Generator().manual_seed(seed + index))
+        ffn.router.weight.copy_(random.to(ffn.router.weight.device))
+
+    def set_bias(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
+        router = ffn.router
+        logits = args[0].flatten(0, -2).float() @ router.weight.float().T
+        centres = logits.mean(0)
+        spread = logits - centres
+        scale = MARGIN / spread.std().clamp_min(1e-6)
+        router.weight.mul_(scale)
+        router.bias.copy_(ffn.threshold_logit - scale * (centres + _share_below(spread, sparsity)))
+        ffn.set_mode(ffn.mode)
+
+    handles = [ffn.register_forward_pre_hook(set_bias) for ffn in ffns]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _share_below(values: Tensor, share: float) -> Tensor:
+    """What a share of the values lie below; for none and all of them with room for larger ones."""
+    if share in (0, 1):
+        return (2 * share - 1) * 10 * values.abs().max()
+    flat = values.flatten()
+    return torch.quantile(flat[:: -(-flat.numel() // QUANTILE_SAMPLES)], share)
 
 
 class RouterValues:

@@ -100,9 +100,14 @@ def model_routing(session: Session, ffns: Sequence[SparseFfn], tokens: int) -> s
 
 
 def route_model_(
-    session: Session, ffns: Sequence[SparseFfn], own: RouterValues, sparsity: float | str, tokens: int
+    session: Session,
+    ffns: Sequence[SparseFfn],
+    own: RouterValues,
+    sparsity: float | str,
+    tokens: int,
+    text: Callable[[], object],
 ) -> None:
-    """Sets the routers of a whole model for passes of T tokens."""
+    """Sets the routers of a whole model for passes of T tokens; `text` passes text through it."""
     if sparsity == OWN:
         own.restore_()
         return
@@ -110,4 +115,4 @@ def route_model_(
     if model_routing(session, ffns, tokens) == "same":
         force_same_(ffns, float(sparsity), session.settings.seed)
     else:
-        force_random_(ffns, float(sparsity), session.settings.seed)
+        force_random_(ffns, float(sparsity), text, session.settings.seed)
