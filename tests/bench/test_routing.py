@@ -81,6 +81,22 @@ def test_random_routers_keep_the_wanted_share_on_average(scale: float, offset: f
         assert use_of(masks(ffns, x[4000:])).sparsity == sparsity
 
 
+def test_random_routers_keep_the_share_of_the_steps_that_count() -> None:
+    """Tokens unlike those of the text, in several calls."""
+    ffns = trained_pair().sparse_ffns
+    text, later = torch.randn(2000, HIDDEN), 0.3 * torch.randn(5, 400, HIDDEN) + 1
+
+    def steps() -> None:
+        for x in later:
+            for ffn in ffns:
+                ffn(x)
+
+    force_random_(ffns, 0.8, lambda: [ffn(text) for ffn in ffns])
+    assert abs(use_of(masks(ffns, later[0])).sparsity - 0.8) > 0.05
+    force_random_(ffns, 0.8, lambda: [ffn(text) for ffn in ffns], steps)
+    assert use_of(masks(ffns, later.flatten(0, 1))).sparsity == pytest.approx(0.8, abs=0.005)
+
+
 def test_layers_expect_what_is_forced_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = trained_pair()
     own = RouterValues(pair.sparse_ffns)

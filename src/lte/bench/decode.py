@@ -114,8 +114,9 @@ def benchmark_decode(session: Session, batch: int, full: bool) -> None:
             group.error = check_forced(session, group.ffns, own, sparsity, batch, first_step)
             if index == 0:
                 group.prepare(full)
-            route_model_(session, group.ffns, own, sparsity, batch, group.read_text)
-            use = measure_use(group.ffns, lambda: group.eager_steps(USE_STEPS))
+            steps = functools.partial(group.eager_steps, USE_STEPS)
+            route_model_(session, group.ffns, own, sparsity, batch, group.read_text, steps)
+            use = measure_use(group.ffns, steps)
             samples = interleaved_times(group.runs, session.device, session.settings.repeats, group.before)
             sweep.add(samples, sparsity, use)
 

@@ -21,6 +21,8 @@ from lte.nn.sparse_ffn import SparseFfn
 MAX_PATTERNS = 256
 MARGIN = 1.0
 QUANTILE_SAMPLES = 1 << 20
+# A shift of one layer changes what the later ones see.
+SHIFTS = 3
 
 
 def _refresh_(ffns: Sequence[SparseFfn]) -> None:
@@ -96,15 +98,23 @@ class TokenPatterns:
 
 
 @torch.no_grad()
-def force_random_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object], seed: int = 0) -> None:
+def force_random_(
+    ffns: Sequence[SparseFfn],
+    sparsity: float,
+    text: Callable[[], object],
+    steps: Callable[[], object] | None = None,
+    seed: int = 0,
+) -> None:
     """Random routers that keep a share of the experts on average, others for each token.
+
+    Biases are set on what the layers see, one after the other while those before them switch already: of a trained
+    model neither the norm nor the mean of its hidden states is known. What it comes to is measured, see `measure_use`.
 
     Args:
         ffns: layers of one model.
         sparsity: share of experts that are off.
-        run: passes text through the model. The biases are set during it, each layer's on its hidden states behind the
-            layers that switch already: of a trained model neither their norm nor their mean is known. What it comes to
-            on other tokens is measured, see `measure_use`.
+        text: passes many tokens through the model at once: each expert is on for the same share of them.
+        steps: passes those tokens whose share counts, which come after others: one shift for all experts of a layer.
         seed: of the weights.
     """
     check_fraction("sparsity", sparsity, upper_closed=True)
@@ -122,9 +132,28 @@ def force_random_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], 
         router.bias.copy_(ffn.threshold_logit - scale * (centres + _share_below(spread, sparsity)))
         ffn.set_mode(ffn.mode)
 
-    handles = [ffn.register_forward_pre_hook(set_bias) for ffn in ffns]
-    try:
+    with _before_each(ffns, set_bias):
+        text()
+    if steps is not None and 0 < sparsity < 1:
+        for _ in range(SHIFTS):
+            _shift_biases_(ffns, sparsity, steps)
+
+
+def _shift_biases_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object]) -> None:
+    seen: dict[SparseFfn, list[Tensor]] = {ffn: [] for ffn in ffns}
+    with _before_each(ffns, lambda ffn, args: seen[ffn].append(ffn.router(args[0]).flatten())):
         run()
+    for ffn, logits in seen.items():
+        ffn.router.bias.add_(ffn.threshold_logit - _share_below(torch.cat(logits), sparsity))
+    _refresh_(ffns)
+
+
+@contextmanager
+def _before_each(ffns: Sequence[SparseFfn], action: Callable[[SparseFfn, tuple[Tensor, ...]], None]) -> Iterator[None]:
+    """Does something before each call of each layer in the block; for eager calls only."""
+    handles = [ffn.register_forward_pre_hook(action) for ffn in ffns]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -187,20 +216,13 @@ class Use:
 @contextmanager
 def recorded_masks(ffns: Sequence[SparseFfn]) -> Iterator[list[list[Tensor]]]:
     """Collects the masks [T, E] of each call of each layer in the block; for eager calls only."""
-    masks: list[list[Tensor]] = [[] for _ in ffns]
+    masks: dict[SparseFfn, list[Tensor]] = {ffn: [] for ffn in ffns}
 
-    def hook(index: int) -> Callable[[SparseFfn, tuple[Tensor, ...]], None]:
-        def record(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
-            masks[index].append((ffn.router(args[0]) > ffn.threshold_logit).flatten(0, -2))
+    def record(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
+        masks[ffn].append((ffn.router(args[0]) > ffn.threshold_logit).flatten(0, -2))
 
-        return record
-
-    handles = [ffn.register_forward_pre_hook(hook(index)) for index, ffn in enumerate(ffns)]
-    try:
-        yield masks
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _before_each(ffns, record):
+        yield list(masks.values())
 
 
 def measure_use(ffns: Sequence[SparseFfn], run: Callable[[], object]) -> Use:

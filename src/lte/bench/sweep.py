@@ -106,8 +106,9 @@ def route_model_(
     sparsity: float | str,
     tokens: int,
     text: Callable[[], object],
+    steps: Callable[[], object] | None = None,
 ) -> None:
-    """Sets the routers of a whole model for passes of T tokens; `text` passes text through it."""
+    """Sets the routers of a whole model for passes of T tokens; `text` and `steps` are those of `force_random_`."""
     if sparsity == OWN:
         own.restore_()
         return
@@ -115,4 +116,4 @@ def route_model_(
     if model_routing(session, ffns, tokens) == "same":
         force_same_(ffns, float(sparsity), session.settings.seed)
     else:
-        force_random_(ffns, float(sparsity), text, session.settings.seed)
+        force_random_(ffns, float(sparsity), text, steps, session.settings.seed)
