@@ -38,6 +38,21 @@ def test_the_dense_model_is_a_line_with_its_spread(page: Chrome) -> None:
     assert (low, high) == pytest.approx((20 - 2**0.5, 20 + 2**0.5))
 
 
+def test_a_line_lies_where_its_point_does(page: Chrome) -> None:
+    """Also where the values need more than two decimals."""
+    script = """const chart = echarts.getInstanceByDom(arguments[0]);
+      const {series, yAxis: [axis]} = chart.getOption();
+      const value = axis.min + 0.004;
+      chart.setOption({series: series.map(({name}) => ({name, markLine: name === 'dense'
+        ? {data: [{yAxis: value}]} : undefined})), yAxis: {max: axis.min + 0.01}});
+      const place = chart.convertToPixel({yAxisIndex: 0}, value);
+      const lines = chart.getZr().storage.getDisplayList(true).filter(({shape}) => shape && shape.percent !== undefined
+        && shape.y1 !== undefined && shape.y1 === shape.y2).map(({shape}) => shape.y1);
+      return [place, lines]"""
+    place, lines = page.execute_script(script, plots(section(page, "tradeoff"))[0])
+    assert min(abs(line - place) for line in lines) < 1.5
+
+
 def test_layers_are_those_of_the_records(page: Chrome) -> None:
     place = section(page, "layers")
     found = drawn(page, plots(place)[0])

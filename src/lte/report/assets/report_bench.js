@@ -3,7 +3,10 @@
 
 class LatencyPlot {
   constructor(benches) {
-    const groups = benches.flatMap(({ latency }) => latency).filter(({ rows }) => rows.length);
+    // The one with most sparsities first.
+    const sparsities = ({ rows }) => new Set(rows.map(({ sparsity }) => sparsity)).size;
+    const groups = benches.flatMap(({ latency }) => latency).filter(({ rows }) => rows.length)
+      .sort((a, b) => sparsities(b) - sparsities(a));
     this.isEmpty = !groups.length;
     if (this.isEmpty) return;
     [this.group] = groups;
@@ -84,9 +87,8 @@ class LatencyPlot {
       .sort((a, b) => a.value[0] - b.value[0]);
     return { type: 'line', name, data, ...Looks.symbol(look), showAllSymbol: true, lineStyle: { color: look.colour,
       type: look.dash, width: 2 },
-      markLine: dense ? { silent: true, symbol: 'none', label: { show: false }, lineStyle: { color: look.colour,
-        type: look.dash, width: 2 },
-        data: data.map(({ value }) => ({ yAxis: value[1] })) } : undefined };
+      markLine: dense ? Draw.lines(data.map(({ value }) => value[1]), { color: look.colour, type: look.dash, width: 2 })
+        : undefined };
   }
 
   bars(shown) {
@@ -107,7 +109,9 @@ class LatencyPlot {
 
 class BatchPlots {
   constructor(benches) {
-    const found = benches.filter(({ break_even: ratios, union }) => ratios.length || union.length);
+    // Those that fill both pictures first.
+    const filled = ({ break_even: ratios, union }) => Math.sign(ratios.length) + Math.sign(union.length);
+    const found = benches.filter(filled).sort((a, b) => filled(b) - filled(a));
     this.isEmpty = !found.length;
     if (this.isEmpty) return;
     const { element } = Shell;
@@ -197,8 +201,7 @@ class BatchPlots {
         const options = this.lines(rows.map((row) =>
           ({ name: this.setting(row), data: row.batches.map((batch, place) => [batch, row.ratios[place]]) })),
           Draw.valueAxis('latency over dense', [...ratios, 1.1], { fromZero: true }), Draw.short, width);
-        options.series[0].markLine = { silent: true, symbol: 'none', label: { show: false }, data: [{ yAxis: 1 }],
-          lineStyle: { color: Shell.colour('ink'), type: 'dashed', width: 1.5 } };
+        options.series[0].markLine = Draw.lines([1], { color: Shell.colour('ink'), type: 'dashed', width: 1.5 });
         return options;
       },
       rows: () => ['Latency over the fastest dense', [{ words: 'setting' }, 'batch', 'latency over dense',

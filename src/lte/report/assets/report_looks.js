@@ -180,11 +180,15 @@ const Draw = (() => {
       } };
   }
 
+  /* Horizontal lines; at two decimals, which ECharts would round to, they would lie beside their points. */
+  const lines = (values, lineStyle) => ({ precision: 12, silent: true, symbol: 'none', label: { show: false }, lineStyle,
+    data: values.map((yAxis) => ({ yAxis })) });
+
   /* What stands in a picture without a point. */
   const nothing = (text) => ({ title: { text, left: 'center', top: 'middle',
     textStyle: { color: Shell.colour('quiet'), fontSize: 14, fontWeight: 'normal' } } });
 
-  return { isNumber, short, clip, axis, valueAxis, shareAxis, below, errorBars, threshold, nothing };
+  return { isNumber, short, clip, axis, valueAxis, shareAxis, below, errorBars, threshold, lines, nothing };
 })();
 
 /* A drop-down list; entries are [text, value]. */

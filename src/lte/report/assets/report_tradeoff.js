@@ -168,8 +168,7 @@ class Tradeoff {
     const cost = point[this.cost.key];
     const data = cost === null ? [] : [{ point, place, value: [cost.mean, mean] }];
     return { type: 'line', name: point.curve, data, ...Looks.symbol(look), z: 2,
-      markLine: { silent: true, symbol: 'none', label: { show: false }, lineStyle: { color: look.colour,
-        type: look.dash, width: 2 }, data: [{ yAxis: mean }] },
+      markLine: Draw.lines([mean], { color: look.colour, type: look.dash, width: 2 }),
       markArea: sd ? { silent: true, itemStyle: { color: look.colour, opacity: 0.18 },
         data: [[{ yAxis: mean - sd }, { yAxis: mean + sd }]] } : undefined };
   }
