@@ -23,6 +23,7 @@ from lte.hf.install import num_neurons, sparse_ffns
 from lte.hf.loading import own_config_
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import check_expert_size, group_neurons
+from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 
 Granularity = Literal["neuron", "expert"]
@@ -117,21 +118,14 @@ def neuron_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]])
     sums = {name: torch.zeros((), dtype=torch.float64) for name in ffns}
     masks: dict[str, Tensor] = {}
 
-    def add(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].abs().float().flatten(0, -2)
-            total = masks[name].float().to(rows.device).flatten() @ rows
-            sums[name] = sums[name].to(total.device) + total
-
-        return hook
+    def add(name: str, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].abs().float().flatten(0, -2)
+        total = masks[name].float().to(rows.device).flatten() @ rows
+        sums[name] = sums[name].to(total.device) + total
 
     down = family.layout.down
-    hooks = [ffn.get_submodule(down).register_forward_pre_hook(add(name)) for name, ffn in ffns.items()]
-    try:
+    with before_each_call({name: ffn.get_submodule(down) for name, ffn in ffns.items()}, add):
         tokens = run_batches(model, batches, masks, list(ffns))
-    finally:
-        for handle in hooks:
-            handle.remove()
     norms = {name: _matrix(ffn, family.layout, down).float().norm(dim=0) for name, ffn in ffns.items()}
     scores = {name: (sums[name] / tokens[name]).float() * norms[name] for name in ffns}
     if not all(score.isfinite().all() for score in scores.values()):

@@ -22,6 +22,7 @@ from lte.baselines.contract import Batches, Method, MethodConfig, register
 from lte.baselines.input_sparsity import Linears, projections_of
 from lte.config import check_choice
 from lte.hf.families import block_name, family_of
+from lte.nn.hooks import before_each_call
 
 Pattern = Literal["unstructured", "2:4", "4:8"]
 
@@ -107,20 +108,13 @@ def _input_norms(model: Any, batches: Batches, projections: dict[str, Any], last
     squares: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
 
-    def add(name: str) -> Any:
-        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].flatten(0, -2)
-            kept = rows[masks[name].to(rows.device).flatten()].double()
-            squares[name] = squares.get(name, 0.0) + kept.square().sum(0)
+    def add(name: str, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].flatten(0, -2)
+        kept = rows[masks[name].to(rows.device).flatten()].double()
+        squares[name] = squares.get(name, 0.0) + kept.square().sum(0)
 
-        return hook
-
-    hooks = [projection.register_forward_pre_hook(add(name)) for name, projection in projections.items()]
-    try:
+    with before_each_call(projections, add):
         run_batches(model, batches, masks, list(projections), last)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: total.sqrt().float() for name, total in squares.items()}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lte.bench.acceleration import TOLERANCES, routing_of, weights_of
 from lte.bench.dense import Projections
+from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import FfnWeights
 from lte.ops.reference import sparse_ffn_reference
@@ -89,19 +90,11 @@ def layer_inputs(ffns: Sequence[nn.Module], run: Callable[[], Any]) -> list[Tens
     """The hidden states that each FFN gets while `run` runs the model eagerly, once."""
     inputs: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[index] = args[0].detach().clone()
+    def keep(index: int, args: tuple[Tensor, ...]) -> None:
+        inputs[index] = args[0].detach().clone()
 
-        return record
-
-    handles = [ffn.register_forward_pre_hook(keep(index)) for index, ffn in enumerate(ffns)]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), before_each_call(dict(enumerate(ffns)), keep):
+        run()
     return [inputs[index] for index in range(len(ffns))]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lte.config import check_fraction
 from lte.nn.accelerated import AcceleratedFfn
+from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import SparseFfn
 
 # Distinct tokens of `TokenPatterns`: with half of the experts active, 64 tokens need nearly all of them.
@@ -132,7 +133,7 @@ def force_random_(
         router.bias.copy_(ffn.threshold_logit - scale * (centres + _share_below(spread, sparsity)))
         ffn.set_mode(ffn.mode)
 
-    with _before_each(ffns, set_bias):
+    with before_each_call({ffn: ffn for ffn in ffns}, set_bias):
         text()
     if steps is not None and 0 < sparsity < 1:
         for _ in range(SHIFTS):
@@ -141,22 +142,13 @@ def force_random_(
 
 def _shift_biases_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object]) -> None:
     seen: dict[SparseFfn, list[Tensor]] = {ffn: [] for ffn in ffns}
-    with _before_each(ffns, lambda ffn, args: seen[ffn].append(ffn.router(args[0]).flatten())):
+    with before_each_call(
+        {ffn: ffn for ffn in ffns}, lambda ffn, args: seen[ffn].append(ffn.router(args[0]).flatten())
+    ):
         run()
     for ffn, logits in seen.items():
         ffn.router.bias.add_(ffn.threshold_logit - _share_below(torch.cat(logits), sparsity))
     _refresh_(ffns)
-
-
-@contextmanager
-def _before_each(ffns: Sequence[SparseFfn], action: Callable[[SparseFfn, tuple[Tensor, ...]], None]) -> Iterator[None]:
-    """Does something before each call of each layer in the block; for eager calls only."""
-    handles = [ffn.register_forward_pre_hook(action) for ffn in ffns]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _share_below(values: Tensor, share: float) -> Tensor:
@@ -221,7 +213,7 @@ def recorded_masks(ffns: Sequence[SparseFfn]) -> Iterator[list[list[Tensor]]]:
     def record(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
         masks[ffn].append((ffn.router(args[0]) > ffn.threshold_logit).flatten(0, -2))
 
-    with _before_each(ffns, record):
+    with before_each_call({ffn: ffn for ffn in ffns}, record):
         yield list(masks.values())
 
 

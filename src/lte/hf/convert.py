@@ -17,6 +17,7 @@ from lte.hf.install import check_unchunked, install_sparse_ffns_, num_neurons, r
 from lte.hf.loading import become_dense_, become_sparse_, is_ours
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
+from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 
 
@@ -193,17 +194,13 @@ def _activity_features(
     collectors = {name: _collector(grouping, family.layout.matrix(down)) for name, down in downs.items()}
     masks: dict[str, Tensor] = {}
 
-    def collect(name: str) -> Any:
-        return lambda module, args: collectors[name].update(_counted_tokens(args[0], masks[name]))
+    def collect(name: str, args: tuple[Any, ...]) -> None:
+        collectors[name].update(_counted_tokens(args[0], masks[name]))
 
-    hooks = [down.register_forward_pre_hook(collect(name)) for name, down in downs.items()]
-    try:
+    with before_each_call(downs, collect):
         for batch in calibration:
             masks.update(padding_masks(model, ffns, batch))
             model(**model_inputs(model, batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: collector.gram for name, collector in collectors.items()}
 
 

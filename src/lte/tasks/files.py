@@ -83,17 +83,12 @@ def find_file(task: Task, split: str, data_dir: Path) -> Path:
         raise ValueError(f"data_dir must be an existing folder, got data_dir={data_dir}")
     folders = [folder for folder in (data_dir, *(data_dir / name for name in task.folders)) if folder.is_dir()]
     for folder in folders:
-        found = {
-            name: [_packed_or_not(folder, file) for file in files]
-            for name, files in task.files.items()
-            if any(_packed_or_not(folder, file) for file in files)
-        }
-        if split in found:
-            forms = range(min(len(files) for files in found.values()))
-            complete = [form for form in forms if all(files[form] for files in found.values())]
-            path = found[split][complete[0]] if complete else next(filter(None, found[split]))
-            assert path is not None
-            return path
+        by_split = {name: [_packed_or_not(folder, file) for file in files] for name, files in task.files.items()}
+        if any(by_split[split]):
+            # Of each form the files of the splits that the folder has at all.
+            forms = list(zip(*(files for files in by_split.values() if any(files)), strict=False))
+            complete = [path for path, form in zip(by_split[split], forms, strict=False) if all(form)]
+            return next(filter(None, [*complete, *by_split[split]]))
     raise ValueError(
         f"data_dir must hold the {split} split of {task.name}, {' or '.join(task.files[split])} (also with "
         f"{', '.join(filter(None, OPENERS))}), got none in {', '.join(map(str, folders))}"
