@@ -24,6 +24,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(choices)}, got {name}={value!r}{hint}")
 
 
+def check_whole_number(name: str, value: object, least: int) -> None:
+    """Raises a `ValueError` unless `value` is a whole number from `least` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, got {name}={value!r}")
+
+
 def check_fraction(name: str, value: float, *, upper_closed: bool = False) -> None:
     """Raises a `ValueError` unless `value` lies in [0, 1), or in [0, 1] if `upper_closed`."""
     inside = 0 <= value <= 1 if upper_closed else 0 <= value < 1

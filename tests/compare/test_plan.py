@@ -179,6 +179,12 @@ def test_a_missing_file_and_a_list_are_named(tmp_path: Path) -> None:
         read_comparison(tmp_path / "list.yaml")
 
 
+@pytest.mark.parametrize("size", [0, 1.5, True, "many"])
+def test_rows_of_a_measuring_pass_are_a_whole_number(mrpc: Callable[..., Path], size: object) -> None:
+    with pytest.raises(ValueError, match="eval_batch_size must be a whole number from 1, got eval_batch_size="):
+        read_comparison(mrpc("lte", eval_batch_size=size))
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_expand(name: str) -> None:
     runs = plan(EXPERIMENTS / f"{name}.yaml")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lte.config import check_choice
+from lte.config import check_choice, check_whole_number
 from lte.eval.harness import check_harness_tasks, evaluate_harness, quiet_harness
 from lte.hf.inputs import predicts_next_token
 
@@ -42,9 +42,8 @@ class HarnessSettings:
         numbers = [("num_fewshot", each, 0) for each in shots]
         numbers += [(name, getattr(self, name), 1) for name in ("harness_limit", "harness_batch_size")]
         for name, value, least in numbers:
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise ValueError(f"{name} must be a whole number from {least}, got {name}={value!r}")
+            if value is not None:
+                check_whole_number(name, value, least)
 
     def shots(self, task: str) -> int | None:
         """Examples before each question of a task."""

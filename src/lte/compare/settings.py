@@ -12,7 +12,7 @@ import yaml
 from lte.baselines import METHODS
 from lte.compare.harness import KEYS as HARNESS_KEYS
 from lte.compare.harness import HarnessSettings, read_harness
-from lte.config import LteConfig, check_choice, check_fraction
+from lte.config import LteConfig, check_choice, check_fraction, check_whole_number
 from lte.eval.models import DTYPES
 from lte.settings import build, parse_settings
 from lte.tasks.config import TaskConfig
@@ -178,8 +178,8 @@ def read_comparison(path: Path, **overrides: Any) -> Comparison:
         raise ValueError(f"model must be given: --model, or model: in {path}")
     check_choice("dtype", content.get("dtype", "float32"), tuple(DTYPES))
     batch_size = content.get("eval_batch_size")
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise ValueError(f"eval_batch_size must be a whole number above 0, got eval_batch_size={batch_size!r}")
+    if batch_size is not None:
+        check_whole_number("eval_batch_size", batch_size, 1)
     blocks = {name: _block(content, name, path) for name in ("defaults", "start", "train")}
     blocks["defaults"] = _with_data(blocks["defaults"], content)
     return Comparison(
