@@ -18,6 +18,17 @@ from lte.train.trainer import NonFiniteLossError
 from tests.compare.conftest import FIELDS, records_of, runner_of
 
 
+def failing(function: Callable[..., Any], error: Exception, fails: Callable[[Any], bool]) -> Callable[..., Any]:
+    """A function of a run that raises for some runs."""
+
+    def call(run: Any, *args: Any) -> Any:
+        if fails(run):
+            raise error
+        return function(run, *args)
+
+    return call
+
+
 def test_a_failure_is_a_record_and_the_others_go_on(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     file = mrpc({"method": "sigma_moe", "expert_size": 7}, "wina")
     first, lines = runner_of(file, tmp_path)
@@ -38,13 +49,8 @@ def test_a_failure_is_a_record_and_the_others_go_on(mrpc: Callable[..., Path], t
 def test_what_needs_a_failed_model_fails_with_it(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = making.make_model
-
-    def diverges(run: Any, *args: Any) -> Any:
-        if run.name == "control-seed0":
-            raise NonFiniteLossError("the loss is nan")
-        return make(run, *args)
-
+    error = NonFiniteLossError("the loss is nan")
+    diverges = failing(making.make_model, error, lambda run: run.name == "control-seed0")
     monkeypatch.setattr(runner, "make_model", diverges)
     first, _ = runner_of(mrpc("cats", "lte"), tmp_path)
     assert first.execute() == ["cats-0.5-seed0"]
@@ -62,14 +68,8 @@ def test_data_that_is_not_there_is_no_failure_of_a_run(mrpc: Callable[..., Path]
 def test_an_error_of_any_kind_is_a_record(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make = making.make_model
-
-    def breaks(run: Any, *args: Any) -> Any:
-        if run.method == "lte":
-            raise RuntimeError("cuBLAS:\nno workspace")
-        return make(run, *args)
-
-    monkeypatch.setattr(runner, "make_model", breaks)
+    error = RuntimeError("cuBLAS:\nno workspace")
+    monkeypatch.setattr(runner, "make_model", failing(making.make_model, error, lambda run: run.method == "lte"))
     first, _ = runner_of(mrpc("lte", "wina"), tmp_path)
     assert first.execute() == ["lte-0.5-seed0"]
     assert records_of(tmp_path)["lte-0.5-seed0"]["failure"] == "RuntimeError: cuBLAS: no workspace"
@@ -80,10 +80,8 @@ def test_an_error_of_any_kind_is_a_record(
 def test_a_gpu_that_answers_no_more_ends_the_process_after_the_record(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(*args: Any) -> Any:
-        raise RuntimeError("an illegal memory access")
-
-    monkeypatch.setattr(runner, "make_model", breaks)
+    error = RuntimeError("an illegal memory access")
+    monkeypatch.setattr(runner, "make_model", failing(making.make_model, error, lambda run: True))
     monkeypatch.setattr(runner, "_device_works", lambda: False)
     first, _ = runner_of(mrpc("lte", "wina"), tmp_path)
     with pytest.raises(RuntimeError, match="illegal"):
@@ -103,13 +101,8 @@ def test_a_run_whose_own_data_cannot_be_read_has_a_record(mrpc: Callable[..., Pa
 def test_a_failed_measurement_leaves_what_needs_the_model(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = runner.measured_record
-
-    def fails(run: Any, *args: Any) -> Any:
-        if run.method == "dense":
-            raise RuntimeError("out of memory")
-        return measure(run, *args)
-
+    error = RuntimeError("out of memory")
+    fails = failing(runner.measured_record, error, lambda run: run.method == "dense")
     monkeypatch.setattr(runner, "measured_record", fails)
     first, _ = runner_of(mrpc("dense", "wina"), tmp_path)
     assert first.execute() == ["dense-0-seed0"]
