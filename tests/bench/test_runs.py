@@ -230,10 +230,12 @@ def test_compiled_models_follow_the_routing(run: Start) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_a_gpu(run: Start) -> None:
     model = random_model(shape_config("tiny"), torch.device("cuda"), torch.bfloat16)
-    session = run(model_pair(model), compile=True, batches=(1,), prefill_scope="ffn")
+    # So few are on that the table takes the decode kernel, which alone has a time split.
+    session = run(model_pair(model), compile=True, batches=(1,), sparsities=(0.95,), prefill_scope="ffn")
     assert session.failures == []
     rows = session.results.rows
     decode = {row["provider"] for row in rows if (row["benchmark"], row["batch"]) == ("decode", 1)}
     assert decode == {"dense eager", "dense compiled", "lte eager", "dense compiled, tuned", "lte compiled, tuned"}
-    split = next(row["phase_ms"] for row in rows if (row["benchmark"], row["provider"]) == ("ffn", "lte"))
-    assert list(split) == list(PHASES)
+    ffn = next(row for row in rows if (row["benchmark"], row["provider"]) == ("ffn", "lte"))
+    assert ffn["path"] == "decode"
+    assert list(ffn["phase_ms"]) == list(PHASES)
