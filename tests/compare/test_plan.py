@@ -28,6 +28,7 @@ EXAMPLES = {
     "ablations/mrpc_90": 39,
     "ablations/noisy_topk": 15,
     "ablations/routers": 12,
+    "ablations/sst2_80": 21,
     "ablations/stage2": 15,
     "ablations/switching": 12,
 }

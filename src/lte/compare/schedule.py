@@ -37,7 +37,8 @@ def _estimate(run: Run, workloads: Workloads, done: bool) -> Estimate:
     if not run.trains:
         return Estimate(run, 0, 0, done)
     rows, config = workloads.of(run).train, run.train_config
-    batches = math.ceil(len(rows) / config.batch_size)
+    whole, rest = divmod(len(rows), config.batch_size)
+    batches = whole + bool(rest and not config.leaves_out_last_batch(len(rows)))
     per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
     budget = {1: (config.stage1_steps, config.stage1_epochs), 2: (config.stage2_steps, config.stage2_epochs)}
     steps = sum(

@@ -65,7 +65,11 @@ class TrainConfig:
     trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
     bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
     tf32: bool = _option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
-    compile: bool = _option(False, "Compile each decoder layer and the loss with torch.compile.")
+    compile: bool = _option(
+        False,
+        "Compile each decoder layer and the loss with torch.compile. Each shape of a batch would be compiled anew, so "
+        "rows are padded to a multiple of 64 tokens, and the smaller batch at the end of a pass is left out.",
+    )
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
     dataloader_num_workers: int = _option(
         2, "Processes that prepare batches on a GPU machine; 0 where many trainings share its cores."
@@ -122,6 +126,10 @@ class TrainConfig:
         if self.report_to == "auto":
             return ["tensorboard"] if find_spec("tensorboard") else []
         return [] if self.report_to == "none" else [self.report_to]
+
+    def leaves_out_last_batch(self, rows: int) -> bool:
+        """Whether a pass over so many rows ends with its last full batch, if the last one is not full."""
+        return self.compile and rows >= self.batch_size
 
     @property
     def holds_target(self) -> bool:

@@ -29,6 +29,9 @@ from lte.train.data_config import (
 from lte.train.encoding import Encoder
 from lte.train.objective import IGNORED
 
+MULTIPLE = 8
+"""Rows are padded to a multiple of so many tokens."""
+
 if TYPE_CHECKING:
     import datasets
 
@@ -84,13 +87,17 @@ class LmDatasets:
 class LmCollator:
     """Stacks rows of one length as they are, without a mask, so that attention stays on its fastest path.
 
-    Rows of different lengths are padded on the right to a multiple of 8, with an `attention_mask`. Rows that carry
-    `position_ids` get none, since transformers keeps packed documents apart only without a mask: there the padding is
-    one more document, with positions from 0 and labels of -100.
+    Rows of different lengths are padded on the right, with an `attention_mask`. Rows that carry `position_ids` get
+    none, since transformers keeps packed documents apart only without a mask: there the padding is one more document,
+    with positions from 0 and labels of -100.
+
+    Args:
+        pad_token_id: `None` if all rows have one length.
+        multiple: of which rows are padded to one.
     """
 
-    def __init__(self, pad_token_id: int | None):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int | None, multiple: int = MULTIPLE):
+        self.pad_token_id, self.multiple = pad_token_id, multiple
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         names = [n for n in ("input_ids", "labels", "attention_mask", "position_ids") if n in rows[0]]
@@ -105,7 +112,8 @@ class LmCollator:
             )
         if "position_ids" not in columns:
             columns.setdefault("attention_mask", [torch.ones_like(row) for row in columns["input_ids"]])
-        missing = [-(-max(lengths) // 8) * 8 - length for length in lengths]
+        width = -(-max(lengths) // self.multiple) * self.multiple
+        missing = [width - length for length in lengths]
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
         batch = {
             name: torch.stack([F.pad(row, (0, gap), value=fill[name]) for row, gap in zip(rows, missing, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from lte.train.trainer import LteTrainer
 STAGE_RECORD_FILE = "stage.json"
 GROUPING_TOKENS = 16384
 """Training tokens on which groupings compare when neurons are active."""
+COMPILED_MULTIPLE = 64
+"""Rows are padded to a multiple of so many tokens where layers are compiled."""
 
 
 def train_two_stage(
@@ -75,6 +78,7 @@ def train_two_stage(
     model.config.lte_measurement = None
     if config.compile:
         _compile_layers_(model, teacher, list(ffns))
+        collator = _of_few_widths(collator)
     summaries: list[TrainingSummary] = []
     with _gradient_checkpointing(model, config), float32_products(config):
         for stage in stages_of(config):
@@ -134,7 +138,7 @@ def _run_stage(
     _set_trainable_(model, config, stage)
     trainer = LteTrainer(
         model=model,
-        args=_training_arguments(config, stage, folder),
+        args=_training_arguments(config, stage, folder, len(dataset)),  # type: ignore[arg-type]
         train_dataset=dataset,
         data_collator=collator,
         stage=stage,
@@ -161,7 +165,7 @@ def _run_stage(
     return summary
 
 
-def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> TrainingArguments:
+def _training_arguments(config: TrainConfig, stage: Stage, folder: Path, rows: int) -> TrainingArguments:
     rate = config.stage2_learning_rate if stage.number == 2 else None
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -190,6 +194,7 @@ def _training_arguments(config: TrainConfig, stage: Stage, folder: Path) -> Trai
     # One process trains on one GPU: `nn.DataParallel`, which Trainer takes where a process sees several, records the
     # router logits on copies that it throws away. `torchrun` uses all GPUs.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments.dataloader_drop_last = config.leaves_out_last_batch(rows // arguments.world_size)
     return arguments
 
 
@@ -280,6 +285,15 @@ def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         disable()
+
+
+def _of_few_widths(collator: Any) -> Any:
+    """The collator, if it is one of ours, with batches of few widths."""
+    if not hasattr(collator, "multiple"):
+        return collator
+    collator = copy.copy(collator)
+    collator.multiple = COMPILED_MULTIPLE
+    return collator
 
 
 def _compile_layers_(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> None:
