@@ -105,7 +105,7 @@ class TestCompletions:
                 model_inputs(model, batch)
             return
         with torch.no_grad():
-            packed = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            packed = model(**model_inputs(model, batch)).logits
             for row, logits in zip(rows, packed, strict=True):
                 starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
                 for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):

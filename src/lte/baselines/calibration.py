@@ -59,7 +59,7 @@ def run_batches(
                 for name in names:
                     tokens[name] += masks[name].sum().item()
                 with suppress(_PassEnds):
-                    model(**model_inputs(model, moved), use_cache=False)
+                    model(**model_inputs(model, moved))
     finally:
         if hook is not None:
             hook.remove()

@@ -68,7 +68,7 @@ def moved_batches(
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits [B, T, V] for a batch; labels and unknown keys stay out of the model."""
-    return model(**model_inputs(model, batch), use_cache=False).logits
+    return model(**model_inputs(model, batch)).logits
 
 
 class RoutingCounter(Protocol):
@@ -101,7 +101,7 @@ def count_batches(
     """
     with hard_inference(model):
         for batch in moved_batches(batches, model_device(model), progress=progress):
-            model(**model_inputs(model, batch), use_cache=False)
+            model(**model_inputs(model, batch))
             counter.update(routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels))
 
 

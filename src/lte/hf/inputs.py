@@ -24,14 +24,17 @@ MODEL_INPUTS = (
 _IGNORED = -100
 
 
-def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the model reads: no labels, but what an encoder-decoder's decoder reads is made of them.
+def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a model is called with for a batch: no labels, but what an encoder-decoder's decoder reads is made of them.
+
+    Always with `use_cache=False`: beside a cache transformers lets the documents of a packed row see each other.
 
     Raises:
         ValueError: if an encoder-decoder gets neither `decoder_input_ids` nor `labels`, and as `check_packing`.
     """
     check_packing(model, batch)
-    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    inputs["use_cache"] = False
     if _decodes_labels(model) and "decoder_input_ids" not in inputs:
         if "labels" not in batch:
             raise ValueError(
