@@ -8,7 +8,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "share_gpus.sh"
 STAND_IN = """#!/usr/bin/env bash
-echo "$CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS [$6]"
+echo "$CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS $4 $5 [$7]"
 [[ $4 != bad.yaml ]] || exit 3
 """
 
@@ -22,21 +22,21 @@ def share(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-def test_each_gpu_and_file_has_its_processes(tmp_path: Path) -> None:
+def test_each_gpu_has_its_processes_that_begin_with_different_files(tmp_path: Path) -> None:
     found = share(tmp_path, "2", "a/mrpc.yaml", "rte.yaml", "--", "--data-dir", "my glue")
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
     logs = {path.name: path.read_text().strip() for path in (tmp_path / "runs" / "logs").iterdir()}
     assert logs == {
-        f"{task}.gpu{gpu}.{process}.log": f"{gpu} 1 [my glue]"
-        for task in ("mrpc", "rte")
-        for gpu in (2, 5)
-        for process in (1, 2)
+        "gpu2.1.log": "2 1 a/mrpc.yaml rte.yaml [my glue]",
+        "gpu5.1.log": "5 1 rte.yaml a/mrpc.yaml [my glue]",
+        "gpu2.2.log": "2 1 a/mrpc.yaml rte.yaml [my glue]",
+        "gpu5.2.log": "5 1 rte.yaml a/mrpc.yaml [my glue]",
     }
 
 
 def test_one_that_fails_fails_the_script(tmp_path: Path) -> None:
     assert share(tmp_path, "1", "good.yaml", "bad.yaml").returncode == 1
-    assert len(list((tmp_path / "runs" / "logs").iterdir())) == 4
+    assert len(list((tmp_path / "runs" / "logs").iterdir())) == 2
 
 
 def test_it_says_how_to_call_it(tmp_path: Path) -> None:

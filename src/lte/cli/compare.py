@@ -13,7 +13,7 @@ from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
 from lte.cli.models import quiet_transformers
 from lte.compare.folders import Folders
 from lte.compare.plan import Run, plan_runs
-from lte.compare.runner import Runner
+from lte.compare.runner import Runner, execute_all
 from lte.compare.schedule import Estimate, estimate_runs
 from lte.compare.settings import read_comparison
 from lte.compare.workloads import Workloads
@@ -23,9 +23,15 @@ from lte.hf.dense import load_tokenizer
 
 @reports_errors
 def compare(
-    file: Annotated[Path, typer.Argument(help="YAML file, see docs/compare.md.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for the records; default: results/compare/FILE.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder for models and locks; default: runs/compare/FILE.")] = None,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML files, see docs/compare.md.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the records, of several files FILE in it; default: results/compare/FILE."),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder for models and locks, of several files FILE in it; default: runs/compare/FILE."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Dense model, in place of the file's.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the data, in place of the file's.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Name of a run; may be given several times.")] = None,
@@ -36,30 +42,49 @@ def compare(
     """Trains and measures methods side by side: one start per seed, one budget, a result record for each run.
 
     Runs that have a record are skipped, and interrupted ones go on. Started several times, once per GPU
-    (CUDA_VISIBLE_DEVICES), the processes share the runs.
+    (CUDA_VISIBLE_DEVICES), the processes share the runs. Several files are done one after the other.
 
-    Example: `lte compare experiments/compare/mrpc.yaml --data-dir glue --output results/mrpc`
+    Example: `lte compare experiments/compare/mrpc.yaml --data-dir glue --output results/mrpc`, or
+    `lte compare experiments/ablations/*.yaml --data-dir glue --output results/ablations`
     """
     quiet_transformers()
     console = Console(highlight=False, soft_wrap=True)
-    comparison = read_comparison(
-        file, model=model, data_dir=data_dir, latency=latency, seeds=None if seeds is None else _parse_seeds(seeds)
-    )
-    runs = plan_runs(comparison)
+    _check_names(files)
+    given = {"model": model, "data_dir": data_dir, "latency": latency}
+    comparisons = [read_comparison(f, **given, seeds=None if seeds is None else _parse_seeds(seeds)) for f in files]
+    plans = [plan_runs(comparison) for comparison in comparisons]
     for name in only or ():
-        check_choice("only", name, [run.name for run in runs if run.measured])
-    workloads = Workloads(comparison.model, load_tokenizer(comparison.model), comparison.eval_batch_size)
-    folders = Folders(output or Path("results/compare") / file.stem, work or Path("runs/compare") / file.stem)
-    if dry_run:
-        print_plan(console, estimate_runs(list(runs), workloads, folders))
-        return
-    if comparison.harness is not None:
-        comparison.harness.check()
-    # Plain lines, flushed: a run that is cut off has said how far it came.
-    failed = Runner(comparison, runs, folders, workloads, only or (), lambda line: print(line, flush=True)).execute()
-    if failed:
+        check_choice("only", name, [run.name for runs in plans for run in runs if run.measured])
+    runners = []
+    for file, comparison, runs in zip(files, comparisons, plans, strict=True):
+        workloads = Workloads(comparison.model, load_tokenizer(comparison.model), comparison.eval_batch_size)
+        folders = Folders(
+            _folder(output, Path("results/compare"), file, files), _folder(work, Path("runs/compare"), file, files)
+        )
+        if dry_run:
+            print_plan(console, estimate_runs(list(runs), workloads, folders))
+            continue
+        if comparison.harness is not None:
+            comparison.harness.check()
+        # Plain lines, flushed: a run that is cut off has said how far it came.
+        runners.append(Runner(comparison, runs, folders, workloads, only or (), lambda line: print(line, flush=True)))
+    if failed := execute_all(runners):
         print_error(f"failed: {', '.join(failed)}; their records say why, delete them to try again")
         raise typer.Exit(EXIT_ERROR)
+
+
+def _check_names(files: list[Path]) -> None:
+    stems = [file.stem for file in files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise ValueError(
+            f"files must have names of their own, by which their folders are called, got {', '.join(twice)} twice"
+        )
+
+
+def _folder(given: Path | None, default: Path, file: Path, files: list[Path]) -> Path:
+    """Where one of the files keeps its things: a folder that was given for a single file is its own."""
+    return given if given is not None and len(files) == 1 else (given or default) / file.stem
 
 
 def print_plan(console: Console, estimates: list[Estimate]) -> None:

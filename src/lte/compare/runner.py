@@ -51,25 +51,26 @@ class Runner:
         self.wanted = [run for run in runs if run.measured and (not only or run.name in only)]
 
     def execute(self) -> list[str]:
-        """Does all runs, or waits for other processes that do; returns the names of those that failed.
+        """As `execute_all`, for this comparison alone."""
+        return execute_all([self])
 
-        Every process that is started with the same folders takes the next run that no other one has.
-        """
+    def begin(self) -> None:
+        """Makes the folders, and tells of records that were made with other settings."""
         self.folders.output.mkdir(parents=True, exist_ok=True)
         self.folders.work.mkdir(parents=True, exist_ok=True)
         for run in self.wanted:
             self._tell_of_old_record(run)
-        waiting = False
-        while todo := self.todo():
+
+    def advance(self) -> bool:
+        """Does those runs in turn that nobody else does and that are ready; says whether there was one."""
+        todo = self.todo()
+        if todo:
             # Data that cannot be read is no failure of a run.
             self.workloads.of(todo[0])
-            if any([self._try(run) for run in todo]):
-                waiting = False
-                continue
-            if not waiting:
-                self.report(f"Waiting for other processes, which do {', '.join(run.name for run in todo)}.")
-            waiting = True
-            time.sleep(POLL_S)
+        return any([self._try(run) for run in todo])
+
+    def failed(self) -> list[str]:
+        """The names of the wanted runs whose record says why they failed."""
         return [run.name for run in self.wanted if self._failure(run)]
 
     def todo(self) -> list[Run]:
@@ -172,6 +173,27 @@ class Runner:
             fingerprint = json.loads(path.read_text()).get("config", {}).get("fingerprint")
             if fingerprint != run.fingerprint:
                 self.report(f"{run.name}: kept, but made with other settings; delete {path} to do it again.")
+
+
+def execute_all(runners: Sequence[Runner]) -> list[str]:
+    """Does all runs of some comparisons, or waits for other processes that do; returns the names of those that failed.
+
+    Every process that is started with the same folders takes the next run that no other one has, and goes on with the
+    next comparison while others do the last runs of one.
+    """
+    for runner in runners:
+        runner.begin()
+    waiting = False
+    while pending := [runner for runner in runners if runner.todo()]:
+        if any([runner.advance() for runner in pending]):
+            waiting = False
+            continue
+        if not waiting:
+            names = [run.name for runner in pending for run in runner.todo()]
+            pending[0].report(f"Waiting for other processes, which do {', '.join(names)}.")
+        waiting = True
+        time.sleep(POLL_S)
+    return [name for runner in runners for name in runner.failed()]
 
 
 def _device_works() -> bool:
