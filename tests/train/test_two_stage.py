@@ -255,6 +255,15 @@ def test_without_a_controller_the_summary_has_no_eta(tmp_path):
     assert train_two_stage(fresh_model(), toy_rows(), config(recipe="paper", eta=0.5), tmp_path).eta is None
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_saved_models_keep_their_cache(tmp_path, use_cache):
+    model = fresh_model()
+    model.config.use_cache = use_cache
+    train_two_stage(model, toy_rows(), config(), tmp_path)
+    assert model.config.use_cache is use_cache
+    assert json.loads((tmp_path / "stage2" / "model" / "config.json").read_text())["use_cache"] is use_cache
+
+
 def test_gradient_checkpointing_is_on_while_training_and_off_after(tmp_path, monkeypatch):
     seen, original = [], LteTrainer.training_step
 

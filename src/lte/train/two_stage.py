@@ -136,6 +136,7 @@ def _run_stage(
         ffn.set_mode(stage.mode)
         ffn.record_logits = stage.mode != "dense"
     _set_trainable_(model, config, stage)
+    use_cache = getattr(model.config, "use_cache", None)
     trainer = LteTrainer(
         model=model,
         args=_training_arguments(config, stage, folder, len(dataset)),  # type: ignore[arg-type]
@@ -155,6 +156,9 @@ def _run_stage(
     finally:
         # Accelerate's mark, by which it would take the model as prepared in the next stage.
         vars(model).pop("_is_accelerate_prepared", None)
+        # Trainer switches it off, and it would be saved with the model.
+        if use_cache is not None:
+            model.config.use_cache = use_cache
     summary = TrainingSummary(
         tokens_trained=_tokens_trained(trainer),
         wall_time_s=time.monotonic() - start,
