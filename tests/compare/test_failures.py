@@ -12,6 +12,7 @@ import pytest
 from lte.bench.gate import GateError
 from lte.compare import latency, making, runner
 from lte.compare.folders import MADE_FILE
+from lte.compare.runner import execute_all
 from lte.eval.results import write_json_atomic
 from lte.hf.dense import load_tokenizer
 from lte.train.trainer import NonFiniteLossError
@@ -32,7 +33,7 @@ def failing(function: Callable[..., Any], error: Exception, fails: Callable[[Any
 def test_a_failure_is_a_record_and_the_others_go_on(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     file = mrpc({"method": "sigma_moe", "expert_size": 7}, "wina")
     first, lines = runner_of(file, tmp_path)
-    assert first.execute() == ["sigma_moe-0.5-seed0"]
+    assert execute_all([first]) == ["sigma_moe-0.5-seed0"]
     records = records_of(tmp_path)
     failed = records["sigma_moe-0.5-seed0"]
     assert failed["value"] is None
@@ -42,7 +43,7 @@ def test_a_failure_is_a_record_and_the_others_go_on(mrpc: Callable[..., Path], t
     assert records["wina-0.5-seed0"]["value"] is not None
     # It stays failed until its record is deleted.
     second, lines = runner_of(file, tmp_path)
-    assert second.execute() == ["sigma_moe-0.5-seed0"]
+    assert execute_all([second]) == ["sigma_moe-0.5-seed0"]
     assert lines == []
 
 
@@ -53,7 +54,7 @@ def test_what_needs_a_failed_model_fails_with_it(
     diverges = failing(making.make_model, error, lambda run: run.name == "control-seed0")
     monkeypatch.setattr(runner, "make_model", diverges)
     first, _ = runner_of(mrpc("cats", "lte"), tmp_path)
-    assert first.execute() == ["cats-0.5-seed0"]
+    assert execute_all([first]) == ["cats-0.5-seed0"]
     failure = records_of(tmp_path)["cats-0.5-seed0"]["failure"]
     assert failure == "it needs control-seed0, which failed: NonFiniteLossError: the loss is nan"
 
@@ -61,7 +62,7 @@ def test_what_needs_a_failed_model_fails_with_it(
 def test_data_that_is_not_there_is_no_failure_of_a_run(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     broken, _ = runner_of(mrpc("lte"), tmp_path, data_dir="/no/such")
     with pytest.raises(ValueError, match="data_dir must be an existing folder"):
-        broken.execute()
+        execute_all([broken])
     assert not list((tmp_path / "records").iterdir())
 
 
@@ -71,7 +72,7 @@ def test_an_error_of_any_kind_is_a_record(
     error = RuntimeError("cuBLAS:\nno workspace")
     monkeypatch.setattr(runner, "make_model", failing(making.make_model, error, lambda run: run.method == "lte"))
     first, _ = runner_of(mrpc("lte", "wina"), tmp_path)
-    assert first.execute() == ["lte-0.5-seed0"]
+    assert execute_all([first]) == ["lte-0.5-seed0"]
     assert records_of(tmp_path)["lte-0.5-seed0"]["failure"] == "RuntimeError: cuBLAS: no workspace"
     assert records_of(tmp_path)["wina-0.5-seed0"]["value"] is not None
     assert "Traceback" in capsys.readouterr().err
@@ -85,13 +86,13 @@ def test_a_gpu_that_answers_no_more_ends_the_process_after_the_record(
     monkeypatch.setattr(runner, "_device_works", lambda: False)
     first, _ = runner_of(mrpc("lte", "wina"), tmp_path)
     with pytest.raises(RuntimeError, match="illegal"):
-        first.execute()
+        execute_all([first])
     assert "illegal" in records_of(tmp_path)["lte-0.5-seed0"]["failure"]
 
 
 def test_a_run_whose_own_data_cannot_be_read_has_a_record(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     first, _ = runner_of(mrpc("wina", {"method": "lte", "sequence_length": 100_000}), tmp_path)
-    assert first.execute() == ["lte-0.5-seed0"]
+    assert execute_all([first]) == ["lte-0.5-seed0"]
     failed = records_of(tmp_path)["lte-0.5-seed0"]
     assert failed["failure"].startswith("ValueError: sequence_length must be at most")
     assert (failed["task"], failed["metric"], failed["data_sha256"]["train"]) == ("mrpc", "accuracy", None)
@@ -105,19 +106,19 @@ def test_a_failed_measurement_leaves_what_needs_the_model(
     fails = failing(runner.measured_record, error, lambda run: run.method == "dense")
     monkeypatch.setattr(runner, "measured_record", fails)
     first, _ = runner_of(mrpc("dense", "wina"), tmp_path)
-    assert first.execute() == ["dense-0-seed0"]
+    assert execute_all([first]) == ["dense-0-seed0"]
     assert records_of(tmp_path)["wina-0.5-seed0"]["value"] is not None
 
 
 def test_a_model_stays_until_it_is_measured(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     first, _ = runner_of(mrpc("dense", "wina"), tmp_path)
-    assert first.execute() == []
+    assert execute_all([first]) == []
     again, _ = runner_of(mrpc("dense", "wina"), tmp_path, "wina-0.5-seed0")
     again.folders.record(again.wanted[0]).unlink()
     dense = next(run for run in again.runs if run.name == "dense-0-seed0")
     # Its record is still to come, from another process say.
     again.folders.record(dense).unlink()
-    assert again.execute() == []
+    assert execute_all([again]) == []
     assert again.folders.made(dense) is not None
 
 
@@ -125,7 +126,7 @@ def test_a_model_that_is_being_deleted_is_not_there(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = runner_of(mrpc({"method": "dense", "keep": True}), tmp_path)
-    first.execute()
+    execute_all([first])
     assert first.folders.made(first.wanted[0]) is not None
     monkeypatch.setattr(Path, "exists", lambda path, **options: True)
     first.folders.delete_model(first.wanted[0])
@@ -135,7 +136,7 @@ def test_a_model_that_is_being_deleted_is_not_there(
 def test_models_of_other_data_are_not_taken(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     file = mrpc({"method": "dense", "keep": True})
     first, _ = runner_of(file, tmp_path)
-    first.execute()
+    execute_all([first])
     dense = first.wanted[0]
     first.folders.record(dense).unlink()
     made = first.folders.made(dense)
@@ -143,7 +144,7 @@ def test_models_of_other_data_are_not_taken(mrpc: Callable[..., Path], tmp_path:
     other = {**made.data_info, "train": {**made.data_info["train"], "sha256": "0"}}
     content = dataclasses.asdict(dataclasses.replace(made, data_info=other))
     write_json_atomic(first.folders.model(dense) / MADE_FILE, content)
-    assert first.execute() == ["dense-0-seed0"]
+    assert execute_all([first]) == ["dense-0-seed0"]
     assert "data must be what the model" in records_of(tmp_path)["dense-0-seed0"]["failure"]
 
 

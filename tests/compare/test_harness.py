@@ -15,6 +15,7 @@ pytest.importorskip("lm_eval")
 
 from lte.cli import app
 from lte.compare.harness import HarnessSettings, answer_questions
+from lte.compare.runner import execute_all
 from lte.compare.settings import read_comparison
 from lte.eval.harness import evaluate_harness
 from lte.eval.models import load_any_model
@@ -44,7 +45,7 @@ def instruct(tmp_path: Path, llama: Path) -> Callable[..., Path]:
 def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], tmp_path: Path) -> None:
     start = {"method": "dense", "label": "dense-start", "fine_tune": False, "base": "start"}
     file = instruct(start, {"method": "lte", "keep": True}, "teal", harness_limit=2, num_fewshot={"toy_choice": 0})
-    assert runner_of(file, tmp_path)[0].execute() == []
+    assert execute_all([runner_of(file, tmp_path)[0]]) == []
     records = {path.stem: load_result(path) for path in (tmp_path / "records").glob("*.json")}
     assert {record["task"] for record in records.values()} == {"instruct"}
     # Both sets trained: 2 of the 40 chats are held out.
@@ -86,7 +87,7 @@ def test_a_model_that_answers_no_questions_says_so(
         harness=["toy_choice"],
     )
     instruct("lte")
-    runner_of(file, tmp_path)[0].execute()
+    execute_all([runner_of(file, tmp_path)[0]])
     record = load_result(tmp_path / "records" / "dense-0-seed0.json")
     note = "not run: the model does not predict the next token"
     assert (record["harness"], record["harness_note"]) == ({}, note)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import lte
 from lte.cli import app
 from lte.compare.latency import time_decoding
+from lte.compare.runner import execute_all
 from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.train.trainer import LteTrainer
@@ -40,7 +41,7 @@ def test_a_comparison_on_a_task(mrpc: Callable[..., Path], tmp_path: Path) -> No
     ]
     file = mrpc(*methods)
     first, lines = runner_of(file, tmp_path)
-    assert first.execute() == []
+    assert execute_all([first]) == []
     records = records_of(tmp_path)
     assert set(records) == {
         *("dense-0-seed0", "lte-0.5-seed0", "lte-0.5-seed1", "static_pruning-0.5-seed0", "cats-0.5-seed0"),
@@ -66,7 +67,7 @@ def test_a_comparison_on_a_task(mrpc: Callable[..., Path], tmp_path: Path) -> No
     before = records["cats-0.5-seed0"]
     (tmp_path / "records" / "cats-0.5-seed0.json").unlink()
     second, lines = runner_of(file, tmp_path)
-    assert second.execute() == []
+    assert execute_all([second]) == []
     assert done(lines) == ["start-seed0", "dense-0-seed0", "cats-0.5-seed0"]
     again = records_of(tmp_path)["cats-0.5-seed0"]
     assert (again["value"], again["measurement"]) == (before["value"], before["measurement"])
@@ -77,7 +78,7 @@ def test_a_comparison_on_text(tmp_path: Path, llama: Path) -> None:
     defaults = {"train": "pydoc-topics", "max_train_tokens": 4096, "max_validation_tokens": 512}
     file = write_comparison(tmp_path / "text.yaml", model=str(llama), methods=methods, defaults=defaults)
     first, lines = runner_of(file, tmp_path)
-    assert first.execute() == []
+    assert execute_all([first]) == []
     assert done(lines)[:2] == ["start-seed0", "lte-0.5-seed0"]
     assert "control-seed0: made" in lines[2]
     records = records_of(tmp_path)
@@ -94,7 +95,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
 ) -> None:
     file = mrpc("lte", defaults={"save_steps": 1})
     straight, _ = runner_of(file, tmp_path / "straight")
-    straight.execute()
+    execute_all([straight])
     control = LteTrainer.control_sparsity
 
     def killed(self: LteTrainer) -> None:
@@ -105,7 +106,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(LteTrainer, "control_sparsity", killed)
         with pytest.raises(KeyboardInterrupt):
-            runner_of(file, tmp_path)[0].execute()
+            execute_all([runner_of(file, tmp_path)[0]])
     assert not list((tmp_path / "records").iterdir())
     trained: list[int] = []
 
@@ -115,7 +116,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(LteTrainer, "control_sparsity", counted)
     again, lines = runner_of(file, tmp_path)
-    again.execute()
+    execute_all([again])
     # Neither the start nor stage 1 trained again.
     assert done(lines) == ["lte-0.5-seed0"]
     assert set(trained) == {2}
@@ -125,15 +126,15 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
 
 def test_other_settings_make_models_anew_and_leave_records(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     keep = {"method": "lte", "keep": True}
-    runner_of(mrpc(keep, start={"stage1_steps": 1, "stage2_steps": 1}), tmp_path)[0].execute()
+    execute_all([runner_of(mrpc(keep, start={"stage1_steps": 1, "stage2_steps": 1}), tmp_path)[0]])
     made = tmp_path / "work" / "lte-0.5-seed0" / "made.json"
     before = json.loads(made.read_text())["fingerprint"]
     changed, lines = runner_of(mrpc(keep), tmp_path)
-    assert changed.execute() == []
+    assert execute_all([changed]) == []
     assert "made with other settings; delete" in lines[0]
     (tmp_path / "records" / "lte-0.5-seed0.json").unlink()
     changed, lines = runner_of(mrpc(keep), tmp_path)
-    changed.execute()
+    execute_all([changed])
     assert done(lines) == ["start-seed0", "lte-0.5-seed0"]
     assert json.loads(made.read_text())["fingerprint"] != before
 
@@ -145,7 +146,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(mrpc: Callable[..., Path], tmp
     subprocess.run([sys.executable, "-c", code], check=False)
     assert lock.exists()
     first, _ = runner_of(mrpc("cats"), tmp_path)
-    assert first.execute() == []
+    assert execute_all([first]) == []
 
 
 def test_a_run_of_a_living_process_is_left_to_it(mrpc: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ def two_files(mrpc: Callable[..., Path]) -> tuple[Path, Path]:
 
 def test_each_file_has_a_folder_of_its_own(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     folders = ["--output", str(tmp_path / "records"), "--work", str(tmp_path / "work")]
-    result = CliRunner().invoke(app, ["compare", *map(str, two_files(mrpc)), *folders])
+    files = list(map(str, two_files(mrpc)))
+    plan = CliRunner().invoke(app, ["compare", *files, *folders, "--dry-run"])
+    assert [line for line in plan.output.splitlines() if line.endswith(".yaml:")] == [f"{file}:" for file in files]
+    result = CliRunner().invoke(app, ["compare", *files, *folders])
     assert result.exit_code == 0, result.output
     found = sorted(str(path.relative_to(tmp_path / "records")) for path in (tmp_path / "records").rglob("*.json"))
     assert found == ["mrpc/dense-0-seed0.json", "second/dense-0-seed0.json"]

@@ -62,6 +62,8 @@ def compare(
             _folder(output, Path("results/compare"), file, files), _folder(work, Path("runs/compare"), file, files)
         )
         if dry_run:
+            if len(files) > 1:
+                console.print(f"{file}:")
             print_plan(console, estimate_runs(list(runs), workloads, folders))
             continue
         if comparison.harness is not None:

@@ -50,10 +50,6 @@ class Runner:
         self.workloads, self.report = workloads, report
         self.wanted = [run for run in runs if run.measured and (not only or run.name in only)]
 
-    def execute(self) -> list[str]:
-        """As `execute_all`, for this comparison alone."""
-        return execute_all([self])
-
     def begin(self) -> None:
         """Makes the folders, and tells of records that were made with other settings."""
         self.folders.output.mkdir(parents=True, exist_ok=True)

@@ -29,11 +29,11 @@ from lte.train.data_config import (
 from lte.train.encoding import Encoder
 from lte.train.objective import IGNORED
 
-MULTIPLE = 8
-"""Rows are padded to a multiple of so many tokens."""
-
 if TYPE_CHECKING:
     import datasets
+
+MULTIPLE = 8
+"""Rows are padded to a multiple of so many tokens."""
 
 __all__ = [
     "IGNORED",
