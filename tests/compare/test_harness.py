@@ -44,7 +44,9 @@ def instruct(tmp_path: Path, llama: Path) -> Callable[..., Path]:
 
 def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], tmp_path: Path) -> None:
     start = {"method": "dense", "label": "dense-start", "fine_tune": False, "base": "start"}
-    file = instruct(start, {"method": "lte", "keep": True}, "teal", harness_limit=2, num_fewshot={"toy_choice": 0})
+    file = instruct(
+        start, {"method": "lte", "keep": True}, "teal", harness_limit={"toy_choice": 2}, num_fewshot={"toy_choice": 0}
+    )
     assert execute_all([runner_of(file, tmp_path)[0]]) == []
     records = {path.stem: load_result(path) for path in (tmp_path / "records").glob("*.json")}
     assert {record["task"] for record in records.values()} == {"instruct"}
@@ -55,6 +57,7 @@ def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], t
         assert record["harness_note"] is None
         assert record["harness"]["toy_choice"]["config"]["num_fewshot"] == 0
         assert record["harness"]["toy_choice"]["config"]["num_samples"] == 2
+        assert record["harness"]["toy_group"]["config"]["num_samples"] > 4
         assert set(record["harness"]["toy_group"]["by_task"]) == {"toy_choice", "toy_other"}
     dense, ours, teal = (
         records[name]["harness"] for name in ("dense-start-0-seed0", "lte-0.5-seed0", "teal-0.5-seed0")
@@ -120,7 +123,7 @@ def test_the_data_folder_stands_in_for_that_of_the_questions(instruct: Callable[
     assert settings == HarnessSettings(
         harness=("a", "b"), harness_data="/q", num_fewshot=5, harness_tasks_dir=settings and settings.harness_tasks_dir
     )
-    assert settings.shots("b") == 5
+    assert settings.of_task("num_fewshot", "b") == 5
     assert read_comparison(instruct("lte", harness=None, harness_tasks_dir=None)).harness is None
 
 
@@ -137,6 +140,8 @@ def test_the_data_folder_stands_in_for_that_of_the_questions(instruct: Callable[
         ({"harness_batch_size": "a"}, "harness_batch_size must be a whole number from 1, got harness_batch_size='a'"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number from 0, got num_fewshot=-1"),
         ({"num_fewshot": {"toy_choise": 1}}, "did you mean toy_choice"),
+        ({"harness_limit": {"toy_choise": 1}}, "did you mean toy_choice"),
+        ({"harness_limit": {"toy_choice": 0}}, "harness_limit must be a whole number from 1, got harness_limit=0"),
         ({"harnes": ["a"]}, "did you mean harness"),
     ],
 )

@@ -21,7 +21,7 @@ class HarnessSettings:
     Attributes:
         harness: tasks, groups or tags of lm-eval, which every run answers.
         num_fewshot: examples before each question, for all tasks or by task; else what the task says.
-        harness_limit: questions of a task at most.
+        harness_limit: questions of a task at most, in a group of each of its tasks; for all tasks or by name.
         harness_data: folder with the files of the `..._files` tasks.
         harness_tasks_dir: folder with more task files of lm-eval.
         harness_batch_size: rows per forward pass.
@@ -29,25 +29,25 @@ class HarnessSettings:
 
     harness: tuple[str, ...]
     num_fewshot: int | Mapping[str, int] | None = None
-    harness_limit: int | None = None
+    harness_limit: int | Mapping[str, int] | None = None
     harness_data: str | None = None
     harness_tasks_dir: str | None = None
     harness_batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_fewshot, Mapping):
-            for name in self.num_fewshot:
-                check_choice("num_fewshot", name, self.harness)
-        shots = self.num_fewshot.values() if isinstance(self.num_fewshot, Mapping) else [self.num_fewshot]
-        numbers = [("num_fewshot", each, 0) for each in shots]
-        numbers += [(name, getattr(self, name), 1) for name in ("harness_limit", "harness_batch_size")]
-        for name, value, least in numbers:
-            if value is not None:
-                check_whole_number(name, value, least)
+        for name, least in (("num_fewshot", 0), ("harness_limit", 1), ("harness_batch_size", 1)):
+            given = getattr(self, name)
+            if isinstance(given, Mapping):
+                for task in given:
+                    check_choice(name, task, self.harness)
+            for value in given.values() if isinstance(given, Mapping) else [given]:
+                if value is not None:
+                    check_whole_number(name, value, least)
 
-    def shots(self, task: str) -> int | None:
-        """Examples before each question of a task."""
-        return self.num_fewshot.get(task) if isinstance(self.num_fewshot, Mapping) else self.num_fewshot
+    def of_task(self, name: str, task: str) -> int | None:
+        """The value for one task of a setting that may be given by task."""
+        given = getattr(self, name)
+        return given.get(task) if isinstance(given, Mapping) else given
 
     def check(self) -> None:
         """Reads all tasks with their data, so that what is missing is said before anything trains.
@@ -116,17 +116,18 @@ def unanswered(note: str) -> dict[str, Any]:
 
 
 def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) -> dict[str, Any]:
+    limit = settings.of_task("harness_limit", name)
     result = evaluate_harness(
         model,
         tokenizer,
         [name],
-        num_fewshot=settings.shots(name),
-        limit=settings.harness_limit,
+        num_fewshot=settings.of_task("num_fewshot", name),
+        limit=limit,
         batch_size=settings.harness_batch_size,
         tasks_dir=settings.harness_tasks_dir,
         data_dir=settings.harness_data,
     )
-    config: dict[str, Any] = {"limit": settings.harness_limit, "batch_size": settings.harness_batch_size}
+    config: dict[str, Any] = {"limit": limit, "batch_size": settings.harness_batch_size}
     config["harness_version"] = result.harness_version
     found = {}
     for score in result.scores:
