@@ -20,7 +20,7 @@ EXAMPLES = {
     **{f"compare/{task}": 40 for task in ("dialogsum", "e2e")},
     "compare/wikipedia": 34,
     "compare/wikitext2": 46,
-    "compare/instruct": 29,
+    "compare/instruct": 19,
     "ablations/eta": 21,
     "ablations/expert_size": 18,
     "ablations/grouping": 18,

@@ -55,9 +55,11 @@ def compare(
     plans = [plan_runs(comparison) for comparison in comparisons]
     for name in only or ():
         check_choice("only", name, [run.name for runs in plans for run in runs if run.measured])
+    # That of a GGUF file takes seconds.
+    tokenizers = {name: load_tokenizer(name) for name in {comparison.model for comparison in comparisons}}
     runners = []
     for file, comparison, runs in zip(files, comparisons, plans, strict=True):
-        workloads = Workloads(comparison.model, load_tokenizer(comparison.model), comparison.eval_batch_size)
+        workloads = Workloads(comparison.model, tokenizers[comparison.model], comparison.eval_batch_size)
         folders = Folders(
             _folder(output, Path("results/compare"), file, files), _folder(work, Path("runs/compare"), file, files)
         )
