@@ -90,6 +90,31 @@ def test_a_comparison_on_text(tmp_path: Path, llama: Path) -> None:
     assert not list((tmp_path / "work").iterdir())
 
 
+def test_training_and_measuring_by_different_processes(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    file = mrpc("dense", {"method": "lte", "distill_from": "start"}, "teal", sparsities=[0.5])
+    measuring, measured = runner_of(file, tmp_path, phase="measure")
+    measuring.begin()
+    assert not measuring.advance()
+    training, trained = runner_of(file, tmp_path, phase="train")
+    assert execute_all([training]) == []
+    assert [line.partition(" (")[0] for line in trained] == [
+        *("start-seed0: made", "dense-0-seed0: made", "lte-0.5-seed0: made")
+    ]
+    assert records_of(tmp_path) == {}
+    assert execute_all([training]) == []
+    # All of it is there.
+    assert len(trained) == 3
+    assert execute_all([measuring]) == []
+    assert done(measured) == ["dense-0-seed0", "lte-0.5-seed0", "teal-0.5-seed0"]
+    assert not list((tmp_path / "work").iterdir())
+    # As by one process.
+    execute_all([runner_of(file, tmp_path / "one")[0]])
+    values = [{name: r["value"] for name, r in records_of(folder).items()} for folder in (tmp_path, tmp_path / "one")]
+    assert values[0] == values[1]
+    with pytest.raises(ValueError, match="phase must be one of both, train, measure, got phase='trian'"):
+        runner_of(file, tmp_path, phase="trian")  # type: ignore[arg-type]
+
+
 def test_a_killed_training_goes_on_from_its_checkpoint(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

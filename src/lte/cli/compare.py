@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
 from lte.cli.models import quiet_transformers
 from lte.compare.folders import Folders
 from lte.compare.plan import Run, plan_runs
-from lte.compare.runner import Runner, execute_all
+from lte.compare.runner import PHASES, Phase, Runner, execute_all
 from lte.compare.schedule import Estimate, estimate_runs
 from lte.compare.settings import read_comparison
 from lte.compare.workloads import Workloads
@@ -37,6 +37,9 @@ def compare(
     only: Annotated[list[str] | None, typer.Option(help="Name of a run; may be given several times.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds in place of the file's, as 0,1,2.")] = None,
     latency: Annotated[bool | None, typer.Option("--latency/--no-latency", help="Time decoding, on a GPU.")] = None,
+    phase: Annotated[
+        str, typer.Option(help="train: train the models and leave measuring to others; measure: the reverse; both.")
+    ] = "both",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and do none.")] = False,
 ) -> None:
     """Trains and measures methods side by side: one start per seed, one budget, a result record for each run.
@@ -50,6 +53,7 @@ def compare(
     quiet_transformers()
     console = Console(highlight=False, soft_wrap=True)
     _check_names(files)
+    check_choice("phase", phase, PHASES)
     given = {"model": model, "data_dir": data_dir, "latency": latency}
     comparisons = [read_comparison(f, **given, seeds=None if seeds is None else _parse_seeds(seeds)) for f in files]
     plans = [plan_runs(comparison) for comparison in comparisons]
@@ -68,13 +72,18 @@ def compare(
                 console.print(f"{file}:")
             print_plan(console, estimate_runs(list(runs), workloads, folders))
             continue
-        if comparison.harness is not None:
+        if comparison.harness is not None and phase != "train":
             comparison.harness.check()
-        # Plain lines, flushed: a run that is cut off has said how far it came.
-        runners.append(Runner(comparison, runs, folders, workloads, only or (), lambda line: print(line, flush=True)))
+        runner = Runner(comparison, runs, folders, workloads, only or (), _print_line, cast(Phase, phase))
+        runners.append(runner)
     if failed := execute_all(runners):
         print_error(f"failed: {', '.join(failed)}; their records say why, delete them to try again")
         raise typer.Exit(EXIT_ERROR)
+
+
+def _print_line(line: str) -> None:
+    # Plain and flushed: a run that is cut off has said how far it came.
+    print(line, flush=True)
 
 
 def _check_names(files: list[Path]) -> None:

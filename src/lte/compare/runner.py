@@ -6,7 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,12 +17,15 @@ from lte.compare.plan import Run, children_of, parents_of
 from lte.compare.records import failure_record, measured_record
 from lte.compare.settings import Comparison
 from lte.compare.workloads import Workloads
+from lte.config import check_choice
 from lte.eval.results import write_json_atomic
 from lte.train.trainer import NonFiniteLossError
 
 # What a run may fail by; anything else comes with a traceback.
 EXPECTED = (ValueError, NonFiniteLossError, torch.OutOfMemoryError)
 POLL_S = 1.0
+Phase = Literal["both", "train", "measure"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Runner:
@@ -35,6 +38,11 @@ class Runner:
         workloads: the data.
         only: names of the runs that are wanted; empty wants all.
         report: gets a line per run.
+        phase: train trains models and measures none, which another process can do meanwhile or later; measure leaves
+            all training to others.
+
+    Raises:
+        ValueError: for an unknown phase.
     """
 
     def __init__(
@@ -45,9 +53,11 @@ class Runner:
         workloads: Workloads,
         only: Collection[str] = (),
         report: Callable[[str], None] = print,
+        phase: Phase = "both",
     ):
+        check_choice("phase", phase, PHASES)
         self.comparison, self.runs, self.folders = comparison, runs, folders
-        self.workloads, self.report = workloads, report
+        self.workloads, self.report, self.phase = workloads, report, phase
         self.wanted = [run for run in runs if run.measured and (not only or run.name in only)]
 
     def begin(self) -> None:
@@ -77,7 +87,10 @@ class Runner:
             missing_record = run in self.wanted and not self.folders.record(run).exists()
             if missing_record or (needed and not self._has_model(run)):
                 names.add(run.name)
-        return [run for run in self.runs if run.name in names]
+        return [run for run in self.runs if run.name in names and (self.phase != "train" or self._is_to_train(run))]
+
+    def _is_to_train(self, run: Run) -> bool:
+        return run.trains and not self._has_model(run)
 
     def _has_model(self, run: Run) -> bool:
         return self.folders.made(run) is not None
@@ -105,6 +118,8 @@ class Runner:
         return True
 
     def _is_ready(self, run: Run) -> bool:
+        if self.phase == "measure" and self._is_to_train(run):
+            return False
         return self._has_model(run) or all(self._has_model(parent) for parent in parents_of(run, self.runs))
 
     def _do(self, run: Run) -> dict[str, Any] | None:
@@ -122,7 +137,7 @@ class Runner:
             made = make_model(
                 run, self.comparison, self.folders, work, None if base is None else self.folders.made(base)
             )
-        if run not in self.wanted or self.folders.record(run).exists():
+        if self.phase == "train" or run not in self.wanted or self.folders.record(run).exists():
             return None
         dense = run.base if run.method == "static_pruning" else None
         record = measured_record(run, self.comparison, self.folders, work, made, dense)
@@ -161,7 +176,9 @@ class Runner:
         return run.measured and not self.folders.record(run).exists()
 
     def _failure(self, run: Run) -> str | None:
-        return json.loads(self.folders.record(run).read_text()).get("failure")
+        path = self.folders.record(run)
+        # After training alone there is none yet.
+        return json.loads(path.read_text()).get("failure") if path.exists() else None
 
     def _tell_of_old_record(self, run: Run) -> None:
         path = self.folders.record(run)
