@@ -14,6 +14,7 @@ from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
 from lte.config import CALIBRATED_GROUPINGS, LteConfig
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import is_lte, load_config, task_record
+from lte.eval.own_answers import calibrate_on_answers_
 from lte.eval.sparsity import SparsityMeasurement
 from lte.eval.workload import TaskWorkload, TextWorkload, Workload
 from lte.hf.acceleration import describe_kernels
@@ -73,6 +74,7 @@ class TrainingRun:
             data_collator=work.collator,
             resume=self.resume,
         )
+        calibrate_on_answers_(model, work, self.train_config, self.stages)
         if self.train_config.recipe == "dense":
             lte.densify_(model)
         # Measured on the code that `lte eval` and `lte generate` run.

@@ -15,6 +15,7 @@ from lte.compare.memory import peak_memory_bytes
 from lte.compare.plan import Run
 from lte.compare.settings import Comparison
 from lte.config import CALIBRATED_GROUPINGS
+from lte.eval.own_answers import calibrate_on_answers_
 from lte.eval.workload import Workload
 from lte.train.processes import training_device
 from lte.train.summary import TrainingSummary
@@ -93,7 +94,7 @@ def _train(run: Run, model: Any, folders: Folders, work: Workload) -> TrainingSu
         teacher = work.load_teacher(str(folder) if folder.exists() else run.teacher)
         teacher = teacher.to(training_device())
         teacher = teacher.to(torch.bfloat16) if run.train_config.bf16 else teacher
-    return train_two_stage(
+    summary = train_two_stage(
         model,
         work.train,
         run.train_config,
@@ -103,6 +104,8 @@ def _train(run: Run, model: Any, folders: Folders, work: Workload) -> TrainingSu
         data_collator=work.collator,
         resume=True,
     )
+    calibrate_on_answers_(model, work, run.train_config, run.stages)
+    return summary
 
 
 def _finish(run: Run, model: Any, work: Workload, method: dict[str, Any] | None) -> Any:

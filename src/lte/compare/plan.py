@@ -19,7 +19,7 @@ from lte.train.data_config import DataConfig
 # Settings that do not change what a dense model learns.
 _LTE_ALONE = {
     *("recipe", "router_learning_rate", "eta", "lambda_", "pole_guard", "ramp_ratio", "router_fit_tokens"),
-    *("stage2_routers", "router_sharpening", "calibration_tokens"),
+    *("stage2_routers", "router_sharpening", "calibration_tokens", "calibration_answers"),
 }
 # Settings that do not touch the weights of any model.
 _FREE = {

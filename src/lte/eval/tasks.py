@@ -129,7 +129,7 @@ def _answer(
     prompts = [data.measured[index]["input_ids"] for index in range(len(data.measured))]
     answers = generate_answers(model, tokenizer, prompts, data.max_new_tokens, batch_size=batch_size, progress=progress)
     texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    rows = [_labelled(model, *pair) for pair in zip(prompts, answers, strict=True)]
+    rows = [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
     measurement = _count(model, rows, data.collator, batch_size)
     metrics = compute_metrics(task.metrics, texts, data.references)
     return TaskResult(task.main_metric, metrics, measurement, sum(map(len, answers)), texts)
@@ -144,8 +144,8 @@ def _count(model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_si
         return counter.result()
 
 
-def _labelled(model: Any, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
-    """A row in which the answer alone counts."""
+def answered_row(model: Any, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
+    """A row of `input_ids` and `labels` in which the answer alone counts."""
     if model.config.is_encoder_decoder:
         return {"input_ids": prompt, "labels": answer}
     return {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + list(answer)}

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lte.config import check_choice
+from lte.eval.generation import generate_answers
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
 from lte.eval.perplexity import evaluate_model
-from lte.eval.tasks import TaskResult, check_task, evaluate_task
+from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
 from lte.hf.dense import load_dense_model
 from lte.tasks.config import TaskConfig
 from lte.tasks.data import load_task_data
@@ -65,6 +66,9 @@ class Workload(Protocol):
     def measure(self, model: Any) -> TaskResult:
         """The metrics and the sparsity of a model."""
 
+    def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
+        """Up to `count` training prompts with the model's own answers as labels; none where it writes no answers."""
+
 
 class TextWorkload:
     """Text from files or the hub, and the part of it that is held out."""
@@ -97,6 +101,10 @@ class TextWorkload:
     def measure(self, model: Any) -> TaskResult:
         """Perplexity on the held-out text."""
         return TaskResult.of_text(*evaluate_model(model, self._batches, progress=is_main_process()))
+
+    def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
+        """None: text has no prompts."""
+        return []
 
 
 class TaskWorkload:
@@ -171,6 +179,17 @@ class TaskWorkload:
         return evaluate_task(
             model, self.task, self.data, self.tokenizer, batch_size=self.batch_size, progress=is_main_process()
         )
+
+    def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
+        """The first prompts of the shuffled training data, answered in hard mode as when the task is measured."""
+        if self.data.prompts is None:
+            return []
+        prompts = [row["input_ids"] for row in self.data.prompts.select(range(min(count, len(self.data.prompts))))]
+        new_tokens = self.data.max_new_tokens
+        answers = generate_answers(
+            model, self.tokenizer, prompts, new_tokens, batch_size=self.batch_size, progress=is_main_process()
+        )
+        return [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def check_no_text(given: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ class TaskData:
         split: name of the measured split.
         references: of a generation: the texts that each measured row may be answered with.
         further: measured rows of further splits, by the suffix of their metrics.
+        prompts: of a generation: the prompts of `train` as rows without labels, `None` where it was not wanted.
         num_words: of the measured text, in language modelling.
         max_new_tokens: of a generated answer.
         info: JSON-ready: for `train` and `validation` (what is measured) the number of examples and tokens, where
@@ -45,6 +46,7 @@ class TaskData:
     split: str
     references: list[list[str]] = field(default_factory=list)
     further: dict[str, Any] = field(default_factory=dict)
+    prompts: Any = None
     num_words: int | None = None
     max_new_tokens: int = 0
     info: dict[str, Any] = field(default_factory=dict)
@@ -183,13 +185,15 @@ class _Loader:
             sources = [example["source"] for example in split.examples]
             prompts[use], truncated = fit_sources(sources, task.template, self.tokenizer, room)
             counts[use] = {"truncated_documents": truncated}
-        train, collator = None, PaddingCollator(self.tokenizer) if self.encoder_decoder else self._lm_collator()
+        collator = PaddingCollator(self.tokenizer) if self.encoder_decoder else self._lm_collator()
+        rows = {
+            use: encode_sources(texts, self.tokenizer, self._encoder("completion"), self.encoder_decoder)
+            for use, texts in prompts.items()
+        }
+        train, asked, measured = None, rows.get("train"), rows["measured"]
         if "train" in splits:
             train, found = self._answers(prompts["train"], splits["train"].examples)
             counts["train"] |= found
-        measured = encode_sources(
-            prompts["measured"], self.tokenizer, self._encoder("completion"), self.encoder_decoder
-        )
         counts["measured"]["tokens"] = sum(len(row["input_ids"]) for row in measured)
         return TaskData(
             train=train,
@@ -197,6 +201,7 @@ class _Loader:
             collator=collator,
             split=splits["measured"].name,
             references=[example["references"] for example in splits["measured"].examples],
+            prompts=None if asked is None else _table(asked),
             max_new_tokens=new_tokens,
             info=self._info(splits, counts),
         )

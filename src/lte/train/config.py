@@ -62,6 +62,11 @@ class TrainConfig:
         131072,
         "Training tokens on which the thresholds are set to meet the target at the end; 0: leave them.",
     )
+    calibration_answers: int = _option(
+        256,
+        "In tasks whose answers the model writes: prompts of the training data that it answers at the end, so that the "
+        "target is met on what it writes itself; 0: on the training text alone.",
+    )
     trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
     bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
     tf32: bool = _option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
@@ -108,6 +113,7 @@ class TrainConfig:
         for name in (
             "router_fit_tokens",
             "calibration_tokens",
+            "calibration_answers",
             "pole_guard",
             "dataloader_num_workers",
             "stage1_epochs",

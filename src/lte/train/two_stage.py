@@ -77,10 +77,10 @@ def train_two_stage(
     collator = data_collator or LmCollator(_pad_token_id(model))
     model.config.lte_measurement = None
     if config.compile:
-        _compile_layers_(model, teacher, list(ffns))
         collator = _of_few_widths(collator)
     summaries: list[TrainingSummary] = []
-    with _gradient_checkpointing(model, config), float32_products(config):
+    layers = list(ffns) if config.compile else []
+    with _compiled(model, teacher, layers), _gradient_checkpointing(model, config), float32_products(config):
         for stage in stages_of(config):
             if stage.number in stages:
                 eta = summaries[-1].eta if summaries else None
@@ -130,7 +130,7 @@ def _run_stage(
     if stage.number == 1 and checkpoint is None and config.router_fit_tokens and config.holds_target:
         model.to(training_device())
         batches = device_batches(model, dataset, config.router_fit_tokens, config.batch_size, collator)
-        with autocast(config):
+        with autocast(config), torch.compiler.set_stance("force_eager"):
             fit_routers_(model, batches)
     for ffn in sparse_ffns(model).values():
         ffn.set_mode(stage.mode)
@@ -300,14 +300,23 @@ def _of_few_widths(collator: Any) -> Any:
     return collator
 
 
-def _compile_layers_(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> None:
-    """Compiles each decoder layer in place: one compilation serves all layers, and parameter names stay."""
+@contextmanager
+def _compiled(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> Iterator[None]:
+    """Compiles the decoder layers of these FFNs in place, inside the block: one compilation serves all layers, and
+    parameter names stay."""
+    if not ffn_names:
+        yield
+        return
     # Student and teacher, with gradients and without, each switching, each number of rows: more than the 8 after which
     # dynamo would go on eagerly, without a word.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 64)
-    for network in (model, teacher):
-        if network is None:
-            continue
-        for name in ffn_names:
-            network.get_submodule(block_name(name)).compile()
+    networks = [network for network in (model, teacher) if network is not None]
+    layers = [network.get_submodule(block_name(name)) for network in networks for name in ffn_names]
+    for layer in layers:
+        layer.compile()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None

@@ -1,0 +1,42 @@
+"""Thresholds for what a model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lte.eval.workload import Workload
+from lte.train.config import TrainConfig
+from lte.train.processes import autocast, training_device
+from lte.train.router_init import calibrate_thresholds_
+
+ROUNDS = 2
+"""Other thresholds give other answers."""
+
+
+def calibrate_on_answers_(model: Any, work: Workload, config: TrainConfig, stages: Sequence[int]) -> None:
+    """Shifts the thresholds of a trained model until its own answers to training prompts have the target sparsity.
+
+    What a model writes is easier for it than what people wrote, so thresholds that meet the target on the training text
+    leave more experts off there. Does nothing if the training does not hold a target, if the task has the model write
+    nothing, or with `config.calibration_answers` of 0.
+
+    Args:
+        model: an LTE model after `train_two_stage`.
+        work: the data it was trained on.
+        config: of the training.
+        stages: which were trained.
+    """
+    if 2 not in stages or not config.holds_target or not config.calibration_answers:
+        return
+    model.to(training_device())
+    for _ in range(ROUNDS):
+        with autocast(config):
+            rows = work.answered_rows(model, config.calibration_answers)
+            if not rows:
+                return
+            parts = (rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size))
+            batches = [
+                {name: value.to(training_device()) for name, value in work.collator(part).items()} for part in parts
+            ]
+            calibrate_thresholds_(model, batches, model.target_sparsity)
