@@ -8,18 +8,19 @@ from typing import Any
 from lte.eval.workload import Workload
 from lte.train.config import TrainConfig
 from lte.train.processes import autocast, training_device
-from lte.train.router_init import calibrate_thresholds_
+from lte.train.router_init import calibrate_thresholds_, shift_thresholds_
 
 ROUNDS = 2
 """Other thresholds give other answers."""
 
 
 def calibrate_on_answers_(model: Any, work: Workload, config: TrainConfig, stages: Sequence[int]) -> None:
-    """Shifts the thresholds of a trained model until its own answers to training prompts have the target sparsity.
+    """Switches on more experts until a trained model's own answers to training prompts have the target sparsity.
 
     What a model writes is easier for it than what people wrote, so thresholds that meet the target on the training text
     leave more experts off there. Does nothing if the training does not hold a target, if the task has the model write
-    nothing, or with `config.calibration_answers` of 0.
+    nothing, with `config.calibration_answers` of 0, and if the answers are less sparse than the target: a model that
+    struggles would write worse with fewer experts, and be less sparse on that.
 
     Args:
         model: an LTE model after `train_two_stage`.
@@ -30,6 +31,7 @@ def calibrate_on_answers_(model: Any, work: Workload, config: TrainConfig, stage
     if 2 not in stages or not config.holds_target or not config.calibration_answers:
         return
     model.to(training_device())
+    total = 0.0
     for _ in range(ROUNDS):
         with autocast(config):
             rows = work.answered_rows(model, config.calibration_answers)
@@ -39,4 +41,7 @@ def calibrate_on_answers_(model: Any, work: Workload, config: TrainConfig, stage
             batches = [
                 {name: value.to(training_device()) for name, value in work.collator(part).items()} for part in parts
             ]
-            calibrate_thresholds_(model, batches, model.target_sparsity)
+            total += calibrate_thresholds_(model, batches, model.target_sparsity)
+        if total < 0:
+            shift_thresholds_(model, -total)
+            return

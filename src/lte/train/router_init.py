@@ -154,11 +154,16 @@ def calibrate_thresholds_(
         shift, sparsity = _quantile_shift(model, ffns, batches, target_sparsity)
         if abs(sparsity - target_sparsity) <= tolerance:
             break
-        for ffn in ffns.values():
-            with torch.no_grad():
-                ffn.router.bias.add_(shift)
+        shift_thresholds_(model, shift)
         total += shift
     return total
+
+
+def shift_thresholds_(model: nn.Module, shift: float) -> None:
+    """Adds a number of logits to all router biases: above zero more experts are on."""
+    with torch.no_grad():
+        for ffn in require_sparse_ffns(model).values():
+            ffn.router.bias.add_(shift)
 
 
 def _quantile_shift(
