@@ -141,6 +141,7 @@ def test_the_data_folder_stands_in_for_that_of_the_questions(instruct: Callable[
         ({"num_fewshot": -1}, "num_fewshot must be a whole number from 0, got num_fewshot=-1"),
         ({"num_fewshot": {"toy_choise": 1}}, "did you mean toy_choice"),
         ({"harness_limit": {"toy_choise": 1}}, "did you mean toy_choice"),
+        ({"harness_batch_size": {"toy_choice": 4}}, "harness_batch_size must be a whole number"),
         ({"harness_limit": {"toy_choice": 0}}, "harness_limit must be a whole number from 1, got harness_limit=0"),
         ({"harnes": ["a"]}, "did you mean harness"),
     ],

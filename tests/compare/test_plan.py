@@ -123,6 +123,20 @@ def test_a_fingerprint_tells_of_settings_that_decide_the_weights(mrpc: Callable[
     assert not set(prints(start={"stage1_steps": 3}).values()) & set(before.values())
 
 
+def test_a_fingerprint_tells_of_thresholds_on_own_answers(tmp_path: Path) -> None:
+    def prints(task: str, **defaults: Any) -> dict[str, str]:
+        methods = ["dense", "lte", {"method": "lte", "label": "paper", "recipe": "paper"}]
+        file = write_comparison(tmp_path / "a.yaml", task=task, model="m", methods=methods, defaults=defaults)
+        return {name: run.fingerprint for name, run in plan(file).items()}
+
+    before, after = prints("e2e"), prints("e2e", calibration_answers=0)
+    assert {name for name in before if before[name] != after[name]} == {"lte-0.5-seed0"}
+    assert prints("e2e", calibration_answers=256) == before
+    assert prints("e2e", calibration_tokens=0)["lte-0.5-seed0"] != before["lte-0.5-seed0"]
+    # Nothing is written there.
+    assert prints("mrpc") == prints("mrpc", calibration_answers=0)
+
+
 def test_text_files_lie_below_the_data_folder(tmp_path: Path) -> None:
     defaults = {"train": ["a.jsonl", "/b.jsonl", "pydoc-topics"], "validation": "c.jsonl"}
     file = write_comparison(tmp_path / "text.yaml", model="m", methods=["lte"], defaults=defaults)

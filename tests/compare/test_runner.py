@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,9 +19,11 @@ from lte.cli import app
 from lte.compare.latency import time_decoding
 from lte.compare.runner import execute_all
 from lte.eval.models import load_any_model
+from lte.eval.own_answers import calibrate_on_answers_
 from lte.hf.dense import load_tokenizer
 from lte.train.trainer import LteTrainer
 from tests.compare.conftest import FIELDS, records_of, runner_of, write_comparison
+from tests.tasks.made_up import write_e2e
 from tests.tiny_models import EXPERT_SIZE
 
 
@@ -71,6 +74,38 @@ def test_a_comparison_on_a_task(mrpc: Callable[..., Path], tmp_path: Path) -> No
     assert done(lines) == ["start-seed0", "dense-0-seed0", "cats-0.5-seed0"]
     again = records_of(tmp_path)["cats-0.5-seed0"]
     assert (again["value"], again["measurement"]) == (before["value"], before["measurement"])
+
+
+def test_thresholds_are_set_on_own_answers(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_e2e(tmp_path / "e2e")
+    file = write_comparison(
+        tmp_path / "e2e.yaml",
+        task="e2e",
+        model=str(llama),
+        data_dir=str(tmp_path),
+        methods=["lte"],
+        sparsities=[0.3],
+        defaults={"max_new_tokens": 24, "sequence_length": 96, "pack": False},
+    )
+    answered: list[float] = []
+
+    def calibrated(model: Any, *arguments: Any) -> None:
+        # As far away as thresholds on other text could be.
+        for ffn in lte.sparse_ffns(model).values():
+            ffn.router.bias.data.sub_(0.5)
+        calibrate_on_answers_(model, *arguments)
+        answered.append(model.target_sparsity)
+
+    monkeypatch.setattr("lte.compare.making.calibrate_on_answers_", calibrated)
+    folders = ["--output", str(tmp_path / "records"), "--work", str(tmp_path / "work")]
+    for phase in ("train", "measure"):
+        result = CliRunner().invoke(app, ["compare", str(file), *folders, "--phase", phase])
+        assert result.exit_code == 0, result.output
+    # The start and LTE.
+    assert answered == [0, 0.3]
+    record = records_of(tmp_path)["lte-0.3-seed0"]
+    assert record["sparsity"] == pytest.approx(0.3, abs=0.05)
+    assert record["config"]["train"]["calibration_answers"] == 256
 
 
 def test_a_comparison_on_text(tmp_path: Path, llama: Path) -> None:
@@ -239,6 +274,9 @@ def test_a_dry_run_tells_what_would_be_done(mrpc: Callable[..., Path], tmp_path:
     assert "did you mean lte-0.5-seed0" in result.output
     result = CliRunner().invoke(app, ["compare", str(file), *folders, "--seeds", "a"])
     assert "seeds must be whole numbers, got seeds=a" in result.output
+    result = CliRunner().invoke(app, ["compare", str(file), *folders, "--phase", "trian"])
+    assert result.exit_code == 1
+    assert "phase must be one of both, train, measure, got phase='trian' (did you mean train?)" in result.output
 
 
 def test_the_command_fails_if_a_run_did(mrpc: Callable[..., Path], tmp_path: Path) -> None:

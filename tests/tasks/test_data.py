@@ -71,7 +71,7 @@ def test_prompts_that_are_measured_are_those_that_train(byte_tokenizer: Any, tmp
     assert (len(data.measured), len(data.train), data.split, data.max_new_tokens) == (8, 16, "test", 30)
     prompts = {tuple(row["input_ids"]) for row in data.measured}
     trained = {tuple(row["input_ids"][row["labels"] == -100].tolist()) for row in data.train}
-    assert trained == prompts == {tuple(row["input_ids"]) for row in data.prompts}
+    assert trained == prompts == {tuple(ids) for ids in data.prompts(99)}
     assert all(prompt[0] == byte_tokenizer.bos_token_id for prompt in prompts)
     answers = {byte_tokenizer.decode(row["input_ids"][row["labels"] != -100]) for row in data.train}
     assert answers == {f"{text}[EOS]" for texts in data.references for text in texts}

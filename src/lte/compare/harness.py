@@ -14,6 +14,10 @@ from lte.hf.inputs import predicts_next_token
 _OF_THE_RUN = ("method", "method_config", "target_sparsity", "measurement")
 
 
+BY_TASK = ("num_fewshot", "harness_limit")
+"""Settings with one value for all tasks, or values by task."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HarnessSettings:
     """Keys of the file of a comparison, called as the flags of `lte eval`.
@@ -37,10 +41,10 @@ class HarnessSettings:
     def __post_init__(self) -> None:
         for name, least in (("num_fewshot", 0), ("harness_limit", 1), ("harness_batch_size", 1)):
             given = getattr(self, name)
-            if isinstance(given, Mapping):
+            if isinstance(given, Mapping) and name in BY_TASK:
                 for task in given:
                     check_choice(name, task, self.harness)
-            for value in given.values() if isinstance(given, Mapping) else [given]:
+            for value in given.values() if isinstance(given, Mapping) and name in BY_TASK else [given]:
                 if value is not None:
                     check_whole_number(name, value, least)
 

@@ -13,6 +13,8 @@ from lte.compare.settings import Comparison, Entry, EntryOptions, TeachingOption
 from lte.config import LteConfig
 from lte.settings import build
 from lte.tasks.config import TaskConfig
+from lte.tasks.registry import get_task
+from lte.tasks.task import GenerationTask
 from lte.train.config import TrainConfig
 from lte.train.data_config import DataConfig
 
@@ -113,6 +115,14 @@ class Run:
     def task_config(self) -> TaskConfig:
         """Its task, if it has one."""
         return build(TaskConfig, self.values)
+
+    @property
+    def calibration_answers(self) -> int:
+        """Of how many of its own answers the thresholds are set on, 0 where on none."""
+        config = self.train_config
+        holds = self.method == "lte" and self.trains and config.sets_thresholds(self.stages)
+        writes = self.task_config.task is not None and isinstance(get_task(self.task_config.task), GenerationTask)
+        return config.calibration_answers if holds and writes else 0
 
     def check(self) -> Run:
         """Raises a `ValueError` for settings that do not fit each other; returns itself."""
@@ -230,6 +240,10 @@ class _Planner:
             return self.runs[name].fingerprint if name in self.runs else name
 
         settings = {name: value for name, value in sorted(run.values.items()) if name not in _FREE}
+        if run.calibration_answers:
+            settings["calibration_answers"] = run.calibration_answers
+        else:
+            settings.pop("calibration_answers", None)
         parts = {
             "model": self.comparison.model,
             "method": [run.method, run.target, run.seed, run.trains, run.relu],

@@ -75,6 +75,13 @@ class Runner:
             self.workloads.of(todo[0])
         return any([self._try(run) for run in todo])
 
+    def begin_to_wait(self, runs: Sequence[Run]) -> None:
+        """Says what others are to do, and leaves them the memory."""
+        names = ", ".join(run.name for run in runs)
+        others = "a process that trains" if self.phase == "measure" else "other processes, which do"
+        self.report(f"Waiting for {others} {names}.")
+        free_memory(runs[0])
+
     def failed(self) -> list[str]:
         """The names of the wanted runs whose record says why they failed."""
         return [run.name for run in self.wanted if self._failure(run)]
@@ -202,8 +209,7 @@ def execute_all(runners: Sequence[Runner]) -> list[str]:
             waiting = False
             continue
         if not waiting:
-            names = [run.name for runner in pending for run in runner.todo()]
-            pending[0].report(f"Waiting for other processes, which do {', '.join(names)}.")
+            pending[0].begin_to_wait([run for runner in pending for run in runner.todo()])
         waiting = True
         time.sleep(POLL_S)
     return [name for runner in runners for name in runner.failed()]

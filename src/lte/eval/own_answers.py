@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lte.eval.workload import Workload
+from lte.hf.install import require_sparse_ffns
 from lte.train.config import TrainConfig
 from lte.train.processes import autocast, training_device
-from lte.train.router_init import calibrate_thresholds_, shift_thresholds_
+from lte.train.router_init import calibrate_thresholds_
 
 ROUNDS = 2
 """Other thresholds give other answers."""
@@ -28,11 +31,12 @@ def calibrate_on_answers_(model: Any, work: Workload, config: TrainConfig, stage
         config: of the training.
         stages: which were trained.
     """
-    if 2 not in stages or not config.holds_target or not config.calibration_answers:
+    if not config.sets_thresholds(stages) or not config.calibration_answers:
         return
     model.to(training_device())
-    total = 0.0
+    biases = [ffn.router.bias for ffn in require_sparse_ffns(model).values()]
     for _ in range(ROUNDS):
+        before = [bias.detach().clone() for bias in biases]
         with autocast(config):
             rows = work.answered_rows(model, config.calibration_answers)
             if not rows:
@@ -41,7 +45,9 @@ def calibrate_on_answers_(model: Any, work: Workload, config: TrainConfig, stage
             batches = [
                 {name: value.to(training_device()) for name, value in work.collator(part).items()} for part in parts
             ]
-            total += calibrate_thresholds_(model, batches, model.target_sparsity)
-        if total < 0:
-            shift_thresholds_(model, -total)
+            shift = calibrate_thresholds_(model, batches, model.target_sparsity)
+        if shift <= 0:
+            with torch.no_grad():
+                for bias, value in zip(biases, before, strict=True):
+                    bias.copy_(value)
             return

@@ -184,7 +184,7 @@ class TaskWorkload:
         """The first prompts of the shuffled training data, answered in hard mode as when the task is measured."""
         if self.data.prompts is None:
             return []
-        prompts = [row["input_ids"] for row in self.data.prompts.select(range(min(count, len(self.data.prompts))))]
+        prompts = self.data.prompts(count)
         new_tokens = self.data.max_new_tokens
         answers = generate_answers(
             model, self.tokenizer, prompts, new_tokens, batch_size=self.batch_size, progress=is_main_process()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ class TaskData:
         split: name of the measured split.
         references: of a generation: the texts that each measured row may be answered with.
         further: measured rows of further splits, by the suffix of their metrics.
-        prompts: of a generation: the prompts of `train` as rows without labels, `None` where it was not wanted.
+        prompts: of a generation: gives the token ids of the first so many prompts of the shuffled training split,
+            `None` without one.
         num_words: of the measured text, in language modelling.
         max_new_tokens: of a generated answer.
         info: JSON-ready: for `train` and `validation` (what is measured) the number of examples and tokens, where
@@ -46,7 +48,7 @@ class TaskData:
     split: str
     references: list[list[str]] = field(default_factory=list)
     further: dict[str, Any] = field(default_factory=dict)
-    prompts: Any = None
+    prompts: Callable[[int], list[list[int]]] | None = None
     num_words: int | None = None
     max_new_tokens: int = 0
     info: dict[str, Any] = field(default_factory=dict)
@@ -186,12 +188,14 @@ class _Loader:
             prompts[use], truncated = fit_sources(sources, task.template, self.tokenizer, room)
             counts[use] = {"truncated_documents": truncated}
         collator = PaddingCollator(self.tokenizer) if self.encoder_decoder else self._lm_collator()
-        rows = {
-            use: encode_sources(texts, self.tokenizer, self._encoder("completion"), self.encoder_decoder)
-            for use, texts in prompts.items()
-        }
-        train, asked, measured = None, rows.get("train"), rows["measured"]
+
+        def encode(texts: list[str]) -> list[dict[str, Any]]:
+            return encode_sources(texts, self.tokenizer, self._encoder("completion"), self.encoder_decoder)
+
+        measured = encode(prompts["measured"])
+        train, first_prompts = None, None
         if "train" in splits:
+            first_prompts = lambda count: [row["input_ids"] for row in encode(prompts["train"][:count])]  # noqa: E731
             train, found = self._answers(prompts["train"], splits["train"].examples)
             counts["train"] |= found
         counts["measured"]["tokens"] = sum(len(row["input_ids"]) for row in measured)
@@ -201,7 +205,7 @@ class _Loader:
             collator=collator,
             split=splits["measured"].name,
             references=[example["references"] for example in splits["measured"].examples],
-            prompts=None if asked is None else _table(asked),
+            prompts=first_prompts,
             max_new_tokens=new_tokens,
             info=self._info(splits, counts),
         )

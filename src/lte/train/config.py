@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -65,7 +66,7 @@ class TrainConfig:
     calibration_answers: int = _option(
         256,
         "In tasks whose answers the model writes: prompts of the training data that it answers at the end, so that the "
-        "target is met on what it writes itself; 0: on the training text alone.",
+        "target is met on what it writes itself; 0: on the training text alone. `calibrate_on_answers_` does it.",
     )
     trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
     bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
@@ -141,6 +142,10 @@ class TrainConfig:
     def holds_target(self) -> bool:
         """Whether the recipe meets the target sparsity by itself."""
         return self.recipe in ("straight_through", "annealed")
+
+    def sets_thresholds(self, stages: Sequence[int]) -> bool:
+        """Whether a training of these stages ends with thresholds that meet the target."""
+        return 2 in stages and self.holds_target and self.calibration_tokens > 0
 
     @property
     def separability_weight(self) -> float:

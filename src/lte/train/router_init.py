@@ -145,7 +145,7 @@ def calibrate_thresholds_(
         target_sparsity: share of experts that shall be off, mean over tokens and layers.
 
     Returns:
-        The sum of the shifts, in logits.
+        The sum of the shifts, in logits; above zero more experts are on than before.
     """
     batches = list(batches)
     ffns = require_sparse_ffns(model)
@@ -154,16 +154,11 @@ def calibrate_thresholds_(
         shift, sparsity = _quantile_shift(model, ffns, batches, target_sparsity)
         if abs(sparsity - target_sparsity) <= tolerance:
             break
-        shift_thresholds_(model, shift)
+        for ffn in ffns.values():
+            with torch.no_grad():
+                ffn.router.bias.add_(shift)
         total += shift
     return total
-
-
-def shift_thresholds_(model: nn.Module, shift: float) -> None:
-    """Adds a number of logits to all router biases: above zero more experts are on."""
-    with torch.no_grad():
-        for ffn in require_sparse_ffns(model).values():
-            ffn.router.bias.add_(shift)
 
 
 def _quantile_shift(

@@ -60,7 +60,8 @@ def train_two_stage(
         output_dir: folder for checkpoints and logs.
         teacher: dense model whose logits are distilled where `config.distillation_weight` is positive.
         stages: which stages to run: (1, 2), (1,) or (2,).
-        calibration_dataset: rows on which the thresholds are set at the end; `None` takes `train_dataset`. The
+        calibration_dataset: rows on which the thresholds are set at the end; `None` takes `train_dataset`. Where the
+            model is to write, `lte.eval.own_answers.calibrate_on_answers_` follows. The
             sparsity depends on the text, so take what the model will see in use, but nothing that it is tested on.
         data_collator: `None` pads with the model's pad token.
         resume: go on from the newest complete checkpoint in `output_dir`.
@@ -79,13 +80,13 @@ def train_two_stage(
     if config.compile:
         collator = _of_few_widths(collator)
     summaries: list[TrainingSummary] = []
-    layers = list(ffns) if config.compile else []
-    with _compiled(model, teacher, layers), _gradient_checkpointing(model, config), float32_products(config):
+    compiled = _compiled(model, teacher, list(ffns), config)
+    with compiled, _gradient_checkpointing(model, config), float32_products(config):
         for stage in stages_of(config):
             if stage.number in stages:
                 eta = summaries[-1].eta if summaries else None
                 summaries.append(_run_stage(model, train_dataset, config, stage, output, teacher, collator, eta))
-    if 2 in stages and config.holds_target and config.calibration_tokens:
+    if config.sets_thresholds(stages):
         source = calibration_dataset or train_dataset
         batches = device_batches(model, source, config.calibration_tokens, config.batch_size, collator)
         with autocast(config):
@@ -301,10 +302,10 @@ def _of_few_widths(collator: Any) -> Any:
 
 
 @contextmanager
-def _compiled(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str]) -> Iterator[None]:
-    """Compiles the decoder layers of these FFNs in place, inside the block: one compilation serves all layers, and
-    parameter names stay."""
-    if not ffn_names:
+def _compiled(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str], config: TrainConfig) -> Iterator[None]:
+    """Compiles the decoder layers of these FFNs in place, inside the block, if the config asks for it: one compilation
+    serves all layers, and parameter names stay."""
+    if not config.compile:
         yield
         return
     # Student and teacher, with gradients and without, each switching, each number of rows: more than the 8 after which
