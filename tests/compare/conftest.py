@@ -11,7 +11,7 @@ import yaml
 
 from lte.compare.folders import Folders
 from lte.compare.plan import plan_runs
-from lte.compare.runner import Phase, Runner
+from lte.compare.runner import Runner
 from lte.compare.settings import read_comparison
 from lte.compare.workloads import Workloads
 from lte.eval.results import load_results
@@ -92,9 +92,7 @@ def mrpc(tmp_path: Path, bert: Path, data_dir: Path) -> Callable[..., Path]:
     return write_file
 
 
-def runner_of(
-    file: Path, folder: Path, *only: str, phase: Phase = "both", **overrides: Any
-) -> tuple[Runner, list[str]]:
+def runner_of(file: Path, folder: Path, *only: str, phase: str = "both", **overrides: Any) -> tuple[Runner, list[str]]:
     """What does the runs of a file, and the lines that it says."""
     comparison = read_comparison(file, **overrides)
     lines: list[str] = []

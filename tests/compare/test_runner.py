@@ -147,7 +147,7 @@ def test_training_and_measuring_by_different_processes(mrpc: Callable[..., Path]
     values = [{name: r["value"] for name, r in records_of(folder).items()} for folder in (tmp_path, tmp_path / "one")]
     assert values[0] == values[1]
     with pytest.raises(ValueError, match="phase must be one of both, train, measure, got phase='trian'"):
-        runner_of(file, tmp_path, phase="trian")  # type: ignore[arg-type]
+        runner_of(file, tmp_path, phase="trian")
 
 
 def test_a_killed_training_goes_on_from_its_checkpoint(

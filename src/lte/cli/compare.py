@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
 from lte.cli.models import quiet_transformers
 from lte.compare.folders import Folders
 from lte.compare.plan import Run, plan_runs
-from lte.compare.runner import PHASES, Phase, Runner, execute_all
+from lte.compare.runner import PHASES, Runner, execute_all
 from lte.compare.schedule import Estimate, estimate_runs
 from lte.compare.settings import read_comparison
 from lte.compare.workloads import Workloads
@@ -74,8 +74,7 @@ def compare(
             continue
         if comparison.harness is not None and phase != "train":
             comparison.harness.check()
-        runner = Runner(comparison, runs, folders, workloads, only or (), _print_line, cast(Phase, phase))
-        runners.append(runner)
+        runners.append(Runner(comparison, runs, folders, workloads, only or (), _print_line, phase))
     if failed := execute_all(runners):
         print_error(f"failed: {', '.join(failed)}; their records say why, delete them to try again")
         raise typer.Exit(EXIT_ERROR)

@@ -14,10 +14,6 @@ from lte.hf.inputs import predicts_next_token
 _OF_THE_RUN = ("method", "method_config", "target_sparsity", "measurement")
 
 
-BY_TASK = ("num_fewshot", "harness_limit")
-"""Settings with one value for all tasks, or values by task."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class HarnessSettings:
     """Keys of the file of a comparison, called as the flags of `lte eval`.
@@ -39,19 +35,21 @@ class HarnessSettings:
     harness_batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("num_fewshot", 0), ("harness_limit", 1), ("harness_batch_size", 1)):
-            given = getattr(self, name)
-            if isinstance(given, Mapping) and name in BY_TASK:
-                for task in given:
-                    check_choice(name, task, self.harness)
-            for value in given.values() if isinstance(given, Mapping) and name in BY_TASK else [given]:
+        check_whole_number("harness_batch_size", self.harness_batch_size, 1)
+        for name, given, least in (("num_fewshot", self.num_fewshot, 0), ("harness_limit", self.harness_limit, 1)):
+            by_task = given if isinstance(given, Mapping) else dict.fromkeys(self.harness, given)
+            for task, value in by_task.items():
+                check_choice(name, task, self.harness)
                 if value is not None:
                     check_whole_number(name, value, least)
 
-    def of_task(self, name: str, task: str) -> int | None:
-        """The value for one task of a setting that may be given by task."""
-        given = getattr(self, name)
-        return given.get(task) if isinstance(given, Mapping) else given
+    def shots(self, task: str) -> int | None:
+        """Examples before each question of a task."""
+        return _of_task(self.num_fewshot, task)
+
+    def limit(self, task: str) -> int | None:
+        """Questions of a task at most."""
+        return _of_task(self.harness_limit, task)
 
     def check(self) -> None:
         """Reads all tasks with their data, so that what is missing is said before anything trains.
@@ -61,6 +59,10 @@ class HarnessSettings:
         """
         quiet_harness()
         check_harness_tasks(self.harness, self.harness_tasks_dir, self.harness_data)
+
+
+def _of_task(given: int | Mapping[str, int] | None, task: str) -> int | None:
+    return given.get(task) if isinstance(given, Mapping) else given
 
 
 KEYS = tuple(field.name for field in fields(HarnessSettings))
@@ -120,12 +122,12 @@ def unanswered(note: str) -> dict[str, Any]:
 
 
 def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) -> dict[str, Any]:
-    limit = settings.of_task("harness_limit", name)
+    limit = settings.limit(name)
     result = evaluate_harness(
         model,
         tokenizer,
         [name],
-        num_fewshot=settings.of_task("num_fewshot", name),
+        num_fewshot=settings.shots(name),
         limit=limit,
         batch_size=settings.harness_batch_size,
         tasks_dir=settings.harness_tasks_dir,

@@ -120,9 +120,9 @@ class Run:
     def calibration_answers(self) -> int:
         """Of how many of its own answers the thresholds are set on, 0 where on none."""
         config = self.train_config
-        holds = self.method == "lte" and self.trains and config.sets_thresholds(self.stages)
-        writes = self.task_config.task is not None and isinstance(get_task(self.task_config.task), GenerationTask)
-        return config.calibration_answers if holds and writes else 0
+        task = self.task_config.task
+        writes = task is not None and isinstance(get_task(task), GenerationTask)
+        return config.calibration_answers if writes and self.trains and config.sets_thresholds(self.stages) else 0
 
     def check(self) -> Run:
         """Raises a `ValueError` for settings that do not fit each other; returns itself."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lte.eval.inference import moved_batches
 from lte.eval.workload import Workload
 from lte.hf.install import require_sparse_ffns
 from lte.train.config import TrainConfig
@@ -41,11 +42,10 @@ def calibrate_on_answers_(model: Any, work: Workload, config: TrainConfig, stage
             rows = work.answered_rows(model, config.calibration_answers)
             if not rows:
                 return
-            parts = (rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size))
-            batches = [
-                {name: value.to(training_device()) for name, value in work.collator(part).items()} for part in parts
-            ]
-            shift = calibrate_thresholds_(model, batches, model.target_sparsity)
+            starts = range(0, len(rows), config.batch_size)
+            batches = (work.collator(rows[start : start + config.batch_size]) for start in starts)
+            moved = moved_batches(batches, training_device(), progress=False)
+            shift = calibrate_thresholds_(model, moved, model.target_sparsity)
         if shift <= 0:
             with torch.no_grad():
                 for bias, value in zip(biases, before, strict=True):

@@ -192,10 +192,12 @@ class _Loader:
         def encode(texts: list[str]) -> list[dict[str, Any]]:
             return encode_sources(texts, self.tokenizer, self._encoder("completion"), self.encoder_decoder)
 
+        def first_prompts(count: int) -> list[list[int]]:
+            return [row["input_ids"] for row in encode(prompts["train"][:count])]
+
         measured = encode(prompts["measured"])
-        train, first_prompts = None, None
+        train = None
         if "train" in splits:
-            first_prompts = lambda count: [row["input_ids"] for row in encode(prompts["train"][:count])]  # noqa: E731
             train, found = self._answers(prompts["train"], splits["train"].examples)
             counts["train"] |= found
         counts["measured"]["tokens"] = sum(len(row["input_ids"]) for row in measured)
@@ -205,7 +207,7 @@ class _Loader:
             collator=collator,
             split=splits["measured"].name,
             references=[example["references"] for example in splits["measured"].examples],
-            prompts=first_prompts,
+            prompts=first_prompts if "train" in splits else None,
             max_new_tokens=new_tokens,
             info=self._info(splits, counts),
         )

@@ -60,9 +60,9 @@ def train_two_stage(
         output_dir: folder for checkpoints and logs.
         teacher: dense model whose logits are distilled where `config.distillation_weight` is positive.
         stages: which stages to run: (1, 2), (1,) or (2,).
-        calibration_dataset: rows on which the thresholds are set at the end; `None` takes `train_dataset`. Where the
-            model is to write, `lte.eval.own_answers.calibrate_on_answers_` follows. The
+        calibration_dataset: rows on which the thresholds are set at the end; `None` takes `train_dataset`. The
             sparsity depends on the text, so take what the model will see in use, but nothing that it is tested on.
+            For what the model writes itself, `lte.eval.own_answers.calibrate_on_answers_` follows.
         data_collator: `None` pads with the model's pad token.
         resume: go on from the newest complete checkpoint in `output_dir`.
 
