@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lte.bench.gate import GateError
 from lte.compare import latency, making, runner
@@ -64,6 +65,40 @@ def test_data_that_is_not_there_is_no_failure_of_a_run(mrpc: Callable[..., Path]
     with pytest.raises(ValueError, match="data_dir must be an existing folder"):
         execute_all([broken])
     assert not list((tmp_path / "records").iterdir())
+
+
+@pytest.mark.parametrize(("shared", "always", "tries"), [(True, False, 3), (True, True, 5), (False, False, 1)])
+def test_what_finds_no_room_beside_others_is_tried_again(
+    mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool, always: bool, tries: int
+) -> None:
+    seen: list[str] = []
+
+    def measures(run: Any, *args: Any) -> Any:
+        seen.append(run.name)
+        if run.method == "lte" and (always or seen.count(run.name) < 3):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measured(run, *args)
+
+    def makes(run: Any, *args: Any) -> Any:
+        made.append(run.name)
+        return making.make_model(run, *args)
+
+    made: list[str] = []
+    measured = runner.measured_record
+    monkeypatch.setattr(runner, "make_model", makes)
+    monkeypatch.setattr(runner, "measured_record", measures)
+    monkeypatch.setattr(runner, "others_fill_gpu", lambda: shared)
+    monkeypatch.setattr(runner, "MEMORY_WAIT_S", 0.01)
+    monkeypatch.setattr(runner, "POLL_S", 0.01)
+    first, lines = runner_of(mrpc("lte", "wina"), tmp_path)
+    fits = shared and not always
+    assert execute_all([first]) == ([] if fits else ["lte-0.5-seed0"])
+    assert seen.count("lte-0.5-seed0") == tries
+    # The others did not wait for it.
+    assert seen.index("wina-0.5-seed0") == 1
+    assert (records_of(tmp_path)["lte-0.5-seed0"].get("failure") is None) == fits
+    assert sum("no room on the GPU" in line for line in lines) == tries - 1
+    assert made.count("lte-0.5-seed0") == 1
 
 
 def test_an_error_of_any_kind_is_a_record(

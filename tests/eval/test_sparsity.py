@@ -42,6 +42,14 @@ def hard_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack(seen)
 
 
+def test_counting_makes_the_logits_of_one_token_alone() -> None:
+    model = tiny_sparse_model("llama")
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    measure_sparsity(model, batches_of(7, 12))
+    assert seen == [1, 1]
+
+
 def test_every_statistic_matches_a_plain_count(model_type: str) -> None:
     model = tiny_sparse_model(model_type)
     batches = batches_of(7, 1, 12)

@@ -28,3 +28,11 @@ def peak_memory_bytes() -> int:
 
     # In KiB, but on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def others_fill_gpu() -> bool:
+    """Whether other processes hold more than a tenth of the GPU, so that what does not fit now may fit later."""
+    if not torch.cuda.is_available():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved() > total / 10

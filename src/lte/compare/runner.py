@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from lte.compare.folders import Folders
 from lte.compare.making import make_model
-from lte.compare.memory import free_memory
+from lte.compare.memory import free_memory, others_fill_gpu
 from lte.compare.plan import Run, children_of, parents_of
 from lte.compare.records import failure_record, measured_record
 from lte.compare.settings import Comparison
@@ -24,6 +25,9 @@ from lte.train.trainer import NonFiniteLossError
 # What a run may fail by; anything else comes with a traceback.
 EXPECTED = (ValueError, NonFiniteLossError, torch.OutOfMemoryError)
 POLL_S = 1.0
+# A run that other processes leave no room on the GPU is tried again.
+MEMORY_TRIES = 5
+MEMORY_WAIT_S = 30.0
 PHASES = ("both", "train", "measure")
 
 
@@ -57,6 +61,8 @@ class Runner:
         check_choice("phase", phase, PHASES)
         self.comparison, self.runs, self.folders = comparison, runs, folders
         self.workloads, self.report, self.phase = workloads, report, phase
+        self._tries: Counter[str] = Counter()
+        self._later: dict[str, float] = {}
         self.wanted = [run for run in runs if run.measured and (not only or run.name in only)]
 
     def begin(self) -> None:
@@ -76,9 +82,11 @@ class Runner:
 
     def begin_to_wait(self, runs: Sequence[Run]) -> None:
         """Says what others are to do, and leaves them the memory."""
-        names = ", ".join(run.name for run in runs)
+        # Of a run that waits for memory a line was written already.
+        names = ", ".join(run.name for run in runs if run.name not in self._later)
         others = "a process that trains" if self.phase == "measure" else "other processes, which do"
-        self.report(f"Waiting for {others} {names}.")
+        if names:
+            self.report(f"Waiting for {others} {names}.")
         free_memory(runs[0])
 
     def failed(self) -> list[str]:
@@ -112,6 +120,8 @@ class Runner:
             try:
                 record = self._do(run)
             except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) and self._put_off(run):
+                    return True
                 if not isinstance(error, EXPECTED):
                     traceback.print_exc()
                 self._fail(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -123,7 +133,18 @@ class Runner:
         self._clean_up(run)
         return True
 
+    def _put_off(self, run: Run) -> bool:
+        """Leaves a run that did not fit beside other processes for later; says whether it may fit then."""
+        self._tries[run.name] += 1
+        if self._tries[run.name] == MEMORY_TRIES or not others_fill_gpu():
+            return False
+        self.report(f"{run.name}: no room on the GPU beside other processes, tried again in {MEMORY_WAIT_S:.0f} s")
+        self._later[run.name] = time.monotonic() + MEMORY_WAIT_S
+        return True
+
     def _is_ready(self, run: Run) -> bool:
+        if time.monotonic() < self._later.get(run.name, 0):
+            return False
         if self.phase == "measure" and self._is_to_train(run):
             return False
         return self._has_model(run) or all(self._has_model(parent) for parent in parents_of(run, self.runs))
