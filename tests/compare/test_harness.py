@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
 from lte.cli import app
+from lte.compare import harness
 from lte.compare.harness import HarnessSettings, answer_questions
 from lte.compare.runner import execute_all
 from lte.compare.settings import read_comparison
@@ -106,6 +108,25 @@ def test_a_set_that_fails_leaves_the_others(instruct: Callable[..., Path], llama
     found = answer_questions(load_any_model(str(llama)), load_tokenizer(llama), settings)
     assert set(found["harness"]) == {"toy_group"}
     assert found["harness_note"].startswith("toy_choice failed: ValueError: num_fewshot must be what toy_choice has")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_set_without_room_beside_other_processes_is_no_note(
+    instruct: Callable[..., Path], llama: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    def no_room(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(harness, "evaluate_harness", no_room)
+    monkeypatch.setattr(harness, "others_fill_gpu", lambda: shared)
+    settings = read_comparison(instruct("lte")).harness
+    assert settings is not None
+    model, tokenizer = load_any_model(str(llama)), load_tokenizer(llama)
+    if shared:
+        with pytest.raises(torch.OutOfMemoryError):
+            answer_questions(model, tokenizer, settings)
+    else:
+        assert "OutOfMemoryError" in answer_questions(model, tokenizer, settings)["harness_note"]
 
 
 def test_missing_questions_are_named_before_anything_trains(instruct: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
+from lte.compare.memory import others_fill_gpu
 from lte.config import check_choice, check_whole_number
 from lte.eval.harness import check_harness_tasks, evaluate_harness, quiet_harness
 from lte.hf.inputs import predicts_next_token
@@ -110,8 +113,10 @@ def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings) -> d
     for name in settings.harness:
         try:
             found |= _scores(model, tokenizer, settings, name)
-        # A model that cannot answer one set keeps its other numbers.
+        # A model that cannot answer one set keeps its other numbers; one that finds no room now may do so later.
         except (RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and others_fill_gpu():
+                raise
             notes.append(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return {"harness": found, "harness_note": "; ".join(notes) or None}
 

@@ -7,13 +7,11 @@ import sys
 
 import torch
 
-from lte.compare.plan import Run
 
-
-def free_memory(run: Run) -> None:
-    """Forgets the models of earlier runs, and their peak of memory."""
+def free_memory(compiled: bool) -> None:
+    """Forgets the models of earlier runs, what was compiled for them if anything was, and their peak of memory."""
     gc.collect()
-    if run.values.get("compile"):
+    if compiled:
         torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -87,7 +87,7 @@ class Runner:
         others = "a process that trains" if self.phase == "measure" else "other processes, which do"
         if names:
             self.report(f"Waiting for {others} {names}.")
-        free_memory(runs[0])
+        free_memory(_compiles(runs[0]))
 
     def failed(self) -> list[str]:
         """The names of the wanted runs whose record says why they failed."""
@@ -151,7 +151,7 @@ class Runner:
 
     def _do(self, run: Run) -> dict[str, Any] | None:
         """Makes and measures a run; `None` without a record of its own."""
-        free_memory(run)
+        free_memory(_compiles(run))
         work = self.workloads.of(run)
         made = self.folders.made(run)
         if made is not None and made.data_info["train"]["sha256"] != work.info["train"]["sha256"]:
@@ -233,6 +233,10 @@ def execute_all(runners: Sequence[Runner]) -> list[str]:
         waiting = True
         time.sleep(POLL_S)
     return [name for runner in runners for name in runner.failed()]
+
+
+def _compiles(run: Run) -> bool:
+    return bool(run.values.get("compile"))
 
 
 def _device_works() -> bool:
