@@ -224,7 +224,8 @@ def _scale(axis: Axes, comparison: Comparison, panel: Panel) -> None:
         axis.set_xlim(-0.01, 1.01)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     else:
-        axis.set_xlim(left=0)
+        # Where all points lie close together, those on the right get no margin by themselves.
+        axis.set_xlim(0, 1.03 * axis.get_xlim()[1])
     plain_axes(axis)
 
 
