@@ -22,7 +22,7 @@ EXAMPLES = {
     "compare/wikipedia": 34,
     "compare/wikitext2": 48,
     "compare/instruct": 19,
-    "ablations/eta": 42,
+    "ablations/eta": 48,
     "ablations/expert_size": 18,
     "ablations/grouping": 18,
     "ablations/lambda": 15,
