@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.baselines.metering import MeteredModule, metered_modules
-from lte.hf.inputs import model_inputs, padding_masks
+from lte.hf.inputs import padding_masks, run_without_logits
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def run_batches(
                 for name in names:
                     tokens[name] += masks[name].sum().item()
                 with suppress(_PassEnds):
-                    model(**model_inputs(model, moved))
+                    run_without_logits(model, moved)
     finally:
         if hook is not None:
             hook.remove()

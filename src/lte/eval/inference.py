@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lte.baselines.calibration import eval_mode
-from lte.hf.inputs import model_inputs, unwrapped
+from lte.hf.inputs import model_inputs, run_without_logits
 from lte.hf.install import sparse_ffns
 from lte.train.data import LmCollator, routing_masks
 
@@ -100,12 +99,9 @@ def count_batches(
         skip_ignored_labels: whether tokens with the label -100 are left out, if the model predicts the next token.
         progress: whether to show a progress bar.
     """
-    # Nobody reads the logits, and those of all tokens would be the largest tensor of all.
-    takes = inspect.signature(unwrapped(model).forward).parameters
-    head = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     with hard_inference(model):
         for batch in moved_batches(batches, model_device(model), progress=progress):
-            model(**model_inputs(model, batch), **head)
+            run_without_logits(model, batch)
             counter.update(routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels))
 
 

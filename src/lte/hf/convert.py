@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig
 from lte.hf.acceleration import decelerate_
 from lte.hf.families import Family, dense_ffns, family_of
-from lte.hf.inputs import model_inputs, padding_masks
+from lte.hf.inputs import padding_masks, run_without_logits
 from lte.hf.install import check_unchunked, install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
 from lte.hf.loading import become_dense_, become_sparse_, is_ours
 from lte.hf.projections import is_plain_projection, projection_name
@@ -200,7 +200,7 @@ def _activity_features(
     with before_each_call(downs, collect):
         for batch in calibration:
             masks.update(padding_masks(model, ffns, batch))
-            model(**model_inputs(model, batch))
+            run_without_logits(model, batch)
     return {name: collector.gram for name, collector in collectors.items()}
 
 

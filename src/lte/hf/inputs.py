@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens; an encoder-decoder has T tokens of its own on eac
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,6 +43,19 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
             )
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     return inputs
+
+
+def run_without_logits(model: Any, batch: Mapping[str, Tensor]) -> None:
+    """Calls a model on a batch for what its modules see on the way.
+
+    Where the model can leave them out, no logits but the last token's are made: [B, T, V] of them would be the largest
+    tensor of all.
+
+    Raises:
+        ValueError: as `model_inputs`.
+    """
+    takes = inspect.signature(unwrapped(model).forward).parameters
+    model(**model_inputs(model, batch), **({"logits_to_keep": 1} if "logits_to_keep" in takes else {}))
 
 
 def check_packing(model: Any, batch: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
-from lte.hf.inputs import model_inputs
+from lte.hf.inputs import run_without_logits
 from lte.hf.install import require_sparse_ffns
 from lte.nn.router import INITIAL_LOGIT
 from lte.nn.sparse_ffn import SparseFfn
@@ -102,7 +102,7 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
         with evaluating(model, "dense"):
             for batch in batches:
                 masks.update(_token_masks(model, list(ffns), batch))
-                model(**model_inputs(model, batch))
+                run_without_logits(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -176,7 +176,7 @@ def _quantile_shift(
     try:
         with evaluating(model, "hard"):
             for batch in batches:
-                model(**model_inputs(model, batch))
+                run_without_logits(model, batch)
                 masks = _token_masks(model, list(ffns), batch)
                 for name, ffn in ffns.items():
                     assert ffn.logits is not None
