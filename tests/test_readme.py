@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 from typer.testing import CliRunner
@@ -138,6 +139,37 @@ def test_every_figure_of_the_speed_tables_is_in_a_result_file():
         sparse = [row for row in rows if row["provider"] == "sparse"]
         where, *figures = row_of(f"decoding step of SmolLM2-135M's shape, {dtype}")
         assert (where, figures) == ("two CPU cores", ratios(sparse, dense(rows)))
+
+
+def test_every_figure_of_the_tasks_table_is_in_a_result_file():
+    tasks = ("e2e", "dialogsum", "sst2", "mrpc", "rte", "cola", "stsb")
+
+    def column(task: str, label: str, field: str) -> str:
+        files = sorted((ROOT / "results/compare" / task).glob(f"{label}-seed*.json"))
+        values = [json.loads(file.read_text())[field] for file in files]
+        assert len(values) in ((0, 1) if task in tasks[:2] else (3,))
+        if field == "sparsity":
+            return f"{100 * mean(values):.1f}%"
+        if len(values) < 2:
+            return f"{values[0]:.3f}" if values else ""
+        return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}"
+
+    (table,) = re.findall(r"^\| \| E2E \|.*\n(?:\|.*\n)+", README, re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    expected = [
+        [name, *(column(task, label, field) for task in tasks)]
+        for name, label, field in (
+            ("dense, the start", "dense-start-0", "value"),
+            ("dense, trained on", "dense-0", "value"),
+            ("LTE, target 80%", "lte-0.8", "value"),
+            ("sparsity, measured", "lte-0.8", "sparsity"),
+            ("LTE, target 90%", "lte-0.9", "value"),
+            ("sparsity, measured", "lte-0.9", "sparsity"),
+            ("static pruning 80%", "static_pruning-0.8", "value"),
+            ("static pruning 90%", "static_pruning-0.9", "value"),
+        )
+    ]
+    assert rows == expected
 
 
 def test_the_readme_names_only_files_that_exist():
