@@ -150,6 +150,19 @@ def test_training_and_measuring_by_different_processes(mrpc: Callable[..., Path]
         runner_of(file, tmp_path, phase="trian")
 
 
+def test_what_others_made_ready_comes_first(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    file = mrpc("lte", "cats", "teal")
+    execute_all([runner_of(file, tmp_path, "teal-0.5-seed0", phase="train")[0]])
+    measuring, measured = runner_of(file, tmp_path, phase="measure")
+    measuring.begin()
+    assert measuring.advance()
+    assert done(measured) == ["cats-0.5-seed0"]
+    # Another process has trained LTE meanwhile.
+    execute_all([runner_of(file, tmp_path, phase="train")[0]])
+    assert execute_all([measuring]) == []
+    assert done(measured)[1:] == ["lte-0.5-seed0", "teal-0.5-seed0"]
+
+
 def test_a_killed_training_goes_on_from_its_checkpoint(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

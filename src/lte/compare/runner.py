@@ -63,6 +63,7 @@ class Runner:
         self.workloads, self.report, self.phase = workloads, report, phase
         self._tries: Counter[str] = Counter()
         self._later: dict[str, float] = {}
+        self._has_read = False
         self.wanted = [run for run in runs if run.measured and (not only or run.name in only)]
 
     def begin(self) -> None:
@@ -73,12 +74,16 @@ class Runner:
             self._tell_of_old_record(run)
 
     def advance(self) -> bool:
-        """Does those runs in turn that nobody else does and that are ready; says whether there was one."""
+        """Does the first run of the plan that is ready and that nobody else does; says whether there was one.
+
+        One at a time, so that a run that others have made ready meanwhile comes before those below it.
+        """
         todo = self.todo()
-        if todo:
+        if todo and not self._has_read:
             # Data that cannot be read is no failure of a run.
             self.workloads.of(todo[0])
-        return any([self._try(run) for run in todo])
+            self._has_read = True
+        return any(self._try(run) for run in todo)
 
     def begin_to_wait(self, runs: Sequence[Run]) -> None:
         """Says what others are to do, and leaves them the memory."""
@@ -218,14 +223,14 @@ class Runner:
 def execute_all(runners: Sequence[Runner]) -> list[str]:
     """Does all runs of some comparisons, or waits for other processes that do; returns the names of those that failed.
 
-    Every process that is started with the same folders takes the next run that no other one has, and goes on with the
-    next comparison while others do the last runs of one.
+    Every process that is started with the same folders takes the next run that no other one has, of the first
+    comparison that has one, and so goes on with the next comparison while others do the last runs of one.
     """
     for runner in runners:
         runner.begin()
     waiting = False
     while pending := [runner for runner in runners if runner.todo()]:
-        if any([runner.advance() for runner in pending]):
+        if any(runner.advance() for runner in pending):
             waiting = False
             continue
         if not waiting:
