@@ -36,7 +36,7 @@ BUDGET = {"stage1_steps": 2, "stage2_steps": 2}
 FIELDS = {
     *("metrics", "weight_sparsity", "method_config", "measurement", "label", "group", "command", "data_sha256", "eta"),
     *("layer_history", "peak_memory_bytes", "latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms"),
-    "latency_note",
+    *("latency_sparsity", "latency_note"),
 }
 
 

@@ -15,7 +15,6 @@ from lte.compare import latency, making, runner
 from lte.compare.folders import MADE_FILE
 from lte.compare.runner import execute_all
 from lte.eval.results import write_json_atomic
-from lte.hf.dense import load_tokenizer
 from lte.train.trainer import NonFiniteLossError
 from tests.compare.conftest import FIELDS, records_of, runner_of
 
@@ -189,4 +188,4 @@ def test_wrong_kernels_are_a_failure(llama: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(latency, "run_benchmarks", differs)
     with pytest.raises(GateError):
-        latency.time_decoding(llama, llama, load_tokenizer(str(llama)))
+        latency.time_decoding(llama, llama, [1, 2, 3], 1)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import lte
+from lte.bench.routing import recorded_masks
 from lte.cli import app
 from lte.compare.latency import time_decoding
 from lte.compare.runner import execute_all
@@ -24,7 +26,7 @@ from lte.hf.dense import load_tokenizer
 from lte.train.trainer import LteTrainer
 from tests.compare.conftest import FIELDS, records_of, runner_of, write_comparison
 from tests.tasks.made_up import write_e2e
-from tests.tiny_models import EXPERT_SIZE
+from tests.tiny_models import EXPERT_SIZE, randomise_routers_
 
 
 def done(lines: list[str]) -> list[str]:
@@ -253,18 +255,44 @@ def test_two_processes_share_the_runs(mrpc: Callable[..., Path], tmp_path: Path)
 
 def test_decoding_is_timed_on_the_saved_folder(tmp_path: Path, llama: Path) -> None:
     sparse = lte.sparsify_(load_any_model(str(llama)), lte.LteConfig(expert_size=EXPERT_SIZE, grouping="random"))
+    randomise_routers_(sparse)
     sparse.save_pretrained(tmp_path / "sparse")
-    tokenizer = load_tokenizer(llama)
-    for folder in (tmp_path / "sparse", llama):
-        found = time_decoding(folder, llama, tokenizer, lambda line: None)
+    text = load_tokenizer(llama)("the wind blows over the hill and into the wood, and then it rains")["input_ids"]
+    prompt = len(text) // 2
+    with recorded_masks(list(lte.sparse_ffns(sparse).values())) as masks, torch.no_grad():
+        sparse(input_ids=torch.tensor([text]))
+    decoded = torch.cat([mask[prompt:] for layer in masks for mask in layer])
+    for folder, sparsity in ((tmp_path / "sparse", 1 - decoded.float().mean().item()), (llama, 0.0)):
+        found = time_decoding(folder, llama, text, prompt, lambda line: None)
+        assert found["latency_sparsity"] == pytest.approx(sparsity, abs=1e-6)
         assert 0 < found["latency_p20_ms"] <= found["latency_ms"] <= found["latency_p80_ms"]
         assert found["latency_dense_ms"] > 0
         provider = "lte eager" if folder != llama else "dense eager"
         assert found["latency_note"].startswith(f"decoding step, batch 1, {provider}, float32, context 256; dense: ")
     assert found["latency_ms"] == found["latency_dense_ms"]
-    broken = time_decoding(tmp_path / "no", llama, tokenizer)
+    broken = time_decoding(tmp_path / "no", llama, text, prompt)
     assert broken["latency_ms"] is None
     assert broken["latency_note"].startswith("failed: ValueError: model must be a hub name, folder or GGUF file")
+
+
+def test_decoding_is_timed_on_what_is_measured(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_e2e(tmp_path / "e2e")
+    file = write_comparison(
+        tmp_path / "e2e.yaml",
+        task="e2e",
+        model=str(llama),
+        data_dir=str(tmp_path),
+        methods=["lte"],
+        latency=True,
+        defaults={"max_new_tokens": 24, "sequence_length": 96, "pack": False},
+    )
+    # As if this were a GPU.
+    monkeypatch.setattr("lte.compare.records.why_not", lambda *arguments: None)
+    first, _ = runner_of(file, tmp_path)
+    assert execute_all([first]) == []
+    record = records_of(tmp_path)["lte-0.5-seed0"]
+    assert record["latency_ms"] > 0
+    assert record["latency_sparsity"] == pytest.approx(record["sparsity"], abs=0.1)
 
 
 def test_a_dry_run_tells_what_would_be_done(mrpc: Callable[..., Path], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ REDUCE_OVERHEAD = {"triton.cudagraphs": True}
 TUNING = {**REDUCE_OVERHEAD, "coordinate_descent_tuning": True, "max_autotune_pointwise": True}
 # Each batch size and model is a specialisation of the same code, of which dynamo allows 8 by default.
 SPECIALISATIONS = 64
-USE_STEPS = 8
+USE_STEPS = 32
 # Steps by which the outcomes of several tunings are compared.
 COMPARED_STEPS = 10
 # Dynamo compiles in the first call; CUDA graphs warm up in the next and are recorded in the one after it.
@@ -46,7 +46,8 @@ class Decoder:
 
     Args:
         model: dense or sparse.
-        ids: texts [B, L]; the first tokens up to `prompt` are the prompt, the others are fed one by one.
+        ids: texts [B, L]; the first tokens up to `prompt` are the prompt, the others are fed one by one, again and
+            again if there are few.
         prompt: tokens of the prompt, fewer than `context`.
         context: tokens that the cache holds.
     """
@@ -139,7 +140,7 @@ class _DecodeGroup:
         self.session, self.batch = session, batch
         settings, pair = session.settings, session.pair
         self.ffns = pair.sparse_ffns
-        ids, prompt = session.texts(batch), settings.context_length // 4
+        ids, prompt = session.texts(batch), settings.prompt
         self.ids = ids
         self.dense = Decoder(pair.dense, ids, prompt, settings.context_length)
         self.sparse = Decoder(pair.sparse, ids, prompt, settings.context_length)

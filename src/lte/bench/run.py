@@ -37,7 +37,7 @@ def run_benchmarks(
         name: of the model, for the rows.
         pair: what to compare.
         settings: what to measure.
-        ids: tokens [N, L] of N texts, random ones where all routing is forced; L is at least the settings' context.
+        ids: tokens [N, L] of N texts, random ones where all routing is forced; L is more than the settings' prompt.
         output: path of the result files without ending, `None` writes none.
         report: gets lines of progress.
 

@@ -28,7 +28,8 @@ class BenchSettings:
         routing: whether the tokens of a batch get the same forced experts or different ones.
         prefill_scope: whether prefill times FFNs or the whole model.
         repeats: timed calls of each provider.
-        context_length: tokens that the key-value cache holds, a quarter of them the prompt.
+        context_length: tokens that the key-value cache holds.
+        prompt_length: tokens of these before the first decoding step; `None` takes a quarter.
         compile: whether to time dense baselines and the sparse model under `torch.compile`.
         autotune: whether to time the dense FFN under max-autotune, too.
         tunings: how often decoding models are compiled and tuned, the fastest outcome being timed; 0 for no tuning.
@@ -44,6 +45,7 @@ class BenchSettings:
     prefill_scope: Scope = "auto"
     repeats: int = 20
     context_length: int = 256
+    prompt_length: int | None = None
     compile: bool = True
     autotune: bool = True
     tunings: int = 1
@@ -67,6 +69,16 @@ class BenchSettings:
         for name, least in (("repeats", 1), ("tunings", 0), ("context_length", 8)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {name}={getattr(self, name)}")
+        if self.prompt_length is not None and not 0 < self.prompt_length < self.context_length:
+            raise ValueError(
+                f"prompt_length must be positive and less than the context of {self.context_length} tokens, got "
+                f"prompt_length={self.prompt_length}"
+            )
+
+    @property
+    def prompt(self) -> int:
+        """Tokens before the first decoding step."""
+        return self.context_length // 4 if self.prompt_length is None else self.prompt_length
 
     @property
     def own(self) -> bool:

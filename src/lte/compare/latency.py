@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,11 @@ from lte.bench.models import model_pair
 from lte.bench.rows import Row, is_dense
 from lte.bench.run import run_benchmarks
 from lte.bench.settings import OWN, BenchSettings
-from lte.bench.text import read_text, text_ids
-from lte.bench.union import BATCHES
 from lte.eval.models import load_any_model
 from lte.hf.install import sparse_ffns
 
 TIMED_METHODS = ("lte", "dense", "static_pruning")
-FIELDS = ("latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms")
+FIELDS = ("latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms", "latency_sparsity")
 CONTEXT = 256
 
 
@@ -46,25 +46,29 @@ def untimed(note: str) -> dict[str, Any]:
     return {**dict.fromkeys(FIELDS), "latency_note": note}
 
 
-def time_decoding(folder: Path, dense_folder: Path, tokenizer: Any, say: Any = print) -> dict[str, Any]:
+def time_decoding(
+    folder: Path, dense_folder: Path, text: Sequence[int], prompt_length: int, say: Any = print
+) -> dict[str, Any]:
     """The median time of a decoding step at batch 1 with 20th and 80th percentile, in ms, and that of a dense model.
 
     On a GPU both are compiled, without tuning, in bfloat16; on a CPU they run eagerly in float32. An LTE model routes
-    as it does on text, and its dense model has its own weights. Of a stock model with fewer neurons the dense one is
-    in `dense_folder`.
+    as it does on the text, with `latency_sparsity` of its neurons off, and its dense model has its own weights. Of a
+    stock model with fewer neurons the dense one is in `dense_folder`.
 
     Args:
         folder: of the model.
         dense_folder: of a dense model of the same architecture.
-        tokenizer: of both.
+        text: tokens of a prompt and of what follows, which are decoded one by one; at most `CONTEXT`.
+        prompt_length: tokens of the prompt.
         say: gets lines of progress.
 
     Raises:
         GateError: if the kernels do not compute what the reference does; no number of such a model counts.
     """
     try:
-        rows, sparse = _decoding_rows(folder, tokenizer, say)
-        dense_rows = rows if folder == dense_folder or sparse else _decoding_rows(dense_folder, tokenizer, say)[0]
+        timed = functools.partial(_decoding_rows, text=text, prompt_length=prompt_length, say=say)
+        rows, sparse = timed(folder)
+        dense_rows = rows if folder == dense_folder or sparse else timed(dense_folder)[0]
         own = next(row for row in rows if is_dense(row) != sparse)
         dense = next(row for row in dense_rows if is_dense(row))
     except GateError:
@@ -74,10 +78,15 @@ def time_decoding(folder: Path, dense_folder: Path, tokenizer: Any, say: Any = p
         return untimed(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     times = {"latency_ms": own["median_ms"], "latency_p20_ms": own["p20_ms"], "latency_p80_ms": own["p80_ms"]}
     note = f"decoding step, batch 1, {own['provider']}, {own['dtype']}, context {CONTEXT}"
-    return {**times, "latency_dense_ms": dense["median_ms"], "latency_note": f"{note}; dense: {dense['provider']}"}
+    return {
+        **times,
+        "latency_dense_ms": dense["median_ms"],
+        "latency_sparsity": own["sparsity"],
+        "latency_note": f"{note}; dense: {dense['provider']}",
+    }
 
 
-def _decoding_rows(folder: Path, tokenizer: Any, say: Any) -> tuple[list[Row], bool]:
+def _decoding_rows(folder: Path, text: Sequence[int], prompt_length: int, say: Any) -> tuple[list[Row], bool]:
     """The rows of the decoding benchmark, and whether the model is an LTE one."""
     on_gpu = torch.cuda.is_available()
     model = load_any_model(str(folder), "bfloat16" if on_gpu else "float32")
@@ -86,11 +95,11 @@ def _decoding_rows(folder: Path, tokenizer: Any, say: Any) -> tuple[list[Row], b
         benchmarks=("decode",),
         sparsities=(OWN,) if sparse else (0.0,),
         batches=(1,),
-        context_length=min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT)),
+        context_length=max(len(text), min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT))),
+        prompt_length=prompt_length,
         compile=on_gpu,
         tunings=0,
     )
-    ids = text_ids(tokenizer, read_text(None), max(BATCHES), settings.context_length)
-    session = run_benchmarks(folder.name, model_pair(model), settings, ids, None, say)
+    session = run_benchmarks(folder.name, model_pair(model), settings, torch.tensor([text]), None, say)
     compiled = [row for row in session.results.rows if "compiled" in row["provider"]]
     return (compiled if on_gpu else session.results.rows), sparse

@@ -7,7 +7,7 @@ from typing import Any
 
 from lte.compare.folders import Folders, Made
 from lte.compare.harness import answer_questions, unanswered
-from lte.compare.latency import FIELDS, time_decoding, untimed, why_not
+from lte.compare.latency import CONTEXT, FIELDS, time_decoding, untimed, why_not
 from lte.compare.memory import peak_memory_bytes
 from lte.compare.plan import Run
 from lte.compare.settings import Comparison
@@ -57,12 +57,13 @@ def measured_record(
         _remember(folder, result.measurement, made.data_info)
     if comparison.harness is not None:
         record |= answer_questions(model, work.tokenizer, comparison.harness)
-    del model
     reason = why_not(comparison.latency, causal, run.method)
     if reason is not None:
         return {**record, **untimed(reason)}
+    text = work.text_to_decode(model, CONTEXT)
+    del model
     dense = folder if dense_name is None else folders.work / dense_name
-    return {**record, **time_decoding(folder, dense, work.tokenizer)}
+    return {**record, **time_decoding(folder, dense, *text)}
 
 
 def failure_record(run: Run, comparison: Comparison, work: Workload, failure: str) -> dict[str, Any]:

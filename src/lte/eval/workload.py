@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from lte.config import check_choice
 from lte.eval.generation import generate_answers
@@ -16,10 +19,13 @@ from lte.tasks.config import TaskConfig
 from lte.tasks.data import load_task_data
 from lte.tasks.models import load_task_model
 from lte.tasks.registry import get_task
+from lte.tasks.task import GenerationTask
 from lte.train.data import LmCollator, load_lm_datasets
 from lte.train.data_config import DataConfig
 from lte.train.processes import is_main_process, training_device
 
+# Among which the text is chosen that a model decodes while it is timed.
+MEASURED_ROWS = 16
 # Settings of text that a task brings along.
 TEXT_SETTINGS = (
     *("train", "validation", "format", "name", "kind"),
@@ -69,6 +75,12 @@ class Workload(Protocol):
     def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
         """Up to `count` training prompts with the model's own answers as labels; none where it writes no answers."""
 
+    def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
+        """Up to `length` tokens of what the model is measured on, and how many it reads before it decodes one by one.
+
+        Where it answers: a prompt, and the answer that it writes. Elsewhere the first quarter is read.
+        """
+
 
 class TextWorkload:
     """Text from files or the hub, and the part of it that is held out."""
@@ -105,6 +117,10 @@ class TextWorkload:
     def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
         """None: text has no prompts."""
         return []
+
+    def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
+        """The start of the held-out text."""
+        return _start({"input_ids": self._batches[0]["input_ids"][0]}, length)
 
 
 class TaskWorkload:
@@ -182,14 +198,42 @@ class TaskWorkload:
 
     def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
         """The first prompts of the shuffled training data, answered in hard mode as when the task is measured."""
-        if self.data.prompts is None:
-            return []
-        prompts = self.data.prompts(count)
+        return [] if self.data.prompts is None else self._answered(model, self.data.prompts(count))
+
+    def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
+        """Of the first measured rows the one with the longest answer among those that fit.
+
+        Where none fits, a prompt loses its beginning.
+        """
+        rows = [self.data.measured[index] for index in range(min(MEASURED_ROWS, len(self.data.measured)))]
+        if not isinstance(self.task, GenerationTask):
+            # A chat has labels in its answers alone.
+            return _start(max(rows, key=lambda row: _num_labels(row["labels"][length // 4 : length])), length)
+        rows = self._answered(model, [row["input_ids"] for row in rows])
+        longest = max([row for row in rows if len(row["input_ids"]) <= length] or rows, key=_answer_length)
+        ids = longest["input_ids"][-length:]
+        return ids, max(1, len(ids) - _answer_length(longest))
+
+    def _answered(self, model: Any, prompts: list[list[int]]) -> list[dict[str, list[int]]]:
         new_tokens = self.data.max_new_tokens
         answers = generate_answers(
             model, self.tokenizer, prompts, new_tokens, batch_size=self.batch_size, progress=is_main_process()
         )
         return [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
+
+
+def _answer_length(row: dict[str, list[int]]) -> int:
+    return _num_labels(row["labels"])
+
+
+def _num_labels(labels: Sequence[int] | Tensor) -> int:
+    return int((torch.as_tensor(labels) != -100).sum())
+
+
+def _start(row: dict[str, Any], length: int) -> tuple[list[int], int]:
+    """The first tokens of a row, of which a quarter is read."""
+    ids = torch.as_tensor(row["input_ids"][:length]).tolist()
+    return ids, max(1, len(ids) // 4)
 
 
 def check_no_text(given: Mapping[str, Any]) -> None:
