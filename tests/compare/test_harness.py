@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def instruct(tmp_path: Path, llama: Path) -> Callable[..., Path]:
         return write_comparison(tmp_path / "instruct.yaml", **{**own, **asked, **content})
 
     return write_file
+
+
+def test_questions_as_chats(instruct: Callable[..., Path], llama: Path) -> None:
+    settings = read_comparison(instruct("lte", apply_chat_template=True)).harness
+    assert settings is not None
+    model, tokenizer = load_any_model(str(llama)), load_tokenizer(llama)
+    found = answer_questions(model, tokenizer, settings)
+    assert found["harness_note"] is None
+    plain = answer_questions(model, tokenizer, replace(settings, apply_chat_template=False))
+    for task, score in found["harness"].items():
+        assert score["config"]["apply_chat_template"]
+        assert score["tokens_evaluated"] > plain["harness"][task]["tokens_evaluated"]
+        assert not plain["harness"][task]["config"]["apply_chat_template"]
 
 
 def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], tmp_path: Path) -> None:
@@ -164,6 +178,7 @@ def test_the_data_folder_stands_in_for_that_of_the_questions(instruct: Callable[
         ({"harness_limit": {"toy_choise": 1}}, "did you mean toy_choice"),
         ({"harness_batch_size": {"toy_choice": 4}}, "harness_batch_size must be a whole number"),
         ({"harness_limit": {"toy_choice": 0}}, "harness_limit must be a whole number from 1, got harness_limit=0"),
+        ({"apply_chat_template": 1}, "apply_chat_template must be true or false, got apply_chat_template=1"),
         ({"harnes": ["a"]}, "did you mean harness"),
     ],
 )

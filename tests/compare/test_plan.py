@@ -22,6 +22,7 @@ EXAMPLES = {
     "compare/wikipedia": 34,
     "compare/wikitext2": 48,
     "compare/instruct": 19,
+    "ablations/chat_questions": 3,
     "ablations/eta": 48,
     "ablations/expert_size": 18,
     "ablations/grouping": 18,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,20 @@ class TestScores:
         right = [sample["acc"] for sample in score.samples["toy_choice"]]
         assert score.value == score.metrics["acc"] == sum(right) / 3
         assert evaluate(toy_model(), "toy_choice", limit=1)[0].metrics["acc_stderr"] is None
+
+    def test_questions_as_chats(self, evaluate: Any, tokenizer: Any, tasks_dir: Path) -> None:
+        model, chat = toy_model(), copy.deepcopy(tokenizer)
+        chat.chat_template = None
+        with pytest.raises(ValueError, match="tokenizer must have a chat template, got chat_template=None"):
+            evaluate_harness(model, chat, ["toy_choice"], apply_chat_template=True, tasks_dir=tasks_dir)
+        turns = "{% for message in messages %}{{ message.role }} asks: {{ message.content }}{% endfor %}"
+        chat.chat_template = turns + "{% if add_generation_prompt %} it answers:{% endif %}"
+        (score,) = evaluate_harness(model, chat, ["toy_choice"], apply_chat_template=True, tasks_dir=tasks_dir).scores
+        (plain,) = evaluate(model, "toy_choice")
+        asked = [f"user asks: {context} it answers:" for (context, _), _ in requests_of(plain)]
+        assert [context for (context, _), _ in requests_of(score)] == asked
+        rows = {tuple(tokenizer.encode("".join(pair))[:-1]) for pair, _ in requests_of(score)}
+        check_measurement(score, model, rows)
 
     def test_each_task_has_the_sparsity_of_its_own_passes(self, evaluate: Any) -> None:
         model = toy_model()

@@ -25,6 +25,7 @@ class HarnessConfig:
         harness: Tasks, groups or tags of lm-eval, with commas between them, in place of held-out text. Those named
           ..._files read --harness-data.
         num_fewshot: Examples before each question; by default what the task says.
+        apply_chat_template: Put each question to the model as a chat in its tokenizer's format.
         limit: Questions or examples of a task at most.
         harness_tasks_dir: Folder with more task files of lm-eval.
         harness_data: Folder with the files of the ..._files tasks.
@@ -32,6 +33,7 @@ class HarnessConfig:
 
     harness: str | None = None
     num_fewshot: int | None = None
+    apply_chat_template: bool = False
     limit: int | None = None
     harness_tasks_dir: str | None = None
     harness_data: str | None = None
@@ -76,6 +78,7 @@ def run_harness(
         tokenizer,
         config.tasks,
         num_fewshot=config.num_fewshot,
+        apply_chat_template=config.apply_chat_template,
         limit=config.limit,
         batch_size=batch_size,
         tasks_dir=config.harness_tasks_dir,

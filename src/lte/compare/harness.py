@@ -24,6 +24,7 @@ class HarnessSettings:
     Attributes:
         harness: tasks, groups or tags of lm-eval, which every run answers.
         num_fewshot: examples before each question, for all tasks or by task; else what the task says.
+        apply_chat_template: whether the questions are chats in the format of the model's tokenizer.
         harness_limit: questions of a task at most, in a group of each of its tasks; for all tasks or by name.
         harness_data: folder with the files of the `..._files` tasks.
         harness_tasks_dir: folder with more task files of lm-eval.
@@ -32,6 +33,7 @@ class HarnessSettings:
 
     harness: tuple[str, ...]
     num_fewshot: int | Mapping[str, int] | None = None
+    apply_chat_template: bool = False
     harness_limit: int | Mapping[str, int] | None = None
     harness_data: str | None = None
     harness_tasks_dir: str | None = None
@@ -39,6 +41,9 @@ class HarnessSettings:
 
     def __post_init__(self) -> None:
         check_whole_number("harness_batch_size", self.harness_batch_size, 1)
+        if not isinstance(self.apply_chat_template, bool):
+            given = f"apply_chat_template={self.apply_chat_template!r}"
+            raise ValueError(f"apply_chat_template must be true or false, got {given}")
         for name, given, least in (("num_fewshot", self.num_fewshot, 0), ("harness_limit", self.harness_limit, 1)):
             by_task = given if isinstance(given, Mapping) else dict.fromkeys(self.harness, given)
             for task, value in by_task.items():
@@ -133,12 +138,14 @@ def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) ->
         tokenizer,
         [name],
         num_fewshot=settings.shots(name),
+        apply_chat_template=settings.apply_chat_template,
         limit=limit,
         batch_size=settings.harness_batch_size,
         tasks_dir=settings.harness_tasks_dir,
         data_dir=settings.harness_data,
     )
     config: dict[str, Any] = {"limit": limit, "batch_size": settings.harness_batch_size}
+    config["apply_chat_template"] = settings.apply_chat_template
     config["harness_version"] = result.harness_version
     found = {}
     for score in result.scores:

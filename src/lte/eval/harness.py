@@ -103,6 +103,7 @@ def evaluate_harness(
     tasks: Sequence[str],
     *,
     num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
     limit: float | None = None,
     batch_size: int = 8,
     tasks_dir: str | Path | None = None,
@@ -118,24 +119,35 @@ def evaluate_harness(
         tokenizer: the model's.
         tasks: names of tasks, groups or tags of lm-eval, of `harness_tasks` here, or of `tasks_dir`.
         num_fewshot: examples before each document; `None` is what the task says. Tasks that say 0 stay at 0.
+        apply_chat_template: whether each document is a user's message to answer, with its examples as the turns before
+            it, in the tokenizer's format of chats.
         limit: documents per task at most; below 1 a share of them.
         batch_size: rows per forward pass. lm-eval takes the log-softmax of all logits [B, T, V] at once.
         tasks_dir: a folder with more task files of lm-eval; its names come first.
         data_dir: the folder that tasks named `..._files` read.
 
     Raises:
-        ValueError: if lm-eval is missing, a name is unknown, the model does not predict the next token, or files of
-            `data_dir` are missing.
+        ValueError: if lm-eval is missing, a name is unknown, the model does not predict the next token, the tokenizer
+            has no format of chats where one is to be applied, or files of `data_dir` are missing.
     """
     _check(model, tasks, num_fewshot, limit, batch_size)
+    if apply_chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            "tokenizer must have a chat template, got chat_template=None; set it, or leave out apply_chat_template"
+        )
     from lte.eval.harness_lm import CountingLm
 
     manager = _task_manager(tasks, tasks_dir, data_dir)
+    prompts = {
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": apply_chat_template,
+    }
     scores: list[TaskScore] = []
     with hard_inference(model):
         lm = CountingLm(model, tokenizer, batch_size)
         for name in _without_tags(tasks, manager):
-            scores += _run(lm, manager, name, num_fewshot, limit)
+            scores += _run(lm, manager, name, prompts, limit)
     return HarnessResult(scores, version("lm_eval"))
 
 
@@ -216,7 +228,7 @@ def _without_tags(tasks: Sequence[str], manager: TaskManager) -> list[str]:
 
 
 def _run(
-    lm: CountingLm, manager: TaskManager, name: str, num_fewshot: int | None, limit: float | None
+    lm: CountingLm, manager: TaskManager, name: str, prompts: dict[str, Any], limit: float | None
 ) -> list[TaskScore]:
     from lm_eval import simple_evaluate
 
@@ -224,11 +236,12 @@ def _run(
     counter = lm.restart()
     with counter or nullcontext():
         try:
-            found = simple_evaluate(model=lm, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager)
+            found = simple_evaluate(model=lm, tasks=[name], limit=limit, task_manager=manager, **prompts)
         except (AssertionError, ValueError) as error:
             if not any(words in str(error) for words in TOO_MANY_SHOTS):
                 raise
-            raise ValueError(f"num_fewshot must be what {name} has, got num_fewshot={num_fewshot}; {error}") from error
+            given = f"num_fewshot={prompts['num_fewshot']}"
+            raise ValueError(f"num_fewshot must be what {name} has, got {given}; {error}") from error
         measurement = None if counter is None else counter.result()
     assert found is not None
     passes = {"wall_time_s": time.monotonic() - start, "tokens": lm.tokens, "measurement": measurement}
