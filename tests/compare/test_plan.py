@@ -17,10 +17,10 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # Records that each file asks for.
 EXAMPLES = {
     **{f"compare/{task}": 68 for task in ("cola", "mrpc", "rte", "sst2", "stsb")},
-    "compare/e2e": 40,
-    "compare/dialogsum": 42,
+    "compare/e2e": 47,
+    "compare/dialogsum": 49,
     "compare/wikipedia": 34,
-    "compare/wikitext2": 48,
+    "compare/wikitext2": 55,
     "compare/instruct": 19,
     "ablations/chat_questions": 3,
     "ablations/eta": 48,
