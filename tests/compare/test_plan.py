@@ -18,9 +18,9 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 EXAMPLES = {
     **{f"compare/{task}": 68 for task in ("cola", "mrpc", "rte", "sst2", "stsb")},
     "compare/e2e": 47,
-    "compare/dialogsum": 49,
+    "compare/dialogsum": 50,
     "compare/wikipedia": 34,
-    "compare/wikitext2": 55,
+    "compare/wikitext2": 56,
     "compare/instruct": 19,
     "ablations/chat_questions": 3,
     "ablations/eta": 48,
