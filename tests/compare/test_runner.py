@@ -295,6 +295,21 @@ def test_decoding_is_timed_on_what_is_measured(tmp_path: Path, llama: Path, monk
     assert record["latency_sparsity"] == pytest.approx(record["sparsity"], abs=0.1)
 
 
+def test_a_kept_model_is_timed_again_beside_its_start(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    file = mrpc({"method": "static_pruning", "keep": True}, latency=True)
+    execute_all([runner_of(file, tmp_path)[0]])
+    (tmp_path / "records" / "static_pruning-0.5-seed0.json").unlink()
+    assert not (tmp_path / "work" / "start-seed0").exists()
+    again, lines = runner_of(file, tmp_path)
+    assert execute_all([again]) == []
+    assert done(lines) == ["start-seed0", "static_pruning-0.5-seed0"]
+    # Without times the start is not needed.
+    (tmp_path / "records" / "static_pruning-0.5-seed0.json").unlink()
+    untimed, lines = runner_of(mrpc({"method": "static_pruning", "keep": True}), tmp_path)
+    assert execute_all([untimed]) == []
+    assert done(lines) == ["static_pruning-0.5-seed0"]
+
+
 def test_a_dry_run_tells_what_would_be_done(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     file = mrpc(
         "dense", "cats", {"method": "lte", "distill_from": "start"}, train={"stage1_epochs": 2, "stage2_steps": 3}

@@ -102,7 +102,7 @@ class Runner:
         """The runs to do, and those whose models they need, in order."""
         names: set[str] = set()
         for run in reversed(self.runs):
-            needed = any(child.name in names and not self._has_model(child) for child in children_of(run, self.runs))
+            needed = any(child.name in names and self._needs(child, run) for child in children_of(run, self.runs))
             missing_record = run in self.wanted and not self.folders.record(run).exists()
             if missing_record or (needed and not self._has_model(run)):
                 names.add(run.name)
@@ -152,7 +152,15 @@ class Runner:
             return False
         if self.phase == "measure" and self._is_to_train(run):
             return False
-        return self._has_model(run) or all(self._has_model(parent) for parent in parents_of(run, self.runs))
+        return all(self._has_model(parent) for parent in parents_of(run, self.runs) if self._needs(run, parent))
+
+    def _needs(self, run: Run, parent: Run) -> bool:
+        """Whether the parent's model is to make the run's, or to be timed beside it."""
+        return not self._has_model(run) or (self._lacks_record(run) and parent.name == self._timed_beside(run))
+
+    def _timed_beside(self, run: Run) -> str | None:
+        """The dense model that a run without one of its own is timed beside."""
+        return run.base if self.comparison.latency and run.method == "static_pruning" else None
 
     def _do(self, run: Run) -> dict[str, Any] | None:
         """Makes and measures a run; `None` without a record of its own."""
@@ -171,8 +179,7 @@ class Runner:
             )
         if self.phase == "train" or run not in self.wanted or self.folders.record(run).exists():
             return None
-        dense = run.base if run.method == "static_pruning" else None
-        record = measured_record(run, self.comparison, self.folders, work, made, dense)
+        record = measured_record(run, self.comparison, self.folders, work, made, self._timed_beside(run))
         write_json_atomic(self.folders.record(run), record)
         return record
 
