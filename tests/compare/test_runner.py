@@ -303,6 +303,9 @@ def test_a_kept_model_is_timed_again_beside_its_start(mrpc: Callable[..., Path],
     again, lines = runner_of(file, tmp_path)
     assert execute_all([again]) == []
     assert done(lines) == ["start-seed0", "static_pruning-0.5-seed0"]
+    record = records_of(tmp_path)["static_pruning-0.5-seed0"]
+    assert record["latency_ms"] is None
+    assert record["latency_sparsity"] is None
     # Without times the start is not needed.
     (tmp_path / "records" / "static_pruning-0.5-seed0.json").unlink()
     untimed, lines = runner_of(mrpc({"method": "static_pruning", "keep": True}), tmp_path)

@@ -14,7 +14,14 @@ from rich.console import Console
 
 from lte.report.comparison import curve_styles, tradeoff_figure
 from lte.report.comparison_report import comparison_texts, write_comparison_report
-from lte.report.comparison_tables import TextTable, csv_rows, failed_table, reference_text, results_table
+from lte.report.comparison_tables import (
+    TextTable,
+    csv_rows,
+    failed_table,
+    latency_texts,
+    reference_text,
+    results_table,
+)
 from lte.report.tradeoff import compare_runs
 from tests.report.sample_records import record
 from tests.report.test_tradeoff import compared, runs_of
@@ -110,6 +117,20 @@ def test_the_papers_numbers_are_hollow_and_those_far_off_are_counted() -> None:
 def test_a_comparison_without_values_has_no_figure() -> None:
     with pytest.raises(ValueError, match="comparison must hold at least one run with a value, got none"):
         tradeoff_figure(compared(record(value=None)))
+
+
+def test_latencies_of_another_sparsity_are_named() -> None:
+    timed = {"latency_ms": 3.0, "latency_dense_ms": 4.0}
+    said = latency_texts(
+        compared(
+            record("dense", **timed, latency_sparsity=0.0),
+            record("lte", **timed, latency_sparsity=0.48),
+            record("lte", target_sparsity=0.8, sparsity=0.8, **timed, latency_sparsity=0.6),
+            record("static_pruning", **timed),
+        )
+    )
+    where = "timed at another FFN sparsity than measured, or at an unknown one"
+    assert said == [f"Latency of lte at 80%, static_pruning at 50%: {where}."]
 
 
 def test_the_table_shows_what_is_missing_as_missing() -> None:

@@ -174,11 +174,16 @@ def test_relu_tells_two_rows_of_moefication_apart() -> None:
 
 def test_glue_and_latency() -> None:
     timed = {"latency_ms": 3.0, "latency_dense_ms": 4.0}
-    lte = (point("lte", 0.4, 0.9, 6.0, **timed), point("lte", 0.6, 0.9, 5.0, **timed))
+    lte = [point("lte", share, 0.9, 10 - 8 * share, **timed, latency_sparsity=share) for share in (0.4, 0.6)]
     dense = point("dense", 0.0, 0.9, 10.0)
     *glue, latency = paper_rows(on_task("mrpc", "accuracy", dense, *lte))
     assert glue[0].ours == "60% at a drop of at most 0.01, lte"
     assert (latency.paper, latency.ours) == ("about 75%", "75%, lte")
+    # Timed where less was off.
+    elsewhere = [point("lte", share, 0.9, 5.0, **timed, latency_sparsity=share / 2) for share in (0.4, 0.6)]
+    assert paper_rows(on_task("mrpc", "accuracy", dense, *elsewhere))[-1].ours == "-"
+    unknown = point("lte", 0.5, 0.9, 5.0, **timed)
+    assert all("latency" not in row.what for row in paper_rows(on_task("mrpc", "accuracy", dense, unknown)))
     assert paper_rows(compared(DENSE, point("lte", 0.5, 20.0, 5.0))) == []
 
 

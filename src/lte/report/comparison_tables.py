@@ -14,10 +14,13 @@ from rich.text import Text
 from lte.report.envelope import Standing
 from lte.report.interpolation import cheapest_within
 from lte.report.paper import paper_rows
+from lte.report.records import Record
 from lte.report.tables import markdown_table
 from lte.report.tradeoff import Comparison, Point, Statistic
 
 MISSING = "-"
+# Where a latency was timed within so much of the measured sparsity, nothing is said.
+SAME_SPARSITY = 0.05
 """What stands in place of a number that is not known."""
 # Characters that a column of text wants at least.
 _TEXT_WIDTH = 28
@@ -223,19 +226,31 @@ def reference_text(comparison: Comparison) -> str:
 
 
 def latency_texts(comparison: Comparison) -> list[str]:
-    """Why curves have no latency, where the records say so, and which machines measured, where there are several."""
+    """Why curves have no latency, which have that of another sparsity, and which machines measured, if several."""
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     machines = set()
+    elsewhere: dict[str, None] = {}
     for point in comparison.points():
         for record in (run.record for run in point.runs):
             if record.get("latency_ms") is not None:
                 machines.add(record["hardware"])
+                if _timed_elsewhere(record):
+                    elsewhere[f"{point_name(point)} at {_target(point.target)}"] = None
             elif record.get("latency_note"):
                 reasons[record["latency_note"]][point.curve] = None
     found = [f"No latency of {', '.join(curves)}: {note.rstrip('.')}." for note, curves in reasons.items()]
+    if elsewhere:
+        names = ", ".join(elsewhere)
+        found.append(f"Latency of {names}: timed at another FFN sparsity than measured, or at an unknown one.")
     if len(machines) > 1:
         found.append(f"Latencies are of several machines, so compare shares alone: {'; '.join(sorted(machines))}.")
     return found
+
+
+def _timed_elsewhere(record: Record) -> bool:
+    """Whether a latency is of steps that skipped more or less than the steps that were measured."""
+    measured, timed = record.get("sparsity"), record.get("latency_sparsity")
+    return bool(measured) and (timed is None or abs(timed - measured) > SAME_SPARSITY)
 
 
 def question_texts(comparison: Comparison) -> list[str]:

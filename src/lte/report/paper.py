@@ -179,11 +179,13 @@ def _glue(table: Mapping[str, Any], row: Mapping[str, Any], comparison: Comparis
 
 
 def _latency(table: Mapping[str, Any], comparison: Comparison) -> list[PaperRow]:
-    """Nothing where no latency of ours is known."""
-    if all(point.latency_ratio is None for point in comparison.points()):
+    """Nothing where no latency of ours is known, or not at which sparsity it was timed."""
+    if all(point.latency_ratio is None or point.latency_sparsity is None for point in comparison.points()):
         return []
     at = table["sparsity"]
-    pairs = [(interpolate(own, "sparsity", at, "latency_ratio"), name) for name, own in _curves(comparison, table)]
+    pairs = [
+        (interpolate(own, "latency_sparsity", at, "latency_ratio"), name) for name, own in _curves(comparison, table)
+    ]
     values = [(value, name) for value, name in pairs if value is not None]
     ours = "-" if not values else f"{_percent(min(values)[0])}, {min(values)[1]}"
     what = f"{table['label']}, {table['model']}: latency over dense at about {_percent(at)} sparsity"

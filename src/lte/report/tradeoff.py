@@ -56,6 +56,7 @@ class Point:
         megabytes: of weights read per token at batch size 1, in units of 10^6.
         latency_ms: median decoding step at batch size 1.
         latency_ratio: the same over that of the dense model which was timed beside it.
+        latency_sparsity: share of FFN neurons that were not computed in these steps.
         tokens_trained: of the training.
         runs: the records, by seed.
     """
@@ -71,6 +72,7 @@ class Point:
     megabytes: Statistic | None
     latency_ms: Statistic | None
     latency_ratio: Statistic | None
+    latency_sparsity: Statistic | None
     tokens_trained: Statistic | None
     runs: tuple[Run, ...]
 
@@ -244,6 +246,7 @@ def _point(curve: str, runs: Sequence[Run], metric: Metric) -> Point:
         megabytes=over_runs("bytes_per_token", 1e6),
         latency_ms=over_runs("latency_ms"),
         latency_ratio=statistic(map(_latency_ratio, records)),
+        latency_sparsity=over_runs("latency_sparsity"),
         tokens_trained=over_runs("tokens_trained"),
         runs=tuple(runs),
     )
