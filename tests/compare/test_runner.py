@@ -29,6 +29,14 @@ from tests.tasks.made_up import write_e2e
 from tests.tiny_models import EXPERT_SIZE, randomise_routers_
 
 
+def write_e2e_comparison(folder: Path, model: Path, **content: Any) -> Path:
+    """A comparison in which LTE answers."""
+    write_e2e(folder / "e2e")
+    defaults = {"max_new_tokens": 24, "sequence_length": 96, "pack": False}
+    own = {"task": "e2e", "model": str(model), "data_dir": str(folder), "methods": ["lte"], "defaults": defaults}
+    return write_comparison(folder / "e2e.yaml", **own, **content)
+
+
 def done(lines: list[str]) -> list[str]:
     return [line.partition(":")[0] for line in lines]
 
@@ -79,16 +87,7 @@ def test_a_comparison_on_a_task(mrpc: Callable[..., Path], tmp_path: Path) -> No
 
 
 def test_thresholds_are_set_on_own_answers(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_e2e(tmp_path / "e2e")
-    file = write_comparison(
-        tmp_path / "e2e.yaml",
-        task="e2e",
-        model=str(llama),
-        data_dir=str(tmp_path),
-        methods=["lte"],
-        sparsities=[0.3],
-        defaults={"max_new_tokens": 24, "sequence_length": 96, "pack": False},
-    )
+    file = write_e2e_comparison(tmp_path, llama, sparsities=[0.3])
     answered: list[float] = []
 
     def calibrated(model: Any, *arguments: Any) -> None:
@@ -276,16 +275,7 @@ def test_decoding_is_timed_on_the_saved_folder(tmp_path: Path, llama: Path) -> N
 
 
 def test_decoding_is_timed_on_what_is_measured(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_e2e(tmp_path / "e2e")
-    file = write_comparison(
-        tmp_path / "e2e.yaml",
-        task="e2e",
-        model=str(llama),
-        data_dir=str(tmp_path),
-        methods=["lte"],
-        latency=True,
-        defaults={"max_new_tokens": 24, "sequence_length": 96, "pack": False},
-    )
+    file = write_e2e_comparison(tmp_path, llama, latency=True)
     # As if this were a GPU.
     monkeypatch.setattr("lte.compare.records.why_not", lambda *arguments: None)
     first, _ = runner_of(file, tmp_path)

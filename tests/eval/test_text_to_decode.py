@@ -60,16 +60,20 @@ def test_a_chat_is_one_whose_answers_come_into_the_steps(folder: Path) -> None:
     assert (ids, max(count for _, count in rows)) in rows
 
 
-def test_text_is_the_held_out_one(folder: Path) -> None:
+@pytest.mark.parametrize("pack", [True, False])
+def test_text_is_the_held_out_one(folder: Path, pack: bool) -> None:
     (folder / "train.txt").write_text("rain falls on the hill. " * 50)
-    (folder / "held_out.txt").write_text("wind blows in the wood. " * 50)
+    # Without packing rows differ in length: what fills up a batch is no text.
+    documents = ("wind", "wind blows. ", "wind blows in the wood. " * 50)
+    (folder / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     tokenizer = load_tokenizer(folder / "model")
     config = DataConfig(
-        train=str(folder / "train.txt"), validation=str(folder / "held_out.txt"), sequence_length=32, pack=True
+        train=str(folder / "train.txt"), validation=str(folder / "held_out.jsonl"), sequence_length=32, pack=pack
     )
     work = TextWorkload(config, tokenizer, 2)
     model = work.load_model(str(folder / "model"))
     work.load_data(model)
     ids, prompt = work.text_to_decode(model, 20)
     assert (len(ids), prompt) == (20, 5)
-    assert tokenizer.decode(ids).startswith("wind blows")
+    assert tokenizer.pad_token_id not in ids
+    assert tokenizer.decode(ids).startswith("wind")

@@ -95,7 +95,7 @@ def _decoding_rows(folder: Path, text: Sequence[int], prompt_length: int, say: A
         benchmarks=("decode",),
         sparsities=(OWN,) if sparse else (0.0,),
         batches=(1,),
-        context_length=max(len(text), min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT))),
+        context_length=min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT)),
         prompt_length=prompt_length,
         compile=on_gpu,
         tunings=0,

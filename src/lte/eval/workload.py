@@ -107,7 +107,7 @@ class TextWorkload:
     def load_data(self, model: Any) -> None:
         """Reads and splits the text."""
         data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
-        self.train, self.info = data.train, data.info
+        self.train, self.info, self._held_out = data.train, data.info, data.validation
         self._batches = held_out_batches(data.validation, self.batch_size, self.tokenizer.pad_token_id)
 
     def measure(self, model: Any) -> TaskResult:
@@ -119,8 +119,8 @@ class TextWorkload:
         return []
 
     def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
-        """The start of the held-out text."""
-        return _start({"input_ids": self._batches[0]["input_ids"][0]}, length)
+        """The start of a held-out row."""
+        return _start_of_one(self._held_out, length)
 
 
 class TaskWorkload:
@@ -205,14 +205,13 @@ class TaskWorkload:
 
         Where none fits, a prompt loses its beginning.
         """
-        rows = [self.data.measured[index] for index in range(min(MEASURED_ROWS, len(self.data.measured)))]
         if not isinstance(self.task, GenerationTask):
-            # A chat has labels in its answers alone.
-            return _start(max(rows, key=lambda row: _num_labels(row["labels"][length // 4 : length])), length)
-        rows = self._answered(model, [row["input_ids"] for row in rows])
-        longest = max([row for row in rows if len(row["input_ids"]) <= length] or rows, key=_answer_length)
+            return _start_of_one(self.data.measured, length)
+        rows = self._answered(model, [row["input_ids"] for row in _first_rows(self.data.measured)])
+        fitting = [row for row in rows if len(row["input_ids"]) <= length]
+        longest = max(fitting or rows, key=lambda row: _num_labels(row["labels"]))
         ids = longest["input_ids"][-length:]
-        return ids, max(1, len(ids) - _answer_length(longest))
+        return ids, max(1, len(ids) - _num_labels(longest["labels"]))
 
     def _answered(self, model: Any, prompts: list[list[int]]) -> list[dict[str, list[int]]]:
         new_tokens = self.data.max_new_tokens
@@ -222,17 +221,18 @@ class TaskWorkload:
         return [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
 
 
-def _answer_length(row: dict[str, list[int]]) -> int:
-    return _num_labels(row["labels"])
+def _first_rows(rows: Any) -> list[dict[str, Any]]:
+    return [rows[index] for index in range(min(MEASURED_ROWS, len(rows)))]
 
 
 def _num_labels(labels: Sequence[int] | Tensor) -> int:
     return int((torch.as_tensor(labels) != -100).sum())
 
 
-def _start(row: dict[str, Any], length: int) -> tuple[list[int], int]:
-    """The first tokens of a row, of which a quarter is read."""
-    ids = torch.as_tensor(row["input_ids"][:length]).tolist()
+def _start_of_one(rows: Any, length: int) -> tuple[list[int], int]:
+    """The first tokens of a row, of which a quarter is read; of a chat with labels in its answers one that has many."""
+    best = max(_first_rows(rows), key=lambda row: _num_labels(row["labels"][length // 4 : length]))
+    ids = torch.as_tensor(best["input_ids"][:length]).tolist()
     return ids, max(1, len(ids) // 4)
 
 

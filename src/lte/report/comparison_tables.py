@@ -19,9 +19,9 @@ from lte.report.tables import markdown_table
 from lte.report.tradeoff import Comparison, Point, Statistic
 
 MISSING = "-"
+"""What stands in place of a number that is not known."""
 # Where a latency was timed within so much of the measured sparsity, nothing is said.
 SAME_SPARSITY = 0.05
-"""What stands in place of a number that is not known."""
 # Characters that a column of text wants at least.
 _TEXT_WIDTH = 28
 
