@@ -91,7 +91,16 @@ def test_the_lowest_saving_from_which_lte_is_on_the_envelope() -> None:
 
 def test_a_gap_in_the_middle_counts_from_above() -> None:
     others = [point("cats", 0.5, 20.6), point("cats", 0.75, 30.0)]
-    assert "from 66.7% of" in sentence(compared(DENSE, *others, lte(0.3, 20.5), lte(0.45, 21.0), lte(0.7, 22.0)))
+    own = [lte(0.3, 20.5), lte(0.45, 21.0), lte(0.7, 22.0)]
+    assert "envelope at 66.7% of the FFNs' bytes saved, but not at 41.7%." in sentence(compared(DENSE, *others, *own))
+
+
+def test_a_best_point_that_saves_the_most() -> None:
+    others = [point("cats", 0.5, 20.6), point("cats", 0.75, 30.0)]
+    assert sentence(compared(DENSE, *others, lte(0.45, 22.5), lte(0.7, 22.0))) == (
+        "With routers counted, LTE is on the upper envelope at 66.7% of the FFNs' bytes saved, where it is no worse "
+        "than at any smaller saving."
+    )
 
 
 def test_a_point_that_another_of_lte_beats_does_not_count() -> None:

@@ -188,10 +188,14 @@ def _ffn_sentence(comparison: Comparison, standings: Sequence[Standing]) -> str:
         return f"No other method was measured where LTE saves {_ffn_saving(held[-1])} of the FFNs' bytes or more."
     alone = held[: len(held) - len(compared)]
     rest = f"; no other method was measured with {_ffn_saving(alone[-1])} saved or more" if alone else ""
-    return (
-        f"With routers counted, LTE is on the upper envelope from {_ffn_saving(held[-1])} of the FFNs' bytes saved on, "
-        f"at each of its best points up to {_ffn_saving(compared[0])}{rest}."
-    )
+    where = f"at {_ffn_saving(held[-1])} of the FFNs' bytes saved"
+    if len(compared) > 1:
+        where = f"from{where[2:]} on, at each of its best points up to {_ffn_saving(compared[0])}"
+    missed = [standing for standing in best[len(held) :] if standing.saving > 0]
+    below = f", but not at {_ffn_saving(missed[0])}" if missed else ""
+    if len(compared) == 1 and not missed and len(held) < len(standings):
+        below = ", where it is no worse than at any smaller saving"
+    return f"With routers counted, LTE is on the upper envelope {where}{below}{rest}."
 
 
 def _is_beaten(comparison: Comparison, standing: Standing, others: Sequence[Standing]) -> bool:
