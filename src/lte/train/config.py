@@ -68,6 +68,11 @@ class TrainConfig:
         "In tasks whose answers the model writes: prompts of the training data that it answers at the end, so that the "
         "target is met on what it writes itself; 0: on the training text alone. `calibrate_on_answers_` does it.",
     )
+    count_prompts: bool = _option(
+        False,
+        "Count the tokens of prompts, too, in the routers' losses and for the thresholds, not those of answers alone. "
+        "The task loss and the sparsity that is reported stay on the answers.",
+    )
     trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
     bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
     tf32: bool = _option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")

@@ -40,6 +40,7 @@ __all__ = [
     "DataConfig",
     "LmCollator",
     "LmDatasets",
+    "PromptsCounted",
     "TokenRows",
     "calibration_batches",
     "check_sequence_length",
@@ -124,6 +125,20 @@ class LmCollator:
         return batch
 
 
+class PromptsCounted:
+    """Gives the batches of a collator that pads on the right a `token_mask` of all tokens that are not padding, those
+    of prompts included, whose labels are -100.
+    """
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+        batch = self.collator(rows)
+        return {**batch, "token_mask": torch.arange(batch["input_ids"].shape[1]) < lengths}
+
+
 def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions count in the routing losses and in every statistic: bool [B, T].
 
@@ -145,7 +160,10 @@ def routing_masks(
 
     Where the model predicts the next token, labels of -100 mark what is not counted either (`token_mask`). Labels of
     other heads say nothing of the kind: those of masked language models are -100 at most tokens, all of which route.
+    A `token_mask` (bool, [B, T]) of the batch goes before all of this.
     """
+    if "token_mask" in batch:
+        return dict.fromkeys(ffn_names, batch["token_mask"])
     if skip_ignored_labels and "labels" in batch and predicts_next_token(model):
         return dict.fromkeys(ffn_names, token_mask(batch))
     return padding_masks(model, ffn_names, batch)

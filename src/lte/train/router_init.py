@@ -101,7 +101,7 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
     try:
         with evaluating(model, "dense"):
             for batch in batches:
-                masks.update(_token_masks(model, list(ffns), batch))
+                masks.update(routing_masks(model, list(ffns), batch))
                 run_without_logits(model, batch)
     finally:
         for hook in hooks:
@@ -118,12 +118,6 @@ def _observe(fit: _NormRegression, name: str, masks: dict[str, Tensor]) -> list[
         up.register_forward_pre_hook(lambda module, args: fit.see_input(args[0])),
         down.register_forward_pre_hook(lambda module, args: fit.update(args[0], masks[name])),
     ]
-
-
-def _token_masks(model: nn.Module, ffn_names: list[str], batch: Batch) -> dict[str, Tensor]:
-    if "token_mask" in batch:
-        return dict.fromkeys(ffn_names, batch["token_mask"])
-    return routing_masks(model, ffn_names, batch)
 
 
 def calibrate_thresholds_(
@@ -177,7 +171,7 @@ def _quantile_shift(
         with evaluating(model, "hard"):
             for batch in batches:
                 run_without_logits(model, batch)
-                masks = _token_masks(model, list(ffns), batch)
+                masks = routing_masks(model, list(ffns), batch)
                 for name, ffn in ffns.items():
                     assert ffn.logits is not None
                     keep = masks[name].to(ffn.logits.device).flatten()

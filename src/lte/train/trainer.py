@@ -131,7 +131,7 @@ class LteTrainer(Trainer):
         """The weighted sum of all terms for one batch; collects each term for the log."""
         if self.predicts_next_token:
             check_packing(self.model, inputs)
-            features = {key: value for key, value in inputs.items() if key != "labels"}
+            features = {key: value for key, value in inputs.items() if key not in ("labels", "token_mask")}
             outputs = model(**features, use_cache=False)
             pair = outputs.logits, inputs["labels"]
             task, divergence = self._language_terms(*pair, self._teacher_logits(features))

@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from lte.hf.families import block_name
+from lte.hf.inputs import predicts_next_token
 from lte.hf.install import require_wrapped_ffns, sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE
 from lte.train.config import Stage, TrainConfig, stages_of
-from lte.train.data import LmCollator, calibration_batches, mean_row_tokens
+from lte.train.data import LmCollator, PromptsCounted, calibration_batches, mean_row_tokens
 from lte.train.processes import autocast, float32_products, training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
 from lte.train.summary import TrainingSummary
@@ -79,6 +80,8 @@ def train_two_stage(
     model.config.lte_measurement = None
     if config.compile:
         collator = _of_few_widths(collator)
+    if config.count_prompts:
+        collator = PromptsCounted(collator)
     summaries: list[TrainingSummary] = []
     compiled = _compiled(model, teacher, list(ffns), config)
     with compiled, _gradient_checkpointing(model, config), float32_products(config):
@@ -219,6 +222,11 @@ def _check_recipe(model: nn.Module, config: TrainConfig) -> None:
         kind = "an LTE model" if sparse_ffns(model) else "a model of another method than LTE"
         fitting = "another one" if sparse_ffns(model) else "'method'"
         raise ValueError(f"recipe must be {fitting} for {kind}, got recipe={config.recipe!r}")
+    if config.count_prompts and not predicts_next_token(model):
+        raise ValueError(
+            f"count_prompts must be false for models that read no prompts, got {type(model).__name__}, which counts "
+            "all tokens of its inputs"
+        )
 
 
 def _check_arguments(

@@ -1,0 +1,67 @@
+"""Tokens of prompts: left out of the routers' losses and thresholds, or counted."""
+
+import pytest
+import torch
+
+import lte
+from lte.eval.sparsity import measure_sparsity
+from lte.train.config import TrainConfig
+from lte.train.data import IGNORED, LmCollator, PromptsCounted, TokenRows, routing_masks
+from lte.train.processes import training_device
+from lte.train.trainer import LteTrainer
+from lte.train.two_stage import train_two_stage
+from tests.tiny_models import PAD, VOCAB, tiny_dense_model, tiny_sparse_model
+from tests.train.toy import toy_rows
+
+PROMPT = 12
+
+
+def rows_with_prompts(count, seed=0, *, labels_of_prompts=False):
+    """Rows of 32 tokens of which the first 12, the prompt, are of one token repeated."""
+    ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in toy_rows(count, seed=seed)])
+    ids[:, :PROMPT] = 3 + torch.arange(count).unsqueeze(1) % (VOCAB - 3)
+    labels = ids.clone()
+    if not labels_of_prompts:
+        labels[:, :PROMPT] = IGNORED
+    return TokenRows(list(ids.numpy()), list(labels.numpy()))
+
+
+def sparsity(model, *, prompts):
+    rows = rows_with_prompts(256, seed=9, labels_of_prompts=prompts)
+    return measure_sparsity(model, [LmCollator(PAD)([rows[i] for i in range(len(rows))])]).sparsity
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_losses_and_target_are_of_what_counts(tmp_path, monkeypatch, prompts):
+    seen = []
+    routing = LteTrainer._routing
+    monkeypatch.setattr(LteTrainer, "_routing", lambda self, masks: (seen.append(masks), routing(self, masks))[1])
+    model = tiny_dense_model().to(training_device())
+    lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random", target_sparsity=0.5))
+    config = TrainConfig(
+        count_prompts=prompts, stage1_steps=20, stage2_steps=10, batch_size=8, learning_rate=3e-3,
+        router_fit_tokens=512, calibration_tokens=8192, dataloader_num_workers=1,
+    )  # fmt: skip
+    train_two_stage(model, rows_with_prompts(256), config, tmp_path)
+    assert len(seen) == 30
+    for mask in seen[0]:
+        assert (mask[:, :PROMPT] == prompts).all()
+        assert mask[:, PROMPT:].all()
+    assert sparsity(model, prompts=prompts) == pytest.approx(0.5, abs=0.01)
+    assert sparsity(model, prompts=not prompts) != pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_does_not_count(packed):
+    rows = [{"input_ids": [5] * n, "labels": [IGNORED] * (n - 1) + [5]} for n in (5, 3)]
+    if packed:
+        rows = [{**row, "position_ids": [0, 1, 0, 1, 2][: len(row["labels"])]} for row in rows]
+    batch = PromptsCounted(LmCollator(PAD))(rows)
+    assert batch["token_mask"].tolist() == [[True] * 5 + [False] * 3, [True] * 3 + [False] * 5]
+    assert all(mask is batch["token_mask"] for mask in routing_masks(tiny_sparse_model(), "ab", batch).values())
+
+
+def test_models_that_read_no_prompts_are_refused(tmp_path):
+    model = lte.sparsify_(tiny_dense_model("bert"), lte.LteConfig(expert_size=8))
+    with pytest.raises(ValueError, match="count_prompts must be false for models that read no prompts, got LteBert"):
+        train_two_stage(model, toy_rows(), TrainConfig(count_prompts=True), tmp_path)
