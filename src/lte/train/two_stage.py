@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from lte.hf.families import block_name
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import require_wrapped_ffns, sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE
+from lte.train.compilation import compiled_layers, few_widths, gradient_checkpointing
 from lte.train.config import Stage, TrainConfig, stages_of
 from lte.train.data import LmCollator, PromptsCounted, calibration_batches, mean_row_tokens
 from lte.train.processes import autocast, float32_products, training_device
@@ -30,8 +28,6 @@ from lte.train.trainer import LteTrainer
 STAGE_RECORD_FILE = "stage.json"
 GROUPING_TOKENS = 16384
 """Training tokens on which groupings compare when neurons are active."""
-COMPILED_MULTIPLE = 64
-"""Rows are padded to a multiple of so many tokens where layers are compiled."""
 
 
 def train_two_stage(
@@ -79,12 +75,12 @@ def train_two_stage(
     collator = data_collator or LmCollator(_pad_token_id(model))
     model.config.lte_measurement = None
     if config.compile:
-        collator = _of_few_widths(collator)
+        collator = few_widths(collator)
     if config.count_prompts:
         collator = PromptsCounted(collator)
     summaries: list[TrainingSummary] = []
-    compiled = _compiled(model, teacher, list(ffns), config)
-    with compiled, _gradient_checkpointing(model, config), float32_products(config):
+    compiled = compiled_layers(model, teacher, list(ffns), config)
+    with compiled, gradient_checkpointing(model, config), float32_products(config):
         for stage in stages_of(config):
             if stage.number in stages:
                 eta = summaries[-1].eta if summaries else None
@@ -281,51 +277,3 @@ def _pad_token_id(model: Any) -> int:
     pad, eos = model.config.pad_token_id, model.config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     return pad if pad is not None else (eos or 0)
-
-
-@contextmanager
-def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
-    """Recomputes activations inside the block if the config asks for it. The non-reentrant kind alone gives the
-    recorded router logits their gradients."""
-    if not config.gradient_checkpointing:
-        yield
-        return
-    # The method got a new name in transformers 5.2x; the old one warns there.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
-    enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        disable()
-
-
-def _of_few_widths(collator: Any) -> Any:
-    """The collator, if it is one of ours, with batches of few widths."""
-    if not hasattr(collator, "multiple"):
-        return collator
-    collator = copy.copy(collator)
-    collator.multiple = COMPILED_MULTIPLE
-    return collator
-
-
-@contextmanager
-def _compiled(model: nn.Module, teacher: nn.Module | None, ffn_names: list[str], config: TrainConfig) -> Iterator[None]:
-    """Compiles the decoder layers of these FFNs in place, inside the block, if the config asks for it: one compilation
-    serves all layers, and parameter names stay."""
-    if not config.compile:
-        yield
-        return
-    # Student and teacher, with gradients and without, each switching, each number of rows: more than the 8 after which
-    # dynamo would go on eagerly, without a word.
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 64)
-    networks = [network for network in (model, teacher) if network is not None]
-    layers = [network.get_submodule(block_name(name)) for network in networks for name in ffn_names]
-    for layer in layers:
-        layer.compile()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._compiled_call_impl = None

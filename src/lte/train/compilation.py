@@ -1,0 +1,67 @@
+"""Training in less time or memory: compiled layers, rows of few widths, activations that are computed again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lte.hf.families import block_name
+from lte.train.config import TrainConfig
+
+COMPILED_MULTIPLE = 64
+"""Rows are padded to a multiple of so many tokens where layers are compiled."""
+
+
+@contextmanager
+def gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
+    """Recomputes activations inside the block if the config asks for it. The non-reentrant kind alone gives the
+    recorded router logits their gradients."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    # The method got a new name in transformers 5.2x; the old one warns there.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable()
+
+
+def few_widths(collator: Any) -> Any:
+    """The collator, if it is one of ours, with batches of few widths."""
+    if not hasattr(collator, "multiple"):
+        return collator
+    collator = copy.copy(collator)
+    collator.multiple = COMPILED_MULTIPLE
+    return collator
+
+
+@contextmanager
+def compiled_layers(
+    model: nn.Module, teacher: nn.Module | None, ffn_names: list[str], config: TrainConfig
+) -> Iterator[None]:
+    """Compiles the decoder layers of these FFNs in place, inside the block, if the config asks for it: one compilation
+    serves all layers, and parameter names stay."""
+    if not config.compile:
+        yield
+        return
+    # Student and teacher, with gradients and without, each switching, each number of rows: more than the 8 after which
+    # dynamo would go on eagerly, without a word.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)
+    networks = [network for network in (model, teacher) if network is not None]
+    layers = [network.get_submodule(block_name(name)) for network in networks for name in ffn_names]
+    for layer in layers:
+        layer.compile()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
