@@ -101,6 +101,8 @@ def test_a_best_point_that_saves_the_most() -> None:
         "With routers counted, LTE is on the upper envelope at 66.7% of the FFNs' bytes saved, where it is no worse "
         "than at any smaller saving."
     )
+    # Nothing is said of a point that saves nothing.
+    assert sentence(compared(DENSE, *others, lte(0.0, 19.0, label="on"), lte(0.7, 22.0))).endswith("bytes saved.")
 
 
 def test_a_point_that_another_of_lte_beats_does_not_count() -> None:

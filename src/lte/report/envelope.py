@@ -178,7 +178,8 @@ def _savings(standings: Sequence[Standing]) -> str:
 
 def _ffn_sentence(comparison: Comparison, standings: Sequence[Standing]) -> str:
     """The lowest saving of the FFNs' bytes from which all best points of LTE are on the envelope."""
-    best = [standing for standing in standings if not _is_beaten(comparison, standing, standings)]
+    saving = [standing for standing in standings if standing.saving > 0] or standings
+    best = [standing for standing in saving if not _is_beaten(comparison, standing, saving)]
     best.sort(key=lambda standing: -standing.saving)
     held = list(itertools.takewhile(lambda standing: standing.on_envelope, best))
     compared = [standing for standing in held if standing.rival is not None]
@@ -188,14 +189,16 @@ def _ffn_sentence(comparison: Comparison, standings: Sequence[Standing]) -> str:
         return f"No other method was measured where LTE saves {_ffn_saving(held[-1])} of the FFNs' bytes or more."
     alone = held[: len(held) - len(compared)]
     rest = f"; no other method was measured with {_ffn_saving(alone[-1])} saved or more" if alone else ""
-    where = f"at {_ffn_saving(held[-1])} of the FFNs' bytes saved"
-    if len(compared) > 1:
-        where = f"from{where[2:]} on, at each of its best points up to {_ffn_saving(compared[0])}"
-    missed = [standing for standing in best[len(held) :] if standing.saving > 0]
-    below = f", but not at {_ffn_saving(missed[0])}" if missed else ""
-    if len(compared) == 1 and not missed and len(held) < len(standings):
-        below = ", where it is no worse than at any smaller saving"
-    return f"With routers counted, LTE is on the upper envelope {where}{below}{rest}."
+    lowest = f"{_ffn_saving(held[-1])} of the FFNs' bytes saved"
+    if len(compared) == 1:
+        where = f"at {lowest}"
+    else:
+        where = f"from {lowest} on, at each of its best points up to {_ffn_saving(compared[0])}"
+    if len(held) < len(best):
+        where += f", but not at {_ffn_saving(best[len(held)])}"
+    elif len(compared) == 1 and len(held) < len(saving):
+        where += ", where it is no worse than at any smaller saving"
+    return f"With routers counted, LTE is on the upper envelope {where}{rest}."
 
 
 def _is_beaten(comparison: Comparison, standing: Standing, others: Sequence[Standing]) -> bool:
