@@ -1,4 +1,4 @@
-"""Training in less time or memory: compiled layers, rows of few widths, activations that are computed again."""
+"""Compiled layers in training, and the rows of few widths that they want."""
 
 from __future__ import annotations
 
@@ -15,23 +15,6 @@ from lte.train.config import TrainConfig
 
 COMPILED_MULTIPLE = 64
 """Rows are padded to a multiple of so many tokens where layers are compiled."""
-
-
-@contextmanager
-def gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
-    """Recomputes activations inside the block if the config asks for it. The non-reentrant kind alone gives the
-    recorded router logits their gradients."""
-    if not config.gradient_checkpointing:
-        yield
-        return
-    # The method got a new name in transformers 5.2x; the old one warns there.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
-    enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        disable()
 
 
 def few_widths(collator: Any) -> Any:

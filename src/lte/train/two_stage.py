@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lte.hf.inputs import predicts_next_token
 from lte.hf.install import require_wrapped_ffns, sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE
-from lte.train.compilation import compiled_layers, few_widths, gradient_checkpointing
+from lte.train.compilation import compiled_layers, few_widths
 from lte.train.config import Stage, TrainConfig, stages_of
 from lte.train.data import LmCollator, PromptsCounted, calibration_batches, mean_row_tokens
 from lte.train.processes import autocast, float32_products, training_device
@@ -65,12 +66,12 @@ def train_two_stage(
 
     Raises:
         ValueError: for a dense model, an `output_dir` that holds another run's checkpoints without `resume`, or
-            distillation without a teacher.
+            distillation without a teacher, and for `config.count_prompts` if the model reads no prompts.
         NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
     """
     output = Path(output_dir)
     ffns = require_wrapped_ffns(model)
-    _check_recipe(model, config)
+    _check_fits(model, config)
     _check_arguments(config, output, teacher, stages, resume)
     collator = data_collator or LmCollator(_pad_token_id(model))
     model.config.lte_measurement = None
@@ -80,7 +81,7 @@ def train_two_stage(
         collator = PromptsCounted(collator)
     summaries: list[TrainingSummary] = []
     compiled = compiled_layers(model, teacher, list(ffns), config)
-    with compiled, gradient_checkpointing(model, config), float32_products(config):
+    with compiled, _gradient_checkpointing(model, config), float32_products(config):
         for stage in stages_of(config):
             if stage.number in stages:
                 eta = summaries[-1].eta if summaries else None
@@ -213,7 +214,8 @@ def _set_trainable_(model: nn.Module, config: TrainConfig, stage: Stage) -> None
             ffn.get_submodule(name).requires_grad_(False)
 
 
-def _check_recipe(model: nn.Module, config: TrainConfig) -> None:
+def _check_fits(model: nn.Module, config: TrainConfig) -> None:
+    """Refuses settings that are not for this kind of model."""
     if bool(sparse_ffns(model)) == (config.recipe == "method"):
         kind = "an LTE model" if sparse_ffns(model) else "a model of another method than LTE"
         fitting = "another one" if sparse_ffns(model) else "'method'"
@@ -277,3 +279,20 @@ def _pad_token_id(model: Any) -> int:
     pad, eos = model.config.pad_token_id, model.config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     return pad if pad is not None else (eos or 0)
+
+
+@contextmanager
+def _gradient_checkpointing(model: Any, config: TrainConfig) -> Iterator[None]:
+    """Recomputes activations inside the block if the config asks for it. The non-reentrant kind alone gives the
+    recorded router logits their gradients."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    # The method got a new name in transformers 5.2x; the old one warns there.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable()
