@@ -19,7 +19,7 @@ EXAMPLES = {
     **{f"compare/{task}": 68 for task in ("cola", "mrpc", "rte", "sst2", "stsb")},
     "compare/e2e": 47,
     "compare/dialogsum": 50,
-    "compare/wikipedia": 51,
+    "compare/wikipedia": 53,
     "compare/wikitext2": 56,
     "compare/instruct": 19,
     "ablations/chat_questions": 5,
