@@ -184,6 +184,15 @@ def test_missing_latencies_and_several_machines_are_told() -> None:
     assert "Latencies are of several machines, so compare shares alone: H100; H200." in texts
 
 
+def test_a_seed_that_was_timed_stands_for_its_point() -> None:
+    off = {"latency_note": "latency is off"}
+    timed = {"latency_ms": 3.0, "latency_dense_ms": 4.0, "latency_sparsity": 0.5, "hardware": "H100"}
+    one_seed = [record(seed=0, **timed), record(seed=1, **off)]
+    assert latency_texts(compared(*one_seed)) == []
+    untimed = record(target_sparsity=0.8, sparsity=0.8, **off)
+    assert latency_texts(compared(*one_seed, untimed)) == ["No latency of lte at 80%: latency is off."]
+
+
 def test_csv_rows_are_unrounded() -> None:
     dense, lte = csv_rows(compared(record("dense"), record(value=25.123456789, command="lte compare x --only a")))
     assert lte["value"] == 25.123456789

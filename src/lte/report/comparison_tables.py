@@ -226,19 +226,23 @@ def reference_text(comparison: Comparison) -> str:
 
 
 def latency_texts(comparison: Comparison) -> list[str]:
-    """Why curves have no latency, which have that of another sparsity, and which machines measured, if several."""
+    """Why curves or points have no latency, which have that of another sparsity, and which machines, if several."""
+    points = comparison.points()
+    timed_curves = {point.curve for point in points if point.latency_ms is not None}
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     machines = set()
     elsewhere: dict[str, None] = {}
-    for point in comparison.points():
+    for point in points:
+        at = f"{point_name(point)} at {_target(point.target)}"
         for record in (run.record for run in point.runs):
             if record.get("latency_ms") is not None:
                 machines.add(record["hardware"])
                 if _timed_elsewhere(record):
-                    elsewhere[f"{point_name(point)} at {_target(point.target)}"] = None
-            elif record.get("latency_note"):
-                reasons[record["latency_note"]][point.curve] = None
-    found = [f"No latency of {', '.join(curves)}: {note.rstrip('.')}." for note, curves in reasons.items()]
+                    elsewhere[at] = None
+            # One seed may have been timed for all.
+            elif point.latency_ms is None and record.get("latency_note"):
+                reasons[record["latency_note"]][at if point.curve in timed_curves else point.curve] = None
+    found = [f"No latency of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
     if elsewhere:
         names = ", ".join(elsewhere)
         found.append(f"Latency of {names}: timed at another FFN sparsity than measured, or at an unknown one.")
