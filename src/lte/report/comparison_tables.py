@@ -207,6 +207,10 @@ def point_name(point: Point) -> str:
     return point.curve if point.label in (None, point.curve) else f"{point.curve}: {point.label}"
 
 
+def _name_at_target(point: Point) -> str:
+    return f"{point_name(point)} at {_target(point.target)}"
+
+
 def percent(share: float | None) -> str:
     """A share as per cent, or `MISSING`."""
     return MISSING if share is None else f"{100 * share:.1f}%"
@@ -233,7 +237,7 @@ def latency_texts(comparison: Comparison) -> list[str]:
     machines = set()
     elsewhere: dict[str, None] = {}
     for point in points:
-        at = f"{point_name(point)} at {_target(point.target)}"
+        at = _name_at_target(point)
         for record in (run.record for run in point.runs):
             if record.get("latency_ms") is not None:
                 machines.add(record["hardware"])
@@ -262,7 +266,7 @@ def question_texts(comparison: Comparison) -> list[str]:
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for point in comparison.points():
         for note in {run.record.get("harness_note") for run in point.runs} - {None}:
-            reasons[str(note)][f"{point_name(point)} at {_target(point.target)}"] = None
+            reasons[str(note)][_name_at_target(point)] = None
     return [f"Question sets of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
 
 
