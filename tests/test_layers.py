@@ -11,9 +11,8 @@ import pytest
 import lte
 
 ROOT = Path(lte.__file__).parent
-# Baselines and training stand beside each other, on the same height.
-RANKS = {"config": 0, "settings": 0, "ops": 1, "nn": 2, "hf": 3, "baselines": 4, "train": 4}
-RANKS |= {"tasks": 5, "eval": 6, "bench": 7, "compare": 8, "report": 8, "cli": 9, "__main__": 10}
+RANKS = {"config": 0, "settings": 0, "ops": 1, "nn": 2, "hf": 3, "data": 4, "methods": 5, "train": 6}
+RANKS |= {"eval": 7, "bench": 8, "runs": 9, "report": 9, "cli": 10, "__main__": 11}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

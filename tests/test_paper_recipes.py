@@ -16,11 +16,10 @@ from transformers import AutoTokenizer
 from lte.bench import timing
 from lte.cli import app
 from lte.cli.training_run import TrainingRun
+from lte.data.tasks import get_task
 from lte.eval.harness import TASK_FILES
-from lte.tasks import get_task
 from tests.cli.conftest import run, save_tiny_model
-from tests.paper_commands import COMMANDS, FOLDER, HUB, README, ROOT, Command, place
-from tests.tasks.made_up import (
+from tests.data.tasks.made_up import (
     write_e2e,
     write_mmlu,
     write_sst2,
@@ -29,6 +28,7 @@ from tests.tasks.made_up import (
     write_wikitext,
     write_xsum,
 )
+from tests.paper_commands import COMMANDS, FOLDER, HUB, README, ROOT, Command, place
 
 __all__ = ["run"]
 

@@ -28,13 +28,13 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
 import lte
-from lte.baselines.static_pruning import StaticPruningConfig, prune_static_
 from lte.config import CALIBRATED_GROUPINGS
 from lte.eval.flops import bytes_per_token, flops_per_token
 from lte.eval.models import measurement_summary
 from lte.eval.perplexity import evaluate_model
 from lte.eval.results import result_record, write_json_atomic
 from lte.hf.dense import load_dense_model, load_tokenizer
+from lte.methods.static_pruning import StaticPruningConfig, prune_static_
 from lte.train.config import TrainConfig
 from lte.train.two_stage import train_two_stage
 

@@ -4,7 +4,7 @@ Importing lte registers the sparse model classes with transformers, and the meth
 `AutoModelForCausalLM.from_pretrained` loads a folder that lte saved.
 """
 
-from lte import baselines
+from lte import methods
 from lte.config import LteConfig
 from lte.hf.acceleration import accelerate_, decelerate_, is_accelerated
 from lte.hf.convert import densify_, sparsify_
@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 __all__ = [
     "LteConfig",
     "accelerate_",
-    "baselines",
     "decelerate_",
     "densify_",
     "is_accelerated",
+    "methods",
     "sparse_ffns",
     "sparsify_",
 ]

@@ -14,6 +14,9 @@ FfnMode = Literal["dense", "soft", "straight_through", "hard"]
 
 CONFIG_VERSION = 1
 
+IGNORED = -100
+"""The label of a token that no loss counts, as in PyTorch and transformers."""
+
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises a `ValueError` that names the nearest valid choices when `value` is not one of `choices`."""

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lte.baselines import apply_method_
-from lte.baselines.cats import CatsConfig
+from lte.methods import apply_method_
+from lte.methods.cats import CatsConfig
 from tests.report.inspected import NASTY, PLAIN, save_sparse_model
 
 

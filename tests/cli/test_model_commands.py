@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte
-from lte.baselines import apply_method_
-from lte.baselines.cats import CatsConfig
-from lte.baselines.deja_vu import DejaVuConfig
-from lte.baselines.wanda import WandaConfig
 from lte.eval.flops import GFLOP, count_linear_weights
 from lte.hf.dense import load_dense_model
+from lte.methods import apply_method_
+from lte.methods.cats import CatsConfig
+from lte.methods.deja_vu import DejaVuConfig
+from lte.methods.wanda import WandaConfig
 from tests.cli.conftest import SHORT
 from tests.tiny_models import tiny_dense_model
 

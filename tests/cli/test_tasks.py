@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 import lte
 from tests.cli.conftest import save_tiny_model
-from tests.tasks.made_up import write, write_e2e, write_sst2
+from tests.data.tasks.made_up import write, write_e2e, write_sst2
 from tests.tiny_models import EXPERT_SIZE
 
 STEPS = [

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import lte
-from lte.train.data_config import DataConfig, read_documents
+from lte.data.config import DataConfig, read_documents
 from lte.train.trainer import LteTrainer
 from tests.cli.conftest import SHORT
 from tests.processes import run_processes

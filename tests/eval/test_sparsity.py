@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import lte
+from lte.data.rows import routing_masks
 from lte.eval.sparsity import (
     HISTOGRAM_BINS,
     SparsityCounter,
@@ -16,7 +17,6 @@ from lte.eval.sparsity import (
     measure_sparsity,
 )
 from lte.hf.inputs import model_inputs
-from lte.train.data import routing_masks
 from tests.tiny_models import EXPERT_SIZE, LAYERS, NEURONS, PAD, VOCAB, num_ffns, tiny_dense_model, tiny_sparse_model
 
 EXPERTS = NEURONS // EXPERT_SIZE

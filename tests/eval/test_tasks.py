@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import lte
+from lte.data.config import DataConfig
+from lte.data.tasks import TaskConfig, TaskData, get_task, load_task_data, load_task_model
 from lte.eval.generation import generate_answers
 from lte.eval.sparsity import measure_sparsity
 from lte.eval.tasks import TaskResult, evaluate_task
 from lte.hf.dense import load_tokenizer
-from lte.tasks import TaskConfig, TaskData, get_task, load_task_data, load_task_model
-from lte.train.data_config import DataConfig
 from tests.cli.conftest import save_tiny_model
-from tests.tasks.made_up import write_e2e, write_sst2, write_stsb
+from tests.data.tasks.made_up import write_e2e, write_sst2, write_stsb
 from tests.tiny_models import EXPERT_SIZE, randomise_routers_
 
 SETTINGS = DataConfig(sequence_length=96)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from lte.data.config import DataConfig
+from lte.data.tasks import TaskConfig
 from lte.eval.generation import generate_answers
-from lte.eval.workload import TaskWorkload, TextWorkload
 from lte.hf.dense import load_tokenizer
-from lte.tasks import TaskConfig
-from lte.train.data_config import DataConfig
+from lte.runs.workload import TaskWorkload, TextWorkload
 from tests.cli.conftest import save_tiny_model
-from tests.tasks.made_up import write_e2e
+from tests.data.tasks.made_up import write_e2e
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lte.train.data import DataConfig, read_documents
-from tests.train.text_samples import CHAT, DOCUMENTS, TEMPLATE, write_jsonl
+from lte.data.rows import DataConfig, read_documents
+from tests.data.text_samples import CHAT, DOCUMENTS, TEMPLATE, write_jsonl
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import lte
+from lte.data.rows import TokenRows
 from lte.train.config import TrainConfig
-from lte.train.data import TokenRows
 from lte.train.processes import training_device
 from lte.train.summary import TrainingSummary
 from lte.train.two_stage import train_two_stage

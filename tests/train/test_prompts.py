@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import lte
+from lte.data.rows import IGNORED, LmCollator, PromptsCounted, TokenRows, routing_masks
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig
-from lte.train.data import IGNORED, LmCollator, PromptsCounted, TokenRows, routing_masks
 from lte.train.processes import training_device
 from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import lte
+from lte.data.rows import LmCollator
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig, stages_of
-from lte.train.data import LmCollator
 from lte.train.processes import training_device
 from lte.train.sparsity_controller import EtaController
 from lte.train.summary import TrainingSummary

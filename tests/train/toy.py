@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lte.train.data import TokenRows
+from lte.data.rows import TokenRows
 from tests.tiny_models import VOCAB
 
 

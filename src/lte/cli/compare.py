@@ -11,14 +11,14 @@ from rich.table import Table
 
 from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
 from lte.cli.models import quiet_transformers
-from lte.compare.folders import Folders
-from lte.compare.plan import Run, plan_runs
-from lte.compare.runner import PHASES, Runner, execute_all
-from lte.compare.schedule import Estimate, estimate_runs
-from lte.compare.settings import read_comparison
-from lte.compare.workloads import Workloads
 from lte.config import check_choice
 from lte.hf.dense import load_tokenizer
+from lte.runs.folders import Folders
+from lte.runs.plan import Run, plan_runs
+from lte.runs.runner import PHASES, Runner, execute_all
+from lte.runs.schedule import Estimate, estimate_runs
+from lte.runs.settings import read_comparison
+from lte.runs.workloads import Workloads
 
 
 @reports_errors

@@ -21,6 +21,8 @@ from lte.cli.demo_budget import Budget, time_step, timed
 from lte.cli.demo_text import EXPLANATION, PROMPT, report_notes, result_table
 from lte.cli.generate import describe_use, encode_prompt, generate_ids
 from lte.config import LteConfig
+from lte.data.config import DataConfig
+from lte.data.rows import LmCollator, load_lm_datasets
 from lte.eval.models import (
     evaluation_record,
     held_out_batches,
@@ -35,8 +37,6 @@ from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.report.markdown import write_demo_report
 from lte.train.config import TrainConfig
-from lte.train.data import LmCollator, load_lm_datasets
-from lte.train.data_config import DataConfig
 from lte.train.processes import training_device
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.summary import TrainingSummary

@@ -16,15 +16,15 @@ from lte.cli.harness import HarnessConfig, check_flags, run_harness
 from lte.cli.kernels import KernelsOption
 from lte.cli.models import quiet_transformers
 from lte.cli.settings import takes_settings
+from lte.data.config import DataConfig
+from lte.data.tasks.config import TaskConfig
 from lte.eval.flops import GFLOP
 from lte.eval.models import load_any_model, task_record
 from lte.eval.results import write_json_atomic
-from lte.eval.workload import TaskWorkload, TextWorkload, Workload, check_no_text
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
+from lte.runs.workload import TaskWorkload, TextWorkload, Workload, check_no_text
 from lte.settings import build
-from lte.tasks.config import TaskConfig
-from lte.train.data_config import DataConfig
 
 
 @reports_errors

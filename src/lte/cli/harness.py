@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lte.data.config import DataConfig
+from lte.data.tasks.config import TaskConfig
 from lte.eval.harness import HarnessResult, TaskScore, evaluate_harness, quiet_harness
 from lte.eval.results import result_record, write_json_atomic
 from lte.hf.acceleration import describe_kernels
-from lte.tasks.config import TaskConfig
-from lte.train.data_config import DataConfig
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from lte.cli.models import quiet_transformers
 from lte.cli.settings import takes_settings
 from lte.cli.training_run import TrainingRun
 from lte.config import LteConfig, check_choice
-from lte.eval.workload import check_no_text
+from lte.data.config import DataConfig
+from lte.data.tasks.config import TaskConfig
+from lte.runs.workload import check_no_text
 from lte.settings import build, read_settings_file, settings_of
-from lte.tasks.config import TaskConfig
 from lte.train.config import TrainConfig
-from lte.train.data_config import DataConfig
 from lte.train.processes import is_main_process
 
 Stages = Literal["both", "1", "2"]

@@ -12,17 +12,17 @@ from rich.console import Console
 import lte
 from lte.cli.training_outcome import Outcome, print_outcome, save_outcome
 from lte.config import CALIBRATED_GROUPINGS, LteConfig
+from lte.data.config import DataConfig
+from lte.data.tasks.config import TaskConfig
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import is_lte, load_config, task_record
-from lte.eval.own_answers import calibrate_on_answers_
 from lte.eval.sparsity import SparsityMeasurement
-from lte.eval.workload import TaskWorkload, TextWorkload, Workload
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
-from lte.tasks.config import TaskConfig
+from lte.runs.own_answers import calibrate_on_answers_
+from lte.runs.workload import TaskWorkload, TextWorkload, Workload
 from lte.train.config import TrainConfig
-from lte.train.data_config import DataConfig
 from lte.train.processes import is_main_process, training_device
 from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
 

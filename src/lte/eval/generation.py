@@ -11,8 +11,8 @@ from typing import Any
 from rich.progress import track
 from torch import Tensor
 
+from lte.data.tasks.collator import PaddingCollator
 from lte.eval.inference import hard_inference, model_device
-from lte.tasks.collator import PaddingCollator
 
 # Greedy, whatever the checkpoint's generation config says.
 GREEDY: dict[str, Any] = {

@@ -14,10 +14,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lte.baselines.calibration import eval_mode
+from lte.data.rows import LmCollator, routing_masks
 from lte.hf.inputs import model_inputs, run_without_logits
 from lte.hf.install import sparse_ffns
-from lte.train.data import LmCollator, routing_masks
+from lte.methods.calibration import eval_mode
 
 Batch = Mapping[str, Tensor]
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.baselines.contract import METHODS, config_of
-from lte.baselines.metering import MeteredModule, metered_modules
 from lte.eval.flops import block_linears, bytes_per_token, count_linear_weights, flops_per_token
 from lte.eval.inference import Batch, count_batches
 from lte.eval.sparsity import SparsityCounter, SparsityMeasurement
 from lte.hf.families import dense_ffns, family_of
 from lte.hf.install import num_neurons, sparse_ffns
+from lte.methods.contract import METHODS, config_of
+from lte.methods.metering import MeteredModule, metered_modules
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte.config import check_choice
+from lte.data.rows import LmCollator, TokenRows
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.methods import Measurement, record_fields
 from lte.eval.perplexity import PerplexityResult
@@ -19,7 +20,6 @@ from lte.eval.sparsity import SparsityMeasurement
 from lte.eval.tasks import TaskResult
 from lte.hf.dense import load_dense_model
 from lte.hf.families import family_of
-from lte.train.data import LmCollator, TokenRows
 from lte.train.processes import training_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

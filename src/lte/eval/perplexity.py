@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lte.data.rows import IGNORED, routing_masks
 from lte.eval.inference import (
     Batch,
     as_batches,
@@ -26,7 +27,6 @@ from lte.eval.inference import (
 )
 from lte.eval.methods import Counter, Measurement, counter_for
 from lte.hf.inputs import predicts_next_token
-from lte.train.data import IGNORED, routing_masks
 
 # Logits in fp32 at once: 2^26 of them, 256 MiB.
 CHUNK_LOGITS = 1 << 26

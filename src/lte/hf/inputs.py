@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.config import IGNORED
 from lte.hf.families import family_of
 
 MODEL_INPUTS = (
@@ -22,7 +23,6 @@ MODEL_INPUTS = (
     "decoder_input_ids",
     "decoder_attention_mask",
 )
-_IGNORED = -100
 
 
 def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def padding_masks(model: Any, ffn_names: Iterable[str], batch: Mapping[str, Tens
     if "decoder_attention_mask" in batch:
         decoder = batch["decoder_attention_mask"].bool()
     elif "labels" in batch:
-        decoder = batch["labels"] != _IGNORED
+        decoder = batch["labels"] != IGNORED
     else:
         decoder = torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
     return {name: decoder if "decoder" in name.split(".") else encoder for name in ffn_names}

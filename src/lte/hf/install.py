@@ -89,7 +89,7 @@ def require_wrapped_ffns(model: nn.Module) -> dict[str, WrappedFfn]:
     if not found:
         raise ValueError(
             "model must be an LTE model or have FFNs of another method, got neither; call lte.sparsify_(model, ...) or "
-            "lte.baselines.apply_method_(model, ...) first"
+            "lte.methods.apply_method_(model, ...) first"
         )
     return found
 

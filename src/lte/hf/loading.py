@@ -35,7 +35,7 @@ from lte.hf.install import install_sparse_ffns_
 INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
 """What builds the modules of each other method around a model's FFNs, by the method's name.
 
-Called with the model, its family, and the settings in `config.lte_method`; `lte.baselines` fills it.
+Called with the model, its family, and the settings in `config.lte_method`; `lte.methods` fills it.
 """
 
 FP32_NAMES = {"router"}

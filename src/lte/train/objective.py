@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lte.config import IGNORED
 from lte.nn.losses import (
     active_fraction,
     efficiency_loss,
@@ -19,8 +20,6 @@ from lte.nn.losses import (
     near_threshold_fraction,
     separability_loss,
 )
-
-IGNORED = -100
 
 
 def language_terms(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:

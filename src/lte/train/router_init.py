@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
+from lte.data.rows import routing_masks
 from lte.hf.inputs import run_without_logits
 from lte.hf.install import require_sparse_ffns
 from lte.nn.router import INITIAL_LOGIT
 from lte.nn.sparse_ffn import SparseFfn
-from lte.train.data import routing_masks
 
 Batch = Mapping[str, Tensor]
 

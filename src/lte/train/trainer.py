@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
+from lte.data.rows import routing_masks
 from lte.hf.inputs import check_packing, predicts_next_token
 from lte.hf.install import require_wrapped_ffns
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE, LteProgress, SparsityControl
 from lte.train.config import Stage, TrainConfig
-from lte.train.data import routing_masks
 from lte.train.objective import head_divergence, language_terms, routing_terms, stack_layers
 from lte.train.processes import autocast
 from lte.train.sparsity_controller import (

@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from lte.data.rows import LmCollator, PromptsCounted, calibration_batches, mean_row_tokens
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import require_wrapped_ffns, sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.callbacks import CONTROL_STATE_FILE
 from lte.train.compilation import compiled_layers, few_widths
 from lte.train.config import Stage, TrainConfig, stages_of
-from lte.train.data import LmCollator, PromptsCounted, calibration_batches, mean_row_tokens
 from lte.train.processes import autocast, float32_products, training_device
 from lte.train.router_init import Batch, calibrate_thresholds_, fit_routers_
 from lte.train.summary import TrainingSummary
@@ -45,7 +45,7 @@ def train_two_stage(
 ) -> TrainingSummary:
     """Trains an LTE model in place: routing in stage 1, adaptation in stage 2, thresholds at the end.
 
-    With `recipe="method"` it trains a model of another method that puts modules around the FFNs (`lte.baselines`) on
+    With `recipe="method"` it trains a model of another method that puts modules around the FFNs (`lte.methods`) on
     the same schedule, and its own losses are added to the task's.
 
     Checkpoints and the model after each stage go to `output_dir/stage1` and `output_dir/stage2`. The final model is
@@ -53,14 +53,14 @@ def train_two_stage(
 
     Args:
         model: an LTE model from `sparsify_`, one of another method from `apply_method_`, or a saved one.
-        train_dataset: rows with `input_ids` and `labels`, see `lte.train.data.load_lm_datasets`.
+        train_dataset: rows with `input_ids` and `labels`, see `lte.data.rows.load_lm_datasets`.
         config: the recipe.
         output_dir: folder for checkpoints and logs.
         teacher: dense model whose logits are distilled where `config.distillation_weight` is positive.
         stages: which stages to run: (1, 2), (1,) or (2,).
         calibration_dataset: rows on which the thresholds are set at the end; `None` takes `train_dataset`. The
             sparsity depends on the text, so take what the model will see in use, but nothing that it is tested on.
-            For what the model writes itself, `lte.eval.own_answers.calibrate_on_answers_` follows.
+            For what the model writes itself, `lte.runs.own_answers.calibrate_on_answers_` follows.
         data_collator: `None` pads with the model's pad token.
         resume: go on from the newest complete checkpoint in `output_dir`.
 

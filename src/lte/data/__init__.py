@@ -1,0 +1,1 @@
+"""Text and tasks as rows of tokens to train and measure on."""

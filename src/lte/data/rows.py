@@ -1,0 +1,257 @@
+"""Text data sets and batches. `data_config` reads and splits the documents, `encoding` turns them into rows.
+
+Shapes: B rows, T tokens. The label of an ignored token is -100.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from lte.config import IGNORED
+from lte.data.config import (
+    DataConfig,
+    check_sequence_length,
+    document_key,
+    read_documents,
+    split_documents,
+)
+from lte.data.encoding import Encoder
+from lte.hf.inputs import padding_masks, predicts_next_token
+
+if TYPE_CHECKING:
+    import datasets
+
+MULTIPLE = 8
+"""Rows are padded to a multiple of so many tokens."""
+
+__all__ = [
+    "IGNORED",
+    "DataConfig",
+    "LmCollator",
+    "LmDatasets",
+    "PromptsCounted",
+    "TokenRows",
+    "calibration_batches",
+    "check_sequence_length",
+    "load_lm_datasets",
+    "mean_row_tokens",
+    "read_documents",
+    "routing_masks",
+    "token_mask",
+]
+
+
+class TokenRows(Dataset[dict[str, Tensor]]):
+    """Rows of token ids made by hand, with their labels; `input_ids` and `labels` are int64 [T] each."""
+
+    def __init__(self, input_ids: Sequence[np.ndarray], labels: Sequence[np.ndarray]):
+        self.input_ids, self.labels = input_ids, labels
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.from_numpy(np.asarray(self.input_ids[index], dtype=np.int64)),
+            "labels": torch.from_numpy(np.asarray(self.labels[index], dtype=np.int64)),
+        }
+
+
+@dataclass(frozen=True)
+class LmDatasets:
+    """Rows to train on and held-out rows, both in torch format.
+
+    Attributes:
+        train: `input_ids`, `labels`, and for packed completions and chats `position_ids`; int64 [T] each.
+        validation: the same of other documents.
+        info: JSON-ready. Of each part: documents, rows, tokens (padding excluded), trained_tokens (labelled),
+            dropped_tokens (lost to truncation or a last partial row, not to a limit), truncated_documents,
+            unlabelled_documents (left out: nothing to train), sha256 of the texts and rows_sha256 of the tokens.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    info: dict[str, Any]
+
+
+class LmCollator:
+    """Stacks rows of one length as they are, without a mask, so that attention stays on its fastest path.
+
+    Rows of different lengths are padded on the right, with an `attention_mask`. Rows that carry `position_ids` get
+    none, since transformers keeps packed documents apart only without a mask: there the padding is one more document,
+    with positions from 0 and labels of -100.
+
+    Args:
+        pad_token_id: `None` if all rows have one length.
+        multiple: of which rows are padded to one.
+    """
+
+    def __init__(self, pad_token_id: int | None, multiple: int = MULTIPLE):
+        self.pad_token_id, self.multiple = pad_token_id, multiple
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        names = [n for n in ("input_ids", "labels", "attention_mask", "position_ids") if n in rows[0]]
+        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
+        lengths = [len(row) for row in columns["input_ids"]]
+        if len(set(lengths)) == 1:
+            return {name: torch.stack(values) for name, values in columns.items()}
+        if self.pad_token_id is None:
+            raise ValueError(
+                "pad_token_id must be a token for rows of different lengths, got pad_token_id=None; take the "
+                "tokenizer's eos_token_id"
+            )
+        if "position_ids" not in columns:
+            columns.setdefault("attention_mask", [torch.ones_like(row) for row in columns["input_ids"]])
+        width = -(-max(lengths) // self.multiple) * self.multiple
+        missing = [width - length for length in lengths]
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
+        batch = {
+            name: torch.stack([F.pad(row, (0, gap), value=fill[name]) for row, gap in zip(rows, missing, strict=True)])
+            for name, rows in columns.items()
+        }
+        for row, length in zip(batch.get("position_ids", ()), lengths, strict=False):
+            row[length:] = torch.arange(len(row) - length)
+        return batch
+
+
+class PromptsCounted:
+    """Gives the batches of a collator that pads on the right a `token_mask` of all tokens that are not padding, those
+    of prompts included, whose labels are -100.
+    """
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+        batch = self.collator(rows)
+        return {**batch, "token_mask": torch.arange(batch["input_ids"].shape[1]) < lengths}
+
+
+def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which positions count in the routing losses and in every statistic: bool [B, T].
+
+    A token counts if it is not padding and its own label is not -100: the prompt of a completion routes, but neither
+    the losses nor the stated sparsity are about it. The label is that of the position itself, not of the token that
+    it predicts: the expert choice for a token is paid when that token is fed in. So the first token of a row counts,
+    although nothing predicts it.
+    """
+    mask = batch["labels"] != IGNORED
+    if "attention_mask" in batch:
+        mask = mask & batch["attention_mask"].bool()
+    return mask
+
+
+def routing_masks(
+    model: Any, ffn_names: Iterable[str], batch: Mapping[str, Tensor], *, skip_ignored_labels: bool = True
+) -> dict[str, Tensor]:
+    """Which tokens count in the routing losses and statistics of each FFN, bool [B, T] by name: none that is padding.
+
+    Where the model predicts the next token, labels of -100 mark what is not counted either (`token_mask`). Labels of
+    other heads say nothing of the kind: those of masked language models are -100 at most tokens, all of which route.
+    A `token_mask` (bool, [B, T]) of the batch goes before all of this.
+    """
+    if "token_mask" in batch:
+        return dict.fromkeys(ffn_names, batch["token_mask"])
+    if skip_ignored_labels and "labels" in batch and predicts_next_token(model):
+        return dict.fromkeys(ffn_names, token_mask(batch))
+    return padding_masks(model, ffn_names, batch)
+
+
+def calibration_batches(
+    dataset: Dataset[Any], num_tokens: int, batch_size: int, collator: Any
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of rows spread evenly over `dataset`, `num_tokens` tokens in all (prompts included) or all there are.
+
+    Spread, because rows in the order of their source begin with a few documents on one subject. With rows of
+    different lengths the number of tokens is an estimate from 256 of them.
+
+    Raises:
+        ValueError: if the data set is empty.
+    """
+    total = len(dataset)  # type: ignore[arg-type]
+    if total == 0:
+        raise ValueError("dataset must hold at least one row, got 0 rows")
+    probes = min(256, total)
+    tokens = max(1, sum(len(dataset[index * total // probes]["input_ids"]) for index in range(probes)))
+    wanted = min(total, max(1, -(-num_tokens * probes // tokens)))
+    picks = [index * total // wanted for index in range(wanted)]
+    for start in range(0, wanted, batch_size):
+        yield collator([dataset[index] for index in picks[start : start + batch_size]])
+
+
+def mean_row_tokens(dataset: Any) -> float:
+    """Tokens of a row of a data set, mean over its first 256 rows."""
+    lengths = [len(dataset[index]["input_ids"]) for index in range(min(256, len(dataset)))]
+    return sum(lengths) / len(lengths)
+
+
+def load_lm_datasets(
+    config: DataConfig, tokenizer: Any, max_length: int | None = None, *, progress: bool = True
+) -> LmDatasets:
+    """Reads, splits and tokenises the text of a `DataConfig`; the same settings and tokenizer give the same rows.
+
+    Plain text is packed: documents, training ones in a seeded order, each closed by the end-of-text token, are cut
+    into rows of `sequence_length` tokens. The last partial row is dropped in training; in the held-out part it is
+    padded with labels of -100, so that every token is in one row once.
+
+    Completions and chats are packed whole, next to each other: `position_ids` start from 0 in each, by which
+    transformers keeps attention within each (sdpa and eager; flash attention in batches of one row only, so take
+    `pack=False` there), and the first label of each is -100. A prompt that is too long loses its beginning, a
+    completion its end, a chat its beginning. With `pack=False` every document has rows of its own.
+
+    Args:
+        config: where the text is.
+        tokenizer: a transformers tokenizer with an end-of-text token.
+        max_length: longest sequence the model takes, its `max_position_embeddings`.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: for missing files or fields, unknown formats, empty data, or rows longer than the model takes.
+    """
+    check_sequence_length(config, max_length)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an end-of-text token, got eos_token=None; set tokenizer.eos_token")
+    documents = read_documents(config.sources, config)
+    info: dict[str, Any] = {"train_source": config.train, "validation_source": config.validation, "kind": config.kind}
+    if config.validation is None:
+        train, held_out = split_documents(documents, config)
+        # A single text that was cut in two counts one more after the split than before.
+        info["copies_removed"] = max(0, len(documents) - len(train) - len(held_out))
+    else:
+        train, held_out = documents, read_documents(config.validation, config, config.validation_split)
+        _warn_of_shared(train, held_out)
+    order = np.random.default_rng(config.data_seed).permutation(len(train))
+    encoder = Encoder(config, tokenizer, progress)
+    rows = {
+        "train": encoder.rows([train[i] for i in order], "train", config.max_train_tokens),
+        "validation": encoder.rows(held_out, "validation", config.max_validation_tokens),
+    }
+    for part, texts in (("train", train), ("validation", held_out)):
+        info[part] = {"documents": len(texts), **rows[part][1], "sha256": _digest(texts)}
+    return LmDatasets(rows["train"][0], rows["validation"][0], info)
+
+
+def _digest(documents: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for index, document in enumerate(documents):
+        digest.update((b"\0" if index else b"") + json.dumps(document).encode())
+    return digest.hexdigest()
+
+
+def _warn_of_shared(train: list[Any], held_out: list[Any]) -> None:
+    known = {document_key(document) for document in train}
+    shared = sum(document_key(document) in known for document in held_out)
+    if shared:
+        warnings.warn(f"{shared} of {len(held_out)} held-out documents are also in the training data", stacklevel=3)

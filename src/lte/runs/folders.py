@@ -1,0 +1,123 @@
+"""Where a comparison keeps its models, records and locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import SoftFileLock, Timeout
+
+from lte.eval.models import save_folder
+from lte.eval.results import write_json_atomic
+from lte.runs.plan import Run
+
+MADE_FILE, SETTINGS_FILE = "made.json", "settings.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a model folder says of how it was made.
+
+    Attributes:
+        fingerprint: of the run.
+        tokens_trained: by this run alone.
+        tokens_since_start: by this run and what it started from, without the start of the seed.
+        tokens_start: by the start of the seed.
+        wall_time_s: seconds of training, or of fitting where nothing trained.
+        data_info: counts and checksums of the data.
+        eta: weight of the efficiency loss at the end, of LTE.
+        layer_history: each layer's active fraction over training, see `lte.train.summary.TrainingSummary`.
+        peak_memory_bytes: the most memory while it was made.
+    """
+
+    fingerprint: str
+    tokens_trained: int
+    tokens_since_start: int
+    tokens_start: int
+    wall_time_s: float
+    data_info: dict[str, Any]
+    eta: float | None = None
+    layer_history: dict[str, list[Any]] | None = None
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The files of a comparison.
+
+    Attributes:
+        output: of the records.
+        work: of models, checkpoints and locks.
+    """
+
+    output: Path
+    work: Path
+
+    def record(self, run: Run) -> Path:
+        """The file of a run's record."""
+        return self.output / f"{run.name}.json"
+
+    def model(self, run: Run) -> Path:
+        """The folder of a run's model."""
+        return self.work / run.name
+
+    def made(self, run: Run) -> Made | None:
+        """What is said of a run's model, `None` if it is not there or was made with other settings."""
+        try:
+            made = Made(**json.loads((self.model(run) / MADE_FILE).read_text()))
+        # Another process may delete it at any time.
+        except FileNotFoundError:
+            return None
+        return made if made.fingerprint == run.fingerprint else None
+
+    def checkpoints(self, run: Run) -> Path:
+        """The folder of a run's checkpoints; those of other settings are dropped."""
+        folder = self.work / f"{run.name}.checkpoints"
+        settings = folder / SETTINGS_FILE
+        if folder.exists() and not (settings.exists() and json.loads(settings.read_text()) == run.fingerprint):
+            shutil.rmtree(folder)
+        if not folder.exists():
+            write_json_atomic(settings, run.fingerprint)
+        return folder
+
+    def save(self, run: Run, model: Any, tokenizer: Any, made: Made) -> None:
+        """Saves a model so that its folder appears when it is complete, and drops the checkpoints."""
+        folder = self.model(run)
+        partial = folder.with_name(f"{run.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_folder(model, tokenizer, partial)
+        write_json_atomic(partial / MADE_FILE, asdict(made))
+        self.delete_model(run)
+        partial.replace(folder)
+        shutil.rmtree(self.work / f"{run.name}.checkpoints", ignore_errors=True)
+
+    def delete_model(self, run: Run) -> None:
+        """Removes a model; another process may do so at the same time."""
+        doomed = self.work / f"{run.name}.deleted-{os.getpid()}"
+        with suppress(FileNotFoundError):
+            self.model(run).rename(doomed)
+            shutil.rmtree(doomed)
+
+    @contextmanager
+    def lock(self, run: Run) -> Iterator[bool]:
+        """Gives whether this process alone works on a run now.
+
+        The lock file names process and host, also across hosts that share the folder. That of a process of this host
+        which is dead is taken over at the second try.
+        """
+        lock = SoftFileLock(self.work / f"{run.name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()

@@ -1,0 +1,154 @@
+"""Question sets of lm-eval in a comparison: the keys of its file, and what the record of a run says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from lte.config import check_choice, check_whole_number
+from lte.eval.harness import check_harness_tasks, evaluate_harness, quiet_harness
+from lte.hf.inputs import predicts_next_token
+from lte.runs.memory import others_fill_gpu
+
+# What the record of the run says already; histograms of routing for each set would be most of its bytes.
+_OF_THE_RUN = ("method", "method_config", "target_sparsity", "measurement")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessSettings:
+    """Keys of the file of a comparison, called as the flags of `lte eval`.
+
+    Attributes:
+        harness: tasks, groups or tags of lm-eval, which every run answers.
+        num_fewshot: examples before each question, for all tasks or by task; else what the task says.
+        apply_chat_template: whether the questions are chats in the format of the model's tokenizer.
+        harness_limit: questions of a task at most, in a group of each of its tasks; for all tasks or by name.
+        harness_data: folder with the files of the `..._files` tasks.
+        harness_tasks_dir: folder with more task files of lm-eval.
+        harness_batch_size: rows per forward pass.
+    """
+
+    harness: tuple[str, ...]
+    num_fewshot: int | Mapping[str, int] | None = None
+    apply_chat_template: bool = False
+    harness_limit: int | Mapping[str, int] | None = None
+    harness_data: str | None = None
+    harness_tasks_dir: str | None = None
+    harness_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check_whole_number("harness_batch_size", self.harness_batch_size, 1)
+        if not isinstance(self.apply_chat_template, bool):
+            given = f"apply_chat_template={self.apply_chat_template!r}"
+            raise ValueError(f"apply_chat_template must be true or false, got {given}")
+        for name, given, least in (("num_fewshot", self.num_fewshot, 0), ("harness_limit", self.harness_limit, 1)):
+            by_task = given if isinstance(given, Mapping) else dict.fromkeys(self.harness, given)
+            for task, value in by_task.items():
+                check_choice(name, task, self.harness)
+                if value is not None:
+                    check_whole_number(name, value, least)
+
+    def shots(self, task: str) -> int | None:
+        """Examples before each question of a task."""
+        return _of_task(self.num_fewshot, task)
+
+    def limit(self, task: str) -> int | None:
+        """Questions of a task at most."""
+        return _of_task(self.harness_limit, task)
+
+    def check(self) -> None:
+        """Reads all tasks with their data, so that what is missing is said before anything trains.
+
+        Raises:
+            ValueError: as `check_harness_tasks`.
+        """
+        quiet_harness()
+        check_harness_tasks(self.harness, self.harness_tasks_dir, self.harness_data)
+
+
+def _of_task(given: int | Mapping[str, int] | None, task: str) -> int | None:
+    return given.get(task) if isinstance(given, Mapping) else given
+
+
+KEYS = tuple(field.name for field in fields(HarnessSettings))
+
+
+def read_harness(content: Mapping[str, Any], source: str) -> HarnessSettings | None:
+    """The settings in the file of a comparison, `None` if it asks for no question sets.
+
+    Args:
+        content: the whole file; `data_dir` stands in for a missing `harness_data`.
+        source: where it is from, for the messages.
+
+    Raises:
+        ValueError: for settings without tasks, or a value that does not fit.
+    """
+    given = {name: content[name] for name in KEYS if content.get(name) is not None}
+    tasks = given.pop("harness", None)
+    if tasks is None:
+        if given:
+            raise ValueError(f"harness must be given with {', '.join(given)}, got none in {source}")
+        return None
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"harness must be a list of names of tasks, got harness={tasks!r} in {source}")
+    return HarnessSettings(harness=tuple(names), **{"harness_data": content.get("data_dir"), **given})
+
+
+def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings) -> dict[str, Any]:
+    """Runs all question sets on a loaded model and returns the fields of its record.
+
+    Args:
+        model: as it is to be measured, of any method.
+        tokenizer: the model's.
+        settings: what to run, and how.
+
+    Returns:
+        `harness`: by task what differs from the record of the run, as `lte eval --harness` writes it; sparsity and work
+        per token are those of the task's own passes. `harness_note`: why tasks are missing, `None` if none are.
+    """
+    if not predicts_next_token(model):
+        return unanswered("not run: the model does not predict the next token")
+    quiet_harness()
+    found: dict[str, Any] = {}
+    notes = []
+    for name in settings.harness:
+        try:
+            found |= _scores(model, tokenizer, settings, name)
+        # A model that cannot answer one set keeps its other numbers; one that finds no room now may do so later.
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and others_fill_gpu():
+                raise
+            notes.append(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return {"harness": found, "harness_note": "; ".join(notes) or None}
+
+
+def unanswered(note: str) -> dict[str, Any]:
+    """The fields of a record without question sets."""
+    return {"harness": {}, "harness_note": note}
+
+
+def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) -> dict[str, Any]:
+    limit = settings.limit(name)
+    result = evaluate_harness(
+        model,
+        tokenizer,
+        [name],
+        num_fewshot=settings.shots(name),
+        apply_chat_template=settings.apply_chat_template,
+        limit=limit,
+        batch_size=settings.harness_batch_size,
+        tasks_dir=settings.harness_tasks_dir,
+        data_dir=settings.harness_data,
+    )
+    config: dict[str, Any] = {"limit": limit, "batch_size": settings.harness_batch_size}
+    config["apply_chat_template"] = settings.apply_chat_template
+    config["harness_version"] = result.harness_version
+    found = {}
+    for score in result.scores:
+        own = {key: value for key, value in score.to_fields(model).items() if key not in _OF_THE_RUN}
+        found[score.task] = {**own, "config": {**config, **own["config"]}}
+    return found

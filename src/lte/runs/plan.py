@@ -1,0 +1,259 @@
+"""The runs of a comparison, in an order in which each finds what it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lte.config import LteConfig
+from lte.data.config import DataConfig
+from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import get_task
+from lte.data.tasks.task import GenerationTask
+from lte.methods import METHODS, MethodConfig
+from lte.runs.settings import Comparison, Entry, EntryOptions, TeachingOptions
+from lte.settings import build
+from lte.train.config import TrainConfig
+
+# Settings that do not change what a dense model learns.
+_LTE_ALONE = {
+    *("recipe", "router_learning_rate", "eta", "lambda_", "pole_guard", "ramp_ratio", "router_fit_tokens"),
+    *("stage2_routers", "router_sharpening", "calibration_tokens", "calibration_answers"),
+}
+# Settings that do not touch the weights of any model.
+_FREE = {
+    *("logging_steps", "save_steps", "report_to", "dataloader_num_workers"),
+    *("data_dir", "limit", "max_validation_tokens"),
+}
+_LEARNING = {
+    field.name
+    for cls in (TaskConfig, DataConfig, TrainConfig, TeachingOptions)
+    for field in fields(cls)
+    if field.name not in _LTE_ALONE | _FREE
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: what it is made from, and how.
+
+    Attributes:
+        name: of its record and its folder, `<label>-<target>-seed<seed>`.
+        options: of its entry; those of a dense model for what others start from.
+        target: share of FFN neurons to skip.
+        seed: of data order, dropout, grouping, routers and new heads.
+        values: all settings.
+        base: name of the run that it starts from, `None` for the model of the comparison.
+        teacher: name of the run, or of a dense model, that it is distilled from.
+        trains: whether it trains after the method is applied.
+        relu: whether its FFNs get ReLU before that.
+        measured: whether it has a record.
+        fingerprint: of everything that decides its weights.
+    """
+
+    name: str
+    options: EntryOptions
+    target: float
+    seed: int
+    values: dict[str, Any]
+    base: str | None
+    teacher: str | None
+    trains: bool
+    relu: bool
+    measured: bool
+    fingerprint: str = ""
+
+    @property
+    def method(self) -> str:
+        """`dense`, `lte` or one of `lte.methods.METHODS`."""
+        return self.options.method
+
+    @property
+    def recipe(self) -> str:
+        """What `TrainConfig` calls its training."""
+        if self.method == "lte":
+            return self.values.get("recipe", TrainConfig.recipe)
+        return "dense" if self.leaves_stock else "method"
+
+    @property
+    def leaves_stock(self) -> bool:
+        """Whether the model is a stock one."""
+        return self.method == "dense" or (self.method in METHODS and METHODS[self.method].install is None)
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """Of its training."""
+        return build(TrainConfig, {**self.values, "recipe": self.recipe, "seed": self.seed})
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Which stages run."""
+        stages = build(TeachingOptions, self.values).stages
+        return (1, 2) if stages == "both" else (int(stages),)
+
+    @property
+    def lte_config(self) -> LteConfig:
+        """Of an LTE model, or of the wrapper in which a stock model trains."""
+        values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
+        return build(LteConfig, values if self.method == "lte" else {**values, "grouping": "contiguous"})
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """Of another method than LTE."""
+        values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
+        return build(METHODS[self.method].config, values)
+
+    @property
+    def data_config(self) -> DataConfig:
+        """How its data becomes rows."""
+        return build(DataConfig, self.values)
+
+    @property
+    def task_config(self) -> TaskConfig:
+        """Its task, if it has one."""
+        return build(TaskConfig, self.values)
+
+    @property
+    def calibration_answers(self) -> int:
+        """Of how many of its own answers the thresholds are set on, 0 where on none."""
+        config = self.train_config
+        task = self.task_config.task
+        writes = task is not None and isinstance(get_task(task), GenerationTask)
+        return config.calibration_answers if writes and self.trains and config.sets_thresholds(self.stages) else 0
+
+    def check(self) -> Run:
+        """Raises a `ValueError` for settings that do not fit each other; returns itself."""
+        config = self.train_config
+        _ = self.data_config, self.task_config, self.stages
+        _ = self.lte_config if self.method in ("lte", "dense") else self.method_config
+        if bool(config.distillation_weight) != bool(self.teacher):
+            raise ValueError(
+                "distillation_weight must be positive with distill_from and 0 without, got "
+                f"distillation_weight={config.distillation_weight:g} and distill_from={self.teacher} for {self.name}"
+            )
+        return self
+
+
+def plan_runs(comparison: Comparison) -> tuple[Run, ...]:
+    """All runs, seed by seed, each after those that it needs.
+
+    Raises:
+        ValueError: for settings that do not fit each other, or two runs of one name.
+    """
+    return _Planner(comparison).plan()
+
+
+def parents_of(run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The runs whose models a run needs: what it starts from, and its teacher."""
+    return [other for other in runs if other.name in (run.base, run.teacher)]
+
+
+def children_of(run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The runs that need a run's model."""
+    return [other for other in runs if run.name in (other.base, other.teacher)]
+
+
+class _Planner:
+    def __init__(self, comparison: Comparison):
+        self.comparison = comparison
+        self.runs: dict[str, Run] = {}
+        # Dense controls by what they learn.
+        self.controls: dict[str, str] = {}
+
+    def plan(self) -> tuple[Run, ...]:
+        entries = self.comparison.entries
+        for seed in sorted({seed for entry in entries for seed in entry.seeds}):
+            listed = [entry for entry in entries if seed in entry.seeds]
+            # Controls that have a record serve as base, so they come before what starts from them.
+            for entry in sorted(listed, key=lambda entry: not self._is_control(entry)):
+                for target in entry.sparsities:
+                    self._add_entry(entry, seed, target)
+        return tuple(self.runs.values())
+
+    @staticmethod
+    def _is_control(entry: Entry) -> bool:
+        return entry.options.method == "dense" and entry.options.trains and entry.options.base != "dense"
+
+    def _add_entry(self, entry: Entry, seed: int, target: float) -> None:
+        options = entry.options
+        values = self._values(entry.values)
+        wanted = options.base or ("start" if options.trains else "dense")
+        start = self._start(seed)
+        base = start if wanted == "start" else self._control(entry, seed, values)
+        name = f"{options.name}-{target:g}-seed{seed}"
+        if name in self.runs:
+            raise ValueError(f"label must differ from that of other methods, got two runs {name}; give one a label")
+        teacher = self._teacher(values, start) if options.trains else None
+        if not options.trains:
+            values = {**values, "distill_from": None, "distillation_weight": 0.0}
+        # A control that is the base has it already.
+        relu = options.relu and wanted == "start"
+        self._add(Run(name, options, target, seed, values, base, teacher, options.trains, relu, True))
+        if self._is_control(entry):
+            self.controls.setdefault(_learning_key(values, options.relu, seed), name)
+
+    def _values(self, own: dict[str, Any]) -> dict[str, Any]:
+        values = {**self.comparison.defaults, **self.comparison.train, **own}
+        if values.get("distill_from"):
+            values.setdefault("distillation_weight", 1.0)
+        return values
+
+    @staticmethod
+    def _teacher(values: dict[str, Any], start: str) -> str | None:
+        teacher = values.get("distill_from")
+        return start if teacher == "start" else teacher
+
+    def _start(self, seed: int) -> str:
+        """The dense model of a seed that everything starts from."""
+        name = f"start-seed{seed}"
+        if name not in self.runs:
+            values = {**self.comparison.defaults, **self.comparison.start}
+            values |= {"distill_from": None, "distillation_weight": 0.0}
+            options = EntryOptions(method="dense", label="start")
+            self._add(Run(name, options, 0.0, seed, values, None, None, True, False, False))
+        return name
+
+    def _control(self, entry: Entry, seed: int, values: dict[str, Any]) -> str:
+        """The dense model that trained as long as the methods that train."""
+        key = _learning_key(values, entry.options.relu, seed)
+        if key not in self.controls:
+            name = f"control{'-relu' * entry.options.relu}-seed{seed}"
+            if name in self.runs:
+                name = f"control-{entry.options.name}-seed{seed}"
+            options = EntryOptions(method="dense", label="control", relu=entry.options.relu)
+            start = self._start(seed)
+            teacher = self._teacher(values, start)
+            known = {name: value for name, value in values.items() if name in _LEARNING | _LTE_ALONE | _FREE}
+            self._add(Run(name, options, 0.0, seed, known, start, teacher, True, options.relu, False))
+            self.controls[key] = name
+        return self.controls[key]
+
+    def _add(self, run: Run) -> None:
+        run.check()
+        self.runs[run.name] = Run(**{**vars(run), "fingerprint": self._fingerprint(run)})
+
+    def _fingerprint(self, run: Run) -> str:
+        def print_of(name: str | None) -> str | None:
+            return self.runs[name].fingerprint if name in self.runs else name
+
+        settings = {name: value for name, value in sorted(run.values.items()) if name not in _FREE}
+        if run.calibration_answers:
+            settings["calibration_answers"] = run.calibration_answers
+        else:
+            settings.pop("calibration_answers", None)
+        parts = {
+            "model": self.comparison.model,
+            "method": [run.method, run.target, run.seed, run.trains, run.relu],
+            "parents": [print_of(run.base), print_of(run.teacher)],
+            "settings": settings,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _learning_key(values: dict[str, Any], relu: bool, seed: int) -> str:
+    """What decides how a dense model trains on."""
+    learning = {name: value for name, value in sorted(values.items()) if name in _LEARNING and value is not None}
+    return json.dumps([learning, relu, seed])

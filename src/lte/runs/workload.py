@@ -1,0 +1,246 @@
+"""What `lte train` and `lte eval` work on: plain text, or a task by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lte.config import check_choice
+from lte.data.config import DataConfig
+from lte.data.rows import LmCollator, load_lm_datasets
+from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.data import load_task_data
+from lte.data.tasks.models import load_task_model
+from lte.data.tasks.registry import get_task
+from lte.data.tasks.task import GenerationTask
+from lte.eval.generation import generate_answers
+from lte.eval.kernels import KERNELS, use_kernels_
+from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
+from lte.eval.perplexity import evaluate_model
+from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
+from lte.hf.dense import load_dense_model
+from lte.train.processes import is_main_process, training_device
+
+# Among which the text is chosen that a model decodes while it is timed.
+MEASURED_ROWS = 16
+# Settings of text that a task brings along.
+TEXT_SETTINGS = (
+    *("train", "validation", "format", "name", "kind"),
+    *("text_field", "prompt_field", "completion_field", "messages_field"),
+)
+
+
+class Workload(Protocol):
+    """Data to train and measure on.
+
+    Attributes:
+        data_config: how text becomes rows.
+        name: what result records call it.
+        split: name of the measured part.
+        metric: the main one.
+        settings: what a result record says of it, JSON-ready.
+        measures_first: whether the model is worth measuring before it is trained.
+        train: rows to train on, after `load_data`.
+        collator: makes a batch of them.
+        tokenizer: of the model.
+        info: counts and checksums, see `lte.data.rows.LmDatasets` and `lte.data.tasks.data.TaskData`.
+    """
+
+    data_config: DataConfig
+    name: str
+    split: str
+    metric: str
+    settings: dict[str, Any]
+    measures_first: bool
+    train: Any
+    collator: Any
+    tokenizer: Any
+    info: dict[str, Any]
+
+    def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
+        """A dense or LTE model with the head that is wanted here, on the GPU if there is one."""
+
+    def load_teacher(self, name_or_path: str) -> Any:
+        """A dense model with the same head, which must be trained."""
+
+    def load_data(self, model: Any) -> None:
+        """Sets `train`, `collator` and `info` for a model."""
+
+    def measure(self, model: Any) -> TaskResult:
+        """The metrics and the sparsity of a model."""
+
+    def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
+        """Up to `count` training prompts with the model's own answers as labels; none where it writes no answers."""
+
+    def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
+        """Up to `length` tokens of what the model is measured on, and how many it reads before it decodes one by one.
+
+        Where it answers: a prompt, and the answer that it writes. Elsewhere the first quarter is read.
+        """
+
+
+class TextWorkload:
+    """Text from files or the hub, and the part of it that is held out."""
+
+    split = "validation"
+    metric = "perplexity"
+    measures_first = True
+
+    def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int):
+        self.data_config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.name, self.settings = config.task, {"data": vars(config)}
+        self.train: Any = None
+        self.collator: Any = LmCollator(tokenizer.pad_token_id)
+        self.info: dict[str, Any] = {}
+
+    def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
+        """A language model."""
+        return load_any_model(name_or_path, dtype, kernels)
+
+    def load_teacher(self, name_or_path: str) -> Any:
+        """A dense language model."""
+        return load_dense_model(name_or_path)
+
+    def load_data(self, model: Any) -> None:
+        """Reads and splits the text."""
+        data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
+        self.train, self.info, self._held_out = data.train, data.info, data.validation
+        self._batches = held_out_batches(data.validation, self.batch_size, self.tokenizer.pad_token_id)
+
+    def measure(self, model: Any) -> TaskResult:
+        """Perplexity on the held-out text."""
+        return TaskResult.of_text(*evaluate_model(model, self._batches, progress=is_main_process()))
+
+    def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
+        """None: text has no prompts."""
+        return []
+
+    def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
+        """The start of a held-out row."""
+        return _start_of_one(self._held_out, length)
+
+
+class TaskWorkload:
+    """A task.
+
+    Args:
+        config: which.
+        data_config: how its data becomes rows.
+        tokenizer: of the model.
+        batch_size: rows per forward pass when it is measured.
+        splits: what trains, `None` for nothing, and what is measured, `None` for the task's own.
+    """
+
+    def __init__(
+        self,
+        config: TaskConfig,
+        data_config: DataConfig,
+        tokenizer: Any,
+        batch_size: int,
+        splits: tuple[str | None, str | None],
+    ):
+        self.task = get_task(str(config.task))
+        check_task(self.task)
+        self.config, self.data_config, self.splits = config, data_config, splits
+        self.tokenizer, self.batch_size, self.metric = tokenizer, batch_size, self.task.main_metric
+        self.name, self.split = self.task.name, splits[1] or self.task.measured_split
+        # How the rows are made; where they are from is in `info`.
+        rows = (
+            "sequence_length",
+            "pack",
+            "validation_fraction",
+            "max_train_tokens",
+            "max_validation_tokens",
+            "data_seed",
+        )
+        self.settings = {"task": vars(config), "data": {name: getattr(data_config, name) for name in rows}}
+        # Heads are random before training, and generations are slow.
+        self.measures_first = self.metric == "perplexity"
+        self.train: Any = None
+        self.collator: Any = None
+        self.info: dict[str, Any] = {}
+
+    def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
+        """A model with the task's head; a new one if it is to be trained."""
+        check_choice("dtype", dtype, tuple(DTYPES))
+        check_choice("kernels", kernels, KERNELS)
+        load_config(name_or_path)
+        trains = self.splits[0] is not None
+        model = load_task_model(name_or_path, self.task, self.tokenizer, dtype=DTYPES[dtype], new_head=trains)
+        return use_kernels_(model.to(training_device()).eval(), kernels)
+
+    def load_teacher(self, name_or_path: str) -> Any:
+        """A model with the task's head."""
+        return load_task_model(name_or_path, self.task, self.tokenizer, new_head=False)
+
+    def load_data(self, model: Any) -> None:
+        """Reads the task's splits."""
+        self.data = load_task_data(
+            self.task,
+            self.tokenizer,
+            self.config,
+            self.data_config,
+            train_split=self.splits[0],
+            split=self.split,
+            encoder_decoder=model.config.is_encoder_decoder,
+            max_length=max_positions(model),
+        )
+        self.train, self.collator, self.info = self.data.train, self.data.collator, self.data.info
+
+    def measure(self, model: Any) -> TaskResult:
+        """The task's metrics."""
+        return evaluate_task(
+            model, self.task, self.data, self.tokenizer, batch_size=self.batch_size, progress=is_main_process()
+        )
+
+    def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
+        """The first prompts of the shuffled training data, answered in hard mode as when the task is measured."""
+        return [] if self.data.prompts is None else self._answered(model, self.data.prompts(count))
+
+    def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
+        """Of the first measured rows the one with the longest answer among those that fit.
+
+        Where none fits, a prompt loses its beginning.
+        """
+        if not isinstance(self.task, GenerationTask):
+            return _start_of_one(self.data.measured, length)
+        rows = self._answered(model, [row["input_ids"] for row in _first_rows(self.data.measured)])
+        fitting = [row for row in rows if len(row["input_ids"]) <= length]
+        longest = max(fitting or rows, key=lambda row: _num_labels(row["labels"]))
+        ids = longest["input_ids"][-length:]
+        return ids, max(1, len(ids) - _num_labels(longest["labels"]))
+
+    def _answered(self, model: Any, prompts: list[list[int]]) -> list[dict[str, list[int]]]:
+        new_tokens = self.data.max_new_tokens
+        answers = generate_answers(
+            model, self.tokenizer, prompts, new_tokens, batch_size=self.batch_size, progress=is_main_process()
+        )
+        return [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
+
+
+def _first_rows(rows: Any) -> list[dict[str, Any]]:
+    return [rows[index] for index in range(min(MEASURED_ROWS, len(rows)))]
+
+
+def _num_labels(labels: Sequence[int] | Tensor) -> int:
+    return int((torch.as_tensor(labels) != -100).sum())
+
+
+def _start_of_one(rows: Any, length: int) -> tuple[list[int], int]:
+    """The first tokens of a row, of which a quarter is read; of a chat with labels in its answers one that has many."""
+    best = max(_first_rows(rows), key=lambda row: _num_labels(row["labels"][length // 4 : length]))
+    ids = torch.as_tensor(best["input_ids"][:length]).tolist()
+    return ids, max(1, len(ids) // 4)
+
+
+def check_no_text(given: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for settings of plain text beside a task."""
+    for name in TEXT_SETTINGS:
+        if name in given:
+            raise ValueError(
+                f"{name} must not be given with a task, which has its own data, got {name}={given[name]}; leave it "
+                "out, or give --data-dir"
+            )
