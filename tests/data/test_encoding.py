@@ -7,9 +7,9 @@ from itertools import chain
 import pytest
 import torch
 
+from lte.data import encoding
 from lte.data.rows import DataConfig, LmCollator, read_documents
 from lte.hf.inputs import model_inputs
-from lte.train import encoding
 from tests.data.text_samples import CHAT, TAGGED, TEMPLATE, UNSTABLE, labelled, load, write_jsonl
 from tests.tiny_models import tiny_sparse_model
 

@@ -9,7 +9,7 @@ import pytest
 from lte.data.tasks import TASKS
 from lte.data.tasks.task import ChatTask, GenerationTask
 
-LINES = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text().splitlines()
+LINES = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text().splitlines()
 
 
 def row_of(name: str, columns: int) -> list[str]:
