@@ -111,17 +111,16 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("recipe", ["straight_through", "annealed"])
-@pytest.mark.parametrize(("stage", "step"), [(1, 2), (1, 5), (2, 1), (2, 5)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, recipe, stage, step):
+@pytest.mark.parametrize("step", [2, 5, 6, 7, 11])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, recipe, step):
     whole = fresh_model()
-    options = config(recipe=recipe)
+    options = config(recipe=recipe, save_steps=2)
     reference = train_two_stage(whole, toy_rows(), options, tmp_path / "whole")
     original = LteTrainer.__init__
 
-    def interrupted(self, **kwargs):
-        original(self, **kwargs)
-        if self.stage.number == stage:
-            self.add_callback(StopAt(step))
+    def interrupted(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(StopAt(step))
 
     with monkeypatch.context() as patch:
         patch.setattr(LteTrainer, "__init__", interrupted)
@@ -130,15 +129,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, recipe
     resumed = fresh_model()
     summary = train_two_stage(resumed, toy_rows(), options, tmp_path / "cut", resume=True)
     assert same_weights(whole, resumed)
-    strip = lambda log: [{k: v for k, v in e.items() if "runtime" not in k and "per_second" not in k} for e in log]  # noqa: E731
-    assert strip(summary.log_history)[:3] == strip(reference.log_history)[:3]
+    assert [entry["loss"] for entry in summary.log_history[:-1]] == pytest.approx(
+        [entry["loss"] for entry in reference.log_history[:-1]]
+    )
 
 
 def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
     model = fresh_model()
     train_two_stage(model, toy_rows(), config(), tmp_path, stages=(1,))
-    (tmp_path / "stage1" / "stage.json").unlink()
-    (tmp_path / "stage1" / "checkpoint-6" / "lte_control.json").unlink()
+    (tmp_path / "checkpoint-6" / "lte_control.json").unlink()
     again = fresh_model()
     train_two_stage(again, toy_rows(), config(), tmp_path, stages=(1,), resume=True)
     assert same_weights(model, again)
@@ -146,7 +145,7 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
 
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
-    with pytest.raises(ValueError, match=r"output_dir must hold no earlier run .* resume"):
+    with pytest.raises(ValueError, match=r"output_dir must hold no earlier run, .* resume"):
         train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
 
 
@@ -181,13 +180,12 @@ def test_the_log_goes_to_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = train_two_stage(fresh_model(), toy_rows(), config(), tmp_path).log_history
-    for stage in (1, 2):
-        (events,) = (tmp_path / f"stage{stage}").rglob("events.out.tfevents.*")
-        found = EventAccumulator(str(events)).Reload()
-        entries = [entry for entry in log if entry["stage"] == stage and "task_loss" in entry]
-        for name in ("task_loss", "active_fraction", "eta", "layers/active_01"):
-            scalars = [(scalar.step, scalar.value) for scalar in found.Scalars(f"train/{name}")]
-            assert scalars == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events)).Reload()
+    entries = [entry for entry in log if "task_loss" in entry]
+    for name in ("task_loss", "active_fraction", "eta", "layers/active_01", "stage"):
+        scalars = [(scalar.step, scalar.value) for scalar in found.Scalars(f"train/{name}")]
+        assert scalars[: len(entries)] == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
 
 
 def test_reporting_can_be_switched_off_and_names_what_is_missing(tmp_path, monkeypatch):
@@ -210,9 +208,9 @@ def test_nan_stops_with_the_batch_saved_and_checkpoints_kept(tmp_path, monkeypat
     monkeypatch.setattr(LteTrainer, "training_step", poisoned)
     with pytest.raises(NonFiniteLossError, match="became nan at step 5 of stage 1"):
         train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
-    batch = torch.load(tmp_path / "stage1" / "nonfinite-step-5.pt")
+    batch = torch.load(tmp_path / "nonfinite-step-5.pt")
     assert batch["input_ids"].shape == (8, 32)
-    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "stage1" / "checkpoint-4")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     assert all(parameter.isfinite().all() for parameter in kept.parameters())
 
 
@@ -228,27 +226,29 @@ def test_distillation_pulls_towards_the_teacher(tmp_path):
     ).log_history
     divergence = [entry["distillation_loss"] for entry in log if "distillation_loss" in entry]
     assert divergence[-1] < max(divergence) / 2
-    assert all(not parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert same_weights(teacher, tiny_dense_model())
 
 
 def test_stage_2_goes_on_with_the_eta_of_stage_1(tmp_path):
-    summary = train_two_stage(fresh_model(), toy_rows(), config(logging_steps=1, stage1_steps=30), tmp_path)
+    summary = train_two_stage(fresh_model(), toy_rows(), config(logging_steps=1, stage1_steps=30), tmp_path / "both")
     first = next(entry["eta"] for entry in summary.log_history if entry["stage"] == 2 and "eta" in entry)
-    record = json.loads((tmp_path / "stage1" / "stage.json").read_text())
-    assert record["eta"] != pytest.approx(EtaController().eta, rel=0.05)
+    settled = train_two_stage(
+        fresh_model(), toy_rows(), config(logging_steps=1, stage1_steps=30), tmp_path / "first", stages=(1,)
+    ).eta
+    assert settled != pytest.approx(EtaController().eta, rel=0.05)
     error = next(e for e in summary.log_history if e["stage"] == 2)["active_fraction"] - 0.5
-    expected = EtaController.starting_at(record["eta"])
+    expected = EtaController.starting_at(settled)
     assert first == pytest.approx(expected.update(0.5, 0.5 - error), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("options", "file"),
-    [({"recipe": "paper"}, "stage1"), ({"recipe": "annealed"}, "stage1"), ({"recipe": "straight_through"}, "stage2")],
-)
-def test_the_summary_has_the_eta_of_the_last_stage_that_controls_it(tmp_path, options, file):
+@pytest.mark.parametrize("options", [{"recipe": "paper"}, {"recipe": "annealed"}, {"recipe": "straight_through"}])
+def test_the_summary_has_the_eta_on_which_its_controller_settled(tmp_path, options):
     summary = train_two_stage(fresh_model(), toy_rows(), config(**options), tmp_path)
-    assert summary.eta == json.loads((tmp_path / file / "stage.json").read_text())["eta"]
-    assert summary.eta is not None
+    controllers = [
+        json.loads(path.read_text())["controller"] for path in tmp_path.glob("checkpoint-12/lte_control.json")
+    ]
+    assert [summary.eta] == [pytest.approx(math.exp(each["log_base"])) for each in controllers]
 
 
 def test_without_a_controller_the_summary_has_no_eta(tmp_path):
@@ -256,12 +256,11 @@ def test_without_a_controller_the_summary_has_no_eta(tmp_path):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_the_saved_models_keep_their_cache(tmp_path, use_cache):
+def test_the_model_keeps_its_cache(tmp_path, use_cache):
     model = fresh_model()
     model.config.use_cache = use_cache
     train_two_stage(model, toy_rows(), config(), tmp_path)
     assert model.config.use_cache is use_cache
-    assert json.loads((tmp_path / "stage2" / "model" / "config.json").read_text())["use_cache"] is use_cache
 
 
 def test_gradient_checkpointing_is_on_while_training_and_off_after(tmp_path, monkeypatch):
@@ -323,10 +322,13 @@ def test_bad_calls_are_clear_errors(tmp_path):
         train_two_stage(fresh_model(), toy_rows(), config(distillation_weight=0.5), tmp_path)
 
 
-def test_a_stage_record_is_written_last(tmp_path):
-    train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,))
-    record = json.loads((tmp_path / "stage1" / "stage.json").read_text())
-    assert record["tokens_trained"] == 6 * 8 * 32
+def test_tokens_are_counted_without_padding(tmp_path):
+    assert train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,)).tokens_trained == 6 * 8 * 32
+    lengths = [5 + index % 7 for index in range(64)]
+    rows = [{"input_ids": torch.arange(3, 3 + n), "labels": torch.arange(3, 3 + n)} for n in lengths]
+    options = config(stage1_steps=-1, stage2_steps=-1, gradient_accumulation_steps=2)
+    summary = train_two_stage(fresh_model(), rows, options, tmp_path / "padded")
+    assert summary.tokens_trained == 2 * sum(lengths)
 
 
 def test_both_stages_train_in_bf16_and_leave_the_model_as_it_was(tmp_path, monkeypatch):

@@ -169,26 +169,47 @@ def routing_masks(
     return padding_masks(model, ffn_names, batch)
 
 
-def calibration_batches(
-    dataset: Dataset[Any], num_tokens: int, batch_size: int, collator: Any
-) -> Iterator[dict[str, Tensor]]:
+def calibration_batches(dataset: Any, num_tokens: int, batch_size: int, collator: Any) -> Iterator[dict[str, Tensor]]:
     """Batches of rows spread evenly over `dataset`, `num_tokens` tokens in all (prompts included) or all there are.
 
     Spread, because rows in the order of their source begin with a few documents on one subject. With rows of
-    different lengths the number of tokens is an estimate from 256 of them.
+    different lengths the number of tokens is an estimate from 256 of them. Of a stream, which has no length, the first
+    rows are taken.
 
     Raises:
-        ValueError: if the data set is empty.
+        ValueError: if the data set is empty, or its rows hold no `input_ids`.
     """
-    total = len(dataset)  # type: ignore[arg-type]
-    if total == 0:
+    rows = list(_spread_rows(dataset, num_tokens) if hasattr(dataset, "__len__") else _first_rows(dataset, num_tokens))
+    if not rows:
         raise ValueError("dataset must hold at least one row, got 0 rows")
+    for start in range(0, len(rows), batch_size):
+        yield collator(rows[start : start + batch_size])
+
+
+def _spread_rows(dataset: Any, num_tokens: int) -> Iterator[Any]:
+    total = len(dataset)
     probes = min(256, total)
-    tokens = max(1, sum(len(dataset[index * total // probes]["input_ids"]) for index in range(probes)))
-    wanted = min(total, max(1, -(-num_tokens * probes // tokens)))
-    picks = [index * total // wanted for index in range(wanted)]
-    for start in range(0, wanted, batch_size):
-        yield collator([dataset[index] for index in picks[start : start + batch_size]])
+    tokens = max(1, sum(_row_length(dataset[index * total // probes]) for index in range(probes)))
+    wanted = min(total, max(1, -(-num_tokens * probes // tokens))) if total else 0
+    return (dataset[index * total // wanted] for index in range(wanted))
+
+
+def _first_rows(stream: Iterable[Any], num_tokens: int) -> Iterator[Any]:
+    for row in stream:
+        yield row
+        num_tokens -= _row_length(row)
+        if num_tokens <= 0:
+            return
+
+
+def _row_length(row: Mapping[str, Any]) -> int:
+    """Tokens of a row: those of `input_ids`, or of the longest sequence in rows of other trainers, preferences say."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    lengths = [len(value) for value in row.values() if hasattr(value, "__len__") and not isinstance(value, str)]
+    if not lengths:
+        raise ValueError(f"rows must hold input_ids, got {', '.join(row)}; tokenise the data set first")
+    return max(lengths)
 
 
 def mean_row_tokens(dataset: Any) -> float:

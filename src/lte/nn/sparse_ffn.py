@@ -85,9 +85,7 @@ class SparseFfn(WrappedFfn):
         if self.mode == "dense":
             return self._project_down(self.intermediate(x))
         activated, up = self.factors(x)
-        logits = self.router(x)
-        if self.record_logits:
-            self.logits = logits
+        logits = self._route(x)
         return self._project_down(scale_experts(activated, self.gate_values(logits), up))
 
     def _switch(self, projected: Tensor) -> Tensor:
@@ -96,10 +94,14 @@ class SparseFfn(WrappedFfn):
             self._up_input = None
             return hidden
         x = self.take_input()
+        return scale_experts(hidden, self.gate_values(self._route(x)))
+
+    def _route(self, x: Tensor) -> Tensor:
         logits = self.router(x)
-        if self.record_logits:
+        # In training those of a pass without gradients, for metrics say, are not what the loss is about.
+        if self.record_logits and (torch.is_grad_enabled() or not self.training):
             self.logits = logits
-        return scale_experts(hidden, self.gate_values(logits))
+        return logits
 
     def extra_repr(self) -> str:
         size = self.num_neurons // self.num_experts

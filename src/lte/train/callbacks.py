@@ -1,4 +1,4 @@
-"""What the trainer does between its steps: control of the sparsity, checkpoints that are complete, a progress bar."""
+"""What a trainer of routing does between its steps: stages, control of the sparsity, complete checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import ProgressCallback, TrainerCallback
 
 if TYPE_CHECKING:
-    from lte.train.trainer import LteTrainer
+    from lte.train.trainer import RoutingMixin
 
 CONTROL_STATE_FILE = "lte_control.json"
 # What the progress bar shows, and how.
@@ -24,23 +24,32 @@ LOG_NAMES = {
 }
 
 
-class SparsityControl(TrainerCallback):
-    """Calls the trainer's controllers after every optimiser step and saves their state with each checkpoint."""
+class RoutingCallback(TrainerCallback):
+    """Switches stages before the steps, controls the sparsity after them, and completes checkpoints."""
 
-    def __init__(self, trainer: LteTrainer):
+    def __init__(self, trainer: RoutingMixin):
         self.trainer = trainer
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_stages()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.trainer.control_sparsity()
+        if self.trainer.schedule.starts_stage2(state.global_step):
+            # An entry of the log is of one stage.
+            control.should_log = True
+        return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.should_save:
-            return
-        # Written last and renamed into place: a checkpoint without this file is not complete.
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROL_STATE_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.trainer.control_state()))
-        partial.replace(path)
+        if args.should_save:
+            # Written last: a checkpoint without this file is not complete.
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROL_STATE_FILE
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.trainer.control_state()), encoding="utf-8")
+            partial.replace(path)
 
 
 class LteProgress(ProgressCallback):

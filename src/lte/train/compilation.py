@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lte.hf.families import block_name
-from lte.train.config import TrainConfig
 
 COMPILED_MULTIPLE = 64
 """Rows are padded to a multiple of so many tokens where layers are compiled."""
@@ -28,11 +27,11 @@ def few_widths(collator: Any) -> Any:
 
 @contextmanager
 def compiled_layers(
-    model: nn.Module, teacher: nn.Module | None, ffn_names: list[str], config: TrainConfig
+    model: nn.Module, teacher: nn.Module | None, ffn_names: list[str], compiles: bool
 ) -> Iterator[None]:
-    """Compiles the decoder layers of these FFNs in place, inside the block, if the config asks for it: one compilation
-    serves all layers, and parameter names stay."""
-    if not config.compile:
+    """Compiles the decoder layers of these FFNs in place, inside the block, if `compiles`: one compilation serves all
+    layers, and parameter names stay."""
+    if not compiles:
         yield
         return
     # Student and teacher, with gradients and without, each switching, each number of rows: more than the 8 after which

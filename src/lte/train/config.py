@@ -16,121 +16,132 @@ Trainable = Literal["all", "ffn", "routers"]
 Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How `train_two_stage` trains. Every field is a flag of `lte train` and a key of its YAML file."""
+@dataclass(kw_only=True)
+class RecipeSettings:
+    """What a recipe leaves open, for every way to train: `TrainConfig`, and `lte.train.arguments` over a trainer's."""
 
-    recipe: Recipe = _option(
+    recipe: Recipe = option(
         "straight_through",
         "straight_through: hard switching in the forward pass from the first step; annealed: soft scores that "
         "sharpen into hard ones; paper: the procedure of the paper, which does not hold a target by itself; dense: "
         "no switching at all, a control with the same data, schedule, and teacher; method: for a model of another "
         "method than LTE, its own switching and losses with the same data, schedule, and teacher.",
     )
-    stage1_epochs: float = _option(1.0, "Passes over the data in stage 1 (model and routers learn to skip).")
-    stage2_epochs: float = _option(1.0, "Passes over the data in stage 2 (the model adapts to its routing).")
-    stage1_steps: int = _option(-1, "Optimiser steps of stage 1; overrides stage1_epochs when positive.")
-    stage2_steps: int = _option(-1, "Optimiser steps of stage 2; overrides stage2_epochs when positive.")
-    learning_rate: float = _option(3e-4, "Peak learning rate of the model.")
-    router_learning_rate: float | None = _option(None, "Peak learning rate of the routers; unset: as the model's.")
-    stage2_learning_rate: float | None = _option(None, "Peak learning rate of stage 2; unset: as in stage 1.")
-    weight_decay: float = _option(0.0, "AdamW weight decay.")
-    warmup_ratio: float = _option(0.06, "Share of each stage's steps with a rising learning rate.")
-    batch_size: int = _option(8, "Sequences per device and forward pass.")
-    gradient_accumulation_steps: int = _option(1, "Forward passes per optimiser step.")
-    eta: float | None = _option(None, "Weight of the efficiency loss; unset: a controller finds it.")
-    lambda_: float | None = _option(
+    router_learning_rate: float | None = option(None, "Peak learning rate of the routers; unset: as the model's.")
+    stage2_learning_rate: float | None = option(None, "Peak learning rate of stage 2; unset: as in stage 1.")
+    eta: float | None = option(None, "Weight of the efficiency loss; unset: a controller finds it.")
+    lambda_: float | None = option(
         None, "Weight of the separability loss; unset: 0.5 in the paper's recipe, 0 in the others."
     )
-    pole_guard: float = _option(POLE_GUARD, "Added to the squared distance to tau in the separability loss.")
-    ramp_ratio: float = _option(0.6, "Share of stage 1 over which the target sparsity rises from 0 to its value.")
-    router_fit_tokens: int = _option(
+    pole_guard: float = option(POLE_GUARD, "Added to the squared distance to tau in the separability loss.")
+    ramp_ratio: float = option(0.6, "Share of stage 1 over which the target sparsity rises from 0 to its value.")
+    router_fit_tokens: int = option(
         16384,
         "Tokens on which routers are fitted to the experts' norms before stage 1; 0: start from zero weights.",
     )
-    stage2_routers: RouterTraining | None = _option(
+    stage2_routers: RouterTraining | None = option(
         None, "Whether stage 2 trains the routers; unset: trained with straight_through, frozen otherwise."
     )
-    router_sharpening: float = _option(20.0, "annealed: factor by which the router logits grow during stage 1.")
-    distillation_weight: float = _option(
-        0.0, "Share of the task loss that is the KL divergence from the teacher; needs a teacher."
-    )
-    calibration_tokens: int = _option(
+    router_sharpening: float = option(20.0, "annealed: factor by which the router logits grow during stage 1.")
+    calibration_tokens: int = option(
         131072,
         "Training tokens on which the thresholds are set to meet the target at the end; 0: leave them.",
     )
-    calibration_answers: int = _option(
-        256,
-        "In tasks whose answers the model writes: prompts of the training data that it answers at the end, so that the "
-        "target is met on what it writes itself; 0: on the training text alone. `calibrate_on_answers_` does it.",
-    )
-    count_prompts: bool = _option(
-        False,
-        "Count the tokens of prompts, too, in the routers' losses and for the thresholds, not those of answers alone. "
-        "The task loss and the sparsity that is reported stay on the answers.",
-    )
-    trainable: Trainable = _option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
-    bf16: bool = _option(False, "Train in bfloat16 autocast with fp32 weights.")
-    tf32: bool = _option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
-    compile: bool = _option(
-        False,
-        "Compile each decoder layer and the loss with torch.compile. Each shape of a batch would be compiled anew, so "
-        "rows are padded to a multiple of 64 tokens, and the smaller batch at the end of a pass is left out.",
-    )
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    dataloader_num_workers: int = _option(
-        2, "Processes that prepare batches on a GPU machine; 0 where many trainings share its cores."
-    )
-    logging_steps: int = _option(10, "Steps between two log entries.")
-    save_steps: int = _option(500, "Steps between two checkpoints.")
-    report_to: Reporter = _option(
-        "auto", "Where the curves of the log also go while it trains; auto: to TensorBoard if it is installed."
-    )
-    seed: int = _option(0, "Seed of data order and dropout.")
+    trainable: Trainable = option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
 
     def __post_init__(self) -> None:
         check_choice("recipe", self.recipe, get_args(Recipe))
         check_choice("trainable", self.trainable, get_args(Trainable))
+        if self.stage2_routers is not None:
+            check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
+        if not 0 < self.ramp_ratio <= 1:
+            raise ValueError(f"ramp_ratio must lie in (0, 1], got ramp_ratio={self.ramp_ratio}")
+        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard"):
+            check_not_negative(name, getattr(self, name))
+        if self.eta is not None:
+            check_not_negative("eta", self.eta)
+        if self.router_sharpening < 1:
+            raise ValueError(f"router_sharpening must be at least 1, got router_sharpening={self.router_sharpening}")
+        # That of a trainer's arguments, where this is a part of them.
+        above: Any = super()
+        getattr(above, "__post_init__", lambda: None)()
+
+    @property
+    def holds_target(self) -> bool:
+        """Whether the recipe meets the target sparsity by itself."""
+        return self.recipe in ("straight_through", "annealed")
+
+    @property
+    def separability_weight(self) -> float:
+        """lambda: as set, else the recipe's own."""
+        if self.lambda_ is not None:
+            return self.lambda_
+        return 0.5 if self.recipe == "paper" else 0.0
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RecipeSettings):
+    """Settings of `train_two_stage`. Every field is a flag of `lte train` and a key of its YAML file."""
+
+    stage1_epochs: float = option(1.0, "Passes over the data in stage 1 (model and routers learn to skip).")
+    stage2_epochs: float = option(1.0, "Passes over the data in stage 2 (the model adapts to its routing).")
+    distillation_weight: float = option(
+        0.0, "Share of the task loss that is the KL divergence from the teacher; needs a teacher."
+    )
+    stage1_steps: int = option(-1, "Optimiser steps of stage 1; overrides stage1_epochs when positive.")
+    stage2_steps: int = option(-1, "Optimiser steps of stage 2; overrides stage2_epochs when positive.")
+    learning_rate: float = option(3e-4, "Peak learning rate of the model.")
+    weight_decay: float = option(0.0, "AdamW weight decay.")
+    warmup_ratio: float = option(0.06, "Share of each stage's steps with a rising learning rate.")
+    batch_size: int = option(8, "Sequences per device and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
+    calibration_answers: int = option(
+        256,
+        "In tasks whose answers the model writes: prompts of the training data that it answers at the end, so that the "
+        "target is met on what it writes itself; 0: on the training text alone. `calibrate_on_answers_` does it.",
+    )
+    count_prompts: bool = option(
+        False,
+        "Count the tokens of prompts, too, in the routers' losses and for the thresholds, not those of answers alone. "
+        "The task loss and the sparsity that is reported stay on the answers.",
+    )
+    bf16: bool = option(False, "Train in bfloat16 autocast with fp32 weights.")
+    tf32: bool = option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
+    compile: bool = option(
+        False,
+        "Compile each decoder layer and the loss with torch.compile. Each shape of a batch would be compiled anew, so "
+        "rows are padded to a multiple of 64 tokens, and the smaller batch at the end of a pass is left out.",
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    dataloader_num_workers: int = option(
+        2, "Processes that prepare batches on a GPU machine; 0 where many trainings share its cores."
+    )
+    logging_steps: int = option(10, "Steps between two log entries.")
+    save_steps: int = option(500, "Steps between two checkpoints.")
+    report_to: Reporter = option(
+        "auto", "Where the curves of the log also go while it trains; auto: to TensorBoard if it is installed."
+    )
+    seed: int = option(0, "Seed of data order and dropout.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("report_to", self.report_to, get_args(Reporter))
         if self.report_to not in ("auto", "none") and find_spec(self.report_to) is None:
             raise ValueError(
                 f"report_to must name an installed package, got report_to={self.report_to}; pip install "
                 f"{self.report_to}, or say none"
             )
-        if self.stage2_routers is not None:
-            check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
         check_fraction("warmup_ratio", self.warmup_ratio)
         check_fraction("distillation_weight", self.distillation_weight, upper_closed=True)
-        if not 0 < self.ramp_ratio <= 1:
-            raise ValueError(f"ramp_ratio must lie in (0, 1], got ramp_ratio={self.ramp_ratio}")
-        for name in (
-            "learning_rate",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "save_steps",
-        ):
+        for name in ("learning_rate", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
-        for name in (
-            "router_fit_tokens",
-            "calibration_tokens",
-            "calibration_answers",
-            "pole_guard",
-            "dataloader_num_workers",
-            "stage1_epochs",
-            "stage2_epochs",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {name}={getattr(self, name)}")
-        if self.eta is not None and self.eta < 0:
-            raise ValueError(f"eta must not be negative, got eta={self.eta}")
-        if self.router_sharpening < 1:
-            raise ValueError(f"router_sharpening must be at least 1, got router_sharpening={self.router_sharpening}")
+        for name in ("calibration_answers", "dataloader_num_workers", "stage1_epochs", "stage2_epochs"):
+            check_not_negative(name, getattr(self, name))
 
     @property
     def reporters(self) -> list[str]:
@@ -143,30 +154,23 @@ class TrainConfig:
         """Whether a pass over so many rows ends with its last full batch, if the last one is not full."""
         return self.compile and rows >= self.batch_size
 
-    @property
-    def holds_target(self) -> bool:
-        """Whether the recipe meets the target sparsity by itself."""
-        return self.recipe in ("straight_through", "annealed")
-
     def sets_thresholds(self, stages: Sequence[int]) -> bool:
         """Whether a training of these stages ends with thresholds that meet the target."""
         return 2 in stages and self.holds_target and self.calibration_tokens > 0
 
-    @property
-    def separability_weight(self) -> float:
-        """lambda: as set, else the recipe's own."""
-        if self.lambda_ is not None:
-            return self.lambda_
-        return 0.5 if self.recipe == "paper" else 0.0
-
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
+        """All settings, JSON-ready."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def check_not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {name}={value}")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training, resolved from a `TrainConfig`.
+    """One stage of training, resolved from its settings.
 
     Attributes:
         number: 1 or 2.
@@ -187,7 +191,7 @@ class Stage:
     eta: float = 0.0
 
 
-def stages_of(config: TrainConfig) -> tuple[Stage, Stage]:
+def stages_of(config: RecipeSettings) -> tuple[Stage, Stage]:
     """The two stages of a recipe.
 
     The paper's: soft scores with both router losses, then frozen routers and the task loss alone, each with its own

@@ -22,17 +22,21 @@ from lte.nn.losses import (
 )
 
 
-def language_terms(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def language_terms(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, num_items: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross entropy with the next token and KL(teacher || student), means over the labelled positions, in nats.
 
     Args:
         logits: [B, T, V], position t predicts label t + 1.
         labels: [B, T], -100 where no label is.
         teacher_logits: [B, T, V] or `None`, which gives a KL of 0.
+        num_items: what the sums are divided by, all labelled positions of several batches say; `None` takes those of
+            this one.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     counted = (targets != IGNORED).float()
-    count = counted.sum().clamp_min(1)
+    count = counted.sum().clamp_min(1) if num_items is None else num_items
     log_probs = F.log_softmax(logits.float(), dim=-1)
     picked = log_probs.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     cross_entropy = -(picked * counted).sum() / count

@@ -23,6 +23,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def num_processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def autocast(config: TrainConfig) -> torch.autocast:
     """bf16 autocast where the config asks for it. Around single passes: it keeps its copies of weights until it ends,
     so that weights which an optimiser changes inside would be used as they were."""

@@ -13,9 +13,9 @@ class TrainingSummary:
     """What training did.
 
     Attributes:
-        tokens_trained: tokens in all forward passes with a backward pass, both stages.
+        tokens_trained: tokens in all forward passes with a backward pass, without padding, both stages.
         wall_time_s: seconds of both stages, without what an interrupted run spent.
-        log_history: Trainer's log entries of both stages, each with its `stage`.
+        log_history: Trainer's log entries, each with its `stage`; steps are counted over both stages.
         eta: weight of the efficiency loss that its controller had settled on, in the last stage that had one; `None` if
             none had.
     """
@@ -35,12 +35,10 @@ class TrainingSummary:
         entries = [entry for entry in self.log_history if f"{LAYER_PREFIX}00" in entry]
         if not entries:
             return None
-        # The last entry of a stage, its run time, holds the number of its steps.
-        first = max((entry["step"] for entry in self.log_history if entry["stage"] == 1), default=0)
         count = min(most, len(entries))
         picked = [entries[index * (len(entries) - 1) // max(1, count - 1)] for index in range(count)]
         return {
-            "step": [entry["step"] + first * (entry["stage"] == 2) for entry in picked],
+            "step": [entry["step"] for entry in picked],
             "stage": [entry["stage"] for entry in picked],
             "active_fraction": [
                 [round(share, 4) for name, share in entry.items() if name.startswith(LAYER_PREFIX)] for entry in picked

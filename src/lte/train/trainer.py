@@ -1,10 +1,18 @@
-"""`transformers.Trainer` with the LTE losses, logs, and sparsity control."""
+"""A trainer that trains routing, too: `RoutingMixin` over any trainer of transformers' kind, `LteTrainer` over its own.
+
+Shapes: B sequences, T tokens, L layers, E experts.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,114 +20,299 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
-from lte.data.rows import routing_masks
+from lte.data.rows import calibration_batches, routing_masks
 from lte.hf.inputs import check_packing, predicts_next_token
-from lte.hf.install import require_wrapped_ffns
+from lte.hf.install import wrapped_ffns
+from lte.nn.losses import active_fraction
 from lte.nn.sparse_ffn import SparseFfn
-from lte.train.callbacks import CONTROL_STATE_FILE, LteProgress, SparsityControl
-from lte.train.config import Stage, TrainConfig
+from lte.train.adapters import train_routers_, with_routers
+from lte.train.arguments import RoutingArguments
+from lte.train.callbacks import CONTROL_STATE_FILE, LteProgress, RoutingCallback
+from lte.train.compilation import compiled_layers
+from lte.train.config import Stage, stages_of
 from lte.train.objective import head_divergence, language_terms, routing_terms, stack_layers
-from lte.train.processes import autocast
-from lte.train.sparsity_controller import (
-    BIAS_RATE,
-    EtaController,
-    SparsityRamp,
-    shift_router_biases_,
-    target_logit,
-)
+from lte.train.router_init import calibrate_thresholds_, fit_routers_
+from lte.train.schedule import Schedule
+from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_, target_logit
 
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
 # The log's names of each layer's active fraction, before its number.
 LAYER_PREFIX = "layers/active_"
 
+Masks = list[Tensor | None]
+
+# Any trainer of transformers' kind, which comes after the mixin.
+_Trainer: Any = object
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the batch was saved and no checkpoint was overwritten."""
 
 
-class LteTrainer(Trainer):
-    """Trains one stage of an LTE model.
+class RoutingMixin(_Trainer):
+    """What makes a trainer train routing: put it before the trainer's class, `class X(RoutingMixin, SFTTrainer): ...`.
 
-    L_task is the cross entropy with the next token, or for a model with another head (a classifier, a masked language
-    model, an encoder-decoder) the loss that it returns for the batch's labels.
+    To the loss L of the trainer it adds the terms of routing,
 
-    The loss is (1 - a) L_task + a KL(teacher || student) + eta L_eff + lambda L_sep, with a the distillation weight;
-    lambda is 0 in stage 2, and so is eta while the routers are frozen.
+        (1 - a) L + a KL(teacher || student) + eta L_eff + lambda L_sep,
+
+    with a the distillation weight; lambda is 0 in stage 2, and so is eta while the routers are frozen. `train()` runs
+    both stages, one after the other in one schedule, and sets the thresholds at the end, so that the model in memory
+    has its target sparsity in hard mode. `train(resume_from_checkpoint=True)` goes on from the newest complete
+    checkpoint, in either stage, as if there had been no interruption. Evaluation is in hard mode and reports
+    `eval_sparsity` besides; with `load_best_model_at_end` the best checkpoint is one of stage 2, at the full target.
+
+    What has `requires_grad=False` keeps it. In a model with adapters of peft, the routers are made to train beside
+    them, and belong to the adapter that is saved.
 
     Args:
-        stage: which stage, from `stages_of`.
-        train_config: the recipe's settings.
-        target_sparsity: where the controllers lead.
+        args: as for the trainer. Settings are read from its arguments if they are `RoutingArguments`.
         teacher: a dense model for distillation, or `None`.
-        first_eta: where the controller of eta starts; `None` takes its own start.
-        kwargs: as for `transformers.Trainer`.
+        calibration_dataset: rows on which the thresholds are set at the end; `None` takes the training data. The
+            sparsity depends on the text, so take what the model will see in use, but nothing that it is tested on.
+        kwargs: as for the trainer. A `peft_config` gets the routers added; trainers without one take it, too.
+
+    Raises:
+        ValueError: for a model that does not fit the recipe, a distillation without teacher, and checkpointing of
+            activations of the reentrant kind, which loses the routers' gradients.
     """
+
+    model: Any
+    lr_scheduler: Any
+    compute_loss_func: Any
+    _created_lr_scheduler: bool
 
     def __init__(
         self,
-        *,
-        stage: Stage,
-        train_config: TrainConfig,
-        target_sparsity: float,
+        *args: Any,
         teacher: nn.Module | None = None,
-        first_eta: float | None = None,
+        calibration_dataset: Any = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        self.model: Any
-        # Every loss term is a mean over one forward pass; Trainer then averages over accumulated passes.
-        self.model_accepts_loss_kwargs = False
-        if self.accelerator.ddp_handler is not None:
-            # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
-            self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        self.stage = stage
-        self.train_config = train_config
-        self.target_sparsity = target_sparsity
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        wrapped = require_wrapped_ffns(self.model)
+        if kwargs.get("peft_config") is not None:
+            kwargs["peft_config"] = with_routers(kwargs["peft_config"])
+            if "peft_config" not in inspect.signature(super().__init__).parameters:
+                args, kwargs = _adapted(args, kwargs)
+        config = getattr(args[0] if args else kwargs.get("model"), "config", None)
+        # Trainer switches it off for good.
+        self._use_cache: bool | None = getattr(config, "use_cache", None)
+        super().__init__(*args, **kwargs)
+        self.routing = self.args if isinstance(self.args, RoutingArguments) else RoutingArguments()
+        self.calibration_dataset = calibration_dataset
+        train_routers_(self.model)
+        wrapped = wrapped_ffns(self.model)
         self.ffn_names, self.wrapped_ffns = list(wrapped), list(wrapped.values())
         self.ffns = [ffn for ffn in self.wrapped_ffns if isinstance(ffn, SparseFfn)]
+        check_recipe(self.model, self.routing.recipe)
+        self.target_sparsity: float = self.model.target_sparsity if self.wrapped_ffns else 0.0
         self.predicts_next_token = predicts_next_token(self.model)
-        self.eta_controller = EtaController.starting_at(first_eta) if first_eta else EtaController()
-        self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
+        self.distillation_weight = _distillation_weight(self.routing, teacher)
+        self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
+        self.stages = stages_of(self.routing)
+        self.stage = self.stages[0]
+        self.eta_controller = EtaController()
+        self.eta = 0.0
         self.target_logit = torch.zeros(())
         # Sums of each term since the last log entry, and how many there were.
         self.sums: dict[str, tuple[Tensor | float, int]] = {}
         self.step_active: list[float] = []
-        self._language_terms = torch.compile(language_terms) if train_config.compile else language_terms
-        self._routing_terms = torch.compile(routing_terms) if train_config.compile else routing_terms
-        self.add_callback(SparsityControl(self))
+        self.step_tokens: list[Tensor] = []
+        # Without padding, in all processes.
+        self.tokens_trained = 0
+        # Of the batch at hand: what the model gets, and the parts of the task's loss.
+        self._inputs: dict[str, Any] = {}
+        self._task_terms: dict[str, Tensor] = {}
+        self._evaluated: list[tuple[Tensor, Tensor]] | None = None
+        self._resumed: Path | None = None
+        compiled = self.routing.compile_layers
+        self._language_terms = torch.compile(language_terms) if compiled else language_terms
+        self._routing_terms = torch.compile(routing_terms) if compiled else routing_terms
+        if self._distills and self.predicts_next_token:
+            # One pass over the logits for both losses, which the trainer leaves to it.
+            self.compute_loss_func = self._language_loss
+        self._adapt_trainer()
+        self.add_callback(RoutingCallback(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(LteProgress)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a parameter group of its own for the routers."""
-        if self.optimizer is None:
-            routers = [getattr(ffn, "router", None) for ffn in self.wrapped_ffns]
-            router_ids = {id(p) for router in routers if router is not None for p in router.parameters()}
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            rate = self.train_config.router_learning_rate
-            scale = rate / self.train_config.learning_rate if rate else 1.0
-            groups = [
-                {
-                    "params": [p for p in trained if id(p) not in router_ids],
-                    "weight_decay": self.args.weight_decay,
-                },
-                {
-                    "params": [p for p in trained if id(p) in router_ids],
-                    "lr": self.args.learning_rate * scale,
-                    "weight_decay": 0.0,
-                },
-            ]
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
-        return self.optimizer
+    def _adapt_trainer(self) -> None:
+        """Sets what a trainer does by default otherwise, where it would lose the routing."""
+        if self.args.n_gpu > 1:
+            # The copies that `nn.DataParallel` makes would take the router logits with them.
+            warnings.warn("training on one GPU; start one process per GPU with torchrun to use all", stacklevel=3)
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
+        if self.accelerator.ddp_handler is not None:
+            # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        # Accelerate's autocast would turn the logits to fp32: 6 GB for 32k tokens of a 49k vocabulary.
+        self._autocasts = self.accelerator.native_amp and self.accelerator.mixed_precision == "bf16"
+        if self._autocasts:
+            self.accelerator.native_amp = False
+        kind = _checkpointing_of(self.args)
+        if kind is not None:
+            name = f"{kind}_kwargs"
+            options = dict(getattr(self.args, name) or {})
+            if options.setdefault("use_reentrant", False):
+                raise ValueError(f"{name} must hold use_reentrant=False to train routers, got {options}")
+            setattr(self.args, name, options)
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Autocast around each loss. Accelerate's own, which `TrainingArguments.bf16` asks for, would turn the logits
-        to fp32: 6 GB for 32k tokens of a 49k vocabulary."""
-        return autocast(self.train_config)
+    @property
+    def _distills(self) -> bool:
+        return self.teacher is not None and self.distillation_weight > 0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains both stages and sets the thresholds; arguments and result are those of the trainer.
+
+        Raises:
+            ValueError: for data without labels, or a resume without a complete checkpoint.
+            NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
+        """
+        self._resumed = self._resume_point(resume_from_checkpoint)
+        self.check_batch(next(self._spread_batches(self.train_dataset, 1)))
+        if hasattr(self.model.config, "lte_measurement"):
+            self.model.config.lte_measurement = None
+        with self._training():
+            if self._resumed is None:
+                self._fit_routers()
+            resumed = None if self._resumed is None else str(self._resumed)
+            output = super().train(resumed, *args, **kwargs)
+            self._set_thresholds()
+        return output
+
+    def check_batch(self, batch: dict[str, Any]) -> None:
+        """Looks at the first batch before anything runs; a trainer that makes its own labels has nothing to check."""
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Freezes what the settings leave out, compiles, and leaves the model in hard mode with all flags as before."""
+        trained = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        self._freeze()
+        teacher = self.teacher if self._distills else None
+        try:
+            with compiled_layers(self.model, teacher, self.ffn_names, self.routing.compile_layers):
+                yield
+        finally:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(trained[name])
+            for ffn in self.ffns:
+                ffn.set_mode("hard")
+                ffn.record_logits, ffn.logits = False, None
+            # Accelerate's mark, by which it would take the model as prepared in the next training.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+            if self._use_cache is not None:
+                self.model.config.use_cache = self._use_cache
+            kind = _checkpointing_of(self.args)
+            if kind is not None:
+                getattr(self.model, f"{kind}_disable")()
+
+    def _freeze(self) -> None:
+        """Takes the gradients off what `trainable` and the method's FFNs leave out; nothing is thawed."""
+        if self.routing.trainable != "all":
+            routers = self.routing.trainable == "routers"
+            own = self._router_parameters() if routers else [p for f in self.wrapped_ffns for p in f.own_parameters()]
+            trained = {id(parameter) for parameter in own}
+            for parameter in self.model.parameters():
+                if id(parameter) not in trained:
+                    parameter.requires_grad_(False)
+        for ffn in self.wrapped_ffns:
+            for name in ffn.frozen:
+                ffn.get_submodule(name).requires_grad_(False)
+
+    def _spread_batches(self, dataset: Any, num_tokens: int) -> Iterator[dict[str, Tensor]]:
+        """About `num_tokens` tokens spread over a data set, on the model's device; in every process the same."""
+        collator = self._get_collator_with_removed_columns(self.data_collator, "calibration")
+        rows = self.args.per_device_train_batch_size
+        for batch in calibration_batches(dataset, num_tokens, rows, collator):
+            yield self._prepare_inputs(batch)
+
+    def _fit_routers(self) -> None:
+        routing = self.routing
+        if self.ffns and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
+            with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+                fit_routers_(self.model, self._spread_batches(self.train_dataset, routing.router_fit_tokens))
+
+    def _set_thresholds(self) -> None:
+        routing = self.routing
+        if not (self.ffns and routing.holds_target and routing.calibration_tokens and self.stage.number == 2):
+            return
+        batches = list(self._spread_batches(self.calibration_dataset or self.train_dataset, routing.calibration_tokens))
+        with self.compute_loss_context_manager():
+            calibrate_thresholds_(self.model, batches, self.target_sparsity)
+
+    # Stages.
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's optimiser, with a parameter group of its own for the routers."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        routers = {id(p) for p in self._router_parameters()}
+        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in routers]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in routers]
+        if own:
+            rate = self.routing.router_learning_rate or self.args.learning_rate
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _router_parameters(self) -> list[nn.Parameter]:
+        routers = [getattr(ffn, "router", None) for ffn in self.wrapped_ffns]
+        return [p for router in routers if router is not None for p in router.parameters()]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The recipe's learning rate over both stages, or the trainer's own if its type is not `linear`."""
+        self.schedule = Schedule(
+            self.stages,
+            num_training_steps,
+            round(self.routing.stage1_ratio * num_training_steps),
+            self.target_sparsity,
+            self.routing.ramp_ratio,
+            self.args.get_warmup_steps,
+            (self.routing.stage2_learning_rate or self.args.learning_rate) / self.args.learning_rate,
+        )
+        if self.lr_scheduler is not None or self.args.lr_scheduler_type != "linear":
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        routers = {id(p) for ffn in self.ffns for p in ffn.router.parameters()}
+        groups = [any(id(p) in routers for p in group["params"]) for group in optimizer.param_groups]
+        rates: list[Any] = [partial(self.schedule.learning_rate, routers=routers) for routers in groups]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def begin_stages(self) -> None:
+        """Enters the stage of the first step, with the control state of the checkpoint that training goes on from."""
+        self.eta_controller, self.tokens_trained = EtaController(), 0
+        self._enter(self.schedule.stage_at(self.state.global_step))
+        if self._resumed is not None:
+            self.load_control_state(self._resumed)
+
+    def begin_step(self) -> None:
+        """Switches to stage 2 where it starts: other switching of experts, and an optimiser without memory."""
+        if self.schedule.starts_stage2(self.state.global_step):
+            settled = self.eta_controller.settled if self.stage.controls_eta else None
+            self._enter(self.schedule.stage_at(self.state.global_step), settled)
+            if not self.is_deepspeed_enabled:
+                self.optimizer.state.clear()
+
+    def _enter(self, stage: Stage, first_eta: float | None = None) -> None:
+        self.stage = stage
+        for ffn in self.ffns:
+            ffn.set_mode(stage.mode)
+            ffn.record_logits = stage.mode != "dense"
+        if first_eta:
+            self.eta_controller = EtaController.starting_at(first_eta)
+        self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
+
+    # The loss.
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Autocast around each loss, with `bf16`: it keeps its copies of weights until it ends."""
+        if self._autocasts:
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return super().autocast_smart_context_manager(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -128,81 +321,130 @@ class LteTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted sum of all terms for one batch; collects each term for the log."""
+        """The trainer's loss and, in training, the weighted terms of routing; collects each term for the log."""
+        inputs = dict(inputs)
+        masks = self._token_masks(inputs)
+        inputs.pop("token_mask", None)
         if self.predicts_next_token:
             check_packing(self.model, inputs)
-            features = {key: value for key, value in inputs.items() if key not in ("labels", "token_mask")}
-            outputs = model(**features, use_cache=False)
-            pair = outputs.logits, inputs["labels"]
-            task, divergence = self._language_terms(*pair, self._teacher_logits(features))
-        else:
-            outputs = model(**inputs)
-            task, divergence = self._own_terms(outputs, inputs)
-        by_name = routing_masks(self.model, self.ffn_names, inputs)
-        masks = [by_name[name] for name in self.ffn_names]
-        routing = self._routing(masks)
-        weight = self.train_config.distillation_weight if self.teacher is not None else 0.0
-        loss = (1 - weight) * task + weight * divergence
-        if routing:
-            loss = loss + self.eta * routing["efficiency"]
-            if self.stage.number == 1 and self.train_config.separability_weight:
-                loss = loss + self.train_config.separability_weight * routing["separability"]
-        auxiliary = self._auxiliary_loss(masks)
-        if auxiliary is not None:
-            loss = loss + auxiliary
+            inputs["use_cache"] = False
+        self._inputs = inputs
+        # Another head computes its own loss; the divergence is added here.
+        other_head = self._distills and not self.predicts_next_token and self.model.training
+        with_outputs = return_outputs or other_head
+        result = super().compute_loss(model, dict(inputs), with_outputs, num_items_in_batch)
+        outputs: Any
+        loss, outputs = result if with_outputs else (result, None)
         if self.model.training:
-            self._check_finite(loss, inputs)
-            if routing:
-                # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
-                self.step_active.append(routing["active_fraction"].item())
-            terms = {} if auxiliary is None else {"auxiliary_loss": auxiliary}
-            self._collect({"task_loss": task, "distillation_loss": divergence, "loss_total": loss, **terms, **routing})
+            self.step_tokens.append(_num_tokens(inputs, loss.device))
+            self._task_terms = self._task_terms or {"task_loss": loss.detach()}
+            if other_head:
+                divergence = head_divergence(outputs.logits, inputs["labels"], self._teacher_logits())
+                self._task_terms["distillation_loss"] = divergence.detach()
+                loss = (1 - self.distillation_weight) * loss + self.distillation_weight * divergence
+            loss = self._with_routing(loss, masks, num_items_in_batch)
+        elif self._evaluated is not None:
+            self._count_active(masks)
         return (loss, outputs) if return_outputs else loss
 
-    def _own_terms(self, outputs: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss that a model with another head computes itself, and the divergence from the teacher."""
-        if outputs.loss is None:
-            raise ValueError(f"batches must hold labels for {type(self.model).__name__}, got {', '.join(inputs)}")
-        teacher_logits = self._teacher_logits(inputs)
-        if teacher_logits is None:
-            return outputs.loss, outputs.loss.new_zeros(())
-        return outputs.loss, head_divergence(outputs.logits, inputs["labels"], teacher_logits)
+    def _token_masks(self, inputs: dict[str, Any]) -> Masks:
+        """Which tokens count in each FFN, [B, T] bool; all of them in batches of other trainers' kinds."""
+        if "input_ids" not in inputs:
+            return [None] * len(self.ffn_names)
+        by_name = routing_masks(self.model, self.ffn_names, inputs)
+        return [by_name[name] for name in self.ffn_names]
 
-    def _routing(self, masks: list[Tensor]) -> dict[str, Tensor]:
-        if self.stage.mode == "dense":
-            return {}
+    def _language_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Cross entropy and divergence from the teacher in one; in evaluation cross entropy alone."""
+        teacher_logits = self._teacher_logits() if self.model.training else None
+        task, divergence = self._language_terms(outputs.logits, labels, teacher_logits, num_items_in_batch)
+        if not self.model.training:
+            return task
+        everywhere = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        scale = self.accelerator.num_processes if everywhere else 1
+        terms = {"task_loss": task, "distillation_loss": divergence}
+        self._task_terms = {name: scale * value.detach() for name, value in terms.items()}
+        return (1 - self.distillation_weight) * task + self.distillation_weight * divergence
+
+    def _teacher_logits(self) -> Tensor:
+        assert self.teacher is not None
+        # In the teacher's own dtype: autocast would only add casts.
+        with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
+            # An encoder-decoder makes its decoder's inputs of the labels.
+            left_out = ("labels",) if self.predicts_next_token else ()
+            return self.teacher(**{key: value for key, value in self._inputs.items() if key not in left_out}).logits
+
+    def _with_routing(self, task: Tensor, masks: Masks, num_items: Tensor | int | None) -> Tensor:
+        """The loss with the routing terms, which are means over one forward pass.
+
+        A loss that is divided by the labels of all accumulated passes is not divided by their number any more: the
+        terms of routing are, here.
+        """
+        passes = self.current_gradient_accumulation_steps if self._is_scaled(num_items) else 1
+        terms = {name: passes * value for name, value in self._task_terms.items()}
+        self._task_terms = {}
+        routing = self._routing(masks)
+        added = task.new_zeros(())
+        if routing:
+            added = added + self.eta * routing["efficiency"]
+            if self.stage.number == 1 and self.routing.separability_weight:
+                added = added + self.routing.separability_weight * routing["separability"]
+        auxiliary = self._auxiliary_loss(masks)
+        if auxiliary is not None:
+            added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
+        loss = task + added / passes
+        if self.accelerator.num_processes > 1 and not self.stage.train_routers:
+            # DistributedDataParallel waits for a gradient of every parameter.
+            loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
+        total = (passes * loss).detach()
+        self._check_finite(total)
+        if routing:
+            # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
+            self.step_active.append(routing["active_fraction"].item())
+        self._collect({**terms, "loss_total": total, **routing})
+        return loss
+
+    def _is_scaled(self, num_items: Tensor | int | None) -> bool:
+        """Whether the trainer takes a loss as the share of one pass in the loss of all accumulated ones."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return said
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def _take_logits(self) -> list[Tensor]:
+        """The router logits of the pass that just ended, layer by layer."""
         logits = [ffn.logits for ffn in self.ffns if ffn.logits is not None]
         for ffn in self.ffns:
             ffn.logits = None
+        return logits
+
+    def _routing(self, masks: Masks) -> dict[str, Tensor]:
+        logits = self._take_logits()
+        if not logits:
+            return {}
         if self.stage.controls_bias:
             self.target_logit = target_logit(logits, masks, self.target_sparsity)
         stacked = stack_layers(logits, masks)
-        return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.train_config.pole_guard)
+        return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.routing.pole_guard)
 
-    def _auxiliary_loss(self, masks: list[Tensor]) -> Tensor | None:
+    def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
-        losses = [ffn.auxiliary_loss(mask) for ffn, mask in zip(self.wrapped_ffns, masks, strict=True)]
+        losses = [ffn.auxiliary_loss(mask) for ffn, mask in zip(self.wrapped_ffns, masks, strict=True)]  # type: ignore[arg-type]
         added = [loss for loss in losses if loss is not None]
         return torch.stack(added).sum() if added else None
 
-    def _teacher_logits(self, features: dict[str, Any]) -> Tensor | None:
-        if self.teacher is None or not self.train_config.distillation_weight:
-            return None
-        # In the teacher's own dtype: autocast would only add casts.
-        with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
-            cache = {"use_cache": False} if self.predicts_next_token else {}
-            return self.teacher(**features, **cache).logits
-
-    def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+    def _check_finite(self, loss: Tensor) -> None:
         if math.isfinite(loss.item()):
             return
         path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({key: value.cpu() for key, value in inputs.items() if isinstance(value, Tensor)}, path)
+        torch.save({key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}, path)
         raise NonFiniteLossError(
             f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
             f"is in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
         )
+
+    # The log.
 
     def _collect(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -210,13 +452,15 @@ class LteTrainer(Trainer):
             total, count = self.sums.get(key, (0.0, 0))
             self.sums[key] = (total + value.detach(), count + 1)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of all terms since the last entry, the active fraction of each layer, eta, and the target."""
         if "loss" in logs and self.sums:
             logs.update(self._means())
-            logs.update(eta=self.eta, target_sparsity=self.target_at_step(), stage=self.stage.number)
+            logs.update(eta=self.eta, target_sparsity=self.schedule.target_at(self.state.global_step))
             self.sums.clear()
-        super().log(logs, start_time)
+        if self.is_in_train:
+            logs["stage"] = self.stage.number
+        super().log(logs, *args, **kwargs)
 
     def _means(self) -> dict[str, float]:
         """The mean of each term over all processes; of one with a value per layer a mean for each, `layers/...`."""
@@ -227,15 +471,13 @@ class LteTrainer(Trainer):
             names += [name] if mean.ndim == 0 else [f"layers/{name}_{layer:02d}" for layer in range(len(mean))]
         return dict(zip(names, means.tolist(), strict=True))
 
-    def target_at_step(self) -> float:
-        """The target sparsity that holds after the current step."""
-        if self.stage.number == 2:
-            return self.target_sparsity
-        ramp_steps = int(self.train_config.ramp_ratio * self.state.max_steps)
-        return SparsityRamp(self.target_sparsity, ramp_steps).at(self.state.global_step)
+    # Control of the sparsity.
 
     def control_sparsity(self) -> None:
-        """Updates eta and the router biases from the active fraction of the step that just ended."""
+        """Updates eta and the router biases from the active fraction of the step that just ended; counts its tokens."""
+        tokens = torch.stack(self.step_tokens).sum()
+        self.tokens_trained += int(self.accelerator.reduce(tokens, reduction="sum"))
+        self.step_tokens.clear()
         if not self.step_active:
             return
         active = sum(self.step_active) / len(self.step_active)
@@ -243,28 +485,174 @@ class LteTrainer(Trainer):
             over_processes = torch.tensor(active, device=self.accelerator.device)
             active = self.accelerator.reduce(over_processes, reduction="mean").item()
         self.step_active.clear()
-        target, sparsity = self.target_at_step(), 1 - active
+        target, sparsity = self.schedule.target_at(self.state.global_step), 1 - active
         if self.stage.controls_eta:
             self.eta = self.eta_controller.update(target, sparsity)
         if self.stage.controls_bias:
             error = self.accelerator.reduce(self.target_logit, reduction="mean") - self.ffns[0].threshold_logit
             shift_router_biases_(self.ffns, -BIAS_RATE * error)
-        if self.train_config.recipe == "annealed" and self.stage.number == 1:
+        if self.routing.recipe == "annealed" and self.stage.number == 1:
             self._sharpen_routers_()
 
     @torch.no_grad()
     def _sharpen_routers_(self) -> None:
-        factor = self.train_config.router_sharpening ** (1 / self.state.max_steps)
+        factor = self.routing.router_sharpening ** (1 / self.schedule.stage1_steps)
         for ffn in self.ffns:
             ffn.router.weight.mul_(factor)
             ffn.router.bias.sub_(ffn.threshold_logit).mul_(factor).add_(ffn.threshold_logit)
 
+    @property
+    def settled_eta(self) -> float | None:
+        """The weight of the efficiency loss on which its controller had settled in the last stage that had one."""
+        ran = [s for s in self.stages if s.number == 1 or self.schedule.stage1_steps < self.schedule.max_steps]
+        ran = ran if self.schedule.stage1_steps else ran[1:]
+        return self.eta_controller.settled if any(stage.controls_eta for stage in ran) else None
+
     def control_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond Trainer's own state."""
-        return {"eta": self.eta, "controller": asdict(self.eta_controller)}
+        """What a checkpoint must hold beyond the trainer's own state."""
+        return {"eta": self.eta, "controller": asdict(self.eta_controller), "tokens_trained": self.tokens_trained}
 
     def load_control_state(self, checkpoint: Path) -> None:
         """Restores `control_state` from a checkpoint folder."""
-        state = json.loads((checkpoint / CONTROL_STATE_FILE).read_text())
+        state = json.loads((checkpoint / CONTROL_STATE_FILE).read_text(encoding="utf-8"))
         state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
         self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
+        self.tokens_trained = state["tokens_trained"]
+
+    def _resume_point(self, wanted: str | bool | None) -> Path | None:
+        """The checkpoint to go on from; `True` takes the newest complete one."""
+        if not wanted:
+            return None
+        if wanted is not True:
+            if not (Path(wanted) / CONTROL_STATE_FILE).is_file():
+                raise ValueError(
+                    f"resume_from_checkpoint must be a complete checkpoint of this trainer, got {wanted}, which has no "
+                    f"{CONTROL_STATE_FILE}; pass True to take the newest complete one"
+                )
+            return Path(wanted)
+        newest = newest_checkpoint(Path(str(self.args.output_dir)))
+        if newest is None:
+            raise ValueError(
+                f"output_dir must hold a complete checkpoint to resume, got none in {self.args.output_dir}"
+            )
+        return newest
+
+    # Evaluation.
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's, in hard mode, with the sparsity of the same passes among the metrics."""
+        ffns = [] if self.routing.recipe == "dense" else self.ffns
+        before = [(ffn.mode, ffn.record_logits) for ffn in ffns]
+        for ffn in ffns:
+            ffn.set_mode("hard")
+            ffn.record_logits, ffn.logits = True, None
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            if self._evaluated:
+                bound = inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments
+                output.metrics[f"{bound.get('metric_key_prefix', 'eval')}_sparsity"] = self._evaluated_sparsity()
+        finally:
+            self._evaluated = None
+            for ffn, (mode, record) in zip(ffns, before, strict=True):
+                ffn.set_mode(mode)
+                ffn.record_logits, ffn.logits = record, None
+        return output
+
+    def _count_active(self, masks: Masks) -> None:
+        """Adds the active fractions [L] of a pass, weighted with its tokens [L]."""
+        logits = self._take_logits()
+        if not logits or self._evaluated is None:
+            return
+        pairs = list(zip(logits, masks, strict=True))
+        tau = self.ffns[0].threshold_logit
+        active = torch.stack([active_fraction(*pair, threshold_logit=tau).to(logits[0].device) for pair in pairs])
+        counts = [each.shape[:-1].numel() if mask is None else int(mask.sum()) for each, mask in pairs]
+        tokens = torch.tensor(counts, dtype=torch.float64)
+        self._evaluated.append((active.double().cpu() * tokens, tokens))
+
+    def _evaluated_sparsity(self) -> float:
+        assert self._evaluated is not None
+        active, tokens = (torch.stack(each).sum(0) for each in zip(*self._evaluated, strict=True))
+        sums = self.accelerator.reduce(torch.stack([active, tokens]).float().to(self.args.device), reduction="sum")
+        return 1 - (sums[0] / sums[1].clamp_min(1)).mean().item()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """While the target still rises no checkpoint is the best one: it would be the least sparse."""
+        if self.ffns and self.stage.number == 1 and self.schedule.stage1_steps < self.schedule.max_steps:
+            return False
+        return super()._determine_best_metric(metrics=metrics, trial=trial)
+
+
+class LteTrainer(RoutingMixin, Trainer):
+    """`transformers.Trainer` for models from `lte.sparsify_`, see `RoutingMixin`.
+
+    L is the loss that the model returns: of a language model the cross entropy with the next token, of a classifier,
+    a masked language model or an encoder-decoder its own.
+
+    Args:
+        model: a model from `lte.sparsify_`, of LTE or another method, or with `recipe="dense"` a stock model.
+        args: `lte.LteTrainingArguments`.
+        kwargs: `train_dataset` with `input_ids` and `labels`, `data_collator` and all else of `transformers.Trainer`;
+            `teacher`, `calibration_dataset` and `peft_config` as for `RoutingMixin`.
+    """
+
+    def check_batch(self, batch: dict[str, Any]) -> None:
+        """Raises a `ValueError` for a batch without what a loss needs."""
+        if not any(name in batch for name in (*self.label_names, "labels")):
+            raise ValueError(
+                f"batches must hold labels for {type(self.model).__name__}, got {', '.join(batch)}; give the data a "
+                "labels column (for language models a copy of input_ids), or take a data_collator that makes one"
+            )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step whose last file was written; a killed process leaves others behind."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CONTROL_STATE_FILE}")]
+    return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def check_recipe(model: nn.Module, recipe: str) -> None:
+    """Raises a `ValueError` unless the recipe is for this kind of model."""
+    ffns = wrapped_ffns(model).values()
+    if not ffns and recipe != "dense":
+        raise ValueError(
+            "model must be an LTE model or have FFNs of another method, got neither; call lte.sparsify_(model, ...) "
+            "first, or train it as a control with recipe='dense'"
+        )
+    sparse = any(isinstance(ffn, SparseFfn) for ffn in ffns)
+    if ffns and sparse == (recipe == "method"):
+        kind = "an LTE model" if sparse else "a model of another method than LTE"
+        fitting = "another one" if sparse else "'method'"
+        raise ValueError(f"recipe must be {fitting} for {kind}, got recipe={recipe!r}")
+
+
+def _distillation_weight(routing: RoutingArguments, teacher: nn.Module | None) -> float:
+    weight = routing.distillation_weight
+    if weight and teacher is None:
+        raise ValueError(f"teacher must be a dense model when distillation_weight={weight}, got teacher=None")
+    return (0.0 if teacher is None else 1.0) if weight is None else weight
+
+
+def _num_tokens(inputs: dict[str, Any], device: torch.device) -> Tensor:
+    """Tokens of a batch that are no padding, on the device."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return mask.sum().to(device)
+    return torch.tensor(inputs["input_ids"].numel() if "input_ids" in inputs else 0, device=device)
+
+
+def _checkpointing_of(args: Any) -> str | None:
+    """What the arguments call the recomputation of activations, `None` if it is off; it got a new name in 5.2x."""
+    names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name)]
+    return names[0] if getattr(args, names[0]) else None
+
+
+def _adapted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a trainer that knows no `peft_config`, with the adapters in its model."""
+    from peft import get_peft_model
+
+    config = kwargs.pop("peft_config")
+    if args:
+        return (get_peft_model(args[0], config), *args[1:]), kwargs
+    return args, {**kwargs, "model": get_peft_model(kwargs["model"], config)}
