@@ -29,8 +29,18 @@ def train_routers_(model: nn.Module) -> None:
     configs = getattr(model, "peft_config", None)
     if not configs or not sparse_ffns(model):
         return
+    from peft.utils.other import set_additional_trainable_modules
+
+    base: Any = model.base_model
+    router = next(iter(sparse_ffns(model).values())).router
     for name in model.active_adapters:  # type: ignore[union-attr]
-        ffn = next(iter(sparse_ffns(model).values()))
-        if name not in getattr(ffn.router, "modules_to_save", {}):
-            configs[name] = with_routers(configs[name])
-            model.set_additional_trainable_modules(configs[name], name)  # type: ignore[operator]
+        if name in getattr(router, "modules_to_save", {}):
+            continue
+        routers_alone = copy.copy(configs[name])
+        routers_alone.modules_to_save, routers_alone.trainable_token_indices = [ROUTER], None
+        set_additional_trainable_modules(base, routers_alone, base.model.config, name)
+        for ffn in sparse_ffns(model).values():
+            # Peft activates what it wraps anew alone.
+            wrapped: Any = ffn.router
+            wrapped.set_adapter(name)
+        configs[name] = with_routers(configs[name])

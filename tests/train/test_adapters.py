@@ -1,0 +1,135 @@
+"""LoRA through peft: routers train as a whole beside the adapters and are saved with them."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import lte
+from lte.data.rows import LmCollator
+from lte.eval.sparsity import measure_sparsity
+from lte.train.trainer import LteTrainer
+from tests.tiny_models import PAD
+from tests.train.test_trainer import arguments, fresh_model
+from tests.train.toy import toy_rows
+
+IDS = torch.arange(3, 35)[None]
+
+
+def lora(**options):
+    targets = ["gate_proj", "up_proj", "down_proj", "q_proj"]
+    return LoraConfig(**{"r": 4, "target_modules": targets, "task_type": "CAUSAL_LM", **options})
+
+
+def logits_of(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def train(model, folder, **options):
+    settings = {"max_steps": 16, "calibration_tokens": 8192, "learning_rate": 1e-2}
+    peft_config = options.pop("peft_config", None)
+    more = {} if peft_config is None else {"peft_config": peft_config}
+    trainer = LteTrainer(
+        model,
+        arguments(folder, **{**settings, **options}),
+        train_dataset=toy_rows(256),
+        data_collator=LmCollator(PAD),
+        **more,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A converted, untrained model and the folder that it is saved in."""
+    model = fresh_model()
+    model.save_pretrained(tmp_path / "base")
+    return model, tmp_path / "base"
+
+
+def test_adapters_and_whole_routers_train_and_nothing_else(base, tmp_path):
+    model = get_peft_model(base[0], lora())
+    start = copy.deepcopy(model.state_dict())
+    trainer = train(model, tmp_path / "run")
+    changed = {name for name, value in model.state_dict().items() if name in start and not value.equal(start[name])}
+    assert changed == {name for name in start if "lora_" in name}
+    added = {name for name in model.state_dict() if name not in start}
+    assert {name.split(".router.")[1] for name in added} == {
+        "modules_to_save.default.weight",
+        "modules_to_save.default.bias",
+        "original_module.weight",
+        "original_module.bias",
+    }
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert not any("lora_" in name or "modules_to_save" in name for name in frozen)
+    assert all("lora_" in name or "modules_to_save" in name for name in set(dict(model.named_parameters())) - frozen)
+    held_out = [LmCollator(PAD)([toy_rows(256, seed=9)[i] for i in range(256)])]
+    assert measure_sparsity(model, held_out).sparsity == pytest.approx(0.5, abs=0.02)
+    assert trainer.evaluate(toy_rows(64, seed=9))["eval_sparsity"] == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("way", ["before", "argument"])
+def test_base_and_adapter_give_the_trained_logits_bit_for_bit(base, tmp_path, way):
+    model, folder = base
+    before = logits_of(model)
+    if way == "before":
+        trainer = train(get_peft_model(model, lora()), tmp_path / "run")
+    else:
+        trainer = train(model, tmp_path / "run", peft_config=lora())
+    trained = trainer.model
+    expected = logits_of(trained)
+    assert not torch.allclose(expected, before)
+    trained.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    assert logits_of(loaded).equal(expected)
+    with loaded.disable_adapter():
+        assert logits_of(loaded).equal(before)
+    assert logits_of(loaded).equal(expected)
+
+
+def test_checkpoints_hold_the_routers_and_training_resumes_from_them(base, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    whole = train(get_peft_model(copy.deepcopy(base[0]), lora()), tmp_path / "run", **options).model
+    again = get_peft_model(base[0], lora())
+    trainer = LteTrainer(
+        again,
+        arguments(tmp_path / "run", max_steps=16, calibration_tokens=8192, learning_rate=1e-2, **options),
+        train_dataset=toy_rows(256),
+        data_collator=LmCollator(PAD),
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    for name, value in whole.state_dict().items():
+        assert value.equal(again.state_dict()[name]), name
+
+
+def test_a_merged_model_is_an_ordinary_lte_folder_on_the_kernels(base, tmp_path):
+    trained = train(get_peft_model(base[0], lora()), tmp_path / "run").model
+    expected = logits_of(trained)
+    merged = trained.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {name.rsplit(".", 1)[0].rsplit(".", 1)[-1] for name in loaded.state_dict() if "router" in name} == {"router"}
+    assert logits_of(loaded).equal(logits_of(merged))
+    lte.accelerate_(loaded)
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_several_adapters_have_routers_of_their_own(base, tmp_path):
+    model = get_peft_model(base[0], lora(), adapter_name="first")
+    train(model, tmp_path / "first")
+    first = logits_of(model)
+    model.add_adapter("second", lora())
+    model.set_adapter("second")
+    train(model, tmp_path / "second", learning_rate=5e-3)
+    second = logits_of(model)
+    assert not torch.allclose(first, second)
+    model.set_adapter("first")
+    assert logits_of(model).equal(first)
+    model.set_adapter("second")
+    assert logits_of(model).equal(second)
