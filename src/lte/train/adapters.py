@@ -42,5 +42,6 @@ def train_routers_(model: nn.Module) -> None:
         for ffn in sparse_ffns(model).values():
             # Peft activates what it wraps anew alone.
             wrapped: Any = ffn.router
+            wrapped.enable_adapters(True)
             wrapped.set_adapter(name)
         configs[name] = with_routers(configs[name])

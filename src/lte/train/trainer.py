@@ -143,6 +143,9 @@ class RoutingMixin(_Trainer):
             warnings.warn("training on one GPU; start one process per GPU with torchrun to use all", stacklevel=3)
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
+        if not self.is_deepspeed_enabled:
+            # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
+            self.accelerator.gradient_accumulation_steps = 1
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
