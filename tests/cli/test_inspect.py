@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lte.methods import apply_method_
+import lte
 from lte.methods.cats import CatsConfig
 from tests.report.inspected import NASTY, PLAIN, save_sparse_model
 
@@ -105,7 +105,7 @@ def test_models_with_nothing_to_inspect(
     assert "a dense one: every token uses all its neurons, so there is nothing to inspect" in result.stderr
     model = AutoModelForCausalLM.from_pretrained(dense_folder)
     ids = AutoTokenizer.from_pretrained(dense_folder)(PLAIN, return_tensors="pt")["input_ids"]
-    apply_method_(model, CatsConfig(), [{"input_ids": ids}]).save_pretrained(tmp_path / "cats")
+    lte.sparsify_(model, CatsConfig(), calibration=[{"input_ids": ids}]).save_pretrained(tmp_path / "cats")
     result = run("inspect", tmp_path / "cats", *flags)
     assert result.exit_code == 1
     assert "of the method cats, whose neurons no router switches" in result.stderr

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lte
-from lte.eval.methods import measure_method
+from lte.eval.cost import measure_sparsity
 from lte.hf.loading import INSTALLERS
-from lte.methods import METHODS, Method, MethodConfig, apply_method_, config_of, refit_, register
+from lte.methods import METHODS, Method, MethodConfig, config_of, register
 from lte.methods.cats import CatsConfig
-from lte.methods.contract import wraps_ffns
+from lte.methods.method import wraps_ffns
 from lte.methods.neuron_ffn import NeuronFfn
 from lte.methods.random_router import RandomRouterConfig
 from tests.methods.methods import calibration_batches, config_for
@@ -64,8 +64,8 @@ def every_other() -> Iterator[Method]:
 
 
 def test_a_new_method_is_one_class_and_one_line(every_other: Method, tokens: Tensor, tmp_path: Path) -> None:
-    model: Any = apply_method_(tiny_dense_model(), EveryOtherConfig(offset=1))
-    assert measure_method(model, calibration_batches()).sparsity == 0.5
+    model: Any = lte.sparsify_(tiny_dense_model(), EveryOtherConfig(offset=1))
+    assert measure_sparsity(model, calibration_batches()).sparsity == 0.5
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits_of(loaded, tokens), logits_of(model, tokens))
@@ -74,7 +74,7 @@ def test_a_new_method_is_one_class_and_one_line(every_other: Method, tokens: Ten
 
 
 def test_a_folder_of_a_method_that_is_not_registered_is_refused(every_other: Method, tmp_path: Path) -> None:
-    model: Any = apply_method_(tiny_dense_model(), EveryOtherConfig())
+    model: Any = lte.sparsify_(tiny_dense_model(), EveryOtherConfig())
     model.save_pretrained(tmp_path)
     install = INSTALLERS.pop("every_other")
     with pytest.raises(ValueError, match=r"must name one of cats, .*, got every_other; import the module"):
@@ -91,7 +91,7 @@ def test_names_are_taken_once() -> None:
         register(Method(config=Other))
     assert METHODS["cats"].config is CatsConfig
     with pytest.raises(ValueError, match=r"method must be one of .* got method='no method'"):
-        apply_method_(tiny_dense_model(), type("Unknown", (MethodConfig,), {"name": "no method"})())
+        lte.sparsify_(tiny_dense_model(), type("Unknown", (MethodConfig,), {"name": "no method"})())
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_a_config_of_another_kind_is_refused(change: dict[str, Any], message: st
 
 def test_models_that_are_not_dense_are_refused() -> None:
     with pytest.raises(ValueError, match="model must be dense, got an LTE model"):
-        apply_method_(tiny_sparse_model(), CatsConfig(), calibration_batches())
+        lte.sparsify_(tiny_sparse_model(), CatsConfig(), calibration=calibration_batches())
     for name in ("cats", "teal"):
         for model_type in ("llama", "bert"):
-            model = apply_method_(tiny_dense_model(model_type), config_for(name), calibration_batches())
+            model = lte.sparsify_(tiny_dense_model(model_type), config_for(name), calibration=calibration_batches())
             with pytest.raises(ValueError, match=r"model must be dense, got Lte.*, which a method changed"):
-                apply_method_(model, CatsConfig(), calibration_batches())
+                lte.sparsify_(model, CatsConfig(), calibration=calibration_batches())
             with pytest.raises(ValueError, match="model must be dense, got Lte"):
                 lte.sparsify_(model, lte.LteConfig(expert_size=8))
             with pytest.raises(ValueError, match=f"model must be an LTE model, got one of the method {name}"):
@@ -122,17 +122,17 @@ def test_models_that_are_not_dense_are_refused() -> None:
 
 
 def test_thresholds_are_fitted_anew_after_training() -> None:
-    model: Any = apply_method_(tiny_dense_model(), CatsConfig(), calibration_batches())
+    model: Any = lte.sparsify_(tiny_dense_model(), CatsConfig(), calibration=calibration_batches())
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight *= 0.1
-    assert measure_method(model, calibration_batches()).layer_sparsity[0] > 0.7
-    assert refit_(model, calibration_batches()) is model
-    assert measure_method(model, calibration_batches()).layer_sparsity[0] == pytest.approx(0.5, abs=0.01)
+    assert measure_sparsity(model, calibration_batches()).layer_sparsity[0] > 0.7
+    assert lte.calibrate_(model, calibration_batches()) is model
+    assert measure_sparsity(model, calibration_batches()).layer_sparsity[0] == pytest.approx(0.5, abs=0.01)
     with pytest.raises(ValueError, match="cats must get calibration batches, got none"):
-        refit_(model, [])
-    for other, name in ((tiny_dense_model(), "none"), (apply_method_(tiny_dense_model(), config_for("kla")), "kla")):
+        lte.calibrate_(model, [])
+    for other, name in ((tiny_dense_model(), "none"), (lte.sparsify_(tiny_dense_model(), config_for("kla")), "kla")):
         with pytest.raises(ValueError, match=f"model must be of a method that fits something, got {name}"):
-            refit_(other, calibration_batches())
+            lte.calibrate_(other, calibration_batches())
 
 
 @pytest.mark.parametrize("method", ["cats", "teal", "wanda", "deja_vu", "moefication", "static_pruning"])
@@ -140,7 +140,7 @@ def test_missing_calibration_is_told_before_anything_changes(method: str) -> Non
     model, config = tiny_dense_model(), config_for(method)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"{method} must get calibration batches, got none; pass calibration"):
-        apply_method_(model, config)
+        lte.sparsify_(model, config)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -150,12 +150,12 @@ def test_missing_calibration_is_told_before_anything_changes(method: str) -> Non
 def test_experts_that_do_not_fit_change_nothing() -> None:
     model = tiny_dense_model()
     with pytest.raises(ValueError, match="expert_size must divide the number of FFN neurons"):
-        apply_method_(model, RandomRouterConfig(expert_size=48))
+        lte.sparsify_(model, RandomRouterConfig(expert_size=48))
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
 def test_a_pruned_model_becomes_an_lte_model_that_loads_as_one(tokens: Tensor, tmp_path: Path) -> None:
-    model = apply_method_(tiny_dense_model(), config_for("static_pruning"), calibration_batches())
+    model = lte.sparsify_(tiny_dense_model(), config_for("static_pruning"), calibration=calibration_batches())
     sparse: Any = lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random"))
     sparse.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -166,13 +166,13 @@ def test_a_pruned_model_becomes_an_lte_model_that_loads_as_one(tokens: Tensor, t
 def test_models_do_not_share_what_is_written_into_a_config() -> None:
     dense = tiny_dense_model()
     twin = type(dense)(dense.config)
-    apply_method_(dense, CatsConfig(), calibration_batches())
+    lte.sparsify_(dense, CatsConfig(), calibration=calibration_batches())
     assert type(twin.config).__name__ == "LlamaConfig"
     assert not hasattr(twin.config, "lte_method")
 
 
 def test_stock_transformers_refuses_a_folder_of_a_method(tmp_path: Path) -> None:
-    model: Any = apply_method_(tiny_dense_model(), CatsConfig(), calibration_batches())
+    model: Any = lte.sparsify_(tiny_dense_model(), CatsConfig(), calibration=calibration_batches())
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["lte_method"]["name"] == "cats"
     command = [sys.executable, "-c", STOCK_LOADING, str(tmp_path)]

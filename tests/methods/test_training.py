@@ -11,7 +11,7 @@ import torch
 
 import lte
 from lte.hf.install import wrapped_ffns
-from lte.methods import METHODS, apply_method_
+from lte.methods import METHODS
 from lte.train.config import TrainConfig
 from lte.train.two_stage import train_two_stage
 from tests.methods.methods import calibration_batches, config_for
@@ -29,7 +29,7 @@ def recipe(**settings: Any) -> TrainConfig:
 
 
 def model_of(method: str, model_type: str = "llama") -> Any:
-    return apply_method_(tiny_dense_model(model_type), config_for(method), calibration_batches())
+    return lte.sparsify_(tiny_dense_model(model_type), config_for(method), calibration=calibration_batches())
 
 
 def frozen_names(model: Any) -> set[str]:

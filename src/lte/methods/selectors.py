@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lte.hf.install import StockFfn
 from lte.methods.calibration import observe_
-from lte.methods.contract import Batches
-from lte.methods.metering import metered_modules
+from lte.methods.method import Batches
+from lte.nn.metering import metered_modules
 from lte.nn.router import Fp32Linear
 
 # Rows of one optimiser step, as in MoEfication's and Deja Vu's released code.
