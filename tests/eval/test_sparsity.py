@@ -183,9 +183,9 @@ def test_nothing_to_count_is_refused(batches: Any) -> None:
         measure_sparsity(tiny_sparse_model(), batches)
 
 
-def test_rows_that_are_not_stacked_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"input_ids must be in every batch as \[B, T\], got \(3,\)"):
-        measure_sparsity(tiny_sparse_model(), [{"input_ids": torch.ones(3).long()}])
+def test_batches_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"input_ids must be in every batch as \[B, T\], got \(1, 1, 3\)"):
+        measure_sparsity(tiny_sparse_model(), [{"input_ids": torch.ones(1, 1, 3).long()}])
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import lte
-from lte.eval.cost import measure_sparsity, measured_cost, method_name
+from lte.eval.cost import measured_cost, method_name
 from lte.eval.flops import flops_per_token
+from lte.eval.sparsity import measure_sparsity
 from lte.methods import METHODS, config_of
-from tests.methods.methods import EVERY_METHOD, calibration_batches, config_for
+from tests.methods.methods import EVERY_METHOD, calibration_batches, config_for, made
 from tests.tiny_models import PAD, auto_class, logits_of, row_of, tiny_dense_model
 
 # One family of each kind: gated, fused, transposed, spread in two ways, two-sided.
@@ -25,8 +26,7 @@ RELU = ("opt", "t5")
 
 
 def applied(method: str, model_type: str = "llama", target: float = 0.75, **settings: Any) -> Any:
-    config = config_for(method, target_sparsity=target, **settings)
-    return lte.sparsify_(tiny_dense_model(model_type), config, calibration=calibration_batches())
+    return made(method, model_type, target_sparsity=target, **settings)
 
 
 @pytest.fixture(params=EVERY_METHOD)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lte
-from lte.eval.cost import measure_sparsity
+from lte.eval.sparsity import measure_sparsity
 from lte.methods.calibration import MagnitudeHistogram
 from lte.methods.cats import CatsConfig
 from lte.methods.kla import KlaConfig

@@ -102,7 +102,7 @@ def test_it_stays_a_stock_model(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert loaded.config.lte_method["pattern"] == "2:4"
+    assert loaded.config.lte["pattern"] == "2:4"
 
 
 @pytest.mark.parametrize(

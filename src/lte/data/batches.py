@@ -66,10 +66,12 @@ def as_batches(
     items = chain([first], items)
     if isinstance(first, str):
         return _stacked(_cut(_text_rows(items, tokenizer, model), max_tokens), batch_size, collator)
-    if not isinstance(first, Mapping) or "input_ids" not in first:
-        got = f"the keys {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(first).__name__
-        raise ValueError(f"data must hold texts, or mappings with input_ids, got {got}")
-    if getattr(first["input_ids"], "ndim", 1) == 1:
+    if not isinstance(first, Mapping):
+        raise ValueError(f"data must hold texts, rows with input_ids, or batches, got a {type(first).__name__}")
+    if "input_ids" not in first:
+        keys = ", ".join(map(str, first))
+        raise ValueError(f"input_ids must be in every batch as [B, T], got the keys {keys}; or in every row, as [T]")
+    if torch.as_tensor(first["input_ids"]).ndim == 1:
         return _stacked(_cut(items, max_tokens), batch_size, collator)
     return items if max_tokens is None else _cut(items, max_tokens)
 

@@ -115,7 +115,7 @@ class _ModuleCounts:
     def update(self, mask: Tensor) -> None:
         reading, self.module.reading = self.module.reading, None
         if reading is None:
-            raise ValueError("model must run, an LTE model in hard mode, before each update, got no recorded logits")
+            raise ValueError("model must run in hard mode before each update, got no reading of its modules")
         shape = reading.weights.shape
         # Some blocks flatten [B, T] before their FFN.
         if shape not in (mask.shape, mask.flatten().shape):

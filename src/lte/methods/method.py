@@ -228,7 +228,9 @@ def densify_(model: nn.Module) -> nn.Module:
             f"which changed them for good ({method.about}); load the dense model again"
         )
     if method is None or not is_ours(model):
-        raise ValueError(f"model must be an LTE model or one of another method, got {type(model).__name__}")
+        raise ValueError(
+            f"model must be an LTE model or one of another method, got {type(model).__name__}, a dense one"
+        )
     family = family_of(model.config)
     stock_config = become_dense_(model, family)
     method.remove(model, family, stock_config)

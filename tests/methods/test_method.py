@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lte
-from lte.eval.cost import measure_sparsity
-from lte.hf.loading import INSTALLERS
+from lte.eval.sparsity import measure_sparsity
+from lte.hf.loading import INSTALLERS, NO_KERNELS
 from lte.methods import METHODS, Method, MethodConfig, config_of, register
 from lte.methods.cats import CatsConfig
 from lte.methods.method import wraps_ffns
 from lte.methods.neuron_ffn import NeuronFfn
 from lte.methods.random_router import RandomRouterConfig
-from tests.methods.methods import calibration_batches, config_for
+from tests.methods.methods import EVERY_METHOD, calibration_batches, config_for, made
 from tests.tiny_models import logits_of, tiny_dense_model, tiny_sparse_model
 
 STOCK_LOADING = """
@@ -60,7 +60,7 @@ class EveryOtherFfn(NeuronFfn):
 @pytest.fixture
 def every_other() -> Iterator[Method]:
     yield register(Method(config=EveryOtherConfig, install=wraps_ffns(EveryOtherFfn)))
-    del METHODS["every_other"], INSTALLERS["every_other"]
+    del METHODS["every_other"], INSTALLERS["every_other"], NO_KERNELS["every_other"]
 
 
 def test_a_new_method_is_one_class_and_one_line(every_other: Method, tokens: Tensor, tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_names_are_taken_once() -> None:
     ("change", "message"),
     [
         ({"name": "teal"}, "name must be cats, got name='teal'"),
-        ({"version": 99}, "version must be 1, got version=99; upgrade lte"),
-        ({"size": 1}, "a config of cats must hold its own fields, got size"),
+        ({"version": 99}, "saved by a newer lte: its config has version=99"),
+        ({"size": 1}, "a config of cats must hold known fields only, got size"),
     ],
 )
 def test_a_config_of_another_kind_is_refused(change: dict[str, Any], message: str) -> None:
@@ -112,26 +112,57 @@ def test_models_that_are_not_dense_are_refused() -> None:
         lte.sparsify_(tiny_sparse_model(), CatsConfig(), calibration=calibration_batches())
     for name in ("cats", "teal"):
         for model_type in ("llama", "bert"):
-            model = lte.sparsify_(tiny_dense_model(model_type), config_for(name), calibration=calibration_batches())
+            model = made(name, model_type)
             with pytest.raises(ValueError, match=r"model must be dense, got Lte.*, which a method changed"):
                 lte.sparsify_(model, CatsConfig(), calibration=calibration_batches())
             with pytest.raises(ValueError, match="model must be dense, got Lte"):
                 lte.sparsify_(model, lte.LteConfig(expert_size=8))
-            with pytest.raises(ValueError, match=f"model must be an LTE model, got one of the method {name}"):
-                lte.densify_(model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_what_keeps_its_dense_weights_becomes_dense_again(
+    method: str, model_type: str, tokens: Tensor, tmp_path: Path, relative_rms: Any
+) -> None:
+    dense, model = tiny_dense_model(model_type), made(method, model_type)
+    if METHODS[config_for(method).name].leaves_stock:
+        with pytest.raises(
+            ValueError, match=r"must hold its dense weights .* changed them for good .*; load the dense"
+        ):
+            lte.densify_(model)
+        return
+    back: Any = lte.densify_(model)
+    assert type(back) is type(dense)
+    assert {name: type(module) for name, module in back.named_modules()} == {
+        name: type(module) for name, module in dense.named_modules()
+    }
+    assert back.state_dict().keys() == dense.state_dict().keys()
+    # Neurons that were grouped stay in their new order.
+    assert relative_rms(logits_of(back, tokens), logits_of(dense, tokens)) <= 1e-5
+    assert config_of(back) is None
+    back.save_pretrained(tmp_path)
+    assert "lte" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match="model must be an LTE model or one of another method, got"):
+        lte.densify_(back)
+
+
+def test_a_model_says_why_no_kernel_runs_it() -> None:
+    for name, why in (("teal", "computed densely and masked"), ("static_pruning", "fewer neurons"), ("wanda", "zeros")):
+        with pytest.raises(ValueError, match=f"got one of the method {name}, for which there are none: .*{why}"):
+            lte.accelerate_(made(name))
 
 
 def test_thresholds_are_fitted_anew_after_training() -> None:
-    model: Any = lte.sparsify_(tiny_dense_model(), CatsConfig(), calibration=calibration_batches())
+    model: Any = made("cats")
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight *= 0.1
     assert measure_sparsity(model, calibration_batches()).layer_sparsity[0] > 0.7
     assert lte.calibrate_(model, calibration_batches()) is model
     assert measure_sparsity(model, calibration_batches()).layer_sparsity[0] == pytest.approx(0.5, abs=0.01)
-    with pytest.raises(ValueError, match="cats must get calibration batches, got none"):
+    with pytest.raises(ValueError, match="cats must get calibration data, got none"):
         lte.calibrate_(model, [])
-    for other, name in ((tiny_dense_model(), "none"), (lte.sparsify_(tiny_dense_model(), config_for("kla")), "kla")):
-        with pytest.raises(ValueError, match=f"model must be of a method that fits something, got {name}"):
+    for other, name in ((tiny_dense_model(), "a dense one"), (made("kla"), "one of the method kla")):
+        with pytest.raises(ValueError, match=f"model must be of a method that has thresholds .* to set, got {name}"):
             lte.calibrate_(other, calibration_batches())
 
 
@@ -168,13 +199,13 @@ def test_models_do_not_share_what_is_written_into_a_config() -> None:
     twin = type(dense)(dense.config)
     lte.sparsify_(dense, CatsConfig(), calibration=calibration_batches())
     assert type(twin.config).__name__ == "LlamaConfig"
-    assert not hasattr(twin.config, "lte_method")
+    assert not hasattr(twin.config, "lte")
 
 
 def test_stock_transformers_refuses_a_folder_of_a_method(tmp_path: Path) -> None:
     model: Any = lte.sparsify_(tiny_dense_model(), CatsConfig(), calibration=calibration_batches())
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["lte_method"]["name"] == "cats"
+    assert json.loads((tmp_path / "config.json").read_text())["lte"]["name"] == "cats"
     command = [sys.executable, "-c", STOCK_LOADING, str(tmp_path)]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
     assert len(lines) == 2
