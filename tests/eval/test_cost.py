@@ -13,7 +13,7 @@ from lte.eval.cost import measured_cost
 from lte.eval.flops import block_linears, bytes_per_token, flops_per_token
 from lte.eval.perplexity import evaluate_model
 from lte.eval.sparsity import SparsityCounter, measure_sparsity
-from tests.methods.methods import calibration_batches
+from tests.methods.methods import calibration_batches, made
 from tests.tiny_models import HIDDEN, LAYERS, NEURONS, randomise_routers_, tiny_dense_model
 
 D, F, E = HIDDEN, NEURONS, 8
@@ -34,9 +34,7 @@ BY_HAND = {
 
 
 def applied(method: str, model_type: str = "llama", **settings: Any) -> Any:
-    return lte.sparsify_(
-        tiny_dense_model(model_type), config_for(method, **settings), calibration=calibration_batches()
-    )
+    return made(method, model_type, **settings)
 
 
 @pytest.mark.parametrize("method", BY_HAND)

@@ -222,8 +222,8 @@ def become_dense_(model: Any, family: Family) -> Any:
         )
     own_config_(model)
     model.config.__class__ = family.stock_class(family.config_class)
-    for name in ("lte", "lte_measurement"):
-        model.config.__dict__.pop(name, None)
+    vars(model.config).pop("lte", None)
+    vars(model.config).pop("lte_measurement", None)
     return model.config
 
 
