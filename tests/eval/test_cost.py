@@ -162,6 +162,9 @@ def test_faults_are_told() -> None:
         measure_sparsity(tiny_dense_model(), calibration_batches())
     model = applied("cats")
     with SparsityCounter(model) as counter:
+        with pytest.raises(ValueError, match="model must run in hard mode before each update, got no reading"):
+            counter.update(torch.ones(2, 3, dtype=torch.bool))
+        model(calibration_batches()[0]["input_ids"])
         with pytest.raises(ValueError, match=r"mask must be \[B, T\] of the last forward pass"):
             counter.update(dict.fromkeys(counter.layers, torch.ones(2, 3, dtype=torch.bool)))
         with pytest.raises(ValueError, match="batches must hold at least one counted token, got none"):

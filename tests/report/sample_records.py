@@ -17,7 +17,7 @@ def measurement(**changes: Any) -> Measurement:
         "score_histogram": [[0.25] * 2 + [0.0] * 36 + [0.25] * 2, [0.0] * 39 + [1.0]],
         "near_threshold": [0.125, 0.0],
     }
-    return Measurement(**{**fields, **changes})
+    return Measurement.from_dict({**fields, **changes})
 
 
 def record(method: str = "lte", **changes: Any) -> dict[str, Any]:

@@ -105,7 +105,9 @@ class Method:
         """What the library can do with its models, a sentence each, for `lte inspect`."""
         name = self.config.name
         kernels = "`lte.accelerate_` and `lte bench` run it on the kernels" if self.sparse_ffns else ""
-        kernels = kernels or f"`lte.accelerate_` and `lte bench` have no kernels for {name}: {self.no_kernels}"
+        kernels = kernels or f"`lte.accelerate_` has no kernels for {name}: {self.no_kernels}"
+        if self.leaves_stock:
+            kernels += "; `lte bench` times it as the dense model that it is"
         page = "shows which experts a text switches on" if self.sparse_ffns else "shows routers of LTE alone"
         dense = "`lte.densify_` makes it dense again"
         if self.leaves_stock:
