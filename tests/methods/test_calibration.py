@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import lte
 from lte.methods import METHODS, config_of
 from tests.methods.methods import calibration_batches, made
-from tests.tiny_models import VOCAB, tiny_dense_model, tiny_sparse_model
+from tests.tiny_models import VOCAB, randomise_routers_, tiny_dense_model, tiny_sparse_model
 
 ROWS = torch.randint(3, VOCAB, (24, 40), generator=torch.Generator().manual_seed(5))
 TEXTS = [" ".join(f"w{int(token)}" for token in row) for row in ROWS]
@@ -101,6 +102,32 @@ def test_an_adapter_around_an_lte_model_is_calibrated_and_measured() -> None:
     assert measured.sparsity == pytest.approx(0.6, abs=5e-3)
     assert measured == lte.measure_sparsity(model.merge_and_unload(), batches())
     assert model.config.lte["target_sparsity"] == 0.6
+
+
+def test_an_accelerated_model_is_calibrated() -> None:
+    model = lte.sparsify_(tiny_dense_model(intermediate_size=128), lte.LteConfig(expert_size=16, grouping="random"))
+    randomise_routers_(model)
+    plain = copy.deepcopy(model)
+    lte.accelerate_(model)
+    for each in (model, plain):
+        lte.calibrate_(each, batches(), target_sparsity=0.7)
+    assert lte.is_accelerated(model)
+    assert lte.measure_sparsity(model, batches()).sparsity == pytest.approx(0.7, abs=5e-3)
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(biases(model), biases(plain), strict=True))
+
+
+def test_frozen_predictors_and_recording_stay_as_they_were() -> None:
+    model = made("deja_vu").requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "predictor" in name}
+    lte.calibrate_(model, batches())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert any(not torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    sparse = tiny_sparse_model().train()
+    sparse.model.layers[0].mlp.eval()
+    next(iter(lte.sparse_ffns(sparse).values())).record_logits = True
+    lte.calibrate_(sparse, batches())
+    assert [ffn.record_logits for ffn in lte.sparse_ffns(sparse).values()] == [True, False]
+    assert [layer.mlp.training for layer in sparse.model.layers] == [False, True]
 
 
 def test_max_tokens_are_spread_over_a_data_set_and_the_first_of_others() -> None:

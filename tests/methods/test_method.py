@@ -82,6 +82,12 @@ def test_a_folder_of_a_method_that_is_not_registered_is_refused(every_other: Met
     INSTALLERS["every_other"] = install
 
 
+def test_the_package_exports_the_config_of_every_method() -> None:
+    for method in METHODS.values():
+        assert getattr(lte, method.config.__name__) is method.config
+        assert method.config.__name__ in lte.__all__
+
+
 def test_names_are_taken_once() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Other(MethodConfig):

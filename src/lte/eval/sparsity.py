@@ -136,7 +136,8 @@ class _ModuleCounts:
 
     def _routing(self, reading: Reading, keep: Tensor) -> dict[str, Tensor]:
         assert reading.logits is not None
-        self.threshold = float(torch.sigmoid(torch.tensor(reading.threshold_logit, dtype=torch.float64)))
+        if self.threshold is None:
+            self.threshold = float(torch.sigmoid(torch.tensor(reading.threshold_logit, dtype=torch.float64)))
         logits, keep = reading.logits.flatten(0, -2), keep.unsqueeze(-1)
         scores = torch.sigmoid(logits)
         near = (scores - self.threshold).abs() < NEAR_THRESHOLD

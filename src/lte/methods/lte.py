@@ -24,6 +24,7 @@ from lte.hf.convert import group_experts_, unwrap_ffns_
 from lte.hf.families import Family
 from lte.hf.inputs import run_without_logits
 from lte.hf.install import install_sparse_ffns_, require_sparse_ffns
+from lte.methods.calibration import eval_mode
 from lte.methods.method import Batches, Method, register
 from lte.nn.sparse_ffn import SparseFfn
 
@@ -32,15 +33,13 @@ from lte.nn.sparse_ffn import SparseFfn
 def evaluating(model: nn.Module, mode: FfnMode) -> Iterator[None]:
     """Runs a block in eval mode, without gradients, with all FFNs in `mode`; restores both afterwards."""
     ffns = list(require_sparse_ffns(model).values())
-    modes, training = [ffn.mode for ffn in ffns], model.training
-    model.eval()
+    modes = [ffn.mode for ffn in ffns]
     for ffn in ffns:
         ffn.set_mode(mode)
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             yield
     finally:
-        model.train(training)
         for ffn, previous in zip(ffns, modes, strict=True):
             ffn.set_mode(previous)
 
@@ -91,6 +90,7 @@ def _quantile_shift(
     edges, bins = 64.0, 1 << 16
     # They stay where the logits are until all batches are through: a GPU is not waited for.
     histograms, below = ({name: torch.zeros((), dtype=torch.float64) for name in ffns} for _ in range(2))
+    recorded = [ffn.record_logits for ffn in ffns.values()]
     for ffn in ffns.values():
         ffn.record_logits = True
     try:
@@ -106,8 +106,8 @@ def _quantile_shift(
                     histograms[name] = counts.double() + histograms[name].to(counts.device)
                     below[name] = (logits <= 0).sum() + below[name].to(counts.device)
     finally:
-        for ffn in ffns.values():
-            ffn.record_logits, ffn.logits = False, None
+        for ffn, before in zip(ffns.values(), recorded, strict=True):
+            ffn.record_logits, ffn.logits = before, None
     totals = {name: histogram.sum() for name, histogram in histograms.items()}
     shares = torch.stack([(histogram / totals[name]).cpu() for name, histogram in histograms.items()]).mean(0)
     index = int(torch.searchsorted(shares.cumsum(0), torch.tensor(target, dtype=torch.float64)))

@@ -115,7 +115,15 @@ def fit_selectors_(
                 value.backward()
             optimizers[name].step()
 
-    for _ in range(epochs):
-        observe_(model, batches, see, ffns)
-    for ffn in ffns.values():
-        getattr(ffn, selector).zero_grad()
+    # Training may have left them frozen.
+    parameters = [parameter for ffn in ffns.values() for parameter in getattr(ffn, selector).parameters()]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for _ in range(epochs):
+            observe_(model, batches, see, ffns)
+    finally:
+        for parameter, flag in zip(parameters, trainable, strict=True):
+            parameter.grad = None
+            parameter.requires_grad_(flag)
