@@ -17,6 +17,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte
+from lte.methods import METHODS
 from lte.methods.cats import CatsConfig
 from tests.report.inspected import NASTY, PLAIN, save_sparse_model
 
@@ -108,7 +109,11 @@ def test_models_with_nothing_to_inspect(
     lte.sparsify_(model, CatsConfig(), calibration=[{"input_ids": ids}]).save_pretrained(tmp_path / "cats")
     result = run("inspect", tmp_path / "cats", *flags)
     assert result.exit_code == 1
-    assert "of the method cats, whose neurons no router switches" in result.stderr
+    assert "of the method cats, which has no routers of LTE and skips neurons whose gate" in result.stderr
+    told = " ".join(run("inspect", tmp_path / "cats").stdout.split())
+    for ability in METHODS["cats"].abilities():
+        assert ability in told
+    assert "`lte.accelerate_` has no kernels for cats: its products are computed densely and masked." in told
     assert not (tmp_path / "page.html").exists()
 
 

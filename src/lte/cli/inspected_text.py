@@ -96,8 +96,8 @@ def check_method(name_or_path: str, method: str) -> None:
         )
     if not METHODS[method].sparse_ffns:
         raise ValueError(
-            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, whose neurons "
-            "no router switches; `lte eval` measures what it costs"
+            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, which has no "
+            f"routers of LTE and skips {METHODS[method].about}; `lte eval` measures what it costs"
         )
 
 
