@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import lte
 from lte.eval.cost import measured_cost
 from lte.eval.flops import block_linears, bytes_per_token, flops_per_token
 from lte.eval.perplexity import evaluate_model
-from lte.eval.sparsity import SparsityCounter, measure_sparsity
+from lte.eval.sparsity import Measurement, SparsityCounter, measure_sparsity
 from tests.methods.methods import calibration_batches, made
 from tests.tiny_models import HIDDEN, LAYERS, NEURONS, randomise_routers_, tiny_dense_model
 
@@ -115,6 +116,16 @@ def test_dense_and_lte_models_cost_what_they_always_did() -> None:
     assert cost.bytes_per_token == pytest.approx(bytes_per_token(sparse, found.layer_sparsity), rel=1e-12)
     weights = 2 * (cost.flops_per_token / 2 - LAYERS * D * E) + 4 * LAYERS * D * E
     assert cost.bytes_per_token == pytest.approx(weights)
+
+
+def test_a_measurement_of_an_earlier_version_tells_no_cost() -> None:
+    model = applied("lte")
+    found = measure_sparsity(model, calibration_batches())
+    names = ("sparsity", "tokens", "active_fraction", "expert_use", "score_histogram", "near_threshold", "threshold")
+    earlier = Measurement.from_dict({name: value for name, value in found.to_dict().items() if name in names})
+    assert earlier == replace(found, weights_read=None, dense_weights=None, selector_weights=None)
+    with pytest.raises(ValueError, match="measurement must say what was read, got one of an earlier version"):
+        measured_cost(model, earlier)
 
 
 def test_zeros_that_no_method_made_save_nothing() -> None:

@@ -93,14 +93,16 @@ def test_every_method_that_sets_something_takes_a_new_target(method: str, tmp_pa
     assert lte.measure_sparsity(loaded, calibration_batches()) == found
 
 
-def test_an_adapter_around_an_lte_model_is_calibrated_and_measured() -> None:
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+@pytest.mark.parametrize("target", ["q_proj", "down_proj"])
+def test_an_adapter_around_an_lte_model_is_calibrated_and_measured(target: str) -> None:
+    lora = peft.LoraConfig(target_modules=[target], r=2, init_lora_weights=False)
     model = peft.get_peft_model(tiny_sparse_model(), lora)
     lte.calibrate_(model, batches(), target_sparsity=0.6)
     measured = lte.measure_sparsity(model, batches())
     assert measured.sparsity == pytest.approx(0.6, abs=5e-3)
-    assert measured == lte.measure_sparsity(model.merge_and_unload(), batches())
+    merged = lte.measure_sparsity(model.merge_and_unload(), batches())
+    assert measured.sparsity == pytest.approx(merged.sparsity, abs=1e-3)
+    assert measured.weights_read == pytest.approx(merged.weights_read, rel=1e-2)
     assert model.config.lte["target_sparsity"] == 0.6
 
 
