@@ -1,18 +1,19 @@
-"""Configuration of an LTE model: what `sparsify_` builds and what the saved folder remembers."""
+"""Configurations of methods: what `sparsify_` builds, and what the saved folder remembers of it."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 Grouping = Literal["kmeans", "coactivation", "contribution", "random", "contiguous"]
 CALIBRATED_GROUPINGS = ("coactivation", "contribution")
 FfnMode = Literal["dense", "soft", "straight_through", "hard"]
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
+"""Of the settings in `config.lte`. Version 1 kept LTE's there without a name, and others' in `config.lte_method`."""
 
 IGNORED = -100
 """The label of a token that no loss counts, as in PyTorch and transformers."""
@@ -42,7 +43,60 @@ def check_fraction(name: str, value: float, *, upper_closed: bool = False) -> No
 
 
 @dataclass(frozen=True, kw_only=True)
-class LteConfig:
+class MethodConfig:
+    """Settings of a method; a subclass adds its own and sets `name`.
+
+    Attributes:
+        target_sparsity: share that shall be skipped, in [0, 1): of FFN neurons where the method does not say otherwise.
+    """
+
+    name: ClassVar[str]
+    target_sparsity: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_fraction("target_sparsity", self.target_sparsity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready, with the method's name and the format's version: what `config.lte` holds."""
+        return {"name": self.name, "version": CONFIG_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` wrote, now or in an earlier version.
+
+        Raises:
+            ValueError: if another method or a newer lte wrote it, or a field is unknown.
+        """
+        values = current_settings(data)
+        name, _ = values.pop("name", None), values.pop("version")
+        if name != cls.name:
+            raise ValueError(f"name must be {cls.name}, got name={name!r}; read it with the config of that method")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"a config of {cls.name} must hold known fields only, got {', '.join(unknown)}")
+        return cls(**values)
+
+
+def current_settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method as this version writes them, from what any version up to it wrote.
+
+    Raises:
+        ValueError: if a newer lte wrote them.
+    """
+    version = data.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"lte config version must be a whole number from 1, got version={version!r}")
+    if version > CONFIG_VERSION:
+        raise ValueError(
+            f"this model was saved by a newer lte: its config has version={version}, this lte reads up "
+            f"to {CONFIG_VERSION}. Upgrade with `pip install --upgrade lte`."
+        )
+    named = {"name": LteConfig.name, **data} if version == 1 else dict(data)
+    return {**named, "version": CONFIG_VERSION}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LteConfig(MethodConfig):
     """What an LTE model is made of (the paper's section 3).
 
     Attributes:
@@ -58,7 +112,7 @@ class LteConfig:
         seed: seed of the grouping and of the router's initialisation.
     """
 
-    target_sparsity: float = 0.5
+    name = "lte"
     expert_size: int = 32
     grouping: Grouping = "kmeans"
     router_rank: int | None = None
@@ -66,7 +120,7 @@ class LteConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fraction("target_sparsity", self.target_sparsity)
+        super().__post_init__()
         check_choice("grouping", self.grouping, get_args(Grouping))
         if self.expert_size < 1:
             raise ValueError(f"expert_size must be at least 1, got expert_size={self.expert_size}")
@@ -74,28 +128,3 @@ class LteConfig:
             raise ValueError(f"router_rank must be at least 1 or None, got router_rank={self.router_rank}")
         if not 0 < self.threshold <= 0.9:
             raise ValueError(f"threshold must lie in (0, 0.9], got threshold={self.threshold}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready dict that carries the format's version."""
-        return {"version": CONFIG_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LteConfig:
-        """Reads what `to_dict` wrote.
-
-        Raises:
-            ValueError: if a newer lte wrote it, or a field is unknown.
-        """
-        data = dict(data)
-        version = data.pop("version", None)
-        if not isinstance(version, int) or version < 1:
-            raise ValueError(f"lte config version must be a whole number from 1, got version={version!r}")
-        if version > CONFIG_VERSION:
-            raise ValueError(
-                f"this model was saved by a newer lte: its config has version={version}, this lte reads up "
-                f"to {CONFIG_VERSION}. Upgrade with `pip install --upgrade lte`."
-            )
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"lte config must hold known fields only, got {', '.join(unknown)}")
-        return cls(**data)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lte.bench.bytes import ffn_bytes, other_bytes
 from lte.bench.dense import Projections
 from lte.bench.models import model_pair, timed_layers
+from tests.methods.methods import made
 from tests.tiny_models import HIDDEN, NEURONS, logits_of, num_ffns, num_inputs, row_of, tiny_dense_model
 
 Measure = Callable[[Tensor, Tensor], float]
@@ -36,6 +37,11 @@ def test_both_models_compute_the_same(model_type: str, tokens: Tensor, relative_
         activation = getattr(pair.dense_ffns[0], layout.activation)
         expected = nn.functional.linear(activation(hidden), projections.down, projections.down_bias)
         assert relative_rms(pair.dense_ffns[0](x.unsqueeze(0))[0], expected) <= 1e-5
+
+
+def test_a_method_without_kernels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dense or an LTE model for `lte bench`.*method teal.*: its products are"):
+        model_pair(made("teal"))
 
 
 def test_a_step_of_a_causal_model_reads_its_cache(causal_type: str) -> None:

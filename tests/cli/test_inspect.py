@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lte.methods import apply_method_
+import lte
+from lte.methods import METHODS
 from lte.methods.cats import CatsConfig
 from tests.report.inspected import NASTY, PLAIN, save_sparse_model
 
@@ -105,10 +106,14 @@ def test_models_with_nothing_to_inspect(
     assert "a dense one: every token uses all its neurons, so there is nothing to inspect" in result.stderr
     model = AutoModelForCausalLM.from_pretrained(dense_folder)
     ids = AutoTokenizer.from_pretrained(dense_folder)(PLAIN, return_tensors="pt")["input_ids"]
-    apply_method_(model, CatsConfig(), [{"input_ids": ids}]).save_pretrained(tmp_path / "cats")
+    lte.sparsify_(model, CatsConfig(), calibration=[{"input_ids": ids}]).save_pretrained(tmp_path / "cats")
     result = run("inspect", tmp_path / "cats", *flags)
     assert result.exit_code == 1
-    assert "of the method cats, whose neurons no router switches" in result.stderr
+    assert "of the method cats, which has no routers of LTE and skips neurons whose gate" in result.stderr
+    told = " ".join(run("inspect", tmp_path / "cats").stdout.split())
+    for ability in METHODS["cats"].abilities():
+        assert ability in told
+    assert "`lte.accelerate_` has no kernels for cats: its products are computed densely and masked." in told
     assert not (tmp_path / "page.html").exists()
 
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lte
 from lte.eval.flops import GFLOP, count_linear_weights
 from lte.hf.dense import load_dense_model
-from lte.methods import apply_method_
 from lte.methods.cats import CatsConfig
 from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.wanda import WandaConfig
@@ -57,7 +56,7 @@ class TestMethods:
     def save(self, config: Any, dense_folder: Path, folder: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(dense_folder)
         AutoTokenizer.from_pretrained(dense_folder).save_pretrained(folder)
-        apply_method_(model, config, [{"input_ids": torch.arange(60).view(2, 30)}]).save_pretrained(folder)
+        lte.sparsify_(model, config, calibration=[{"input_ids": torch.arange(60).view(2, 30)}]).save_pretrained(folder)
         return folder
 
     @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import lte
 from lte.data.rows import routing_masks
 from lte.eval.sparsity import (
     HISTOGRAM_BINS,
+    Measurement,
     SparsityCounter,
-    SparsityMeasurement,
     measure_sparsity,
 )
 from lte.hf.inputs import model_inputs
@@ -161,7 +161,7 @@ def test_bfloat16_and_one_token_and_a_generator_of_batches() -> None:
 
 def test_the_measurement_survives_json() -> None:
     measured = measure_sparsity(tiny_sparse_model(), batches_of(5))
-    assert SparsityMeasurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
+    assert Measurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
 
 
 @pytest.mark.parametrize("change", [{"surprise": 1}, {"tokens": None}])
@@ -169,7 +169,7 @@ def test_a_dict_with_other_fields_is_refused(change: dict[str, Any]) -> None:
     data = {**measure_sparsity(tiny_sparse_model(), batches_of(5)).to_dict(), **change}
     data = {key: value for key, value in data.items() if value is not None}
     with pytest.raises(ValueError, match="a sparsity measurement must hold the fields"):
-        SparsityMeasurement.from_dict(data)
+        Measurement.from_dict(data)
 
 
 def test_a_dense_model_is_refused() -> None:
@@ -183,9 +183,9 @@ def test_nothing_to_count_is_refused(batches: Any) -> None:
         measure_sparsity(tiny_sparse_model(), batches)
 
 
-def test_rows_that_are_not_stacked_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"input_ids must be in every batch as \[B, T\], got \(3,\)"):
-        measure_sparsity(tiny_sparse_model(), [{"input_ids": torch.ones(3).long()}])
+def test_batches_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"input_ids must be in every batch as \[B, T\], got \(1, 1, 3\)"):
+        measure_sparsity(tiny_sparse_model(), [{"input_ids": torch.ones(1, 1, 3).long()}])
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:

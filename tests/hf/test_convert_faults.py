@@ -164,12 +164,12 @@ def test_models_that_share_a_config_object_stay_apart(model_type: str, tokens: T
 
 def test_densify_needs_an_lte_model(model_type: str) -> None:
     model = tiny_dense_model(model_type)
-    with refused_unchanged(model, f"model must be an LTE model, got {type(model).__name__}"):
+    with refused_unchanged(model, f"model must be an LTE model or one of another method, got {type(model).__name__}"):
         lte.densify_(model)
 
 
 def test_coactivation_needs_calibration() -> None:
-    with refused_unchanged(model := tiny_dense_model(), "must get calibration batches, got calibration=None"):
+    with refused_unchanged(model := tiny_dense_model(), "lte must get calibration batches, got none; pass calibration"):
         lte.sparsify_(model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="coactivation"))
 
 

@@ -110,7 +110,7 @@ def test_unknown_field(folder: Path) -> None:
 
 def test_config_without_lte(folder: Path) -> None:
     edit_config(folder, lambda config: config.pop("lte"))
-    with pytest.raises(ValueError, match=r"config\.lte must hold an LteConfig dict, got None"):
+    with pytest.raises(ValueError, match=r"config\.lte must hold the settings of a method, got None"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lte
 from lte.methods import METHODS, MethodConfig
-from tests.tiny_models import EXPERT_SIZE, VOCAB
+from tests.tiny_models import EXPERT_SIZE, VOCAB, randomise_routers_, tiny_dense_model
 
 # A method whose settings change what it computes is tested in each way. A new method is tested with its defaults.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,6 +28,13 @@ def config_for(method: str, **settings: Any) -> MethodConfig:
     known = {field.name for field in fields(config_class)}
     tiny = {"expert_size": EXPERT_SIZE, "grouping": "random"}
     return config_class(**{**{key: value for key, value in tiny.items() if key in known}, **own, **settings})
+
+
+def made(method: str, model_type: str = "llama", **settings: Any) -> Any:
+    """A tiny model of a method, or a variant; routers of LTE, which start with all experts active, are random."""
+    config = config_for(method, **settings)
+    model = lte.sparsify_(tiny_dense_model(model_type), config, calibration=calibration_batches())
+    return randomise_routers_(model) if config.target_sparsity else model
 
 
 def calibration_batches(rows: int = 4, length: int = 9) -> list[dict[str, Tensor]]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import lte
+from lte.eval.cost import measured_cost, method_name
 from lte.eval.flops import flops_per_token
-from lte.eval.methods import measure_method, measured_cost, method_name
-from lte.methods import METHODS, apply_method_, config_of
-from tests.methods.methods import EVERY_METHOD, calibration_batches, config_for
+from lte.eval.sparsity import measure_sparsity
+from lte.methods import METHODS, config_of
+from tests.methods.methods import EVERY_METHOD, calibration_batches, config_for, made
 from tests.tiny_models import PAD, auto_class, logits_of, row_of, tiny_dense_model
 
 # One family of each kind: gated, fused, transposed, spread in two ways, two-sided.
@@ -24,8 +26,7 @@ RELU = ("opt", "t5")
 
 
 def applied(method: str, model_type: str = "llama", target: float = 0.75, **settings: Any) -> Any:
-    config = config_for(method, target_sparsity=target, **settings)
-    return apply_method_(tiny_dense_model(model_type), config, calibration_batches())
+    return made(method, model_type, target_sparsity=target, **settings)
 
 
 @pytest.fixture(params=EVERY_METHOD)
@@ -59,7 +60,7 @@ def test_a_target_of_0_leaves_the_dense_model(method: str, kind: str, tokens: Te
     model = applied(method, kind, target=0.0)
     assert relative_rms(logits_of(model, tokens), logits_of(dense, tokens)) <= 1e-4
     if METHODS[config_for(method).name].install is not None:
-        cost = measured_cost(model, measure_method(model, calibration_batches()))
+        cost = measured_cost(model, measure_sparsity(model, calibration_batches()))
         # What ReLU makes 0 needs no reading whatever the target is.
         assert cost.sparsity == pytest.approx(0, abs=1e-6) or kind in RELU
         assert cost.flops_per_token >= flops_per_token(dense) or kind in RELU
@@ -81,10 +82,10 @@ def test_padding_is_in_no_fit_and_no_count(method: str, kind: str, tokens: Tenso
         labels = torch.cat([batch["labels"], torch.full((4, 3), -100)], 1)
         padded.append({"input_ids": ids, "labels": labels, "attention_mask": (ids != PAD).long()})
     config = config_for(method)
-    one, other = (apply_method_(tiny_dense_model(kind), config, batches) for batches in (plain, padded))
+    one, other = (lte.sparsify_(tiny_dense_model(kind), config, calibration=batches) for batches in (plain, padded))
     assert relative_rms(logits_of(other, tokens), logits_of(one, tokens)) <= 1e-4
     if METHODS[config.name].install is not None:
-        first, second = measure_method(one, plain), measure_method(one, padded)
+        first, second = measure_sparsity(one, plain), measure_sparsity(one, padded)
         assert first.tokens == second.tokens
         assert second.weights_read == pytest.approx(first.weights_read, rel=1e-3)
 
@@ -110,7 +111,7 @@ def test_modes_and_gradients_are_left_as_they_were(method: str) -> None:
     model.model.layers[0].self_attn.eval()
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     expected = {name: module.training for name, module in model.named_modules()}
-    apply_method_(model, config_for(method), calibration_batches())
+    lte.sparsify_(model, config_for(method), calibration=calibration_batches())
     found = {name: module.training for name, module in model.named_modules()}
     assert {name: found[name] for name in expected} == expected
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import lte
 from lte.hf.activations import activation_name
 from lte.hf.families import dense_ffns
 from lte.hf.install import wrapped_ffns
-from lte.methods import apply_method_
 from lte.methods.calibration import observe_
 from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.moefication import MoeficationConfig, relu_fy_
@@ -48,19 +48,21 @@ def kept_neurons(ffn: Any, x: Tensor, activated: Tensor, hidden: Tensor) -> Tens
 @pytest.mark.parametrize(("model_type", "least"), [("llama", 0.6), ("opt", 0.65)])
 def test_deja_vu_predicts_the_neurons_that_matter(model_type: str, least: float) -> None:
     config = DejaVuConfig(rank=16, fit_epochs=20, fit_learning_rate=1e-2)
-    model = apply_method_(tiny_dense_model(model_type), config, text(1))
+    model = lte.sparsify_(tiny_dense_model(model_type), config, calibration=text(1))
     assert recall(model, kept_neurons, lambda ffn, x, activated, hidden: ffn.labels(hidden)) > least
     unfitted = DejaVuConfig(rank=16, fit_epochs=1, fit_learning_rate=1e-9)
-    chance = apply_method_(tiny_dense_model(model_type), unfitted, text(1))
+    chance = lte.sparsify_(tiny_dense_model(model_type), unfitted, calibration=text(1))
     assert recall(chance, kept_neurons, lambda ffn, x, activated, hidden: ffn.labels(hidden)) < 0.58
 
 
 def test_deja_vu_labels_are_the_positive_neurons_of_relu_and_the_largest_of_others() -> None:
     hidden = torch.randn(6, NEURONS)
-    relu = first_ffn(apply_method_(tiny_dense_model("opt"), DejaVuConfig(fit_epochs=1), calibration_batches()))
+    relu = first_ffn(
+        lte.sparsify_(tiny_dense_model("opt"), DejaVuConfig(fit_epochs=1), calibration=calibration_batches())
+    )
     assert torch.equal(relu.labels(hidden.relu()), (hidden > 0).float())
     config = DejaVuConfig(fit_epochs=1, target_sparsity=0.75)
-    silu = first_ffn(apply_method_(tiny_dense_model(), config, calibration_batches()))
+    silu = first_ffn(lte.sparsify_(tiny_dense_model(), config, calibration=calibration_batches()))
     assert silu.labels(hidden).sum(-1).tolist() == [NEURONS // 4] * 6
     assert silu.labels(hidden)[0, hidden[0].abs().argmax()] == 1
 
@@ -73,7 +75,7 @@ def test_the_rank_is_the_papers_scaled(hidden_size: int, rank: int) -> None:
 
 def test_fitting_changes_the_selector_alone() -> None:
     dense = tiny_dense_model()
-    model = apply_method_(copy.deepcopy(dense), DejaVuConfig(fit_epochs=2), calibration_batches())
+    model = lte.sparsify_(copy.deepcopy(dense), DejaVuConfig(fit_epochs=2), calibration=calibration_batches())
     own = model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in dense.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -90,9 +92,9 @@ def kept_experts(ffn: Any, x: Tensor, activated: Tensor, hidden: Tensor) -> Tens
 
 def test_moefication_routers_find_the_experts_of_the_largest_scores() -> None:
     config: Any = config_for("moefication", grouping="kmeans", fit_epochs=30)
-    model = apply_method_(tiny_dense_model("opt"), config, text(1))
-    truth = apply_method_(tiny_dense_model("opt"), config_for("moefication ground truth", grouping="kmeans"))
-    chance = apply_method_(tiny_dense_model("opt"), config_for("random_router", grouping="kmeans"))
+    model = lte.sparsify_(tiny_dense_model("opt"), config, calibration=text(1))
+    truth = lte.sparsify_(tiny_dense_model("opt"), config_for("moefication ground truth", grouping="kmeans"))
+    chance = lte.sparsify_(tiny_dense_model("opt"), config_for("random_router", grouping="kmeans"))
     best, routed = (recall(one, kept_experts, expert_scores) for one in (truth, model))
     by_chance = recall(
         chance, kept_experts, lambda ffn, x, activated, hidden: ffn.by_expert(activated.clamp_min(0)).sum(-1)
@@ -105,7 +107,7 @@ def test_moefication_routers_find_the_experts_of_the_largest_scores() -> None:
 def test_ground_truth_keeps_the_experts_of_the_largest_sums_of_positive_activations() -> None:
     dense = relu_fy_(tiny_dense_model())
     config = config_for("moefication ground truth", grouping="contiguous", target_sparsity=0.75)
-    model: Any = apply_method_(copy.deepcopy(dense), config)
+    model: Any = lte.sparsify_(copy.deepcopy(dense), config)
     mlp: Any = dense.model.layers[0].mlp  # type: ignore[union-attr, operator]
     x = torch.randn(6, HIDDEN)
     gate = mlp.gate_proj(x).relu()
@@ -117,7 +119,7 @@ def test_ground_truth_keeps_the_experts_of_the_largest_sums_of_positive_activati
 
 def test_the_router_starts_from_the_experts_mean_normalised_weights() -> None:
     config: Any = config_for("moefication", grouping="contiguous", fit_epochs=1, fit_learning_rate=1e-9)
-    ffn = first_ffn(apply_method_(tiny_dense_model(), config, calibration_batches()))
+    ffn = first_ffn(lte.sparsify_(tiny_dense_model(), config, calibration=calibration_batches()))
     rows = torch.nn.functional.normalize(ffn.part("gate_proj").weight, dim=1)
     torch.testing.assert_close(ffn.router.down, rows.unflatten(0, (8, 8)).mean(1), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ffn.router.weight, torch.eye(8), atol=1e-6, rtol=1e-5)
@@ -139,7 +141,7 @@ def test_relu_makes_real_zeros(tokens: Tensor) -> None:
     changed = relu_fy_(copy.deepcopy(dense))
     assert not torch.equal(logits_of(changed, tokens), logits_of(dense, tokens))
     shares: list[float] = []
-    model = apply_method_(changed, config_for("kla"))
+    model = lte.sparsify_(changed, config_for("kla"))
     observe_(model, text(3), lambda name, ffn, values: shares.append((values[2] == 0).float().mean().item()))
     assert min(shares) > 0.3
     assert changed.config.hidden_act == "relu"  # type: ignore[union-attr]
@@ -165,4 +167,4 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
     with torch.no_grad():
         dense.model.layers[0].mlp.gate_proj.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"the loss of model.layers.1.mlp.predictor must be finite, got nan"):
-        apply_method_(dense, DejaVuConfig(), calibration_batches())
+        lte.sparsify_(dense, DejaVuConfig(), calibration=calibration_batches())

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import lte
 from lte.hf.install import wrapped_ffns
-from lte.methods import apply_method_
 from lte.methods.noisy_topk import NoisyTopkConfig, squared_variation, topk_softmax
 from lte.methods.sigma_moe import SigmaMoeConfig
 from lte.train.config import TrainConfig
@@ -27,7 +26,7 @@ ALL = torch.ones(2, 5, dtype=torch.bool)
 
 
 def model_of(method: str, **settings: Any) -> Any:
-    return apply_method_(tiny_dense_model(), config_for(method, **settings), calibration_batches())
+    return lte.sparsify_(tiny_dense_model(), config_for(method, **settings), calibration=calibration_batches())
 
 
 def first_ffn(model: Any) -> Any:
@@ -68,8 +67,10 @@ def test_whole_experts_are_kept_as_many_as_the_target_says(method: str) -> None:
 def test_groupings_on_text_need_text(grouping: Any, tokens: Tensor) -> None:
     config = config_for("sigma_moe", grouping=grouping)
     with pytest.raises(ValueError, match="sigma_moe must get calibration batches, got none; pass calibration"):
-        apply_method_(tiny_dense_model(), config)
-    assert logits_of(apply_method_(tiny_dense_model(), config, calibration_batches()), tokens).isfinite().all()
+        lte.sparsify_(tiny_dense_model(), config)
+    assert (
+        logits_of(lte.sparsify_(tiny_dense_model(), config, calibration=calibration_batches()), tokens).isfinite().all()
+    )
 
 
 def test_random_routers_follow_their_seed() -> None:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte.eval.methods import measure_method
-from lte.methods import apply_method_, refit_
+import lte
+from lte.eval.sparsity import measure_sparsity
 from lte.methods.calibration import MagnitudeHistogram
 from lte.methods.cats import CatsConfig
 from lte.methods.kla import KlaConfig
-from lte.methods.metering import metered_modules
 from lte.methods.neuron_ffn import keep_largest, kept_count
 from lte.methods.teal import TealConfig
 from lte.methods.wina import WinaConfig
+from lte.nn.metering import metered_modules
 from tests.methods.methods import calibration_batches, config_for
 from tests.tiny_models import NEURONS, VOCAB, logits_of, tiny_dense_model
 
@@ -41,7 +41,7 @@ def errors(model: Any, dense: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def test_kla_keeps_the_largest_activations_of_each_token() -> None:
     dense = tiny_dense_model()
-    model = apply_method_(copy.deepcopy(dense), KlaConfig(target_sparsity=0.75))
+    model = lte.sparsify_(copy.deepcopy(dense), KlaConfig(target_sparsity=0.75))
     x = torch.randn(3, 5, 32)
     _, hidden = parts_of(dense.model.layers[0].mlp, x)
     bar = hidden.abs().sort(dim=-1, descending=True).values[..., NEURONS // 4 - 1 : NEURONS // 4]
@@ -53,7 +53,7 @@ def test_kla_keeps_the_largest_activations_of_each_token() -> None:
 def test_kla_of_experts_keeps_those_of_the_largest_output_norm() -> None:
     dense = tiny_dense_model()
     config = config_for("kla", granularity="expert", grouping="contiguous", target_sparsity=0.75)
-    model: Any = apply_method_(copy.deepcopy(dense), config)
+    model: Any = lte.sparsify_(copy.deepcopy(dense), config)
     x, mlp = torch.randn(6, 32), dense.model.layers[0].mlp
     _, hidden = parts_of(mlp, x)
     outputs = torch.einsum("nes,des->ned", hidden.unflatten(1, (8, 8)), mlp.down_proj.weight.unflatten(1, (8, 8)))
@@ -65,7 +65,7 @@ def test_kla_of_experts_keeps_those_of_the_largest_output_norm() -> None:
 def test_the_oracle_of_neurons_beats_that_of_experts_and_both_beat_chance() -> None:
     dense, ids = tiny_dense_model(), many_tokens()
     neurons, experts, chance = (
-        errors(apply_method_(tiny_dense_model(), config_for(name)), dense, ids)
+        errors(lte.sparsify_(tiny_dense_model(), config_for(name)), dense, ids)
         for name in ("kla", "kla experts", "random_router")
     )
     assert neurons < experts < chance
@@ -74,7 +74,7 @@ def test_the_oracle_of_neurons_beats_that_of_experts_and_both_beat_chance() -> N
 @torch.no_grad()
 def test_cats_thresholds_the_gate_at_its_quantile() -> None:
     dense = tiny_dense_model()
-    model: Any = apply_method_(copy.deepcopy(dense), CatsConfig(target_sparsity=0.5), calibration_batches())
+    model: Any = lte.sparsify_(copy.deepcopy(dense), CatsConfig(target_sparsity=0.5), calibration=calibration_batches())
     seen: list[Tensor] = []
     mlp = dense.model.layers[1].mlp
     mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -89,17 +89,19 @@ def test_cats_thresholds_the_gate_at_its_quantile() -> None:
 
 
 def test_cats_keeps_its_sparsity_on_other_text_and_varies_between_tokens() -> None:
-    model = apply_method_(tiny_dense_model(), CatsConfig(target_sparsity=0.7), [{"input_ids": many_tokens(3)}])
-    found = measure_method(model, [{"input_ids": many_tokens(4)}])
+    model = lte.sparsify_(
+        tiny_dense_model(), CatsConfig(target_sparsity=0.7), calibration=[{"input_ids": many_tokens(3)}]
+    )
+    found = measure_sparsity(model, [{"input_ids": many_tokens(4)}])
     assert found.sparsity == pytest.approx(0.7, abs=0.02)
-    single = [measure_method(model, [{"input_ids": many_tokens(4)[:1, :1] + i}]).sparsity for i in range(4)]
+    single = [measure_sparsity(model, [{"input_ids": many_tokens(4)[:1, :1] + i}]).sparsity for i in range(4)]
     assert len(set(single)) > 1
 
 
 @torch.no_grad()
 def test_teal_drops_small_inputs_of_each_projection_by_itself() -> None:
     dense = tiny_dense_model()
-    model: Any = apply_method_(copy.deepcopy(dense), TealConfig(target_sparsity=0.5), calibration_batches())
+    model: Any = lte.sparsify_(copy.deepcopy(dense), TealConfig(target_sparsity=0.5), calibration=calibration_batches())
     mlp, sparse, x = dense.model.layers[0].mlp, model.model.layers[0].mlp, torch.randn(4, 32)
     kept = x * (x.abs() > sparse.up_proj.threshold)
     assert sparse.up_proj.threshold == sparse.gate_proj.threshold != sparse.down_proj.threshold
@@ -119,14 +121,14 @@ def test_greedy_teal_is_no_worse_than_uniform_on_its_own_text() -> None:
     results = {}
     for allocation in ("uniform", "greedy"):
         config = TealConfig(target_sparsity=0.6, allocation=allocation)  # type: ignore[arg-type]
-        model = apply_method_(copy.deepcopy(dense), config, [{"input_ids": ids}])
+        model = lte.sparsify_(copy.deepcopy(dense), config, calibration=[{"input_ids": ids}])
         results[allocation] = errors(model, dense, ids)
     assert results["greedy"] < results["uniform"]
 
 
 def test_greedy_teal_gives_the_projections_shares_of_their_own() -> None:
     config = TealConfig(target_sparsity=0.5, allocation="greedy", greedy_step=0.1)
-    model = apply_method_(tiny_dense_model(), config, [{"input_ids": many_tokens()}])
+    model = lte.sparsify_(tiny_dense_model(), config, calibration=[{"input_ids": many_tokens()}])
     ups, gates = (
         [module.threshold.item() for name, module in metered_modules(model).items() if name.endswith(part)]  # type: ignore[union-attr, operator]
         for part in ("up_proj", "gate_proj")
@@ -140,7 +142,7 @@ def test_wina_weighs_inputs_by_the_norms_of_their_columns() -> None:
     with torch.no_grad():
         dense.model.layers[0].mlp.up_proj.weight[:, :16] = 0
         dense.model.layers[0].mlp.gate_proj.weight[:, 16:] = 0
-    model: Any = apply_method_(copy.deepcopy(dense), WinaConfig(target_sparsity=0.5))
+    model: Any = lte.sparsify_(copy.deepcopy(dense), WinaConfig(target_sparsity=0.5))
     mlp, x = model.model.layers[0].mlp, torch.randn(5, 32)
     plain = dense.model.layers[0].mlp
     # Half of the columns are 0: skipping them changes nothing, and the two projections skip different halves.
@@ -157,7 +159,7 @@ def test_wina_is_nearer_to_the_dense_model_than_magnitudes_alone() -> None:
     with torch.no_grad():
         for layer in dense.model.layers:
             layer.mlp.down_proj.weight *= torch.rand(NEURONS) ** 2
-    wina = apply_method_(copy.deepcopy(dense), WinaConfig(target_sparsity=0.5))
+    wina = lte.sparsify_(copy.deepcopy(dense), WinaConfig(target_sparsity=0.5))
     by_magnitude = copy.deepcopy(wina)
     for module in metered_modules(by_magnitude).values():
         module.input_norms.fill_(1)  # type: ignore[union-attr, operator]
@@ -183,14 +185,14 @@ def test_activations_that_are_not_finite_are_told() -> None:
     with torch.no_grad():
         dense.model.layers[0].mlp.gate_proj.weight[0] = float("nan")
     with pytest.raises(ValueError, match="activations must be finite, got NaN or infinity; the weights are damaged"):
-        apply_method_(dense, CatsConfig(), calibration_batches())
+        lte.sparsify_(dense, CatsConfig(), calibration=calibration_batches())
 
 
 def test_teal_fits_anew_from_the_dense_function() -> None:
     config = TealConfig(allocation="greedy", greedy_step=0.1)
-    model = apply_method_(tiny_dense_model(), config, calibration_batches())
+    model = lte.sparsify_(tiny_dense_model(), config, calibration=calibration_batches())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    refit_(model, calibration_batches())
+    lte.calibrate_(model, calibration_batches())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -202,7 +204,7 @@ def test_a_fixed_count_is_kept_whatever_the_ties() -> None:
 def test_projections_of_both_sides_are_refused() -> None:
     for config in (TealConfig(linears="block"), WinaConfig(linears="block")):
         with pytest.raises(ValueError, match="linears must be 'ffn' for t5, whose decoder reads tokens of both sides"):
-            apply_method_(tiny_dense_model("t5"), config, calibration_batches())
+            lte.sparsify_(tiny_dense_model("t5"), config, calibration=calibration_batches())
 
 
 @pytest.mark.parametrize(

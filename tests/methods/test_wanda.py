@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lte.methods import apply_method_
+import lte
 from lte.methods.wanda import WandaConfig, pruned_weights
 from tests.methods.methods import calibration_batches
 from tests.tiny_models import PAD, tiny_dense_model
@@ -48,7 +48,7 @@ def zeros(model: Any, suffix: str) -> float:
 
 @pytest.mark.parametrize(("linears", "attention"), [("ffn", 0.0), ("block", 0.5)])
 def test_attention_is_pruned_if_asked(linears: Any, attention: float) -> None:
-    model = apply_method_(tiny_dense_model(), WandaConfig(linears=linears), calibration_batches())
+    model = lte.sparsify_(tiny_dense_model(), WandaConfig(linears=linears), calibration=calibration_batches())
     assert zeros(model, "mlp.down_proj.weight") == zeros(model, "mlp.up_proj.weight") == 0.5
     assert zeros(model, "q_proj.weight") == zeros(model, "o_proj.weight") == attention
     assert model.lm_head.weight.all()  # type: ignore[union-attr, operator]
@@ -60,7 +60,7 @@ def test_inputs_decide_and_padding_does_not() -> None:
         # Neuron 3 is never active: of all columns of down, its weights must go.
         dense.model.layers[0].mlp.gate_proj.weight[3] = 0
         dense.model.layers[0].mlp.down_proj.weight[:, 3] = 100
-    model: Any = apply_method_(copy.deepcopy(dense), WandaConfig(), batches)
+    model: Any = lte.sparsify_(copy.deepcopy(dense), WandaConfig(), calibration=batches)
     assert (model.model.layers[0].mlp.down_proj.weight[:, 3] == 0).all()
     padded = [
         {
@@ -69,7 +69,7 @@ def test_inputs_decide_and_padding_does_not() -> None:
         }
         for batch in batches
     ]
-    other = apply_method_(copy.deepcopy(dense), WandaConfig(), padded)
+    other = lte.sparsify_(copy.deepcopy(dense), WandaConfig(), calibration=padded)
     same = [a.equal(b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)]
     assert all(same)
 
@@ -90,19 +90,19 @@ def test_a_block_sees_what_the_pruned_ones_before_it_give() -> None:
     first_pruned = copy.deepcopy(dense)
     for sequential in (True, False):
         config = WandaConfig(sequential=sequential)
-        model: Any = apply_method_(copy.deepcopy(dense), config, calibration_batches())
+        model: Any = lte.sparsify_(copy.deepcopy(dense), config, calibration=calibration_batches())
         first_pruned.model.layers[0] = model.model.layers[0]
         norms = input_norms(first_pruned if sequential else dense, name)
         assert torch.equal(model.get_submodule(name).weight == 0, pruned_weights(weight, norms, config))
 
 
 def test_it_stays_a_stock_model(tmp_path: Any) -> None:
-    model: Any = apply_method_(tiny_dense_model(), WandaConfig(pattern="2:4"), calibration_batches())
+    model: Any = lte.sparsify_(tiny_dense_model(), WandaConfig(pattern="2:4"), calibration=calibration_batches())
     assert type(model).__name__ == "LlamaForCausalLM"
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert loaded.config.lte_method["pattern"] == "2:4"
+    assert loaded.config.lte["pattern"] == "2:4"
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_a_pattern_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="pattern must divide 30 inputs, got pattern='4:8'"):
         pruned_weights(torch.randn(2, 30), torch.ones(30), WandaConfig(pattern="4:8"))
     with pytest.raises(ValueError, match="linears must be 'ffn' for t5"):
-        apply_method_(tiny_dense_model("t5"), WandaConfig(linears="block"), calibration_batches())
+        lte.sparsify_(tiny_dense_model("t5"), WandaConfig(linears="block"), calibration=calibration_batches())

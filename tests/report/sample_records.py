@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 
 
-def measurement(**changes: Any) -> SparsityMeasurement:
+def measurement(**changes: Any) -> Measurement:
     """Two layers of four experts: the first with a dead and an always-on one, the second always on."""
     fields: dict[str, Any] = {
         "sparsity": 0.25,
@@ -17,7 +17,7 @@ def measurement(**changes: Any) -> SparsityMeasurement:
         "score_histogram": [[0.25] * 2 + [0.0] * 36 + [0.25] * 2, [0.0] * 39 + [1.0]],
         "near_threshold": [0.125, 0.0],
     }
-    return SparsityMeasurement(**{**fields, **changes})
+    return Measurement.from_dict({**fields, **changes})
 
 
 def record(method: str = "lte", **changes: Any) -> dict[str, Any]:

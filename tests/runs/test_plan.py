@@ -111,7 +111,7 @@ def test_settings_of_methods_reach_their_configs(mrpc: Callable[..., Path]) -> N
     runs = plan(mrpc(*methods))
     assert runs["wanda-0.5-seed0"].method_config.to_dict()["pattern"] == "2:4"
     sparse = runs["lte-0.5-seed0"]
-    assert (sparse.lte_config.grouping, sparse.lte_config.expert_size) == ("contribution", 8)
+    assert (sparse.method_config.grouping, sparse.method_config.expert_size) == ("contribution", 8)
     assert (sparse.train_config.recipe, sparse.train_config.lambda_, sparse.stages) == ("paper", 0.25, (1,))
 
 

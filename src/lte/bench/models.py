@@ -11,10 +11,11 @@ from torch import nn
 
 from lte.bench.acceleration import provider_name
 from lte.config import LteConfig
-from lte.hf.acceleration import accelerate_
-from lte.hf.convert import densify_, sparsify_
+from lte.hf.acceleration import accelerate_, no_kernels
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.install import num_neurons, require_sparse_ffns, sparse_ffns
+from lte.hf.loading import is_ours
+from lte.methods import densify_, sparsify_
 from lte.nn.accelerated import WeightFormat
 from lte.nn.sparse_ffn import SparseFfn
 
@@ -81,6 +82,11 @@ def model_pair(model: Any, weights: WeightFormat = "native") -> ModelPair:
         raise ValueError(
             "model must have FFNs that are modules of their own to be timed, got model_type="
             f"{model.config.model_type!r}, whose blocks hold them"
+        )
+    reason = no_kernels(model) if is_ours(model) else None
+    if reason is not None:
+        raise ValueError(
+            f"model must be dense or an LTE model for `lte bench`, which times kernels, got one of the method {reason}"
         )
     model.eval().requires_grad_(False)
     trained = bool(sparse_ffns(model))

@@ -32,7 +32,7 @@ from lte.eval.models import (
     save_folder,
 )
 from lte.eval.perplexity import evaluate_model
-from lte.eval.sparsity import SparsityMeasurement, measure_sparsity
+from lte.eval.sparsity import Measurement, measure_sparsity
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.report.markdown import write_demo_report
@@ -207,7 +207,7 @@ class Demo:
         self.facts["tokens"] = summary.tokens_trained
         return summary
 
-    def reload(self, model: Any, measurement: SparsityMeasurement) -> Any:
+    def reload(self, model: Any, measurement: Measurement) -> Any:
         """The saved model, verified against the one in memory.
 
         Raises:
@@ -227,7 +227,7 @@ class Demo:
         self.console.print(f"{' '.join(checks).capitalize()} ({100 * again.sparsity:.2f}%).", highlight=False)
         return loaded
 
-    def report(self, summary: TrainingSummary, measurement: SparsityMeasurement) -> None:
+    def report(self, summary: TrainingSummary, measurement: Measurement) -> None:
         """Writes the report and prints its numbers."""
         self.facts |= {"total_s": self.budget.elapsed_s(), "peak_gb": peak_memory_gb()}
         path = write_demo_report(

@@ -17,6 +17,7 @@ from lte.eval.models import DTYPES, load_config
 from lte.eval.results import write_text_atomic
 from lte.hf.dense import load_tokenizer
 from lte.hf.families import family_of
+from lte.methods import METHODS
 from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_page, page_data
 from lte.report.inspector_server import InspectorServer
 from lte.train.processes import training_device
@@ -88,15 +89,15 @@ def check_method(name_or_path: str, method: str) -> None:
     Raises:
         ValueError: for a dense model, or one of another method.
     """
-    if method == "dense":
+    if method not in METHODS:
         raise ValueError(
             f"model must be an LTE model to inspect a text, got {name_or_path}, a dense one: every token uses all its "
             "neurons, so there is nothing to inspect; `lte train` makes it sparse"
         )
-    if method != "lte":
+    if not METHODS[method].sparse_ffns:
         raise ValueError(
-            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, whose neurons "
-            "no router switches; `lte eval` measures what it costs"
+            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, which has no "
+            f"routers of LTE and skips {METHODS[method].about}; `lte eval` measures what it costs"
         )
 
 

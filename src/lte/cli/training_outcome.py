@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lte.eval.models import measurement_summary, save_folder
 from lte.eval.results import write_json_atomic
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 from lte.report.tables import router_health_markdown, router_health_table
 from lte.train.summary import TrainingSummary
 
@@ -30,7 +30,7 @@ class Outcome:
     """
 
     record: dict[str, Any]
-    measurement: SparsityMeasurement | None
+    measurement: Measurement | None
     summary: TrainingSummary
 
 

@@ -16,7 +16,7 @@ from lte.data.config import DataConfig
 from lte.data.tasks.config import TaskConfig
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import is_lte, load_config, task_record
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
@@ -80,7 +80,7 @@ class TrainingRun:
         # Measured on the code that `lte eval` and `lte generate` run.
         use_kernels_(model.to(training_device()), tell=False)
         after = work.measure(model)
-        assert after.measurement is None or isinstance(after.measurement, SparsityMeasurement)
+        assert after.measurement is None or isinstance(after.measurement, Measurement)
         found = task_record(
             model,
             after,

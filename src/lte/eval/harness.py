@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lte.eval.cost import record_fields
 from lte.eval.inference import hard_inference
-from lte.eval.methods import Measurement, record_fields
+from lte.eval.sparsity import Measurement
 from lte.hf.inputs import predicts_next_token
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from lte.eval.methods import Counter, new_counter
+from lte.eval.sparsity import SparsityCounter, new_counter
 from lte.hf.inputs import unwrapped
 
 
@@ -41,11 +41,11 @@ class CountingLm(HFLM):
         finally:
             logger.setLevel(level)
         self.tokens = 0
-        self._counter: Counter | None = None
+        self._counter: SparsityCounter | None = None
         self._lengths: list[int] = []
         self._num_rows = self._width = 0
 
-    def restart(self) -> Counter | None:
+    def restart(self) -> SparsityCounter | None:
         """Counts from zero; the counter, `None` for a stock model, is to be used as a context around the requests."""
         self.tokens = 0
         self._counter = new_counter(self.model)

@@ -12,14 +12,12 @@ from typing import Any, Protocol
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from lte.data.rows import LmCollator, routing_masks
+from lte.data.batches import Batch
+from lte.data.rows import routing_masks
 from lte.hf.inputs import model_inputs, run_without_logits
 from lte.hf.install import sparse_ffns
 from lte.methods.calibration import eval_mode
-
-Batch = Mapping[str, Tensor]
 
 
 @contextmanager
@@ -103,25 +101,3 @@ def count_batches(
         for batch in moved_batches(batches, model_device(model), progress=progress):
             run_without_logits(model, batch)
             counter.update(routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels))
-
-
-def as_batches(
-    data: Dataset[Any] | Iterable[Batch], model: Any, batch_size: int, collator: Any = None
-) -> Iterable[Batch]:
-    """Batches of a data set of rows in its order; anything else is taken as batches already.
-
-    Args:
-        data: a torch or Hugging Face data set of rows with `input_ids` and `labels`, or an iterable of
-            batches.
-        model: its pad token fills rows of different lengths.
-        batch_size: rows per batch, for a data set.
-        collator: makes a batch of rows; `None` pads on the right and ignores the padding.
-    """
-    if not (isinstance(data, Dataset) or hasattr(data, "column_names")):
-        return data
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got batch_size={batch_size}")
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    # What padding holds does not matter: attention and labels leave it out.
-    collator = collator or LmCollator(pad or 0)
-    return DataLoader(data, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]

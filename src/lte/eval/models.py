@@ -12,14 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte.config import check_choice
 from lte.data.rows import LmCollator, TokenRows
+from lte.eval.cost import record_fields
 from lte.eval.kernels import KERNELS, use_kernels_
-from lte.eval.methods import Measurement, record_fields
 from lte.eval.perplexity import PerplexityResult
 from lte.eval.results import result_record
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
 from lte.hf.dense import load_dense_model
 from lte.hf.families import family_of
+from lte.hf.loading import method_settings
+from lte.methods import METHODS
 from lte.train.processes import training_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +50,8 @@ def load_config(name_or_path: str) -> Any:
 
 def is_lte(config: Any) -> bool:
     """Whether a config is that of an LTE model, and not of a dense one or another method's."""
-    return getattr(config, "lte", None) is not None
+    name = (method_settings(config) or {}).get("name")
+    return name in METHODS and METHODS[name].sparse_ffns
 
 
 def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
@@ -109,16 +112,16 @@ def task_record(network: Any, result: TaskResult, **fields: Any) -> dict[str, An
     )
 
 
-def measurement_summary(measurement: SparsityMeasurement, data: Mapping[str, Any]) -> dict[str, Any]:
+def measurement_summary(measurement: Measurement, data: Mapping[str, Any]) -> dict[str, Any]:
     """What the folder's config remembers of a measurement: enough for `lte inspect`, without the histograms."""
+    experts = {"dead_experts": measurement.dead_experts, "always_on_experts": measurement.always_on_experts}
     return {
         "sparsity": measurement.sparsity,
         "tokens": measurement.tokens,
         "split": data.get("split", "validation"),
         "data": {"source": data["train_source"], **data["validation"]},
-        "active_fraction": measurement.active_fraction,
-        "dead_experts": measurement.dead_experts,
-        "always_on_experts": measurement.always_on_experts,
+        "active_fraction": measurement.active_fraction or [1 - share for share in measurement.layer_sparsity],
+        **(experts if measurement.has_routing else {}),
     }
 
 

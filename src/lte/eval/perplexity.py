@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lte.data.batches import as_batches
 from lte.data.rows import IGNORED, routing_masks
 from lte.eval.inference import (
     Batch,
-    as_batches,
     forward_logits,
     hard_inference,
     model_device,
     moved_batches,
 )
-from lte.eval.methods import Counter, Measurement, counter_for
+from lte.eval.sparsity import Measurement, SparsityCounter, counter_for
 from lte.hf.inputs import predicts_next_token
 
 # Logits in fp32 at once: 2^26 of them, 256 MiB.
@@ -109,7 +109,7 @@ def evaluate_model(
     """Quality and sparsity from one and the same pass; the sparsity is `None` for a stock model.
 
     Arguments and errors are those of `evaluate_perplexity`. The sparsity counts tokens that are no padding
-    and whose own label is not ignored. `lte.eval.methods.measured_cost` makes costs of it.
+    and whose own label is not ignored. `lte.eval.cost.measured_cost` makes costs of it.
     """
     batches = _prepared(model, data, batch_size, collator, device)
     with counter_for(model) as counter:
@@ -133,7 +133,7 @@ def _prepared(
 def _evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    counter: Counter | None,
+    counter: SparsityCounter | None,
     autocast_dtype: torch.dtype | None,
     progress: bool,
     num_words: int | None,

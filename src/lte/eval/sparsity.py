@@ -1,4 +1,6 @@
-"""The sparsity that a model really has: counted on the logits that its own hard path used.
+"""What the modules of a model of any method did, counted in the pass that something else runs or that runs for it.
+
+For LTE the counts are those of the logits that its own hard path used, with details of the routing.
 
 Shapes: L layers, E experts, K histogram bins, N tokens of a batch; a token counts where the token mask is
     true.
@@ -7,15 +9,16 @@ Shapes: L layers, E experts, K histogram bins, N tokens of a batch; a token coun
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lte.eval.inference import Batch, count_batches
-from lte.hf.install import require_sparse_ffns
-from lte.nn.sparse_ffn import SparseFfn
+from lte.data.batches import as_batches
+from lte.eval.inference import count_batches
+from lte.nn.metering import MeteredModule, Reading, metered_modules
 
 HISTOGRAM_BINS = 40
 NEAR_THRESHOLD = 0.1
@@ -24,13 +27,19 @@ HISTOGRAM_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class SparsityMeasurement:
-    """Routing statistics in hard mode.
+class Measurement:
+    """What the modules of a method did for the counted tokens; for LTE, in hard mode, with details of the routing.
 
     Attributes:
-        sparsity: share of FFN neurons not computed per token, mean over tokens and layers.
+        sparsity: share of FFN neurons not computed or not used per token, mean over tokens and layers.
+        layer_sparsity: the same by layer, mean over tokens, [L].
         tokens: how many tokens were counted, on both sides of an encoder-decoder.
-        active_fraction: share of active experts by layer, mean over tokens, [L].
+        weights_read: weights that these modules read per token, without routers and predictors; like the next two
+            `None` in records of LTE from before version 2, which lack them.
+        dense_weights: how many they would read densely.
+        selector_weights: weights of routers and predictors read per token, in fp32.
+        active_fraction: share of active experts by layer, mean over tokens, [L]; this and all that follows is empty
+            for other methods than LTE.
         expert_use: share of tokens that activate each expert, [L][E].
         score_histogram: share of the scores in each of K equal bins on [0, 1], [L][K].
         near_threshold: share of scores within 0.1 of tau, by layer, [L].
@@ -38,17 +47,21 @@ class SparsityMeasurement:
     """
 
     sparsity: float
+    layer_sparsity: list[float]
     tokens: int
-    active_fraction: list[float]
-    expert_use: list[list[float]]
-    score_histogram: list[list[float]]
-    near_threshold: list[float]
+    weights_read: float | None = None
+    dense_weights: int | None = None
+    selector_weights: int | None = None
+    active_fraction: list[float] = field(default_factory=list)
+    expert_use: list[list[float]] = field(default_factory=list)
+    score_histogram: list[list[float]] = field(default_factory=list)
+    near_threshold: list[float] = field(default_factory=list)
     threshold: float = 0.5
 
     @property
-    def layer_sparsity(self) -> list[float]:
-        """Share of FFN neurons not computed per token, by layer, [L]."""
-        return [1 - active for active in self.active_fraction]
+    def has_routing(self) -> bool:
+        """Whether it holds the details of LTE's routing."""
+        return bool(self.active_fraction)
 
     @property
     def dead_experts(self) -> list[int]:
@@ -61,58 +74,96 @@ class SparsityMeasurement:
         return [sum(use == 1 for use in layer) for layer in self.expert_use]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
-        return asdict(self)
+        """All fields, JSON-ready; the details of the routing are left out where there are none."""
+        return {name: value for name, value in asdict(self).items() if self.has_routing or name not in _ROUTING}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SparsityMeasurement:
-        """Reads what `to_dict` wrote.
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """Reads what `to_dict` wrote, in this version or an earlier one.
 
         Raises:
             ValueError: if a field is missing or unknown.
         """
+        values = dict(data)
+        if "active_fraction" in values:
+            # Version 1 of LTE's measurements had no other field for it.
+            values.setdefault("layer_sparsity", [1 - active for active in values["active_fraction"]])
         known = {f.name for f in fields(cls)}
-        missing = sorted({f.name for f in fields(cls) if f.default is MISSING} - set(data))
-        unknown = sorted(set(data) - known)
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        required |= _ROUTING - {"threshold"} if _ROUTING & set(values) else set()
+        missing, unknown = sorted(required - set(values)), sorted(set(values) - known)
         if missing or unknown:
             raise ValueError(
                 f"a sparsity measurement must hold the fields {', '.join(sorted(known))}, got one "
                 f"without {missing} and with unknown {unknown}; measure it again with this version of lte"
             )
-        return cls(**data)
+        return cls(**values)
 
 
-class _LayerCounts:
-    """Running counts of one layer, on its device; nothing here waits for the device."""
+_ROUTING = {"active_fraction", "expert_use", "score_histogram", "near_threshold", "threshold"}
 
-    def __init__(self, ffn: SparseFfn):
-        self.ffn = ffn
-        self.threshold = float(torch.sigmoid(torch.tensor(ffn.threshold_logit, dtype=torch.float64)))
-        self.active = self.bins = self.near = self.tokens = torch.zeros((), dtype=torch.int64)
+
+class _ModuleCounts:
+    """Running sums of one module, on its device; nothing here waits for the device."""
+
+    def __init__(self, module: MeteredModule):
+        self.module = module
+        self.sums: dict[str, Tensor] = {}
+        self.selector = 0
+        self.threshold: float | None = None
 
     def update(self, mask: Tensor) -> None:
-        logits = self.ffn.logits
-        if logits is None:
-            raise ValueError("model must run in hard mode before each update, got no recorded logits")
-        self.ffn.logits = None
+        reading, self.module.reading = self.module.reading, None
+        if reading is None:
+            raise ValueError("model must run in hard mode before each update, got no reading of its modules")
+        shape = reading.weights.shape
         # Some blocks flatten [B, T] before their FFN.
-        if logits.shape[:-1] not in (mask.shape, mask.flatten().shape):
+        if shape not in (mask.shape, mask.flatten().shape):
             raise ValueError(
-                f"mask must be [B, T] of the last forward pass, {tuple(logits.shape[:-1])}, got mask="
-                f"{tuple(mask.shape)}"
+                f"mask must be [B, T] of the last forward pass, {tuple(shape)}, got mask={tuple(mask.shape)}"
             )
-        logits = logits.flatten(0, -2)
-        keep = mask.to(logits.device, non_blocking=True).reshape(-1, 1)
+        keep = mask.to(reading.weights.device, non_blocking=True).flatten()
+        counts = {"tokens": keep.sum(), "weights": (reading.weights.flatten() * keep).sum()}
+        self.selector = reading.selector
+        if reading.logits is not None:
+            counts |= self._routing(reading, keep)
+        elif reading.neurons is not None:
+            counts["neurons"] = (reading.neurons.flatten() * keep).sum()
+        for name, count in counts.items():
+            before = self.sums.get(name)
+            # A module that a device map moves in between would find its sums elsewhere.
+            self.sums[name] = count if before is None else count + before.to(count.device, non_blocking=True)
+
+    def _routing(self, reading: Reading, keep: Tensor) -> dict[str, Tensor]:
+        assert reading.logits is not None
+        if self.threshold is None:
+            self.threshold = float(torch.sigmoid(torch.tensor(reading.threshold_logit, dtype=torch.float64)))
+        logits, keep = reading.logits.flatten(0, -2), keep.unsqueeze(-1)
         scores = torch.sigmoid(logits)
         near = (scores - self.threshold).abs() < NEAR_THRESHOLD
-        self.active = ((logits > self.ffn.threshold_logit) & keep).sum(0) + self._on(self.active, logits)
-        self.tokens = keep.sum() + self._on(self.tokens, logits)
-        self.near = (near & keep).sum() + self._on(self.near, logits)
-        self.bins = _histogram(scores, keep) + self._on(self.bins, logits)
+        return {
+            "active": ((logits > reading.threshold_logit) & keep).sum(0),
+            "near": (near & keep).sum(),
+            "bins": _histogram(scores, keep),
+        }
 
-    def _on(self, counts: Tensor, logits: Tensor) -> Tensor:
-        """The counts on the logits' device; only the first, a zero, has to move."""
-        return counts if counts.device == logits.device else counts.to(logits.device, non_blocking=True)
+    @property
+    def tokens(self) -> int:
+        return int(self.sums.get("tokens", 0))
+
+    @property
+    def expert_use(self) -> Tensor:
+        """Share of tokens that activate each expert, [E]."""
+        return self.sums["active"].cpu().double() / self.tokens
+
+    @property
+    def kept(self) -> float | None:
+        """Share of neurons that are computed and used; `None` where the module does not decide that."""
+        if "active" in self.sums:
+            return float(self.expert_use.mean())
+        if "neurons" not in self.sums:
+            return None
+        return int(self.sums["neurons"]) / self.tokens / self.module.dense_neurons
 
 
 def _histogram(scores: Tensor, keep: Tensor) -> Tensor:
@@ -124,89 +175,121 @@ def _histogram(scores: Tensor, keep: Tensor) -> Tensor:
 
 
 class SparsityCounter:
-    """Collects routing statistics of an LTE model while something else runs it in hard mode.
+    """Collects what a method's modules read while something else runs the model, an LTE model in hard mode.
 
     Used as a context: inside it, call the model, then `update` with the token mask of that call.
 
     Args:
-        model: an LTE model.
+        model: a model of a method that installs modules.
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = {name: _LayerCounts(ffn) for name, ffn in require_sparse_ffns(model).items()}
+        self.layers = {name: _ModuleCounts(module) for name, module in metered_modules(model).items()}
+        if not self.layers:
+            raise ValueError(
+                f"model must be an LTE model or hold modules of another method, got {type(model).__name__}; a stock "
+                "model uses all of its neurons: lte.eval.cost.measured_cost says what it costs"
+            )
         self.tokens: list[Tensor] = []
-        self._recorded = [layer.ffn.record_logits for layer in self.layers.values()]
+        self._metering: list[bool] = []
 
     def __enter__(self) -> SparsityCounter:
-        self._recorded = [layer.ffn.record_logits for layer in self.layers.values()]
+        self._metering = [layer.module.metering for layer in self.layers.values()]
         for layer in self.layers.values():
-            layer.ffn.record_logits, layer.ffn.logits = True, None
+            layer.module.metering, layer.module.reading = True, None
         return self
 
     def __exit__(self, *error: object) -> None:
-        for layer, recorded in zip(self.layers.values(), self._recorded, strict=True):
-            layer.ffn.record_logits, layer.ffn.logits = recorded, None
+        for layer, metering in zip(self.layers.values(), self._metering, strict=True):
+            layer.module.metering, layer.module.reading = metering, None
 
     @torch.no_grad()
     def update(self, mask: Tensor | Mapping[str, Tensor]) -> None:
-        """Counts the forward pass that just ended over the tokens of `mask` (bool, [B, T]), one for all or by FFN.
+        """Counts the forward pass that just ended over the tokens of `mask` (bool, [B, T]), one for all or by module.
 
         Raises:
-            ValueError: if no forward pass in a routed mode came before, or the mask is not of its shape.
+            ValueError: if no forward pass (of LTE: in a routed mode) came before, or a mask is not of its shape.
         """
         masks = dict.fromkeys(self.layers, mask) if isinstance(mask, Tensor) else mask
         for name, layer in self.layers.items():
             layer.update(masks[name])
         self.tokens.append(torch.stack([each.sum() for each in {id(m): m for m in masks.values()}.values()]).sum())
 
-    def result(self) -> SparsityMeasurement:
-        """The statistics so far.
+    def result(self) -> Measurement:
+        """The counts so far.
 
         Raises:
             ValueError: if no token was counted, or a router score is NaN.
         """
-        tokens = int(torch.stack(self.tokens).sum()) if self.tokens else 0
         layers = list(self.layers.values())
-        counts = [int(layer.tokens) for layer in layers]
-        if not all(counts):
+        if not all(layer.tokens for layer in layers):
             raise ValueError("batches must hold at least one counted token, got none")
-        use = [layer.active.cpu().double() / count for layer, count in zip(layers, counts, strict=True)]
-        bins = [layer.bins.cpu().double() for layer in layers]
-        totals = [count * len(layer) for layer, count in zip(use, counts, strict=True)]
-        if any(int(count.sum()) != total for count, total in zip(bins, totals, strict=True)):
-            raise ValueError("router scores must be numbers, got NaN; the model's weights are damaged")
-        fractions = [float(layer.mean()) for layer in use]
-        near = [int(layer.near) / total for layer, total in zip(layers, totals, strict=True)]
-        return SparsityMeasurement(
-            sparsity=1 - sum(fractions) / len(fractions),
-            tokens=tokens,
-            active_fraction=fractions,
-            expert_use=[layer.tolist() for layer in use],
-            score_histogram=[(count / total).tolist() for count, total in zip(bins, totals, strict=True)],
-            near_threshold=near,
-            threshold=layers[0].threshold,
+        kept = [share for layer in layers if (share := layer.kept) is not None]
+        return Measurement(
+            sparsity=1 - sum(kept) / len(kept),
+            layer_sparsity=[1 - share for share in kept],
+            tokens=int(torch.stack(self.tokens).sum()),
+            weights_read=sum(int(layer.sums["weights"]) / layer.tokens for layer in layers),
+            dense_weights=sum(layer.module.dense_weights for layer in layers),
+            selector_weights=sum(layer.selector for layer in layers),
+            **_routing_details([layer for layer in layers if layer.threshold is not None]),
         )
+
+
+def _routing_details(layers: list[_ModuleCounts]) -> dict[str, Any]:
+    """The fields of a `Measurement` that tell of routers; none for a method without."""
+    if not layers:
+        return {}
+    use = [layer.expert_use for layer in layers]
+    bins = [layer.sums["bins"].cpu().double() for layer in layers]
+    totals = [layer.tokens * len(shares) for layer, shares in zip(layers, use, strict=True)]
+    if any(int(count.sum()) != total for count, total in zip(bins, totals, strict=True)):
+        raise ValueError("router scores must be numbers, got NaN; the model's weights are damaged")
+    return {
+        "active_fraction": [float(shares.mean()) for shares in use],
+        "expert_use": [shares.tolist() for shares in use],
+        "score_histogram": [(count / total).tolist() for count, total in zip(bins, totals, strict=True)],
+        "near_threshold": [int(layer.sums["near"]) / total for layer, total in zip(layers, totals, strict=True)],
+        "threshold": layers[0].threshold,
+    }
+
+
+def new_counter(model: nn.Module) -> SparsityCounter | None:
+    """What counts while a model of any kind runs; `None` for a stock model, which has nothing to count."""
+    return SparsityCounter(model) if metered_modules(model) else None
+
+
+def counter_for(model: nn.Module) -> AbstractContextManager[SparsityCounter | None]:
+    """`new_counter` as a context."""
+    return new_counter(model) or nullcontext()
 
 
 def measure_sparsity(
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: Any,
     *,
+    tokenizer: Any = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
     skip_ignored_labels: bool = True,
     progress: bool = False,
-) -> SparsityMeasurement:
-    """Runs an LTE model in hard mode over `batches` and counts its routing; modes are restored afterwards.
+) -> Measurement:
+    """Runs a model of any method and head over `data` and counts, LTE in hard mode; modes are restored afterwards.
 
     Args:
-        model: an LTE model.
-        batches: `input_ids` and optionally `attention_mask` and `labels`, [B, T], on any device and of any
-            length.
+        model: a model of a method that installs modules.
+        data: a list of texts, rows with `input_ids` (a `datasets.Dataset`, or any iterable), or batches: `input_ids`
+            and optionally `attention_mask` and `labels`, [B, T], on any device and of any length.
+        tokenizer: for texts.
+        max_tokens: about how many tokens to run; `None` takes all.
+        batch_size: rows per pass, for texts and rows.
         skip_ignored_labels: whether tokens with the label -100 are left out, if the model predicts the next token.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for a dense model, or batches without a counted token.
+        ValueError: for a stock model, texts without a tokenizer, or data without a counted token.
     """
     with SparsityCounter(model) as counter:
+        batches: Iterable[Any] = as_batches(data, model, batch_size, tokenizer=tokenizer, max_tokens=max_tokens)
         count_batches(model, counter, batches, skip_ignored_labels=skip_ignored_labels, progress=progress)
         return counter.result()

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.data.batches import as_batches
 from lte.data.rows import routing_masks
 from lte.data.tasks.data import TaskData
 from lte.data.tasks.task import ClassificationTask, GenerationTask, Task
 from lte.eval.generation import generate_answers
-from lte.eval.inference import as_batches, count_batches, hard_inference, model_device, moved_batches
-from lte.eval.methods import Measurement, counter_for
+from lte.eval.inference import count_batches, hard_inference, model_device, moved_batches
 from lte.eval.metrics import check_metrics, compute_metrics
 from lte.eval.perplexity import PerplexityResult, evaluate_model
+from lte.eval.sparsity import Measurement, counter_for
 from lte.hf.inputs import model_inputs
 
 

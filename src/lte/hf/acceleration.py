@@ -10,6 +10,7 @@ from torch import nn
 from lte.config import check_choice
 from lte.hf.activations import activation_name
 from lte.hf.install import require_sparse_ffns, sparse_ffns
+from lte.hf.loading import NO_KERNELS, method_settings
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn
@@ -32,10 +33,13 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
             does nothing but hard mode without gradients, and cannot be saved.
 
     Raises:
-        ValueError: for a dense model, an FFN that the kernels cannot compute, a device without kernels, or a model
-            that is accelerated with other `weights`. The model is then unchanged.
+        ValueError: for a dense model, a method without kernels, an FFN that the kernels cannot compute, a device
+            without kernels, or a model that is accelerated with other `weights`. The model is then unchanged.
     """
     check_choice("weights", weights, get_args(WeightFormat))
+    reason = no_kernels(model)
+    if reason is not None:
+        raise ValueError(f"model must be an LTE model to run on the kernels, got one of the method {reason}")
     ffns = require_sparse_ffns(model)
     measured = (getattr(model.config, "lte_measurement", None) or {}).get("active_fraction", [])
     fractions = measured if len(measured) == len(ffns) else [None] * len(ffns)
@@ -68,6 +72,12 @@ def decelerate_(model: nn.Module) -> nn.Module:
 def is_accelerated(model: nn.Module) -> bool:
     """Whether the model's FFNs run on the kernels."""
     return any(isinstance(ffn, AcceleratedFfn) for ffn in sparse_ffns(model).values())
+
+
+def no_kernels(model: nn.Module) -> str | None:
+    """Which method made a model that no kernel can run, and why none can; `None` for a dense or LTE model."""
+    name = (method_settings(getattr(model, "config", None)) or {}).get("name")
+    return f"{name}, for which there are none: {NO_KERNELS[name]}" if name in NO_KERNELS else None
 
 
 def describe_kernels(model: nn.Module) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Dense model to LTE model and back, in place."""
+"""A dense model's FFNs: whether they can be converted, their neurons grouped into experts, and the stock FFNs back."""
 
 from __future__ import annotations
 
@@ -10,70 +10,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig
-from lte.hf.acceleration import decelerate_
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
-from lte.hf.install import check_unchunked, install_sparse_ffns_, num_neurons, require_sparse_ffns, sparse_ffns
-from lte.hf.loading import become_dense_, become_sparse_, is_ours
+from lte.hf.install import check_unchunked, num_neurons, sparse_ffns, wrapped_ffns
+from lte.hf.loading import is_ours
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 
 
-def sparsify_(
-    model: nn.Module,
-    config: LteConfig | None = None,
-    *,
-    calibration: Iterable[Mapping[str, Tensor]] | None = None,
-) -> nn.Module:
-    """Turns a dense Hugging Face model into an LTE model in place and returns it.
-
-    Neurons are grouped into experts and permuted so that each expert is contiguous, and every FFN gets a
-    router whose experts all start active: in hard mode the model still computes what it computed before.
+def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
+    """Puts stock FFNs in the place of all wrapped ones, around the same projections.
 
     Args:
-        model: a transformers model of a family in `lte.hf.families.FAMILIES`, with floating-point weights.
-        config: what to build; `None` takes `LteConfig()`.
-        calibration: batches (keyword arguments of the model) for `grouping="coactivation"` and `"contribution"`.
-
-    Raises:
-        ValueError: for an unknown family, a model with nothing to convert or already converted, quantised
-            weights, an `expert_size` that does not divide the neurons, or a missing `calibration`. The model
-            is then unchanged.
+        model: with the stock classes already.
+        family: its row.
+        stock_config: what the stock FFNs are made from.
     """
-    config = config or LteConfig()
-    family = require_dense(model)
-    group_experts_(model, config, calibration)
-    install_sparse_ffns_(model, family, config)
-    become_sparse_(model, family, config)
-    return model
-
-
-def densify_(model: nn.Module) -> nn.Module:
-    """Turns an LTE model into a stock dense model in place, drops the routers, and returns it.
-
-    All neurons run for every token afterwards; they stay in their permuted order, which leaves the function
-    as it is. An accelerated model is first decelerated.
-
-    Raises:
-        ValueError: if `model` is not an LTE model.
-    """
-    family = family_of(model.config)
-    stock_config = become_dense_(model, family)
-    decelerate_(model)
-    for name, sparse in require_sparse_ffns(model).items():
+    for name, wrapped in wrapped_ffns(model).items():
         if family.layout.spread:
-            sparse.leave_()
-            model.set_submodule(name, sparse.activation_function)  # type: ignore[arg-type]
+            wrapped.leave_()
+            model.set_submodule(name, wrapped.activation_function)  # type: ignore[arg-type]
             continue
         with torch.device("meta"):
-            dense = family.new_ffn(stock_config, sparse.num_neurons)
+            dense = family.new_ffn(stock_config, wrapped.num_neurons)
         for part in family.layout.parts:
-            setattr(dense, part, sparse.part(part))
-        dense.train(sparse.training)
+            setattr(dense, part, wrapped.part(part))
+        dense.train(wrapped.training)
         model.set_submodule(name, dense)
-    return model
 
 
 def require_dense(model: nn.Module) -> Family:
@@ -85,7 +50,10 @@ def require_dense(model: nn.Module) -> Family:
     if sparse_ffns(model):
         raise ValueError("model must be dense, got an LTE model; call lte.densify_(model) first to convert it anew")
     if is_ours(model):
-        raise ValueError(f"model must be dense, got {type(model).__name__}, which a method changed; load it anew")
+        raise ValueError(
+            f"model must be dense, got {type(model).__name__}, which a method changed; call lte.densify_(model) first "
+            "or load the dense model"
+        )
     family = family_of(getattr(model, "config", model))
     _check_convertible(model, dense_ffns(model, family), family)
     return family
@@ -99,7 +67,7 @@ def group_experts_(
     Args:
         model: a dense model, from `require_dense`; its function stays.
         config: of which `expert_size`, `grouping` and `seed` count.
-        calibration: as for `sparsify_`.
+        calibration: as for `lte.sparsify_`.
 
     Raises:
         ValueError: for an `expert_size` that does not divide the neurons, or a missing `calibration`. The model is

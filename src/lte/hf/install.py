@@ -88,8 +88,8 @@ def require_wrapped_ffns(model: nn.Module) -> dict[str, WrappedFfn]:
     found = wrapped_ffns(model)
     if not found:
         raise ValueError(
-            "model must be an LTE model or have FFNs of another method, got neither; call lte.sparsify_(model, ...) or "
-            "lte.methods.apply_method_(model, ...) first"
+            "model must be an LTE model or have FFNs of another method, got neither; call lte.sparsify_(model, ...) "
+            "first"
         )
     return found
 

@@ -8,8 +8,8 @@ without lte:
 2. its activation field holds a sentence instead of a function's name, so naming a stock class outright
    (`LlamaForCausalLM.from_pretrained(folder)`), which only warns about a foreign `model_type`, fails too.
 
-Methods that LTE is compared with are saved in the same classes: `config.lte_method` holds their settings, and
-`INSTALLERS` what builds their modules.
+The models of all methods are saved in the same classes: `config.lte` holds the method's name and settings, and
+`INSTALLERS` what builds its modules. A method that leaves a stock model keeps them in the stock config.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from lte.config import LteConfig
+from lte.config import LteConfig, MethodConfig, current_settings
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
-from lte.hf.install import install_sparse_ffns_
 
 INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
-"""What builds the modules of each other method around a model's FFNs, by the method's name.
+"""What builds the modules of each method around a model's FFNs, by the method's name.
 
-Called with the model, its family, and the settings in `config.lte_method`; `lte.methods` fills it.
+Called with the model, its family, and the settings in `config.lte`; `lte.methods` fills it.
 """
+
+NO_KERNELS: dict[str, str] = {}
+"""Why `lte.accelerate_` refuses a method's models, in words, by the method's name; `lte.methods` fills it."""
 
 FP32_NAMES = {"router"}
 """Submodules and buffers that stay in fp32 whatever dtype a model is loaded in: they decide about neurons."""
@@ -45,11 +47,25 @@ _GUARD = " (an LTE model: `pip install lte` and `import lte` before loading it)"
 _PREFIX = "Lte"
 
 
+def method_settings(config: Any) -> dict[str, Any] | None:
+    """The name and the settings of the method that made a model, as its config has them; `None` for a dense model.
+
+    Args:
+        config: stock or of a sparse class, of a folder that any version up to this one saved.
+
+    Raises:
+        ValueError: if a newer lte saved it.
+    """
+    found = getattr(config, "lte", None)
+    found = getattr(config, "lte_method", None) if found is None else found
+    return None if found is None else current_settings(found)
+
+
 class LteConfigMixin:
     """What a family's config gains.
 
-    `lte` is an `LteConfig` as a dict, or None for another method, whose settings and name are in `lte_method` then.
-    `lte_measurement` is what was measured, or None.
+    `lte` holds the name, the version and the settings of the method, or is None. `lte_measurement` is what was
+    measured, or None.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -58,10 +74,11 @@ class LteConfigMixin:
         holder = kwargs if field in kwargs else vars(self)
         if field in holder:
             holder[field] = str(holder[field]).removesuffix(_GUARD)
-        self.lte: dict[str, Any] | None = kwargs.pop("lte", None)
+        # Version 1 had a second place for the settings of other methods than LTE.
+        settings, others = kwargs.pop("lte", None), kwargs.pop("lte_method", None)
+        settings = others if settings is None else settings
+        self.lte: dict[str, Any] | None = None if settings is None else current_settings(settings)
         self.lte_measurement: dict[str, Any] | None = kwargs.pop("lte_measurement", None)
-        if "lte_method" in kwargs:
-            self.lte_method: dict[str, Any] = kwargs.pop("lte_method")
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,8 +105,7 @@ class LteModelMixin:
     @property
     def target_sparsity(self) -> float:
         """Share of FFN neurons that a token shall skip, or what the method's own config says that it is."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        return (config.lte or config.lte_method)["target_sparsity"]
+        return self.config.lte["target_sparsity"]  # type: ignore[attr-defined]
 
     @property
     def lte_config(self) -> LteConfig:
@@ -146,16 +162,15 @@ class LteModelMixin:
 
 def _installer(config: Any) -> Callable[[Any, Family], None]:
     """What builds the wrapped FFNs that a config asks for."""
-    if getattr(config, "lte", None) is not None:
-        lte_config = LteConfig.from_dict(config.lte)
-        return lambda model, family: install_sparse_ffns_(model, family, lte_config)
-    settings = getattr(config, "lte_method", None)
+    settings = method_settings(config)
     if settings is None:
-        raise ValueError("config.lte must hold an LteConfig dict, got None; start from a dense model with sparsify_")
-    if settings.get("name") not in INSTALLERS:
         raise ValueError(
-            f"config.lte_method must name one of {', '.join(INSTALLERS)}, got {settings.get('name')}; import the "
-            "module that registers it"
+            "config.lte must hold the settings of a method, got None; start from a dense model with sparsify_"
+        )
+    if settings["name"] not in INSTALLERS:
+        raise ValueError(
+            f"config.lte must name one of {', '.join(INSTALLERS)}, got {settings['name']}; import the module that "
+            "registers it"
         )
     return lambda model, family: INSTALLERS[settings["name"]](model, family, settings)
 
@@ -181,41 +196,25 @@ def publish_folder(partial: Path, target: Path) -> None:
             path.replace(target / path.name)
 
 
-def become_sparse_(model: Any, family: Family, config: LteConfig) -> None:
-    """Gives a stock model with sparse FFNs installed the family's sparse model and config classes."""
-    _become_ours_(model, family)
-    model.config.lte = config.to_dict()
-    vars(model.config).pop("lte_method", None)
-
-
-def become_method_(model: Any, family: Family, settings: dict[str, Any]) -> None:
-    """As `become_sparse_`, for another method of `INSTALLERS` with its settings and its name in `settings`."""
-    _become_ours_(model, family)
-    model.config.lte = None
-    model.config.lte_method = settings
-
-
 def is_ours(model: Any) -> bool:
     """Whether LTE or another method that is no stock model made it."""
     return isinstance(model, LteModelMixin)
 
 
-def _become_ours_(model: Any, family: Family) -> None:
+def become_sparse_(model: Any, family: Family, config: MethodConfig) -> None:
+    """Gives a stock model with the modules of a method installed the family's sparse model and config classes."""
     own_config_(model)
     model.config.__class__ = _CONFIG_CLASSES[family.model_type]
+    model.config.lte = config.to_dict()
     model.config.lte_measurement = None
+    vars(model.config).pop("lte_method", None)
     forget_gguf_(model)
     model.__class__ = _sparse_model_class(type(model), family)
     model._keep_in_fp32_modules_strict = set(FP32_NAMES)
 
 
 def become_dense_(model: Any, family: Family) -> Any:
-    """Gives an LTE model its stock classes back, returns the stock config; the caller replaces the FFNs."""
-    if not issubclass(type(model), LteModelMixin):
-        raise ValueError(f"model must be an LTE model, got {type(model).__name__}")
-    if model.config.lte is None:
-        name = model.config.lte_method["name"]
-        raise ValueError(f"model must be an LTE model, got one of the method {name}; load the dense model again")
+    """Gives a sparse model its stock classes back and returns the stock config; the caller replaces the modules."""
     # A loaded classifier of a decoder holds a sparse model of its own.
     for module in [module for module in model.modules() if isinstance(module, LteModelMixin)]:
         module.__class__ = next(
@@ -223,8 +222,8 @@ def become_dense_(model: Any, family: Family) -> Any:
         )
     own_config_(model)
     model.config.__class__ = family.stock_class(family.config_class)
-    for name in ("lte", "lte_measurement"):
-        model.config.__dict__.pop(name, None)
+    vars(model.config).pop("lte", None)
+    vars(model.config).pop("lte_measurement", None)
     return model.config
 
 

@@ -1,11 +1,22 @@
-"""The methods that LTE is compared with, one file each; importing this package registers all of them."""
+"""All methods, LTE among them, one file each; importing this package registers them."""
 
 from importlib import import_module
 from pkgutil import iter_modules
 
-from lte.methods.contract import METHODS, Method, MethodConfig, apply_method_, config_of, refit_, register
+from lte.config import MethodConfig
+from lte.methods.method import METHODS, Method, calibrate_, config_of, densify_, method_of, register, sparsify_
 
-__all__ = ["METHODS", "Method", "MethodConfig", "apply_method_", "config_of", "refit_", "register"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodConfig",
+    "calibrate_",
+    "config_of",
+    "densify_",
+    "method_of",
+    "register",
+    "sparsify_",
+]
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.hf.inputs import padding_masks, run_without_logits
-from lte.methods.metering import MeteredModule, metered_modules
+from lte.nn.metering import MeteredModule, metered_modules
 
 
 @contextmanager

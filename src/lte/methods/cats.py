@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.config import MethodConfig
 from lte.hf.install import StockFfn
 from lte.methods.calibration import MagnitudeHistogram, observe_
-from lte.methods.contract import Batches, Method, MethodConfig, register, wraps_ffns
+from lte.methods.method import Batches, Method, register, wraps_ffns
 from lte.methods.neuron_ffn import NeuronFfn
 
 
@@ -62,6 +63,7 @@ def fit_thresholds_(model: Any, config: CatsConfig, batches: Batches) -> None:
 register(
     Method(
         config=CatsConfig,
+        about="neurons whose gate activation is small for the token",
         install=wraps_ffns(CatsFfn),
         fit=fit_thresholds_,
         needs_calibration=lambda config: True,

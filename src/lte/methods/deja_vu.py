@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from lte.config import MethodConfig
 from lte.hf.activations import activation_name
 from lte.hf.install import StockFfn
-from lte.methods.contract import Batches, Method, MethodConfig, register, wraps_ffns
+from lte.methods.method import Batches, Method, register, wraps_ffns
 from lte.methods.neuron_ffn import NeuronFfn, keep_largest
 from lte.methods.selectors import TwoLayerSelector, count_weights, fit_selectors_
 
@@ -92,6 +93,7 @@ def fit_predictors_(model: Any, config: DejaVuConfig, batches: Batches) -> None:
 register(
     Method(
         config=DejaVuConfig,
+        about="neurons, by a predictor",
         install=wraps_ffns(DejaVuFfn),
         fit=fit_predictors_,
         needs_calibration=lambda config: True,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lte.hf.families import Family, block_name, dense_ffns
-from lte.methods.metering import MeteredModule, Reading
+from lte.nn.metering import MeteredModule, Reading, metered_modules
 
 Linears = Literal["ffn", "block"]
 
@@ -64,6 +64,17 @@ def sparse_pair(sparse: type[InputSparse]) -> dict[type[nn.Module], type[nn.Modu
     """The classes that a kind of `InputSparse` makes of the projections of all families."""
     name = sparse.__name__
     return {stock: type(f"{name}{stock.__name__}", (sparse, stock), {}) for stock in (nn.Linear, Conv1D)}
+
+
+def remove_input_sparsity_(model: Any, family: Family, stock_config: Any) -> None:
+    """Gives the projections of `make_input_sparse_` their stock classes back, and takes off what was set up."""
+    for projection in metered_modules(model).values():
+        stock = next(base for base in type(projection).__mro__ if base in (nn.Linear, Conv1D))
+        for name in list(projection._buffers):
+            delattr(projection, name)
+        for name in ("target_sparsity", "is_down", "metering", "reading", "observer"):
+            vars(projection).pop(name, None)
+        projection.__class__ = stock  # type: ignore[assignment]
 
 
 def projections_of(model: Any, family: Family, linears: Linears) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lte.config import check_choice
 from lte.hf.install import StockFfn
-from lte.methods.contract import Batches, Method, register, wraps_ffns
+from lte.methods.method import Batches, Method, register, wraps_ffns
 from lte.methods.neuron_ffn import (
     ExpertConfig,
     ExpertFfn,
@@ -87,6 +87,7 @@ def _group_experts_(model: nn.Module, config: KlaConfig, batches: Batches) -> No
 register(
     Method(
         config=KlaConfig,
+        about="neurons, or experts, of the smallest activations: an oracle",
         install=wraps_ffns(_build),
         prepare=_group_experts_,
         needs_calibration=lambda config: config.granularity == "expert" and needs_grouping_text(config),

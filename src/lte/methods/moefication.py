@@ -25,8 +25,7 @@ from lte.config import check_choice
 from lte.hf.convert import require_dense
 from lte.hf.install import StockFfn
 from lte.hf.loading import own_config_
-from lte.methods.contract import Batches, Method, register, wraps_ffns
-from lte.methods.metering import metered_modules
+from lte.methods.method import Batches, Method, register, wraps_ffns
 from lte.methods.neuron_ffn import (
     ExpertConfig,
     ExpertFfn,
@@ -35,6 +34,7 @@ from lte.methods.neuron_ffn import (
     needs_grouping_text,
 )
 from lte.methods.selectors import TwoLayerSelector, count_weights, fit_selectors_
+from lte.nn.metering import metered_modules
 
 Selection = Literal["ground_truth", "router"]
 
@@ -158,6 +158,7 @@ def relu_fy_(model: Any) -> nn.Module:
 register(
     Method(
         config=MoeficationConfig,
+        about="experts of small positive activations, true or predicted",
         install=wraps_ffns(_build),
         prepare=group_experts_as_lte_,
         fit=fit_routers_,

@@ -11,16 +11,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, check_choice
+from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, MethodConfig, check_choice
 from lte.hf.convert import group_experts_
 from lte.hf.install import StockFfn
-from lte.methods.contract import Batches, MethodConfig
-from lte.methods.metering import MeteredModule, Reading
+from lte.methods.method import Batches
 from lte.nn.clustering import check_expert_size
+from lte.nn.metering import Reading
 from lte.nn.wrapped_ffn import WrappedFfn
 
 
-class NeuronFfn(WrappedFfn, MeteredModule):
+class NeuronFfn(WrappedFfn):
     """An FFN that computes (m * h) W_down with a multiplier m per neuron and token, 0 where a neuron is skipped.
 
     h = act(x W_gate) * (x W_up), or act(x W_up) in a plain FFN. The products are computed densely and masked; what a
@@ -34,12 +34,6 @@ class NeuronFfn(WrappedFfn, MeteredModule):
     def __init__(self, stock: StockFfn, config: MethodConfig):
         super().__init__(stock.parts, stock.activation, stock.layout)
         self.target_sparsity = config.target_sparsity
-        self.hidden_size = stock.hidden_size
-
-    @property
-    def num_inputs(self) -> int:
-        """How many matrices [F, D] read the hidden states: gate and up, or up alone."""
-        return 2 if self.layout.fused or self.layout.gate is not None else 1
 
     @property
     def num_kept(self) -> int:
@@ -55,16 +49,6 @@ class NeuronFfn(WrappedFfn, MeteredModule):
     def selector_weights(self) -> int:
         """Weights of the router or predictor."""
         return 0
-
-    @property
-    def dense_weights(self) -> int:
-        """See `MeteredModule`."""
-        return (self.num_inputs + 1) * self.hidden_size * self.num_neurons
-
-    @property
-    def dense_neurons(self) -> int:
-        """F."""
-        return self.num_neurons
 
     def multipliers(self, x: Tensor, activated: Tensor, hidden: Tensor) -> Tensor:
         """m, [..., F], for x [..., D], act(x W_gate) (in a plain FFN act(x W_up)), and h, [..., F] both."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lte.hf.install import StockFfn
-from lte.methods.contract import Method, register, wraps_ffns
+from lte.methods.method import Method, register, wraps_ffns
 from lte.methods.neuron_ffn import ExpertConfig, ExpertFfn, group_experts_as_lte_, needs_grouping_text
 from lte.methods.selectors import LinearSelector, count_weights
 
@@ -105,6 +105,7 @@ def squared_variation(values: Tensor) -> Tensor:
 register(
     Method(
         config=NoisyTopkConfig,
+        about="experts, by a softmax over the largest scores",
         install=wraps_ffns(NoisyTopkFfn),
         prepare=group_experts_as_lte_,
         needs_calibration=needs_grouping_text,

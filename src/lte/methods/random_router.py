@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lte.hf.install import StockFfn
-from lte.methods.contract import Method, register, wraps_ffns
+from lte.methods.method import Method, register, wraps_ffns
 from lte.methods.neuron_ffn import (
     ExpertConfig,
     ExpertFfn,
@@ -51,6 +51,7 @@ class RandomRouterFfn(ExpertFfn):
 register(
     Method(
         config=RandomRouterConfig,
+        about="experts, by frozen random routers",
         install=wraps_ffns(RandomRouterFfn),
         prepare=group_experts_as_lte_,
         needs_calibration=needs_grouping_text,

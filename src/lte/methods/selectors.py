@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lte.hf.install import StockFfn
 from lte.methods.calibration import observe_
-from lte.methods.contract import Batches
-from lte.methods.metering import metered_modules
+from lte.methods.method import Batches
+from lte.nn.metering import metered_modules
 from lte.nn.router import Fp32Linear
 
 # Rows of one optimiser step, as in MoEfication's and Deja Vu's released code.
@@ -115,7 +115,15 @@ def fit_selectors_(
                 value.backward()
             optimizers[name].step()
 
-    for _ in range(epochs):
-        observe_(model, batches, see, ffns)
-    for ffn in ffns.values():
-        getattr(ffn, selector).zero_grad()
+    # Training may have left them frozen.
+    parameters = [parameter for ffn in ffns.values() for parameter in getattr(ffn, selector).parameters()]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for _ in range(epochs):
+            observe_(model, batches, see, ffns)
+    finally:
+        for parameter, flag in zip(parameters, trainable, strict=True):
+            parameter.grad = None
+            parameter.requires_grad_(flag)

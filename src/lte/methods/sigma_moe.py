@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lte.config import check_fraction
 from lte.hf.install import StockFfn
-from lte.methods.contract import Method, register, wraps_ffns
+from lte.methods.method import Method, register, wraps_ffns
 from lte.methods.neuron_ffn import (
     ExpertConfig,
     ExpertFfn,
@@ -89,6 +89,7 @@ class SigmaMoeFfn(ExpertFfn):
 register(
     Method(
         config=SigmaMoeConfig,
+        about="experts, by sigmoid scores",
         install=wraps_ffns(SigmaMoeFfn),
         prepare=group_experts_as_lte_,
         needs_calibration=needs_grouping_text,

@@ -15,13 +15,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lte.config import check_choice
+from lte.config import MethodConfig, check_choice
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.install import num_neurons, sparse_ffns
 from lte.hf.loading import own_config_
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.methods.calibration import run_batches
-from lte.methods.contract import Method, MethodConfig, register
+from lte.methods.method import Method, register
 from lte.nn.clustering import check_expert_size, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
@@ -199,4 +199,14 @@ def _matrix(ffn: nn.Module, layout: FfnLayout, name: str) -> Tensor:
     return layout.matrix(ffn.get_submodule(name)).detach()
 
 
-register(Method(config=StaticPruningConfig, prepare=prune_static_, needs_calibration=lambda config: True))
+register(
+    Method(
+        config=StaticPruningConfig,
+        about="no neurons for a single token: those that matter least on average are gone",
+        prepare=prune_static_,
+        needs_calibration=lambda config: True,
+        trained=True,
+        no_kernels="it leaves a stock model of fewer neurons, which is faster as it is",
+        removes_neurons=True,
+    )
+)

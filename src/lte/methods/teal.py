@@ -19,12 +19,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lte.config import check_choice
+from lte.config import MethodConfig, check_choice
 from lte.hf.families import Family, block_name
 from lte.methods.calibration import MagnitudeHistogram, eval_mode, observe_, run_batches
-from lte.methods.contract import Batches, Method, MethodConfig, register
-from lte.methods.input_sparsity import InputSparse, Linears, make_input_sparse_, sparse_pair
-from lte.methods.metering import metered_modules
+from lte.methods.input_sparsity import InputSparse, Linears, make_input_sparse_, remove_input_sparsity_, sparse_pair
+from lte.methods.method import Batches, Method, register
+from lte.nn.metering import metered_modules
 
 Allocation = Literal["uniform", "greedy"]
 
@@ -169,7 +169,9 @@ def _allocate_greedily_(call: _BlockCall, part: dict[str, tuple[Any, MagnitudeHi
 register(
     Method(
         config=TealConfig,
+        about="inputs of the projections that are small for the token",
         install=install_,
+        remove=remove_input_sparsity_,
         fit=fit_thresholds_,
         needs_calibration=lambda config: True,
         fp32_names=("threshold",),

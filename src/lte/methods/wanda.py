@@ -3,7 +3,7 @@
 ||X_j||_2 is the norm of input j over the calibration tokens, and weights compete within their output row: a share of
 each row goes, or all but N of each M consecutive inputs. As in the paper the blocks are pruned one after another, so
 that a block sees what the pruned ones before it compute. The model stays a stock model with zeros in it, and no neuron
-is skipped: its FLOPs are nominal, 2 per non-zero weight, and `lte.eval.methods.Cost` says how its bytes are counted.
+is skipped: its FLOPs are nominal, 2 per non-zero weight, and `lte.eval.cost.Cost` says how its bytes are counted.
 
 Settings of the paper: 50% of all block linears (`linears="block"`), 128 sequences of C4. The default prunes the FFNs
 alone, which compares like with like.
@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lte.config import check_choice
+from lte.config import MethodConfig, check_choice
 from lte.hf.families import block_name, family_of
 from lte.methods.calibration import run_batches
-from lte.methods.contract import Batches, Method, MethodConfig, register
 from lte.methods.input_sparsity import Linears, projections_of
+from lte.methods.method import Batches, Method, register
 from lte.nn.hooks import before_each_call
 
 Pattern = Literal["unstructured", "2:4", "4:8"]
@@ -121,8 +121,10 @@ def _input_norms(model: Any, batches: Batches, projections: dict[str, Any], last
 register(
     Method(
         config=WandaConfig,
+        about="no neurons: weights that matter little are 0",
         prepare=prune_wanda_,
         needs_calibration=lambda config: True,
+        no_kernels="it leaves a stock model with zeros among its weights, which no kernel here skips",
         zeroes_weights=True,
     )
 )

@@ -14,12 +14,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lte.config import check_choice
+from lte.config import MethodConfig, check_choice
 from lte.hf.families import Family
-from lte.methods.contract import Batches, Method, MethodConfig, register
-from lte.methods.input_sparsity import InputSparse, Linears, make_input_sparse_, sparse_pair
-from lte.methods.metering import metered_modules
+from lte.methods.input_sparsity import InputSparse, Linears, make_input_sparse_, remove_input_sparsity_, sparse_pair
+from lte.methods.method import Batches, Method, register
 from lte.methods.neuron_ffn import keep_largest, kept_count
+from lte.nn.metering import metered_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,6 @@ class WinaInputs(InputSparse):
     """Uses the inputs of the largest |x_i| times `input_norms`, a buffer [K]."""
 
     input_norms: Tensor
-    target_sparsity: float
 
     def keeps(self, x: Tensor) -> Tensor:
         """See `InputSparse`."""
@@ -73,4 +72,13 @@ def fit_norms_(model: Any, config: WinaConfig, batches: Batches) -> None:
         projection.input_norms.copy_(projection.matrix.float().norm(dim=0))  # type: ignore[operator]
 
 
-register(Method(config=WinaConfig, install=install_, fit=fit_norms_, fp32_names=("input_norms",)))
+register(
+    Method(
+        config=WinaConfig,
+        about="inputs of the projections that are small for the token and its weights",
+        install=install_,
+        remove=remove_input_sparsity_,
+        fit=fit_norms_,
+        fp32_names=("input_norms",),
+    )
+)

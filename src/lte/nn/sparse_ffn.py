@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import FfnMode, check_choice
+from lte.nn.metering import Reading
 from lte.nn.router import Router
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
 
@@ -59,6 +60,29 @@ class SparseFfn(WrappedFfn):
     def num_experts(self) -> int:
         """E."""
         return self.router.bias.shape[0]
+
+    @property
+    def metering(self) -> bool:
+        """See `MeteredModule`: the router logits are kept, of which `reading` is made."""
+        return self.record_logits
+
+    @metering.setter
+    def metering(self, metering: bool) -> None:
+        self.record_logits = metering
+
+    @property
+    def reading(self) -> Reading | None:
+        """What hard mode reads for the logits that were kept last: the weights of the active experts."""
+        if self.logits is None:
+            return None
+        neurons = (self.logits > self.threshold_logit).sum(-1) * (self.num_neurons // self.num_experts)
+        selector = sum(parameter.numel() for parameter in self.router.parameters() if parameter.ndim == 2)
+        weights = neurons * (self.num_inputs + 1) * self.hidden_size
+        return Reading(weights, selector, neurons, self.logits, self.threshold_logit)
+
+    @reading.setter
+    def reading(self, reading: Reading | None) -> None:
+        self.logits = None if reading is None else reading.logits
 
     def set_mode(self, mode: FfnMode) -> None:
         """Switches between dense, soft, straight_through and hard."""

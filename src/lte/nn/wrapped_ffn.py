@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lte.nn.metering import MeteredModule
+
 
 @dataclass(frozen=True)
 class FfnLayout:
@@ -57,7 +59,7 @@ class FfnLayout:
         return projection.weight.T if self.transposed else projection.weight
 
 
-class WrappedFfn(nn.Module):
+class WrappedFfn(MeteredModule):
     """The parts of a family's FFN under their own names, for a subclass that computes with few of the neurons.
 
     A checkpoint keeps the parameter names of the family, and has those that the subclass adds.
@@ -129,6 +131,26 @@ class WrappedFfn(nn.Module):
     def num_neurons(self) -> int:
         """F."""
         return self.layout.matrix(self.part(self.layout.down)).shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.layout.matrix(self.part(self.layout.down)).shape[0]
+
+    @property
+    def num_inputs(self) -> int:
+        """How many matrices [F, D] read the hidden states: gate and up, or up alone."""
+        return 2 if self.layout.fused or self.layout.gate is not None else 1
+
+    @property
+    def dense_weights(self) -> int:
+        """See `MeteredModule`."""
+        return (self.num_inputs + 1) * self.hidden_size * self.num_neurons
+
+    @property
+    def dense_neurons(self) -> int:
+        """F."""
+        return self.num_neurons
 
     def take_input(self) -> Tensor:
         """The hidden states [..., D] that the up projection of a spread FFN has just read; they are then forgotten.

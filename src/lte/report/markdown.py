@@ -8,7 +8,7 @@ from typing import Any
 
 from lte.eval.flops import GFLOP
 from lte.eval.results import write_json_atomic, write_text_atomic
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 from lte.report.tables import markdown_table, router_health_markdown
 
 Record = Mapping[str, Any]
@@ -18,7 +18,7 @@ HEALTH_FILE, TRAINING_FILE = "router_health.png", "training.png"
 def write_demo_report(
     folder: str | Path,
     records: Mapping[str, Record],
-    measurement: SparsityMeasurement | None = None,
+    measurement: Measurement | None = None,
     log_history: Sequence[dict[str, Any]] = (),
     *,
     samples: Mapping[str, str] | None = None,
@@ -49,7 +49,7 @@ def write_demo_report(
     folder.mkdir(parents=True, exist_ok=True)
     recorded = records["sparse"].get("measurement")
     if measurement is None and recorded is not None:
-        measurement = SparsityMeasurement.from_dict(recorded)
+        measurement = Measurement.from_dict(recorded)
     parts = ["# LTE demo report", _headline(records), _comparison(records), *notes]
     parts += [*_samples(samples or {}), *_training(folder, log_history), *_routing(folder, measurement)]
     parts += _provenance(records["sparse"])
@@ -116,7 +116,7 @@ def _training(folder: Path, log_history: Sequence[dict[str, Any]]) -> list[str]:
     return ["## Training", f"![losses, eta and active experts over the steps of both stages]({TRAINING_FILE})"]
 
 
-def _routing(folder: Path, measurement: SparsityMeasurement | None) -> list[str]:
+def _routing(folder: Path, measurement: Measurement | None) -> list[str]:
     if measurement is None:
         return []
     from lte.report.plots import router_health_figure, save_figure

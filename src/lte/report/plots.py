@@ -14,7 +14,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 from lte.report.canvas import (
     BLACK,
     BLUE,
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-def router_health_figure(measurement: SparsityMeasurement, threshold: float | None = None) -> Figure:
+def router_health_figure(measurement: Measurement, threshold: float | None = None) -> Figure:
     """How many experts each layer uses, beside the router scores of each layer.
 
     Left: the active fraction of each layer, and its shares of experts that no token or every token activates,
@@ -72,7 +72,7 @@ def router_health_figure(measurement: SparsityMeasurement, threshold: float | No
     return figure
 
 
-def _draw_active_fractions(axis: Axes, measurement: SparsityMeasurement) -> None:
+def _draw_active_fractions(axis: Axes, measurement: Measurement) -> None:
     layers = range(len(measurement.active_fraction))
     experts = [len(use) for use in measurement.expert_use]
     axis.barh(layers, measurement.active_fraction, color=SKY, height=0.8, label="active, mean over tokens")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 
 HEALTH_COLUMNS = ("layer", "active", "dead", "always on", "near tau", "scores 0 to 1")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -36,7 +36,7 @@ def histogram_text(shares: Sequence[float], width: int = 10) -> str:
     )
 
 
-def router_health_rows(measurement: SparsityMeasurement) -> list[tuple[str, ...]]:
+def router_health_rows(measurement: Measurement) -> list[tuple[str, ...]]:
     """One row of text per layer, in the order of `HEALTH_COLUMNS`."""
     columns = zip(
         measurement.active_fraction,
@@ -60,7 +60,7 @@ def router_health_rows(measurement: SparsityMeasurement) -> list[tuple[str, ...]
     ]
 
 
-def router_health_totals(measurement: SparsityMeasurement) -> tuple[str, ...]:
+def router_health_totals(measurement: Measurement) -> tuple[str, ...]:
     """The row of text for all layers together, in the order of `HEALTH_COLUMNS`."""
     layers = len(measurement.active_fraction)
     experts = sum(len(use) for use in measurement.expert_use)
@@ -75,7 +75,7 @@ def router_health_totals(measurement: SparsityMeasurement) -> tuple[str, ...]:
     )
 
 
-def router_health_table(measurement: SparsityMeasurement) -> Table:
+def router_health_table(measurement: Measurement) -> Table:
     """The router health of a model for the terminal, a row per layer and one for all.
 
     Counts of dead experts are red where there are any.
@@ -97,7 +97,7 @@ def router_health_table(measurement: SparsityMeasurement) -> Table:
     return table
 
 
-def router_health_markdown(measurement: SparsityMeasurement) -> str:
+def router_health_markdown(measurement: Measurement) -> str:
     """The router health of a model as a Markdown table, a row per layer and one for all."""
     rows = [*router_health_rows(measurement), router_health_totals(measurement)]
     return markdown_table(HEALTH_COLUMNS, rows, numbers=HEALTH_COLUMNS[:-1])

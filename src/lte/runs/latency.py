@@ -16,8 +16,8 @@ from lte.bench.run import run_benchmarks
 from lte.bench.settings import OWN, BenchSettings
 from lte.eval.models import load_any_model
 from lte.hf.install import sparse_ffns
+from lte.methods import METHODS
 
-TIMED_METHODS = ("lte", "dense", "static_pruning")
 FIELDS = ("latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_dense_ms", "latency_sparsity")
 CONTEXT = 256
 
@@ -36,8 +36,8 @@ def why_not(wanted: bool, causal: bool, method: str) -> str | None:
         return "not timed: no GPU"
     if not causal:
         return "not timed: the model writes no text"
-    if method not in TIMED_METHODS:
-        return f"not timed: {method} has no kernels here, its products are dense and masked"
+    if method in METHODS and not METHODS[method].is_timed:
+        return f"not timed: {method} has no kernels here, {METHODS[method].no_kernels}"
     return None
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 import lte
-from lte.config import CALIBRATED_GROUPINGS
-from lte.methods import METHODS, apply_method_, refit_
+from lte.methods import METHODS
 from lte.methods.moefication import relu_fy_
 from lte.runs.folders import Folders, Made
 from lte.runs.memory import peak_memory_bytes
@@ -71,20 +70,18 @@ def calibration_text(run: Run, model: Any, work: Workload, tokens: int) -> list[
 
 def _apply(run: Run, model: Any, work: Workload) -> tuple[Any, dict[str, Any] | None]:
     """The model with its method, and of a pruned stock model what its config says of it."""
-    if run.method == "lte":
-        config, batches = run.lte_config, None
-        if config.grouping in CALIBRATED_GROUPINGS:
-            batches = calibration_text(run, model, work, GROUPING_TOKENS)
-        return lte.sparsify_(model, config, calibration=batches), None
-    method = None
-    if run.method != "dense":
-        batches = calibration_text(run, model, work, run.train_config.calibration_tokens)
-        model = apply_method_(model, run.method_config, batches)
-        method = getattr(model.config, "lte_method", None)
+    kept = None
+    if run.method in METHODS:
+        method, config, batches = METHODS[run.method], run.method_config, None
+        if method.needs_calibration(config):
+            tokens = GROUPING_TOKENS if method.sparse_ffns else run.train_config.calibration_tokens
+            batches = calibration_text(run, model, work, tokens)
+        model = lte.sparsify_(model, config, calibration=batches)
+        kept = model.config.lte
     if run.trains and run.leaves_stock:
         # Wrapped, so that one code path trains all; the wrapper switches nothing.
-        model = lte.sparsify_(model, run.lte_config)
-    return model, method
+        model = lte.sparsify_(model, run.wrapper_config)
+    return model, kept
 
 
 def _train(run: Run, model: Any, folders: Folders, work: Workload) -> TrainingSummary:
@@ -115,7 +112,8 @@ def _finish(run: Run, model: Any, work: Workload, method: dict[str, Any] | None)
     if run.leaves_stock:
         model = lte.densify_(model)
         if method is not None:
-            model.config.lte_method = method
+            model.config.lte = method
     elif run.method in METHODS and METHODS[run.method].fit is not None:
-        refit_(model, calibration_text(run, model, work, run.train_config.calibration_tokens))
+        tokens = run.train_config.calibration_tokens
+        lte.calibrate_(model, calibration_text(run, model, work, tokens), max_tokens=None)
     return model

@@ -68,20 +68,25 @@ class Run:
 
     @property
     def method(self) -> str:
-        """`dense`, `lte` or one of `lte.methods.METHODS`."""
+        """`dense` or one of `lte.methods.METHODS`."""
         return self.options.method
 
     @property
     def recipe(self) -> str:
         """What `TrainConfig` calls its training."""
-        if self.method == "lte":
+        if self.has_routers:
             return self.values.get("recipe", TrainConfig.recipe)
         return "dense" if self.leaves_stock else "method"
 
     @property
+    def has_routers(self) -> bool:
+        """Whether its method is one of trained routers, LTE that is."""
+        return self.method in METHODS and METHODS[self.method].sparse_ffns
+
+    @property
     def leaves_stock(self) -> bool:
         """Whether the model is a stock one."""
-        return self.method == "dense" or (self.method in METHODS and METHODS[self.method].install is None)
+        return self.method not in METHODS or METHODS[self.method].leaves_stock
 
     @property
     def train_config(self) -> TrainConfig:
@@ -95,14 +100,14 @@ class Run:
         return (1, 2) if stages == "both" else (int(stages),)
 
     @property
-    def lte_config(self) -> LteConfig:
-        """Of an LTE model, or of the wrapper in which a stock model trains."""
+    def wrapper_config(self) -> LteConfig:
+        """Of the wrapper in which a stock model trains."""
         values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
-        return build(LteConfig, values if self.method == "lte" else {**values, "grouping": "contiguous"})
+        return build(LteConfig, {**values, "grouping": "contiguous"})
 
     @property
     def method_config(self) -> MethodConfig:
-        """Of another method than LTE."""
+        """Of its method."""
         values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
         return build(METHODS[self.method].config, values)
 
@@ -128,7 +133,7 @@ class Run:
         """Raises a `ValueError` for settings that do not fit each other; returns itself."""
         config = self.train_config
         _ = self.data_config, self.task_config, self.stages
-        _ = self.lte_config if self.method in ("lte", "dense") else self.method_config
+        _ = self.method_config if self.method in METHODS else self.wrapper_config
         if bool(config.distillation_weight) != bool(self.teacher):
             raise ValueError(
                 "distillation_weight must be positive with distill_from and 0 without, got "

@@ -8,7 +8,7 @@ from typing import Any
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import load_config, measurement_summary, task_record
 from lte.eval.results import result_record
-from lte.eval.sparsity import SparsityMeasurement
+from lte.eval.sparsity import Measurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.inputs import predicts_next_token
 from lte.runs.folders import Folders, Made
@@ -53,7 +53,7 @@ def measured_record(
         peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()),
     )
     record["config"] |= {"kernels": kernels, "tokens_start": made.tokens_start}
-    if isinstance(result.measurement, SparsityMeasurement):
+    if result.measurement is not None:
         _remember(folder, result.measurement, made.data_info)
     if comparison.harness is not None:
         record |= answer_questions(model, work.tokenizer, comparison.harness)
@@ -107,7 +107,7 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
         "config": {
             **settings,
             **trained,
-            **({"lte": run.lte_config.to_dict()} if run.method == "lte" else {}),
+            **({"lte": run.method_config.to_dict()} if run.has_routers else {}),
             "start": run.base,
             "distill_from": run.teacher,
             "relu": run.options.relu,
@@ -119,7 +119,7 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
     }
 
 
-def _remember(folder: Any, measurement: SparsityMeasurement, data_info: dict[str, Any]) -> None:
+def _remember(folder: Any, measurement: Measurement, data_info: dict[str, Any]) -> None:
     """Notes the measured sparsity in a folder's config: the kernels choose their paths by it."""
     config = load_config(str(folder))
     config.lte_measurement = measurement_summary(measurement, data_info)

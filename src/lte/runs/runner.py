@@ -13,6 +13,7 @@ import torch
 
 from lte.config import check_choice
 from lte.eval.results import write_json_atomic
+from lte.methods import METHODS
 from lte.runs.folders import Folders
 from lte.runs.making import make_model
 from lte.runs.memory import free_memory, others_fill_gpu
@@ -160,7 +161,8 @@ class Runner:
 
     def _timed_beside(self, run: Run) -> str | None:
         """The dense model that a run without one of its own is timed beside."""
-        return run.base if self.comparison.latency and run.method == "static_pruning" else None
+        smaller = run.method in METHODS and METHODS[run.method].removes_neurons
+        return run.base if self.comparison.latency and smaller else None
 
     def _do(self, run: Run) -> dict[str, Any] | None:
         """Makes and measures a run; `None` without a record of its own."""

@@ -21,7 +21,6 @@ from lte.train.config import TrainConfig
 
 Base = Literal["start", "dense"]
 Stages = Literal["both", "1", "2"]
-OWN_METHODS = ("dense", "lte")
 KEYS = (
     *("task", "model", "data_dir", "seeds", "defaults", "start", "train", "sparsities", "methods"),
     *("dtype", "eval_batch_size", "latency", *HARNESS_KEYS),
@@ -57,7 +56,7 @@ class EntryOptions:
     """Keys of an entry of `methods` that are no settings of training, data or the method.
 
     Attributes:
-        method: `dense`, `lte` or one of `lte.methods.METHODS`.
+        method: `dense` or one of `lte.methods.METHODS`.
         label: name of its runs and of its curve; unset: the method's name.
         group: name of a curve that several labels make up, a sweep of a setting say.
         base: what it is applied to; unset: `start` for methods that train, `dense`, the control, for others.
@@ -75,7 +74,7 @@ class EntryOptions:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, (*OWN_METHODS, *METHODS))
+        check_choice("method", self.method, ("dense", *METHODS))
         if self.base is not None:
             check_choice("base", self.base, get_args(Base))
         if self.label is not None and (not self.label or set(self.label) & set("/\\ ")):
@@ -95,8 +94,7 @@ class EntryOptions:
         """Whether its runs train after the start."""
         if self.fine_tune is not None:
             return self.fine_tune
-        # A pruned model is a stock one, which the registry does not count as trained by the method.
-        return self.method in (*OWN_METHODS, "static_pruning") or METHODS[self.method].trained
+        return self.method not in METHODS or METHODS[self.method].trained
 
 
 @dataclass(frozen=True)
@@ -260,13 +258,13 @@ def _entry(entry: Any, seeds: Any, sparsities: Any, source: str) -> Entry:
     values = dict(values)
     seeds, sparsities = values.pop("seeds", seeds), values.pop("sparsities", sparsities)
     method = str(values["method"])
-    check_choice("method", method, (*OWN_METHODS, *METHODS))
+    check_choice("method", method, ("dense", *METHODS))
     more: dict[type, str] = {EntryOptions: ""}
     if method in METHODS:
         more[METHODS[method].config] = ""
     parsed = _parsed(values, more, source)
     options = build(EntryOptions, parsed)
-    if "recipe" in parsed and method != "lte":
+    if "recipe" in parsed and not (method in METHODS and METHODS[method].sparse_ffns):
         raise ValueError(f"recipe must be left out for method={method}, got recipe={parsed['recipe']}")
     own = {name: value for name, value in parsed.items() if name not in EntryOptions.__dataclass_fields__}
     targets = _numbers("sparsities", sparsities, source, float)

@@ -1,39 +1,22 @@
-"""Fitting the routers before training, and setting the thresholds after it."""
+"""Fitting the routers before training; `lte.methods.lte` sets the thresholds after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lte.config import FfnMode
+from lte.data.batches import Batch
 from lte.data.rows import routing_masks
 from lte.hf.inputs import run_without_logits
 from lte.hf.install import require_sparse_ffns
+from lte.methods.lte import calibrate_thresholds_, evaluating
 from lte.nn.router import INITIAL_LOGIT
 from lte.nn.sparse_ffn import SparseFfn
 
-Batch = Mapping[str, Tensor]
-
-
-@contextmanager
-def evaluating(model: nn.Module, mode: FfnMode) -> Iterator[None]:
-    """Runs a block in eval mode, without gradients, with all FFNs in `mode`; restores both afterwards."""
-    ffns = list(require_sparse_ffns(model).values())
-    modes, training = [ffn.mode for ffn in ffns], model.training
-    model.eval()
-    for ffn in ffns:
-        ffn.set_mode(mode)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-        for ffn, previous in zip(ffns, modes, strict=True):
-            ffn.set_mode(previous)
+__all__ = ["Batch", "calibrate_thresholds_", "fit_routers_"]
 
 
 class _NormRegression:
@@ -118,72 +101,3 @@ def _observe(fit: _NormRegression, name: str, masks: dict[str, Tensor]) -> list[
         up.register_forward_pre_hook(lambda module, args: fit.see_input(args[0])),
         down.register_forward_pre_hook(lambda module, args: fit.update(args[0], masks[name])),
     ]
-
-
-def calibrate_thresholds_(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    target_sparsity: float,
-    *,
-    rounds: int = 4,
-    tolerance: float = 5e-4,
-) -> float:
-    """Shifts all router biases by one number so that the hard-mode sparsity on `batches` meets the target.
-
-    One shift for all layers keeps what training found about which layer needs how much. A shift changes what later
-    layers see, so it is found anew from the measured logits `rounds` times or until within `tolerance`.
-
-    Args:
-        model: an LTE model.
-        batches: as for `fit_routers_`; they are read once per round, so pass a list.
-        target_sparsity: share of experts that shall be off, mean over tokens and layers.
-
-    Returns:
-        The sum of the shifts, in logits; above zero more experts are on than before.
-    """
-    batches = list(batches)
-    ffns = require_sparse_ffns(model)
-    total = 0.0
-    for _ in range(rounds):
-        shift, sparsity = _quantile_shift(model, ffns, batches, target_sparsity)
-        if abs(sparsity - target_sparsity) <= tolerance:
-            break
-        for ffn in ffns.values():
-            with torch.no_grad():
-                ffn.router.bias.add_(shift)
-        total += shift
-    return total
-
-
-def _quantile_shift(
-    model: nn.Module, ffns: dict[str, SparseFfn], batches: list[Batch], target: float
-) -> tuple[float, float]:
-    """The shift that moves the `target` quantile of all logits to the threshold, and the sparsity before it.
-
-    Every layer counts the same, however many tokens it sees: an encoder and a decoder see different ones.
-    """
-    edges, bins = 64.0, 1 << 16
-    # They stay where the logits are until all batches are through: a GPU is not waited for.
-    histograms, below = ({name: torch.zeros((), dtype=torch.float64) for name in ffns} for _ in range(2))
-    for ffn in ffns.values():
-        ffn.record_logits = True
-    try:
-        with evaluating(model, "hard"):
-            for batch in batches:
-                run_without_logits(model, batch)
-                masks = routing_masks(model, list(ffns), batch)
-                for name, ffn in ffns.items():
-                    assert ffn.logits is not None
-                    keep = masks[name].to(ffn.logits.device).flatten()
-                    logits = (ffn.logits - ffn.threshold_logit).flatten(0, -2)[keep]
-                    counts = torch.histc(logits.clamp(-edges, edges).float(), bins, -edges, edges)
-                    histograms[name] = counts.double() + histograms[name].to(counts.device)
-                    below[name] = (logits <= 0).sum() + below[name].to(counts.device)
-    finally:
-        for ffn in ffns.values():
-            ffn.record_logits, ffn.logits = False, None
-    totals = {name: histogram.sum() for name, histogram in histograms.items()}
-    shares = torch.stack([(histogram / totals[name]).cpu() for name, histogram in histograms.items()]).mean(0)
-    index = int(torch.searchsorted(shares.cumsum(0), torch.tensor(target, dtype=torch.float64)))
-    sparsity = sum((below[name] / totals[name]).item() for name in ffns) / len(ffns)
-    return edges - (min(index, bins - 1) + 1) * 2 * edges / bins, sparsity

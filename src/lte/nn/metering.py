@@ -1,4 +1,4 @@
-"""What a method's modules say of their own work, token by token, in the pass that is measured."""
+"""What the modules of a method say of their own work, token by token, in the pass that is measured."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ class Reading:
         weights: how many of the model's own weights, [...].
         selector: how many weights of a router or predictor, which are in fp32, for every token.
         neurons: how many FFN neurons were computed and used, [...]; `None` where the module does not decide that.
+        logits: of a router that switches experts by a threshold, [..., E]; `None` for other modules.
+        threshold_logit: that threshold, as a logit.
     """
 
     weights: Tensor
     selector: int = 0
     neurons: Tensor | None = None
+    logits: Tensor | None = None
+    threshold_logit: float = 0.0
 
 
 class MeteredModule(nn.Module):
@@ -30,11 +34,13 @@ class MeteredModule(nn.Module):
         metering: whether the forward pass keeps a `reading`.
         reading: of the last forward pass.
         observer: while set, the module computes densely and hands it what it works on; see `lte.methods.calibration`.
+        target_sparsity: what the method's config says, for those that keep a fixed share.
     """
 
     metering = False
     reading: Reading | None = None
     observer: Callable[..., None] | None = None
+    target_sparsity = 0.0
 
     @property
     def dense_weights(self) -> int:
@@ -48,5 +54,5 @@ class MeteredModule(nn.Module):
 
 
 def metered_modules(model: nn.Module) -> dict[str, MeteredModule]:
-    """The modules of a method in `model` by qualified name."""
+    """The modules of a method in `model` by qualified name, in depth order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MeteredModule)}

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lte
-from lte.eval.methods import measure_method
-from lte.hf.loading import INSTALLERS
-from lte.methods import METHODS, Method, MethodConfig, apply_method_, config_of, refit_, register
+from lte.eval.sparsity import measure_sparsity
+from lte.hf.loading import INSTALLERS, NO_KERNELS
+from lte.methods import METHODS, Method, MethodConfig, config_of, register
 from lte.methods.cats import CatsConfig
-from lte.methods.contract import wraps_ffns
+from lte.methods.method import wraps_ffns
 from lte.methods.neuron_ffn import NeuronFfn
 from lte.methods.random_router import RandomRouterConfig
-from tests.methods.methods import calibration_batches, config_for
+from tests.methods.methods import EVERY_METHOD, calibration_batches, config_for, made
 from tests.tiny_models import logits_of, tiny_dense_model, tiny_sparse_model
 
 STOCK_LOADING = """
@@ -60,12 +60,12 @@ class EveryOtherFfn(NeuronFfn):
 @pytest.fixture
 def every_other() -> Iterator[Method]:
     yield register(Method(config=EveryOtherConfig, install=wraps_ffns(EveryOtherFfn)))
-    del METHODS["every_other"], INSTALLERS["every_other"]
+    del METHODS["every_other"], INSTALLERS["every_other"], NO_KERNELS["every_other"]
 
 
 def test_a_new_method_is_one_class_and_one_line(every_other: Method, tokens: Tensor, tmp_path: Path) -> None:
-    model: Any = apply_method_(tiny_dense_model(), EveryOtherConfig(offset=1))
-    assert measure_method(model, calibration_batches()).sparsity == 0.5
+    model: Any = lte.sparsify_(tiny_dense_model(), EveryOtherConfig(offset=1))
+    assert measure_sparsity(model, calibration_batches()).sparsity == 0.5
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits_of(loaded, tokens), logits_of(model, tokens))
@@ -74,12 +74,18 @@ def test_a_new_method_is_one_class_and_one_line(every_other: Method, tokens: Ten
 
 
 def test_a_folder_of_a_method_that_is_not_registered_is_refused(every_other: Method, tmp_path: Path) -> None:
-    model: Any = apply_method_(tiny_dense_model(), EveryOtherConfig())
+    model: Any = lte.sparsify_(tiny_dense_model(), EveryOtherConfig())
     model.save_pretrained(tmp_path)
     install = INSTALLERS.pop("every_other")
     with pytest.raises(ValueError, match=r"must name one of cats, .*, got every_other; import the module"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     INSTALLERS["every_other"] = install
+
+
+def test_the_package_exports_the_config_of_every_method() -> None:
+    for method in METHODS.values():
+        assert getattr(lte, method.config.__name__) is method.config
+        assert method.config.__name__ in lte.__all__
 
 
 def test_names_are_taken_once() -> None:
@@ -91,15 +97,15 @@ def test_names_are_taken_once() -> None:
         register(Method(config=Other))
     assert METHODS["cats"].config is CatsConfig
     with pytest.raises(ValueError, match=r"method must be one of .* got method='no method'"):
-        apply_method_(tiny_dense_model(), type("Unknown", (MethodConfig,), {"name": "no method"})())
+        lte.sparsify_(tiny_dense_model(), type("Unknown", (MethodConfig,), {"name": "no method"})())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"name": "teal"}, "name must be cats, got name='teal'"),
-        ({"version": 99}, "version must be 1, got version=99; upgrade lte"),
-        ({"size": 1}, "a config of cats must hold its own fields, got size"),
+        ({"version": 99}, "saved by a newer lte: its config has version=99"),
+        ({"size": 1}, "a config of cats must hold known fields only, got size"),
     ],
 )
 def test_a_config_of_another_kind_is_refused(change: dict[str, Any], message: str) -> None:
@@ -109,30 +115,61 @@ def test_a_config_of_another_kind_is_refused(change: dict[str, Any], message: st
 
 def test_models_that_are_not_dense_are_refused() -> None:
     with pytest.raises(ValueError, match="model must be dense, got an LTE model"):
-        apply_method_(tiny_sparse_model(), CatsConfig(), calibration_batches())
+        lte.sparsify_(tiny_sparse_model(), CatsConfig(), calibration=calibration_batches())
     for name in ("cats", "teal"):
         for model_type in ("llama", "bert"):
-            model = apply_method_(tiny_dense_model(model_type), config_for(name), calibration_batches())
+            model = made(name, model_type)
             with pytest.raises(ValueError, match=r"model must be dense, got Lte.*, which a method changed"):
-                apply_method_(model, CatsConfig(), calibration_batches())
+                lte.sparsify_(model, CatsConfig(), calibration=calibration_batches())
             with pytest.raises(ValueError, match="model must be dense, got Lte"):
                 lte.sparsify_(model, lte.LteConfig(expert_size=8))
-            with pytest.raises(ValueError, match=f"model must be an LTE model, got one of the method {name}"):
-                lte.densify_(model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_what_keeps_its_dense_weights_becomes_dense_again(
+    method: str, model_type: str, tokens: Tensor, tmp_path: Path, relative_rms: Any
+) -> None:
+    dense, model = tiny_dense_model(model_type), made(method, model_type)
+    if METHODS[config_for(method).name].leaves_stock:
+        with pytest.raises(
+            ValueError, match=r"must hold its dense weights .* changed them for good .*; load the dense"
+        ):
+            lte.densify_(model)
+        return
+    back: Any = lte.densify_(model)
+    assert type(back) is type(dense)
+    assert {name: type(module) for name, module in back.named_modules()} == {
+        name: type(module) for name, module in dense.named_modules()
+    }
+    assert back.state_dict().keys() == dense.state_dict().keys()
+    # Neurons that were grouped stay in their new order.
+    assert relative_rms(logits_of(back, tokens), logits_of(dense, tokens)) <= 1e-5
+    assert config_of(back) is None
+    back.save_pretrained(tmp_path)
+    assert "lte" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match="model must be an LTE model or one of another method, got"):
+        lte.densify_(back)
+
+
+def test_a_model_says_why_no_kernel_runs_it() -> None:
+    for name, why in (("teal", "computed densely and masked"), ("static_pruning", "fewer neurons"), ("wanda", "zeros")):
+        with pytest.raises(ValueError, match=f"got one of the method {name}, for which there are none: .*{why}"):
+            lte.accelerate_(made(name))
 
 
 def test_thresholds_are_fitted_anew_after_training() -> None:
-    model: Any = apply_method_(tiny_dense_model(), CatsConfig(), calibration_batches())
+    model: Any = made("cats")
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight *= 0.1
-    assert measure_method(model, calibration_batches()).layer_sparsity[0] > 0.7
-    assert refit_(model, calibration_batches()) is model
-    assert measure_method(model, calibration_batches()).layer_sparsity[0] == pytest.approx(0.5, abs=0.01)
-    with pytest.raises(ValueError, match="cats must get calibration batches, got none"):
-        refit_(model, [])
-    for other, name in ((tiny_dense_model(), "none"), (apply_method_(tiny_dense_model(), config_for("kla")), "kla")):
-        with pytest.raises(ValueError, match=f"model must be of a method that fits something, got {name}"):
-            refit_(other, calibration_batches())
+    assert measure_sparsity(model, calibration_batches()).layer_sparsity[0] > 0.7
+    assert lte.calibrate_(model, calibration_batches()) is model
+    assert measure_sparsity(model, calibration_batches()).layer_sparsity[0] == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match="cats must get calibration data, got none"):
+        lte.calibrate_(model, [])
+    for other, name in ((tiny_dense_model(), "a dense one"), (made("kla"), "one of the method kla")):
+        with pytest.raises(ValueError, match=f"model must be of a method that has thresholds .* to set, got {name}"):
+            lte.calibrate_(other, calibration_batches())
 
 
 @pytest.mark.parametrize("method", ["cats", "teal", "wanda", "deja_vu", "moefication", "static_pruning"])
@@ -140,7 +177,7 @@ def test_missing_calibration_is_told_before_anything_changes(method: str) -> Non
     model, config = tiny_dense_model(), config_for(method)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"{method} must get calibration batches, got none; pass calibration"):
-        apply_method_(model, config)
+        lte.sparsify_(model, config)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -150,12 +187,12 @@ def test_missing_calibration_is_told_before_anything_changes(method: str) -> Non
 def test_experts_that_do_not_fit_change_nothing() -> None:
     model = tiny_dense_model()
     with pytest.raises(ValueError, match="expert_size must divide the number of FFN neurons"):
-        apply_method_(model, RandomRouterConfig(expert_size=48))
+        lte.sparsify_(model, RandomRouterConfig(expert_size=48))
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
 def test_a_pruned_model_becomes_an_lte_model_that_loads_as_one(tokens: Tensor, tmp_path: Path) -> None:
-    model = apply_method_(tiny_dense_model(), config_for("static_pruning"), calibration_batches())
+    model = lte.sparsify_(tiny_dense_model(), config_for("static_pruning"), calibration=calibration_batches())
     sparse: Any = lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random"))
     sparse.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -166,15 +203,15 @@ def test_a_pruned_model_becomes_an_lte_model_that_loads_as_one(tokens: Tensor, t
 def test_models_do_not_share_what_is_written_into_a_config() -> None:
     dense = tiny_dense_model()
     twin = type(dense)(dense.config)
-    apply_method_(dense, CatsConfig(), calibration_batches())
+    lte.sparsify_(dense, CatsConfig(), calibration=calibration_batches())
     assert type(twin.config).__name__ == "LlamaConfig"
-    assert not hasattr(twin.config, "lte_method")
+    assert not hasattr(twin.config, "lte")
 
 
 def test_stock_transformers_refuses_a_folder_of_a_method(tmp_path: Path) -> None:
-    model: Any = apply_method_(tiny_dense_model(), CatsConfig(), calibration_batches())
+    model: Any = lte.sparsify_(tiny_dense_model(), CatsConfig(), calibration=calibration_batches())
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["lte_method"]["name"] == "cats"
+    assert json.loads((tmp_path / "config.json").read_text())["lte"]["name"] == "cats"
     command = [sys.executable, "-c", STOCK_LOADING, str(tmp_path)]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
     assert len(lines) == 2
