@@ -4,9 +4,10 @@ import sys
 from pydoc_data.topics import topics
 
 import datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+
 import lte
 from lte.train.router_init import fit_routers_
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 OUTPUT = sys.argv[2] if len(sys.argv) > 2 else "runs/calibrate"

@@ -3,10 +3,11 @@
 import sys
 from pydoc_data.topics import topics
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import lte
 from lte.eval.cost import measured_cost
 from lte.train.router_init import fit_routers_
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 TEXTS = [text[:2000] for text in topics.values()]

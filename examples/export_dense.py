@@ -2,9 +2,10 @@
 
 import sys
 
-import lte
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lte
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 OUTPUT = sys.argv[2] if len(sys.argv) > 2 else "runs/dense"

@@ -4,9 +4,10 @@ import sys
 import time
 from pydoc_data.topics import topics
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import lte
 from lte.train.router_init import fit_routers_
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 

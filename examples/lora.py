@@ -4,9 +4,10 @@ import sys
 from pydoc_data.topics import topics
 
 import datasets
-import lte
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+
+import lte
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 OUTPUT = sys.argv[2] if len(sys.argv) > 2 else "runs/lora"

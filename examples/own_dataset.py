@@ -1,4 +1,4 @@
-"""Own data: a stream of questions and answers with labels on the answers, a collator, and the dense model as teacher."""
+"""Own data: a stream of questions and answers, labels on the answers alone, a collator, and a dense teacher."""
 
 import copy
 import sys
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pydoc_data.topics import topics
 
 import datasets
-import lte
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+import lte
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 OUTPUT = sys.argv[2] if len(sys.argv) > 2 else "runs/own_dataset"

@@ -4,8 +4,9 @@ import sys
 from pydoc_data.topics import topics
 
 import datasets
-import lte
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+
+import lte
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 OUTPUT = sys.argv[2] if len(sys.argv) > 2 else "runs/train"

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import datasets
-import lte
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lte
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 OUTPUT = sys.argv[2] if len(sys.argv) > 2 else "runs/trl"
@@ -30,6 +31,7 @@ args = LteSFTConfig(
     max_steps=20,
     per_device_train_batch_size=4,
     max_length=256,
+    bf16=torch.cuda.is_available(),
     router_fit_tokens=4096,
     calibration_tokens=8192,
     report_to="none",

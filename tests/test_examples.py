@@ -16,7 +16,7 @@ import lte
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
 SAYS = {
-    "train.py": "The saved folder skips 4",
+    "train.py": "The saved folder skips",
     "trl_sft.py": "eval_sparsity",
     "lora.py": "The merged model skips",
     "own_dataset.py": "distillation_loss",
@@ -35,7 +35,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["[PAD]", "[UNK]", "[EOS]"]
     backend.train_from_iterator(topics.values(), trainers.WordLevelTrainer(vocab_size=500, special_tokens=special))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=500, pad_token_id=0, eos_token_id=2, **sizes)).save_pretrained(folder)

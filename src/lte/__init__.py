@@ -4,6 +4,9 @@ Importing lte registers the sparse model classes and all methods with transforme
 `AutoModelForCausalLM.from_pretrained` loads a folder that lte saved.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lte import methods
 from lte.config import LteConfig
 from lte.eval.sparsity import measure_sparsity
@@ -24,14 +27,30 @@ from lte.methods.wina import WinaConfig
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from lte.train.arguments import LteTrainingArguments, RoutingArguments
+    from lte.train.trainer import LteTrainer, RoutingMixin
+
+# Loaded when they are asked for: what loads a saved model needs no trainer.
+_ON_DEMAND = {
+    "LteTrainer": "lte.train.trainer",
+    "LteTrainingArguments": "lte.train.arguments",
+    "RoutingArguments": "lte.train.arguments",
+    "RoutingMixin": "lte.train.trainer",
+}
+
 __all__ = [
     "CatsConfig",
     "DejaVuConfig",
     "KlaConfig",
     "LteConfig",
+    "LteTrainer",
+    "LteTrainingArguments",
     "MoeficationConfig",
     "NoisyTopkConfig",
     "RandomRouterConfig",
+    "RoutingArguments",
+    "RoutingMixin",
     "SigmaMoeConfig",
     "StaticPruningConfig",
     "TealConfig",
@@ -47,3 +66,13 @@ __all__ = [
     "sparse_ffns",
     "sparsify_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(import_module(_ON_DEMAND[name]), name)
+    raise AttributeError(f"module 'lte' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

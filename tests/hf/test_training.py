@@ -10,11 +10,15 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 import lte
+from lte.data.rows import LmCollator
 from lte.hf.families import family_of
 from lte.nn.losses import efficiency_loss
-from tests.tiny_models import logits_of, row_of, tiny_sparse_model, zero_dropout_
+from lte.train.router_init import fit_routers_
+from tests.tiny_models import PAD, logits_of, row_of, tiny_dense_model, tiny_sparse_model, zero_dropout_
+from tests.train.toy import toy_rows
 
 
 def trainable_model(model_type: str, mode: Any = "soft") -> Any:
@@ -125,3 +129,30 @@ def test_routers_can_be_trained_beside_adapters(tokens: Tensor, tmp_path: Path) 
         assert torch.equal(logits_of(loaded.eval(), tokens), logits_of(model.eval(), tokens))
     moved = [name for name, p in model.named_parameters() if "router.modules_to_save" in name]
     assert moved, "the routers must be among the trained modules"
+
+
+def test_a_stock_training_says_once_what_drifts_and_calibration_puts_it_back(tmp_path):
+    rows = toy_rows(256)
+    batches = [LmCollator(PAD)([rows[i] for i in range(s, s + 32)]) for s in range(0, 256, 32)]
+    model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8, grouping="random", target_sparsity=0.5))
+    fit_routers_(model, batches)
+    lte.calibrate_(model, batches)
+    start = lte.measure_sparsity(model, batches).sparsity
+    arguments = {"max_steps": 200, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "save_strategy": "no"}
+    stock = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **arguments)
+    with pytest.warns(UserWarning, match="without lte.LteTrainer: its routers get no gradient") as caught:
+        Trainer(model, stock, train_dataset=rows, data_collator=LmCollator(PAD)).train()
+    assert len([each for each in caught if "LteTrainer" in str(each.message)]) == 1
+    drifted = lte.measure_sparsity(model, batches).sparsity
+    assert abs(drifted - start) > 0.02
+    lte.calibrate_(model, batches)
+    assert lte.measure_sparsity(model, batches).sparsity == pytest.approx(0.5, abs=0.005)
+
+
+def test_our_own_training_and_evaluation_warn_of_nothing(tmp_path, recwarn):
+    model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8, grouping="random"))
+    settings = {"max_steps": 4, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    args = lte.LteTrainingArguments(str(tmp_path), **settings)
+    lte.LteTrainer(model, args, train_dataset=toy_rows(), data_collator=LmCollator(PAD)).train()
+    lte.measure_sparsity(model, [LmCollator(PAD)([toy_rows()[0]])])
+    assert not [each for each in recwarn if "LteTrainer" in str(each.message)]

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lte
 from lte.data.rows import LmCollator
 from lte.eval.sparsity import measure_sparsity
 from lte.train.trainer import LteTrainer
-from tests.tiny_models import PAD
+from tests.tiny_models import PAD, tiny_dense_model
 from tests.train.test_trainer import arguments, fresh_model
 from tests.train.toy import toy_rows
 
@@ -133,3 +133,39 @@ def test_several_adapters_have_routers_of_their_own(base, tmp_path):
     assert logits_of(model).equal(first)
     model.set_adapter("second")
     assert logits_of(model).equal(second)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_adapters_before_the_conversion_keep_their_function(model_type, options):
+    targets = {"llama": ["gate_proj", "up_proj", "down_proj"], "phi3": ["gate_up_proj", "down_proj"],
+               "gpt2": ["c_fc", "c_proj"], "opt": ["fc1", "fc2"]}[model_type]  # fmt: skip
+    model = get_peft_model(
+        tiny_dense_model(model_type), lora(target_modules=targets, fan_in_fan_out=model_type == "gpt2", **options)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    before = logits_of(model)
+    assert lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random")) is model
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-5)
+    assert model.config.lte["name"] == "lte"
+    with model.disable_adapter():
+        assert not torch.allclose(logits_of(model), before, atol=1e-4)
+
+
+def test_adapters_before_the_conversion_train(tmp_path):
+    model = lte.sparsify_(get_peft_model(tiny_dense_model(), lora()), lte.LteConfig(expert_size=8, grouping="random"))
+    train(model, tmp_path)
+    assert {name.split("modules_to_save.default.")[1] for name, p in model.named_parameters() if p.requires_grad
+            and "router" in name} == {"weight", "bias"}  # fmt: skip
+    assert all(p.requires_grad == ("lora_" in n or "modules_to_save" in n) for n, p in model.named_parameters())
+
+
+def test_other_adapters_before_the_conversion_are_refused():
+    model = get_peft_model(tiny_dense_model(), IA3Config(target_modules=["down_proj"], feedforward_modules=[]))
+    with pytest.raises(
+        ValueError, match=r"down_proj must be a plain floating-point nn.Linear, got Linear; .* not LoRA"
+    ):
+        lte.sparsify_(model)

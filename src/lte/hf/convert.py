@@ -14,7 +14,7 @@ from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
 from lte.hf.install import check_unchunked, num_neurons, sparse_ffns, wrapped_ffns
 from lte.hf.loading import is_ours
-from lte.hf.projections import is_plain_projection, projection_name
+from lte.hf.projections import is_plain_projection, permute_adapters_, projection_name
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
@@ -92,12 +92,14 @@ def permute_neurons_(ffn: nn.Module, layout: FfnLayout, order: Tensor) -> None:
         index = order.to(matrix.device)
         if name == layout.down:
             matrix.copy_(matrix[:, index])
+            permute_adapters_(linear, index, inputs=True)
             continue
         if layout.fused:
             index = torch.cat([index, index + len(index)])
         matrix.copy_(matrix[index])
         if linear.bias is not None:
             linear.bias.copy_(linear.bias[index])
+        permute_adapters_(linear, index, inputs=False)
 
 
 def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
@@ -125,8 +127,7 @@ def _neuron_orders(
 def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"model must be a transformers model itself, got the wrapper {type(model).__name__}; merge "
-            "adapters and unwrap the model first"
+            f"model must be a transformers model itself, got the wrapper {type(model).__name__}; unwrap it first"
         )
     check_unchunked(model, family)
     if not ffns:
@@ -141,7 +142,7 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
                 raise ValueError(
                     f"{name}.{part} must be a plain floating-point {projection_name(family.layout)}, got "
                     f"{type(linear).__name__}; "
-                    "load the model without quantisation and merge adapters first"
+                    "load the model without quantisation, and merge adapters that are not LoRA first"
                 )
             if linear.weight.is_meta:
                 raise ValueError(f"{name}.{part} must hold its weights, got a meta tensor; load the model first")

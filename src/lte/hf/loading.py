@@ -18,6 +18,8 @@ import copy
 import os
 import shutil
 import tempfile
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from lte.config import LteConfig, MethodConfig, current_settings
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
+from lte.hf.install import sparse_ffns
 
 INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
 """What builds the modules of each method around a model's FFNs, by the method's name.
@@ -42,6 +45,9 @@ NO_KERNELS: dict[str, str] = {}
 
 FP32_NAMES = {"router"}
 """Submodules and buffers that stay in fp32 whatever dtype a model is loaded in: they decide about neurons."""
+
+# Models of which was said what a training without their routers does.
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 _GUARD = " (an LTE model: `pip install lte` and `import lte` before loading it)"
 _PREFIX = "Lte"
@@ -101,6 +107,20 @@ class LteModelMixin:
         install = _installer(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, family_of(config))
+
+    def train(self, mode: bool = True) -> Any:
+        """As the stock method; in hard mode, outside of `lte.LteTrainer`, it says once what such a training moves."""
+        if mode and not getattr(self, "_trains_routing", False) and self not in _warned:
+            ffns = sparse_ffns(self)  # type: ignore[arg-type]
+            if ffns and all(ffn.mode == "hard" for ffn in ffns.values()):
+                _warned.add(self)
+                warnings.warn(
+                    "training this LTE model without lte.LteTrainer: its routers get no gradient and nothing holds its "
+                    "sparsity, which drifts as the hidden states change. Call lte.calibrate_(model, texts) afterwards "
+                    "to put the target back, or train with lte.LteTrainer (lte.RoutingMixin over another trainer)",
+                    stacklevel=2,
+                )
+        return super().train(mode)  # type: ignore[misc]
 
     @property
     def target_sparsity(self) -> float:

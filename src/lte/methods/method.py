@@ -18,6 +18,7 @@ from lte.config import LteConfig, MethodConfig, check_choice, check_fraction
 from lte.data.batches import as_batches
 from lte.hf.convert import require_dense, unwrap_ffns_
 from lte.hf.families import Family, dense_ffns, family_of
+from lte.hf.inputs import unwrapped
 from lte.hf.install import StockFfn, install_wrapped_ffns_, num_neurons
 from lte.hf.loading import (
     FP32_NAMES,
@@ -182,7 +183,8 @@ def sparsify_(
     leaves a stock model, as static pruning and Wanda do.
 
     Args:
-        model: a transformers model of a family in `lte.hf.families.FAMILIES`, with floating-point weights.
+        model: a transformers model of a family in `lte.hf.families.FAMILIES`, with floating-point weights; LoRA
+            adapters of peft may be around it.
         config: which method, and its settings; `None` takes `LteConfig()`.
         calibration: batches (keyword arguments of the model, [B, T]) for methods and groupings that take some. Tokens
             of padding do not count.
@@ -192,6 +194,7 @@ def sparsify_(
             weights, missing calibration, or settings that do not fit the model, which is then unchanged; and if what
             is fitted does not come out finite.
     """
+    wrapper, model = model, unwrapped(model)
     config = config or LteConfig()
     check_choice("method", getattr(config, "name", type(config).__name__), tuple(METHODS))
     method = METHODS[config.name]
@@ -206,12 +209,16 @@ def sparsify_(
         own: Any = own_config_(model)
         vars(own).pop("lte_method", None)
         own.lte = {**config.to_dict(), "dense_neurons": neurons}
-        return model
+        return wrapper
     method.install(model, family, config)
     become_sparse_(model, family, config)
+    # The model inside has a config of its own now.
+    for outer in (wrapper, getattr(wrapper, "base_model", wrapper)):
+        if hasattr(outer, "peft_config"):
+            outer.config = model.config
     if method.fit is not None:
         method.fit(model, config, batches)
-    return model
+    return wrapper
 
 
 def densify_(model: nn.Module) -> nn.Module:

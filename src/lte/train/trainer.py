@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from lte.data.rows import calibration_batches, routing_masks
-from lte.hf.inputs import check_packing, predicts_next_token
+from lte.hf.inputs import check_packing, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.nn.losses import active_fraction
 from lte.nn.sparse_ffn import SparseFfn
@@ -192,6 +192,8 @@ class RoutingMixin(_Trainer):
         """Freezes what the settings leave out, compiles, and leaves the model in hard mode with all flags as before."""
         trained = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         self._freeze()
+        inner = unwrapped(self.model)
+        inner._trains_routing = True
         teacher = self.teacher if self._distills else None
         try:
             with compiled_layers(self.model, teacher, self.ffn_names, self.routing.compile_layers):
@@ -202,6 +204,7 @@ class RoutingMixin(_Trainer):
             for ffn in self.ffns:
                 ffn.set_mode("hard")
                 ffn.record_logits, ffn.logits = False, None
+            del inner._trains_routing
             # Accelerate's mark, by which it would take the model as prepared in the next training.
             vars(self.model).pop("_is_accelerate_prepared", None)
             if self._use_cache is not None:
