@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lte.eval.results import environment, write_json_atomic
+from lte.records import environment, write_json_atomic
 
 
 def graph_times(run: Callable[[int], object], repeats: int = 30, layers: int = 8) -> list[float]:

@@ -13,7 +13,7 @@ from lte.bench.bytes import router_bytes
 from lte.bench.models import model_pair
 from lte.bench.routing import active_count
 from lte.bench.rows import REQUIRED_FIELDS
-from lte.eval.results import environment, read_json
+from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
 from tests.tiny_models import tiny_dense_model
 

@@ -1,4 +1,4 @@
-"""Figures, tables and the folder of a comparison."""
+"""Figures, tables and the folder of a tradeoff."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from lte.report.comparison import curve_styles, tradeoff_figure
-from lte.report.comparison_report import comparison_texts, write_comparison_report
-from lte.report.comparison_tables import (
+from lte.report.figures import curve_styles, tradeoff_figure
+from lte.report.methods_report import tradeoff_texts, write_methods_report
+from lte.report.points import find_tradeoffs
+from lte.report.tables import (
     TextTable,
     csv_rows,
     failed_table,
@@ -22,7 +23,6 @@ from lte.report.comparison_tables import (
     reference_text,
     results_table,
 )
-from lte.report.tradeoff import compare_runs
 from tests.report.sample_records import record
 from tests.report.test_tradeoff import compared, runs_of
 
@@ -115,7 +115,7 @@ def test_the_papers_numbers_are_hollow_and_those_far_off_are_counted() -> None:
 
 
 def test_a_comparison_without_values_has_no_figure() -> None:
-    with pytest.raises(ValueError, match="comparison must hold at least one run with a value, got none"):
+    with pytest.raises(ValueError, match="tradeoff must hold at least one run with a value, got none"):
         tradeoff_figure(compared(record(value=None)))
 
 
@@ -177,9 +177,7 @@ def test_failed_runs_are_listed_with_their_files() -> None:
 def test_missing_latencies_and_several_machines_are_told() -> None:
     timed = {"latency_ms": 3.0, "latency_dense_ms": 4.0}
     records = [record("dense", **timed, hardware="H100"), record(**timed, hardware="H200")]
-    texts = comparison_texts(
-        compared(*records, *(record(name, latency_note="no kernels.") for name in ("cats", "teal")))
-    )
+    texts = tradeoff_texts(compared(*records, *(record(name, latency_note="no kernels.") for name in ("cats", "teal"))))
     assert "No latency of cats, teal: no kernels." in texts
     assert "Latencies are of several machines, so compare shares alone: H100; H200." in texts
 
@@ -207,7 +205,7 @@ def test_the_folder_holds_tables_figures_and_commands(tmp_path: Path) -> None:
     records = [record("dense"), record(command=command), record("cats", value=None)]
     others = [{**each, "task": "xsum", "metric": "rougeL", "value": 0.3} for each in records]
     runs = [*runs_of(*records), *runs_of(*others), *runs_of(record(task="failed", value=None))]
-    files = write_comparison_report(tmp_path / "new", compare_runs(runs))
+    files = write_methods_report(tmp_path / "new", find_tradeoffs(runs))
     names = ["report.csv", "lm-test-perplexity.png", "xsum-test-rougeL.png", "report.md"]
     assert [path.name for path in files] == names
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)
@@ -226,13 +224,13 @@ def test_the_folder_holds_tables_figures_and_commands(tmp_path: Path) -> None:
 
 
 def test_no_comparison_is_no_report(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="comparisons must hold at least one, got none"):
-        write_comparison_report(tmp_path, [])
+    with pytest.raises(ValueError, match="tradeoffs must hold at least one, got none"):
+        write_methods_report(tmp_path, [])
 
 
 def test_a_narrow_terminal_goes_without_columns_rather_than_folding_numbers() -> None:
-    (comparison,) = compare_runs(runs_of(*records_of(METHODS[:1])))
-    table = results_table(comparison)
+    (tradeoff,) = find_tradeoffs(runs_of(*records_of(METHODS[:1])))
+    table = results_table(tradeoff)
     for width, missing in ((200, set()), (80, {"weights not read", "FLOPs"})):
         console = Console(width=width, record=True, file=StringIO())
         console.print(table.rich(width))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from lte.eval.flops import bytes_per_token, flops_per_token
-from lte.report.comparison_tables import envelope_table
 from lte.report.envelope import dense_ffn_share, envelope_sentences, lte_standings
-from lte.report.tradeoff import Comparison
+from lte.report.points import Tradeoff
+from lte.report.tables import envelope_table
 from tests.report.sample_records import record
 from tests.report.test_tradeoff import compared
 from tests.tiny_models import tiny_dense_model, tiny_sparse_model
@@ -31,19 +31,19 @@ def lte(sparsity: float, value: float, **changes: Any) -> dict[str, Any]:
 DENSE = point("dense", 0.0, 20.0)
 
 
-def sentence(comparison: Comparison) -> str:
-    (found,) = (each for each in envelope_sentences(comparison, lte_standings(comparison)) if "FFNs' bytes" in each)
+def sentence(tradeoff: Tradeoff) -> str:
+    (found,) = (each for each in envelope_sentences(tradeoff, lte_standings(tradeoff)) if "FFNs' bytes" in each)
     return found
 
 
 def test_the_saving_is_a_share_of_the_dense_ffns_with_routers_against_it() -> None:
-    comparison = compared(DENSE, lte(0.5, 21.0), lte(0.7, 22.0), lte(0.0, 20.0, seed=1, label="never"))
-    assert dense_ffn_share(comparison) == pytest.approx(0.6)
-    standings = lte_standings(comparison)
+    tradeoff = compared(DENSE, lte(0.5, 21.0), lte(0.7, 22.0), lte(0.0, 20.0, seed=1, label="never"))
+    assert dense_ffn_share(tradeoff) == pytest.approx(0.6)
+    standings = lte_standings(tradeoff)
     # 4 bytes of a router's weight are 2 of the FFN's.
     expected = [-2 / 60, 0.5 - 2 / 60, 0.7 - 2 / 60]
     assert sorted(standing.ffn_saving or 0.0 for standing in standings) == pytest.approx(expected)
-    table = envelope_table(comparison, standings)
+    table = envelope_table(tradeoff, standings)
     place = table.header.index("FFN bytes saved")
     assert sorted(row[place] for row in table.rows) == ["-3.3%", "46.7%", "66.7%"]
 
@@ -54,9 +54,9 @@ def test_the_share_is_that_of_a_models_layers() -> None:
         {"flops_per_token": flops_per_token(model, share), "bytes_per_token": bytes_per_token(model, share)}
         for model, share in ((dense, 0.0), (sparse, 0.25))
     ]
-    comparison = compared(record("dense", **costs[0]), record(sparsity=0.25, **costs[1]))
+    tradeoff = compared(record("dense", **costs[0]), record(sparsity=0.25, **costs[1]))
     without = bytes_per_token(dense, 1.0)
-    assert dense_ffn_share(comparison) == pytest.approx(1 - without / bytes_per_token(dense))
+    assert dense_ffn_share(tradeoff) == pytest.approx(1 - without / bytes_per_token(dense))
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_the_share_is_that_of_a_models_layers() -> None:
     ],
 )
 def test_what_records_do_not_tell_is_not_said(records: list[dict[str, Any]]) -> None:
-    comparison = compared(*records)
-    assert dense_ffn_share(comparison) is None
-    standings = lte_standings(comparison)
+    tradeoff = compared(*records)
+    assert dense_ffn_share(tradeoff) is None
+    standings = lte_standings(tradeoff)
     assert all(standing.ffn_saving is None for standing in standings)
-    assert "FFNs' bytes" not in " ".join(envelope_sentences(comparison, standings))
+    assert "FFNs' bytes" not in " ".join(envelope_sentences(tradeoff, standings))
 
 
 def test_the_lowest_saving_from_which_lte_is_on_the_envelope() -> None:

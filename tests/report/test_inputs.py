@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lte.eval.results import write_json_atomic
+from lte.records import write_json_atomic
 from lte.report.inputs import load_inputs
 from tests.report.sample_benches import bench_content, bench_row
 from tests.report.sample_records import record

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from lte.report.envelope import envelope_sentences, lte_standings
-from lte.report.interpolation import Cheapest, cheapest_within, interpolate
 from lte.report.paper import paper_markers, paper_numbers, paper_rows
-from lte.report.tradeoff import Comparison
+from lte.report.points import Cheapest, Tradeoff, cheapest_within, interpolate
 from tests.report.sample_records import record
 from tests.report.test_tradeoff import compared
 
@@ -29,8 +28,8 @@ def point(method: str, sparsity: float, value: float | None, gflops: float | Non
 DENSE = point("dense", 0.0, 20.0, 10.0)
 
 
-def found(comparison: Comparison, limit: float) -> Cheapest | None:
-    return cheapest_within(comparison, comparison.curves["lte"], limit)
+def found(tradeoff: Tradeoff, limit: float) -> Cheapest | None:
+    return cheapest_within(tradeoff, tradeoff.curves["lte"], limit)
 
 
 def close_to(*expected: Any) -> Any:
@@ -43,36 +42,32 @@ def numbers(cheapest: Cheapest | None) -> tuple[Any, ...]:
 
 
 def test_the_fewest_flops_lie_between_the_neighbouring_points() -> None:
-    comparison = compared(
-        DENSE, point("lte", 0.5, 20.2, 6.0), point("lte", 0.8, 21.0, 4.0), point("lte", 0.9, 25.0, 3.0)
-    )
+    tradeoff = compared(DENSE, point("lte", 0.5, 20.2, 6.0), point("lte", 0.8, 21.0, 4.0), point("lte", 0.9, 25.0, 3.0))
     # 0.3 of the 0.8 from 20.2 to 21.0: three eighths of the way from 6 to 4, and from 50% to 80%.
-    assert numbers(found(comparison, 0.5)) == close_to(5.25, 0.6125, 0.525, False)
-    assert numbers(found(comparison, 1.0)) == close_to(4.0, 0.8, 0.4, False)
+    assert numbers(found(tradeoff, 0.5)) == close_to(5.25, 0.6125, 0.525, False)
+    assert numbers(found(tradeoff, 1.0)) == close_to(4.0, 0.8, 0.4, False)
 
 
 def test_nothing_is_extrapolated() -> None:
-    comparison = compared(DENSE, point("lte", 0.5, 20.2, 6.0), point("lte", 0.8, 21.0, 4.0))
-    assert found(comparison, 0.1) is None
-    assert found(comparison, 9.0) == Cheapest(4.0, 0.8, 0.4, True)
-    assert interpolate(comparison.curves["lte"], "gflops", 6.1, "value") is None
-    assert interpolate(comparison.curves["lte"], "gflops", 3.9, "value") is None
-    assert interpolate(comparison.curves["lte"], "gflops", 4.5, "value") == pytest.approx(20.8)
-    assert interpolate(comparison.curves["lte"], "gflops", 6.0, "value") == 20.2
+    tradeoff = compared(DENSE, point("lte", 0.5, 20.2, 6.0), point("lte", 0.8, 21.0, 4.0))
+    assert found(tradeoff, 0.1) is None
+    assert found(tradeoff, 9.0) == Cheapest(4.0, 0.8, 0.4, True)
+    assert interpolate(tradeoff.curves["lte"], "gflops", 6.1, "value") is None
+    assert interpolate(tradeoff.curves["lte"], "gflops", 3.9, "value") is None
+    assert interpolate(tradeoff.curves["lte"], "gflops", 4.5, "value") == pytest.approx(20.8)
+    assert interpolate(tradeoff.curves["lte"], "gflops", 6.0, "value") == 20.2
 
 
 def test_a_curve_that_comes_back_counts_where_it_is_cheapest() -> None:
-    comparison = compared(
-        DENSE, point("lte", 0.5, 22.0, 6.0), point("lte", 0.8, 20.0, 4.0), point("lte", 0.9, 21.0, 3.0)
-    )
-    assert numbers(found(comparison, 0.5)) == close_to(3.5, 0.85, 0.35, False)
+    tradeoff = compared(DENSE, point("lte", 0.5, 22.0, 6.0), point("lte", 0.8, 20.0, 4.0), point("lte", 0.9, 21.0, 3.0))
+    assert numbers(found(tradeoff, 0.5)) == close_to(3.5, 0.85, 0.35, False)
 
 
 def test_higher_metrics_drop_downwards() -> None:
     changes = {"metric": "rougeL"}
     values = [point(name, s, v, g, **changes) for name, s, v, g in (("lte", 0.5, 0.39, 6.0), ("lte", 0.8, 0.29, 4.0))]
-    comparison = compared(point("dense", 0.0, 0.4, 10.0, **changes), *values)
-    cheapest = found(comparison, 0.05)
+    tradeoff = compared(point("dense", 0.0, 0.4, 10.0, **changes), *values)
+    cheapest = found(tradeoff, 0.05)
     assert cheapest is not None
     assert cheapest.gflops == pytest.approx(5.2)
 
@@ -87,14 +82,14 @@ def test_points_without_flops_or_a_reference_give_none() -> None:
 def test_the_envelope_by_hand() -> None:
     lte = [("lte", 0.5, 21.0, 6.0), ("lte", 0.7, 22.0, 5.0), ("lte", 0.9, 24.0, 2.0)]
     cats = [("cats", 0.3, 20.5, 7.0), ("cats", 0.6, 21.5, 5.0)]
-    comparison = compared(DENSE, *(point(*each) for each in (*lte, *cats)))
-    standings = lte_standings(comparison)
+    tradeoff = compared(DENSE, *(point(*each) for each in (*lte, *cats)))
+    standings = lte_standings(tradeoff)
     assert [standing.saving for standing in standings] == pytest.approx([0.4, 0.5, 0.8])
     # At 60 MB the other curve is halfway between 20.5 and 21.5, at 50 MB it is measured, below there is none.
     assert [standing.rival_value for standing in standings] == [pytest.approx(21.0), 21.5, None]
     assert [standing.behind for standing in standings] == [pytest.approx(0.0), 0.5, None]
     assert [standing.on_envelope for standing in standings] == [True, False, True]
-    assert envelope_sentences(comparison, standings) == [
+    assert envelope_sentences(tradeoff, standings) == [
         "lte: on the upper envelope of all methods, within one standard deviation, at 40.0% of the bytes saved; at "
         "50.0% of the bytes saved cats is better by 0.50 perplexity; at 80.0% of the bytes saved no other method was "
         "measured with as few.",
@@ -138,12 +133,12 @@ def test_a_method_that_is_better_with_fewer_bytes_counts_too() -> None:
     ],
 )
 def test_without_bytes_or_lte_nothing_is_said(records: list[dict[str, Any]]) -> None:
-    comparison = compared(*records)
-    assert lte_standings(comparison) == []
-    assert "nothing is said of the envelope" in envelope_sentences(comparison, [])[0]
+    tradeoff = compared(*records)
+    assert lte_standings(tradeoff) == []
+    assert "nothing is said of the envelope" in envelope_sentences(tradeoff, [])[0]
 
 
-def on_task(task: str, metric: str, *records: dict[str, Any]) -> Comparison:
+def on_task(task: str, metric: str, *records: dict[str, Any]) -> Tradeoff:
     return compared(*({**each, "task": task, "metric": metric} for each in records))
 
 

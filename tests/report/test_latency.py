@@ -7,9 +7,9 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from lte.report.canvas import save_figure
-from lte.report.latency import latency_figure
-from lte.report.latency_tables import break_even_report, latency_table, union_report
+from lte.report.bench import break_even_report, latency_table, union_report
+from lte.report.figures import save_figure
+from lte.report.model_figures import latency_figure
 
 COPY = 100.0
 

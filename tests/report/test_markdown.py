@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lte.report.markdown import write_demo_report
+from lte.report.demo_report import write_demo_report
 from tests.report.sample_records import measurement, record, training_log
 
 RECORDS = {"dense": record("dense"), "sparse": record(), "static": record("static", value=30.0)}

@@ -9,23 +9,22 @@ from typing import Any
 import pytest
 
 from lte.report.inputs import Bench
-from lte.report.page_data import page_data
-from lte.report.run_data import MOST_STEPS, final_eta, history_data, routing_data
-from lte.report.tradeoff import compare_runs
+from lte.report.points import find_tradeoffs
+from lte.report.report_page import MOST_STEPS, final_eta, history_data, report_data, routing_data
 from tests.report.sample_benches import bench, bench_content, bench_row
 from tests.report.sample_records import measurement, record
 from tests.report.test_tradeoff import runs_of
 
 
 def data_of(*records: dict[str, Any], benches: tuple[Bench, ...] = ()) -> dict[str, Any]:
-    data = page_data(compare_runs(runs_of(*records)) if records else [], benches)
+    data = report_data(find_tradeoffs(runs_of(*records)) if records else [], benches)
     return json.loads(json.dumps(data, allow_nan=False))
 
 
 def test_points_are_means_over_seeds_beside_the_reference() -> None:
     seeds = [record(seed=seed, value=value, latency_ms=3.0 + seed) for seed, value in ((0, 24.0), (1, 26.0))]
-    (comparison,) = data_of(record("dense"), *seeds)["comparisons"]
-    dense, lte = comparison["points"]
+    (tradeoff,) = data_of(record("dense"), *seeds)["comparisons"]
+    dense, lte = tradeoff["points"]
     assert dense["is_dense"]
     assert dense["is_reference"]
     assert (lte["curve"], lte["target"], lte["drop"]) == ("lte", 0.5, 5.0)
@@ -35,15 +34,15 @@ def test_points_are_means_over_seeds_beside_the_reference() -> None:
     assert lte["megabytes"]["mean"] == 3.0
     assert lte["latency_ms"]["mean"] == 3.5
     assert dense["latency_ms"] is None
-    assert comparison["metric"] == {"name": "perplexity", "higher_is_better": False, "decimals": 2}
-    assert comparison["results"]["rows"][1][2] == "25.00 ± 1.41"
-    assert [row["value"] for row in comparison["csv"]] == [20.0, 25.0]
+    assert tradeoff["metric"] == {"name": "perplexity", "higher_is_better": False, "decimals": 2}
+    assert tradeoff["results"]["rows"][1][2] == "25.00 ± 1.41"
+    assert [row["value"] for row in tradeoff["csv"]] == [20.0, 25.0]
 
 
 def test_each_run_says_where_it_comes_from() -> None:
     facts = {"command": "lte eval x --seed 7", "config": {"train": {"eta": 0.5}}, "git_commit": "abc"}
-    (comparison,) = data_of(record(seed=7, **facts))["comparisons"]
-    (run,) = comparison["points"][0]["runs"]
+    (tradeoff,) = data_of(record(seed=7, **facts))["comparisons"]
+    (run,) = tradeoff["points"][0]["runs"]
     assert run["seed"] == 7
     assert run["value"] == 25.0
     assert run["eta"] == 0.5
@@ -55,18 +54,18 @@ def test_each_run_says_where_it_comes_from() -> None:
 
 def test_failed_runs_and_numbers_that_are_not_finite_are_null() -> None:
     odd = record(seed=1, latency_ms=math.nan, config={"train": {"learning_rate": math.inf}})
-    (comparison,) = data_of(odd, record("cats", value=math.nan, failure="out of memory"))["comparisons"]
-    assert comparison["points"][0]["latency_ms"] is None
-    assert comparison["points"][0]["runs"][0]["config"] == {"train": {"learning_rate": None}}
-    (failed,) = comparison["failed"]
+    (tradeoff,) = data_of(odd, record("cats", value=math.nan, failure="out of memory"))["comparisons"]
+    assert tradeoff["points"][0]["latency_ms"] is None
+    assert tradeoff["points"][0]["runs"][0]["config"] == {"train": {"learning_rate": None}}
+    (failed,) = tradeoff["failed"]
     assert (failed["name"], failed["why"], failed["value"]) == ("cats", "out of memory", None)
 
 
 def test_all_runs_may_have_failed() -> None:
-    (comparison,) = data_of(record(value=None))["comparisons"]
-    assert comparison["points"] == []
-    assert comparison["results"]["rows"] == []
-    assert [table["title"] for table in comparison["tables"]] == ["Failed runs"]
+    (tradeoff,) = data_of(record(value=None))["comparisons"]
+    assert tradeoff["points"] == []
+    assert tradeoff["results"]["rows"] == []
+    assert [table["title"] for table in tradeoff["tables"]] == ["Failed runs"]
 
 
 def test_nothing_at_all_is_a_page_too() -> None:
@@ -182,8 +181,8 @@ def test_no_two_curves_or_providers_share_a_place() -> None:
 def test_the_papers_points_are_beside_ours() -> None:
     names = {"task": "wikitext103", "model": "LLaMA-7B"}
     points = [record("dense", **names, value=5.5), record(**names, value=6.5)]
-    (comparison,) = data_of(*points)["comparisons"]
-    shown = {(marker["label"], marker["value"]) for marker in comparison["paper"]}
+    (tradeoff,) = data_of(*points)["comparisons"]
+    shown = {(marker["label"], marker["value"]) for marker in tradeoff["paper"]}
     assert ("LTE (paper)", 5.95) in shown
-    assert comparison["paper_left_out"] > 0
-    assert any(table["title"].startswith("The paper and ours") for table in comparison["tables"])
+    assert tradeoff["paper_left_out"] > 0
+    assert any(table["title"].startswith("The paper and ours") for table in tradeoff["tables"])

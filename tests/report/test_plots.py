@@ -7,12 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lte.report.plots import (
-    perplexity_vs_sparsity_figure,
-    router_health_figure,
-    save_figure,
-    training_curves_figure,
-)
+from lte.report.figures import perplexity_vs_sparsity_figure, save_figure
+from lte.report.model_figures import router_health_figure, training_curves_figure
 from tests.report.sample_records import measurement, record, training_log
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lte.eval.results import write_json_atomic
+from lte.records import write_json_atomic
 from lte.report.inputs import load_inputs
-from lte.report.tradeoff import compare_runs
+from lte.report.points import find_tradeoffs
 from tests.report.sample_records import measurement, record
 
 SCORE = {
@@ -36,7 +36,7 @@ def test_each_set_is_compared_by_its_own_numbers(tmp_path: Path) -> None:
     write_run(tmp_path, "lte")
     runs = load_inputs([tmp_path]).runs
     assert [run.record["task"] for run in runs] == ["lm", "mmlu_files"] * 2
-    _, questions = compare_runs(runs)
+    _, questions = find_tradeoffs(runs)
     (point,) = questions.curves["lte"]
     assert (questions.task, questions.metric.name, questions.metric.higher_is_better) == ("mmlu_files", "acc", True)
     assert (point.value.mean, point.mean("sparsity"), questions.drop(point)) == (0.5, 0.4, 0.25)
@@ -45,7 +45,7 @@ def test_each_set_is_compared_by_its_own_numbers(tmp_path: Path) -> None:
     found = point.runs[0].record
     assert (found["latency_ms"], found["config"]) == (3.0, {"dtype": "float32", "num_fewshot": 5})
     assert not {"measurement", "harness"} & set(found)
-    (by_norm,) = compare_runs(runs, metric="acc_norm")
+    (by_norm,) = find_tradeoffs(runs, metric="acc_norm")
     assert by_norm.curves["lte"][0].value.mean == 0.25
 
 

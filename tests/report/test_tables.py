@@ -5,13 +5,13 @@ import io
 import pytest
 from rich.console import Console
 
-from lte.report.tables import (
+from lte.report.router_health import (
     histogram_text,
-    markdown_table,
     router_health_markdown,
     router_health_rows,
     router_health_table,
 )
+from lte.report.tables import markdown_table
 from tests.report.sample_records import measurement
 
 

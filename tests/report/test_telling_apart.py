@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from lte.report.records import Run
-from lte.report.tradeoff import compare_runs
+
+from lte.report.points import find_tradeoffs
 from tests.report.sample_records import record
 
 
@@ -18,9 +18,9 @@ def run(source: str, method: str = "lte", **changes: Any) -> Run:
 
 def points_of(*runs: Run) -> dict[str, list[int]]:
     """How many seeds each point of each curve has, dense models among them."""
-    (comparison,) = compare_runs(runs)
+    (tradeoff,) = find_tradeoffs(runs)
     found: dict[str, list[int]] = {}
-    for point in comparison.points():
+    for point in tradeoff.points():
         found.setdefault(point.curve, []).append(point.value.n)
     return found
 
@@ -87,18 +87,18 @@ def test_the_order_of_runs_changes_no_name() -> None:
 def test_splits_of_a_task_have_the_same_names() -> None:
     clashing = [run(recipe, recipe=recipe) for recipe in ("paper", "annealed")]
     alone = run("c", recipe="paper", split="other")
-    other, test = compare_runs([*clashing, alone])
+    other, test = find_tradeoffs([*clashing, alone])
     assert list(other.curves) == ["lte, recipe=paper"]
     assert list(test.curves) == ["lte, recipe=annealed", "lte, recipe=paper"]
 
 
 def test_failed_runs_split_nothing() -> None:
-    (comparison,) = compare_runs([run("a", value=None), run("b")])
-    assert list(comparison.curves) == ["lte"]
-    assert len(comparison.failed) == 1
+    (tradeoff,) = find_tradeoffs([run("a", value=None), run("b")])
+    assert list(tradeoff.curves) == ["lte"]
+    assert len(tradeoff.failed) == 1
 
 
 @pytest.mark.parametrize("source", ["records[0]", "a.json"])
 def test_what_is_the_same_throughout_keeps_one_name_and_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match="which nothing tells apart"):
-        compare_runs([Run(record(), source), Run(record(), source)])
+        find_tradeoffs([Run(record(), source), Run(record(), source)])

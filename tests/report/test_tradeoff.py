@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from lte.report.records import Run, curve_name, curve_name_by
 
 from lte.report.metrics import metric_named
-from lte.report.records import Run, curve_name, curve_name_by
-from lte.report.tradeoff import Comparison, Statistic, compare_runs, statistic
+from lte.report.points import Statistic, Tradeoff, find_tradeoffs, statistic
 from tests.report.sample_records import record
 
 
@@ -16,9 +16,9 @@ def runs_of(*records: dict[str, Any]) -> list[Run]:
     return [Run(each, f"{place}.json") for place, each in enumerate(records)]
 
 
-def compared(*records: dict[str, Any], **options: Any) -> Comparison:
-    (comparison,) = compare_runs(runs_of(*records), **options)
-    return comparison
+def compared(*records: dict[str, Any], **options: Any) -> Tradeoff:
+    (tradeoff,) = find_tradeoffs(runs_of(*records), **options)
+    return tradeoff
 
 
 def test_a_point_is_the_mean_and_the_sample_deviation_of_its_seeds() -> None:
@@ -51,64 +51,64 @@ def test_missing_numbers_stay_missing_and_known_ones_count_alone() -> None:
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_a_run_without_a_finite_value_failed(value: float | None) -> None:
-    comparison = compared(record(seed=0), record(seed=1, value=value))
-    assert [run.source for run in comparison.failed] == ["1.json"]
-    assert comparison.curves["lte"][0].value == Statistic(25.0, None, 1)
+    tradeoff = compared(record(seed=0), record(seed=1, value=value))
+    assert [run.source for run in tradeoff.failed] == ["1.json"]
+    assert tradeoff.curves["lte"][0].value == Statistic(25.0, None, 1)
     assert compared(record(value=value)).points() == []
 
 
 def test_the_reference_is_the_best_dense_model_by_the_direction_of_the_metric() -> None:
     dense = [record("dense", label=name, value=value) for name, value in (("start", 0.8), ("dense", 0.9))]
     assert compared(*dense).reference.curve == "start"  # type: ignore[union-attr]
-    comparison = compared(*[{**each, "metric": "accuracy"} for each in dense], record(metric="accuracy", value=0.85))
-    assert comparison.reference is not None
-    assert comparison.reference.curve == "dense"
-    point = comparison.curves["lte"][0]
-    assert comparison.drop(point) == pytest.approx(0.05)
-    assert comparison.share(point, "gflops") == 0.5
-    assert comparison.share(point, "megabytes") == 0.75
-    assert comparison.share(point, "latency_ms") is None
+    tradeoff = compared(*[{**each, "metric": "accuracy"} for each in dense], record(metric="accuracy", value=0.85))
+    assert tradeoff.reference is not None
+    assert tradeoff.reference.curve == "dense"
+    point = tradeoff.curves["lte"][0]
+    assert tradeoff.drop(point) == pytest.approx(0.05)
+    assert tradeoff.share(point, "gflops") == 0.5
+    assert tradeoff.share(point, "megabytes") == 0.75
+    assert tradeoff.share(point, "latency_ms") is None
 
 
 def test_without_a_dense_model_there_is_no_drop() -> None:
-    comparison = compared(record())
-    point = comparison.curves["lte"][0]
-    assert comparison.reference is None
-    assert comparison.drop(point) is None
-    assert comparison.share(point, "gflops") is None
+    tradeoff = compared(record())
+    point = tradeoff.curves["lte"][0]
+    assert tradeoff.reference is None
+    assert tradeoff.drop(point) is None
+    assert tradeoff.share(point, "gflops") is None
     assert point.weight_sparsity is None
 
 
 def test_weight_sparsity_is_the_recorded_one_or_that_of_the_flops() -> None:
-    comparison = compared(record("dense"), record(weight_sparsity=0.4), record("cats", flops_per_token=2.0**29))
-    assert comparison.curves["lte"][0].weight_sparsity == Statistic(0.4, None, 1)
-    assert comparison.curves["cats"][0].weight_sparsity == Statistic(0.75, None, 1)
-    assert comparison.reference is not None
-    assert comparison.reference.weight_sparsity == Statistic(0.0, None, 1)
+    tradeoff = compared(record("dense"), record(weight_sparsity=0.4), record("cats", flops_per_token=2.0**29))
+    assert tradeoff.curves["lte"][0].weight_sparsity == Statistic(0.4, None, 1)
+    assert tradeoff.curves["cats"][0].weight_sparsity == Statistic(0.75, None, 1)
+    assert tradeoff.reference is not None
+    assert tradeoff.reference.weight_sparsity == Statistic(0.0, None, 1)
 
 
 def test_what_is_not_comparable_is_compared_apart() -> None:
     others = [record(**{name: "other"}) for name in ("task", "split", "model")]
-    comparisons = compare_runs(runs_of(record(), *others, record(metric="accuracy")))
-    keys = [(each.task, each.split, each.model, each.metric.name) for each in comparisons]
+    tradeoffs = find_tradeoffs(runs_of(record(), *others, record(metric="accuracy")))
+    keys = [(each.task, each.split, each.model, each.metric.name) for each in tradeoffs]
     assert len(set(keys)) == 5
-    assert all(len(each.points()) == 1 for each in comparisons)
+    assert all(len(each.points()) == 1 for each in tradeoffs)
 
 
 def test_the_same_seed_twice_is_refused_where_nothing_tells_it_apart() -> None:
     twice = [Run(record(), "0.json")] * 2
     with pytest.raises(ValueError, match=r"got seeds \[0, 0\] for 'lte' at 0.5 in 0.json, 0.json, which nothing tells"):
-        compare_runs(twice)
+        find_tradeoffs(twice)
     assert len(compared(record(value=None), record()).points()) == 1
 
 
 def test_another_metric_comes_from_the_metrics() -> None:
     records = [record(metrics={"accuracy": 0.9}), record("cats", metrics={"accuracy": None}), record("teal")]
-    comparison = compared(*records, metric="accuracy")
-    assert comparison.metric.higher_is_better
-    assert comparison.curves["lte"][0].value.mean == 0.9
-    assert [run.source for run in comparison.failed] == ["1.json"]
-    assert "teal" not in comparison.curves
+    tradeoff = compared(*records, metric="accuracy")
+    assert tradeoff.metric.higher_is_better
+    assert tradeoff.curves["lte"][0].value.mean == 0.9
+    assert [run.source for run in tradeoff.failed] == ["1.json"]
+    assert "teal" not in tradeoff.curves
     with pytest.raises(
         ValueError, match="metric must be one that a record has, got metric='f1'; they have accuracy, perp"
     ):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lte.bench.timing import Times
-from lte.eval.results import write_json_atomic
+from lte.records import write_json_atomic, write_text_atomic
 
 REQUIRED_FIELDS = (
     "benchmark",
@@ -117,12 +116,7 @@ class ResultFile:
         if json_path is None or csv_path is None:
             return
         write_json_atomic(json_path, {**self.header, **self.environment, "rows": self.rows})
-        partial = csv_path.with_name(f".{csv_path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(csv_text(self.rows), encoding="utf-8")
-            partial.replace(csv_path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text_atomic(csv_path, csv_text(self.rows))
 
 
 def csv_text(rows: list[Row]) -> str:

@@ -19,8 +19,8 @@ from lte.bench.session import Session
 from lte.bench.settings import BenchSettings
 from lte.bench.timing import copy_gb_per_s
 from lte.bench.union import break_even, text_masks, union_table
-from lte.eval.results import environment
 from lte.hf.acceleration import describe_kernels
+from lte.records import environment
 
 
 def run_benchmarks(

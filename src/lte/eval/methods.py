@@ -190,7 +190,7 @@ def method_name(model: Any) -> str:
 
 
 def record_fields(model: Any, measurement: Measurement | None) -> dict[str, Any]:
-    """What a result record says of a measured model of any method, by the names in `lte.eval.results`."""
+    """What a result record says of a measured model of any method, by the names in `lte.records`."""
     config = model.lte_config if sparse_ffns(model) else config_of(model)
     return {
         "method": method_name(model),
