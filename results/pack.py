@@ -2,10 +2,9 @@
 
     python results/pack.py results
 
-A file that a page of the documentation links to stays a file, and so does what is no result record; both are written
-anew where that makes them smaller, with long lists packed and each row of a benchmark on a line. Nothing is lost:
-before a file goes, what its line reads as is compared with it. `lte report`, `lte compare` and `lte.records` read lines
-and files alike; this shows the records of a folder:
+What is no result record stays a file, written anew with each row of a benchmark on a line where that is smaller.
+Nothing is lost: before a file goes, what its line reads as is compared with it. `lte report`, `lte compare` and
+`lte.records` read lines and files alike; this shows the records of a folder:
 
     python -m json.tool --json-lines results/compare/mrpc/records.jsonl | less
 """
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lte.records import FILE_KEY, PACKED_FILE, REQUIRED_FIELDS, packed_record, parse_json, write_text_atomic
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -40,9 +37,8 @@ def pack(folder: Path) -> None:
     done = []
     for path in sorted(folder.glob("*.json")):
         content = parse_json(path.read_text(encoding="utf-8"))
-        is_record = isinstance(content, Mapping) and set(REQUIRED_FIELDS) <= set(content)
-        if not is_record or is_linked(path):
-            text = checked(content, file_text(content, is_record))
+        if not isinstance(content, Mapping) or not set(REQUIRED_FIELDS) <= set(content):
+            text = checked(content, file_text(content))
             if len(text.encode()) < path.stat().st_size:
                 write_text_atomic(path, text)
             continue
@@ -55,17 +51,8 @@ def pack(folder: Path) -> None:
             path.unlink()
 
 
-def is_linked(path: Path) -> bool:
-    """Whether a page names this very file."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")]
-    name = path.resolve().relative_to(ROOT).as_posix()
-    return any(name in page.read_text(encoding="utf-8") for page in pages)
-
-
-def file_text(content: Any, is_record: bool) -> str:
-    """A file's text: a record with packed lists, the rows of a benchmark on a line each, the rest as it is."""
-    if is_record:
-        return json.dumps(packed_record(content), indent=1, allow_nan=False) + "\n"
+def file_text(content: Any) -> str:
+    """A file's text, the rows of a benchmark on a line each."""
     if not isinstance(content, Mapping) or not isinstance(content.get("rows"), list):
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
     marks = {f'"row {place}"': json.dumps(row, allow_nan=False) for place, row in enumerate(content["rows"])}

@@ -62,7 +62,7 @@ def test_a_record_holds_all_fields_and_the_environment() -> None:
     assert record["hardware"] == hardware()
     assert record["versions"] == versions()
     assert record["log"] == [1]
-    json.dumps(record)
+    json.dumps(dict(record))
 
 
 def test_the_environment_can_be_given() -> None:

@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lte.report.records import curve_name, curve_name_by
 from PIL import Image
 
 from lte.cli.inspected_text import load_inspected_model
 from lte.hf.dense import load_tokenizer
+from lte.report.curves import curve_name, curve_name_by
 from lte.report.inputs import load_inputs
 from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
 from lte.report.points import find_tradeoffs
@@ -37,7 +37,7 @@ CODE = """def read_rows(path):
             yield [float(value) for value in line.split(",")]
 """
 RESULTS = Path(__file__).parents[2] / "results"
-SHOWN = [*sorted((RESULTS / "wikipedia").glob("*.json")), RESULTS / "bench"]
+SHOWN = [RESULTS / "wikipedia" / "records.jsonl", RESULTS / "bench"]
 PAGES = ("report", "inspector")
 # Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
 HEIGHTS = {360: 2100, 800: 1480, 1600: 1350}
@@ -48,8 +48,8 @@ MAX_BYTES = 120 * 1024
 def write_report(folder: Path, results: Sequence[Path], by: Sequence[str]) -> Path:
     """The page of `lte report`."""
     inputs = load_inputs(results)
-    curve = curve_name_by(by, inputs.runs) if by else curve_name
-    return write_html_report(folder / "report.html", find_tradeoffs(inputs.runs, curve=curve), inputs.benches)
+    curve = curve_name_by(by, inputs.records) if by else curve_name
+    return write_html_report(folder / "report.html", find_tradeoffs(inputs.records, curve=curve), inputs.benches)
 
 
 def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:

@@ -18,9 +18,9 @@ def test_records_and_benchmarks_are_told_apart(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "b.json", bench_content())
     write_json_atomic(tmp_path / "c.json", bench_content(rows=[]))
     inputs = load_inputs([tmp_path])
-    runs, benches = inputs.runs, inputs.benches
+    runs, benches = inputs.records, inputs.benches
     assert [run.source for run in runs] == [str(tmp_path / "a.json")]
-    assert runs[0].record == record()
+    assert runs[0] == record()
     assert [bench.source for bench in benches] == [str(tmp_path / name) for name in ("b.json", "c.json")]
     assert benches[0].content["rows"][1]["provider"] == "lte"
 
@@ -60,7 +60,7 @@ def test_a_folder_stands_for_all_files_below_it(tmp_path: Path) -> None:
 
 
 def labels(paths: list[Path]) -> list[str]:
-    return [run.record["label"] for run in load_inputs(paths).runs]
+    return [each.label for each in load_inputs(paths).records]
 
 
 def test_other_files_in_a_folder_are_skipped_and_named(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_other_files_in_a_folder_are_skipped_and_named(tmp_path: Path) -> None:
         write_json_atomic(tmp_path / f"{name}.json", content)
     (tmp_path / "broken.json").write_text("{")
     inputs = load_inputs([tmp_path])
-    assert len(inputs.runs) == 1
+    assert len(inputs.records) == 1
     assert inputs.skipped == [str(tmp_path / f"{name}.json") for name in sorted([*others, "broken"])]
     with pytest.raises(ValueError, match=r"clusters\.json must be a result record"):
         load_inputs([tmp_path, tmp_path / "clusters.json"])
@@ -79,7 +79,7 @@ def test_other_files_in_a_folder_are_skipped_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (record(sparsity=2.0), r"hold a share in \[0, 1\] in sparsity, got sparsity=2.0"),
+        ({**record(), "sparsity": 2.0}, r"hold a share in \[0, 1\] in sparsity, got sparsity=2.0"),
         ({"rows": [bench_row("lte", "0.5", 0.5, 1.0, p20_ms="fast")]}, r"a number in p20_ms, got p20_ms='fast'"),
     ],
 )

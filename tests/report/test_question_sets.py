@@ -34,17 +34,17 @@ def write_run(folder: Path, method: str, **score: Any) -> None:
 def test_each_set_is_compared_by_its_own_numbers(tmp_path: Path) -> None:
     write_run(tmp_path, "dense", value=0.75, sparsity=0.0, flops_per_token=2.0**30)
     write_run(tmp_path, "lte")
-    runs = load_inputs([tmp_path]).runs
-    assert [run.record["task"] for run in runs] == ["lm", "mmlu_files"] * 2
+    runs = load_inputs([tmp_path]).records
+    assert [run.task for run in runs] == ["lm", "mmlu_files"] * 2
     _, questions = find_tradeoffs(runs)
     (point,) = questions.curves["lte"]
     assert (questions.task, questions.metric.name, questions.metric.higher_is_better) == ("mmlu_files", "acc", True)
     assert (point.value.mean, point.mean("sparsity"), questions.drop(point)) == (0.5, 0.4, 0.25)
     assert questions.share(point, "gflops") == 0.5
     # What is said of the model stays, what is said of the other text does not.
-    found = point.runs[0].record
+    found = point.records[0]
     assert (found["latency_ms"], found["config"]) == (3.0, {"dtype": "float32", "num_fewshot": 5})
-    assert not {"measurement", "harness"} & set(found)
+    assert found.measurement is found.harness is None
     (by_norm,) = find_tradeoffs(runs, metric="acc_norm")
     assert by_norm.curves["lte"][0].value.mean == 0.25
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from lte.report.records import Run
 
+from lte.records import ResultRecord
 from lte.report.points import find_tradeoffs
 from tests.report.sample_records import record
 
 
-def run(source: str, method: str = "lte", **changes: Any) -> Run:
+def run(source: str, method: str = "lte", **changes: Any) -> ResultRecord:
     settings = {name: changes.pop(name) for name in ("size", "rate", "recipe", "name", "notes") if name in changes}
-    return Run(record(method, **changes, config={"run": settings}), f"results/{source}.json")
+    return replace(record(method, **changes, config={"run": settings}), source=f"results/{source}.json")
 
 
-def points_of(*runs: Run) -> dict[str, list[int]]:
+def points_of(*runs: ResultRecord) -> dict[str, list[int]]:
     """How many seeds each point of each curve has, dense models among them."""
     (tradeoff,) = find_tradeoffs(runs)
     found: dict[str, list[int]] = {}
@@ -78,8 +79,8 @@ def test_the_file_is_the_last_resort_and_long_texts_are_none() -> None:
 
 def test_the_order_of_runs_changes_no_name() -> None:
     runs = [
-        Run(record(config={"recipe": "paper", "grouping": "kmeans"}), "a.json"),
-        Run(record(config={"grouping": "random", "recipe": "annealed"}), "b.json"),
+        replace(record(config={"recipe": "paper", "grouping": "kmeans"}), source="a.json"),
+        replace(record(config={"grouping": "random", "recipe": "annealed"}), source="b.json"),
     ]
     assert points_of(*runs) == points_of(*reversed(runs)) == {"lte, recipe=annealed": [1], "lte, recipe=paper": [1]}
 
@@ -101,4 +102,4 @@ def test_failed_runs_split_nothing() -> None:
 @pytest.mark.parametrize("source", ["records[0]", "a.json"])
 def test_what_is_the_same_throughout_keeps_one_name_and_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match="which nothing tells apart"):
-        find_tradeoffs([Run(record(), source), Run(record(), source)])
+        find_tradeoffs([replace(record(), source=source)] * 2)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from lte.report.records import Run, curve_name, curve_name_by
 
+from lte.records import ResultRecord
+from lte.report.curves import curve_name, curve_name_by
 from lte.report.metrics import metric_named
 from lte.report.points import Statistic, Tradeoff, find_tradeoffs, statistic
 from tests.report.sample_records import record
 
 
-def runs_of(*records: dict[str, Any]) -> list[Run]:
-    return [Run(each, f"{place}.json") for place, each in enumerate(records)]
+def runs_of(*records: ResultRecord) -> list[ResultRecord]:
+    return [ResultRecord.from_dict(each, f"{place}.json") for place, each in enumerate(records)]
 
 
-def compared(*records: dict[str, Any], **options: Any) -> Tradeoff:
+def compared(*records: ResultRecord, **options: Any) -> Tradeoff:
     (tradeoff,) = find_tradeoffs(runs_of(*records), **options)
     return tradeoff
 
@@ -29,7 +31,7 @@ def test_a_point_is_the_mean_and_the_sample_deviation_of_its_seeds() -> None:
     assert point.gflops == Statistic(1.0, 0.0, 3)
     assert point.megabytes == Statistic(3.0, 0.0, 3)
     assert point.latency_ratio == Statistic(0.5, 0.0, 3)
-    assert [run.record["seed"] for run in point.runs] == [0, 1, 2]
+    assert [run.seed for run in point.records] == [0, 1, 2]
 
 
 def test_a_single_run_has_no_deviation() -> None:
@@ -96,7 +98,7 @@ def test_what_is_not_comparable_is_compared_apart() -> None:
 
 
 def test_the_same_seed_twice_is_refused_where_nothing_tells_it_apart() -> None:
-    twice = [Run(record(), "0.json")] * 2
+    twice = [replace(record(), source="0.json")] * 2
     with pytest.raises(ValueError, match=r"got seeds \[0, 0\] for 'lte' at 0.5 in 0.json, 0.json, which nothing tells"):
         find_tradeoffs(twice)
     assert len(compared(record(value=None), record()).points()) == 1
@@ -130,7 +132,7 @@ def test_fields_name_curves_where_they_differ() -> None:
     records = [record(config={"lte": {"expert_size": size, "tau": 0.5}}) for size in (8, 16)]
     runs = runs_of(*records, record("cats"))
     name = curve_name_by(["config.lte.expert_size", "config.lte.tau"], runs)
-    assert [name(run.record) for run in runs] == ["lte, expert_size=8", "lte, expert_size=16", "cats"]
+    assert [name(run) for run in runs] == ["lte, expert_size=8", "lte, expert_size=16", "cats"]
     with pytest.raises(ValueError, match=r"by must be one of .*did you mean config.lte.expert_size"):
         curve_name_by(["config.lte.expert_sise"], runs)
 

@@ -88,8 +88,8 @@ def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], t
     assert ours["toy_choice"]["metrics"] == pytest.approx(score.metrics)
     assert ours["toy_choice"]["sparsity"] == score.measurement.sparsity != records["lte-0.5-seed0"]["sparsity"]
     # The report has a comparison for each set.
-    runs = load_inputs([tmp_path / "records"]).runs
-    assert sorted({run.record["task"] for run in runs}) == ["instruct", "toy_choice", "toy_group"]
+    runs = load_inputs([tmp_path / "records"]).records
+    assert sorted({run.task for run in runs}) == ["instruct", "toy_choice", "toy_group"]
     result = CliRunner().invoke(app, ["report", str(tmp_path / "records"), "--task", "toy_choice"])
     assert result.exit_code == 0, result.output
     assert f"toy_choice, test: {records['lte-0.5-seed0']['model']}" in result.output.replace("\n", "")

@@ -51,8 +51,9 @@ def load_inputs(paths: Sequence[str | Path]) -> Inputs:
     """The result records and the benchmarks of files and folders.
 
     A folder stands for all files `*.json` and packed records in it and in the folders below, hidden ones left out; a
-    `records.jsonl` for its records. A JSON object with the required fields of a result record is one; one with `rows`,
-    each with the required fields of a benchmark's row, is a benchmark.
+    `records.jsonl` for its records, and the name of a packed file for its record. A JSON object with the required
+    fields of a result record is one; one with `rows`, each with the required fields of a benchmark's row, is a
+    benchmark.
 
     Raises:
         ValueError: for a path that does not exist, paths without any file, a file named among the paths that is
@@ -95,8 +96,11 @@ def _contents(paths: Sequence[str | Path]) -> dict[Path, tuple[Any, bool]]:
             found |= {file: (content, False) for file, content in read_folder(path).items() if file not in found}
         elif path.is_file() and path.name == PACKED_FILE:
             found |= {file: (content, True) for file, content in packed.items()}
-        elif path.is_file() or path in packed:
-            found[path] = (read_json(path) if path.is_file() else packed[path], True)
+        elif path.is_file():
+            found[path] = (read_json(path), True)
+        # Also a pattern that the shell found no files for.
+        elif matching := [file for file in packed if file.match(path.name)]:
+            found |= {file: (packed[file], True) for file in matching}
         else:
             raise ValueError(f"paths must be existing files or folders with result records, got {path}")
     if not found:
