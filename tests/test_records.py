@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,31 @@ import pytest
 import torch
 
 from lte.records import (
+    FIELDS as FIELD_NAMES,
+)
+from lte.records import (
     REQUIRED_FIELDS,
+    ResultRecord,
     environment,
+    find_record,
     git_commit,
     hardware,
+    load_record,
     load_records,
+    pack_numbers,
+    read_folder,
+    read_json,
     result_record,
+    unpack_numbers,
     versions,
     write_json_atomic,
+    write_record,
 )
+from lte.report.inputs import load_inputs
+from lte.settings import documented_attributes
+from tests.report.sample_records import measurement
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 FIELDS: dict[str, Any] = {
     "task": "lm",
@@ -199,3 +218,109 @@ def test_a_binary_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder must be an existing folder"):
         load_records(tmp_path / "missing")
+
+
+def test_a_record_is_a_mapping_of_all_its_fields() -> None:
+    record = result_record(**FIELDS, label="ours", answers=3)
+    assert (record.label, record["label"], record.group, record["group"]) == ("ours", "ours", None, None)
+    assert (record.extra, record["answers"], record.get("missing")) == ({"answers": 3}, 3, None)
+    assert list(record) == [*FIELD_NAMES, "answers"]
+    assert ResultRecord.from_dict(dict(record)) == record
+    changed = record.with_fields(label="theirs", answers=4)
+    assert dict(changed) == {**record, "label": "theirs", "answers": 4}
+    with pytest.raises(ValueError, match=r"a result record must hold a share in \[0, 1\] in sparsity, got sparsity=2"):
+        record.with_fields(sparsity=2)
+
+
+def test_every_field_is_documented() -> None:
+    documented = set(documented_attributes(ResultRecord)) - {"ValueError"}
+    assert documented == {*FIELD_NAMES, "extra", "source"}
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 21723, 303104])
+def test_packed_numbers_are_the_same_bit_for_bit(tokens: int) -> None:
+    counts = np.random.default_rng(tokens).integers(0, tokens + 1, (3, 5))
+    values = (counts / (5 * tokens)).tolist()
+    packed = pack_numbers(values, tokens, 5 * tokens)
+    assert packed["shape"] == [3, 5]
+    assert repr(unpack_numbers(json.loads(json.dumps(packed)))) == repr(values)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.1, None], [[0.5], [0.25, 0.5]], [], [math.pi], ["a"], [-0.0], [1], [1e300], [float("nan")]], ids=repr
+)
+def test_numbers_that_would_not_come_back_stay_as_they_are(values: list[Any]) -> None:
+    assert pack_numbers(values, 4, 10) is values
+
+
+def test_a_written_record_is_packed_and_reads_as_it_was(tmp_path: Path) -> None:
+    measured = measurement().to_dict()
+    history = {"step": [1, 2], "stage": [1, 2], "active_fraction": [[0.1234, 1.0], [0.5, 0.0]]}
+    record = result_record(**FIELDS, measurement=measured, layer_history=history)
+    write_record(tmp_path / "a.json", record)
+    plain = json.loads((tmp_path / "a.json").read_text())
+    assert set(plain["measurement"]["expert_use"]) == {"packed", "shape", "per"}
+    assert plain["measurement"]["active_fraction"] == measured["active_fraction"]
+    found = load_record(tmp_path / "a.json")
+    assert repr(dict(found)) == repr(dict(record))
+    assert found.source == str(tmp_path / "a.json")
+
+
+@pytest.fixture
+def pack() -> Any:
+    """The script that packs folders."""
+    spec = importlib.util.spec_from_file_location("pack", RESULTS / "pack.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_packed_runs_are_read_as_their_files_were(tmp_path: Path, pack: Any) -> None:
+    folder = tmp_path / "runs"
+    for name, seed in (("b", 1), ("a", 0)):
+        write_record(
+            folder / f"{name}.json", result_record(**{**FIELDS, "seed": seed}, measurement=measurement().to_dict())
+        )
+    write_json_atomic(folder / "rows.json", {"rows": [{"ms": 1.5, "name": '"row 1"'}, {"ms": 2}], "gpu": "none"})
+    (before, rows), inputs = (load_records(folder, "[ab].json"), read_json(folder / "rows.json")), load_inputs([folder])
+    pack.pack(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["records.jsonl", "rows.json"]
+    assert load_records(folder, "[ab].json") == load_records(tmp_path, "**/[ab].json") == before
+    assert load_records(tmp_path, "*.json") == []
+    assert [record.source for record in load_inputs([folder]).records] == [record.source for record in inputs.records]
+    assert read_json(folder / "rows.json") == rows
+    assert find_record(folder / "a.json") == before[0]
+    assert find_record(folder / "c.json") is None
+    for paths in ([folder / "a.json", folder / "b.json"], [folder / "[ab].json"], [folder / "records.jsonl"]):
+        assert load_inputs(paths).records == before
+    # A run that was done again comes before its line, and takes its place when it is packed.
+    again = before[0].with_fields(value=1.0)
+    write_record(folder / "a.json", again)
+    assert load_records(folder, "[ab].json") == [again, before[1]]
+    pack.pack(folder)
+    assert load_records(folder, "[ab].json") == [again, before[1]]
+    assert not (folder / "a.json").exists()
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"task": "lm"}', '{"file": 3}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "records.jsonl").write_text(f'{{"file": "a.json"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*records.jsonl must be a JSON object with file, got "):
+        find_record(tmp_path / "b.json")
+
+
+def test_the_tracked_records_are_all_read() -> None:
+    records = load_inputs([RESULTS]).records
+    files = {record.source for record in records}
+    assert len(files) >= 857
+    assert all(record.git_commit and record.versions["torch"] for record in records)
+
+
+def test_the_tracked_records_are_the_files_that_the_runs_wrote() -> None:
+    # Of the files before they were packed.
+    digest = hashlib.sha256()
+    for path, content in read_folder(RESULTS / "wikipedia" / "exploration").items():
+        digest.update(json.dumps([path.name, content], sort_keys=True).encode())
+    assert digest.hexdigest() == "51c0b57ed62796e1b3e561de01a2946c84e56bd9ff23761eb43bf65ecac1fd2f"

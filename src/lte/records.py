@@ -289,12 +289,16 @@ def pack_numbers(values: list[Any], *units: int) -> Any:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError):
         return values
+    if not array.size or not np.isfinite(array).all():
+        return values
     for per in units:
-        whole = np.rint(array * per)
-        if array.size and np.isfinite(array).all() and np.abs(whole).max() < 2**31 and (whole / per).tolist() == values:
-            planes = whole.astype("<i4").view(np.uint8).reshape(-1, 4).T.tobytes()
-            text = base64.b64encode(zlib.compress(planes, 9)).decode("ascii")
-            return {"packed": text, "shape": list(array.shape), "per": per}
+        if np.abs(array * per).max() < 2**31:
+            whole = np.rint(array * per).astype("<i4")
+            # Texts, since -0.0 and 1 are equal to numbers that they are not.
+            if repr((whole / per).tolist()) == repr(values):
+                planes = whole.view(np.uint8).reshape(-1, 4).T.tobytes()
+                text = base64.b64encode(zlib.compress(planes, 9)).decode("ascii")
+                return {"packed": text, "shape": list(array.shape), "per": per}
     return values
 
 
