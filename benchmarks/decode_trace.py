@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from decode_kernel import Layers, sparse_times
-from timing import graph_times
 
+from lte.bench.timing import graph_times
 from lte.ops import decode, one_token_kernel
 from lte.ops.launch import one_token_tiles
 from lte.records import environment, write_json_atomic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -115,6 +116,20 @@ def _cpu_sample(run: Run) -> Callable[[], float]:
 @functools.cache
 def _sweep(size: int) -> Tensor:
     return torch.ones(max(size // 4, 1))
+
+
+def graph_times(run: Callable[[int], object], repeats: int = 30, layers: int = 8) -> list[float]:
+    """Milliseconds per layer of `run(layer)` on a GPU, captured over all layers in one CUDA graph."""
+    replay = captured(lambda: [run(layer) for layer in range(layers)], torch.device("cuda"))
+    for _ in range(WARM_UP):
+        replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        replay()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / layers for start, end in itertools.pairwise(events)]
 
 
 def copy_gb_per_s(device: torch.device) -> float:

@@ -1,10 +1,9 @@
-"""What the benchmarks on a GPU share: times of CUDA graphs, dense baselines, the form of a row and of a file."""
+"""What the benchmarks of FFNs on a GPU share: dense baselines, the form of a row and of a file."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lte.bench.timing import Times, graph_times
 from lte.records import environment, write_json_atomic
-
-
-def graph_times(run: Callable[[int], object], repeats: int = 30, layers: int = 8) -> list[float]:
-    """Milliseconds per layer of `run(layer)`, captured over all layers in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for layer in range(layers):
-            run(layer)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(layer) for layer in range(layers)]
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    del kept
-    return [a.elapsed_time(b) / layers for a, b in itertools.pairwise(events)]
 
 
 def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down_transposed: Tensor) -> Tensor:
@@ -83,11 +61,10 @@ def dense_times(
 
 def row(benchmark: str, provider: str, tokens: int, sparsity: float, times: list[float], size: int) -> dict[str, Any]:
     """One measured row in the form of the result files; `size` in bytes."""
-    low, median, high = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+    found = Times.of(times)
     return {
         "benchmark": benchmark, "provider": provider, "dtype": "bfloat16", "batch": tokens, "tokens": tokens,
-        "sparsity": sparsity, "median_ms": median, "p20_ms": low, "p80_ms": high, "bytes": size,
-        "gb_per_s": size / median / 1e6,
+        "sparsity": sparsity, **asdict(found), "bytes": size, "gb_per_s": size / found.median_ms / 1e6,
     }  # fmt: skip
 
 
