@@ -12,7 +12,7 @@ from lte.report.points import find_tradeoffs
 from lte.report.report_page import html_report, report_data, write_html_report
 from tests.report.sample_benches import bench
 from tests.report.sample_records import record
-from tests.report.test_tradeoff import runs_of
+from tests.report.test_points import runs_of
 
 MARKUP = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 

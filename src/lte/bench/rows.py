@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,9 @@ class ResultFile:
         write_text_atomic(csv_path, csv_text(self.rows))
 
 
-def csv_text(rows: list[Row]) -> str:
-    """Rows as CSV, required columns first; what is no number or text becomes JSON."""
-    columns = [*REQUIRED_FIELDS, *sorted({name for row in rows for name in row} - set(REQUIRED_FIELDS))]
+def csv_text(rows: Sequence[Row], first: Sequence[str] = REQUIRED_FIELDS) -> str:
+    """Rows as CSV, the `first` columns before all others; what is no number or text becomes JSON."""
+    columns = [*first, *sorted({name for row in rows for name in row} - set(first))]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lte.bench.rows import csv_text
 from lte.records import write_text_atomic
 from lte.report.envelope import envelope_sentences, lte_standings
 from lte.report.paper import paper_numbers
@@ -78,7 +77,8 @@ def write_methods_report(folder: str | Path, tradeoffs: Sequence[Tradeoff], limi
     folder.mkdir(parents=True, exist_ok=True)
     styles = curve_styles(name for tradeoff in tradeoffs for name in tradeoff.curves)
     files, parts = [folder / "report.csv"], ["# Methods compared", _LEGEND]
-    write_text_atomic(files[0], _csv_text(tradeoffs))
+    rows = [row for tradeoff in tradeoffs for row in csv_rows(tradeoff)]
+    write_text_atomic(files[0], csv_text(rows, tuple(rows[0])) if rows else "")
     for tradeoff in tradeoffs:
         parts += [f"## {tradeoff.title}, {tradeoff.metric.name}"]
         if tradeoff.points():
@@ -102,16 +102,6 @@ def _markdown(tradeoff: Tradeoff, limit: float | None) -> list[str]:
     if paper_table(tradeoff, limit) is not None:
         parts.append(f"The paper: {paper_numbers()['source']}.")
     return parts
-
-
-def _csv_text(tradeoffs: Sequence[Tradeoff]) -> str:
-    rows = [row for tradeoff in tradeoffs for row in csv_rows(tradeoff)]
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
 
 
 def _file_name(tradeoff: Tradeoff, tradeoffs: Sequence[Tradeoff]) -> str:

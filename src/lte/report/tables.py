@@ -174,7 +174,7 @@ def envelope_table(tradeoff: Tradeoff, standings: Sequence[Standing]) -> TextTab
 
 def paper_table(tradeoff: Tradeoff, limit: float | None = None) -> TextTable | None:
     """The paper's numbers and ours, `None` where the paper has none for this task."""
-    rows = [(row.where, row.what, row.paper, row.ours) for row in paper_rows(tradeoff, limit)]
+    rows = paper_rows(tradeoff, limit)
     title = "The paper and ours: other models and settings"
     return TextTable(("", "what", "paper", "ours"), rows, 4, title) if rows else None
 

@@ -14,7 +14,7 @@ from lte.report.report_page import write_html_report
 from tests.browser.chromium import settle
 from tests.browser.report.page import Write, lm_records, other_task
 from tests.report.sample_benches import bench
-from tests.report.test_tradeoff import runs_of
+from tests.report.test_points import runs_of
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.browser.report.page import (
     plots,
     section,
 )
-from tests.report.test_tradeoff import runs_of
+from tests.report.test_points import runs_of
 
 
 def test_the_arrow_keys_switch_the_axis(page: Chrome) -> None:

@@ -24,7 +24,7 @@ from lte.report.tables import (
     results_table,
 )
 from tests.report.sample_records import record
-from tests.report.test_tradeoff import compared, runs_of
+from tests.report.test_points import compared, runs_of
 
 METHODS = ("lte", "static_pruning", "cats", "teal", "wina", "wanda", "kla", "moefication", "deja_vu", "sigma_moe")
 METHODS += ("noisy_topk", "random_router", "moefication-relu", "lte-random")

@@ -11,7 +11,7 @@ from lte.report.envelope import dense_ffn_share, envelope_sentences, lte_standin
 from lte.report.points import Tradeoff
 from lte.report.tables import envelope_table
 from tests.report.sample_records import record
-from tests.report.test_tradeoff import compared
+from tests.report.test_points import compared
 from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 
 # Millions of weights.

@@ -12,7 +12,7 @@ from lte.report.envelope import envelope_sentences, lte_standings
 from lte.report.paper import paper_markers, paper_numbers, paper_rows
 from lte.report.points import Cheapest, Tradeoff, cheapest_within, interpolate
 from tests.report.sample_records import record
-from tests.report.test_tradeoff import compared
+from tests.report.test_points import compared
 
 GFLOP = 2.0**30
 

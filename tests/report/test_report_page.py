@@ -13,7 +13,7 @@ from lte.report.points import find_tradeoffs
 from lte.report.report_page import MOST_STEPS, final_eta, history_data, report_data, routing_data
 from tests.report.sample_benches import bench, bench_content, bench_row
 from tests.report.sample_records import measurement, record
-from tests.report.test_tradeoff import runs_of
+from tests.report.test_points import runs_of
 
 
 def data_of(*records: dict[str, Any], benches: tuple[Bench, ...] = ()) -> dict[str, Any]:
