@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from lte import __version__
-
 PACKED_FILE, FILE_KEY = "records.jsonl", "file"
 _TEXTS = ("task", "model", "method", "metric", "split")
 _SHARES = ("target_sparsity", "sparsity")
@@ -232,6 +230,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result; what is not installed is left out."""
     import torch
 
+    from lte import __version__  # which imports this file
+
     found = {"python": platform.python_version(), "lte": __version__, "torch": str(torch.__version__)}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -423,7 +423,9 @@ def read_folder(folder: Path, pattern: str = "**/*.json") -> dict[Path, Any]:
 
 
 def _matches(path: Path, folder: Path, pattern: str) -> bool:
-    return path.match(pattern.removeprefix("**/")) and (pattern.startswith("**/") or path.parent == folder)
+    """Whether `folder.glob(pattern)` would find a file; before Python 3.13 `match` takes `**` for one folder."""
+    place, inner = path.relative_to(folder), pattern.removeprefix("**/")
+    return place.match(inner) and (inner != pattern or len(place.parts) == len(Path(inner).parts))
 
 
 def load_records(folder: str | Path, pattern: str = "**/*.json") -> list[ResultRecord]:

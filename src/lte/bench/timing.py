@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 WARM_UP = 3
 SECONDS = 5.0
 LEAST_REPEATS = 5
@@ -38,7 +38,7 @@ class Times:
         return Times(statistics.median(samples_ms), cuts[0], cuts[3])
 
 
-def captured(run: Run, device: torch.device) -> Run:
+def captured(run: Call, device: torch.device) -> Call:
     """On a GPU the replay of one CUDA graph of `run`, elsewhere `run` itself.
 
     The graph holds what `run` does on the tensors that it finds: change these in place.
@@ -63,7 +63,7 @@ def captured(run: Run, device: torch.device) -> Run:
 
 
 def interleaved_times(
-    runs: Mapping[str, Run], device: torch.device, repeats: int, before: Callable[[str], object] | None = None
+    runs: Mapping[str, Call], device: torch.device, repeats: int, before: Callable[[str], object] | None = None
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each function; they take turns.
 
@@ -96,7 +96,7 @@ def interleaved_times(
     return {name: [sample() for sample in found] for name, found in samples.items()}
 
 
-def _gpu_sample(run: Run) -> Callable[[], float]:
+def _gpu_sample(run: Call) -> Callable[[], float]:
     """The call's time, to be asked for when the GPU is done."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -105,7 +105,7 @@ def _gpu_sample(run: Run) -> Callable[[], float]:
     return lambda: start.elapsed_time(end)
 
 
-def _cpu_sample(run: Run) -> Callable[[], float]:
+def _cpu_sample(run: Call) -> Callable[[], float]:
     _sweep(SWEEP_BYTES).sum()
     start = time.perf_counter()
     run()

@@ -81,6 +81,14 @@ PANELS = (
 )
 
 
+def logarithmic_values(axis: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
 def curve_styles(names: Iterable[str]) -> dict[str, Style]:
     """A colour, marker and dash for each curve: those of its own for a known method, the next free ones for others.
 
@@ -243,10 +251,7 @@ def _scale(axis: Axes, tradeoff: Tradeoff, panel: Panel) -> None:
     axis.set_ylabel(f"{name} (per token)" if name == "perplexity" else name)
     values = [point.value.mean for point in tradeoff.points()]
     if not tradeoff.metric.higher_is_better and max(values) > MOST_ON_A_LINEAR_AXIS * min(values) > 0:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        logarithmic_values(axis)
     if panel.is_share:
         axis.set_xlim(-0.01, 1.01)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lte.eval.sparsity import SparsityMeasurement
 from lte.report.figures import (
@@ -24,6 +24,7 @@ from lte.report.figures import (
     PINK,
     SKY,
     YELLOW,
+    logarithmic_values,
     new_figure,
     plain_axes,
 )
@@ -171,10 +172,7 @@ def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]
         axis.set_ylim(-0.02, 1.02)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     if "eta" in curves and all(value > 0 for _, value in curves["eta"]):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic_values(axis)
     if len(curves) > 1:
         axis.legend(fontsize=8)
 
@@ -250,10 +248,7 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
     slowest, fastest = max(row["median_ms"] for row in rows), min(row["median_ms"] for row in rows)
     if slowest > MOST_ON_A_LINEAR_AXIS * fastest:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        logarithmic_values(axis)
     else:
         axis.set_ylim(0, 1.1 * slowest)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

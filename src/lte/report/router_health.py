@@ -49,14 +49,7 @@ def router_health_rows(measurement: SparsityMeasurement) -> list[tuple[str, ...]
         strict=True,
     )
     return [
-        (
-            str(layer),
-            f"{100 * active:.1f}%",
-            f"{dead}/{len(use)}",
-            f"{always_on}/{len(use)}",
-            f"{100 * near:.1f}%",
-            histogram_text(scores),
-        )
+        _health_row(str(layer), active, dead, always_on, near, scores, len(use))
         for layer, (active, dead, always_on, near, scores, use) in enumerate(columns)
     ]
 
@@ -65,15 +58,17 @@ def router_health_totals(measurement: SparsityMeasurement) -> tuple[str, ...]:
     """The row of text for all layers together, in the order of `HEALTH_COLUMNS`."""
     layers = len(measurement.active_fraction)
     experts = sum(len(use) for use in measurement.expert_use)
+    counts = sum(measurement.dead_experts), sum(measurement.always_on_experts)
     histogram = [sum(shares) / layers for shares in zip(*measurement.score_histogram, strict=True)]
-    return (
-        "all",
-        f"{100 * (1 - measurement.sparsity):.1f}%",
-        f"{sum(measurement.dead_experts)}/{experts}",
-        f"{sum(measurement.always_on_experts)}/{experts}",
-        f"{100 * sum(measurement.near_threshold) / layers:.1f}%",
-        histogram_text(histogram),
-    )
+    near = sum(measurement.near_threshold) / layers
+    return _health_row("all", 1 - measurement.sparsity, *counts, near, histogram, experts)
+
+
+def _health_row(
+    name: str, active: float, dead: int, always_on: int, near: float, scores: Sequence[float], experts: int
+) -> tuple[str, ...]:
+    shares = f"{100 * active:.1f}%", f"{dead}/{experts}", f"{always_on}/{experts}", f"{100 * near:.1f}%"
+    return (name, *shares, histogram_text(scores))
 
 
 def router_health_table(measurement: SparsityMeasurement) -> Table:
