@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 PACKED_FILE, FILE_KEY = "records.jsonl", "file"
+_PACKED_KEYS = {"packed", "shape", "per"}
 _TEXTS = ("task", "model", "method", "metric", "split")
 _SHARES = ("target_sparsity", "sparsity")
 _NUMBERS = (*_SHARES, "value", "flops_per_token", "bytes_per_token", "tokens_trained", "wall_time_s")
@@ -346,7 +347,7 @@ def read_json(path: str | Path) -> Any:
 
 def parse_json(text: str) -> Any:
     """What a JSON text holds, packed numbers unpacked."""
-    return json.loads(text, object_hook=lambda each: unpack_numbers(each) if "packed" in each else each)
+    return json.loads(text, object_hook=lambda each: unpack_numbers(each) if set(each) == _PACKED_KEYS else each)
 
 
 def read_packed(path: Path) -> Mapping[Path, Any]:

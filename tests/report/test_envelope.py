@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lte.eval.flops import bytes_per_token, flops_per_token
+from lte.records import ResultRecord
 from lte.report.envelope import dense_ffn_share, envelope_sentences, lte_standings
 from lte.report.points import Tradeoff
 from lte.report.tables import envelope_table
@@ -18,13 +19,13 @@ from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 ATTENTION, FFN, ROUTER = 40, 60, 1
 
 
-def point(method: str, sparsity: float, value: float, router: int = 0, **changes: Any) -> dict[str, Any]:
+def point(method: str, sparsity: float, value: float, router: int = 0, **changes: Any) -> ResultRecord:
     read = ATTENTION + (1 - sparsity) * FFN
     costs = {"flops_per_token": 2e6 * (read + router), "bytes_per_token": 2e6 * read + 4e6 * router}
     return record(method, **{"target_sparsity": sparsity, "sparsity": sparsity, "value": value, **costs, **changes})
 
 
-def lte(sparsity: float, value: float, **changes: Any) -> dict[str, Any]:
+def lte(sparsity: float, value: float, **changes: Any) -> ResultRecord:
     return point("lte", sparsity, value, ROUTER, **changes)
 
 
@@ -68,7 +69,7 @@ def test_the_share_is_that_of_a_models_layers() -> None:
         [DENSE, lte(0.5, 21.0, flops_per_token=1e9)],
     ],
 )
-def test_what_records_do_not_tell_is_not_said(records: list[dict[str, Any]]) -> None:
+def test_what_records_do_not_tell_is_not_said(records: list[ResultRecord]) -> None:
     tradeoff = compared(*records)
     assert dense_ffn_share(tradeoff) is None
     standings = lte_standings(tradeoff)

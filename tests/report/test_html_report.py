@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lte.records import ResultRecord
 from lte.report.points import find_tradeoffs
 from lte.report.report_page import html_report, report_data, write_html_report
 from tests.report.sample_benches import bench
@@ -17,7 +18,7 @@ from tests.report.test_points import runs_of
 MARKUP = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 
 
-def page_of(*records: dict[str, Any]) -> str:
+def page_of(*records: ResultRecord) -> str:
     return html_report(report_data(find_tradeoffs(runs_of(*records)), [bench()]))
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
+from lte.records import ResultRecord
 from lte.report.figures import curve_styles, tradeoff_figure
 from lte.report.methods_report import tradeoff_texts, write_methods_report
 from lte.report.points import find_tradeoffs
@@ -30,7 +31,7 @@ METHODS = ("lte", "static_pruning", "cats", "teal", "wina", "wanda", "kla", "moe
 METHODS += ("noisy_topk", "random_router", "moefication-relu", "lte-random")
 
 
-def records_of(methods: tuple[str, ...] = METHODS, **changes: Any) -> list[dict[str, Any]]:
+def records_of(methods: tuple[str, ...] = METHODS, **changes: Any) -> list[ResultRecord]:
     dense = [record("dense", seed=seed, value=20.0 + seed, **changes) for seed in (0, 1)]
     sparse = [
         record(name, seed=seed, target_sparsity=s, sparsity=s, value=20 + 10 * s + place + seed, **changes)

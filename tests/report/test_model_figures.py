@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from lte.records import ResultRecord
 from lte.report.figures import perplexity_vs_sparsity_figure, save_figure
 from lte.report.model_figures import router_health_figure, training_curves_figure
 from tests.report.sample_records import measurement, record, training_log
@@ -120,12 +121,12 @@ def test_a_label_tells_runs_apart() -> None:
 
 @pytest.mark.parametrize("name", ["task", "split", "model", "metric"])
 def test_records_that_do_not_compare_are_refused(name: str) -> None:
-    records: list[dict[str, Any]] = [record(), record("dense", **{name: "other"})]
+    records = [record(), record("dense", **{name: "other"})]
     with pytest.raises(ValueError, match=f"records must be of one {name} to share a figure, got .*other"):
         perplexity_vs_sparsity_figure(records)
 
 
 @pytest.mark.parametrize("records", [[], [record(value=None)]])
-def test_no_value_at_all_is_refused(records: list[dict[str, Any]]) -> None:
+def test_no_value_at_all_is_refused(records: list[ResultRecord]) -> None:
     with pytest.raises(ValueError, match="records must hold at least one record with a value, got none"):
         perplexity_vs_sparsity_figure(records)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lte.records import ResultRecord
 from lte.report.envelope import envelope_sentences, lte_standings
 from lte.report.paper import paper_markers, paper_numbers, paper_rows
 from lte.report.points import Cheapest, Tradeoff, cheapest_within, interpolate
@@ -17,7 +18,7 @@ from tests.report.test_points import compared
 GFLOP = 2.0**30
 
 
-def point(method: str, sparsity: float, value: float | None, gflops: float | None, **changes: Any) -> dict[str, Any]:
+def point(method: str, sparsity: float, value: float | None, gflops: float | None, **changes: Any) -> ResultRecord:
     """Dense has 10 GFLOPs and a perplexity of 20; a GFLOP is read as 10 MB."""
     costs = {"flops_per_token": None, "bytes_per_token": None}
     if gflops is not None:
@@ -132,13 +133,13 @@ def test_a_method_that_is_better_with_fewer_bytes_counts_too() -> None:
         [point("lte", 0.5, 21.0, 5.0)],
     ],
 )
-def test_without_bytes_or_lte_nothing_is_said(records: list[dict[str, Any]]) -> None:
+def test_without_bytes_or_lte_nothing_is_said(records: list[ResultRecord]) -> None:
     tradeoff = compared(*records)
     assert lte_standings(tradeoff) == []
     assert "nothing is said of the envelope" in envelope_sentences(tradeoff, [])[0]
 
 
-def on_task(task: str, metric: str, *records: dict[str, Any]) -> Tradeoff:
+def on_task(task: str, metric: str, *records: ResultRecord) -> Tradeoff:
     return compared(*({**each, "task": task, "metric": metric} for each in records))
 
 

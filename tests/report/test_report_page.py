@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lte.records import ResultRecord
 from lte.report.inputs import Bench
 from lte.report.points import find_tradeoffs
 from lte.report.report_page import MOST_STEPS, final_eta, history_data, report_data, routing_data
@@ -16,7 +17,7 @@ from tests.report.sample_records import measurement, record
 from tests.report.test_points import runs_of
 
 
-def data_of(*records: dict[str, Any], benches: tuple[Bench, ...] = ()) -> dict[str, Any]:
+def data_of(*records: ResultRecord, benches: tuple[Bench, ...] = ()) -> dict[str, Any]:
     data = report_data(find_tradeoffs(runs_of(*records)) if records else [], benches)
     return json.loads(json.dumps(data, allow_nan=False))
 
