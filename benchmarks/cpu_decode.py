@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import lte
 from lte.bench.gate import relative_rms
-from lte.eval.results import environment, write_json_atomic
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_available, sparse_ffn_cpu
 from lte.ops.layout import by_neuron
 from lte.ops.reference import active_experts, sparse_ffn_reference
+from lte.records import environment, write_json_atomic
 
 HIDDEN, NEURONS, VOCAB = 576, 1536, 49152
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import dense_times, graph_times, row
+from ffn_rows import dense_times, row
 from torch import Tensor
 
 from lte.bench.gate import relative_rms
-from lte.bench.timing import copy_gb_per_s
-from lte.eval.results import environment, write_json_atomic
+from lte.bench.timing import copy_gb_per_s, graph_times
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.decode import PHASES, DecodeLaunch, run_decode
 from lte.ops.launch import ManyTokenTiles, OneTokenTiles, many_token_tiles, one_token_tiles
 from lte.ops.reference import sparse_ffn_reference
+from lte.records import environment, write_json_atomic
 
 HIDDEN, NEURONS, EXPERT_SIZE, LAYERS = 4096, 11008, 32, 8
 EXPERTS = NEURONS // EXPERT_SIZE
@@ -77,7 +77,7 @@ class Layers:
 
 
 def dense_rows(layers: Layers) -> dict[str, dict[str, Any]]:
-    """Rows of dense FFNs; see `timing.dense_times`."""
+    """Rows of dense FFNs; see `ffn_rows.dense_times`."""
     stock = [ffn.down.T.contiguous() for ffn in layers.ffns]
     stacked = [torch.cat([ffn.gate, ffn.up]) for ffn in layers.ffns]  # type: ignore[list-item]
     tokens, size = len(layers.x), 3 * HIDDEN * NEURONS * 2

@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lte.report.canvas import save_figure
-from lte.report.latency import latency_figure
+from lte.report.figures import save_figure
+from lte.report.model_figures import latency_figure
 
 
 def main() -> None:

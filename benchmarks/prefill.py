@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ffn_rows import dense_times, row, write_rows
 from prefill_layers import Layers, Widths
 from prefill_tuning import activation_rows, tune_activation, tune_grouped, tune_skinny
-from timing import dense_times, graph_times, row, write_rows
 from torch import Tensor
 
 from lte.bench.gate import relative_rms
-from lte.bench.timing import copy_gb_per_s
+from lte.bench.timing import copy_gb_per_s, graph_times
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.decode import sparse_ffn_decode
 from lte.ops.launch import architecture

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+from ffn_rows import row
 from prefill_layers import EXPERT_SIZE, Layers
-from timing import graph_times, row
 from torch import Tensor
 from torch.nn import functional
 
 from lte.bench.gate import relative_rms
+from lte.bench.timing import graph_times
 from lte.ops.launch import multiprocessors
 from lte.ops.prefill import group_activations, list_tokens, mask_activations, project, skinny_product
 from lte.ops.prefill_launch import ActivationTiles, GroupedTiles, SkinnyTiles

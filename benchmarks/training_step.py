@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lte
-from lte.eval.results import environment
+from lte.records import environment
 from lte.train.objective import language_terms, routing_terms, stack_layers
 
 MODES = ("dense", "soft", "straight_through", "hard")

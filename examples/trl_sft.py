@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import datasets
+import torch
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

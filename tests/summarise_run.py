@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from lte.eval.results import environment, write_json_atomic
+from lte.records import environment, write_json_atomic
 
 OUTCOMES = {"failure": "failed", "error": "errors", "skipped": "skipped"}  # by pytest's tags
 

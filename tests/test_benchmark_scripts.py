@@ -13,7 +13,7 @@ from lte.bench.bytes import router_bytes
 from lte.bench.models import model_pair
 from lte.bench.routing import active_count
 from lte.bench.rows import REQUIRED_FIELDS
-from lte.eval.results import environment, read_json
+from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
 from tests.tiny_models import tiny_dense_model
 
@@ -44,10 +44,10 @@ def test_the_stamps_of_the_trace_find_their_places(script: Any, tmp_path: Path) 
 
 
 def test_every_row_of_a_file_says_where_it_was_measured(script: Any, tmp_path: Path) -> None:
-    timing = script("timing")
-    row = timing.row("prefill", "lte masked", 4, 0.5, [1.0, 2.0, 3.0], 1000)
-    timing.write_rows(tmp_path / "rows.json", [row], shape="llama2-7b")
-    timing.write_rows(None, [row])
+    rows = script("ffn_rows")
+    row = rows.row("prefill", "lte masked", 4, 0.5, [1.0, 2.0, 3.0], 1000)
+    rows.write_rows(tmp_path / "rows.json", [row], shape="llama2-7b")
+    rows.write_rows(None, [row])
     (bench,) = load_inputs([tmp_path / "rows.json"]).benches
     assert bench.content["shape"] == "llama2-7b"
     assert bench.content["rows"] == [{**row, **environment()}]

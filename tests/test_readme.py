@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import lte
 from lte.cli import app
+from lte.records import load_records, read_folder
 from tests.cli.conftest import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_the_shell_example_runs(work_folder):
 def test_every_figure_of_the_results_table_is_in_a_result_file():
     rows = re.findall(r"\| [^|]* \| ([\d.]+)% \| (\d+)M \| ([\d.]+) \| ([\d.]+) \|", README)
     assert len(rows) >= 4
-    records = [json.loads(path.read_text()) for path in (ROOT / "results" / "wikipedia").glob("*-wikipedia_valid.json")]
+    records = load_records(ROOT / "results" / "wikipedia", "*-wikipedia_valid.json")
     dense = min(record["value"] for record in records if record["method"] == "dense")
     found = {
         (
@@ -145,8 +146,7 @@ def test_every_figure_of_the_tasks_table_is_in_a_result_file():
     tasks = ("e2e", "dialogsum", "sst2", "mrpc", "rte", "cola", "stsb")
 
     def column(task: str, label: str, field: str) -> str:
-        files = sorted((ROOT / "results/compare" / task).glob(f"{label}-seed*.json"))
-        values = [json.loads(file.read_text())[field] for file in files]
+        values = [record[field] for record in load_records(ROOT / "results/compare" / task, f"{label}-seed*.json")]
         assert len(values) == 3
         if field == "sparsity":
             return f"{100 * mean(values):.1f}%"
@@ -178,8 +178,7 @@ def test_the_readme_names_only_files_that_exist():
 
 
 def test_results_say_where_they_come_from():
-    for path in (ROOT / "results").rglob("*.json"):
-        record = json.loads(path.read_text())
+    for path, record in read_folder(ROOT / "results").items():
         assert re.fullmatch(r"[0-9a-f]{40}", record["git_commit"] or ""), path
         assert record["hardware"], path
         assert record["versions"]["torch"], path

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lte.eval.results import load_results
-from lte.report.plots import perplexity_vs_sparsity_figure, save_figure
+from lte.records import load_records
+from lte.report.figures import perplexity_vs_sparsity_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def budget(record: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    records = load_results(ROOT / "results" / "wikipedia", "*-wikipedia_valid.json")
+    records = load_records(ROOT / "results" / "wikipedia", "*-wikipedia_valid.json")
     figure = perplexity_vs_sparsity_figure(records, label=budget)
     save_figure(figure, ROOT / "docs" / "images" / "perplexity.png")
 

@@ -32,9 +32,9 @@ from lte.config import CALIBRATED_GROUPINGS
 from lte.eval.flops import bytes_per_token, flops_per_token
 from lte.eval.models import measurement_summary
 from lte.eval.perplexity import evaluate_model
-from lte.eval.results import result_record, write_json_atomic
 from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.methods.static_pruning import StaticPruningConfig, prune_static_
+from lte.records import result_record, write_record
 from lte.train.config import TrainConfig
 from lte.train.two_stage import train_two_stage
 
@@ -193,7 +193,7 @@ def do_run(run: dict[str, Any], args: argparse.Namespace, hashes: dict[str, str]
     if run.get("keep") and measurement is not None:
         remember_measurement(folder, measurement, hashes)
     for split, record in zip(scores, records, strict=True):
-        write_json_atomic(args.output / f"{name}-{split}.json", record)
+        write_record(args.output / f"{name}-{split}.json", record)
     if not run.get("keep"):
         shutil.rmtree(folder)
 

@@ -6,6 +6,7 @@ several classes have (`seed`) is one setting that goes to all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import re
@@ -16,6 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a settings dataclass with its default and its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)

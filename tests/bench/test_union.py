@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lte.bench.session import Session
-from lte.bench.union import break_even, text_masks, union_table
+from lte.bench.union import break_even_batches, text_masks, union_table
 from tests.bench.conftest import trained_pair
 
 
@@ -49,7 +49,7 @@ def test_break_even_is_the_first_batch_that_is_not_faster() -> None:
         row("lte compiled, tuned", 1, 0.7, "0.5", "decode"),
         row("lte", 1, 5.0, "0.5", "prefill"),
     ]
-    half, most, decode = break_even(rows)
+    half, most, decode = break_even_batches(rows)
     assert (half["benchmark"], half["setting"], half["break_even"]) == ("ffn", "0.5", 16)
     assert half["ratios"] == [0.6, 0.9, 1.01]
     assert most["break_even"] is None

@@ -18,11 +18,11 @@ from PIL import Image
 
 from lte.cli.inspected_text import load_inspected_model
 from lte.hf.dense import load_tokenizer
-from lte.report.html_report import write_html_report
+from lte.report.curves import curve_name, curve_name_by
 from lte.report.inputs import load_inputs
-from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
-from lte.report.records import curve_name, curve_name_by
-from lte.report.tradeoff import compare_runs
+from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
+from lte.report.points import find_tradeoffs
+from lte.report.report_page import write_html_report
 from tests.browser.chromium import chromium, find_chromium, save_screenshot
 from tests.browser.untrained import sparse_smollm2
 
@@ -37,7 +37,7 @@ CODE = """def read_rows(path):
             yield [float(value) for value in line.split(",")]
 """
 RESULTS = Path(__file__).parents[2] / "results"
-SHOWN = [*sorted((RESULTS / "wikipedia").glob("*.json")), RESULTS / "bench"]
+SHOWN = [RESULTS / "wikipedia" / "records.jsonl", RESULTS / "bench"]
 PAGES = ("report", "inspector")
 # Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
 HEIGHTS = {360: 2100, 800: 1480, 1600: 1350}
@@ -48,8 +48,8 @@ MAX_BYTES = 120 * 1024
 def write_report(folder: Path, results: Sequence[Path], by: Sequence[str]) -> Path:
     """The page of `lte report`."""
     inputs = load_inputs(results)
-    curve = curve_name_by(by, inputs.runs) if by else curve_name
-    return write_html_report(folder / "report.html", compare_runs(inputs.runs, curve=curve), inputs.benches)
+    curve = curve_name_by(by, inputs.records) if by else curve_name
+    return write_html_report(folder / "report.html", find_tradeoffs(inputs.records, curve=curve), inputs.benches)
 
 
 def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:
@@ -62,7 +62,7 @@ def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:
     runs = [inspector.run(NamedText(name, text)) for name, text in (("mill.txt", STORY), ("rows.py", CODE))]
     pages = folder / "inspector.html", folder / "two_texts.html"
     for page, shown in zip(pages, (runs[:1], runs), strict=True):
-        page.write_text(inspector_page(page_data(shown)), encoding="utf-8")
+        page.write_text(inspector_page(inspector_data(shown)), encoding="utf-8")
     return pages
 
 

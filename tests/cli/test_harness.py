@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from lte.eval.results import load_results
+from lte.records import load_records
 from tests.cli.test_kernels import KERNELS
 from tests.eval.harness_toys import write_tasks
 
@@ -24,7 +24,7 @@ def evaluate(run: Callable[..., Any], trained: Any, tmp_path: Path) -> Any:
     def with_flags(*flags: object) -> tuple[Any, dict[str, Any]]:
         file = tmp_path / "results" / "result.json"
         result = run("eval", trained[0], "--harness-tasks-dir", tasks, "--json", file, *flags)
-        records = load_results(file.parent) if file.parent.exists() else []
+        records = load_records(file.parent) if file.parent.exists() else []
         return result, {record["task"]: record for record in records}
 
     return with_flags

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lte.eval.results import write_json_atomic
+from lte.records import write_json_atomic
 from tests.report.sample_benches import bench_content
 from tests.report.sample_records import record
 
@@ -124,7 +124,7 @@ def test_the_tracked_results_of_wikipedia(run: Callable[..., Any]) -> None:
 
 def test_the_documents_example_is_what_the_command_prints(run: Callable[..., Any]) -> None:
     text = (ROOT / "docs" / "report.md").read_text()
-    output = run("report", *sorted((RESULTS / "wikipedia").glob("*.json"))).output
+    output = run("report", RESULTS / "wikipedia" / "records.jsonl").output
     example = text.split("```text\n")[1].split("```")[0]
     assert example.strip()
     for line in example.strip().splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lte.eval.sparsity import Measurement
+from lte.records import ResultRecord
 
 
 def measurement(**changes: Any) -> Measurement:
@@ -20,7 +21,7 @@ def measurement(**changes: Any) -> Measurement:
     return Measurement.from_dict({**fields, **changes})
 
 
-def record(method: str = "lte", **changes: Any) -> dict[str, Any]:
+def record(method: str = "lte", **changes: Any) -> ResultRecord:
     """A result record, at 50% sparsity unless it is dense."""
     sparsity = 0.0 if method == "dense" else 0.5
     fields: dict[str, Any] = {
@@ -42,7 +43,7 @@ def record(method: str = "lte", **changes: Any) -> dict[str, Any]:
         "versions": {"python": "3.11", "torch": "2.13"},
         "config": {},
     }
-    return {**fields, **changes}
+    return ResultRecord.from_dict({**fields, **changes})
 
 
 def training_log(stage_steps: int = 40, distilled: bool = True, routed: bool = True) -> list[dict[str, Any]]:

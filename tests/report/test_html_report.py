@@ -8,18 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lte.report.html_report import html_report, write_html_report
-from lte.report.page_data import page_data
-from lte.report.tradeoff import compare_runs
+from lte.records import ResultRecord
+from lte.report.points import find_tradeoffs
+from lte.report.report_page import html_report, report_data, write_html_report
 from tests.report.sample_benches import bench
 from tests.report.sample_records import record
-from tests.report.test_tradeoff import runs_of
+from tests.report.test_points import runs_of
 
 MARKUP = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 
 
-def page_of(*records: dict[str, Any]) -> str:
-    return html_report(page_data(compare_runs(runs_of(*records)), [bench()]))
+def page_of(*records: ResultRecord) -> str:
+    return html_report(report_data(find_tradeoffs(runs_of(*records)), [bench()]))
 
 
 def held_data(page: str) -> dict[str, Any]:
@@ -61,9 +61,9 @@ def test_text_from_files_is_no_markup() -> None:
     assert "taken'" in page
     assert "<img src=x" not in page
     assert page.count("<script>document.title") == 0
-    (comparison,) = held_data(page)["comparisons"]
-    assert comparison["task"] == MARKUP
-    assert comparison["points"][1]["runs"][0]["command"] == MARKUP
+    (tradeoff,) = held_data(page)["comparisons"]
+    assert tradeoff["task"] == MARKUP
+    assert tradeoff["points"][1]["runs"][0]["command"] == MARKUP
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:
@@ -81,6 +81,6 @@ def test_200_runs_stay_below_5_megabytes() -> None:
 
 
 def test_the_file_is_written_into_a_new_folder(tmp_path: Path) -> None:
-    path = write_html_report(tmp_path / "new" / "report.html", compare_runs(runs_of(record())))
+    path = write_html_report(tmp_path / "new" / "report.html", find_tradeoffs(runs_of(record())))
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [each.name for each in path.parent.iterdir()] == ["report.html"]

@@ -13,7 +13,7 @@ import torch
 
 from lte.eval.sparsity import measure_sparsity
 from lte.eval.token_routing import record_routing, strongest_tokens
-from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
+from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
 from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, large_run, sparse_model
 
 MAX_PAGE_BYTES = 5_000_000
@@ -97,7 +97,7 @@ def test_damaged_weights_are_an_error(tokenizer: Any) -> None:
 
 
 def test_the_page_holds_the_data(tokenizer: Any) -> None:
-    data = page_data([Inspector(sparse_model(), tokenizer, "<i>").run(NamedText(NASTY, NASTY))])
+    data = inspector_data([Inspector(sparse_model(), tokenizer, "<i>").run(NamedText(NASTY, NASTY))])
     text = inspector_page(data)
     assert "<script>document.title" not in text
     found = re.search(r'id="page-data">(.*?)</script>', text, flags=re.DOTALL)
@@ -107,4 +107,4 @@ def test_the_page_holds_the_data(tokenizer: Any) -> None:
 
 def test_a_page_of_2000_tokens_30_layers_and_48_experts_is_small(tokenizer: Any) -> None:
     run = large_run(Inspector(sparse_model(), tokenizer, "tiny").run(NamedText("t", PLAIN)))
-    assert len(inspector_page(page_data([run, run])).encode()) < MAX_PAGE_BYTES
+    assert len(inspector_page(inspector_data([run, run])).encode()) < MAX_PAGE_BYTES

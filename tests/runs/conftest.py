@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lte.eval.results import load_results
 from lte.hf.dense import load_tokenizer
+from lte.records import load_records
 from lte.runs.folders import Folders
 from lte.runs.plan import plan_runs
 from lte.runs.runner import Runner
@@ -103,5 +103,5 @@ def runner_of(file: Path, folder: Path, *only: str, phase: str = "both", **overr
 
 def records_of(folder: Path) -> dict[str, dict[str, Any]]:
     """The records of a comparison by the names of their runs."""
-    records = load_results(folder / "records")
+    records = load_records(folder / "records")
     return {f"{r['label']}-{r['target_sparsity']:g}-seed{r['seed']}": r for r in records}

@@ -18,8 +18,8 @@ pytest.importorskip("lm_eval")
 from lte.cli import app
 from lte.eval.harness import evaluate_harness
 from lte.eval.models import load_any_model
-from lte.eval.results import load_result
 from lte.hf.dense import load_tokenizer
+from lte.records import load_record
 from lte.report.inputs import load_inputs
 from lte.runs import harness
 from lte.runs.harness import HarnessSettings, answer_questions
@@ -64,7 +64,7 @@ def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], t
         start, {"method": "lte", "keep": True}, "teal", harness_limit={"toy_choice": 2}, num_fewshot={"toy_choice": 0}
     )
     assert execute_all([runner_of(file, tmp_path)[0]]) == []
-    records = {path.stem: load_result(path) for path in (tmp_path / "records").glob("*.json")}
+    records = {path.stem: load_record(path) for path in (tmp_path / "records").glob("*.json")}
     assert {record["task"] for record in records.values()} == {"instruct"}
     # Both sets trained: 2 of the 40 chats are held out.
     assert records["lte-0.5-seed0"]["config"]["data_info"]["train"]["examples"] == 38
@@ -88,8 +88,8 @@ def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], t
     assert ours["toy_choice"]["metrics"] == pytest.approx(score.metrics)
     assert ours["toy_choice"]["sparsity"] == score.measurement.sparsity != records["lte-0.5-seed0"]["sparsity"]
     # The report has a comparison for each set.
-    runs = load_inputs([tmp_path / "records"]).runs
-    assert sorted({run.record["task"] for run in runs}) == ["instruct", "toy_choice", "toy_group"]
+    runs = load_inputs([tmp_path / "records"]).records
+    assert sorted({run.task for run in runs}) == ["instruct", "toy_choice", "toy_group"]
     result = CliRunner().invoke(app, ["report", str(tmp_path / "records"), "--task", "toy_choice"])
     assert result.exit_code == 0, result.output
     assert f"toy_choice, test: {records['lte-0.5-seed0']['model']}" in result.output.replace("\n", "")
@@ -107,11 +107,11 @@ def test_a_model_that_answers_no_questions_says_so(
     )
     instruct("lte")
     execute_all([runner_of(file, tmp_path)[0]])
-    record = load_result(tmp_path / "records" / "dense-0-seed0.json")
+    record = load_record(tmp_path / "records" / "dense-0-seed0.json")
     note = "not run: the model does not predict the next token"
     assert (record["harness"], record["harness_note"]) == ({}, note)
     assert record["value"] is not None
-    assert load_result(tmp_path / "records" / "sigma_moe-0.5-seed0.json")["harness_note"] == "not run: the run failed"
+    assert load_record(tmp_path / "records" / "sigma_moe-0.5-seed0.json")["harness_note"] == "not run: the run failed"
     result = CliRunner().invoke(app, ["report", str(tmp_path / "records")], env={"COLUMNS": "200"})
     assert f"Question sets of dense at 0%: {note}." in result.output
 

@@ -23,7 +23,7 @@ from lte.bench.rows import Row
 from lte.bench.session import Session
 from lte.bench.settings import OWN
 from lte.bench.sweep import Sweep, use_fields
-from lte.bench.timing import Run, Times, captured, interleaved_times
+from lte.bench.timing import Call, Times, captured, interleaved_times
 from lte.nn.sparse_ffn import SparseFfn
 
 PHASE_REPEATS = 10
@@ -67,7 +67,7 @@ class _FfnGroup:
         hidden = self.stock[0].up.shape[1]
         self.patterns = TokenPatterns(tokens, hidden, pair.dtype, pair.device, session.settings.seed)
         self.inputs = [self.patterns.x.clone().view(self._shape(hidden)) for _ in self.ffns]
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, Call] = {}
         self.error = 0.0
         routers = [functools.partial(_mask, ffn) for ffn in self.ffns]
         self.indexed = IndexedFfns(self.stock, routers, self.act) if tokens <= MOST_INDEXED_TOKENS else None
@@ -137,8 +137,8 @@ class _FfnGroup:
     def _sparse(self) -> list[Tensor]:
         return [ffn(x) for ffn, x in zip(self.ffns, self.inputs, strict=True)]
 
-    def _add(self, runs: dict[str, Run], name: str, run: Callable[[], object]) -> None:
-        def prepare() -> Run:
+    def _add(self, runs: dict[str, Call], name: str, run: Callable[[], object]) -> None:
+        def prepare() -> Call:
             run()
             return captured(run, self.session.device)
 
@@ -179,7 +179,7 @@ class _FfnGroup:
         if path_names(self.ffns, self.tokens) != "decode":
             return {}
         phases = session.attempt("time split", lambda: phase_runs(x, self.ffns, session.activation)) or {}
-        runs: dict[str, Run] = {}
+        runs: dict[str, Call] = {}
         for name, run in phases.items():
             self._add(runs, name, run)
         times = interleaved_times(runs, session.device, PHASE_REPEATS) if runs else {}

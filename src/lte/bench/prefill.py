@@ -15,7 +15,7 @@ from lte.bench.routing import RouterValues, Use, measure_use
 from lte.bench.rows import Row
 from lte.bench.session import Session
 from lte.bench.sweep import Sweep, check_forced, model_routing, route_model_, use_fields
-from lte.bench.timing import Run, interleaved_times
+from lte.bench.timing import Call, interleaved_times
 
 
 def benchmark_prefill(session: Session, length: int) -> None:
@@ -52,7 +52,7 @@ class _PrefillGroup:
         self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
         self.sparse = self._forward(pair.sparse)
         self.error = 0.0
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, Call] = {}
 
     def prepare(self) -> None:
         """Compiles the providers."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lte.bench.timing import Times
-from lte.eval.results import write_json_atomic
+from lte.records import write_json_atomic, write_text_atomic
 
 REQUIRED_FIELDS = (
     "benchmark",
@@ -117,17 +117,12 @@ class ResultFile:
         if json_path is None or csv_path is None:
             return
         write_json_atomic(json_path, {**self.header, **self.environment, "rows": self.rows})
-        partial = csv_path.with_name(f".{csv_path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(csv_text(self.rows), encoding="utf-8")
-            partial.replace(csv_path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text_atomic(csv_path, csv_text(self.rows))
 
 
-def csv_text(rows: list[Row]) -> str:
-    """Rows as CSV, required columns first; what is no number or text becomes JSON."""
-    columns = [*REQUIRED_FIELDS, *sorted({name for row in rows for name in row} - set(REQUIRED_FIELDS))]
+def csv_text(rows: Sequence[Row], first: Sequence[str] = REQUIRED_FIELDS) -> str:
+    """Rows as CSV, the `first` columns before all others; what is no number or text becomes JSON."""
+    columns = [*first, *sorted({name for row in rows for name in row} - set(first))]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

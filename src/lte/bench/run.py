@@ -18,9 +18,9 @@ from lte.bench.rows import ResultFile
 from lte.bench.session import Session
 from lte.bench.settings import BenchSettings
 from lte.bench.timing import copy_gb_per_s
-from lte.bench.union import break_even, text_masks, union_table
-from lte.eval.results import environment
+from lte.bench.union import break_even_batches, text_masks, union_table
 from lte.hf.acceleration import describe_kernels
+from lte.records import environment
 
 
 def run_benchmarks(
@@ -76,7 +76,7 @@ def run_benchmarks(
         results.note(seconds=seconds)
     if pair.trained:
         results.note(union=union_table(text_masks(session)))
-    results.note(break_even=break_even(results.rows))
+    results.note(break_even=break_even_batches(results.rows))
     return session
 
 

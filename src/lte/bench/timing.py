@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 WARM_UP = 3
 SECONDS = 5.0
 LEAST_REPEATS = 5
@@ -37,7 +38,7 @@ class Times:
         return Times(statistics.median(samples_ms), cuts[0], cuts[3])
 
 
-def captured(run: Run, device: torch.device) -> Run:
+def captured(run: Call, device: torch.device) -> Call:
     """On a GPU the replay of one CUDA graph of `run`, elsewhere `run` itself.
 
     The graph holds what `run` does on the tensors that it finds: change these in place.
@@ -62,7 +63,7 @@ def captured(run: Run, device: torch.device) -> Run:
 
 
 def interleaved_times(
-    runs: Mapping[str, Run], device: torch.device, repeats: int, before: Callable[[str], object] | None = None
+    runs: Mapping[str, Call], device: torch.device, repeats: int, before: Callable[[str], object] | None = None
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each function; they take turns.
 
@@ -95,7 +96,7 @@ def interleaved_times(
     return {name: [sample() for sample in found] for name, found in samples.items()}
 
 
-def _gpu_sample(run: Run) -> Callable[[], float]:
+def _gpu_sample(run: Call) -> Callable[[], float]:
     """The call's time, to be asked for when the GPU is done."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -104,7 +105,7 @@ def _gpu_sample(run: Run) -> Callable[[], float]:
     return lambda: start.elapsed_time(end)
 
 
-def _cpu_sample(run: Run) -> Callable[[], float]:
+def _cpu_sample(run: Call) -> Callable[[], float]:
     _sweep(SWEEP_BYTES).sum()
     start = time.perf_counter()
     run()
@@ -115,6 +116,20 @@ def _cpu_sample(run: Run) -> Callable[[], float]:
 @functools.cache
 def _sweep(size: int) -> Tensor:
     return torch.ones(max(size // 4, 1))
+
+
+def graph_times(run: Callable[[int], object], repeats: int = 30, layers: int = 8) -> list[float]:
+    """Milliseconds per layer of `run(layer)` on a GPU, captured over all layers in one CUDA graph."""
+    replay = captured(lambda: [run(layer) for layer in range(layers)], torch.device("cuda"))
+    for _ in range(WARM_UP):
+        replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        replay()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / layers for start, end in itertools.pairwise(events)]
 
 
 def copy_gb_per_s(device: torch.device) -> float:

@@ -53,7 +53,7 @@ def text_masks(session: Session) -> list[Tensor]:
     return [torch.cat(layer).unflatten(0, (len(ids), -1)).cpu() for layer in calls]
 
 
-def break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def break_even_batches(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """From which batch on the sparse path is not faster than the fastest dense provider, for FFNs and decoding.
 
     Returns:

@@ -22,7 +22,7 @@ from lte.config import check_choice
 from lte.eval.models import DTYPES, load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
-from lte.report.latency_tables import break_even_report, latency_table, union_report
+from lte.report.bench import break_even_report, latency_table, union_report
 from lte.train.processes import training_device
 
 DEFAULT_SHAPE = "smollm2-135m"
@@ -198,8 +198,8 @@ def print_results(console: Console, session: Session) -> None:
         console.print(break_even_report(results.header["break_even"]))
     path = results.path("png")
     if path is not None and results.rows:
-        from lte.report.canvas import save_figure  # matplotlib is slow to load, and not wanted by other commands
-        from lte.report.latency import latency_figure
+        from lte.report.figures import save_figure  # matplotlib is slow to load, and not wanted by other commands
+        from lte.report.model_figures import latency_figure
 
         save_figure(latency_figure(results.rows), path)
         console.print(f"Written: {', '.join(str(results.path(ending)) for ending in ('json', 'csv', 'png'))}")

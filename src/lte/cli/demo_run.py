@@ -35,7 +35,8 @@ from lte.eval.perplexity import evaluate_model
 from lte.eval.sparsity import Measurement, measure_sparsity
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
-from lte.report.markdown import write_demo_report
+from lte.records import ResultRecord
+from lte.report.demo_report import write_demo_report
 from lte.train.config import TrainConfig
 from lte.train.processes import training_device
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
@@ -88,7 +89,7 @@ class Demo:
     target_sparsity: float
     max_steps: int
     seed: int
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: dict[str, ResultRecord] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from lte.eval.flops import GFLOP
+from lte.records import ResultRecord
 
 PROMPT = "In Python, the with statement is used to"
 EXPLANATION = (
@@ -18,7 +19,7 @@ EXPLANATION = (
 )
 
 
-def result_table(records: Mapping[str, dict[str, Any]]) -> Table:
+def result_table(records: Mapping[str, ResultRecord]) -> Table:
     """The records of all models, one per row."""
     table = Table(title="Held-out text", title_justify="left")
     for heading in ("model", "perplexity", "FFN sparsity", "GFLOPs per token"):
@@ -30,7 +31,7 @@ def result_table(records: Mapping[str, dict[str, Any]]) -> Table:
     return table
 
 
-def report_notes(records: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+def report_notes(records: Mapping[str, ResultRecord], facts: Mapping[str, Any]) -> list[str]:
     """The paragraphs of the report.
 
     Args:

@@ -20,9 +20,9 @@ from lte.data.config import DataConfig
 from lte.data.tasks.config import TaskConfig
 from lte.eval.flops import GFLOP
 from lte.eval.models import load_any_model, task_record
-from lte.eval.results import write_json_atomic
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
+from lte.records import ResultRecord, write_record
 from lte.runs.workload import TaskWorkload, TextWorkload, Workload, check_no_text
 from lte.settings import build
 
@@ -70,7 +70,7 @@ def eval_command(
     )
     print_evaluation(Console(), record)
     if json is not None:
-        write_json_atomic(json, record)
+        write_record(json, record)
 
 
 def _workload(given: Mapping[str, Any], tokenizer: Any, batch_size: int) -> Workload:
@@ -82,7 +82,7 @@ def _workload(given: Mapping[str, Any], tokenizer: Any, batch_size: int) -> Work
     return TaskWorkload(task_config, data_config, tokenizer, batch_size, splits)
 
 
-def print_evaluation(console: Console, record: dict[str, Any]) -> None:
+def print_evaluation(console: Console, record: ResultRecord) -> None:
     """The numbers of a result record as a table."""
     title = f"{record['model']} on {record['task']}, {record['split']}"
     table = Table(show_header=False, title=title, title_justify="left")

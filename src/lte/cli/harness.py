@@ -13,8 +13,8 @@ from rich.table import Table
 from lte.data.config import DataConfig
 from lte.data.tasks.config import TaskConfig
 from lte.eval.harness import HarnessResult, TaskScore, evaluate_harness, quiet_harness
-from lte.eval.results import result_record, write_json_atomic
 from lte.hf.acceleration import describe_kernels
+from lte.records import ResultRecord, result_record, write_record
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def run_harness(
     _print_scores(Console(), names["model"], result)
     if json is not None:
         for record in records:
-            path = json if len(records) == 1 else json.with_stem(f"{json.stem}-{_file_name(record['task'])}")
-            write_json_atomic(path, record)
+            path = json if len(records) == 1 else json.with_stem(f"{json.stem}-{_file_name(record.task)}")
+            write_record(path, record)
 
 
-def _record(network: Any, score: TaskScore, common: Mapping[str, Any]) -> dict[str, Any]:
+def _record(network: Any, score: TaskScore, common: Mapping[str, Any]) -> ResultRecord:
     fields = score.to_fields(network)
     return result_record(**{**common, **fields, "config": {**common["config"], **fields["config"]}})
 

@@ -12,7 +12,7 @@ from lte.cli.inspected_text import TextConfig, check_flags, serve_inspector, wri
 from lte.cli.model_description import describe, print_description
 from lte.cli.models import quiet_transformers
 from lte.cli.settings import takes_settings
-from lte.eval.results import write_json_atomic
+from lte.records import write_json_atomic
 from lte.settings import build
 
 

@@ -14,11 +14,11 @@ from lte.cli.model_description import describe
 from lte.config import check_choice
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.models import DTYPES, load_config
-from lte.eval.results import write_text_atomic
 from lte.hf.dense import load_tokenizer
 from lte.hf.families import family_of
 from lte.methods import METHODS
-from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_page, page_data
+from lte.records import write_text_atomic
+from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_data, inspector_page
 from lte.report.inspector_server import InspectorServer
 from lte.train.processes import training_device
 
@@ -142,7 +142,7 @@ def write_inspector(model: str, method: str, config: TextConfig) -> None:
     if config.compare_model is not None:
         recorded += _record(config.compare_model, texts, config)
     path = Path(config.html).expanduser()
-    write_text_atomic(path, inspector_page(page_data(recorded)))
+    write_text_atomic(path, inspector_page(inspector_data(recorded)))
     for run in recorded:
         _tell(run)
     typer.echo(f"Wrote {path}; open it in a browser.")

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from lte.cli.errors import reports_errors
 from lte.config import check_choice
-from lte.report.comparison_report import comparison_texts, write_comparison_report
-from lte.report.comparison_tables import TextTable
-from lte.report.html_report import write_html_report
+from lte.records import ResultRecord
+from lte.report.curves import curve_name, curve_name_by
 from lte.report.inputs import Inputs, load_inputs
-from lte.report.records import Run, curve_name, curve_name_by
-from lte.report.tradeoff import compare_runs
+from lte.report.methods_report import tradeoff_texts, write_methods_report
+from lte.report.points import find_tradeoffs
+from lte.report.report_page import write_html_report
+from lte.report.tables import TextTable
 
 
 @reports_errors
@@ -48,23 +49,23 @@ def report(
     Example: `lte report results/compare/mrpc --output report`
     """
     inputs = load_inputs(results)
-    if not inputs.runs and not (html and inputs.benches):
+    if not inputs.records and not (html and inputs.benches):
         _refuse_without_records(results, inputs)
-    runs = _of_tasks(inputs.runs, task or ())
-    curve = curve_name_by(by, runs) if by else curve_name
+    records = _of_tasks(inputs.records, task or ())
+    curve = curve_name_by(by, records) if by else curve_name
     declared = {"higher": higher or (), "lower": lower or ()}
-    comparisons = compare_runs(runs, metric=metric, curve=curve, **declared) if runs else []
+    tradeoffs = find_tradeoffs(records, metric=metric, curve=curve, **declared) if records else []
     console = Console()
-    for comparison in comparisons:
-        for part in comparison_texts(comparison, drop):
+    for tradeoff in tradeoffs:
+        for part in tradeoff_texts(tradeoff, drop):
             if isinstance(part, TextTable):
                 console.print(part.rich(console.width))
             else:
                 console.print(part, highlight=False, markup=False)
         console.print()
-    files = write_comparison_report(output, comparisons, drop) if output is not None else []
+    files = write_methods_report(output, tradeoffs, drop) if output is not None else []
     if html is not None:
-        files.append(write_html_report(html, comparisons, inputs.benches, drop))
+        files.append(write_html_report(html, tradeoffs, inputs.benches, drop))
     for note in _notes(inputs, html):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if files:
@@ -92,8 +93,8 @@ def _notes(inputs: Inputs, html: Path | None) -> list[str]:
     return notes
 
 
-def _of_tasks(runs: list[Run], tasks: list[str] | tuple[str, ...]) -> list[Run]:
-    known = sorted({run.record["task"] for run in runs})
+def _of_tasks(records: list[ResultRecord], tasks: list[str] | tuple[str, ...]) -> list[ResultRecord]:
+    known = sorted({record.task for record in records})
     for name in tasks:
         check_choice("task", name, known)
-    return [run for run in runs if not tasks or run.record["task"] in tasks]
+    return [record for record in records if not tasks or record.task in tasks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from lte.config import LteConfig, check_choice
 from lte.data.config import DataConfig
 from lte.data.tasks.config import TaskConfig
 from lte.runs.workload import check_no_text
-from lte.settings import build, read_settings_file, settings_of
+from lte.settings import build, option, read_settings_file, settings_of
 from lte.train.config import TrainConfig
 from lte.train.processes import is_main_process
 
@@ -29,27 +29,23 @@ RUN_FILE = "run.yaml"
 FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What to train and where to put it."""
 
-    model: str = _option("", "Dense model: hub name, folder, or GGUF file; or a folder that lte train wrote.")
-    output: str = _option("", "Folder for the trained model, its checkpoints, and its report.")
-    stages: Stages = _option("both", "Which stages to run; 2 starts from an LTE folder.")
-    distill_from: str | None = _option(
+    model: str = option("", "Dense model: hub name, folder, or GGUF file; or a folder that lte train wrote.")
+    output: str = option("", "Folder for the trained model, its checkpoints, and its report.")
+    stages: Stages = option("both", "Which stages to run; 2 starts from an LTE folder.")
+    distill_from: str | None = option(
         None,
         "Teacher: initial (the model as it was before conversion), or a dense model. Sets distillation_weight to 1 "
         "unless you set it.",
     )
-    chat_template: str | None = _option(
+    chat_template: str | None = option(
         None,
         "File with a Jinja chat template for the tokenizer, which the trained folder keeps; base models have none.",
     )
-    resume: bool = _option(False, "Go on with the interrupted run in output, with its settings.")
+    resume: bool = option(False, "Go on with the interrupted run in output, with its settings.")
 
     def __post_init__(self) -> None:
         check_choice("stages", self.stages, get_args(Stages))

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from lte.eval.models import measurement_summary, save_folder
-from lte.eval.results import write_json_atomic
 from lte.eval.sparsity import Measurement
-from lte.report.tables import router_health_markdown, router_health_table
+from lte.records import ResultRecord, write_json_atomic, write_record
+from lte.report.router_health import router_health_markdown, router_health_table
 from lte.train.summary import TrainingSummary
 
 # A miss of more than this is worth a hint.
@@ -29,17 +29,18 @@ class Outcome:
         summary: of the training.
     """
 
-    record: dict[str, Any]
+    record: ResultRecord
     measurement: Measurement | None
     summary: TrainingSummary
 
 
 def save_outcome(model: Any, tokenizer: Any, output: Path, outcome: Outcome) -> None:
     """Writes `result.json`, `training_log.json`, the router health, and last the model."""
-    from lte.report.plots import router_health_figure, save_figure, training_curves_figure  # loads matplotlib
+    from lte.report.figures import save_figure  # loads matplotlib
+    from lte.report.model_figures import router_health_figure, training_curves_figure
 
     write_json_atomic(output / "training_log.json", outcome.summary.log_history)
-    write_json_atomic(output / "result.json", outcome.record)
+    write_record(output / "result.json", outcome.record)
     save_figure(training_curves_figure(outcome.summary.log_history), output / "training.png")
     if outcome.measurement is not None:
         data = outcome.record["config"]["data_info"]
@@ -66,7 +67,7 @@ def print_outcome(console: Console, output: Path, stages: tuple[int, ...], outco
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _quality_line(record: dict[str, Any]) -> str:
+def _quality_line(record: ResultRecord) -> str:
     metric = record["metric"]
     where = f"{record['task']} {record['split']}" if "task" in record["config"] else "held-out text"
     before = record.get(f"{metric}_before")
@@ -75,7 +76,7 @@ def _quality_line(record: dict[str, Any]) -> str:
     return f"On {where}: " + ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items()) + "."
 
 
-def _sparsity_lines(stages: tuple[int, ...], record: dict[str, Any]) -> list[str]:
+def _sparsity_lines(stages: tuple[int, ...], record: ResultRecord) -> list[str]:
     target, measured = record["target_sparsity"], record["sparsity"]
     lines = [
         f"FFN sparsity: target {100 * target:g}%, measured {100 * measured:.2f}% on "

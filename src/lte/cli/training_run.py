@@ -20,6 +20,7 @@ from lte.eval.sparsity import Measurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
+from lte.records import ResultRecord
 from lte.runs.own_answers import calibrate_on_answers_
 from lte.runs.workload import TaskWorkload, TextWorkload, Workload
 from lte.train.config import TrainConfig
@@ -47,7 +48,7 @@ class TrainingRun:
     task_config: TaskConfig
     given: frozenset[str]
 
-    def execute(self, console: Console) -> dict[str, Any]:
+    def execute(self, console: Console) -> ResultRecord:
         """Trains, measures, saves; returns the result record. Of several processes the first one saves.
 
         Raises:

@@ -8,13 +8,14 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from lte.config import check_choice
+from lte.settings import option
 
 Kind = Literal["text", "completion", "chat"]
 Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
@@ -28,10 +29,6 @@ ENDINGS = {".txt": "text", ".md": "text", **{f".{name}": name for name in LOADER
 TEXT_FIELDS = ("text", "content", "document", "body", "article", "story", "completion")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training and held-out text. Every field is a flag of `lte train` and a key of its YAML file.
@@ -42,27 +39,27 @@ class DataConfig:
         ValueError: for an unknown kind or format, or numbers out of range.
     """
 
-    train: str | list[str] = _option(
+    train: str | list[str] = option(
         "pydoc-topics", "File, glob, hub data set, or pydoc-topics (Python's help text); may be given several times."
     )
-    validation: str | None = _option(None, "Held-out file, glob, or hub data set; unset: documents split off train.")
-    format: Format = _option(
+    validation: str | None = option(None, "Held-out file, glob, or hub data set; unset: documents split off train.")
+    format: Format = option(
         "auto", "auto goes by the file's ending, also before .gz, .bz2, .xz, or .zst (pip install zstandard)."
     )
-    name: str | None = _option(None, "Configuration of a hub data set.")
-    split: str = _option("train", "Split of a hub data set given as train; of a task, in lte eval the measured one.")
-    validation_split: str = _option("validation", "Split of a hub data set given as validation, or of a task.")
-    kind: Kind = _option("text", "text: every token trains; completion: the completion; chat: the assistant's turns.")
-    text_field: str = _option("text", "Field that holds the text.")
-    prompt_field: str = _option("prompt", "Field that holds the prompt of a completion.")
-    completion_field: str = _option("completion", "Field that holds the completion.")
-    messages_field: str = _option("messages", "Field that holds the list of chat messages.")
-    sequence_length: int = _option(512, "Tokens per training row.")
-    pack: bool = _option(True, "Fill rows with several documents; completions and chats do not see each other.")
-    validation_fraction: float = _option(0.05, "Share of the documents that is held out when validation is unset.")
-    max_train_tokens: int | None = _option(None, "Use at most this many training tokens.")
-    max_validation_tokens: int | None = _option(None, "Use at most this many held-out tokens.")
-    data_seed: int = _option(0, "Seed of the split and of the order of documents.")
+    name: str | None = option(None, "Configuration of a hub data set.")
+    split: str = option("train", "Split of a hub data set given as train; of a task, in lte eval the measured one.")
+    validation_split: str = option("validation", "Split of a hub data set given as validation, or of a task.")
+    kind: Kind = option("text", "text: every token trains; completion: the completion; chat: the assistant's turns.")
+    text_field: str = option("text", "Field that holds the text.")
+    prompt_field: str = option("prompt", "Field that holds the prompt of a completion.")
+    completion_field: str = option("completion", "Field that holds the completion.")
+    messages_field: str = option("messages", "Field that holds the list of chat messages.")
+    sequence_length: int = option(512, "Tokens per training row.")
+    pack: bool = option(True, "Fill rows with several documents; completions and chats do not see each other.")
+    validation_fraction: float = option(0.05, "Share of the documents that is held out when validation is unset.")
+    max_train_tokens: int | None = option(None, "Use at most this many training tokens.")
+    max_validation_tokens: int | None = option(None, "Use at most this many held-out tokens.")
+    data_seed: int = option(0, "Seed of the split and of the order of documents.")
 
     def __post_init__(self) -> None:
         if not self.train or not all(self.sources):

@@ -40,7 +40,7 @@ def method_name(model: Any) -> str:
 
 
 def record_fields(model: Any, measurement: Measurement | None) -> dict[str, Any]:
-    """What a result record says of a measured model of any method, by the names in `lte.eval.results`."""
+    """What a result record says of a measured model of any method, by the names in `lte.records`."""
     config = config_of(model)
     return {
         "method": method_name(model),

@@ -15,13 +15,13 @@ from lte.data.rows import LmCollator, TokenRows
 from lte.eval.cost import record_fields
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.perplexity import PerplexityResult
-from lte.eval.results import result_record
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
 from lte.hf.dense import load_dense_model
 from lte.hf.families import family_of
 from lte.hf.loading import method_settings
 from lte.methods import METHODS
+from lte.records import ResultRecord, result_record
 from lte.train.processes import training_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,12 +92,12 @@ def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> lis
 
 def evaluation_record(
     network: Any, perplexity: PerplexityResult, measurement: Measurement | None, **fields: Any
-) -> dict[str, Any]:
+) -> ResultRecord:
     """A result record of one evaluation on text; `fields` are those that the network does not tell."""
     return task_record(network, TaskResult.of_text(perplexity, measurement), **fields)
 
 
-def task_record(network: Any, result: TaskResult, **fields: Any) -> dict[str, Any]:
+def task_record(network: Any, result: TaskResult, **fields: Any) -> ResultRecord:
     """A result record of one evaluation; `fields` are those that neither the network nor the result tells."""
     return result_record(
         **{

@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lte.report.interpolation import interpolate
-from lte.report.tradeoff import OURS, Comparison, Point
+from lte.report.points import OURS, Point, Tradeoff, interpolate
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class _Rival:
     seeds: int
 
 
-def lte_standings(comparison: Comparison) -> list[Standing]:
+def lte_standings(tradeoff: Tradeoff) -> list[Standing]:
     """Each measured point of LTE against the best other method at the same bytes per token, or fewer.
 
     The others are the methods that are not LTE, dense models among them: measured points with at most as many bytes,
@@ -62,42 +61,45 @@ def lte_standings(comparison: Comparison) -> list[Standing]:
         By curve and rising saving; empty without a dense reference or LTE points with known bytes.
     """
     found: list[Standing] = []
-    others = [[point for point in points if point.method != OURS] for points in comparison.curves.values()]
-    rivals = [*others, *([point] for point in comparison.dense)]
-    ffn_share = dense_ffn_share(comparison)
-    for name, points in comparison.curves.items():
-        standings = [_standing(comparison, name, point, rivals, ffn_share) for point in points if point.method == OURS]
+    others = [[point for point in points if point.method != OURS] for points in tradeoff.curves.values()]
+    rivals = [*others, *([point] for point in tradeoff.dense)]
+    ffn_share = dense_ffn_share(tradeoff)
+    for name, points in tradeoff.curves.items():
+        standings = [_standing(tradeoff, name, point, rivals, ffn_share) for point in points if point.method == OURS]
         found += sorted((each for each in standings if each is not None), key=lambda each: each.saving)
     return found
 
 
-def dense_ffn_share(comparison: Comparison) -> float | None:
+def dense_ffn_share(tradeoff: Tradeoff) -> float | None:
     """Share of the FFNs in the dense reference's bytes; `None` where no record of LTE tells it.
 
     Records count 2 FLOPs and 2 bytes per weight, and 4 bytes per weight of a router, so LTE reads 2 FLOPs - bytes
     without its routers. What it reads less than the dense model is its sparsity's share of the FFNs, all layers being
     as wide as each other.
     """
-    dense = None if comparison.reference is None else comparison.reference.mean("megabytes")
-    records = [run.record for point in comparison.points() if point.method == OURS for run in point.runs]
-    known = [each for each in records if each["sparsity"] and each["flops_per_token"] and each["bytes_per_token"]]
+    dense = None if tradeoff.reference is None else tradeoff.reference.mean("megabytes")
+    records = [record for point in tradeoff.points() if point.method == OURS for record in point.records]
+    known = [
+        (each.sparsity, each.flops_per_token, each.bytes_per_token)
+        for each in records
+        if each.sparsity and each.flops_per_token and each.bytes_per_token
+    ]
     if not dense or not known:
         return None
-    record = max(known, key=lambda each: each["sparsity"])
-    share = 1 - (2 * record["flops_per_token"] - record["bytes_per_token"]) / (dense * 1e6)
-    share /= record["sparsity"]
+    sparsity, flops, weights = max(known, key=lambda each: each[0])
+    share = (1 - (2 * flops - weights) / (dense * 1e6)) / sparsity
     return share if 0 < share <= 1 else None
 
 
 def _standing(
-    comparison: Comparison, name: str, point: Point, rivals: Sequence[Sequence[Point]], ffn_share: float | None
+    tradeoff: Tradeoff, name: str, point: Point, rivals: Sequence[Sequence[Point]], ffn_share: float | None
 ) -> Standing | None:
-    share, megabytes = comparison.share(point, "megabytes"), point.mean("megabytes")
+    share, megabytes = tradeoff.share(point, "megabytes"), point.mean("megabytes")
     if share is None or megabytes is None:
         return None
     saving = 1 - share
     ffn_saving = None if ffn_share is None else saving / ffn_share
-    own, drop = point.value, comparison.metric.drop
+    own, drop = point.value, tradeoff.metric.drop
     standings = [
         Standing(
             curve=name,
@@ -137,7 +139,7 @@ def _at_most(points: Sequence[Point], megabytes: float) -> list[_Rival]:
     return found
 
 
-def envelope_sentences(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
+def envelope_sentences(tradeoff: Tradeoff, standings: Sequence[Standing]) -> list[str]:
     """What the standings say: a sentence for each curve of LTE, one about the saving from which LTE is on the envelope,
     in bytes of the FFNs, and one about seeds where there is one seed alone.
     """
@@ -146,15 +148,15 @@ def envelope_sentences(comparison: Comparison, standings: Sequence[Standing]) ->
     found = []
     for name in dict.fromkeys(standing.curve for standing in standings):
         own = [standing for standing in standings if standing.curve == name]
-        found.append(_sentence(comparison, name, own))
+        found.append(_sentence(tradeoff, name, own))
     if all(standing.ffn_saving is not None for standing in standings):
-        found.append(_ffn_sentence(comparison, standings))
+        found.append(_ffn_sentence(tradeoff, standings))
     if any(standing.seeds < 2 for standing in standings):
         found.append("Where one side has a single seed, its standard deviation counts as 0.")
     return found
 
 
-def _sentence(comparison: Comparison, name: str, standings: Sequence[Standing]) -> str:
+def _sentence(tradeoff: Tradeoff, name: str, standings: Sequence[Standing]) -> str:
     compared = [standing for standing in standings if standing.rival is not None]
     alone = [standing for standing in standings if standing.rival is None]
     parts = []
@@ -165,8 +167,8 @@ def _sentence(comparison: Comparison, name: str, standings: Sequence[Standing]) 
         parts.append("nowhere on the upper envelope of all methods")
     for standing in compared:
         if not standing.on_envelope and standing.behind is not None:
-            by = comparison.metric.format(standing.behind)
-            parts.append(f"at {_savings([standing])} {standing.rival} is better by {by} {comparison.metric.name}")
+            by = tradeoff.metric.format(standing.behind)
+            parts.append(f"at {_savings([standing])} {standing.rival} is better by {by} {tradeoff.metric.name}")
     if alone:
         parts.append(f"at {_savings(alone)} no other method was measured with as few")
     return f"{name}: {'; '.join(parts)}."
@@ -176,10 +178,10 @@ def _savings(standings: Sequence[Standing]) -> str:
     return f"{', '.join(f'{100 * standing.saving:.1f}%' for standing in standings)} of the bytes saved"
 
 
-def _ffn_sentence(comparison: Comparison, standings: Sequence[Standing]) -> str:
+def _ffn_sentence(tradeoff: Tradeoff, standings: Sequence[Standing]) -> str:
     """The lowest saving of the FFNs' bytes from which all best points of LTE are on the envelope."""
     saving = [standing for standing in standings if standing.saving > 0] or standings
-    best = [standing for standing in saving if not _is_beaten(comparison, standing, saving)]
+    best = [standing for standing in saving if not _is_beaten(tradeoff, standing, saving)]
     best.sort(key=lambda standing: -standing.saving)
     held = list(itertools.takewhile(lambda standing: standing.on_envelope, best))
     compared = [standing for standing in held if standing.rival is not None]
@@ -201,10 +203,10 @@ def _ffn_sentence(comparison: Comparison, standings: Sequence[Standing]) -> str:
     return f"With routers counted, LTE is on the upper envelope {where}{rest}."
 
 
-def _is_beaten(comparison: Comparison, standing: Standing, others: Sequence[Standing]) -> bool:
+def _is_beaten(tradeoff: Tradeoff, standing: Standing, others: Sequence[Standing]) -> bool:
     """Whether another point of LTE saves as much and is as good, and is better in one of both."""
     for other in others:
-        worse = comparison.metric.drop(other.point.value.mean, standing.point.value.mean)
+        worse = tradeoff.metric.drop(other.point.value.mean, standing.point.value.mean)
         if other.saving >= standing.saving and worse <= 0 and (other.saving > standing.saving or worse < 0):
             return True
     return False

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from lte.bench.rows import REQUIRED_FIELDS
-from lte.eval.results import REQUIRED_FIELDS as RECORD_FIELDS
-from lte.eval.results import check_result, read_json
-from lte.report.records import Run, result_files, with_question_sets
+from lte.bench.rows import REQUIRED_FIELDS as ROW_FIELDS
+from lte.records import PACKED_FILE, REQUIRED_FIELDS, ResultRecord, read_folder, read_json, read_packed
 
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
+# What a record says of its own task, and not of its question sets.
+_OF_THE_MAIN_TASK = (
+    *("harness", "harness_note", "metric", "value", "metrics", "split", "measurement", "layer_history"),
+    *("sparsity", "weight_sparsity", "flops_per_token", "bytes_per_token", "tokens_evaluated", "wall_time_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,67 +37,89 @@ class Inputs:
     """What paths hold.
 
     Attributes:
-        runs: the result records.
+        records: the result records.
         benches: the files of `lte bench`.
         skipped: files found in folders that are neither.
     """
 
-    runs: list[Run]
-    benches: list[Bench]
-    skipped: list[str]
+    records: list[ResultRecord] = field(default_factory=list)
+    benches: list[Bench] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 def load_inputs(paths: Sequence[str | Path]) -> Inputs:
-    """The result records and the benchmarks of files and folders, which stand for files as `result_files` says.
+    """The result records and the benchmarks of files and folders.
 
-    A JSON object with the required fields of a result record is one; one with `rows`, each with the required fields of
-    a benchmark's row, is a benchmark.
+    A folder stands for all files `*.json` and packed records in it and in the folders below, hidden ones left out; a
+    `records.jsonl` for its records, and the name of a packed file for its record. A JSON object with the required
+    fields of a result record is one; one with `rows`, each with the required fields of a benchmark's row, is a
+    benchmark.
 
     Raises:
         ValueError: for a path that does not exist, paths without any file, a file named among the paths that is
             neither, or a record or benchmark with a wrong value.
     """
-    inputs = Inputs([], [], [])
-    for file, is_named in result_files(paths).items():
-        content = read_json(file) if is_named else _json_or_none(file)
+    inputs = Inputs()
+    for file, (content, is_named) in _contents(paths).items():
+        if is_named and isinstance(content, ValueError):
+            raise content
         if isinstance(content, Mapping) and "rows" in content and (is_named or _has_bench_rows(content["rows"])):
             _check_rows(file, content["rows"])
             inputs.benches.append(Bench(content, str(file)))
-        elif is_named or (isinstance(content, Mapping) and all(name in content for name in RECORD_FIELDS)):
-            check_result(content, file)
-            inputs.runs.extend(with_question_sets(Run(content, str(file))))
+        elif is_named or (isinstance(content, Mapping) and all(name in content for name in REQUIRED_FIELDS)):
+            inputs.records.extend(with_question_sets(ResultRecord.from_dict(content, str(file))))
         else:
             inputs.skipped.append(str(file))
     return inputs
 
 
-def _json_or_none(file: Path) -> Any:
-    try:
-        return read_json(file)
-    except ValueError:
-        return None
+def with_question_sets(record: ResultRecord) -> list[ResultRecord]:
+    """A record of `lte compare`, and for each question set in it one that has this set for its task.
+
+    Raises:
+        ValueError: for a question set without what a result record must hold.
+    """
+    common = {name: value for name, value in record.items() if name not in _OF_THE_MAIN_TASK}
+    found = [record]
+    for name, score in (record.harness if isinstance(record.harness, Mapping) else {}).items():
+        own = {**common, **score, "task": name, "config": {**record.config, **score.get("config", {})}}
+        found.append(ResultRecord.from_dict(own, record.source))
+    return found
+
+
+def _contents(paths: Sequence[str | Path]) -> dict[Path, tuple[Any, bool]]:
+    """What the files that paths stand for hold, or the error of reading them, and whether a path names the file."""
+    found: dict[Path, tuple[Any, bool]] = {}
+    for path in map(Path, paths):
+        packed = read_packed(path if path.name == PACKED_FILE else path.with_name(PACKED_FILE))
+        if path.is_dir():
+            found |= {file: (content, False) for file, content in read_folder(path).items() if file not in found}
+        elif path.is_file() and path.name == PACKED_FILE:
+            found |= {file: (content, True) for file, content in packed.items()}
+        elif path.is_file():
+            found[path] = (read_json(path), True)
+        # Also a pattern that the shell found no files for.
+        elif matching := [file for file in packed if file.match(path.name)]:
+            found |= {file: (packed[file], True) for file in matching}
+        else:
+            raise ValueError(f"paths must be existing files or folders with result records, got {path}")
+    if not found:
+        names = ", ".join(map(str, paths)) or "no path"
+        raise ValueError(f"paths must hold at least one result record (*.json), got none in {names}")
+    return found
 
 
 def _has_bench_rows(rows: Any) -> bool:
-    return isinstance(rows, list) and all(
-        isinstance(row, Mapping) and all(name in row for name in REQUIRED_FIELDS) for row in rows
-    )
+    return isinstance(rows, list) and all(isinstance(row, Mapping) and set(ROW_FIELDS) <= set(row) for row in rows)
 
 
 def _check_rows(file: Path, rows: Any) -> None:
+    hint = "; give files of lte bench"
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(
-            f"{file} must hold a list of objects in rows, got {type(rows).__name__}; give files of lte bench"
-        )
-    missing = sorted({name for row in rows for name in REQUIRED_FIELDS if name not in row})
+        raise ValueError(f"{file} must hold a list of objects in rows, got {type(rows).__name__}{hint}")
+    missing = sorted({name for row in rows for name in ROW_FIELDS if name not in row})
     if missing:
-        raise ValueError(
-            f"{file} must hold {', '.join(REQUIRED_FIELDS)} in each row; missing: {', '.join(missing)}; "
-            "give files of lte bench"
-        )
-    for row in rows:
-        for name in _TIMES:
-            if row[name] is not None and (not isinstance(row[name], Real) or isinstance(row[name], bool)):
-                raise ValueError(
-                    f"{file} must hold a number in {name}, got {name}={row[name]!r}; give files of lte bench"
-                )
+        raise ValueError(f"{file} must hold {', '.join(ROW_FIELDS)} in each row; missing: {', '.join(missing)}{hint}")
+    for name, value in ((name, row[name]) for row in rows for name in _TIMES):
+        if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
+            raise ValueError(f"{file} must hold a number in {name}, got {name}={value!r}{hint}")

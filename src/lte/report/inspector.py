@@ -133,11 +133,13 @@ def _packed(values: np.ndarray, dtype: str) -> str:
     return pack_base64(values.astype(dtype).tobytes())
 
 
-def page_data(runs: Sequence[dict[str, Any]], *, served: bool = False, max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
+def inspector_data(
+    runs: Sequence[dict[str, Any]], *, served: bool = False, max_tokens: int = MAX_TOKENS
+) -> dict[str, Any]:
     """The data of a page: up to two runs side by side, none while a served page waits for a text."""
     return {"runs": list(runs), "served": served, "max_tokens": max_tokens}
 
 
 def inspector_page(data: dict[str, Any]) -> str:
-    """The page for what `page_data` returned."""
+    """The page for what `inspector_data` returned."""
     return render_page(TITLE, read_asset("inspector.html"), data, SCRIPTS, connects=data["served"])

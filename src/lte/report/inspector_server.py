@@ -14,7 +14,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
+from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
 
 ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 1 << 20
@@ -60,7 +60,7 @@ class InspectorServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             raise ValueError(f"port must be free, got port={port}: {error}; choose another with --port") from error
         self.inspector = inspector
-        self.page = inspector_page(page_data(first or [], served=True)).encode()
+        self.page = inspector_page(inspector_data(first or [], served=True)).encode()
         self.busy = threading.Lock()
 
     @property
@@ -78,7 +78,7 @@ class InspectorServer(ThreadingHTTPServer):
         if request.get("compare"):
             texts.append(NamedText("your second text", request["compare"]))
         with self.busy:
-            return page_data([self.inspector.run(text) for text in texts], served=True)
+            return inspector_data([self.inspector.run(text) for text in texts], served=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

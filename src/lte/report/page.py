@@ -16,31 +16,6 @@ from typing import Any
 
 # In JSON these characters occur in strings alone, where they may be written as escapes.
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the content</a>
-<header class="page-header">
-<h1>{title}</h1>
-<label>Colours <select id="theme"><option value="">as the system</option><option>light</option><option>dark</option>
-</select></label>
-</header>
-<main id="main">{body}</main>
-<noscript><p class="problem">This page draws its pictures with JavaScript, which is off in this browser.</p></noscript>
-<script type="application/json" id="page-data">{data}</script>
-{scripts}
-</body>
-</html>
-"""
 
 
 def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, connects: bool = False) -> str:
@@ -64,7 +39,7 @@ def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, con
     for name, source in zip(("echarts.min.js", "shell.js", *scripts), sources, strict=True):
         if "</script" in source.lower():
             raise ValueError(f"{name} must not hold </script, got a script that would end its element; escape it")
-    return _PAGE.format(
+    return read_asset("shell.html").format(
         policy=content_policy(style, sources, connects),
         title=html.escape(title),
         style=style,

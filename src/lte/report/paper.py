@@ -6,20 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from lte.report.interpolation import Cheapest, cheapest_within, interpolate
-from lte.report.tradeoff import Comparison, Point
+from lte.report.points import Cheapest, Point, Tradeoff, cheapest_within, interpolate
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
 PAPER_SUFFIX = " (paper)"
 """Of labels in figures."""
 
 
-@dataclass(frozen=True)
-class PaperRow:
+class PaperRow(NamedTuple):
     """A number of the paper and the same of ours, as texts.
 
     Attributes:
@@ -58,33 +56,33 @@ def paper_numbers() -> Mapping[str, Any]:
     return yaml.safe_load(PAPER_FILE.read_text(encoding="utf-8"))
 
 
-def paper_rows(comparison: Comparison, limit: float | None = None) -> list[PaperRow]:
-    """The paper's numbers for a comparison's task and metric, with ours in the same form.
+def paper_rows(tradeoff: Tradeoff, limit: float | None = None) -> list[PaperRow]:
+    """The paper's numbers for a trade-off's task and metric, with ours in the same form.
 
     Args:
-        comparison: ours.
+        tradeoff: ours.
         limit: the drop for GLUE, where the paper names none; `None` takes the metric's own. Table 1 has its own drop.
     """
-    numbers, task, metric = paper_numbers(), comparison.task, comparison.metric.name
-    found = _table1(numbers["table1"], comparison)
+    numbers, task, metric = paper_numbers(), tradeoff.task, tradeoff.metric.name
+    found = _table1(numbers["table1"], tradeoff)
     if (task, metric) == (numbers["table2"]["task"], numbers["table2"]["metric"]):
-        found += [_table2(numbers["table2"], row, comparison) for row in numbers["table2"]["rows"]]
+        found += [_table2(numbers["table2"], row, tradeoff) for row in numbers["table2"]["rows"]]
     if task in numbers["glue"]["tasks"]:
-        allowed = comparison.metric.small_drop if limit is None else limit
-        found += [_glue(numbers["glue"], row, comparison, allowed) for row in numbers["glue"]["rows"]]
-    return [*found, *_latency(numbers["latency"], comparison)]
+        allowed = tradeoff.metric.small_drop if limit is None else limit
+        found += [_glue(numbers["glue"], row, tradeoff, allowed) for row in numbers["glue"]["rows"]]
+    return [*found, *_latency(numbers["latency"], tradeoff)]
 
 
-def paper_markers(comparison: Comparison) -> list[PaperMarker]:
-    """The paper's points for a comparison's task and metric, in the scale of our dense reference.
+def paper_markers(tradeoff: Tradeoff) -> list[PaperMarker]:
+    """The paper's points for a trade-off's task and metric, in the scale of our dense reference.
 
     A point of Table 1 stands at the drop that it is said to stay within, at the share of the dense GFLOPs that it
     takes; one of Table 2 at its perplexity, and at the GFLOPs that its weight sparsity leaves.
     """
-    dense = None if comparison.reference is None else comparison.reference.mean("gflops")
-    if comparison.reference is None or dense is None:
+    dense = None if tradeoff.reference is None else tradeoff.reference.mean("gflops")
+    if tradeoff.reference is None or dense is None:
         return []
-    numbers, task, metric = paper_numbers(), comparison.task, comparison.metric
+    numbers, task, metric = paper_numbers(), tradeoff.task, tradeoff.metric
     first, second = numbers["table1"], numbers["table2"]
     found = []
     place = first["tasks"].get(task)
@@ -93,7 +91,7 @@ def paper_markers(comparison: Comparison) -> list[PaperMarker]:
             x = {"gflops": row["gflops"][task] / first["dense_gflops"] * dense}
             x |= {"sparsity": row["sparsity"][task]} if "sparsity" in row else {}
             sign = -1 if metric.higher_is_better else 1
-            value = comparison.reference.value.mean + sign * place["drop"]
+            value = tradeoff.reference.value.mean + sign * place["drop"]
             found.append(PaperMarker(row["method"], _legend(row), x, value))
     for row in second["rows"] if (task, metric.name) == (second["task"], second["metric"]) else ():
         x = {"gflops": (1 - row["weight_sparsity"]) * dense}
@@ -101,14 +99,14 @@ def paper_markers(comparison: Comparison) -> list[PaperMarker]:
     return found
 
 
-def visible_markers(comparison: Comparison) -> list[PaperMarker]:
+def visible_markers(tradeoff: Tradeoff) -> list[PaperMarker]:
     """The paper's points in the range of ours and a quarter of it on either side; others would squash our curves."""
-    values = [point.value.mean for point in comparison.points()]
+    values = [point.value.mean for point in tradeoff.points()]
     if not values:
         return []
     margin = (max(values) - min(values)) / 4
     return [
-        marker for marker in paper_markers(comparison) if min(values) - margin <= marker.value <= max(values) + margin
+        marker for marker in paper_markers(tradeoff) if min(values) - margin <= marker.value <= max(values) + margin
     ]
 
 
@@ -116,21 +114,21 @@ def _legend(row: Mapping[str, Any]) -> str:
     return f"{paper_numbers()['names'][row['method']]}{PAPER_SUFFIX}"
 
 
-def _table1(table: Mapping[str, Any], comparison: Comparison) -> list[PaperRow]:
-    place = table["tasks"].get(comparison.task)
-    if place is None or place["metric"] != comparison.metric.name:
+def _table1(table: Mapping[str, Any], tradeoff: Tradeoff) -> list[PaperRow]:
+    place = table["tasks"].get(tradeoff.task)
+    if place is None or place["metric"] != tradeoff.metric.name:
         return []
     found = []
     for row in table["rows"]:
-        gflops = row["gflops"].get(comparison.task)
+        gflops = row["gflops"].get(tradeoff.task)
         what = f"{row['label']}, {table['model']}: GFLOPs at a drop of at most {place['drop']:g} {place['metric']}"
         paper = "-" if gflops is None else f"{gflops:.2f} ({_percent(gflops / table['dense_gflops'])} of dense)"
-        found.append(PaperRow(table["where"], what, paper, _best_text(comparison, row, place["drop"])))
+        found.append(PaperRow(table["where"], what, paper, _best_text(tradeoff, row, place["drop"])))
     return found
 
 
-def _best_text(comparison: Comparison, row: Mapping[str, Any], limit: float) -> str:
-    best = _best(comparison, row, limit)
+def _best_text(tradeoff: Tradeoff, row: Mapping[str, Any], limit: float) -> str:
+    best = _best(tradeoff, row, limit)
     if best is None:
         return "-"
     name, found = best
@@ -138,17 +136,17 @@ def _best_text(comparison: Comparison, row: Mapping[str, Any], limit: float) -> 
     return f"{found.gflops:.4f}{share}, {name}"
 
 
-def _best(comparison: Comparison, row: Mapping[str, Any], limit: float) -> tuple[str, Cheapest] | None:
+def _best(tradeoff: Tradeoff, row: Mapping[str, Any], limit: float) -> tuple[str, Cheapest] | None:
     """The curve of a row's method that needs the fewest GFLOPs, and what it needs."""
-    pairs = [(name, cheapest_within(comparison, points, limit)) for name, points in _curves(comparison, row)]
+    pairs = [(name, cheapest_within(tradeoff, points, limit)) for name, points in _curves(tradeoff, row)]
     found = [(name, cheapest) for name, cheapest in pairs if cheapest is not None]
     return min(found, key=lambda pair: pair[1].gflops, default=None)
 
 
-def _curves(comparison: Comparison, row: Mapping[str, Any]) -> list[tuple[str, Sequence[Point]]]:
+def _curves(tradeoff: Tradeoff, row: Mapping[str, Any]) -> list[tuple[str, Sequence[Point]]]:
     """Our curves of a row's method, with the points alone that have its pattern."""
     found: list[tuple[str, Sequence[Point]]] = []
-    for name, points in comparison.curves.items():
+    for name, points in tradeoff.curves.items():
         own = [point for point in points if point.method == row["method"] and _fits(point, row)]
         if own and row.get("relu", "relu" in name.lower()) == ("relu" in name.lower()):
             found.append((name, own))
@@ -156,35 +154,35 @@ def _curves(comparison: Comparison, row: Mapping[str, Any]) -> list[tuple[str, S
 
 
 def _fits(point: Point, row: Mapping[str, Any]) -> bool:
-    settings = point.runs[0].record.get("method_config") or {}
+    settings = point.records[0].method_config or {}
     return "pattern" not in row or settings.get("pattern") == row["pattern"]
 
 
-def _table2(table: Mapping[str, Any], row: Mapping[str, Any], comparison: Comparison) -> PaperRow:
+def _table2(table: Mapping[str, Any], row: Mapping[str, Any], tradeoff: Tradeoff) -> PaperRow:
     at = row["weight_sparsity"]
-    pairs = [(interpolate(own, "weight_sparsity", at, "value"), name) for name, own in _curves(comparison, row)]
+    pairs = [(interpolate(own, "weight_sparsity", at, "value"), name) for name, own in _curves(tradeoff, row)]
     values = [(value, name) for value, name in pairs if value is not None]
-    ours = "-" if not values else f"{comparison.metric.format(min(values)[0])}, {min(values)[1]}"
+    ours = "-" if not values else f"{tradeoff.metric.format(min(values)[0])}, {min(values)[1]}"
     what = f"{row['label']}, {table['model']}: perplexity with {_percent(at)} of the weights not read"
     return PaperRow(table["where"], what, f"{row['value']:.2f}", ours)
 
 
-def _glue(table: Mapping[str, Any], row: Mapping[str, Any], comparison: Comparison, limit: float) -> PaperRow:
+def _glue(table: Mapping[str, Any], row: Mapping[str, Any], tradeoff: Tradeoff, limit: float) -> PaperRow:
     what = f"{row['label']}, {table['model']}: FFN sparsity that keeps the quality"
-    best = _best(comparison, row, limit)
+    best = _best(tradeoff, row, limit)
     ours = "-"
     if best is not None and best[1].sparsity is not None:
         ours = f"{_percent(best[1].sparsity)} at a drop of at most {limit:g}, {best[0]}"
     return PaperRow(table["where"], what, row["statement"], ours)
 
 
-def _latency(table: Mapping[str, Any], comparison: Comparison) -> list[PaperRow]:
+def _latency(table: Mapping[str, Any], tradeoff: Tradeoff) -> list[PaperRow]:
     """Nothing where no latency of ours is known, or not at which sparsity it was timed."""
-    if all(point.latency_ratio is None or point.latency_sparsity is None for point in comparison.points()):
+    if all(point.latency_ratio is None or point.latency_sparsity is None for point in tradeoff.points()):
         return []
     at = table["sparsity"]
     pairs = [
-        (interpolate(own, "latency_sparsity", at, "latency_ratio"), name) for name, own in _curves(comparison, table)
+        (interpolate(own, "latency_sparsity", at, "latency_ratio"), name) for name, own in _curves(tradeoff, table)
     ]
     values = [(value, name) for value, name in pairs if value is not None]
     ours = "-" if not values else f"{_percent(min(values)[0])}, {min(values)[1]}"

@@ -1,106 +1,83 @@
-"""Tables for the terminal and for Markdown files.
-
-Shapes: L layers, E experts, K histogram bins.
-"""
+"""Tables of a trade-off, for the terminal and for Markdown, and its points as rows of a CSV file."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lte.eval.sparsity import Measurement
+from lte.records import ResultRecord
+from lte.report.envelope import Standing
+from lte.report.paper import paper_rows
+from lte.report.points import Point, Statistic, Tradeoff, cheapest_within
 
-HEALTH_COLUMNS = ("layer", "active", "dead", "always on", "near tau", "scores 0 to 1")
-_BARS = "▁▂▃▄▅▆▇█"
-_EMPTY = "·"
+MISSING = "-"
+"""What stands in place of a number that is not known."""
+# Where a latency was timed within so much of the measured sparsity, nothing is said.
+SAME_SPARSITY = 0.05
+# Characters that a column of text wants at least.
+_TEXT_WIDTH = 28
 
 
-def histogram_text(shares: Sequence[float], width: int = 10) -> str:
-    """A histogram [K] as `width` characters: `·` for an empty bin, the highest bar full.
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts.
 
-    Bars grow with the square root of the share, so that small bins show beside large ones.
-
-    Raises:
-        ValueError: if `width` does not lie in [1, K].
+    Attributes:
+        header: names of the columns.
+        rows: cells.
+        left: how many of the first columns are text; the others are numbers and stand on the right.
+        title: above the table in the terminal; Markdown has headings of its own.
+        spare: columns that a narrow terminal goes without, the first ones first.
     """
-    if not 1 <= width <= len(shares):
-        raise ValueError(f"width must lie in [1, {len(shares)}], the number of bins, got width={width}")
-    size = len(shares) / width
-    merged = [sum(shares[round(i * size) : round((i + 1) * size)]) for i in range(width)]
-    peak = max(merged) or 1.0
-    return "".join(
-        _BARS[max(0, math.ceil(len(_BARS) * math.sqrt(share / peak)) - 1)] if share > 0 else _EMPTY for share in merged
-    )
 
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    left: int
+    title: str
+    spare: tuple[str, ...] = ()
 
-def router_health_rows(measurement: Measurement) -> list[tuple[str, ...]]:
-    """One row of text per layer, in the order of `HEALTH_COLUMNS`."""
-    columns = zip(
-        measurement.active_fraction,
-        measurement.dead_experts,
-        measurement.always_on_experts,
-        measurement.near_threshold,
-        measurement.score_histogram,
-        measurement.expert_use,
-        strict=True,
-    )
-    return [
-        (
-            str(layer),
-            f"{100 * active:.1f}%",
-            f"{dead}/{len(use)}",
-            f"{always_on}/{len(use)}",
-            f"{100 * near:.1f}%",
-            histogram_text(scores),
+    def rich(self, width: int | None = None) -> Table:
+        """For a terminal of so many characters, `None` for a wide one."""
+        places = self._fitting(width)
+        table = Table(
+            title=Text(self.title),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            caption=None if len(places) == len(self.header) else "a wider terminal shows more columns",
+            caption_justify="left",
         )
-        for layer, (active, dead, always_on, near, scores, use) in enumerate(columns)
-    ]
+        for place in places:
+            text = place < self.left
+            table.add_column(
+                Text(self.header[place]), justify="left" if text else "right", overflow="fold", min_width=5 + 9 * text
+            )
+        for row in self.rows:
+            table.add_row(*(Text(row[place]) for place in places))
+        return table
 
+    def markdown(self) -> str:
+        """For a Markdown file."""
+        return markdown_table(self.header, self.rows, numbers=self.header[self.left :])
 
-def router_health_totals(measurement: Measurement) -> tuple[str, ...]:
-    """The row of text for all layers together, in the order of `HEALTH_COLUMNS`."""
-    layers = len(measurement.active_fraction)
-    experts = sum(len(use) for use in measurement.expert_use)
-    histogram = [sum(shares) / layers for shares in zip(*measurement.score_histogram, strict=True)]
-    return (
-        "all",
-        f"{100 * (1 - measurement.sparsity):.1f}%",
-        f"{sum(measurement.dead_experts)}/{experts}",
-        f"{sum(measurement.always_on_experts)}/{experts}",
-        f"{100 * sum(measurement.near_threshold) / layers:.1f}%",
-        histogram_text(histogram),
-    )
-
-
-def router_health_table(measurement: Measurement) -> Table:
-    """The router health of a model for the terminal, a row per layer and one for all.
-
-    Counts of dead experts are red where there are any.
-    """
-    table = Table(
-        title=f"Router health: {100 * measurement.sparsity:.2f}% of the FFN neurons skipped, "
-        f"{measurement.tokens} tokens",
-        title_justify="left",
-        caption=f"tau = {measurement.threshold:g}; near: within 0.1 of it; bars: square roots",
-        caption_justify="left",
-    )
-    for name in HEALTH_COLUMNS:
-        table.add_column(name, justify="left" if name.startswith("scores") else "right", no_wrap=True)
-    for row, dead in zip(router_health_rows(measurement), measurement.dead_experts, strict=True):
-        styles = ["", "", "red" if dead else "", "", "", ""]
-        table.add_row(*(Text(cell, style) for cell, style in zip(row, styles, strict=True)))
-    table.add_section()
-    table.add_row(*router_health_totals(measurement))
-    return table
-
-
-def router_health_markdown(measurement: Measurement) -> str:
-    """The router health of a model as a Markdown table, a row per layer and one for all."""
-    rows = [*router_health_rows(measurement), router_health_totals(measurement)]
-    return markdown_table(HEALTH_COLUMNS, rows, numbers=HEALTH_COLUMNS[:-1])
+    def _fitting(self, width: int | None) -> list[int]:
+        """The columns that leave enough width to the text."""
+        # Headings are broken between words, numbers are not.
+        sizes = [max(map(len, name.split()), default=0) for name in self.header]
+        for row in self.rows:
+            sizes = [max(size, len(cell)) for size, cell in zip(sizes, row, strict=True)]
+        sizes[: self.left] = [_TEXT_WIDTH] * self.left
+        places, spare = list(range(len(self.header))), list(self.spare)
+        while width and spare and sum(sizes[place] + 1 for place in places) > width:
+            places.remove(self.header.index(spare.pop(0)))
+        return places
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] | None = None) -> str:
@@ -125,3 +102,212 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers
 
 def _escaped(cell: str) -> str:
     return " ".join(cell.replace("|", "\\|").split())
+
+
+def results_table(tradeoff: Tradeoff) -> TextTable:
+    """A row for each point: its metric, its drop, and what it costs, as shares of the dense model's cost."""
+    costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
+    header = ("method", "target", tradeoff.metric.name, "seeds", "drop", *costs)
+    rows = [_result_cells(tradeoff, point) for point in tradeoff.points()]
+    return TextTable(header, rows, 1, tradeoff.title, spare=("weights not read", "FLOPs", "tokens", "seeds", "latency"))
+
+
+def _result_cells(tradeoff: Tradeoff, point: Point) -> tuple[str, ...]:
+    drop, metric = tradeoff.drop(point), tradeoff.metric
+    return (
+        point_name(point) + (" (reference)" if point is tradeoff.reference else ""),
+        _target(point.target),
+        _spread_text(point.value, metric.format),
+        str(point.value.n),
+        MISSING if drop is None else metric.format(drop),
+        percent(point.mean("sparsity")),
+        percent(point.mean("weight_sparsity")),
+        percent(tradeoff.share(point, "gflops")),
+        percent(tradeoff.share(point, "megabytes")),
+        percent(point.mean("latency_ratio")),
+        _tokens_text(point.tokens_trained),
+    )
+
+
+def cheapest_table(tradeoff: Tradeoff, limit: float) -> TextTable:
+    """The form of the paper's Table 1: the fewest GFLOPs of each curve at a drop of at most `limit`."""
+    title = f"Fewest GFLOPs per token at a drop of at most {limit:g} {tradeoff.metric.name}"
+    rows = []
+    for name, points in tradeoff.curves.items():
+        found = cheapest_within(tradeoff, points, limit)
+        if found is None:
+            rows.append((name, "no measured point is that good", MISSING, MISSING, MISSING))
+            continue
+        how = "lowest measured, fewer may do" if found.lowest_measured else "between measured points"
+        rows.append((name, how, f"{found.gflops:.4g}", percent(found.share), percent(found.sparsity)))
+    return TextTable(("method", "where", "GFLOPs", "of dense", "FFN sparsity there"), rows, 2, title)
+
+
+def envelope_table(tradeoff: Tradeoff, standings: Sequence[Standing]) -> TextTable:
+    """Each point of LTE beside the best other method that reads at most as many bytes."""
+    metric = tradeoff.metric
+    header = (
+        "LTE",
+        "on the envelope",
+        "best other method",
+        "bytes saved",
+        "FFN bytes saved",
+        metric.name,
+        "the other's",
+        "the other better by",
+    )
+    rows = [
+        (
+            standing.curve,
+            MISSING if standing.rival is None else "yes" if standing.on_envelope else "no",
+            standing.rival or "none with as few bytes",
+            percent(standing.saving),
+            percent(standing.ffn_saving),
+            _spread_text(standing.point.value, metric.format),
+            MISSING if standing.rival_value is None else metric.format(standing.rival_value),
+            _difference(tradeoff, standing),
+        )
+        for standing in standings
+    ]
+    return TextTable(header, rows, 3, "LTE and the upper envelope, by bytes saved")
+
+
+def paper_table(tradeoff: Tradeoff, limit: float | None = None) -> TextTable | None:
+    """The paper's numbers and ours, `None` where the paper has none for this task."""
+    rows = paper_rows(tradeoff, limit)
+    title = "The paper and ours: other models and settings"
+    return TextTable(("", "what", "paper", "ours"), rows, 4, title) if rows else None
+
+
+def failed_table(tradeoff: Tradeoff) -> TextTable | None:
+    """The runs without a finite value, `None` if there are none."""
+    rows = []
+    for record in tradeoff.failed:
+        name, why = record.label or record.method, record.failure or "the value is not finite"
+        rows.append((name, str(record.seed), why, record.source, _target(record.target_sparsity)))
+    return TextTable(("method", "seed", "failure", "file", "target"), rows, 4, "Failed runs") if rows else None
+
+
+def commands_table(tradeoff: Tradeoff) -> TextTable | None:
+    """The command behind the first seed of each point, `None` if no record says one."""
+    rows = [
+        (
+            point_name(point),
+            f"`{command}`",
+            ", ".join(str(record.seed) for record in point.records),
+            _target(point.target),
+        )
+        for point in tradeoff.points()
+        if (command := point.records[0].command)
+    ]
+    return TextTable(("method", "command of the first seed", "seeds", "target"), rows, 3, "Commands") if rows else None
+
+
+def csv_rows(tradeoff: Tradeoff) -> list[dict[str, Any]]:
+    """A row for each point with unrounded numbers; `None` for what is not known."""
+    return [_csv_row(tradeoff, point) for point in tradeoff.points()]
+
+
+def _csv_row(tradeoff: Tradeoff, point: Point) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": tradeoff.task, "split": tradeoff.split, "model": tradeoff.model}
+    row |= {"metric": tradeoff.metric.name, "curve": point.curve, "method": point.method, "label": point.label}
+    row |= {"target": point.target, "seeds": point.value.n, "drop": tradeoff.drop(point)}
+    for name in ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio"):
+        found: Statistic | None = getattr(point, name)
+        row |= {name: found and found.mean, f"{name}_sd": found and found.sd}
+    row |= {f"{name}_share": tradeoff.share(point, name) for name in ("gflops", "megabytes")}
+    row |= {"tokens_trained": point.mean("tokens_trained"), "is_reference": point is tradeoff.reference}
+    row |= {"command": point.records[0].command, "files": " ".join(record.source for record in point.records)}
+    return row
+
+
+def point_name(point: Point) -> str:
+    """The curve, and the setting's label where that is another."""
+    return point.curve if point.label in (None, point.curve) else f"{point.curve}: {point.label}"
+
+
+def _name_at_target(point: Point) -> str:
+    return f"{point_name(point)} at {_target(point.target)}"
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent, or `MISSING`."""
+    return MISSING if share is None else f"{100 * share:.1f}%"
+
+
+def reference_text(tradeoff: Tradeoff) -> str:
+    """Which dense model drops and shares are against."""
+    point = tradeoff.reference
+    if point is None:
+        return "No dense model among the records: drops and shares of dense are not known."
+    of = f" of {len(tradeoff.dense)} dense models" if len(tradeoff.dense) > 1 else ""
+    seeds = f"{point.value.n} seeds" if point.value.n > 1 else "1 seed"
+    return (
+        f"Reference, the best{of}: {point_name(point)}, {tradeoff.metric.name} "
+        f"{_spread_text(point.value, tradeoff.metric.format)} ({seeds}, {_tokens_text(point.tokens_trained)} tokens)."
+    )
+
+
+def latency_texts(tradeoff: Tradeoff) -> list[str]:
+    """Why curves or points have no latency, which have that of another sparsity, and which machines, if several."""
+    points = tradeoff.points()
+    timed_curves = {point.curve for point in points if point.latency_ms is not None}
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    machines = set()
+    elsewhere: dict[str, None] = {}
+    for point in points:
+        at = _name_at_target(point)
+        for record in point.records:
+            if record.latency_ms is not None:
+                machines.add(record.hardware)
+                if _timed_elsewhere(record):
+                    elsewhere[at] = None
+            # One seed may have been timed for all.
+            elif point.latency_ms is None and record.latency_note:
+                reasons[record.latency_note][at if point.curve in timed_curves else point.curve] = None
+    found = [f"No latency of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
+    if elsewhere:
+        names = ", ".join(elsewhere)
+        found.append(f"Latency of {names}: timed at another FFN sparsity than measured, or at an unknown one.")
+    if len(machines) > 1:
+        found.append(f"Latencies are of several machines, so compare shares alone: {'; '.join(sorted(machines))}.")
+    return found
+
+
+def _timed_elsewhere(record: ResultRecord) -> bool:
+    """Whether a latency is of steps that skipped more or less than the steps that were measured."""
+    measured, timed = record.sparsity, record.latency_sparsity
+    return bool(measured and (timed is None or abs(timed - measured) > SAME_SPARSITY))
+
+
+def question_texts(tradeoff: Tradeoff) -> list[str]:
+    """Which runs have no scores of some question sets, and why."""
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    for point in tradeoff.points():
+        for note in {record.harness_note for record in point.records} - {None}:
+            reasons[str(note)][_name_at_target(point)] = None
+    return [f"Question sets of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
+
+
+def _difference(tradeoff: Tradeoff, standing: Standing) -> str:
+    form = tradeoff.metric.format
+    if standing.behind is None:
+        return MISSING
+    return form(standing.behind) + (f" ± {form(standing.sd)}" if standing.sd else "")
+
+
+def _target(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:g}%"
+
+
+def _spread_text(found: Statistic, form: Callable[[float], str]) -> str:
+    return form(found.mean) if found.sd is None else f"{form(found.mean)} ± {form(found.sd)}"
+
+
+def _tokens_text(found: Statistic | None) -> str:
+    if found is None:
+        return MISSING
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if found.mean >= unit:
+            return f"{found.mean / unit:.3g}{letter}"
+    return f"{found.mean:.0f}"

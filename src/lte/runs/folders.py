@@ -14,7 +14,7 @@ from typing import Any
 from filelock import SoftFileLock, Timeout
 
 from lte.eval.models import save_folder
-from lte.eval.results import write_json_atomic
+from lte.records import find_record, write_json_atomic
 from lte.runs.plan import Run
 
 MADE_FILE, SETTINGS_FILE = "made.json", "settings.json"
@@ -62,6 +62,10 @@ class Folders:
     def record(self, run: Run) -> Path:
         """The file of a run's record."""
         return self.output / f"{run.name}.json"
+
+    def has_record(self, run: Run) -> bool:
+        """Whether the record is there, as a file or packed with others."""
+        return find_record(self.record(run)) is not None
 
     def model(self, run: Run) -> Path:
         """The folder of a run's model."""

@@ -7,13 +7,13 @@ from typing import Any
 
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import load_config, measurement_summary, task_record
-from lte.eval.results import result_record
 from lte.eval.sparsity import Measurement
 from lte.hf.acceleration import describe_kernels
 from lte.hf.inputs import predicts_next_token
+from lte.records import ResultRecord, result_record
 from lte.runs.folders import Folders, Made
 from lte.runs.harness import answer_questions, unanswered
-from lte.runs.latency import CONTEXT, FIELDS, time_decoding, untimed, why_not
+from lte.runs.latency import CONTEXT, time_decoding, untimed, why_not
 from lte.runs.memory import peak_memory_bytes
 from lte.runs.plan import Run
 from lte.runs.settings import Comparison
@@ -22,7 +22,7 @@ from lte.runs.workload import Workload
 
 def measured_record(
     run: Run, comparison: Comparison, folders: Folders, work: Workload, made: Made, dense_name: str | None
-) -> dict[str, Any]:
+) -> ResultRecord:
     """Loads a run's folder, measures it as `lte eval` does, and returns its record.
 
     Args:
@@ -52,25 +52,25 @@ def measured_record(
         layer_history=made.layer_history,
         peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()),
     )
-    record["config"] |= {"kernels": kernels, "tokens_start": made.tokens_start}
+    record.config.update(kernels=kernels, tokens_start=made.tokens_start)
     if result.measurement is not None:
         _remember(folder, result.measurement, made.data_info)
     if comparison.harness is not None:
-        record |= answer_questions(model, work.tokenizer, comparison.harness)
+        record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness))
     reason = why_not(comparison.latency, causal, run.method)
     if reason is not None:
-        return {**record, **untimed(reason)}
+        return record.with_fields(**untimed(reason))
     text = work.text_to_decode(model, CONTEXT)
     del model
     dense = folder if dense_name is None else folders.work / dense_name
     times = time_decoding(folder, dense, *text)
     if dense_name is not None and times["latency_ms"] is not None:
         # A stock model skips as much on any text.
-        times["latency_sparsity"] = record["sparsity"]
-    return {**record, **times}
+        times["latency_sparsity"] = record.sparsity
+    return record.with_fields(**times)
 
 
-def failure_record(run: Run, comparison: Comparison, work: Workload, failure: str) -> dict[str, Any]:
+def failure_record(run: Run, comparison: Comparison, work: Workload, failure: str) -> ResultRecord:
     """The record of a run that failed: no value, and why."""
     return result_record(
         **_fields(run, comparison, work.settings, work.info),
@@ -80,8 +80,6 @@ def failure_record(run: Run, comparison: Comparison, work: Workload, failure: st
         split=work.split,
         metric=work.metric,
         **dict.fromkeys(("sparsity", "value", "flops_per_token", "bytes_per_token", "tokens_trained", "wall_time_s")),
-        **dict.fromkeys(("weight_sparsity", "method_config", "measurement", "eta", "layer_history")),
-        **dict.fromkeys(("peak_memory_bytes", *FIELDS)),
         **({} if comparison.harness is None else unanswered("not run: the run failed")),
         metrics={},
         latency_note="not timed: the run failed",

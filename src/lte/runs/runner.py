@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import torch
 
 from lte.config import check_choice
-from lte.eval.results import write_json_atomic
 from lte.methods import METHODS
+from lte.records import PACKED_FILE, ResultRecord, find_record, write_record
 from lte.runs.folders import Folders
 from lte.runs.making import make_model
 from lte.runs.memory import free_memory, others_fill_gpu
@@ -104,7 +102,7 @@ class Runner:
         names: set[str] = set()
         for run in reversed(self.runs):
             needed = any(child.name in names and self._needs(child, run) for child in children_of(run, self.runs))
-            missing_record = run in self.wanted and not self.folders.record(run).exists()
+            missing_record = run in self.wanted and not self.folders.has_record(run)
             if missing_record or (needed and not self._has_model(run)):
                 names.add(run.name)
         return [run for run in self.runs if run.name in names and (self.phase != "train" or self._is_to_train(run))]
@@ -164,7 +162,7 @@ class Runner:
         smaller = run.method in METHODS and METHODS[run.method].removes_neurons
         return run.base if self.comparison.latency and smaller else None
 
-    def _do(self, run: Run) -> dict[str, Any] | None:
+    def _do(self, run: Run) -> ResultRecord | None:
         """Makes and measures a run; `None` without a record of its own."""
         free_memory(_compiles(run))
         work = self.workloads.of(run)
@@ -179,18 +177,18 @@ class Runner:
             made = make_model(
                 run, self.comparison, self.folders, work, None if base is None else self.folders.made(base)
             )
-        if self.phase == "train" or run not in self.wanted or self.folders.record(run).exists():
+        if self.phase == "train" or run not in self.wanted or self.folders.has_record(run):
             return None
         record = measured_record(run, self.comparison, self.folders, work, made, self._timed_beside(run))
-        write_json_atomic(self.folders.record(run), record)
+        write_record(self.folders.record(run), record)
         return record
 
     def _fail(self, run: Run, failure: str) -> None:
         """Writes what failed into the record of a run, and of those that need its model if there is none."""
         self.report(f"{run.name}: FAILED {failure}")
-        if run in self.wanted and not self.folders.record(run).exists():
+        if run in self.wanted and not self.folders.has_record(run):
             record = failure_record(run, self.comparison, self.workloads.unread(run), failure)
-            write_json_atomic(self.folders.record(run), record)
+            write_record(self.folders.record(run), record)
         if self._has_model(run):
             return
         for child in children_of(run, self.runs):
@@ -214,19 +212,19 @@ class Runner:
         )
 
     def _lacks_record(self, run: Run) -> bool:
-        return run.measured and not self.folders.record(run).exists()
+        return run.measured and not self.folders.has_record(run)
 
     def _failure(self, run: Run) -> str | None:
-        path = self.folders.record(run)
+        record = find_record(self.folders.record(run))
         # After training alone there is none yet.
-        return json.loads(path.read_text()).get("failure") if path.exists() else None
+        return None if record is None else record.failure
 
     def _tell_of_old_record(self, run: Run) -> None:
         path = self.folders.record(run)
-        if path.exists():
-            fingerprint = json.loads(path.read_text()).get("config", {}).get("fingerprint")
-            if fingerprint != run.fingerprint:
-                self.report(f"{run.name}: kept, but made with other settings; delete {path} to do it again.")
+        record = find_record(path)
+        if record is not None and record.config.get("fingerprint") != run.fingerprint:
+            place = path if path.exists() else f"its line in {path.with_name(PACKED_FILE)}"
+            self.report(f"{run.name}: kept, but made with other settings; delete {place} to do it again.")
 
 
 def execute_all(runners: Sequence[Runner]) -> list[str]:
@@ -263,10 +261,10 @@ def _device_works() -> bool:
     return True
 
 
-def _line(run: Run, record: dict[str, Any] | None, seconds: float) -> str:
+def _line(run: Run, record: ResultRecord | None, seconds: float) -> str:
     if record is None:
         return f"{run.name}: made ({seconds:.0f} s)"
     return (
-        f"{run.name}: {record['metric']} {record['value']:.4f}, sparsity {100 * record['sparsity']:.2f}%, "
-        f"{record['bytes_per_token'] / 1e6:.2f} MB per token ({seconds:.0f} s)"
+        f"{run.name}: {record.metric} {record.value:.4f}, sparsity {100 * (record.sparsity or 0.0):.2f}%, "
+        f"{(record.bytes_per_token or 0.0) / 1e6:.2f} MB per token ({seconds:.0f} s)"
     )

@@ -30,7 +30,7 @@ class Estimate:
 
 def estimate_runs(runs: list[Run], workloads: Workloads, folders: Folders) -> list[Estimate]:
     """Steps and tokens of every run, from the rows that it would train on."""
-    return [_estimate(run, workloads, run.measured and folders.record(run).exists()) for run in runs]
+    return [_estimate(run, workloads, run.measured and folders.has_record(run)) for run in runs]
 
 
 def _estimate(run: Run, workloads: Workloads, done: bool) -> Estimate:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from selenium.webdriver import Chrome
 
-from lte.report.inspector import Inspector, NamedText, inspector_page, page_data
+from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
 from lte.report.inspector_server import InspectorServer
 from tests.browser.inspector.page import open_page
 from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, sparse_model
@@ -41,7 +41,7 @@ def pages(run: dict[str, Any], inspector: Inspector, tmp_path_factory: pytest.Te
     found = {}
     for name, runs in {"one": [run], "two": [run, other], "models": [run, second]}.items():
         path = folder / f"{name}.html"
-        path.write_text(inspector_page(page_data(runs)), encoding="utf-8")
+        path.write_text(inspector_page(inspector_data(runs)), encoding="utf-8")
         found[name] = path.as_uri()
     return found
 

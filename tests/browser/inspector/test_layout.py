@@ -11,7 +11,7 @@ from PIL import Image
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from lte.report.inspector import inspector_page, page_data
+from lte.report.inspector import inspector_data, inspector_page
 from tests.browser.chromium import save_screenshot, set_screen, settle
 from tests.browser.inspector.page import open_page
 from tests.browser.labels import cut_labels
@@ -60,6 +60,6 @@ class TestReading:
 
 def test_2000_tokens_load_within_2_seconds(browser: Chrome, run: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "large.html"
-    path.write_text(inspector_page(page_data([large_run(run)])), encoding="utf-8")
+    path.write_text(inspector_page(inspector_data([large_run(run)])), encoding="utf-8")
     check_loads_within_ms(browser, path.as_uri(), 2000)
     assert len(browser.find_elements(By.CSS_SELECTOR, "[role=option]")) == 2000

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from selenium.webdriver import Chrome
 
-from lte.report.html_report import write_html_report
 from lte.report.inputs import Bench
-from lte.report.tradeoff import compare_runs
+from lte.report.points import find_tradeoffs
+from lte.report.report_page import write_html_report
 from tests.browser.chromium import settle
 from tests.browser.report.page import Write, lm_records, other_task
 from tests.report.sample_benches import bench
-from tests.report.test_tradeoff import runs_of
+from tests.report.test_points import runs_of
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def write(tmp_path: Path) -> Write:
     """Writes the page of records and benchmarks and tells its address."""
 
     def written(*records: dict[str, Any], benches: tuple[Bench, ...] = ()) -> str:
-        comparisons = compare_runs(runs_of(*records)) if records else []
-        return write_html_report(tmp_path / "report.html", comparisons, benches).as_uri()
+        tradeoffs = find_tradeoffs(runs_of(*records)) if records else []
+        return write_html_report(tmp_path / "report.html", tradeoffs, benches).as_uri()
 
     return written
 

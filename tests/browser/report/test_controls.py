@@ -10,8 +10,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from lte.report.comparison_tables import csv_rows
-from lte.report.tradeoff import compare_runs
+from lte.report.points import find_tradeoffs
+from lte.report.tables import csv_rows
 from tests.browser.report.page import (
     MARKED,
     chip,
@@ -25,7 +25,7 @@ from tests.browser.report.page import (
     plots,
     section,
 )
-from tests.report.test_tradeoff import runs_of
+from tests.report.test_points import runs_of
 
 
 def test_the_arrow_keys_switch_the_axis(page: Chrome) -> None:
@@ -112,7 +112,7 @@ def test_a_table_is_copied_unrounded(page: Chrome) -> None:
     WebDriverWait(page, 5).until(lambda _: "4 rows" in place.find_element(By.CSS_SELECTOR, "[role=status]").text)
     text = page.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     found = list(csv.DictReader(io.StringIO(text)))
-    expected = csv_rows(compare_runs(runs_of(*lm_records()))[0])
+    expected = csv_rows(find_tradeoffs(runs_of(*lm_records()))[0])
     assert [row["curve"] for row in found] == [row["curve"] for row in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert float(ours["value"]) == theirs["value"]
@@ -137,7 +137,7 @@ def test_the_theme_changes_pictures_too(page: Chrome) -> None:
 
 
 def test_the_task_is_chosen(page: Chrome) -> None:
-    choice = Select(page.find_element(By.CSS_SELECTOR, "#comparison > .controls select"))
+    choice = Select(page.find_element(By.CSS_SELECTOR, "#tradeoff > .controls select"))
     assert [each.text for each in choice.options] == ["lm, test: tiny, perplexity", "sst2, test: tiny, accuracy"]
     choice.select_by_index(1)
     assert drawn(page, plots(section(page, "tradeoff"))[0])["lte"] == [[0.5, 0.9]]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from lte.data.tasks.registry import TASKS, get_task
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from lte.settings import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +16,12 @@ class TaskConfig:
         ValueError: for an unknown task, numbers out of range, or options of a task without a task.
     """
 
-    task: str | None = _option(None, f"Task to train or measure instead of plain text: {', '.join(TASKS)}.")
-    data_dir: str | None = _option(
+    task: str | None = option(None, f"Task to train or measure instead of plain text: {', '.join(TASKS)}.")
+    data_dir: str | None = option(
         None, "Folder with the task's original files (.gz, .bz2 and .xz too); unset: from the hub."
     )
-    limit: int | None = _option(None, "Measure at most this many examples of the task.")
-    max_new_tokens: int | None = _option(None, "Tokens of a generated answer at most; unset: the task's own number.")
+    limit: int | None = option(None, "Measure at most this many examples of the task.")
+    max_new_tokens: int | None = option(None, "Tokens of a generated answer at most; unset: the task's own number.")
 
     def __post_init__(self) -> None:
         if self.task is not None:

@@ -1,0 +1,164 @@
+"""What is shown of `lte bench`: tables for the terminal, and the data of a page, JSON-ready."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lte.bench.rows import is_dense
+from lte.report.inputs import Bench
+
+Row = dict[str, Any]
+
+
+def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
+    """All result rows; a line between groups of the same benchmark, batch and number of tokens."""
+    table = Table(
+        title=f"{rows[0].get('model', 'model')}, {rows[0]['dtype']}, {rows[0]['hardware']}" if rows else "no rows",
+        caption="x dense: over the fastest dense provider timed beside it; of copy: share of the "
+        f"{copy_gb_per_s:.0f} GB/s at which this machine copies memory; FFN times are per layer",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("benchmark", "batch", "tokens", "provider", "sparsity", "ms", "p20 - p80", "x dense"):
+        table.add_column(name, justify="left" if name in ("benchmark", "provider") else "right", no_wrap=True)
+    for name in ("MB", "GB/s", "of copy", "path", "time split"):
+        table.add_column(
+            name, justify="left" if name in ("path", "time split") else "right", no_wrap=name != "time split"
+        )
+    previous = None
+    for row in rows:
+        group = (row["benchmark"], row["batch"], row["tokens"])
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    ratio, phases = row.get("ratio_to_dense"), row.get("phase_ms") or {}
+    dense = row.get("setting") is None
+    own = " own" if row.get("setting") == "own" else ""
+    return [
+        row["benchmark"],
+        str(row["batch"]),
+        str(row["tokens"]),
+        row["provider"],
+        "-" if dense else f"{100 * row['sparsity']:.1f}%{own}",
+        f"{row['median_ms']:.4f}",
+        f"{row['p20_ms']:.4f} - {row['p80_ms']:.4f}",
+        "" if ratio is None else f"{ratio:.3f}",
+        f"{row['bytes'] / 1e6:.1f}",
+        f"{row['gb_per_s']:.0f}",
+        f"{100 * row['share_of_copy']:.0f}%",
+        row.get("path") or "",
+        ", ".join(f"{name} {time:.4f}" for name, time in phases.items()),
+    ]
+
+
+def union_report(rows: Sequence[dict[str, Any]]) -> Table:
+    """The share of experts that a batch needs, beside that of independent tokens."""
+    table = Table(title="Experts that at least one of a batch's tokens needs", title_justify="left")
+    for name in ("batch", "union", "if independent", "union sparsity"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        shares = (row["union"], row["independent"], 1 - row["union"])
+        table.add_row(str(row["batch"]), *(f"{100 * share:.1f}%" for share in shares))
+    return table
+
+
+def break_even_report(rows: Sequence[dict[str, Any]]) -> Table:
+    """The batch from which the sparse path is not faster than the fastest dense provider."""
+    table = Table(title="Break-even batch", title_justify="left")
+    for name in ("benchmark", "sparsity", "latency over dense by batch", "break-even"):
+        table.add_column(name, justify="right" if name == "sparsity" else "left")
+    for row in rows:
+        setting = row["setting"] if row["setting"] == "own" else f"{100 * float(row['setting']):g}%"
+        pairs = zip(row["batches"], row["ratios"], strict=True)
+        found = row["break_even"]
+        last = f"none up to {row['batches'][-1]}" if found is None else str(found)
+        table.add_row(row["benchmark"], setting, ", ".join(f"{b}: {ratio:.3f}" for b, ratio in pairs), last)
+    return table
+
+
+_ROW_FIELDS = ("provider", "setting", "sparsity", "median_ms", "p20_ms", "p80_ms", "bandwidth_ms", "gb_per_s")
+_TITLES = {"ffn": "FFN of one layer", "decode": "decoding step"}
+_VARIANTS = ("dtype", "routing", "attention", "settings")
+
+
+def bench_data(bench: Bench) -> dict[str, Any]:
+    """One file.
+
+    Returns:
+        `name`; `source`; `latency`, a group for each benchmark and batch with its `rows`; `break_even` and `union`, as
+        the file has them; `settings`, how it was measured.
+    """
+    content = bench.content
+    name = bench_name(bench)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        if (title := _title(row)) is not None:
+            groups.setdefault(title, []).append(row)
+    return {
+        "name": name,
+        "source": bench.source,
+        "latency": [
+            {"title": f"{title}: {name}", "rows": [_row(row, _provider(row, rows)) for row in rows]}
+            for title, rows in groups.items()
+        ],
+        "break_even": _whole(content.get("break_even"), ("benchmark", "setting", "batches", "ratios", "break_even")),
+        "union": _whole(content.get("union"), ("batch", "union")),
+        "details": {
+            "command": content.get("command"),
+            "hardware": content.get("hardware"),
+            "git_commit": content.get("git_commit"),
+            "versions": content.get("versions"),
+            "settings": content.get("settings"),
+        },
+    }
+
+
+def bench_name(bench: Bench) -> str:
+    """Model, number format, machine, and the file."""
+    rows, content = bench.content["rows"], bench.content
+    first = rows[0] if rows else {}
+    kernels = content.get("kernels") or {}
+    weights = kernels.get("weights") if isinstance(kernels, Mapping) else None
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    parts = [content.get("model") or first.get("model") or content.get("shape"), " and ".join(map(str, dtypes))]
+    parts += [f"{weights} weights"] if weights not in (None, "native") else []
+    parts += [content.get("hardware") or first.get("hardware")]
+    return f"{', '.join(str(part) for part in parts if part)} ({Path(bench.source).name})"
+
+
+def _whole(rows: Any, fields: Sequence[str]) -> list[Any]:
+    """The rows that have all fields."""
+    found = rows if isinstance(rows, list) else []
+    return [row for row in found if isinstance(row, Mapping) and all(name in row for name in fields)]
+
+
+def _title(row: Mapping[str, Any]) -> str | None:
+    """What a row timed; rows with the same title share a picture, those without one are in none."""
+    if row["benchmark"] == "prefill":
+        # lte bench times whole prompts, benchmarks/prefill.py the FFN of one layer.
+        return f"prompt of {row['tokens']} tokens" if row.get("scope") == "model" else f"FFN, {row['tokens']} tokens"
+    title = _TITLES.get(row["benchmark"])
+    return None if title is None else f"{title}, batch {row['batch']}"
+
+
+def _provider(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The provider, and what tells its rows apart where a setting and sparsity come twice."""
+    own = [each for each in rows if each["provider"] == row["provider"]]
+    if len({(each.get("setting"), each["sparsity"]) for each in own}) == len(own):
+        return str(row["provider"])
+    differing = [name for name in _VARIANTS if len({each.get(name) for each in own}) > 1]
+    texts = [f"{row.get(name)} routing" if name == "routing" else str(row.get(name)) for name in differing]
+    return ", ".join([str(row["provider"]), *texts])
+
+
+def _row(row: Mapping[str, Any], provider: str) -> dict[str, Any]:
+    return {**{name: row.get(name) for name in _ROW_FIELDS}, "provider": provider, "is_dense": is_dense(dict(row))}

@@ -1,0 +1,231 @@
+"""The curves of result records: their names, split where one would hold a target and a seed twice, and their places.
+
+A place is a curve's number in the lists of colours and markers, the same in all pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lte.config import check_choice
+from lte.records import ResultRecord
+
+SETTINGS = ("label", "group", "tokens_trained", "method_config", "config")
+"""Fields of a record that say what was run."""
+FOLDER, FILE = "folder", "file"
+# These have the same place everywhere; other curves get what is left.
+_METHODS: tuple[str, ...] = ("lte", "static_pruning", "cats", "teal", "wina", "wanda", "kla")
+_METHODS += ("moefication", "deja_vu", "sigma_moe", "noisy_topk", "random_router")
+# How the fields end that hold the name of a run.
+_NAME = ".name"
+# A setting whose text is longer is no part of a name.
+_LONGEST = 32
+_MOST_FIELDS, _MOST_CANDIDATES = 3, 30
+Key = tuple[str, ...]
+
+
+def curve_name(record: ResultRecord) -> str:
+    """The curve of a record: its group, else its label, else its method."""
+    return record.group or record.label or record.method
+
+
+def curve_name_by(fields: Sequence[str], records: Sequence[ResultRecord]) -> Callable[[ResultRecord], str]:
+    """Names curves by the method and the values of fields: `lte, expert_size=16`.
+
+    A field that a record lacks, or that is the same in all records of its method, is no part of the name.
+
+    Args:
+        fields: dotted paths into the record: `config.lte.expert_size`.
+        records: all records.
+
+    Raises:
+        ValueError: for a field that no record has.
+    """
+    known = {name for record in records for name, _ in flat_fields(record) if name.startswith(SETTINGS)}
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for field in fields:
+        if all(field_value(record, field) is None for record in records):
+            check_choice("by", field, sorted(known))
+        for record in records:
+            values[record.method, field].add(field_text(field_value(record, field)))
+
+    def name(record: ResultRecord) -> str:
+        found = {field: field_value(record, field) for field in fields if len(values[record.method, field]) > 1}
+        known = {field: value for field, value in found.items() if value is not None}
+        parts = [f"{field.rpartition('.')[-1]}={field_text(value)}" for field, value in known.items()]
+        return ", ".join([record.method, *parts])
+
+    return name
+
+
+def field_value(record: Mapping[str, Any], field: str) -> Any:
+    """The value at a dotted path, `None` where there is none."""
+    value: Any = record
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def flat_fields(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All fields that hold no object, by their dotted paths."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def field_text(value: Any) -> str:
+    """A value as a part of a curve's name."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def curve_places(names: Iterable[str]) -> dict[str, int]:
+    """A place for each curve: its own for a known method, the next free one for others.
+
+    Args:
+        names: of all curves of all figures that shall agree.
+    """
+    names = sorted(set(names))
+    places = {name: _METHODS.index(name) for name in names if name in _METHODS}
+    free = (place for place in range(len(names) + len(_METHODS)) if place not in places.values())
+    return {name: places[name] if name in places else next(free) for name in names}
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A record of a curve that may be split.
+
+    Attributes:
+        place: of its name in the result: its key, and its index there.
+        cell: what no other record of its curve may have: the key, method, label, target, and seed.
+        facts: what may tell it apart: the folder, the settings, the file.
+    """
+
+    place: tuple[Key, int]
+    cell: tuple[Any, ...]
+    facts: Mapping[str, str]
+
+
+def told_apart(
+    groups: Mapping[Key, Sequence[ResultRecord]], curve: Callable[[ResultRecord], str]
+) -> dict[Key, list[str]]:
+    """The name of each record's curve.
+
+    A curve that holds the same key, method, label, target and seed twice is split, in all keys of its task and model
+    alike: by folders if these differ, and in a folder by the settings that make the fewest curves, then by the file's
+    name. A part is named as `lte, folder=first_recipe, grouping=kmeans`. What nothing tells apart keeps one name.
+
+    Args:
+        groups: records by what makes them comparable; the task, the split, and the model come first in a key.
+        curve: the name of a record's curve before.
+
+    Returns:
+        Names by key, in the order of its records.
+    """
+    names = {key: [curve(record) for record in found] for key, found in groups.items()}
+    together: dict[tuple[str, str, str], list[tuple[Key, int]]] = defaultdict(list)
+    for key, found in names.items():
+        task, _, model, *_ = key
+        for index, name in enumerate(found):
+            together[task, model, name].append((key, index))
+    for (_, _, name), places in together.items():
+        # Of fields that differ alike the first is taken: names do not depend on the order of the records.
+        places.sort(key=lambda place: (groups[place[0]][place[1]].source, place))
+        for member, fields in _split(_members(groups, places)):
+            key, index = member.place
+            parts = [f"{each.rpartition('.')[-1]}={member.facts[each]}" for each in fields if member.facts.get(each)]
+            names[key][index] = ", ".join([name, *parts])
+    return names
+
+
+def _members(groups: Mapping[Key, Sequence[ResultRecord]], places: Sequence[tuple[Key, int]]) -> list[_Member]:
+    records = [groups[key][index] for key, index in places]
+    files = [Path(record.source).absolute() for record in records]
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    found = []
+    for place, record, file in zip(places, records, files, strict=True):
+        folder = file.parent.relative_to(root).as_posix()
+        settings = flat_fields({name: record[name] for name in SETTINGS})
+        facts = {FOLDER: "" if folder == "." else folder}
+        facts |= {name: field_text(value) for name, value in settings if value is not None}
+        # What is read from a file has an ending; other sources are no names.
+        facts |= {FILE: file.stem} if file.suffix else {}
+        cell = (place[0], record.method, record.label, record.target_sparsity, record.seed)
+        found.append(_Member(place, cell, facts))
+    return found
+
+
+def _split(members: Sequence[_Member], fields: tuple[str, ...] = ()) -> Iterator[tuple[_Member, tuple[str, ...]]]:
+    """Each member with the fields that its name needs."""
+    chosen = () if _separates(members, ()) else _choose(members)
+    if not chosen:
+        yield from ((member, fields) for member in members)
+        return
+    parts: dict[tuple[str, ...], list[_Member]] = defaultdict(list)
+    for member in members:
+        parts[_values(member, chosen)].append(member)
+    for part in parts.values():
+        yield from _split(part, (*fields, *chosen))
+
+
+def _choose(members: Sequence[_Member]) -> tuple[str, ...]:
+    """The fields to split by; empty where nothing differs."""
+    candidates = _candidates(members)
+    whole: list[tuple[str, ...]] = [(name,) for name in candidates if _separates(members, (name,))]
+    if _helps(members, (FOLDER,)):
+        # One setting may say it better than the folders of its values.
+        folders: list[tuple[str, ...]] = [(FOLDER,)] if _separates(members, (FOLDER,)) else []
+        return min([*folders, *whole], key=lambda fields: _count(members, fields), default=(FOLDER,))
+    # Names of runs tell everything apart, seeds as well.
+    plain = [name for name in candidates if not name.endswith(_NAME)]
+    for count in range(2, _MOST_FIELDS + 1):
+        if any(name in plain for fields in whole for name in fields):
+            break
+        whole += [fields for fields in combinations(plain, count) if _separates(members, fields)]
+    if whole:
+        return min(whole, key=lambda fields: (_count(members, fields), len(fields)))
+    return (FILE,) if _helps(members, (FILE,)) else ()
+
+
+def _candidates(members: Sequence[_Member]) -> list[str]:
+    """Settings that differ and are short, one of those that differ alike: names before other texts before numbers."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for member in members for name in member.facts):
+        values = [member.facts.get(name, "") for member in members]
+        if name not in (FOLDER, FILE) and len(set(values)) > 1 and max(map(len, values)) <= _LONGEST:
+            found[name] = values
+    different: dict[tuple[int, ...], str] = {}
+    for name in sorted(found, key=lambda name: (not name.endswith(_NAME), all(map(_is_number, found[name])))):
+        different.setdefault(tuple(map(found[name].index, found[name])), name)
+    return list(different.values())[:_MOST_CANDIDATES]
+
+
+def _is_number(text: str) -> bool:
+    return not text or text.lstrip("-")[:1].isdigit()
+
+
+def _separates(members: Sequence[_Member], fields: Sequence[str]) -> bool:
+    """Whether no two members have the same cell and values."""
+    return len({(member.cell, _values(member, fields)) for member in members}) == len(members)
+
+
+def _helps(members: Sequence[_Member], fields: Sequence[str]) -> bool:
+    """Whether two members of the same cell have other values."""
+    cells = {member.cell for member in members}
+    return len({(member.cell, _values(member, fields)) for member in members}) > len(cells)
+
+
+def _count(members: Sequence[_Member], fields: Sequence[str]) -> int:
+    return len({_values(member, fields) for member in members})
+
+
+def _values(member: _Member, fields: Sequence[str]) -> tuple[str, ...]:
+    return tuple(member.facts.get(name, "") for name in fields)

@@ -1,0 +1,282 @@
+"""Figures of trade-offs, and what all figures share: size and resolution, colours, plain axes, and saving.
+
+Figures are made without pyplot, so that importing lte leaves a notebook's backend as it is. Colours are the
+Okabe-Ito set, which colour-blind readers tell apart; every curve has a marker or a dash of its own besides.
+Points are means over the seeds of one setting, bars one standard deviation both ways.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+
+from lte.records import ResultRecord, replaced_atomically
+from lte.report.curves import curve_places
+from lte.report.paper import PAPER_SUFFIX, PaperMarker, paper_markers, visible_markers
+from lte.report.points import Point, Statistic, Tradeoff, find_tradeoffs
+
+BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+YELLOW, BLACK, GREY = "#E69F00", "#000000", "#6B6B6B"
+DPI = 150
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:
+    """A figure of that many inches and its axes, `options` as for `Figure.subplots`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG, so that a reader never sees half a file."""
+    with replaced_atomically(path) as partial:
+        figure.savefig(partial, dpi=DPI, format="png")
+
+
+def plain_axes(axis: Axes) -> None:
+    """Drops the frame's upper and right side and draws a faint grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">", "p", "d")
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
+_DENSE_DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (5, 1)))
+
+# Values further apart than this are drawn on a logarithmic axis, where lower is better.
+MOST_ON_A_LINEAR_AXIS = 3
+
+# What fits beside each other below the panels.
+LEGEND_CHARACTERS = 160
+
+Style = tuple[str, str, Any]
+"""Colour, marker, and dash."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel has on its x axis: a quantity of a `Point`, and how it is called."""
+
+    quantity: str
+    label: str
+    is_share: bool = False
+
+
+SPARSITY = Panel("sparsity", "FFN sparsity, measured (share of neurons not computed per token)", is_share=True)
+PANELS = (
+    SPARSITY,
+    Panel("gflops", "GFLOPs per token, routers included (block linears, 1 G = 2^30)"),
+    Panel("megabytes", "MB of weights read per token (batch 1)"),
+    Panel("latency_ms", "decoding step, measured median (ms, batch 1)"),
+)
+
+
+def logarithmic_values(axis: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def curve_styles(names: Iterable[str]) -> dict[str, Style]:
+    """A colour, marker and dash for each curve: those of its own for a known method, the next free ones for others.
+
+    Args:
+        names: of all curves of all figures that shall agree.
+    """
+    return {name: _style(place) for name, place in curve_places(names).items()}
+
+
+def _style(place: int) -> Style:
+    # 7 colours and 13 markers: no pair comes again before the 92nd curve.
+    colours = len(_COLOURS)
+    dash = _DASHES[place // colours % len(_DASHES)]
+    return _COLOURS[place % colours], _MARKERS[place % len(_MARKERS)], dash
+
+
+def tradeoff_figure(tradeoff: Tradeoff, styles: Mapping[str, Style] | None = None) -> Figure:
+    """Quality against FFN sparsity, GFLOPs, bytes, and latency of a token, a panel each.
+
+    Numbers of the paper for the same task are hollow markers.
+
+    Args:
+        tradeoff: with at least one point.
+        styles: from `curve_styles` over all figures that shall agree; `None` takes this one's curves alone.
+
+    Raises:
+        ValueError: if no run of the tradeoff has a value.
+    """
+    if not tradeoff.points():
+        raise ValueError("tradeoff must hold at least one run with a value, got none")
+    styles = styles or curve_styles(tradeoff.curves)
+    figure, grid = new_figure(11.5, 9.5, 2, 2)
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    axes = list(grid.flat)
+    for axis, panel in zip(axes, PANELS, strict=True):
+        _draw_panel(axis, tradeoff, panel, styles)
+    figure.suptitle(
+        "\n".join(textwrap.wrap(tradeoff.title, 110) + textwrap.wrap("; ".join(_notes(tradeoff)), 110)), fontsize=11
+    )
+    # Of all panels, since a curve may lack the quantity of the first.
+    found = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    found.sort(key=lambda pair: pair[1].endswith(PAPER_SUFFIX))
+    handles: dict[str, Any] = {}
+    for handle, label in found:
+        handles.setdefault(label, handle)
+    columns = max(1, min(4, LEGEND_CHARACTERS // max(map(len, handles))))
+    look = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "frameon": False}
+    figure.legend(list(handles.values()), list(handles), **look)
+    return figure
+
+
+def method_and_tokens(record: ResultRecord) -> str:
+    """The name of a record's curve: its method and the tokens that it trained on."""
+    tokens = record.tokens_trained or 0
+    unit = f"{tokens / 1e6:.3g}M" if tokens >= 1e6 else f"{tokens / 1e3:.3g}k"
+    return f"{record.method}, {unit} tokens"
+
+
+def perplexity_vs_sparsity_figure(
+    records: Sequence[ResultRecord], label: Callable[[ResultRecord], str] = method_and_tokens
+) -> Figure:
+    """Perplexity against measured FFN sparsity: a curve per method, dense models as horizontal lines.
+
+    Points are means over the seeds of one target sparsity, bars one standard deviation. Records without a
+    value, whose training diverged, are left out and counted below the figure.
+
+    Args:
+        records: result records of one task, split, model and metric.
+        label: names the curve that a record belongs to.
+
+    Raises:
+        ValueError: if there is no record with a value, if the records are not comparable, or if nothing
+            tells apart two of one curve, target and seed.
+    """
+    _check_comparable(records)
+    if all(record.value is None for record in records):
+        raise ValueError("records must hold at least one record with a value, got none")
+    (tradeoff,) = find_tradeoffs(records, curve=label)
+    figure, axis = new_figure(7, 5.4)
+    _draw_panel(axis, tradeoff, SPARSITY, curve_styles(tradeoff.curves))
+    axis.set_title(f"{tradeoff.model}, {tradeoff.split}", fontsize=11)
+    missing = len(tradeoff.failed)
+    if missing:
+        axis.set_xlabel(f"{SPARSITY.label}\n{missing} runs without a finite value are left out")
+    # Below the axes: with many curves no corner is free of points.
+    place = (0.5, -0.21 if missing else -0.16)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=place, ncols=2, frameon=False)
+    return figure
+
+
+def _draw_panel(axis: Axes, tradeoff: Tradeoff, panel: Panel, styles: Mapping[str, Style]) -> None:
+    if all(getattr(point, panel.quantity) is None for point in tradeoff.points()):
+        _say_not_measured(axis, tradeoff, panel)
+        return
+    for place, point in enumerate(tradeoff.dense):
+        _draw_dense(axis, tradeoff, point, panel, _DENSE_DASHES[place % len(_DENSE_DASHES)])
+    for name, points in tradeoff.curves.items():
+        _draw_curve(axis, name, points, panel, styles[name])
+    markers = [marker for marker in visible_markers(tradeoff) if panel.quantity in marker.x]
+    _draw_paper(axis, markers, panel, styles)
+    _scale(axis, tradeoff, panel)
+
+
+def _say_not_measured(axis: Axes, tradeoff: Tradeoff, panel: Panel) -> None:
+    records = [record for point in tradeoff.points() for record in point.records]
+    notes = sorted({record.latency_note for record in records if record.latency_note})
+    why = f":\n{textwrap.fill(notes[0], 50)}" if panel.quantity == "latency_ms" and notes else ""
+    axis.set(xticks=[], yticks=[], xlabel=panel.label)
+    axis.text(
+        0.5, 0.5, f"not measured{why}", transform=axis.transAxes, ha="center", va="center", color=GREY, fontsize=9
+    )
+
+
+def _draw_curve(axis: Axes, name: str, points: Sequence[Point], panel: Panel, style: Style) -> None:
+    known = [(x, point.value) for point in points if (x := getattr(point, panel.quantity)) is not None]
+    if not known:
+        return
+    colour, marker, dash = style
+    known.sort(key=lambda pair: pair[0].mean)
+    x, y = zip(*known, strict=True)
+    seeds = max(value.n for value in y)
+    axis.errorbar(
+        [each.mean for each in x],
+        [each.mean for each in y],
+        xerr=[each.spread for each in x] if seeds > 1 else None,
+        yerr=[each.spread for each in y] if seeds > 1 else None,
+        color=colour,
+        marker=marker,
+        linestyle=dash,
+        linewidth=1.4,
+        markersize=6,
+        capsize=3,
+        label=f"{name} ({seeds} seeds)" if seeds > 1 else name,
+    )
+
+
+def _draw_dense(axis: Axes, tradeoff: Tradeoff, point: Point, panel: Panel, dash: Any) -> None:
+    mean, spread = point.value.mean, point.value.spread
+    label = f"{point.curve} ({tradeoff.metric.format(mean)})"
+    axis.axhline(mean, color=GREY, linestyle=dash, linewidth=1.4, label=label)
+    if spread:
+        axis.axhspan(mean - spread, mean + spread, color=GREY, alpha=0.15, linewidth=0)
+    x: Statistic | None = getattr(point, panel.quantity)
+    if x is not None and not panel.is_share:
+        axis.plot([x.mean], [mean], "|", color=GREY, markersize=14)
+
+
+def _draw_paper(axis: Axes, markers: Sequence[PaperMarker], panel: Panel, styles: Mapping[str, Style]) -> None:
+    """Hollow, in the look of the method's own curve."""
+    own = {**curve_styles(marker.method for marker in markers), **styles}
+    for marker in markers:
+        colour, shape, _ = own[marker.method]
+        (line,) = axis.plot([marker.x[panel.quantity]], [marker.value], shape, color=colour, label=marker.label)
+        line.set(markerfacecolor="none", markersize=9)
+
+
+def _scale(axis: Axes, tradeoff: Tradeoff, panel: Panel) -> None:
+    name = tradeoff.metric.name
+    axis.set_xlabel(panel.label)
+    axis.set_ylabel(f"{name} (per token)" if name == "perplexity" else name)
+    values = [point.value.mean for point in tradeoff.points()]
+    if not tradeoff.metric.higher_is_better and max(values) > MOST_ON_A_LINEAR_AXIS * min(values) > 0:
+        logarithmic_values(axis)
+    if panel.is_share:
+        axis.set_xlim(-0.01, 1.01)
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    else:
+        # Where all points lie close together, those on the right get no margin by themselves.
+        axis.set_xlim(0, 1.03 * axis.get_xlim()[1])
+    plain_axes(axis)
+
+
+def _notes(tradeoff: Tradeoff) -> list[str]:
+    notes = []
+    if tradeoff.failed:
+        notes.append(f"{len(tradeoff.failed)} runs without a finite value are left out")
+    drawn, known = len(visible_markers(tradeoff)), len(paper_markers(tradeoff))
+    if drawn:
+        notes.append("hollow: the paper's numbers, of other models and settings, GFLOPs as a share of dense ones")
+    if drawn < known:
+        notes.append(f"{known - drawn} of the paper's numbers are far from ours and left out")
+    return notes
+
+
+def _check_comparable(records: Sequence[ResultRecord]) -> None:
+    for name in ("task", "split", "model", "metric"):
+        found = sorted({record[name] for record in records})
+        if len(found) > 1:
+            raise ValueError(
+                f"records must be of one {name} to share a figure, got {', '.join(found)}; draw one for each"
+            )

@@ -1,0 +1,293 @@
+"""Figures of one model: the health of its routers, the curves of its training, and its times in `lte bench`.
+
+Drawn from measurements, training logs and result rows alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lte.eval.sparsity import Measurement
+from lte.report.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    YELLOW,
+    logarithmic_values,
+    new_figure,
+    plain_axes,
+)
+
+
+def router_health_figure(measurement: Measurement, threshold: float | None = None) -> Figure:
+    """How many experts each layer uses, beside the router scores of each layer.
+
+    Left: the active fraction of each layer, and its shares of experts that no token or every token activates,
+    where there are such. Right: the histogram of each layer's scores, with square-root colours so that small
+    shares show; tau, the measurement's own unless `threshold` is given, is the dashed line.
+    """
+    threshold = measurement.threshold if threshold is None else threshold
+    layers = len(measurement.active_fraction)
+    height = min(9.0, 2.6 + 0.16 * layers)
+    figure, (left, right) = new_figure(10, height, 1, 2, sharey=True, width_ratios=(1, 1.25))
+    _draw_active_fractions(left, measurement)
+    image = right.imshow(
+        measurement.score_histogram,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, 1, layers - 0.5, -0.5),
+        cmap="cividis",
+        norm=PowerNorm(0.5, vmin=0),
+    )
+    right.axvline(threshold, color="white", linewidth=1.6, linestyle="--")
+    right.set_xlabel(f"router score (active above tau = {threshold:g}, dashed)")
+    right.set_title("Router scores", fontsize=11)
+    right.tick_params(labelleft=False)
+    bar = figure.colorbar(image, ax=right, label="share of the layer's scores")
+    bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    figure.suptitle(
+        f"{100 * measurement.sparsity:.1f}% of the FFN neurons skipped, {measurement.tokens:,} tokens",
+        fontsize=12,
+    )
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_active_fractions(axis: Axes, measurement: Measurement) -> None:
+    layers = range(len(measurement.active_fraction))
+    experts = [len(use) for use in measurement.expert_use]
+    axis.barh(layers, measurement.active_fraction, color=SKY, height=0.8, label="active, mean over tokens")
+    mean = 1 - measurement.sparsity
+    axis.axvline(mean, color=BLUE, linestyle="--", linewidth=1.4, label=f"active, all layers: {100 * mean:.1f}%")
+    for counts, colour, marker, text in (
+        (measurement.dead_experts, ORANGE, "X", "never active"),
+        (measurement.always_on_experts, BLACK, "o", "always active"),
+    ):
+        # Layers without such experts get no marker: a column of zeros would hide the few that have some.
+        found = [(n / e, layer) for n, e, layer in zip(counts, experts, layers, strict=True) if n]
+        x, y = zip(*found, strict=True) if found else ((), ())
+        label = f"{text}: {sum(counts)} of {sum(experts)} experts"
+        axis.plot(x, y, marker, color=colour, markersize=5, markeredgewidth=0, label=label)
+    axis.set(xlim=(0, 1.02), xlabel="share of the layer's experts", ylabel="layer")
+    axis.set_title("Experts in use", fontsize=11)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    plain_axes(axis)
+
+
+def training_curves_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
+    """Task loss, KL, active fraction against its target, router losses, and eta, over the steps of both stages.
+
+    A curve that is zero throughout was not part of the training and gets no panel.
+
+    Args:
+        log_history: Trainer's log entries, each with its `stage`; the steps of stage 2 go on from stage 1.
+
+    Without any logged loss, after a training shorter than `logging_steps`, the figure says so.
+    """
+    entries = [entry for entry in log_history if "task_loss" in entry]
+    if not entries:
+        return _empty_figure("no loss was logged; for curves lower logging_steps")
+    # The last entry of a stage, its run time, holds the number of its steps.
+    offset = max((entry["step"] for entry in log_history if entry.get("stage", 1) == 1), default=0)
+    steps = [entry["step"] + (offset if entry.get("stage", 1) == 2 else 0) for entry in entries]
+    curves = {name: _curve(entries, steps, name) for name in _CURVES}
+    if curves["active_fraction"]:
+        curves["target"] = [(step, 1 - value) for step, value in curves["target_sparsity"]]
+    panels = {
+        label: drawn
+        for label, names in _PANELS
+        if (drawn := {name: curves[name] for name in names if name == "task_loss" or _any(curves, name)})
+    }
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = new_figure(4 * columns, 3 * rows, rows, columns, squeeze=False)
+    stages = {entry.get("stage", 1) for entry in entries}
+    for axis, (label, drawn) in zip(grid.flat, panels.items(), strict=False):
+        _draw_panel(axis, label, drawn)
+        _mark_stages(axis, offset, max(steps), stages)
+    for axis in grid.flat[len(panels) :]:
+        axis.remove()
+    return figure
+
+
+# Label of the axis and curves of each panel.
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("task loss (nats per token)", ("task_loss",)),
+    ("KL from the teacher (nats per token)", ("distillation_loss",)),
+    ("share of experts, or of scores", ("active_fraction", "target", "near_threshold")),
+    ("efficiency loss (Eq. 5)", ("efficiency_loss",)),
+    ("separability loss (Eq. 6)", ("separability_loss",)),
+    ("eta, weight of the efficiency loss", ("eta",)),
+)
+# Label, colour, and dash of each curve.
+_CURVES: dict[str, tuple[str, str, str]] = {
+    "task_loss": ("next token", BLUE, "-"),
+    "distillation_loss": ("KL from the teacher", PINK, "-"),
+    "active_fraction": ("active experts", BLUE, "-"),
+    "target": ("target", BLACK, "--"),
+    "target_sparsity": ("target sparsity", BLACK, "--"),
+    "near_threshold": ("scores within 0.1 of tau", ORANGE, ":"),
+    "efficiency_loss": ("efficiency", GREEN, "-"),
+    "separability_loss": ("separability", ORANGE, "-"),
+    "eta": ("eta", GREEN, "-"),
+}
+
+
+def _curve(entries: Sequence[dict[str, Any]], steps: Sequence[int], name: str) -> list[tuple[int, float]]:
+    return [(s, entry[name]) for s, entry in zip(steps, entries, strict=True) if entry.get(name) is not None]
+
+
+def _empty_figure(text: str) -> Figure:
+    figure, axis = new_figure(4, 3)
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color=GREY, wrap=True)
+    return figure
+
+
+def _any(curves: dict[str, list[tuple[int, float]]], name: str) -> bool:
+    return any(value for _, value in curves.get(name, ()))
+
+
+def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]]]) -> None:
+    for name, points in curves.items():
+        text, colour, dash = _CURVES[name]
+        x, y = zip(*points, strict=True)
+        marker = "o" if len(points) < 15 else ""
+        axis.plot(x, y, dash, color=colour, marker=marker, markersize=3, linewidth=1.6, label=text)
+    axis.set(xlabel="optimiser step", ylabel=label)
+    plain_axes(axis)
+    if "active_fraction" in curves:
+        axis.set_ylim(-0.02, 1.02)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if "eta" in curves and all(value > 0 for _, value in curves["eta"]):
+        logarithmic_values(axis)
+    if len(curves) > 1:
+        axis.legend(fontsize=8)
+
+
+def _mark_stages(axis: Axes, boundary: int, last: int, stages: set[int]) -> None:
+    """Shades stage 2 and names both stages at the top."""
+    if stages != {1, 2}:
+        return
+    axis.set_xlim(0, 1.02 * last)
+    axis.axvspan(boundary, 1.02 * last, color=YELLOW, alpha=0.1, linewidth=0)
+    for x, text in ((boundary / 2, "stage 1"), ((boundary + last) / 2, "stage 2")):
+        axis.text(x, 1.0, text, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+
+
+Row = dict[str, Any]
+_OURS = ((BLUE, "o"), (GREEN, "s"))
+_OTHERS = ((PINK, "^"), (YELLOW, "v"))
+_DENSE = ((ORANGE, "-"), (ORANGE, "--"), (ORANGE, ":"), (YELLOW, "-."))
+_SETTINGS = (BLUE, GREEN, SKY, PINK, YELLOW, BLACK)
+_TITLES = {"ffn": "FFN", "decode": "decoding step", "prefill": "prefill"}
+
+# Eager and compiled steps are too far apart for one.
+MOST_ON_A_LINEAR_AXIS = 8
+
+
+def latency_figure(rows: Sequence[Row]) -> Figure:
+    """A panel for each batch of the benchmarks `ffn` and `decode`, and one for prefill.
+
+    In the panels of a batch: median latency against the measured sparsity, bars from the 20th to the 80th percentile;
+    dense providers as horizontal lines; in black the time that the bytes of each sparsity need at the measured copy
+    bandwidth. In that of prefill: latency over that of the fastest dense provider against the prompt's length.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one result, got none")
+    keys = _distinct((row["benchmark"], row["batch"]) for row in rows if row["benchmark"] != "prefill")
+    prefill = [row for row in rows if row["benchmark"] == "prefill"]
+    count = len(keys) + bool(prefill)
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure, grid = new_figure(5 * columns, 4.2 * lines, lines, columns, squeeze=False)
+    axes = list(grid.flat)
+    for axis, (benchmark, batch) in zip(axes, keys, strict=False):
+        found = [row for row in rows if (row["benchmark"], row["batch"]) == (benchmark, batch)]
+        _draw_sparsities(axis, found)
+        axis.set_title(f"{_TITLES[benchmark]}, batch {batch}", fontsize=11)
+    if prefill:
+        _draw_lengths(axes[len(keys)], prefill)
+    for axis in axes[count:]:
+        axis.remove()
+    first = rows[0]
+    figure.suptitle(f"{first.get('model', 'model')}, {first['dtype']}, {first['hardware']}", fontsize=12)
+    return figure
+
+
+def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
+    dense = [row for row in rows if row.get("setting") is None]
+    for row, (colour, dash) in zip(dense, _DENSE, strict=False):
+        label = f"{row['provider']}: {row['median_ms']:.3g} ms"
+        axis.axhline(row["median_ms"], color=colour, linestyle=dash, linewidth=1.4, label=label)
+    names = _distinct(row["provider"] for row in rows if row.get("setting") is not None)
+    ours = [name for name in names if name.startswith("lte")]
+    others = [name for name in names if name not in ours]
+    for name, (colour, marker) in [*zip(ours, _OURS, strict=False), *zip(others, _OTHERS, strict=False)]:
+        _draw_provider(axis, sorted((r for r in rows if r["provider"] == name), key=_sparsity), colour, marker)
+    if ours:
+        line = sorted((row for row in rows if row["provider"] == ours[-1]), key=_sparsity)
+        times = [row["bandwidth_ms"] for row in line]
+        label = "bytes at the copy bandwidth"
+        axis.plot([_sparsity(row) for row in line], times, "--", color=BLACK, linewidth=1.2, label=label)
+    axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
+    slowest, fastest = max(row["median_ms"] for row in rows), min(row["median_ms"] for row in rows)
+    if slowest > MOST_ON_A_LINEAR_AXIS * fastest:
+        logarithmic_values(axis)
+    else:
+        axis.set_ylim(0, 1.1 * slowest)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    plain_axes(axis)
+
+
+def _draw_provider(axis: Axes, rows: Sequence[Row], colour: str, marker: str) -> None:
+    x, y = [_sparsity(row) for row in rows], [row["median_ms"] for row in rows]
+    low = [row["median_ms"] - row["p20_ms"] for row in rows]
+    high = [row["p80_ms"] - row["median_ms"] for row in rows]
+    axis.errorbar(
+        x, y, yerr=(low, high), color=colour, marker=marker, markersize=4, linewidth=1.6, label=rows[0]["provider"]
+    )
+    for row in rows:
+        if row["setting"] == "own":
+            axis.annotate("own routing", (_sparsity(row), row["median_ms"]), fontsize=7, color=colour)
+
+
+def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
+    ours = [row for row in rows if row["provider"].startswith("lte")]
+    for setting, colour in zip(_distinct(row["setting"] for row in ours), _SETTINGS, strict=False):
+        line = sorted((row for row in ours if row["setting"] == setting), key=lambda row: row["tokens"])
+        label = "own routing" if setting == "own" else f"sparsity {100 * float(setting):g}%"
+        ratios = [row["ratio_to_dense"] or float("nan") for row in line]
+        axis.plot([row["tokens"] for row in line], ratios, "o-", color=colour, markersize=4, label=label)
+    axis.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set(xlabel="tokens", ylabel="latency over the fastest dense")
+    axis.set_ylim(0, 1.2 * max(1.0, *(row["ratio_to_dense"] or 0.0 for row in ours)))
+    axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}", fontsize=11)
+    axis.legend(fontsize=7)
+    plain_axes(axis)
+
+
+def _sparsity(row: Row) -> float:
+    return row["sparsity"]
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,121 @@
+"""The saving in bytes of the FFNs, and from which one on LTE is on the envelope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lte.eval.flops import bytes_per_token, flops_per_token
+from lte.records import ResultRecord
+from lte.report.envelope import dense_ffn_share, envelope_sentences, lte_standings
+from lte.report.points import Tradeoff
+from lte.report.tables import envelope_table
+from tests.report.sample_records import record
+from tests.report.test_points import compared
+from tests.tiny_models import tiny_dense_model, tiny_sparse_model
+
+# Millions of weights.
+ATTENTION, FFN, ROUTER = 40, 60, 1
+
+
+def point(method: str, sparsity: float, value: float, router: int = 0, **changes: Any) -> ResultRecord:
+    read = ATTENTION + (1 - sparsity) * FFN
+    costs = {"flops_per_token": 2e6 * (read + router), "bytes_per_token": 2e6 * read + 4e6 * router}
+    return record(method, **{"target_sparsity": sparsity, "sparsity": sparsity, "value": value, **costs, **changes})
+
+
+def lte(sparsity: float, value: float, **changes: Any) -> ResultRecord:
+    return point("lte", sparsity, value, ROUTER, **changes)
+
+
+DENSE = point("dense", 0.0, 20.0)
+
+
+def sentence(tradeoff: Tradeoff) -> str:
+    (found,) = (each for each in envelope_sentences(tradeoff, lte_standings(tradeoff)) if "FFNs' bytes" in each)
+    return found
+
+
+def test_the_saving_is_a_share_of_the_dense_ffns_with_routers_against_it() -> None:
+    tradeoff = compared(DENSE, lte(0.5, 21.0), lte(0.7, 22.0), lte(0.0, 20.0, seed=1, label="never"))
+    assert dense_ffn_share(tradeoff) == pytest.approx(0.6)
+    standings = lte_standings(tradeoff)
+    # 4 bytes of a router's weight are 2 of the FFN's.
+    expected = [-2 / 60, 0.5 - 2 / 60, 0.7 - 2 / 60]
+    assert sorted(standing.ffn_saving or 0.0 for standing in standings) == pytest.approx(expected)
+    table = envelope_table(tradeoff, standings)
+    place = table.header.index("FFN bytes saved")
+    assert sorted(row[place] for row in table.rows) == ["-3.3%", "46.7%", "66.7%"]
+
+
+def test_the_share_is_that_of_a_models_layers() -> None:
+    dense, sparse = tiny_dense_model(), tiny_sparse_model()
+    costs = [
+        {"flops_per_token": flops_per_token(model, share), "bytes_per_token": bytes_per_token(model, share)}
+        for model, share in ((dense, 0.0), (sparse, 0.25))
+    ]
+    tradeoff = compared(record("dense", **costs[0]), record(sparsity=0.25, **costs[1]))
+    without = bytes_per_token(dense, 1.0)
+    assert dense_ffn_share(tradeoff) == pytest.approx(1 - without / bytes_per_token(dense))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [lte(0.5, 21.0)],
+        [DENSE, lte(0.0, 21.0)],
+        [DENSE, lte(0.5, 21.0, flops_per_token=None)],
+        [DENSE, lte(0.5, 21.0, flops_per_token=1e9)],
+    ],
+)
+def test_what_records_do_not_tell_is_not_said(records: list[ResultRecord]) -> None:
+    tradeoff = compared(*records)
+    assert dense_ffn_share(tradeoff) is None
+    standings = lte_standings(tradeoff)
+    assert all(standing.ffn_saving is None for standing in standings)
+    assert "FFNs' bytes" not in " ".join(envelope_sentences(tradeoff, standings))
+
+
+def test_the_lowest_saving_from_which_lte_is_on_the_envelope() -> None:
+    others = [point("cats", 0.25, 20.1), point("cats", 0.75, 30.0)]
+    own = [lte(0.3, 24.0), lte(0.5, 21.0), lte(0.7, 22.0), lte(0.9, 40.0)]
+    assert sentence(compared(DENSE, *others, *own[1:3])) == (
+        "With routers counted, LTE is on the upper envelope from 46.7% of the FFNs' bytes saved on, at each of its "
+        "best points up to 66.7%."
+    )
+    assert sentence(compared(DENSE, *others, *own)).endswith(
+        "from 46.7% of the FFNs' bytes saved on, at each of its best points up to 66.7%; no other method was measured "
+        "with 86.7% saved or more."
+    )
+
+
+def test_a_gap_in_the_middle_counts_from_above() -> None:
+    others = [point("cats", 0.5, 20.6), point("cats", 0.75, 30.0)]
+    own = [lte(0.3, 20.5), lte(0.45, 21.0), lte(0.7, 22.0)]
+    assert "envelope at 66.7% of the FFNs' bytes saved, but not at 41.7%." in sentence(compared(DENSE, *others, *own))
+
+
+def test_a_best_point_that_saves_the_most() -> None:
+    others = [point("cats", 0.5, 20.6), point("cats", 0.75, 30.0)]
+    assert sentence(compared(DENSE, *others, lte(0.45, 22.5), lte(0.7, 22.0))) == (
+        "With routers counted, LTE is on the upper envelope at 66.7% of the FFNs' bytes saved, where it is no worse "
+        "than at any smaller saving."
+    )
+    # Nothing is said of a point that saves nothing.
+    assert sentence(compared(DENSE, *others, lte(0.0, 19.0, label="on"), lte(0.7, 22.0))).endswith("bytes saved.")
+
+
+def test_a_point_that_another_of_lte_beats_does_not_count() -> None:
+    others = [point("cats", 0.5, 23.0), point("cats", 0.75, 30.0)]
+    own = [lte(0.45, 22.0), lte(0.45, 24.0, label="worse"), lte(0.7, 27.0)]
+    assert "from 41.7% of" in sentence(compared(DENSE, *others, *own))
+
+
+def test_lte_off_the_envelope_and_alone() -> None:
+    assert sentence(compared(DENSE, point("cats", 0.75, 20.5), lte(0.7, 22.0))) == (
+        "LTE is not on the upper envelope at its largest saving of the FFNs' bytes, 66.7%."
+    )
+    assert sentence(compared(DENSE, lte(0.5, 21.0), lte(0.7, 22.0))) == (
+        "No other method was measured where LTE saves 46.7% of the FFNs' bytes or more."
+    )

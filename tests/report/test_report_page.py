@@ -1,0 +1,189 @@
+"""The data of the page against the records that it is made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from lte.records import ResultRecord
+from lte.report.inputs import Bench
+from lte.report.points import find_tradeoffs
+from lte.report.report_page import MOST_STEPS, final_eta, history_data, report_data, routing_data
+from tests.report.sample_benches import bench, bench_content, bench_row
+from tests.report.sample_records import measurement, record
+from tests.report.test_points import runs_of
+
+
+def data_of(*records: ResultRecord, benches: tuple[Bench, ...] = ()) -> dict[str, Any]:
+    data = report_data(find_tradeoffs(runs_of(*records)) if records else [], benches)
+    return json.loads(json.dumps(data, allow_nan=False))
+
+
+def test_points_are_means_over_seeds_beside_the_reference() -> None:
+    seeds = [record(seed=seed, value=value, latency_ms=3.0 + seed) for seed, value in ((0, 24.0), (1, 26.0))]
+    (tradeoff,) = data_of(record("dense"), *seeds)["comparisons"]
+    dense, lte = tradeoff["points"]
+    assert dense["is_dense"]
+    assert dense["is_reference"]
+    assert (lte["curve"], lte["target"], lte["drop"]) == ("lte", 0.5, 5.0)
+    assert lte["value"] == {"mean": 25.0, "sd": pytest.approx(math.sqrt(2)), "n": 2}
+    assert lte["sparsity"] == {"mean": 0.5, "sd": 0.0, "n": 2}
+    assert lte["gflops"]["mean"] == 1.0
+    assert lte["megabytes"]["mean"] == 3.0
+    assert lte["latency_ms"]["mean"] == 3.5
+    assert dense["latency_ms"] is None
+    assert tradeoff["metric"] == {"name": "perplexity", "higher_is_better": False, "decimals": 2}
+    assert tradeoff["results"]["rows"][1][2] == "25.00 ± 1.41"
+    assert [row["value"] for row in tradeoff["csv"]] == [20.0, 25.0]
+
+
+def test_each_run_says_where_it_comes_from() -> None:
+    facts = {"command": "lte eval x --seed 7", "config": {"train": {"eta": 0.5}}, "git_commit": "abc"}
+    (tradeoff,) = data_of(record(seed=7, **facts))["comparisons"]
+    (run,) = tradeoff["points"][0]["runs"]
+    assert run["seed"] == 7
+    assert run["value"] == 25.0
+    assert run["eta"] == 0.5
+    assert run["hardware"] == "a CPU, 2 cores"
+    assert run["versions"] == {"python": "3.11", "torch": "2.13"}
+    assert {name: run[name] for name in facts} == facts
+    assert run["source"]
+
+
+def test_failed_runs_and_numbers_that_are_not_finite_are_null() -> None:
+    odd = record(seed=1, latency_ms=math.nan, config={"train": {"learning_rate": math.inf}})
+    (tradeoff,) = data_of(odd, record("cats", value=math.nan, failure="out of memory"))["comparisons"]
+    assert tradeoff["points"][0]["latency_ms"] is None
+    assert tradeoff["points"][0]["runs"][0]["config"] == {"train": {"learning_rate": None}}
+    (failed,) = tradeoff["failed"]
+    assert (failed["name"], failed["why"], failed["value"]) == ("cats", "out of memory", None)
+
+
+def test_all_runs_may_have_failed() -> None:
+    (tradeoff,) = data_of(record(value=None))["comparisons"]
+    assert tradeoff["points"] == []
+    assert tradeoff["results"]["rows"] == []
+    assert [table["title"] for table in tradeoff["tables"]] == ["Failed runs"]
+
+
+def test_nothing_at_all_is_a_page_too() -> None:
+    data = data_of()
+    assert (data["comparisons"], data["benches"]) == ([], [])
+
+
+def test_routing_counts_experts_and_keeps_the_histogram() -> None:
+    found = routing_data(record(measurement=measurement().to_dict()))
+    assert found is not None
+    assert found["active_fraction"] == [0.5, 1.0]
+    assert (found["experts"], found["dead"], found["always_on"]) == ([4, 4], [1, 0], [1, 4])
+    assert found["histogram"] == [[2500] * 2 + [0] * 36 + [2500] * 2, [0] * 39 + [10000]]
+    assert found["threshold"] == measurement().threshold
+
+
+@pytest.mark.parametrize("held", [None, {}, {"active_fraction": []}, {"active_fraction": 0.5}, [0.5]])
+def test_a_record_without_routers_has_no_routing(held: Any) -> None:
+    assert routing_data(record(measurement=held)) is None
+
+
+def test_active_fractions_alone_are_enough_for_layers() -> None:
+    found = routing_data(record(measurement={"active_fraction": [0.25, None]}))
+    assert found is not None
+    assert found["active_fraction"] == [0.25, None]
+    assert (found["histogram"], found["dead"]) == (None, None)
+
+
+def test_a_long_history_keeps_its_ends() -> None:
+    steps = list(range(0, 1000, 2))
+    shares = [[step / 1000, 1.0] for step in steps]
+    found = history_data(record(layer_history={"step": steps, "stage": [1] * 500, "active_fraction": shares}))
+    assert found is not None
+    assert len(found["step"]) == len(found["active_fraction"]) == len(found["stage"]) == MOST_STEPS
+    assert (found["step"][0], found["step"][-1]) == (0, 998)
+    assert found["active_fraction"][-1] == [0.998, 1.0]
+
+
+@pytest.mark.parametrize("held", [None, [1], {}, {"step": [1, 2], "active_fraction": [[0.5]]}, {"step": [1]}])
+def test_a_record_without_a_whole_history_has_none(held: Any) -> None:
+    assert history_data(record(layer_history=held)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"eta": 0.25, "config": {"train": {"eta": 1.0}}}, 0.25),
+        ({"config": {"train": {"eta": 1.0}}, "log": [{"eta": 0.5}]}, 1.0),
+        ({"config": {"train": {"eta": None}}, "log": [{"eta": 0.5}, {"eta": 0.75}, {"step": 3}]}, 0.75),
+        ({"log": [{"eta": 0.5}, {"eta": 0.0}]}, 0.5),
+        ({"log": [{"eta": 0.0}]}, None),
+        ({"config": {"train": None}, "log": 3}, None),
+        ({"eta": math.nan}, None),
+    ],
+)
+def test_the_eta_of_a_run(fields: dict[str, Any], expected: float | None) -> None:
+    assert final_eta(record(**fields)) == expected
+
+
+def test_a_bench_file_becomes_groups_of_rows() -> None:
+    (found,) = data_of(benches=(bench(),))["benches"]
+    assert found["name"] == "tiny, bfloat16, int8 weights, 1 x GPU (tiny.json)"
+    (group,) = found["latency"]
+    assert group["title"].startswith("decoding step, batch 1: tiny")
+    medians = [(row["provider"], row["is_dense"], row["sparsity"], row["median_ms"]) for row in group["rows"]]
+    assert medians == [("dense eager", True, 0.0, 4.0), ("lte", False, 0.5, 3.0), ("lte", False, 0.8, 2.0)]
+    assert found["break_even"] == bench_content()["break_even"]
+    assert found["union"] == bench_content()["union"]
+
+
+def test_rows_of_a_provider_that_come_twice_are_told_apart() -> None:
+    rows = [
+        bench_row(provider, None, sparsity, 1.0, benchmark="prefill", tokens=16, batch=16, routing=routing)
+        for provider, sparsity, routing in (
+            ("dense eager", 0.0, None),
+            ("lte masked", 0.0, "same"),
+            ("lte masked", 0.5, "same"),
+            ("lte masked", 0.5, "independent"),
+            ("lte decode", 0.5, "same"),
+        )
+    ]
+    data = data_of(benches=(bench(rows=rows, model=None, shape="llama2-7b"),))
+    (group,) = data["benches"][0]["latency"]
+    assert group["title"] == "FFN, 16 tokens: llama2-7b, bfloat16, int8 weights, 1 x GPU (tiny.json)"
+    names = [(row["provider"], row["is_dense"]) for row in group["rows"]]
+    same, independent = "lte masked, same routing", "lte masked, independent routing"
+    assert names == [("dense eager", True), (same, False), (same, False), (independent, False), ("lte decode", False)]
+    assert set(data["places"]) == {name for name, _ in names}
+
+
+def test_prompts_of_a_model_are_no_ffn() -> None:
+    rows = [
+        bench_row("lte", "0.5", 0.5, 1.0, benchmark="prefill", tokens=64, scope="model"),
+        bench_row("a", None, 0, 1),
+    ]
+    rows.append(bench_row("b", None, 0.0, 1.0, benchmark="other"))
+    titles = [group["title"].split(":")[0] for group in data_of(benches=(bench(rows=rows),))["benches"][0]["latency"]]
+    assert titles == ["prompt of 64 tokens", "decoding step, batch 1"]
+
+
+def test_rows_of_a_batch_that_lack_a_field_are_left_out() -> None:
+    (found,) = data_of(benches=(bench(break_even=[{"setting": "0.5"}], union="?"),))["benches"]
+    assert (found["break_even"], found["union"]) == ([], [])
+
+
+def test_no_two_curves_or_providers_share_a_place() -> None:
+    data = data_of(record("dense"), record(), record("cats"), benches=(bench(),))
+    assert set(data["places"]) == {"lte", "cats", "dense eager"}
+    assert len(set(data["places"].values())) == 3
+    assert data["places"]["lte"] == 0
+
+
+def test_the_papers_points_are_beside_ours() -> None:
+    names = {"task": "wikitext103", "model": "LLaMA-7B"}
+    points = [record("dense", **names, value=5.5), record(**names, value=6.5)]
+    (tradeoff,) = data_of(*points)["comparisons"]
+    shown = {(marker["label"], marker["value"]) for marker in tradeoff["paper"]}
+    assert ("LTE (paper)", 5.95) in shown
+    assert tradeoff["paper_left_out"] > 0
+    assert any(table["title"].startswith("The paper and ours") for table in tradeoff["tables"])
