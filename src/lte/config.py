@@ -93,7 +93,7 @@ class LteConfig:
         if version > CONFIG_VERSION:
             raise ValueError(
                 f"this model was saved by a newer lte: its config has version={version}, this lte reads up "
-                f"to {CONFIG_VERSION}. Upgrade with `pip install --upgrade lte`."
+                f"to {CONFIG_VERSION}. Install that newer lte to load it."
             )
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:

@@ -41,7 +41,9 @@ Called with the model, its family, and the settings in `config.lte_method`; `lte
 FP32_NAMES = {"router"}
 """Submodules and buffers that stay in fp32 whatever dtype a model is loaded in: they decide about neurons."""
 
-_GUARD = " (an LTE model: `pip install lte` and `import lte` before loading it)"
+# Folders of lte 0.1 go on differently after the colon, so only the start tells a guard.
+_GUARD_START = " (an LTE model: "
+_GUARD = f"{_GUARD_START}install Learn-To-be-Efficient from its source and `import lte` before loading it)"
 _PREFIX = "Lte"
 
 
@@ -57,7 +59,7 @@ class LteConfigMixin:
         # What is no field of the config class itself, but kept in its file, comes with the other arguments.
         holder = kwargs if field in kwargs else vars(self)
         if field in holder:
-            holder[field] = str(holder[field]).removesuffix(_GUARD)
+            holder[field] = str(holder[field]).partition(_GUARD_START)[0]
         self.lte: dict[str, Any] | None = kwargs.pop("lte", None)
         self.lte_measurement: dict[str, Any] | None = kwargs.pop("lte_measurement", None)
         if "lte_method" in kwargs:
