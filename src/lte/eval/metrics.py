@@ -122,7 +122,8 @@ def check_metrics(names: Sequence[str]) -> None:
         missing = [PACKAGES[module] for module in METRICS[name][1] if importlib.util.find_spec(module) is None]
         if missing:
             raise ValueError(
-                f"{', '.join(missing)} must be installed for the metric {name}, got none; pip install {' '.join(missing)}"
+                f"{', '.join(missing)} must be installed for the metric {name}, got none; "
+                f"pip install {' '.join(missing)}"
             )
 
 
