@@ -110,7 +110,7 @@ class Demo:
         summary = self.train(model, teacher, eval_s)
         self.say("4/6 Measure and save")
         measurement = self.evaluate(model, "sparse", summary)
-        model.config.lte_measurement = measurement_summary(measurement, self.data.info)
+        model.config.lte_measurement = measurement_summary(measurement, self.data.info, {"model": str(self.model)})
         save_folder(model, self.tokenizer, self.output)
         self.say("5/6 Load the folder again and compare")
         loaded = self.reload(model, measurement)

@@ -10,6 +10,7 @@ from lte.eval.models import load_config, measurement_summary, task_record
 from lte.eval.results import result_record
 from lte.eval.sparsity import SparsityMeasurement
 from lte.hf.acceleration import describe_kernels
+from lte.hf.card import write_card
 from lte.hf.inputs import predicts_next_token
 from lte.runs.folders import Folders, Made
 from lte.runs.harness import answer_questions, unanswered
@@ -124,3 +125,4 @@ def _remember(folder: Any, measurement: SparsityMeasurement, data_info: dict[str
     config = load_config(str(folder))
     config.lte_measurement = measurement_summary(measurement, data_info)
     config.save_pretrained(folder)
+    write_card(folder, config)
