@@ -10,7 +10,7 @@ from lte.hf.acceleration import accelerate_, decelerate_, is_accelerated
 from lte.hf.convert import densify_, sparsify_
 from lte.hf.install import sparse_ffns
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "LteConfig",

@@ -137,6 +137,8 @@ def test_a_card_on_the_hub_that_we_did_not_write_stays(hub: StandIn) -> None:
 def test_saving_with_push_names_the_repository_after_the_folder(hub: StandIn, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("of another day")
+    measured_model().save_pretrained(tmp_path / "mine")
+    assert not hub.created
     measured_model().save_pretrained(tmp_path / "mine", push_to_hub=True, private=True, commit_message="why")
     assert hub.created == [("mine", {"exist_ok": True, "token": None, "private": True})]
     (commit,) = hub.commits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import resource
 import shutil
 import sys
 import time
@@ -250,5 +249,7 @@ class Demo:
 
 def peak_memory_gb() -> float:
     """The most memory that this process held, in 10^9 bytes."""
+    import resource  # not on Windows, where the other commands run
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
