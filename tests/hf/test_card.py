@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoModelForCausalLM
 
 import lte
 from lte.hf.card import MARKER, model_card
-from tests.tiny_models import tiny_sparse_model
+from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 
 MEASURED = {
     "sparsity": 0.503,
@@ -78,6 +79,16 @@ def test_a_card_of_ones_own_stays_and_ours_follows_the_model(tmp_path: Path) -> 
     (tmp_path / "README.md").write_text("# Mine\n")
     measured_model().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_a_folder_of_ours_is_no_base(tmp_path: Path) -> None:
+    tiny_sparse_model("llama").save_pretrained(tmp_path / "sparse")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert "base model |" not in str(model_card(loaded.config, "again"))
+    tiny_dense_model("llama").save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    lte.sparsify_(dense, lte.LteConfig(expert_size=8, grouping="random"))
+    assert "| base model | dense |" in str(model_card(dense.config, "first"))
 
 
 class StandIn:

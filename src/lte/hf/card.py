@@ -6,6 +6,7 @@ same.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def model_card(config: Any, title: str) -> ModelCard:
     """
     settings = getattr(config, "lte", None) or getattr(config, "lte_method", None) or {}
     measured = getattr(config, "lte_measurement", None) or {}
-    base = measured.get("model") or getattr(config, "_name_or_path", "") or ""
+    base = measured.get("model") or _loaded_from(config)
     on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
     license_name = _license(base)
     data = ModelCardData(
@@ -66,6 +67,15 @@ def model_card(config: Any, title: str) -> ModelCard:
         f'model = {_auto_class(config)}.from_pretrained("path/of/this/folder")\n```',
     ]
     return ModelCard("\n\n".join(lines) + "\n")
+
+
+def _loaded_from(config: Any) -> str:
+    """The dense model that was loaded and converted, as far as the config knows; empty after a reload of our folder."""
+    name = getattr(config, "_name_or_path", None) or ""
+    file = Path(name).expanduser() / "config.json"
+    if name and file.is_file() and json.loads(file.read_text()).get("model_type", "").startswith("lte_"):
+        return ""
+    return name
 
 
 def _table(base: str, settings: dict[str, Any], measured: dict[str, Any], license_name: str | None) -> list[str]:

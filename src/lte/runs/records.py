@@ -55,7 +55,7 @@ def measured_record(
     )
     record["config"] |= {"kernels": kernels, "tokens_start": made.tokens_start}
     if isinstance(result.measurement, SparsityMeasurement):
-        _remember(folder, result.measurement, made.data_info)
+        _remember(folder, result.measurement, record)
     if comparison.harness is not None:
         record |= answer_questions(model, work.tokenizer, comparison.harness)
     reason = why_not(comparison.latency, causal, run.method)
@@ -120,9 +120,9 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
     }
 
 
-def _remember(folder: Any, measurement: SparsityMeasurement, data_info: dict[str, Any]) -> None:
-    """Notes the measured sparsity in a folder's config: the kernels choose their paths by it."""
+def _remember(folder: Any, measurement: SparsityMeasurement, record: dict[str, Any]) -> None:
+    """Notes what was measured in a folder's config, by which the kernels choose their paths, and in its model card."""
     config = load_config(str(folder))
-    config.lte_measurement = measurement_summary(measurement, data_info)
+    config.lte_measurement = measurement_summary(measurement, record["config"]["data_info"], record)
     config.save_pretrained(folder)
     write_card(folder, config)
