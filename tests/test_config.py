@@ -50,7 +50,7 @@ def test_from_dict_leaves_its_argument_alone() -> None:
 
 def test_newer_version_is_refused() -> None:
     data = {**LteConfig().to_dict(), "version": CONFIG_VERSION + 1, "new_field": 1}
-    with pytest.raises(ValueError, match=r"saved by a newer lte.*pip install --upgrade lte"):
+    with pytest.raises(ValueError, match=r"saved by a newer lte.*Install that newer lte"):
         LteConfig.from_dict(data)
 
 

@@ -25,7 +25,7 @@ from lte.methods.teal import TealConfig
 from lte.methods.wanda import WandaConfig
 from lte.methods.wina import WinaConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from lte.train.arguments import LteTrainingArguments, RoutingArguments

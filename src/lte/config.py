@@ -89,7 +89,7 @@ def current_settings(data: Mapping[str, Any]) -> dict[str, Any]:
     if version > CONFIG_VERSION:
         raise ValueError(
             f"this model was saved by a newer lte: its config has version={version}, this lte reads up "
-            f"to {CONFIG_VERSION}. Upgrade with `pip install --upgrade lte`."
+            f"to {CONFIG_VERSION}. Install that newer lte to load it."
         )
     named = {"name": LteConfig.name, **data} if version == 1 else dict(data)
     return {**named, "version": CONFIG_VERSION}

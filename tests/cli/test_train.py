@@ -41,6 +41,11 @@ def test_a_run_leaves_a_loadable_folder_and_its_report(trained: Any) -> None:
     assert len(measured["active_fraction"]) == 2
     assert measured["split"] == "validation"
     assert f"measured {100 * record['sparsity']:.2f}%" in text
+    card = (output / "README.md").read_text()
+    assert f"| measured sparsity | {100 * record['sparsity']:.1f}% |" in card
+    assert f"| perplexity before training | {record['perplexity_before']:.4g} |" in card
+    assert f"| perplexity of this model | {record['value']:.4g} |" in card
+    assert "| base model | dense |" in card
     assert f"{record['perplexity_before']:.3f} before training, {record['value']:.3f} after" in text
     assert {entry["stage"] for entry in json.loads((output / "training_log.json").read_text())} == {1, 2}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 import lte
+from lte.hf import acceleration
 from lte.hf.activations import activation_name
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.quantize import dequantize_rows, quantize_rows
@@ -204,3 +205,12 @@ class TestInt8:
 
 def test_all_but_the_kernels_works_without_triton_and_numba() -> None:
     assert "all is well" in run_processes(1, "tests.hf.without_kernels")
+
+
+def test_an_amd_gpu_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(acceleration, "HAS_TRITON", True)
+    with pytest.raises(ValueError, match="must be on an NVIDIA GPU or the CPU for kernels, got an AMD GPU"):
+        acceleration._check_device("mlp", torch.device("cuda"))
+    with pytest.raises(ValueError, match="must be on a CUDA device or the CPU, got mps"):
+        acceleration._check_device("mlp", torch.device("mps"))

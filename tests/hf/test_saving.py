@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from tests.tiny_models import randomise_routers_, tiny_sparse_model
 
@@ -222,16 +222,6 @@ def test_saving_adapters_beside_a_model_keeps_the_model(tmp_path: Path, tokens: 
     model.save_pretrained(folder)
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "adapter_config.json"} <= names
-
-
-def test_the_hub_name_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, folder, **kwargs: seen.append(kwargs))
-    model = tiny_sparse_model()
-    model.save_pretrained(tmp_path / "my-model", push_to_hub=True)
-    model.save_pretrained(tmp_path / "my-model", push_to_hub=True, repo_id="me/other")
-    model.save_pretrained(tmp_path / "my-model")
-    assert [kwargs.get("repo_id") for kwargs in seen] == ["my-model", "me/other", None]
 
 
 @pytest.mark.parametrize("name", ["model", "model/", "deep/er/model", "."])

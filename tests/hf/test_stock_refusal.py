@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tests.tiny_models import MODEL_TYPES, row_of, tiny_sparse_model
+from tests.tiny_models import MODEL_TYPES, logits_of, row_of, tiny_sparse_model
 
 LOADERS = ("AutoConfig", "AutoModel", "Auto class", "stock class", "pipeline")
 TASKS = {"CausalLM": "text-generation", "MaskedLM": "fill-mask", "Seq2SeqLM": "any-to-any"}
@@ -62,3 +65,15 @@ def test_stock_transformers_refuses_the_folder(
     kind, message = outcomes[model_type][loader]
     assert kind != "loaded", f"{loader} loaded {message} and would run it dense"
     assert f"lte_{row_of(model_type).model_type}" in message or "import lte" in message, message
+
+
+def test_a_folder_with_the_guard_of_an_earlier_version_loads(tmp_path: Path, tokens: Tensor) -> None:
+    model = tiny_sparse_model("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["hidden_act"] = "silu (an LTE model: `pip install lte` and `import lte` before loading it)"
+    file.write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.hidden_act == "silu"
+    assert torch.equal(logits_of(loaded, tokens), logits_of(model, tokens))

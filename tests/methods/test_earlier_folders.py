@@ -79,7 +79,7 @@ def test_a_folder_of_a_newer_version_is_refused(name: str, slot: str, tmp_path: 
     config = json.loads(path.read_text())
     newer = {"name": name, **config.pop(slot), "version": CONFIG_VERSION + 1}
     path.write_text(json.dumps({**config, "lte": newer}))
-    with pytest.raises(ValueError, match=r"saved by a newer lte.*Upgrade with `pip install --upgrade lte`"):
+    with pytest.raises(ValueError, match=r"saved by a newer lte.*Install that newer lte"):
         config_of(load(path.parent))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import resource
 import shutil
 import sys
 import time
@@ -111,7 +110,7 @@ class Demo:
         summary = self.train(model, teacher, eval_s)
         self.say("4/6 Measure and save")
         measurement = self.evaluate(model, "sparse", summary)
-        model.config.lte_measurement = measurement_summary(measurement, self.data.info)
+        model.config.lte_measurement = measurement_summary(measurement, self.data.info, {"model": str(self.model)})
         save_folder(model, self.tokenizer, self.output)
         self.say("5/6 Load the folder again and compare")
         loaded = self.reload(model, measurement)
@@ -251,5 +250,7 @@ class Demo:
 
 def peak_memory_gb() -> float:
     """The most memory that this process held, in 10^9 bytes."""
+    import resource  # not on Windows, where the other commands run
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -44,7 +44,7 @@ def save_outcome(model: Any, tokenizer: Any, output: Path, outcome: Outcome) -> 
     save_figure(training_curves_figure(outcome.summary.log_history), output / "training.png")
     if outcome.measurement is not None:
         data = outcome.record["config"]["data_info"]
-        model.config.lte_measurement = measurement_summary(outcome.measurement, data)
+        model.config.lte_measurement = measurement_summary(outcome.measurement, data, outcome.record)
         (output / "router_health.md").write_text(router_health_markdown(outcome.measurement) + "\n")
         save_figure(router_health_figure(outcome.measurement), output / "router_health.png")
     save_folder(model, tokenizer, output)

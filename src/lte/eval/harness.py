@@ -179,7 +179,7 @@ def _require_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ValueError("lm-eval must be installed to run its tasks, got none: pip install 'lte[lm-eval]'") from error
+        raise ValueError("lm-eval must be installed to run its tasks, got none: pip install lm-eval") from error
 
 
 def _check(model: Any, tasks: Sequence[str], num_fewshot: int | None, limit: float | None, batch_size: int) -> None:

@@ -1,6 +1,6 @@
 """lm-eval's wrapper of a loaded model, with the sparsity counted in the forward passes that it makes.
 
-Shapes: B sequences, T tokens. Importing this needs the extra lte[lm-eval].
+Shapes: B sequences, T tokens. Importing this needs the package lm-eval.
 """
 
 from __future__ import annotations

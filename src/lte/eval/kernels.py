@@ -48,5 +48,5 @@ def _accelerate_if_useful_(model: Any) -> str:
     found = describe_kernels(model)
     if found is not None and set(found.values()) == {"native", "pytorch"}:
         decelerate_(model)
-        return f"no kernel for {model.dtype} on {model.device}; on a CPU `pip install 'lte[cpu]'` brings one"
+        return f"no kernel for {model.dtype} on {model.device}; on a CPU `pip install numba` brings one"
     return ""

@@ -1,6 +1,6 @@
 """Metrics of classifications and generated texts, each computed by the library that the field takes for it.
 
-They are imported where they are used: `pip install 'lte[tasks]'` brings them.
+They are imported where they are used: `check_metrics` names the packages that are missing.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def check_metrics(names: Sequence[str]) -> None:
         missing = [PACKAGES[module] for module in METRICS[name][1] if importlib.util.find_spec(module) is None]
         if missing:
             raise ValueError(
-                f"{', '.join(missing)} must be installed for the metric {name}, got none; pip install 'lte[tasks]'"
+                f"{', '.join(missing)} must be installed for the metric {name}, got none; "
+                f"pip install {' '.join(missing)}"
             )
 
 

@@ -112,10 +112,26 @@ def task_record(network: Any, result: TaskResult, **fields: Any) -> ResultRecord
     )
 
 
-def measurement_summary(measurement: Measurement, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What the folder's config remembers of a measurement: enough for `lte inspect`, without the histograms."""
+def measurement_summary(
+    measurement: Measurement, data: Mapping[str, Any], record: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the folder's config remembers of a measurement: enough for `lte inspect` and the model card.
+
+    Args:
+        measurement: of the model.
+        data: the record's `data_info`.
+        record: of the same evaluation, whose base model and quality are kept too.
+    """
+    record = record or {}
+    quality = {
+        "model": record.get("model"),
+        "metric": record.get("metric"),
+        "value_before": record.get(f"{record.get('metric')}_before"),
+        "value": record.get("value"),
+    }
     experts = {"dead_experts": measurement.dead_experts, "always_on_experts": measurement.always_on_experts}
     return {
+        **{name: value for name, value in quality.items() if value is not None},
         "sparsity": measurement.sparsity,
         "tokens": measurement.tokens,
         "split": data.get("split", "validation"),

@@ -144,5 +144,10 @@ def _check_projection(name: str, linear: Any, layout: FfnLayout) -> None:
 def _check_device(name: str, device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} must be on a CUDA device or the CPU, got {device}; there are no kernels for others")
+    if device.type == "cuda" and torch.version.hip is not None:
+        raise ValueError(
+            f"{name} must be on an NVIDIA GPU or the CPU for kernels, got an AMD GPU, where they were never measured; "
+            "run the model without accelerate_"
+        )
     if device.type == "cuda" and not HAS_TRITON:
         raise ValueError(f"triton must be installed for kernels on {device}, got none: pip install triton")

@@ -73,5 +73,5 @@ def model_location(name_or_path: str | Path) -> dict[str, Any]:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"reading {path} needs the gguf package: pip install 'lte[gguf]'") from error
+        raise ValueError(f"reading {path} needs the gguf package: pip install gguf") from error
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

@@ -194,19 +194,41 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_INPUTS = {"vision_config": "pictures", "audio_config": "sound"}
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+def _refusal(config: Any, model_type: Any) -> str:
+    """Why a model without a row is refused: what it is, if that is known, in one sentence."""
+    inputs = [name for field, name in _INPUTS.items() if getattr(config, field, None) is not None]
+    if inputs:
+        return (
+            f"model must take text alone, got model_type={model_type!r}, which also takes {' and '.join(inputs)}; "
+            f"lte converts text models of the families {', '.join(FAMILIES)}"
+        )
+    holders = (config, getattr(config, "ffn_config", None))  # DBRX keeps its counts in a config of their own
+    if any(getattr(holder, field, None) for holder in holders for field in _EXPERT_COUNTS):
+        return (
+            f"model must have dense FFNs, got model_type={model_type!r}, a mixture of experts that routes its tokens "
+            f"already; lte converts dense models of the families {', '.join(FAMILIES)}"
+        )
+    return (
+        f"model_type must be one of {', '.join(FAMILIES)}, got model_type={model_type!r}. To "
+        "support another family, add a row to FAMILIES in lte/hf/families.py (its FFN class and projection names)."
+    )
+
+
 def family_of(config: Any) -> Family:
     """The row of a stock or sparse config.
 
     Raises:
-        ValueError: for a `model_type` that has no row, listing those that have one.
+        ValueError: for a `model_type` that has no row, listing those that have one, or saying that the model is a
+            mixture of experts or takes pictures or sound.
     """
     model_type = getattr(config, "model_type", None) or type(config).__name__
     row = FAMILIES.get(str(model_type).removeprefix("lte_"))
     if row is None:
-        raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got model_type={model_type!r}. To "
-            "support another family, add a row to FAMILIES in lte/hf/families.py (its FFN class and projection names)."
-        )
+        raise ValueError(_refusal(config, model_type))
     return row.gated if row.gated is not None and getattr(config, "is_gated_act", False) else row
 
 

@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from lte.config import LteConfig, MethodConfig, current_settings
+from lte.hf.card import CARD_FILE, MARKER, write_card
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
 from lte.hf.install import sparse_ffns
@@ -49,8 +51,11 @@ FP32_NAMES = {"router"}
 # Models of which was said what a training without their routers does.
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
-_GUARD = " (an LTE model: `pip install lte` and `import lte` before loading it)"
+# Folders of lte 0.1 go on differently after the colon, so only the start tells a guard.
+_GUARD_START = " (an LTE model: "
+_GUARD = f"{_GUARD_START}install Learn-To-be-Efficient from its source and `import lte` before loading it)"
 _PREFIX = "Lte"
+_HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
 def method_settings(config: Any) -> dict[str, Any] | None:
@@ -79,7 +84,7 @@ class LteConfigMixin:
         # What is no field of the config class itself, but kept in its file, comes with the other arguments.
         holder = kwargs if field in kwargs else vars(self)
         if field in holder:
-            holder[field] = str(holder[field]).removesuffix(_GUARD)
+            holder[field] = str(holder[field]).partition(_GUARD_START)[0]
         # Version 1 had a second place for the settings of other methods than LTE.
         settings, others = kwargs.pop("lte", None), kwargs.pop("lte_method", None)
         settings = others if settings is None else settings
@@ -157,7 +162,8 @@ class LteModelMixin:
 
         Files are written to a hidden folder, in `save_directory` if that exists and beside it if not, and
         moved when complete, `config.json` last. A folder that was there is replaced when all files are
-        written, not before.
+        written, not before. With `push_to_hub=True` the folder's new files are uploaded after that, to `repo_id`
+        or a repository of the folder's name; the folder is there even if the upload fails.
 
         Raises:
             ValueError: if `save_directory` is a file.
@@ -167,8 +173,9 @@ class LteModelMixin:
         if target.is_file():
             raise ValueError(f"save_directory must be a folder, got save_directory={target}, which is a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.name)
+        pushes = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        before = self._get_files_timestamps(target) if target.is_dir() else {}  # type: ignore[attr-defined]
         # In the folder itself if possible: it may be a mount point, and files move on one file system only.
         place = target if target.is_dir() else target.parent
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=place) as partial:
@@ -176,8 +183,34 @@ class LteModelMixin:
                 result = super().save_pretrained(partial, *args, **kwargs)  # type: ignore[misc]
             except (OSError, SafetensorError) as error:
                 raise OSError(f"could not save to {target}, which is left as it was: {error}") from error
+            if (Path(partial) / "config.json").exists():
+                self._write_card(Path(partial), target)
             publish_folder(Path(partial), target)
+        if pushes and kwargs.get("is_main_process", True):
+            repository = {name: hub.pop(name) for name in ("private",) if name in hub}
+            repo_id = hub.pop("repo_id", target.resolve().name)
+            repo_id = HfApi().create_repo(repo_id, exist_ok=True, token=kwargs.get("token"), **repository).repo_id
+            self._upload_modified_files(target, repo_id, before, token=kwargs.get("token"), **hub)
         return result
+
+    def _write_card(self, partial: Path, target: Path) -> None:
+        """Writes the model card of `target` among the files that will replace its own."""
+        own = target / CARD_FILE
+        if not (own.exists() and MARKER not in own.read_text()):
+            write_card(partial, self.config, target.resolve().name)  # type: ignore[attr-defined]
+
+    def _upload_modified_files(
+        self, working_dir: Any, repo_id: str, files_timestamps: Any, *args: Any, token: Any = None, **kwargs: Any
+    ) -> Any:
+        """As the stock method, with our card in place of the empty one that `push_to_hub` makes."""
+        card = Path(working_dir) / CARD_FILE
+        ours = not card.exists() or MARKER in card.read_text()
+        if ours or not HfApi().file_exists(repo_id, CARD_FILE, token=token):
+            card.unlink(missing_ok=True)
+            write_card(working_dir, self.config, repo_id.rpartition("/")[2])  # type: ignore[attr-defined]
+        return super()._upload_modified_files(  # type: ignore[misc]
+            working_dir, repo_id, files_timestamps, *args, token=token, **kwargs
+        )
 
 
 def _installer(config: Any) -> Callable[[Any, Family], None]:

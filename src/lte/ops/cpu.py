@@ -1,6 +1,6 @@
 """The sparse FFN for 1 to 16 tokens on a CPU: `lte::sparse_ffn_cpu`, which reads active experts and no others.
 
-The kernel (`lte.ops.cpu_kernel`) needs numba, the extra `lte[cpu]`. Without it a slower path in plain PyTorch gathers
+The kernel (`lte.ops.cpu_kernel`) needs numba (`pip install numba`). Without it a slower path in plain PyTorch gathers
 the rows of the active experts; it also skips the others, and says once that it is slow.
 
 Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
@@ -35,7 +35,7 @@ _WINS: dict[tuple[torch.dtype, int], float] = {
     (torch.bfloat16, 16): 0.5,
 }
 _MOST_PLANS = 4096
-_NO_NUMBA = "numba is not installed: sparse FFNs decode on a slower path; pip install 'lte[cpu]' brings the fast kernel"
+_NO_NUMBA = "numba is not installed: sparse FFNs decode on a slower path; pip install numba brings the fast kernel"
 _WORKQUEUE = (
     "numba runs on its workqueue threads, which only one caller may use at a time: sparse FFNs in several Python "
     "threads wait for each other; install libgomp or the package tbb to lift that"

@@ -1,4 +1,4 @@
-"""The CPU kernel of `lte.ops.cpu`, compiled by numba on first use and cached on disk; needs the extra `lte[cpu]`.
+"""The CPU kernel of `lte.ops.cpu`, compiled by numba on first use and cached on disk; needs numba.
 
 Three parallel passes: the logits, split by experts; h = act(x W_gate) * (x W_up) of the active experts, split by
 neurons; h W_down, split by columns. Weights are read once, rows in the order of memory; sums are fp32, every neuron

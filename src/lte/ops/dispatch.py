@@ -34,7 +34,7 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-# On macOS and Windows there is no Triton; numba is the extra lte[cpu].
+# On macOS and Windows there is no Triton; numba is optional.
 HAS_TRITON, HAS_NUMBA = _is_installed("triton"), _is_installed("numba")
 
 

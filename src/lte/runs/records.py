@@ -9,6 +9,7 @@ from lte.eval.kernels import use_kernels_
 from lte.eval.models import load_config, measurement_summary, task_record
 from lte.eval.sparsity import Measurement
 from lte.hf.acceleration import describe_kernels
+from lte.hf.card import write_card
 from lte.hf.inputs import predicts_next_token
 from lte.records import ResultRecord, result_record
 from lte.runs.folders import Folders, Made
@@ -54,7 +55,7 @@ def measured_record(
     )
     record.config.update(kernels=kernels, tokens_start=made.tokens_start)
     if result.measurement is not None:
-        _remember(folder, result.measurement, made.data_info)
+        _remember(folder, result.measurement, record)
     if comparison.harness is not None:
         record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness))
     reason = why_not(comparison.latency, causal, run.method)
@@ -117,8 +118,9 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
     }
 
 
-def _remember(folder: Any, measurement: Measurement, data_info: dict[str, Any]) -> None:
-    """Notes the measured sparsity in a folder's config: the kernels choose their paths by it."""
+def _remember(folder: Any, measurement: Measurement, record: ResultRecord) -> None:
+    """Notes what was measured in a folder's config, by which the kernels choose their paths, and in its model card."""
     config = load_config(str(folder))
-    config.lte_measurement = measurement_summary(measurement, data_info)
+    config.lte_measurement = measurement_summary(measurement, record["config"]["data_info"], record)
     config.save_pretrained(folder)
+    write_card(folder, config)

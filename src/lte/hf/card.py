@@ -1,0 +1,122 @@
+"""The model card of a saved folder: what made the model, what was measured, and how to load it.
+
+Everything comes from the model's config, so that a folder, a copy on the hub and a model that was loaded again say the
+same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from lte.hf.families import family_of
+
+CARD_FILE = "README.md"
+MARKER = "<!-- Written by lte from config.json; without this line lte leaves the card as it is. -->"
+
+_METHODS = {"lte": "[Learn-To-be-Efficient](https://arxiv.org/abs/2402.06126)"}
+
+
+def write_card(folder: str | Path, config: Any, title: str | None = None) -> None:
+    """Writes `README.md` into a folder, if it has none or one that lte wrote.
+
+    Args:
+        folder: of the model.
+        config: of the model.
+        title: the model's name; `None` takes the folder's.
+    """
+    path = Path(folder) / CARD_FILE
+    if path.exists() and MARKER not in path.read_text():
+        return
+    model_card(config, title or Path(folder).resolve().name).save(path)
+
+
+def model_card(config: Any, title: str) -> ModelCard:
+    """The card of a model with this config.
+
+    Args:
+        config: of an LTE model or one of another method; its `lte_measurement` holds what was measured, if anything.
+        title: the model's name.
+    """
+    settings: dict[str, Any] = getattr(config, "lte", None) or {}
+    measured = getattr(config, "lte_measurement", None) or {}
+    base = measured.get("model") or _loaded_from(config)
+    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    license_name = _license(base)
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        license=license_name,
+        library_name="transformers",
+        tags=["lte", "activation-sparsity"],
+    )
+    method = str(settings.get("name"))
+    lines = [
+        f"---\n{data.to_yaml()}\n---\n\n{MARKER}\n\n# {title}",
+        f"A {str(config.model_type).removeprefix('lte_')} model whose FFNs compute a part of their neurons for each "
+        f"token, made with `lte` by the method {_METHODS.get(method, method)}.",
+        "\n".join(_table(base, settings, measured, license_name)),
+        "Sparsity is the share of FFN neurons that a token does not compute, the mean over layers. It differs from "
+        "text to text.",
+        "## How to load it",
+        "transformers alone refuses this folder, so that it never runs dense by accident. Install `lte` from its "
+        "source, then:",
+        f"```python\nimport lte  # registers the model's class\nfrom transformers import {_auto_class(config)}\n\n"
+        f'model = {_auto_class(config)}.from_pretrained("path/of/this/folder")\n```',
+    ]
+    return ModelCard("\n\n".join(lines) + "\n")
+
+
+def _loaded_from(config: Any) -> str:
+    """The dense model that was loaded and converted, as far as the config knows; empty after a reload of our folder."""
+    name = getattr(config, "_name_or_path", None) or ""
+    file = Path(name).expanduser() / "config.json"
+    if name and file.is_file() and json.loads(file.read_text()).get("model_type", "").startswith("lte_"):
+        return ""
+    return name
+
+
+def _table(base: str, settings: dict[str, Any], measured: dict[str, Any], license_name: str | None) -> list[str]:
+    rows = {
+        # A path of the machine that made it is nobody else's business.
+        "base model": base if base.count("/") <= 1 and not base.startswith((".", "/", "~")) else Path(base).name,
+        "method": settings.get("name"),
+        "target sparsity": _percent(settings.get("target_sparsity")),
+        "measured sparsity": _percent(measured.get("sparsity")) or "not measured",
+    }
+    if measured:
+        data = measured.get("data", {})
+        source = data.get("source")
+        names = ", ".join(Path(name).name for name in ([source] if isinstance(source, str) else source or []))
+        rows["measured on"] = f"{measured['tokens']:,} tokens of {names or 'held-out text'}, {measured['split']} split"
+    if measured.get("value") is not None:
+        metric = measured.get("metric", "value")
+        if measured.get("value_before") is not None:
+            rows[f"{metric} before training"] = f"{measured['value_before']:.4g}"
+        rows[f"{metric} of this model"] = f"{measured['value']:.4g}"
+    rows["licence"] = license_name or "that of the base model, which lte does not know"
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
+
+
+def _license(base: str) -> str | None:
+    """The licence that the base model's own card names, if that card is on this machine."""
+    try:
+        folder = Path(base).expanduser() / CARD_FILE
+        cached = folder if folder.is_file() else try_to_load_from_cache(base, CARD_FILE)
+        return ModelCard.load(cached).data.license if isinstance(cached, str | Path) else None
+    except (ValueError, OSError):
+        # No name of the hub, or a card without readable fields: the licence is unknown.
+        return None
+
+
+def _auto_class(config: Any) -> str:
+    wanted = set(getattr(config, "architectures", None) or ())
+    models = family_of(config).models
+    found = [auto for auto, stock in models.items() if stock in wanted or f"Lte{stock}" in wanted]
+    return found[0] if found else next(iter(models))

@@ -1,0 +1,68 @@
+"""Every link of the documents, within the repository, leads somewhere, and nothing is left out of the index."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pdoc
+import pytest
+import typer.cli
+from typer.testing import CliRunner
+
+import lte
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in LINK.findall(document.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text())}
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if page != index and page.parent.name != "images"}
+    assert pages <= linked, sorted(page.name for page in pages - linked)
+
+
+def test_the_reference_of_the_command_line_is_current() -> None:
+    arguments = ["lte.cli.app", "utils", "docs", "--name", "lte", "--title", "Command line"]
+    result = CliRunner().invoke(typer.cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    committed = (ROOT / "docs" / "cli.md").read_text()
+    assert committed.rstrip() == result.output.rstrip(), "run `make docs` and commit docs/cli.md"
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_reference_of_the_library_is_built_without_a_warning(tmp_path: Path) -> None:
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc("lte", output_directory=tmp_path)
+    page = (tmp_path / "lte.html").read_text()
+    assert all(f'id="{name}"' in page for name in lte.__all__ if name != "methods")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert lte.__version__ == project
+    released = project.partition(".dev")[0]
+    assert f"\nversion: {released}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{released}]" in (ROOT / "CHANGELOG.md").read_text()
