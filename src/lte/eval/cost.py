@@ -57,6 +57,9 @@ def measured_cost(model: Any, measurement: Measurement | None) -> Cost:
     Args:
         model: dense, LTE, or of any other method.
         measurement: what `lte.eval.perplexity.evaluate_model` returned for it; `None` for a stock model.
+
+    Raises:
+        ValueError: for a measurement of LTE from before version 2, which does not say what was read.
     """
     weights = count_linear_weights(model)
     total = weights.attention + sum(weights.ffn)
