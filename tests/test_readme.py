@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lte
-from lte.cli import app
+from lte_cli import app
 from tests.cli.conftest import save_tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
-from lte.cli import app
 from lte.eval.harness import evaluate_harness
 from lte.eval.models import load_any_model
 from lte.eval.results import load_result
@@ -25,6 +24,7 @@ from lte.runs import harness
 from lte.runs.harness import HarnessSettings, answer_questions
 from lte.runs.runner import execute_all
 from lte.runs.settings import read_comparison
+from lte_cli import app
 from tests.data.tasks.made_up import write
 from tests.eval.harness_toys import write_tasks
 from tests.runs.conftest import runner_of, write_comparison

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 import lte
 from lte.bench.routing import recorded_masks
-from lte.cli import app
 from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.runs.latency import time_decoding
 from lte.runs.own_answers import calibrate_on_answers_
 from lte.runs.runner import execute_all
 from lte.train.trainer import LteTrainer
+from lte_cli import app
 from tests.data.tasks.made_up import write_e2e
 from tests.runs.conftest import FIELDS, records_of, runner_of, write_comparison
 from tests.tiny_models import EXPERT_SIZE, randomise_routers_
