@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lte.bench import timing
-from lte.cli.training_run import TrainingRun
+from lte.cli.train import TrainingRun
 from lte.data.tasks import get_task
 from lte.eval.harness import TASK_FILES
 from lte_cli import load_command

@@ -1,4 +1,4 @@
-"""Settings from dataclasses: each field is a key of a YAML file, and a flag of a command (`lte.cli.settings`).
+"""Settings from dataclasses: each field is a key of a YAML file, and a flag of a command (`lte.cli.command`).
 
 A field's help is its `help` metadata, or its entry under `Attributes:` in the docstring of its class. A name that
 several classes have (`seed`) is one setting that goes to all of them.

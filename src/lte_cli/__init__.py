@@ -13,15 +13,19 @@ from typer.core import TyperCommand, TyperGroup
 
 # Each command's function is in the module of its name in lte.cli. The texts are the first sentences of their help.
 COMMANDS = {
-    "train": "Trains a sparse model in two stages and writes a folder that from_pretrained and the other commands load.",
+    "train": "Trains a sparse model in two stages and writes a folder that from_pretrained and the other commands "
+    "load.",
     "eval": "Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per "
     "token.",
     "generate": "Continues a prompt and says what share of its neurons the model used for this text.",
-    "bench": "Times FFNs, decoding steps and prompts of a sparse model and of dense baselines, side by side in one run.",
-    "compare": "Trains and measures methods side by side: one start per seed, one budget, a result record for each run.",
-    "inspect": "Says what a model is: experts, routers, target and measured sparsity, FLOPs per token. Loads no weights.",
-    "report": "Compares methods over result files: tables, trade-off curves, the paper's numbers beside ours. Loads no "
-    "models.",
+    "bench": "Times FFNs, decoding steps and prompts of a sparse model and of dense baselines, side by side in one "
+    "run.",
+    "compare": "Trains and measures methods side by side: one start per seed, one budget, a result record for each "
+    "run.",
+    "inspect": "Says what a model is: experts, routers, target and measured sparsity, FLOPs per token. Loads no "
+    "weights.",
+    "report": "Compares methods over result files: tables, trade-off curves, the paper's numbers beside ours. Loads "
+    "no models.",
     "demo": "Makes a small language model sparse on this machine, and reports what it gained and lost.",
 }
 FORMAT: dict[str, Any] = {"add_completion": False, "rich_markup_mode": "markdown", "pretty_exceptions_enable": False}

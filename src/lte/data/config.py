@@ -46,6 +46,9 @@ class DataConfig:
         "pydoc-topics", "File, glob, hub data set, or pydoc-topics (Python's help text); may be given several times."
     )
     validation: str | None = _option(None, "Held-out file, glob, or hub data set; unset: documents split off train.")
+    calibration: str | list[str] | None = _option(
+        None, "Text like that in use, on which the thresholds are set at the end; unset: train. A source or several."
+    )
     format: Format = _option(
         "auto", "auto goes by the file's ending, also before .gz, .bz2, .xz, or .zst (pip install zstandard)."
     )

@@ -14,7 +14,7 @@ from lte.data.tasks.config import TaskConfig
 from lte.data.tasks.registry import get_task
 from lte.data.tasks.task import GenerationTask
 from lte.methods import METHODS, MethodConfig
-from lte.runs.settings import Comparison, Entry, EntryOptions, TeachingOptions
+from lte.runs.settings import OWN_METHODS, ComparisonSettings, Entry, EntryOptions, TeachingOptions
 from lte.settings import build
 from lte.train.config import TrainConfig
 
@@ -96,15 +96,21 @@ class Run:
 
     @property
     def lte_config(self) -> LteConfig:
-        """Of an LTE model, or of the wrapper in which a stock model trains."""
-        values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
-        return build(LteConfig, values if self.method == "lte" else {**values, "grouping": "contiguous"})
+        """Of an LTE model."""
+        return build(LteConfig, {**self.values, "target_sparsity": self.target, "seed": self.seed})
 
     @property
     def method_config(self) -> MethodConfig:
         """Of another method than LTE."""
         values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
         return build(METHODS[self.method].config, values)
+
+    @property
+    def own_config(self) -> LteConfig | MethodConfig | None:
+        """Of its method; `None` of a dense model."""
+        if self.method == "dense":
+            return None
+        return self.lte_config if self.method == "lte" else self.method_config
 
     @property
     def data_config(self) -> DataConfig:
@@ -128,7 +134,7 @@ class Run:
         """Raises a `ValueError` for settings that do not fit each other; returns itself."""
         config = self.train_config
         _ = self.data_config, self.task_config, self.stages
-        _ = self.lte_config if self.method in ("lte", "dense") else self.method_config
+        _ = self.lte_config if self.method in OWN_METHODS else self.method_config
         if bool(config.distillation_weight) != bool(self.teacher):
             raise ValueError(
                 "distillation_weight must be positive with distill_from and 0 without, got "
@@ -137,7 +143,7 @@ class Run:
         return self
 
 
-def plan_runs(comparison: Comparison) -> tuple[Run, ...]:
+def plan_runs(comparison: ComparisonSettings) -> tuple[Run, ...]:
     """All runs, seed by seed, each after those that it needs.
 
     Raises:
@@ -157,7 +163,7 @@ def children_of(run: Run, runs: Sequence[Run]) -> list[Run]:
 
 
 class _Planner:
-    def __init__(self, comparison: Comparison):
+    def __init__(self, comparison: ComparisonSettings):
         self.comparison = comparison
         self.runs: dict[str, Run] = {}
         # Dense controls by what they learn.
