@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from lte.config import LteConfig
@@ -18,22 +18,24 @@ from lte.runs.settings import OWN_METHODS, ComparisonSettings, Entry, EntryOptio
 from lte.settings import build
 from lte.train.config import TrainConfig
 
-# Settings that do not change what a dense model learns.
-_LTE_ALONE = {
-    *("recipe", "router_learning_rate", "eta", "lambda_", "pole_guard", "ramp_ratio", "router_fit_tokens"),
-    *("stage2_routers", "router_sharpening", "calibration_tokens", "calibration_answers"),
+# What a setting affects where the metadata of its field does not say `affects`: routing is what a dense model does not
+# learn, nothing what no weight depends on. All others, and so every new one, affect the weights of all models.
+_AFFECTS = {
+    **dict.fromkeys(("recipe", "router_learning_rate", "eta", "lambda_", "pole_guard", "ramp_ratio"), "routing"),
+    **dict.fromkeys(("router_fit_tokens", "stage2_routers", "router_sharpening", "calibration_tokens"), "routing"),
+    **dict.fromkeys(("calibration_answers", "calibration"), "routing"),
+    **dict.fromkeys(("logging_steps", "save_steps", "report_to", "dataloader_num_workers"), "nothing"),
+    **dict.fromkeys(("data_dir", "limit", "max_validation_tokens"), "nothing"),
 }
-# Settings that do not touch the weights of any model.
-_FREE = {
-    *("logging_steps", "save_steps", "report_to", "dataloader_num_workers"),
-    *("data_dir", "limit", "max_validation_tokens"),
-}
-_LEARNING = {
-    field.name
-    for cls in (TaskConfig, DataConfig, TrainConfig, TeachingOptions)
-    for field in fields(cls)
-    if field.name not in _LTE_ALONE | _FREE
-}
+
+
+def affects(field: Field[Any]) -> str:
+    """What depends on a setting: `weights` of any model, `routing` alone, or `nothing` that is saved."""
+    return field.metadata.get("affects") or _AFFECTS.get(field.name, "weights")
+
+
+_TRAINING = [field for cls in (TaskConfig, DataConfig, TrainConfig, TeachingOptions) for field in fields(cls)]
+_LEARNING = {field.name for field in _TRAINING if affects(field) == "weights"}
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,8 @@ class _Planner:
             options = EntryOptions(method="dense", label="control", relu=entry.options.relu)
             start = self._start(seed)
             teacher = self._teacher(values, start)
-            known = {name: value for name, value in values.items() if name in _LEARNING | _LTE_ALONE | _FREE}
+            names = {field.name for field in _TRAINING}
+            known = {name: value for name, value in values.items() if name in names}
             self._add(Run(name, options, 0.0, seed, known, start, teacher, True, options.relu, False))
             self.controls[key] = name
         return self.controls[key]
@@ -245,11 +248,13 @@ class _Planner:
         def print_of(name: str | None) -> str | None:
             return self.runs[name].fingerprint if name in self.runs else name
 
-        settings = {name: value for name, value in sorted(run.values.items()) if name not in _FREE}
-        if run.calibration_answers:
-            settings["calibration_answers"] = run.calibration_answers
-        else:
-            settings.pop("calibration_answers", None)
+        settings = {}
+        for config in (run.task_config, run.data_config, run.train_config, run.own_config):
+            for field in fields(config) if config is not None else ():
+                if affects(field) != "nothing":
+                    settings[f"{type(config).__name__}.{field.name}"] = getattr(config, field.name)
+        settings["TrainConfig.calibration_answers"] = run.calibration_answers
+        settings["stages"] = run.stages
         parts = {
             "model": self.comparison.model,
             "method": [run.method, run.target, run.seed, run.trains, run.relu],
