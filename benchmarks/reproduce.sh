@@ -4,8 +4,8 @@
 #     bash benchmarks/reproduce.sh OUTPUT STEP...
 #
 # Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, and trained,
-# which needs MODEL (SmolLM2-135M-Instruct as a GGUF file), CACHE (what experiments/wikipedia/prepare.py wrote) and HELD_OUT (articles,
-# a JSONL file) in the environment. Every step writes its result files as it goes on.
+# which needs MODEL (SmolLM2-135M-Instruct as a GGUF file), TRAIN and HELD_OUT (articles, two JSONL files) in the
+# environment. Every step writes its result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -69,8 +69,8 @@ kernels() { python3 benchmarks/decode_step.py --settings tuned --attention sdpa 
 
 trained() {
   local folder=$output/runs/lte-50-quick
-  python3 experiments/wikipedia/run.py --config experiments/wikipedia/quick.yaml --cache "$CACHE" --model "$MODEL" \
-    --work "$output/runs" --output "$output/wikipedia"
+  python3 -m lte train --config experiments/train/wikipedia_quick.yaml --model "$MODEL" --train "$TRAIN" \
+    --validation "$HELD_OUT" --output "$folder"
   for kernels in auto int8; do
     python3 -m lte eval "$folder" --train "$HELD_OUT" --validation "$HELD_OUT" --sequence-length 1024 --dtype bfloat16 \
       --batch-size 16 --kernels $kernels --json "$output/smollm2_$kernels.json"

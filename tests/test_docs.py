@@ -45,7 +45,7 @@ def test_the_index_leads_to_every_page() -> None:
 
 
 def test_the_reference_of_the_command_line_is_current() -> None:
-    arguments = ["lte.cli.app", "utils", "docs", "--name", "lte", "--title", "Command line"]
+    arguments = ["lte.cli.reference", "utils", "docs", "--name", "lte", "--title", "Command line"]
     result = CliRunner().invoke(typer.cli.app, arguments)
     assert result.exit_code == 0, result.output
     committed = (ROOT / "docs" / "cli.md").read_text()

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from transformers import AutoTokenizer
 
 from lte.bench import timing
-from lte.cli import app
-from lte.cli.training_run import TrainingRun
+from lte.cli.train import TrainingRun
 from lte.data.tasks import get_task
 from lte.eval.harness import TASK_FILES
+from lte_cli import load_command
 from tests.cli.conftest import run, save_tiny_model
 from tests.data.tasks.made_up import (
     write_e2e,
@@ -180,9 +179,8 @@ def test_the_other_ways_to_a_sparsity_are_settings(settings_of: Callable[..., Tr
     ids=lambda command: " ".join((command.name, *command.arguments[1:4])),
 )
 def test_measuring_commands_have_known_flags(command: Command) -> None:
-    group: Any = typer.main.get_command(app)
     assert command.processes == 1
-    context = group.commands[command.name].make_context(command.name, list(command.arguments[1:]))
+    context = load_command(command.name).make_context(command.name, list(command.arguments[1:]))
     task = context.params.get("task")
     if task is None:
         return

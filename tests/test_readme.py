@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lte
-from lte.cli import app
 from lte.records import load_records, read_folder
+from lte_cli import app
 from tests.cli.conftest import save_tiny_model
 
 ROOT = Path(__file__).parents[1]

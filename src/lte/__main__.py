@@ -1,5 +1,5 @@
 """`python -m lte`: the same as the `lte` command."""
 
-from lte.cli import main
+from lte_cli import main
 
 main()

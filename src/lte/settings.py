@@ -1,4 +1,4 @@
-"""Settings from dataclasses: each field is a key of a YAML file, and a flag of a command (`lte.cli.settings`).
+"""Settings from dataclasses: each field is a key of a YAML file, and a flag of a command (`lte.cli.command`).
 
 A field's help is its `help` metadata, or its entry under `Attributes:` in the docstring of its class. A name that
 several classes have (`seed`) is one setting that goes to all of them.
@@ -19,9 +19,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a settings dataclass with its default and its help text."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default: Any, text: str, affects: str = "weights") -> Any:
+    """A field of a settings dataclass with its default and its help text.
+
+    Args:
+        default: of the field.
+        text: what `--help` says.
+        affects: what depends on it: the `weights` of any model, its `routing` alone, or `nothing` that is saved.
+            Models that were made with other settings of a kind that counts are made anew.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "affects": affects})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lte.cli import app
+from lte_cli import app
 from tests.tiny_models import EXPERT_SIZE, tiny_dense_model
 
 VOCAB_SIZE = 300

@@ -132,18 +132,12 @@ def test_meta_weights_are_refused() -> None:
         lte.sparsify_(model, CONFIG)
 
 
-@pytest.mark.parametrize("target", ["down_proj", "q_proj"])
-def test_peft_wrapper_is_refused(target: str) -> None:
-    model = peft.get_peft_model(tiny_dense_model(), peft.LoraConfig(target_modules=[target], r=2))
-    with refused_unchanged(model, "got the wrapper PeftModel; merge adapters and unwrap"):
-        lte.sparsify_(model, CONFIG)
-
-
-def test_lora_in_an_ffn_is_refused() -> None:
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_other_adapters_than_lora_are_refused(wrapped: bool) -> None:
     model = tiny_dense_model()
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2))
-    with refused_unchanged(model, "down_proj must be a plain .*merge adapters first"):
-        lte.sparsify_(model, CONFIG)
+    adapted = peft.get_peft_model(model, peft.IA3Config(target_modules=["down_proj"], feedforward_modules=[]))
+    with refused_unchanged(model, r"down_proj must be a plain .*merge adapters that are not LoRA first"):
+        lte.sparsify_(adapted if wrapped else model, CONFIG)
 
 
 def test_models_that_share_a_config_object_stay_apart(model_type: str, tokens: Tensor) -> None:

@@ -15,7 +15,7 @@ from lte.runs.folders import Folders
 from lte.runs.plan import plan_runs
 from lte.runs.runner import Runner
 from lte.runs.settings import read_comparison
-from lte.runs.workloads import Workloads
+from lte.runs.workload import Workloads
 from tests.cli.conftest import save_tiny_model
 from tests.data.tasks.made_up import BAD, GOOD, write
 from tests.tiny_models import EXPERT_SIZE

@@ -12,7 +12,7 @@ import torch
 
 from lte.bench.gate import GateError
 from lte.records import write_json_atomic
-from lte.runs import latency, making, runner
+from lte.runs import folders, latency, runner
 from lte.runs.folders import MADE_FILE
 from lte.runs.runner import execute_all
 from lte.train.trainer import NonFiniteLossError
@@ -51,8 +51,8 @@ def test_what_needs_a_failed_model_fails_with_it(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = NonFiniteLossError("the loss is nan")
-    diverges = failing(making.make_model, error, lambda run: run.name == "control-seed0")
-    monkeypatch.setattr(runner, "make_model", diverges)
+    diverges = failing(folders.make_run, error, lambda run: run.name == "control-seed0")
+    monkeypatch.setattr(runner, "make_run", diverges)
     first, _ = runner_of(mrpc("cats", "lte"), tmp_path)
     assert execute_all([first]) == ["cats-0.5-seed0"]
     failure = records_of(tmp_path)["cats-0.5-seed0"]["failure"]
@@ -80,11 +80,11 @@ def test_what_finds_no_room_beside_others_is_tried_again(
 
     def makes(run: Any, *args: Any) -> Any:
         made.append(run.name)
-        return making.make_model(run, *args)
+        return folders.make_run(run, *args)
 
     made: list[str] = []
     measured = runner.measured_record
-    monkeypatch.setattr(runner, "make_model", makes)
+    monkeypatch.setattr(runner, "make_run", makes)
     monkeypatch.setattr(runner, "measured_record", measures)
     monkeypatch.setattr(runner, "others_fill_gpu", lambda: shared)
     monkeypatch.setattr(runner, "MEMORY_WAIT_S", 0.3)
@@ -104,7 +104,7 @@ def test_an_error_of_any_kind_is_a_record(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = RuntimeError("cuBLAS:\nno workspace")
-    monkeypatch.setattr(runner, "make_model", failing(making.make_model, error, lambda run: run.method == "lte"))
+    monkeypatch.setattr(runner, "make_run", failing(folders.make_run, error, lambda run: run.method == "lte"))
     first, _ = runner_of(mrpc("lte", "wina"), tmp_path)
     assert execute_all([first]) == ["lte-0.5-seed0"]
     assert records_of(tmp_path)["lte-0.5-seed0"]["failure"] == "RuntimeError: cuBLAS: no workspace"
@@ -116,7 +116,7 @@ def test_a_gpu_that_answers_no_more_ends_the_process_after_the_record(
     mrpc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RuntimeError("an illegal memory access")
-    monkeypatch.setattr(runner, "make_model", failing(making.make_model, error, lambda run: True))
+    monkeypatch.setattr(runner, "make_run", failing(folders.make_run, error, lambda run: True))
     monkeypatch.setattr(runner, "_device_works", lambda: False)
     first, _ = runner_of(mrpc("lte", "wina"), tmp_path)
     with pytest.raises(RuntimeError, match="illegal"):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lte.runs.plan import Run, plan_runs
+from lte.data.config import DataConfig
+from lte.data.tasks.config import TaskConfig
+from lte.runs.plan import Run, affects, plan_runs
 from lte.runs.settings import read_comparison
+from lte.train.config import TrainConfig
 from tests.runs.conftest import write_comparison
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -21,6 +25,7 @@ EXAMPLES = {
     "compare/dialogsum": 50,
     "compare/wikipedia": 53,
     "compare/wikitext2": 56,
+    "compare/wikipedia_books": 9,
     "compare/instruct": 19,
     "ablations/chat_questions": 5,
     "ablations/eta": 48,
@@ -34,6 +39,8 @@ EXAMPLES = {
     "ablations/sst2_80": 27,
     "ablations/stage2": 15,
     "ablations/switching": 12,
+    "ablations/wikipedia_recipe": 4,
+    "ablations/wikipedia_fewer_articles": 6,
 }
 
 
@@ -124,6 +131,34 @@ def test_a_fingerprint_tells_of_settings_that_decide_the_weights(mrpc: Callable[
     later = prints(train={"stage1_steps": 3, "stage2_steps": 2})
     assert {name for name in before if before[name] != later[name]} == {"lte-0.5-seed0", "dense-0-seed0"}
     assert not set(prints(start={"stage1_steps": 3}).values()) & set(before.values())
+
+
+def test_a_new_setting_enters_the_fingerprint(mrpc: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Longer(TrainConfig):
+        new: int = 1
+
+    @dataclass(frozen=True, kw_only=True)
+    class Louder(TrainConfig):
+        new: int = field(default=1, metadata={"affects": "nothing"})
+
+    file = mrpc("lte", "teal")
+    before = plan(file)
+    # The name of the class is part of it.
+    Longer.__name__ = Louder.__name__ = "TrainConfig"
+    monkeypatch.setattr("lte.runs.plan.TrainConfig", Louder)
+    assert {name: run.fingerprint for name, run in plan(file).items()} == {
+        name: run.fingerprint for name, run in before.items()
+    }
+    monkeypatch.setattr("lte.runs.plan.TrainConfig", Longer)
+    after = plan(file)
+    assert all(after[name].fingerprint != run.fingerprint for name, run in before.items())
+
+
+def test_what_a_setting_affects_is_one_of_three() -> None:
+    kinds = {f.name: affects(f) for cls in (TaskConfig, DataConfig, TrainConfig) for f in fields(cls)}
+    assert set(kinds.values()) == {"weights", "routing", "nothing"}
+    assert (kinds["learning_rate"], kinds["eta"], kinds["save_steps"]) == ("weights", "routing", "nothing")
 
 
 def test_a_fingerprint_tells_of_thresholds_on_own_answers(tmp_path: Path) -> None:

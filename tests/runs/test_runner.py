@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 import lte
 from lte.bench.routing import recorded_masks
-from lte.cli import app
 from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.runs.latency import time_decoding
 from lte.runs.own_answers import calibrate_on_answers_
 from lte.runs.runner import execute_all
 from lte.train.trainer import LteTrainer
+from lte_cli import app
 from tests.data.tasks.made_up import write_e2e
 from tests.runs.conftest import FIELDS, records_of, runner_of, write_comparison
 from tests.tiny_models import EXPERT_SIZE, randomise_routers_
@@ -97,7 +97,7 @@ def test_thresholds_are_set_on_own_answers(tmp_path: Path, llama: Path, monkeypa
         calibrate_on_answers_(model, *arguments)
         answered.append(model.target_sparsity)
 
-    monkeypatch.setattr("lte.runs.making.calibrate_on_answers_", calibrated)
+    monkeypatch.setattr("lte.runs.pipeline.calibrate_on_answers_", calibrated)
     folders = ["--output", str(tmp_path / "records"), "--work", str(tmp_path / "work")]
     for phase in ("train", "measure"):
         result = CliRunner().invoke(app, ["compare", str(file), *folders, "--phase", phase])
@@ -277,7 +277,7 @@ def test_decoding_is_timed_on_the_saved_folder(tmp_path: Path, llama: Path) -> N
 def test_decoding_is_timed_on_what_is_measured(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_e2e_comparison(tmp_path, llama, latency=True)
     # As if this were a GPU.
-    monkeypatch.setattr("lte.runs.records.why_not", lambda *arguments: None)
+    monkeypatch.setattr("lte.runs.measure.why_not", lambda *arguments: None)
     first, _ = runner_of(file, tmp_path)
     assert execute_all([first]) == []
     record = records_of(tmp_path)["lte-0.5-seed0"]

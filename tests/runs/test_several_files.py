@@ -8,8 +8,8 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from lte.cli import app
 from lte.runs.runner import execute_all
+from lte_cli import app
 from tests.runs.conftest import runner_of
 
 DENSE = {"method": "dense", "fine_tune": False, "base": "start"}

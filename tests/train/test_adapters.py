@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lte
@@ -161,11 +161,3 @@ def test_adapters_before_the_conversion_train(tmp_path):
     assert {name.split("modules_to_save.default.")[1] for name, p in model.named_parameters() if p.requires_grad
             and "router" in name} == {"weight", "bias"}  # fmt: skip
     assert all(p.requires_grad == ("lora_" in n or "modules_to_save" in n) for n, p in model.named_parameters())
-
-
-def test_other_adapters_before_the_conversion_are_refused():
-    model = get_peft_model(tiny_dense_model(), IA3Config(target_modules=["down_proj"], feedforward_modules=[]))
-    with pytest.raises(
-        ValueError, match=r"down_proj must be a plain floating-point nn.Linear, got Linear; .* not LoRA"
-    ):
-        lte.sparsify_(model)

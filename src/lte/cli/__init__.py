@@ -1,10 +1,1 @@
-"""The command line: `lte train`, `eval`, `generate`, `inspect`, `report`, and `demo`."""
-
-from lte.cli.app import app
-
-__all__ = ["app", "main"]
-
-
-def main() -> None:
-    """Runs the `lte` command."""
-    app(prog_name="lte")
+"""The subcommands of `lte`, a module each; `lte_cli` lists them and imports the one that is called."""

@@ -16,8 +16,7 @@ from lte.bench.settings import OWN, BenchSettings, parse_counts, parse_sparsitie
 from lte.bench.shapes import SHAPES, random_model, shape_config
 from lte.bench.text import random_ids, read_text, text_ids
 from lte.bench.union import BATCHES
-from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
-from lte.cli.models import quiet_transformers
+from lte.cli.command import EXIT_ERROR, print_error, quiet_transformers, reports_errors
 from lte.config import check_choice
 from lte.eval.models import DTYPES, load_any_model
 from lte.hf.dense import load_tokenizer

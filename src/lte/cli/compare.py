@@ -9,16 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lte.cli.errors import EXIT_ERROR, print_error, reports_errors
-from lte.cli.models import quiet_transformers
+from lte.cli.command import EXIT_ERROR, print_error, quiet_transformers, reports_errors
 from lte.config import check_choice
 from lte.hf.dense import load_tokenizer
 from lte.runs.folders import Folders
 from lte.runs.plan import Run, plan_runs
-from lte.runs.runner import PHASES, Runner, execute_all
-from lte.runs.schedule import Estimate, estimate_runs
+from lte.runs.runner import PHASES, Estimate, Runner, estimate_runs, execute_all
 from lte.runs.settings import read_comparison
-from lte.runs.workloads import Workloads
+from lte.runs.workload import Workloads
 
 
 @reports_errors

@@ -10,9 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import TextStreamer
 
-from lte.cli.errors import reports_errors
-from lte.cli.kernels import KernelsOption
-from lte.cli.models import quiet_transformers
+from lte.cli.command import KernelsOption, quiet_transformers, reports_errors
 from lte.eval.models import load_any_model
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.dense import load_tokenizer

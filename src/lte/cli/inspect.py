@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import transformers
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from lte.cli.errors import reports_errors
-from lte.cli.inspected_text import TextConfig, check_flags, serve_inspector, write_inspector
-from lte.cli.model_description import describe, print_description
-from lte.cli.models import quiet_transformers
-from lte.cli.settings import takes_settings
-from lte.records import write_json_atomic
+from lte.cli.command import quiet_transformers, reports_errors, takes_settings
+from lte.config import LteConfig, check_choice
+from lte.eval.cost import method_name
+from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_model
+from lte.eval.kernels import KERNELS, use_kernels_
+from lte.eval.models import DTYPES, is_lte, load_config
+from lte.hf.dense import load_tokenizer
+from lte.hf.families import dense_ffns, family_of
+from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
+from lte.records import write_json_atomic, write_text_atomic
+from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_data, inspector_page
+from lte.report.inspector_server import InspectorServer
 from lte.settings import build
+from lte.train.processes import training_device
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What the inspector shows.
+
+    Attributes:
+        text: File with the text to look at, UTF-8.
+        html: Write the page to this file.
+        serve: Serve the page to this machine alone, with a field for texts, until Ctrl-C.
+        port: Port of --serve; 0 takes a free one.
+        compare_text: File with a second text to show beside the first.
+        compare_model: Folder with a second LTE model to show the text on, beside the first.
+        reference: File with the text whose tokens show what an expert is for; by default the text itself.
+        max_tokens: Tokens of a text at most; the rest is left out.
+        dtype: Of the weights, float32, bfloat16 or float16.
+        kernels: What computes the FFNs, auto, off or int8, as for `lte generate`.
+    """
+
+    text: str | None = None
+    html: str | None = None
+    serve: bool = False
+    port: int = 8642
+    compare_text: str | None = None
+    compare_model: str | None = None
+    reference: str | None = None
+    max_tokens: int = MAX_TOKENS
+    dtype: str = "float32"
+    kernels: str = "auto"
 
 
 @reports_errors
@@ -42,3 +83,239 @@ def inspect(
         print_description(found)
     if json is not None:
         write_json_atomic(json, found)
+
+
+def check_flags(config: TextConfig, given: Mapping[str, Any]) -> None:
+    """Refuses flags that would do nothing or cannot go together.
+
+    Raises:
+        ValueError: for such flags.
+    """
+    if not config.serve and config.html is None:
+        idle = [field.name for field in fields(TextConfig) if field.name in given and field.name != "serve"]
+        if idle:
+            raise ValueError(f"{_flag(idle[0])} must be given with --html FILE or --serve, got neither")
+        return
+    if config.serve and (config.html is not None or config.compare_model is not None):
+        other = "--html" if config.html is not None else "--compare-model"
+        raise ValueError(f"{other} must not be given with --serve, got both; leave one out")
+    if not config.serve and config.text is None:
+        raise ValueError("--html must be given with --text FILE, got none; or type texts on the page of --serve")
+    if config.compare_text is not None and (config.compare_model is not None or config.text is None):
+        rule = (
+            "be given without --compare-model, got both" if config.compare_model else "be given with --text, got none"
+        )
+        raise ValueError(f"--compare-text must {rule}; compare two texts, or two models on one text")
+    if "port" in given and not config.serve:
+        raise ValueError(f"--port must be given with --serve, got --port {config.port} without it")
+    check_choice("dtype", config.dtype, tuple(DTYPES))
+    check_choice("kernels", config.kernels, KERNELS)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_method(name_or_path: str, method: str) -> None:
+    """Refuses a model without routers.
+
+    Raises:
+        ValueError: for a dense model, or one of another method.
+    """
+    if method == "dense":
+        raise ValueError(
+            f"model must be an LTE model to inspect a text, got {name_or_path}, a dense one: every token uses all its "
+            "neurons, so there is nothing to inspect; `lte train` makes it sparse"
+        )
+    if method != "lte":
+        raise ValueError(
+            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, whose neurons "
+            "no router switches; `lte eval` measures what it costs"
+        )
+
+
+def load_inspected_model(name_or_path: str, dtype: str, kernels: str) -> Any:
+    """An LTE model of any kind with the head that its folder holds, on the GPU if there is one."""
+    config = load_config(name_or_path)
+    heads = family_of(config).models
+    saved = {name.removeprefix("Lte") for name in config.architectures or ()}
+    auto_class = next((auto for auto, stock in heads.items() if stock in saved), next(iter(heads)))
+    path = str(Path(name_or_path).expanduser())
+    model = getattr(transformers, auto_class).from_pretrained(path, dtype=DTYPES[dtype])
+    return use_kernels_(model.to(training_device()).eval(), kernels)
+
+
+def read_text(path: str, flag: str) -> NamedText:
+    """The text in a UTF-8 file, under the file's name.
+
+    Raises:
+        ValueError: for a file that does not exist or is no UTF-8.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{flag} must be an existing text file, got {path}")
+    try:
+        return NamedText(file.name, file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} must be UTF-8 text, got {path}: {error}") from error
+
+
+def write_inspector(model: str, method: str, config: TextConfig) -> None:
+    """Writes the page of a text to a file and says what it holds."""
+    assert config.text is not None
+    assert config.html is not None
+    text = read_text(config.text, "--text")
+    check_method(model, method)
+    texts = [text]
+    if config.compare_text is not None:
+        texts.append(read_text(config.compare_text, "--compare-text"))
+    if config.compare_model is not None:
+        check_method(config.compare_model, describe(config.compare_model)["method"])
+    recorded = _record(model, texts, config)
+    if config.compare_model is not None:
+        recorded += _record(config.compare_model, texts, config)
+    path = Path(config.html).expanduser()
+    write_text_atomic(path, inspector_page(inspector_data(recorded)))
+    for run in recorded:
+        _tell(run)
+    typer.echo(f"Wrote {path}; open it in a browser.")
+
+
+def _record(model: str, texts: list[NamedText], config: TextConfig) -> list[dict[str, Any]]:
+    inspector = _inspector(model, config)
+    return [inspector.run(text) for text in texts]
+
+
+def _inspector(model: str, config: TextConfig) -> Inspector:
+    reference = None if config.reference is None else read_text(config.reference, "--reference")
+    loaded = load_inspected_model(model, config.dtype, config.kernels)
+    # The name alone: a page that is passed on need not tell where the folder was.
+    folder = Path(model).expanduser()
+    name = folder.resolve().name if folder.exists() and config.compare_model is None else model
+    return Inspector(loaded, load_tokenizer(model), name, config.max_tokens, reference)
+
+
+def _tell(run: Mapping[str, Any]) -> None:
+    for shown in (run, run["reference"]):
+        for note in shown["notes"]:
+            typer.echo(f"{shown['text']}: {note}", err=True)
+    used = f"{100 * (1 - run['sparsity']):.1f}% of the FFN neurons were used per token"
+    typer.echo(f"{run['text']} on {run['model']}: {len(run['ids']):,} tokens, {used}.")
+
+
+def serve_inspector(model: str, method: str, config: TextConfig) -> None:
+    """Serves the page until Ctrl-C."""
+    check_method(model, method)
+    given = [(config.text, "--text"), (config.compare_text, "--compare-text")]
+    texts = [read_text(path, flag) for path, flag in given if path is not None]
+    inspector = _inspector(model, config)
+    runs = [inspector.run(text) for text in texts]
+    for run in runs:
+        _tell(run)
+    with InspectorServer(inspector, config.port, runs) as server:
+        typer.echo(f"Open {server.url} in a browser of this machine; Ctrl-C ends it.")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("Stopped.")
+
+
+def print_description(found: dict[str, Any]) -> None:
+    """Prints what `describe` returned."""
+    console = Console()
+    console.print(_summary_table(found))
+    if found["layers_measured"]:
+        console.print(_layer_table(found["layers_measured"]))
+    elif found["method"] == "lte":
+        console.print("No sparsity was measured for this folder; `lte eval` measures it.")
+    elif found["method"] != "dense":
+        console.print(f"This model is of the method {found['method']}; `lte eval` measures what it costs.")
+    else:
+        console.print("This model is dense: every token uses all its FFN neurons. `lte train` makes it sparse.")
+
+
+def describe(name_or_path: str) -> dict[str, Any]:
+    """Everything that the config of a model tells, JSON-ready.
+
+    Raises:
+        ValueError: for an unknown family, or a path that does not exist.
+    """
+    config = load_config(name_or_path)
+    family = family_of(config)
+    skeleton = meta_model(config)
+    weights = count_linear_weights(skeleton)
+    first = next(iter((wrapped_ffns(skeleton) or dense_ffns(skeleton, family)).values()))
+    found: dict[str, Any] = {
+        "model": name_or_path,
+        "method": method_name(skeleton),
+        "family": family.model_type,
+        "layers": len(weights.ffn),
+        "hidden_size": config.hidden_size,
+        "ffn_neurons": num_neurons(first, family.layout),
+        "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
+        "gflops_per_token_dense": 2 * (weights.attention + sum(weights.ffn)) / GFLOP,
+        "layers_measured": [],
+    }
+    return {**found, **_describe_experts(config, skeleton)} if is_lte(config) else found
+
+
+def _describe_experts(config: Any, skeleton: Any) -> dict[str, Any]:
+    lte_config = LteConfig.from_dict(config.lte)
+    measured = config.lte_measurement
+    by_layer = [1 - share for share in measured["active_fraction"]] if measured else None
+    sparsity = by_layer or lte_config.target_sparsity
+    ffn = next(iter(sparse_ffns(skeleton).values()))
+    return {
+        "experts_per_layer": ffn.num_experts,
+        "router_parameters": sum(count_linear_weights(skeleton).router),
+        **lte_config.to_dict(),
+        "measured_sparsity": measured["sparsity"] if measured else None,
+        "measured_tokens": measured["tokens"] if measured else None,
+        "measured_on": measured["split"] if measured else None,
+        "gflops_per_token_sparse": flops_per_token(skeleton, sparsity) / GFLOP,
+        "layers_measured": _layers(measured) if measured else [],
+    }
+
+
+def _layers(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    columns = ("active_fraction", "dead_experts", "always_on_experts")
+    rows = zip(*(measured[name] for name in columns), strict=True)
+    return [{"layer": i, **dict(zip(columns, row, strict=True))} for i, row in enumerate(rows)]
+
+
+def _summary_table(found: dict[str, Any]) -> Table:
+    table = Table(show_header=False, title=found["model"], title_justify="left")
+    table.add_row("method", found["method"])
+    table.add_row("base family", found["family"])
+    table.add_row("layers x FFN neurons", f"{found['layers']} x {found['ffn_neurons']}")
+    table.add_row("parameters", f"{found['parameters']:,}")
+    dense = f"{found['gflops_per_token_dense']:.4f} dense"
+    if found["method"] == "lte":
+        rank = found["router_rank"] or "full"
+        table.add_row("experts per layer", f"{found['experts_per_layer']} of {found['expert_size']} neurons")
+        table.add_row("grouping", found["grouping"])
+        table.add_row("router", f"rank {rank}, threshold {found['threshold']:g}")
+        table.add_row("router parameters", f"{found['router_parameters']:,}")
+        table.add_row("target sparsity", f"{100 * found['target_sparsity']:g}%")
+        table.add_row("measured sparsity", _measured(found))
+        at = "measured" if found["measured_sparsity"] is not None else "target"
+        dense += f", {found['gflops_per_token_sparse']:.4f} at the {at} sparsity, routers included"
+    table.add_row("GFLOPs per token", f"{dense} (block linears, 1 G = 2^30)")
+    return table
+
+
+def _measured(found: dict[str, Any]) -> str:
+    if found["measured_sparsity"] is None:
+        return "not measured"
+    tokens = f"{found['measured_tokens']} {found['measured_on']} tokens"
+    return f"{100 * found['measured_sparsity']:.2f}% ({tokens}, hard mode)"
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    table = Table(title="by layer", title_justify="left")
+    for heading in ("layer", "active neurons", "dead experts", "always-on experts"):
+        table.add_column(heading, justify="right")
+    for row in layers:
+        active = f"{100 * row['active_fraction']:.1f}%"
+        table.add_row(str(row["layer"]), active, str(row["dead_experts"]), str(row["always_on_experts"]))
+    return table

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from lte.cli.errors import reports_errors
+from lte.cli.command import reports_errors
 from lte.config import check_choice
 from lte.records import ResultRecord
 from lte.report.curves import curve_name, curve_name_by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +12,30 @@ import typer
 import yaml
 from rich.console import Console
 
-from lte.cli.errors import Interrupted, reports_errors
-from lte.cli.models import quiet_transformers
-from lte.cli.settings import takes_settings
-from lte.cli.training_run import TrainingRun
+from lte.cli.command import Interrupted, quiet_transformers, reports_errors, takes_settings
 from lte.config import LteConfig, check_choice
 from lte.data.config import DataConfig
 from lte.data.tasks.config import TaskConfig
-from lte.runs.workload import check_no_text
+from lte.eval.models import is_lte, load_config, save_folder
+from lte.eval.sparsity import Measurement
+from lte.hf.dense import load_tokenizer
+from lte.records import ResultRecord, write_json_atomic, write_record
+from lte.report.router_health import router_health_markdown, router_health_table
+from lte.runs.measure import measure_folder
+from lte.runs.pipeline import ModelSettings, Watcher, make_model
+from lte.runs.workload import TaskWorkload, TextWorkload, Workload, check_no_text
 from lte.settings import build, option, read_settings_file, settings_of
 from lte.train.config import TrainConfig
 from lte.train.processes import is_main_process
+from lte.train.summary import TrainingSummary
+from lte.train.trainer import newest_checkpoint
 
 Stages = Literal["both", "1", "2"]
-RUN_FILE = "run.yaml"
+RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 # Settings that a resumed run may change: they do not touch the weights.
 FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
+# A miss of the target by more than this is worth a hint.
+TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +123,194 @@ def train(
         raise Interrupted(f"{_progress(output)} Go on with: lte train --resume --output {run.output}") from None
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """All settings of one training run; `execute` does it.
+
+    Attributes:
+        given: names of the settings that the user set, all others being defaults.
+    """
+
+    model: str
+    output: Path
+    stages: tuple[int, ...]
+    distill_from: str | None
+    chat_template: str | None
+    resume: bool
+    lte_config: LteConfig
+    data_config: DataConfig
+    train_config: TrainConfig
+    task_config: TaskConfig
+    given: frozenset[str]
+
+    def execute(self, console: Console) -> None:
+        """Trains, saves, measures the saved folder, reports. Of several processes the first one saves and measures.
+
+        Raises:
+            ValueError: if the settings do not fit the model, or each other.
+        """
+        check_start(self)
+        work = self._workload(self._tokenizer())
+        told = _Told(work, console)
+        made = make_model(self._settings, work, self.output / CHECKPOINTS, resume=self.resume, watcher=told)
+        if not is_main_process():
+            return
+        summary = made.summary
+        save_folder(made.model, work.tokenizer, self.output)
+        write_json_atomic(self.output / "training_log.json", summary.log_history)
+        del made
+        config = {
+            "lte": self.lte_config.to_dict(),
+            **work.settings,
+            "train": self.train_config.to_dict(),
+            "distill_from": self.distill_from,
+            "stages": list(self.stages),
+            "data_info": work.info,
+        }
+        found = measure_folder(
+            self.output,
+            work,
+            model=self.model,
+            seed=self.train_config.seed,
+            tokens_trained=summary.tokens_trained,
+            wall_time_s=summary.wall_time_s,
+            config=config,
+            **told.before,
+        )
+        write_record(self.output / "result.json", found.record)
+        measurement = found.result.measurement
+        save_report(self.output, summary, measurement)
+        print_outcome(console, self.output, self.stages, found.record, measurement)
+
+    @property
+    def _settings(self) -> ModelSettings:
+        return ModelSettings(
+            start=self.model,
+            config=self.lte_config,
+            train=self.train_config,
+            stages=self.stages,
+            teacher=self.model if self.distill_from == "initial" else self.distill_from,
+            changed=self.given,
+        )
+
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.model)
+        if self.chat_template is not None:
+            path = Path(self.chat_template).expanduser()
+            if not path.is_file():
+                raise ValueError(
+                    f"chat_template must be a file with a Jinja template, got chat_template={self.chat_template}; give "
+                    "its path"
+                )
+            tokenizer.chat_template = path.read_text()
+        return tokenizer
+
+    def _workload(self, tokenizer: Any) -> Workload:
+        batch_size = self.train_config.batch_size
+        if self.task_config.task is None:
+            return TextWorkload(self.data_config, tokenizer, batch_size)
+        measured = self.data_config.validation_split if "validation_split" in self.given else None
+        splits = (self.data_config.split, measured)
+        return TaskWorkload(self.task_config, self.data_config, tokenizer, batch_size, splits)
+
+
+class _Told(Watcher):
+    """Says what data there is, and measures a model that is worth it before it trains."""
+
+    def __init__(self, work: Workload, console: Console):
+        self.work, self.console = work, console
+        # What a result record says of the model before training.
+        self.before: dict[str, Any] = {}
+
+    def loaded(self, model: Any) -> None:
+        info = self.work.info
+        sizes = f"{info['train']['tokens']} training tokens, {info['validation']['tokens']} held out"
+        self.console.print(f"Data: {self.work.name}, {sizes}.", highlight=False)
+        if self.work.measures_first:
+            found = self.work.measure(model)
+            self.before = {f"{found.metric}_before": found.value}
+            text = f"{found.metric.capitalize()} before training: {found.value:.3f}."
+            self.console.print(text, highlight=False)
+
+
+def check_start(run: TrainingRun) -> None:
+    """Refuses settings that do not fit each other, before anything is loaded.
+
+    Raises:
+        ValueError: says which.
+    """
+    sparse = is_lte(load_config(run.model))
+    weight, recipe = run.train_config.distillation_weight, run.train_config.recipe
+    if run.stages == (2,) and not sparse and recipe != "dense":
+        raise ValueError(f"stages=2 must start from an LTE folder (stage 1 trains the routers), got {run.model}")
+    if sparse and run.distill_from == "initial":
+        raise ValueError("distill_from must name a dense model when training goes on from an LTE folder, got initial")
+    if weight and not run.distill_from:
+        raise ValueError(
+            f"distillation_weight={weight:g} must have a teacher; add --distill-from initial, or a dense model"
+        )
+    if run.distill_from and not weight:
+        raise ValueError("distillation_weight must be positive when distill_from is given, got 0")
+
+
+def save_report(output: Path, summary: TrainingSummary, measurement: Measurement | None) -> None:
+    """Draws the training curves and the router health; a folder without them is complete."""
+    from lte.report.figures import save_figure  # loads matplotlib
+    from lte.report.model_figures import router_health_figure, training_curves_figure
+
+    save_figure(training_curves_figure(summary.log_history), output / "training.png")
+    if measurement is not None:
+        (output / "router_health.md").write_text(router_health_markdown(measurement) + "\n")
+        save_figure(router_health_figure(measurement), output / "router_health.png")
+
+
+def print_outcome(
+    console: Console,
+    output: Path,
+    stages: tuple[int, ...],
+    record: ResultRecord,
+    measurement: Measurement | None,
+) -> None:
+    """Router health, target against measured sparsity, quality, and what to do next."""
+    if measurement is not None:
+        console.print(router_health_table(measurement))
+    lines = [_quality_line(record)]
+    if record["measurement"] is None:
+        lines.append("The model is dense (recipe=dense, a control).")
+    else:
+        lines += _sparsity_lines(stages, record)
+    folder = shlex.quote(str(output))
+    task = record["config"].get("task")
+    following = f"lte eval {folder} --task {task['task']}" if task else f"lte generate {folder} --prompt 'Once upon'"
+    lines.append(f"Saved to {folder}. Next: lte inspect {folder}; {following}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _quality_line(record: ResultRecord) -> str:
+    metric = record["metric"]
+    where = f"{record['task']} {record['split']}" if "task" in record["config"] else "held-out text"
+    before = record.get(f"{metric}_before")
+    if before is not None:
+        return f"{metric.capitalize()} on {where}: {before:.3f} before training, {record['value']:.3f} after."
+    return f"On {where}: " + ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items()) + "."
+
+
+def _sparsity_lines(stages: tuple[int, ...], record: ResultRecord) -> list[str]:
+    target, measured = record["target_sparsity"], record["sparsity"]
+    lines = [
+        f"FFN sparsity: target {100 * target:g}%, measured {100 * measured:.2f}% on "
+        f"{record['measurement']['tokens']} held-out tokens in hard mode."
+    ]
+    if 2 not in stages:
+        lines.append("The thresholds are set after stage 2: train on with --stages 2 and this folder as --model.")
+    elif abs(target - measured) > TOLERANCE:
+        lines.append(
+            "The target was missed by more than 2 points: train longer, raise --router-learning-rate, or train on "
+            "text that is more like the held-out one."
+        )
+    return lines
+
+
 def merge_settings(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     """Settings from the flags, under them the YAML file, under them those of the run that is resumed.
 
@@ -146,7 +343,7 @@ def check_output(output: Path, resume: bool) -> None:
     """
     if output.is_file():
         raise ValueError(f"output must be a folder, got output={output}, which is a file")
-    used = [name for name in ("config.json", RUN_FILE, "stage1", "stage2") if (output / name).exists()]
+    used = [name for name in ("config.json", RUN_FILE, CHECKPOINTS) if (output / name).exists()]
     if used and not resume:
         raise ValueError(
             f"output must be a new folder, got output={output}, which holds {used[0]}; take another one, or go on "
@@ -162,8 +359,5 @@ def write_run_file(output: Path, values: Mapping[str, Any]) -> None:
 
 
 def _progress(output: Path) -> str:
-    checkpoints = sorted(output.glob("stage*/checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    finished = sorted(output.glob("stage*/stage.json"))
-    if checkpoints:
-        return f"The newest checkpoint is {checkpoints[-1]}."
-    return f"Finished: {finished[-1].parent.name}." if finished else "No checkpoint was written yet (see --save-steps)."
+    newest = newest_checkpoint(output / CHECKPOINTS)
+    return f"The newest checkpoint is {newest}." if newest else "No checkpoint was written yet (see --save-steps)."

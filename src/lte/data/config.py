@@ -43,6 +43,11 @@ class DataConfig:
         "pydoc-topics", "File, glob, hub data set, or pydoc-topics (Python's help text); may be given several times."
     )
     validation: str | None = option(None, "Held-out file, glob, or hub data set; unset: documents split off train.")
+    calibration: str | list[str] | None = option(
+        None,
+        "Text like that in use, on which the thresholds are set at the end; unset: train. A source or several.",
+        affects="routing",
+    )
     format: Format = option(
         "auto", "auto goes by the file's ending, also before .gz, .bz2, .xz, or .zst (pip install zstandard)."
     )
@@ -58,7 +63,7 @@ class DataConfig:
     pack: bool = option(True, "Fill rows with several documents; completions and chats do not see each other.")
     validation_fraction: float = option(0.05, "Share of the documents that is held out when validation is unset.")
     max_train_tokens: int | None = option(None, "Use at most this many training tokens.")
-    max_validation_tokens: int | None = option(None, "Use at most this many held-out tokens.")
+    max_validation_tokens: int | None = option(None, "Use at most this many held-out tokens.", affects="nothing")
     data_seed: int = option(0, "Seed of the split and of the order of documents.")
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class Encoder:
         return [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
 
     def rows(self, documents: list[Any], part: str, limit: int | None) -> tuple[datasets.Dataset, dict[str, Any]]:
-        """The rows of the `part` named train or validation, of at most `limit` tokens, and their counts."""
+        """Rows of the `part` train, validation or calibration, of at most `limit` tokens, and their counts."""
         counts = {"dropped_tokens": 0, "truncated_documents": 0, "unlabelled_documents": 0}
         text = self.config.kind == "text"
         examples = list(self._text(documents, limit, part) if text else self._labelled(documents, limit, part, counts))

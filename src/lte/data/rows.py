@@ -78,11 +78,13 @@ class LmDatasets:
         info: JSON-ready. Of each part: documents, rows, tokens (padding excluded), trained_tokens (labelled),
             dropped_tokens (lost to truncation or a last partial row, not to a limit), truncated_documents,
             unlabelled_documents (left out: nothing to train), sha256 of the texts and rows_sha256 of the tokens.
+        calibration: rows on which the thresholds are set, as `train`; `None` for those of `train`.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     info: dict[str, Any]
+    calibration: datasets.Dataset | None = None
 
 
 class LmCollator:
@@ -253,15 +255,20 @@ def load_lm_datasets(
     else:
         train, held_out = documents, read_documents(config.validation, config, config.validation_split)
         _warn_of_shared(train, held_out)
-    order = np.random.default_rng(config.data_seed).permutation(len(train))
+    parts = {"train": _shuffled(train, config), "validation": held_out}
+    if config.calibration is not None:
+        parts["calibration"] = _shuffled(read_documents(config.calibration, config), config)
     encoder = Encoder(config, tokenizer, progress)
-    rows = {
-        "train": encoder.rows([train[i] for i in order], "train", config.max_train_tokens),
-        "validation": encoder.rows(held_out, "validation", config.max_validation_tokens),
-    }
-    for part, texts in (("train", train), ("validation", held_out)):
+    limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
+    rows = {part: encoder.rows(texts, part, limits.get(part)) for part, texts in parts.items()}
+    for part, texts in {**parts, "train": train}.items():
         info[part] = {"documents": len(texts), **rows[part][1], "sha256": _digest(texts)}
-    return LmDatasets(rows["train"][0], rows["validation"][0], info)
+    calibration = rows["calibration"][0] if "calibration" in rows else None
+    return LmDatasets(rows["train"][0], rows["validation"][0], info, calibration)
+
+
+def _shuffled(documents: list[Any], config: DataConfig) -> list[Any]:
+    return [documents[i] for i in np.random.default_rng(config.data_seed).permutation(len(documents))]
 
 
 def _digest(documents: list[Any]) -> str:

@@ -14,7 +14,7 @@ from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
 from lte.hf.install import check_unchunked, num_neurons, sparse_ffns, wrapped_ffns
 from lte.hf.loading import is_ours
-from lte.hf.projections import is_plain_projection, permute_adapters_, projection_name
+from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
@@ -138,7 +138,7 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
     for name, ffn in ffns.items():
         for part in family.layout.projections:
             linear: Any = ffn.get_submodule(part)
-            if not is_plain_projection(linear, family.layout):
+            if not is_plain_projection(base_of(linear), family.layout):
                 raise ValueError(
                     f"{name}.{part} must be a plain floating-point {projection_name(family.layout)}, got "
                     f"{type(linear).__name__}; "

@@ -1,4 +1,4 @@
-"""Which modules the projections of an FFN may be: the family's own, or those under LoRA adapters of peft."""
+"""Which modules the projections of an FFN may be, and LoRA adapters of peft on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ def is_plain_projection(projection: Any, layout: FfnLayout) -> bool:
     Adapters and quantisers put other classes there; some quantisers keep the class and a floating-point dtype, and
     make the weight a tensor subclass.
     """
-    projection = base_of(projection)
     plain = type(projection) is _projection_class(layout) and type(projection.weight) is nn.Parameter
     return plain and projection.weight.is_floating_point()
 

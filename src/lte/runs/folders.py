@@ -1,4 +1,4 @@
-"""Where a comparison keeps its models, records and locks."""
+"""Where a comparison keeps its models, records and locks, and making the model of a run there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from filelock import SoftFileLock, Timeout
 
 from lte.eval.models import save_folder
 from lte.records import find_record, write_json_atomic
+from lte.runs.memory import peak_memory_bytes
+from lte.runs.pipeline import ModelSettings, make_model
 from lte.runs.plan import Run
+from lte.runs.workload import Workload
 
 MADE_FILE, SETTINGS_FILE = "made.json", "settings.json"
 
@@ -125,3 +128,44 @@ class Folders:
             yield True
         finally:
             lock.release()
+
+
+def make_run(run: Run, model: str, folders: Folders, work: Workload, before: Made | None) -> Made:
+    """Makes a run's model and saves it to its folder.
+
+    Args:
+        run: what to make.
+        model: that the comparison starts from.
+        folders: where the run's base and its teacher are.
+        work: its data.
+        before: what is said of the run's base; `None` where that is `model`.
+
+    Raises:
+        ValueError: if the settings do not fit the model.
+        NonFiniteLossError: if the training diverges.
+    """
+    teacher = run.teacher if run.trains else None
+    settings = ModelSettings(
+        start=model if run.base is None else str(folders.work / run.base),
+        config=run.method_config,
+        train=run.train_config,
+        trains=run.trains,
+        stages=run.stages,
+        teacher=str(folders.work / teacher) if teacher and (folders.work / teacher).exists() else teacher,
+        relu=run.relu,
+    )
+    found = make_model(settings, work, folders.checkpoints(run) if run.trains else folders.work, resume=True)
+    tokens = found.summary.tokens_trained
+    made = Made(
+        fingerprint=run.fingerprint,
+        tokens_trained=tokens,
+        tokens_since_start=0 if run.base is None else tokens + (before.tokens_since_start if before else 0),
+        tokens_start=tokens if run.base is None else (before.tokens_start if before else 0),
+        wall_time_s=found.summary.wall_time_s,
+        data_info=work.info,
+        eta=found.summary.eta,
+        layer_history=found.summary.layer_history(),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    folders.save(run, found.model, work.tokenizer, made)
+    return made

@@ -5,35 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from lte.config import LteConfig
 from lte.data.config import DataConfig
 from lte.data.tasks.config import TaskConfig
 from lte.data.tasks.registry import get_task
 from lte.data.tasks.task import GenerationTask
 from lte.methods import METHODS, MethodConfig
-from lte.runs.settings import Comparison, Entry, EntryOptions, TeachingOptions
+from lte.runs.settings import ComparisonSettings, Entry, EntryOptions, TeachingOptions
 from lte.settings import build
 from lte.train.config import TrainConfig
 
-# Settings that do not change what a dense model learns.
-_LTE_ALONE = {
-    *("recipe", "router_learning_rate", "eta", "lambda_", "pole_guard", "ramp_ratio", "router_fit_tokens"),
-    *("stage2_routers", "router_sharpening", "calibration_tokens", "calibration_answers"),
-}
-# Settings that do not touch the weights of any model.
-_FREE = {
-    *("logging_steps", "save_steps", "report_to", "dataloader_num_workers"),
-    *("data_dir", "limit", "max_validation_tokens"),
-}
-_LEARNING = {
-    field.name
-    for cls in (TaskConfig, DataConfig, TrainConfig, TeachingOptions)
-    for field in fields(cls)
-    if field.name not in _LTE_ALONE | _FREE
-}
+
+def affects(field: Field[Any]) -> str:
+    """What depends on a setting: `weights` of any model, `routing` alone, or `nothing` that is saved.
+
+    A setting that says nothing, and so every new one, counts for all models.
+    """
+    return field.metadata.get("affects", "weights")
+
+
+_TRAINING = [field for cls in (TaskConfig, DataConfig, TrainConfig, TeachingOptions) for field in fields(cls)]
+_LEARNING = {field.name for field in _TRAINING if affects(field) == "weights"}
 
 
 @dataclass(frozen=True)
@@ -100,14 +94,10 @@ class Run:
         return (1, 2) if stages == "both" else (int(stages),)
 
     @property
-    def wrapper_config(self) -> LteConfig:
-        """Of the wrapper in which a stock model trains."""
-        values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
-        return build(LteConfig, {**values, "grouping": "contiguous"})
-
-    @property
-    def method_config(self) -> MethodConfig:
-        """Of its method."""
+    def method_config(self) -> MethodConfig | None:
+        """Of its method; `None` of a dense model."""
+        if self.method not in METHODS:
+            return None
         values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
         return build(METHODS[self.method].config, values)
 
@@ -133,7 +123,7 @@ class Run:
         """Raises a `ValueError` for settings that do not fit each other; returns itself."""
         config = self.train_config
         _ = self.data_config, self.task_config, self.stages
-        _ = self.method_config if self.method in METHODS else self.wrapper_config
+        _ = self.method_config
         if bool(config.distillation_weight) != bool(self.teacher):
             raise ValueError(
                 "distillation_weight must be positive with distill_from and 0 without, got "
@@ -142,7 +132,7 @@ class Run:
         return self
 
 
-def plan_runs(comparison: Comparison) -> tuple[Run, ...]:
+def plan_runs(comparison: ComparisonSettings) -> tuple[Run, ...]:
     """All runs, seed by seed, each after those that it needs.
 
     Raises:
@@ -162,7 +152,7 @@ def children_of(run: Run, runs: Sequence[Run]) -> list[Run]:
 
 
 class _Planner:
-    def __init__(self, comparison: Comparison):
+    def __init__(self, comparison: ComparisonSettings):
         self.comparison = comparison
         self.runs: dict[str, Run] = {}
         # Dense controls by what they learn.
@@ -231,7 +221,8 @@ class _Planner:
             options = EntryOptions(method="dense", label="control", relu=entry.options.relu)
             start = self._start(seed)
             teacher = self._teacher(values, start)
-            known = {name: value for name, value in values.items() if name in _LEARNING | _LTE_ALONE | _FREE}
+            names = {field.name for field in _TRAINING}
+            known = {name: value for name, value in values.items() if name in names}
             self._add(Run(name, options, 0.0, seed, known, start, teacher, True, options.relu, False))
             self.controls[key] = name
         return self.controls[key]
@@ -244,11 +235,13 @@ class _Planner:
         def print_of(name: str | None) -> str | None:
             return self.runs[name].fingerprint if name in self.runs else name
 
-        settings = {name: value for name, value in sorted(run.values.items()) if name not in _FREE}
-        if run.calibration_answers:
-            settings["calibration_answers"] = run.calibration_answers
-        else:
-            settings.pop("calibration_answers", None)
+        settings = {}
+        for config in (run.task_config, run.data_config, run.train_config, run.method_config):
+            for field in fields(config) if config is not None else ():
+                if affects(field) != "nothing":
+                    settings[f"{type(config).__name__}.{field.name}"] = getattr(config, field.name)
+        settings["TrainConfig.calibration_answers"] = run.calibration_answers
+        settings["stages"] = run.stages
         parts = {
             "model": self.comparison.model,
             "method": [run.method, run.target, run.seed, run.trains, run.relu],

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lte.config import check_choice
+from lte.data.rows import mean_row_tokens
 from lte.methods import METHODS
 from lte.records import PACKED_FILE, ResultRecord, find_record, write_record
-from lte.runs.folders import Folders
-from lte.runs.making import make_model
+from lte.runs.folders import Folders, make_run
+from lte.runs.measure import failure_record, measured_record
 from lte.runs.memory import free_memory, others_fill_gpu
 from lte.runs.plan import Run, children_of, parents_of
-from lte.runs.records import failure_record, measured_record
-from lte.runs.settings import Comparison
-from lte.runs.workloads import Workloads
+from lte.runs.settings import ComparisonSettings
+from lte.runs.workload import Workloads
 from lte.train.trainer import NonFiniteLossError
 
 # What a run may fail by; anything else comes with a traceback.
@@ -49,7 +51,7 @@ class Runner:
 
     def __init__(
         self,
-        comparison: Comparison,
+        comparison: ComparisonSettings,
         runs: Sequence[Run],
         folders: Folders,
         workloads: Workloads,
@@ -174,9 +176,8 @@ class Runner:
             )
         if made is None:
             base = next((parent for parent in parents_of(run, self.runs) if parent.name == run.base), None)
-            made = make_model(
-                run, self.comparison, self.folders, work, None if base is None else self.folders.made(base)
-            )
+            before = None if base is None else self.folders.made(base)
+            made = make_run(run, self.comparison.model, self.folders, work, before)
         if self.phase == "train" or run not in self.wanted or self.folders.has_record(run):
             return None
         record = measured_record(run, self.comparison, self.folders, work, made, self._timed_beside(run))
@@ -268,3 +269,42 @@ def _line(run: Run, record: ResultRecord | None, seconds: float) -> str:
         f"{run.name}: {record.metric} {record.value:.4f}, sparsity {100 * (record.sparsity or 0.0):.2f}%, "
         f"{(record.bytes_per_token or 0.0) / 1e6:.2f} MB per token ({seconds:.0f} s)"
     )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One line of a dry run.
+
+    Attributes:
+        run: which.
+        steps: optimiser steps.
+        tokens: about, in all forward passes with a backward pass.
+        done: whether its record exists.
+    """
+
+    run: Run
+    steps: int
+    tokens: int
+    done: bool
+
+
+def estimate_runs(runs: list[Run], workloads: Workloads, folders: Folders) -> list[Estimate]:
+    """Steps and tokens of every run, from the rows that it would train on."""
+    return [_estimate(run, workloads, run.measured and folders.has_record(run)) for run in runs]
+
+
+def _estimate(run: Run, workloads: Workloads, done: bool) -> Estimate:
+    if not run.trains:
+        return Estimate(run, 0, 0, done)
+    rows, config = workloads.of(run).train, run.train_config
+    whole, rest = divmod(len(rows), config.batch_size)
+    batches = whole + bool(rest and not config.leaves_out_last_batch(len(rows)))
+    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    budget = {1: (config.stage1_steps, config.stage1_epochs), 2: (config.stage2_steps, config.stage2_epochs)}
+    steps = sum(
+        given if given > 0 else math.ceil(epochs * per_epoch)
+        for stage, (given, epochs) in budget.items()
+        if stage in run.stages
+    )
+    per_step = config.batch_size * config.gradient_accumulation_steps * mean_row_tokens(rows)
+    return Estimate(run, steps, round(steps * per_step), done)

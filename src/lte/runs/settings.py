@@ -14,8 +14,8 @@ from lte.data.config import BUILTIN_TEXTS, DataConfig
 from lte.data.tasks.config import TaskConfig
 from lte.eval.models import DTYPES
 from lte.methods import METHODS
-from lte.runs.harness import KEYS as HARNESS_KEYS
-from lte.runs.harness import HarnessSettings, read_harness
+from lte.runs.question_sets import KEYS as HARNESS_KEYS
+from lte.runs.question_sets import HarnessSettings, read_harness
 from lte.settings import build, parse_settings
 from lte.train.config import TrainConfig
 
@@ -115,7 +115,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonSettings:
     """What to compare.
 
     Attributes:
@@ -148,7 +148,7 @@ class Comparison:
 SETTINGS: dict[type, str] = dict.fromkeys((LteConfig, TaskConfig, DataConfig, TrainConfig, TeachingOptions), "")
 
 
-def read_comparison(path: Path, **overrides: Any) -> Comparison:
+def read_comparison(path: Path, **overrides: Any) -> ComparisonSettings:
     """Reads the file of a comparison.
 
     Args:
@@ -180,7 +180,7 @@ def read_comparison(path: Path, **overrides: Any) -> Comparison:
         check_whole_number("eval_batch_size", batch_size, 1)
     blocks = {name: _block(content, name, path) for name in ("defaults", "start", "train")}
     blocks["defaults"] = _with_data(blocks["defaults"], content)
-    return Comparison(
+    return ComparisonSettings(
         file=str(path),
         model=str(content["model"]),
         entries=_entries(content, path, "seeds" in given),
@@ -221,7 +221,7 @@ def _with_data(defaults: dict[str, Any], content: Mapping[str, Any]) -> dict[str
         return source if source in BUILTIN_TEXTS else str(Path(folder).expanduser() / source)
 
     found = dict(defaults)
-    for name in ("train", "validation"):
+    for name in ("train", "validation", "calibration"):
         value = defaults.get(name)
         if value is not None:
             found[name] = [below(one) for one in value] if isinstance(value, list) else below(value)

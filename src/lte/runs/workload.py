@@ -1,8 +1,10 @@
-"""What `lte train` and `lte eval` work on: plain text, or a task by its name."""
+"""The data that models are made and measured on: plain text, or a task by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -22,13 +24,14 @@ from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_confi
 from lte.eval.perplexity import evaluate_model
 from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
 from lte.hf.dense import load_dense_model
+from lte.runs.plan import Run
 from lte.train.processes import is_main_process, training_device
 
 # Among which the text is chosen that a model decodes while it is timed.
 MEASURED_ROWS = 16
 # Settings of text that a task brings along.
 TEXT_SETTINGS = (
-    *("train", "validation", "format", "name", "kind"),
+    *("train", "validation", "calibration", "format", "name", "kind"),
     *("text_field", "prompt_field", "completion_field", "messages_field"),
 )
 
@@ -44,6 +47,7 @@ class Workload(Protocol):
         settings: what a result record says of it, JSON-ready.
         measures_first: whether the model is worth measuring before it is trained.
         train: rows to train on, after `load_data`.
+        calibration: rows on which thresholds are set; `None` for those of `train`.
         collator: makes a batch of them.
         tokenizer: of the model.
         info: counts and checksums, see `lte.data.rows.LmDatasets` and `lte.data.tasks.data.TaskData`.
@@ -56,6 +60,7 @@ class Workload(Protocol):
     settings: dict[str, Any]
     measures_first: bool
     train: Any
+    calibration: Any
     collator: Any
     tokenizer: Any
     info: dict[str, Any]
@@ -93,6 +98,7 @@ class TextWorkload:
         self.data_config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.name, self.settings = config.task, {"data": vars(config)}
         self.train: Any = None
+        self.calibration: Any = None
         self.collator: Any = LmCollator(tokenizer.pad_token_id)
         self.info: dict[str, Any] = {}
 
@@ -107,7 +113,8 @@ class TextWorkload:
     def load_data(self, model: Any) -> None:
         """Reads and splits the text."""
         data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
-        self.train, self.info, self._held_out = data.train, data.info, data.validation
+        self.train, self.calibration, self.info = data.train, data.calibration, data.info
+        self._held_out = data.validation
         self._batches = held_out_batches(data.validation, self.batch_size, self.tokenizer.pad_token_id)
 
     def measure(self, model: Any) -> TaskResult:
@@ -160,6 +167,7 @@ class TaskWorkload:
         # Heads are random before training, and generations are slow.
         self.measures_first = self.metric == "perplexity"
         self.train: Any = None
+        self.calibration: Any = None
         self.collator: Any = None
         self.info: dict[str, Any] = {}
 
@@ -219,6 +227,41 @@ class TaskWorkload:
             model, self.tokenizer, prompts, new_tokens, batch_size=self.batch_size, progress=is_main_process()
         )
         return [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
+
+
+class Workloads:
+    """Gives each run its data; the last one stays in memory.
+
+    Args:
+        model: that the runs start from, for the shape of the rows.
+        tokenizer: of the model.
+        eval_batch_size: rows per forward pass while a model is measured, `None` for as many as in training.
+    """
+
+    def __init__(self, model: str, tokenizer: Any, eval_batch_size: int | None = None):
+        self.tokenizer, self.eval_batch_size = tokenizer, eval_batch_size
+        self.model = SimpleNamespace(config=load_config(model))
+        self._last: tuple[Any, Workload] | None = None
+
+    def of(self, run: Run) -> Workload:
+        """The data of a run, read and tokenised."""
+        key = (asdict(run.task_config), asdict(run.data_config), self._batch_size(run))
+        if self._last is None or self._last[0] != key:
+            work = self.unread(run)
+            work.load_data(self.model)
+            self._last = key, work
+        return self._last[1]
+
+    def unread(self, run: Run) -> Workload:
+        """The data of a run by name and settings, before anything is read."""
+        task, data, batch_size = run.task_config, run.data_config, self._batch_size(run)
+        if task.task is None:
+            return TextWorkload(data, self.tokenizer, batch_size)
+        measured = run.values.get("validation_split")
+        return TaskWorkload(task, data, self.tokenizer, batch_size, (data.split, measured))
+
+    def _batch_size(self, run: Run) -> int:
+        return self.eval_batch_size or run.train_config.batch_size
 
 
 def _first_rows(rows: Any) -> list[dict[str, Any]]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lte.hf.inputs import predicts_next_token
 from lte.hf.install import sparse_ffns
+from lte.train.config import TrainConfig
 
 ROUTER = "router"
+BASE, ADAPTER = "base", "adapter"
 
 
 def with_routers(config: Any) -> Any:
@@ -45,3 +49,40 @@ def train_routers_(model: nn.Module) -> None:
             wrapped.enable_adapters(True)
             wrapped.set_adapter(name)
         configs[name] = with_routers(configs[name])
+
+
+def with_lora(model: Any, config: TrainConfig, folder: Path) -> Any:
+    """The model in LoRA adapters on all projections, for the settings of `lte train`.
+
+    Args:
+        model: from `lte.sparsify_`, or a stock one.
+        config: of which `lora_rank` and `lora_alpha` count.
+        folder: of the checkpoints. The model as it is goes to `base` beside it, which the adapter names as its own.
+
+    Raises:
+        ValueError: if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("lora_rank must be unset without peft; pip install peft") from error
+    base = folder.parent / BASE
+    if not (base / "config.json").exists():
+        model.save_pretrained(base)
+    rank = int(config.lora_rank or 0)
+    alpha: Any = 2 * rank if config.lora_alpha is None else config.lora_alpha
+    kind = next((kind for head, kind in _KINDS.items() if head in type(model).__name__), None)
+    kind = "CAUSAL_LM" if predicts_next_token(model) else kind
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=kind))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    return adapted
+
+
+# What peft calls the heads, by which it keeps a new head beside the adapter.
+_KINDS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+def merge_lora(adapted: Any, folder: Path) -> Any:
+    """Saves a trained adapter, with its routers, to `adapter` beside `folder`, and returns the model with it merged."""
+    adapted.save_pretrained(folder.parent / ADAPTER)
+    return adapted.merge_and_unload()

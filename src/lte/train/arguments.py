@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from lte.config import check_fraction
-from lte.train.config import RecipeSettings, option
+from lte.settings import option
+from lte.train.config import RecipeSettings
 
 
 @dataclass(kw_only=True)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from lte.config import FfnMode, check_choice, check_fraction
 from lte.nn.losses import POLE_GUARD
+from lte.settings import option
 
 Recipe = Literal["straight_through", "annealed", "paper", "dense", "method"]
 RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
 Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(kw_only=True)
@@ -30,26 +27,41 @@ class RecipeSettings:
         "sharpen into hard ones; paper: the procedure of the paper, which does not hold a target by itself; dense: "
         "no switching at all, a control with the same data, schedule, and teacher; method: for a model of another "
         "method than LTE, its own switching and losses with the same data, schedule, and teacher.",
+        affects="routing",
     )
-    router_learning_rate: float | None = option(None, "Peak learning rate of the routers; unset: as the model's.")
+    router_learning_rate: float | None = option(
+        None, "Peak learning rate of the routers; unset: as the model's.", affects="routing"
+    )
     stage2_learning_rate: float | None = option(None, "Peak learning rate of stage 2; unset: as in stage 1.")
-    eta: float | None = option(None, "Weight of the efficiency loss; unset: a controller finds it.")
+    eta: float | None = option(None, "Weight of the efficiency loss; unset: a controller finds it.", affects="routing")
     lambda_: float | None = option(
-        None, "Weight of the separability loss; unset: 0.5 in the paper's recipe, 0 in the others."
+        None,
+        "Weight of the separability loss; unset: 0.5 in the paper's recipe, 0 in the others.",
+        affects="routing",
     )
-    pole_guard: float = option(POLE_GUARD, "Added to the squared distance to tau in the separability loss.")
-    ramp_ratio: float = option(0.6, "Share of stage 1 over which the target sparsity rises from 0 to its value.")
+    pole_guard: float = option(
+        POLE_GUARD, "Added to the squared distance to tau in the separability loss.", affects="routing"
+    )
+    ramp_ratio: float = option(
+        0.6, "Share of stage 1 over which the target sparsity rises from 0 to its value.", affects="routing"
+    )
     router_fit_tokens: int = option(
         16384,
         "Tokens on which routers are fitted to the experts' norms before stage 1; 0: start from zero weights.",
+        affects="routing",
     )
     stage2_routers: RouterTraining | None = option(
-        None, "Whether stage 2 trains the routers; unset: trained with straight_through, frozen otherwise."
+        None,
+        "Whether stage 2 trains the routers; unset: trained with straight_through, frozen otherwise.",
+        affects="routing",
     )
-    router_sharpening: float = option(20.0, "annealed: factor by which the router logits grow during stage 1.")
+    router_sharpening: float = option(
+        20.0, "annealed: factor by which the router logits grow during stage 1.", affects="routing"
+    )
     calibration_tokens: int = option(
         131072,
         "Training tokens on which the thresholds are set to meet the target at the end; 0: leave them.",
+        affects="routing",
     )
     trainable: Trainable = option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
 
@@ -103,12 +115,19 @@ class TrainConfig(RecipeSettings):
         256,
         "In tasks whose answers the model writes: prompts of the training data that it answers at the end, so that the "
         "target is met on what it writes itself; 0: on the training text alone. `calibrate_on_answers_` does it.",
+        affects="routing",
     )
     count_prompts: bool = option(
         False,
         "Count the tokens of prompts, too, in the routers' losses and for the thresholds, not those of answers alone. "
         "The task loss and the sparsity that is reported stay on the answers.",
     )
+    lora_rank: int | None = option(
+        None,
+        "Train LoRA adapters of this rank on all projections, and the routers whole, in place of all weights. The "
+        "adapter is kept beside the model, which has it merged.",
+    )
+    lora_alpha: float | None = option(None, "Scale of the adapters, over their rank; unset: twice the rank.")
     bf16: bool = option(False, "Train in bfloat16 autocast with fp32 weights.")
     tf32: bool = option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
     compile: bool = option(
@@ -118,12 +137,16 @@ class TrainConfig(RecipeSettings):
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     dataloader_num_workers: int = option(
-        2, "Processes that prepare batches on a GPU machine; 0 where many trainings share its cores."
+        2,
+        "Processes that prepare batches on a GPU machine; 0 where many trainings share its cores.",
+        affects="nothing",
     )
-    logging_steps: int = option(10, "Steps between two log entries.")
-    save_steps: int = option(500, "Steps between two checkpoints.")
+    logging_steps: int = option(10, "Steps between two log entries.", affects="nothing")
+    save_steps: int = option(500, "Steps between two checkpoints.", affects="nothing")
     report_to: Reporter = option(
-        "auto", "Where the curves of the log also go while it trains; auto: to TensorBoard if it is installed."
+        "auto",
+        "Where the curves of the log also go while it trains; auto: to TensorBoard if it is installed.",
+        affects="nothing",
     )
     seed: int = option(0, "Seed of data order and dropout.")
 
@@ -140,6 +163,8 @@ class TrainConfig(RecipeSettings):
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1 or unset, got lora_rank={self.lora_rank}")
         for name in ("calibration_answers", "dataloader_num_workers", "stage1_epochs", "stage2_epochs"):
             check_not_negative(name, getattr(self, name))
 

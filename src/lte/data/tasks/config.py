@@ -18,9 +18,11 @@ class TaskConfig:
 
     task: str | None = option(None, f"Task to train or measure instead of plain text: {', '.join(TASKS)}.")
     data_dir: str | None = option(
-        None, "Folder with the task's original files (.gz, .bz2 and .xz too); unset: from the hub."
+        None,
+        "Folder with the task's original files (.gz, .bz2 and .xz too); unset: from the hub.",
+        affects="nothing",
     )
-    limit: int | None = option(None, "Measure at most this many examples of the task.")
+    limit: int | None = option(None, "Measure at most this many examples of the task.", affects="nothing")
     max_new_tokens: int | None = option(None, "Tokens of a generated answer at most; unset: the task's own number.")
 
     def __post_init__(self) -> None:

@@ -1,28 +1,74 @@
-"""The result record of a run: measured on its saved and reloaded folder, or what failed."""
+"""Measuring a saved and reloaded folder, and the result record of a run of a comparison, or of what failed."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import load_config, measurement_summary, task_record
-from lte.eval.sparsity import Measurement
+from lte.eval.tasks import TaskResult
 from lte.hf.acceleration import describe_kernels
 from lte.hf.card import write_card
 from lte.hf.inputs import predicts_next_token
 from lte.records import ResultRecord, result_record
 from lte.runs.folders import Folders, Made
-from lte.runs.harness import answer_questions, unanswered
 from lte.runs.latency import CONTEXT, time_decoding, untimed, why_not
 from lte.runs.memory import peak_memory_bytes
 from lte.runs.plan import Run
-from lte.runs.settings import Comparison
+from lte.runs.question_sets import answer_questions, unanswered
+from lte.runs.settings import ComparisonSettings
 from lte.runs.workload import Workload
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A saved folder that was loaded and measured.
+
+    Attributes:
+        model: as it was measured.
+        result: the metrics and what was skipped.
+        record: the result record.
+    """
+
+    model: Any
+    result: TaskResult
+    record: ResultRecord
+
+
+def measure_folder(
+    folder: Path, work: Workload, dtype: str = "float32", kernels: str = "auto", **fields: Any
+) -> Measured:
+    """Loads a saved folder and measures it as `lte eval` does; its config remembers the sparsity of an LTE model.
+
+    Args:
+        folder: of a model and its tokenizer.
+        work: the data, read already.
+        dtype: of the weights, a key of `lte.eval.models.DTYPES`.
+        kernels: what computes an LTE model's FFNs, one of `lte.eval.kernels.KERNELS`.
+        fields: of the record that neither the folder nor the data tells: at least `model`, `seed`, `tokens_trained`,
+            `wall_time_s` and `config`.
+
+    Raises:
+        ValueError: if a logit is not finite.
+    """
+    model = use_kernels_(work.load_model(str(folder), dtype), kernels, tell=False)
+    result = work.measure(model)
+    record = task_record(model, result, task=work.name, split=work.split, **fields)
+    record.config.update(kernels=describe_kernels(model))
+    if result.measurement is not None:
+        # The kernels choose their paths by it, and the model card states it.
+        config = load_config(str(folder))
+        config.lte_measurement = measurement_summary(result.measurement, work.info, record)
+        config.save_pretrained(folder)
+        write_card(folder, config)
+    return Measured(model, result, record)
+
+
 def measured_record(
-    run: Run, comparison: Comparison, folders: Folders, work: Workload, made: Made, dense_name: str | None
+    run: Run, comparison: ComparisonSettings, folders: Folders, work: Workload, made: Made, dense_name: str | None
 ) -> ResultRecord:
     """Loads a run's folder, measures it as `lte eval` does, and returns its record.
 
@@ -38,24 +84,21 @@ def measured_record(
         ValueError: if a logit is not finite.
     """
     folder = folders.model(run)
-    model = use_kernels_(work.load_model(str(folder), comparison.dtype), tell=False)
-    result = work.measure(model)
-    causal, kernels = predicts_next_token(model), describe_kernels(model)
-    record = task_record(
-        model,
-        result,
+    found = measure_folder(
+        folder,
+        work,
+        comparison.dtype,
         **_fields(run, comparison, work.settings, made.data_info),
-        task=work.name,
-        split=work.split,
         tokens_trained=made.tokens_since_start,
         wall_time_s=made.wall_time_s,
         eta=made.eta,
         layer_history=made.layer_history,
-        peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()),
     )
-    record.config.update(kernels=kernels, tokens_start=made.tokens_start)
-    if result.measurement is not None:
-        _remember(folder, result.measurement, record)
+    record, model = found.record, found.model
+    del found
+    causal = predicts_next_token(model)
+    record = record.with_fields(peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()))
+    record.config.update(tokens_start=made.tokens_start)
     if comparison.harness is not None:
         record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness))
     reason = why_not(comparison.latency, causal, run.method)
@@ -71,7 +114,7 @@ def measured_record(
     return record.with_fields(**times)
 
 
-def failure_record(run: Run, comparison: Comparison, work: Workload, failure: str) -> ResultRecord:
+def failure_record(run: Run, comparison: ComparisonSettings, work: Workload, failure: str) -> ResultRecord:
     """The record of a run that failed: no value, and why."""
     return result_record(
         **_fields(run, comparison, work.settings, work.info),
@@ -88,12 +131,14 @@ def failure_record(run: Run, comparison: Comparison, work: Workload, failure: st
     )
 
 
-def command_of(run: Run, comparison: Comparison) -> str:
+def command_of(run: Run, comparison: ComparisonSettings) -> str:
     """The command that repeats a run, elsewhere or after its record was deleted."""
     return shlex.join(["lte", "compare", comparison.file, "--only", run.name, *comparison.flags])
 
 
-def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_info: dict[str, Any]) -> dict[str, Any]:
+def _fields(
+    run: Run, comparison: ComparisonSettings, settings: dict[str, Any], data_info: dict[str, Any]
+) -> dict[str, Any]:
     """What a record says of a run that does not depend on its outcome."""
     trained = {"train": run.train_config.to_dict(), "stages": list(run.stages)} if run.trains else {"train": None}
     return {
@@ -106,7 +151,7 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
         "config": {
             **settings,
             **trained,
-            **({"lte": run.method_config.to_dict()} if run.has_routers else {}),
+            **({"lte": run.method_config.to_dict()} if run.has_routers and run.method_config else {}),
             "start": run.base,
             "distill_from": run.teacher,
             "relu": run.options.relu,
@@ -116,11 +161,3 @@ def _fields(run: Run, comparison: Comparison, settings: dict[str, Any], data_inf
             "data_info": data_info,
         },
     }
-
-
-def _remember(folder: Any, measurement: Measurement, record: ResultRecord) -> None:
-    """Notes what was measured in a folder's config, by which the kernels choose their paths, and in its model card."""
-    config = load_config(str(folder))
-    config.lte_measurement = measurement_summary(measurement, record["config"]["data_info"], record)
-    config.save_pretrained(folder)
-    write_card(folder, config)

@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
-from lte.cli import app
 from lte.eval.harness import evaluate_harness
 from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.records import load_record
 from lte.report.inputs import load_inputs
-from lte.runs import harness
-from lte.runs.harness import HarnessSettings, answer_questions
+from lte.runs import question_sets
+from lte.runs.question_sets import HarnessSettings, answer_questions
 from lte.runs.runner import execute_all
 from lte.runs.settings import read_comparison
+from lte_cli import app
 from tests.data.tasks.made_up import write
 from tests.eval.harness_toys import write_tasks
 from tests.runs.conftest import runner_of, write_comparison
@@ -131,8 +131,8 @@ def test_a_set_without_room_beside_other_processes_is_no_note(
     def no_room(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(harness, "evaluate_harness", no_room)
-    monkeypatch.setattr(harness, "others_fill_gpu", lambda: shared)
+    monkeypatch.setattr(question_sets, "evaluate_harness", no_room)
+    monkeypatch.setattr(question_sets, "others_fill_gpu", lambda: shared)
     settings = read_comparison(instruct("lte")).harness
     assert settings is not None
     model, tokenizer = load_any_model(str(llama)), load_tokenizer(llama)
