@@ -120,7 +120,7 @@ def test_a_run_whose_pictures_fail_has_saved_its_model(
     def broken(*arguments: Any) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("lte.report.plots.save_figure", broken)
+    monkeypatch.setattr("lte.report.figures.save_figure", broken)
     with pytest.raises(RuntimeError, match="no fonts"):
         run("train", "--model", llama, "--output", tmp_path / "out", *SHORT)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.lte_measurement is not None

@@ -28,7 +28,7 @@ from lte.eval.models import load_config, max_positions, save_folder, task_record
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
 from lte.records import ResultRecord
-from lte.report.markdown import write_demo_report
+from lte.report.demo_report import write_demo_report
 from lte.runs.measure import measure_folder
 from lte.runs.memory import peak_memory_bytes
 from lte.runs.pipeline import ModelSettings, Watcher, make_model
