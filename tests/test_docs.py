@@ -54,6 +54,8 @@ def test_the_reference_of_the_command_line_is_current() -> None:
 
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_the_reference_of_the_library_is_built_without_a_warning(tmp_path: Path) -> None:
+    # What is loaded on demand is there then.
+    assert all(hasattr(lte, name) for name in lte.__all__)
     pdoc.render.configure(docformat="google")
     pdoc.pdoc("lte", output_directory=tmp_path)
     page = (tmp_path / "lte.html").read_text()

@@ -70,7 +70,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _ON_DEMAND:
-        return getattr(import_module(_ON_DEMAND[name]), name)
+        globals()[name] = getattr(import_module(_ON_DEMAND[name]), name)
+        return globals()[name]
     raise AttributeError(f"module 'lte' has no attribute {name!r}")
 
 

@@ -21,6 +21,7 @@ from lte.eval.models import DTYPES, is_lte, load_config
 from lte.hf.dense import load_tokenizer
 from lte.hf.families import dense_ffns, family_of
 from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
+from lte.methods import METHODS, config_of
 from lte.records import write_json_atomic, write_text_atomic
 from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_data, inspector_page
 from lte.report.inspector_server import InspectorServer
@@ -122,15 +123,15 @@ def check_method(name_or_path: str, method: str) -> None:
     Raises:
         ValueError: for a dense model, or one of another method.
     """
-    if method == "dense":
+    if method not in METHODS:
         raise ValueError(
             f"model must be an LTE model to inspect a text, got {name_or_path}, a dense one: every token uses all its "
             "neurons, so there is nothing to inspect; `lte train` makes it sparse"
         )
-    if method != "lte":
+    if not METHODS[method].sparse_ffns:
         raise ValueError(
-            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, whose neurons "
-            "no router switches; `lte eval` measures what it costs"
+            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, which has no "
+            f"routers of LTE and skips {METHODS[method].about}; `lte eval` measures what it costs"
         )
 
 
@@ -226,11 +227,11 @@ def print_description(found: dict[str, Any]) -> None:
     console.print(_summary_table(found))
     if found["layers_measured"]:
         console.print(_layer_table(found["layers_measured"]))
-    elif found["method"] == "lte":
+    elif found["method"] in METHODS:
         console.print("No sparsity was measured for this folder; `lte eval` measures it.")
-    elif found["method"] != "dense":
-        console.print(f"This model is of the method {found['method']}; `lte eval` measures what it costs.")
-    else:
+    for ability in found["abilities"]:
+        console.print(f"- {ability}")
+    if found["method"] not in METHODS:
         console.print("This model is dense: every token uses all its FFN neurons. `lte train` makes it sparse.")
 
 
@@ -256,29 +257,40 @@ def describe(name_or_path: str) -> dict[str, Any]:
         "gflops_per_token_dense": 2 * (weights.attention + sum(weights.ffn)) / GFLOP,
         "layers_measured": [],
     }
+    method = METHODS.get(found["method"])
+    found["abilities"] = [] if method is None else method.abilities()
+    if method is not None:
+        found |= {"about": method.about, **_describe_method(config, skeleton)}
     return {**found, **_describe_experts(config, skeleton)} if is_lte(config) else found
 
 
-def _describe_experts(config: Any, skeleton: Any) -> dict[str, Any]:
-    lte_config = LteConfig.from_dict(config.lte)
-    measured = config.lte_measurement
-    by_layer = [1 - share for share in measured["active_fraction"]] if measured else None
-    sparsity = by_layer or lte_config.target_sparsity
-    ffn = next(iter(sparse_ffns(skeleton).values()))
+def _describe_method(config: Any, skeleton: Any) -> dict[str, Any]:
+    """The settings of the model's method, and what was measured of it."""
+    method_config, measured = config_of(skeleton), getattr(config, "lte_measurement", None)
     return {
-        "experts_per_layer": ffn.num_experts,
-        "router_parameters": sum(count_linear_weights(skeleton).router),
-        **lte_config.to_dict(),
+        **({} if method_config is None else method_config.to_dict()),
         "measured_sparsity": measured["sparsity"] if measured else None,
         "measured_tokens": measured["tokens"] if measured else None,
         "measured_on": measured["split"] if measured else None,
-        "gflops_per_token_sparse": flops_per_token(skeleton, sparsity) / GFLOP,
         "layers_measured": _layers(measured) if measured else [],
     }
 
 
+def _describe_experts(config: Any, skeleton: Any) -> dict[str, Any]:
+    target = LteConfig.from_dict(config.lte).target_sparsity
+    measured = config.lte_measurement
+    by_layer = [1 - share for share in measured["active_fraction"]] if measured else None
+    sparsity = by_layer or target
+    ffn = next(iter(sparse_ffns(skeleton).values()))
+    return {
+        "experts_per_layer": ffn.num_experts,
+        "router_parameters": sum(count_linear_weights(skeleton).router),
+        "gflops_per_token_sparse": flops_per_token(skeleton, sparsity) / GFLOP,
+    }
+
+
 def _layers(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    columns = ("active_fraction", "dead_experts", "always_on_experts")
+    columns = [name for name in ("active_fraction", "dead_experts", "always_on_experts") if name in measured]
     rows = zip(*(measured[name] for name in columns), strict=True)
     return [{"layer": i, **dict(zip(columns, row, strict=True))} for i, row in enumerate(rows)]
 
@@ -290,16 +302,20 @@ def _summary_table(found: dict[str, Any]) -> Table:
     table.add_row("layers x FFN neurons", f"{found['layers']} x {found['ffn_neurons']}")
     table.add_row("parameters", f"{found['parameters']:,}")
     dense = f"{found['gflops_per_token_dense']:.4f} dense"
-    if found["method"] == "lte":
+    if found["method"] in METHODS:
+        table.add_row("skips", found["about"])
+    if "experts_per_layer" in found:
         rank = found["router_rank"] or "full"
         table.add_row("experts per layer", f"{found['experts_per_layer']} of {found['expert_size']} neurons")
         table.add_row("grouping", found["grouping"])
         table.add_row("router", f"rank {rank}, threshold {found['threshold']:g}")
         table.add_row("router parameters", f"{found['router_parameters']:,}")
-        table.add_row("target sparsity", f"{100 * found['target_sparsity']:g}%")
-        table.add_row("measured sparsity", _measured(found))
         at = "measured" if found["measured_sparsity"] is not None else "target"
         dense += f", {found['gflops_per_token_sparse']:.4f} at the {at} sparsity, routers included"
+    if found["method"] in METHODS:
+        table.add_row("target sparsity", f"{100 * found['target_sparsity']:g}%")
+        if not METHODS[found["method"]].leaves_stock:
+            table.add_row("measured sparsity", _measured(found))
     table.add_row("GFLOPs per token", f"{dense} (block linears, 1 G = 2^30)")
     return table
 
@@ -317,5 +333,6 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for row in layers:
         active = f"{100 * row['active_fraction']:.1f}%"
-        table.add_row(str(row["layer"]), active, str(row["dead_experts"]), str(row["always_on_experts"]))
+        experts = [str(row.get(name, "-")) for name in ("dead_experts", "always_on_experts")]
+        table.add_row(str(row["layer"]), active, *experts)
     return table

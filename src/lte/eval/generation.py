@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.progress import track
 from torch import Tensor
 
 from lte.data.tasks.collator import PaddingCollator
@@ -56,6 +55,8 @@ def generate_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     starts = range(0, len(order), batch_size)
     with hard_inference(model):
+        from rich.progress import track  # loaded where something is shown
+
         for start in track(starts, "generating", disable=not progress, transient=True):
             picked = order[start : start + batch_size]
             batch = collator([{"input_ids": list(prompts[index])} for index in picked])
