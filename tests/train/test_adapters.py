@@ -5,13 +5,16 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lte
 from lte.data.rows import LmCollator
 from lte.eval.sparsity import measure_sparsity
+from lte.train.adapters import merge_lora, with_lora
+from lte.train.config import TrainConfig
 from lte.train.trainer import LteTrainer
-from tests.tiny_models import PAD, tiny_dense_model
+from lte.train.two_stage import train_two_stage
+from tests.tiny_models import PAD, VOCAB, tiny_dense_model
 from tests.train.test_trainer import arguments, fresh_model
 from tests.train.toy import toy_rows
 
@@ -161,3 +164,26 @@ def test_adapters_before_the_conversion_train(tmp_path):
     assert {name.split("modules_to_save.default.")[1] for name, p in model.named_parameters() if p.requires_grad
             and "router" in name} == {"weight", "bias"}  # fmt: skip
     assert all(p.requires_grad == ("lora_" in n or "modules_to_save" in n) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_the_settings_of_lte_train_keep_base_and_adapter_and_merge_them(tmp_path, in_4_bits):
+    torch.manual_seed(0)
+    # bitsandbytes takes blocks of 64.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, pad_token_id=PAD, **sizes))
+    lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random", target_sparsity=0.4))
+    start = copy.deepcopy(model.state_dict())
+    config = TrainConfig(lora_rank=4, lora_4bit=in_4_bits, stage1_steps=12, stage2_steps=12, learning_rate=1e-2,
+                         router_fit_tokens=512, calibration_tokens=4096, report_to="none")  # fmt: skip
+    adapted = with_lora(model, config, tmp_path)
+    train_two_stage(adapted, toy_rows(256), config, tmp_path / "checkpoints")
+    trained = logits_of(adapted)
+    merged = merge_lora(adapted, model, tmp_path)
+    # Rounded weights compute something else, and not much else.
+    assert (logits_of(merged) - trained).norm() < (0.2 if in_4_bits else 1e-5) * trained.norm()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert all(value.equal(start[name]) for name, value in base.state_dict().items())
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+    torch.testing.assert_close(logits_of(loaded.merge_and_unload()), logits_of(merged), rtol=1e-5, atol=1e-6)

@@ -152,7 +152,14 @@ class TrainingRun:
         check_start(self)
         work = self._workload(self._tokenizer())
         told = _Told(work, console)
-        made = make_model(self._settings, work, self.output / CHECKPOINTS, resume=self.resume, watcher=told)
+        made = make_model(
+            self._settings,
+            work,
+            self.output / CHECKPOINTS,
+            resume=self.resume,
+            watcher=told,
+            adapters=self.output,
+        )
         if not is_main_process():
             return
         summary = made.summary

@@ -58,6 +58,15 @@ class FfnLayout:
         """The weight of a projection as [out, in], a view if the family stores it the other way round."""
         return projection.weight.T if self.transposed else projection.weight
 
+    def numbers(self, projection: Any) -> Tensor:
+        """The weight of a projection as [out, in] in fp32; one in 4 bits (bitsandbytes) is de-quantised."""
+        state = getattr(projection.weight, "quant_state", None)
+        if state is None:
+            return self.matrix(projection).detach().float()
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(projection.weight.data, state).float()
+
 
 class WrappedFfn(MeteredModule):
     """The parts of a family's FFN under their own names, for a subclass that computes with few of the neurons.
@@ -130,12 +139,15 @@ class WrappedFfn(MeteredModule):
     @property
     def num_neurons(self) -> int:
         """F."""
-        return self.layout.matrix(self.part(self.layout.down)).shape[1]
+        down = self.part(self.layout.down)
+        # Weights in 4 bits have a shape of their own.
+        return getattr(down, "in_features", None) or self.layout.matrix(down).shape[1]
 
     @property
     def hidden_size(self) -> int:
         """D."""
-        return self.layout.matrix(self.part(self.layout.down)).shape[0]
+        down = self.part(self.layout.down)
+        return getattr(down, "out_features", None) or self.layout.matrix(down).shape[0]
 
     @property
     def num_inputs(self) -> int:

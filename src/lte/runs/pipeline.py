@@ -81,7 +81,13 @@ class Watcher:
 
 
 def make_model(
-    settings: ModelSettings, work: Workload, folder: Path, *, resume: bool = False, watcher: Watcher | None = None
+    settings: ModelSettings,
+    work: Workload,
+    folder: Path,
+    *,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    adapters: Path | None = None,
 ) -> MadeModel:
     """Loads a model, applies a method, trains it, and sets its thresholds for the text and for its own answers.
 
@@ -91,6 +97,7 @@ def make_model(
         folder: for checkpoints.
         resume: go on from the newest complete checkpoint there.
         watcher: is told of the steps.
+        adapters: folder for LoRA adapters, if some are trained, and the model under them; `None` takes `folder`.
 
     Returns:
         The model on the device that it trained on; saving it is the caller's.
@@ -114,7 +121,7 @@ def make_model(
         return MadeModel(model, TrainingSummary(0, time.monotonic() - start, []))
     teacher = None if settings.teacher is None else _teacher(settings, model, work)
     train = watcher.before_training(model, teacher, settings.train)
-    trained = model if train.lora_rank is None else with_lora(model, train, folder)
+    trained = model if train.lora_rank is None else with_lora(model, train, adapters or folder)
     summary = train_two_stage(
         trained,
         work.train,
@@ -128,7 +135,11 @@ def make_model(
     )
     calibrate_on_answers_(trained, work, train, settings.stages)
     if trained is not model:
-        model = merge_lora(trained, folder)
+        model = merge_lora(trained, model, adapters or folder)
+        if train.lora_4bit and train.sets_thresholds(settings.stages):
+            # Its weights are not those in 4 bits that the thresholds were set with.
+            lte.calibrate_(model, _calibration(settings, model, work), max_tokens=None)
+            calibrate_on_answers_(model, work, train, settings.stages)
     if settings.leaves_stock:
         if sparse_ffns(model):
             lte.densify_(model)

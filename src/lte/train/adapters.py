@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import sparse_ffns
@@ -56,33 +59,61 @@ def with_lora(model: Any, config: TrainConfig, folder: Path) -> Any:
 
     Args:
         model: from `lte.sparsify_`, or a stock one.
-        config: of which `lora_rank` and `lora_alpha` count.
-        folder: of the checkpoints. The model as it is goes to `base` beside it, which the adapter names as its own.
+        config: of which `lora_rank`, `lora_alpha` and `lora_4bit` count.
+        folder: the model as it is goes to `base` in it, which the adapter names as its own.
+
+    Returns:
+        A model of peft around `model`, or with `lora_4bit` around one in 4 bits that was loaded from `base`.
 
     Raises:
-        ValueError: if peft is not installed.
+        ValueError: if a package that this needs is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("lora_rank must be unset without peft; pip install peft") from error
-    base = folder.parent / BASE
+    needed = ["peft", *(["bitsandbytes"] if config.lora_4bit else [])]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"lora_rank must be unset without {' and '.join(missing)}; pip install {' '.join(missing)}")
+    from peft import LoraConfig, get_peft_model
+
+    base = folder / BASE
     if not (base / "config.json").exists():
         model.save_pretrained(base)
-    rank = int(config.lora_rank or 0)
-    alpha: Any = 2 * rank if config.lora_alpha is None else config.lora_alpha
     kind = next((kind for head, kind in _KINDS.items() if head in type(model).__name__), None)
     kind = "CAUSAL_LM" if predicts_next_token(model) else kind
+    if config.lora_4bit:
+        model = _in_4_bits(model, base, config)
+    rank = int(config.lora_rank or 0)
+    alpha: Any = 2 * rank if config.lora_alpha is None else config.lora_alpha
     adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=kind))
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     return adapted
+
+
+def _in_4_bits(model: Any, base: Path, config: TrainConfig) -> Any:
+    """The model of a folder with its linear layers in NF4; routers and all else stay as they are."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    place = {"": model.device}
+    model.to("cpu")
+    return type(model).from_pretrained(base, quantization_config=quantization, dtype=dtype, device_map=place)
 
 
 # What peft calls the heads, by which it keeps a new head beside the adapter.
 _KINDS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def merge_lora(adapted: Any, folder: Path) -> Any:
-    """Saves a trained adapter, with its routers, to `adapter` beside `folder`, and returns the model with it merged."""
-    adapted.save_pretrained(folder.parent / ADAPTER)
+def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:
+    """Saves a trained adapter, with its routers, to `adapter` in `folder`, and returns `model` with it merged.
+
+    Args:
+        adapted: from `with_lora`.
+        model: that it was made from.
+        folder: as for `with_lora`.
+    """
+    from peft import PeftModel
+
+    place = folder / ADAPTER
+    adapted.save_pretrained(place)
+    if adapted.get_base_model() is not model:
+        # Weights in 4 bits would be rounded once more.
+        adapted = PeftModel.from_pretrained(model.to(adapted.device), place)
     return adapted.merge_and_unload()

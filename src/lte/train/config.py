@@ -125,6 +125,10 @@ class TrainConfig(RecipeSettings):
         "Train LoRA adapters of this rank on all projections, and the routers whole, in place of all weights. The "
         "adapter is kept beside the model, which has it merged.",
     )
+    lora_4bit: bool = option(
+        False,
+        "With lora_rank: hold the weights under the adapters in 4 bits (NF4) in training; needs bitsandbytes.",
+    )
     lora_alpha: float | None = option(None, "Scale of the adapters, over their rank; unset: twice the rank.")
     bf16: bool = option(False, "Train in bfloat16 autocast with fp32 weights.")
     tf32: bool = option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")

@@ -196,7 +196,7 @@ class RoutingMixin(_Trainer):
         inner._trains_routing = True
         teacher = self.teacher if self._distills else None
         try:
-            with compiled_layers(self.model, teacher, self.ffn_names, self.routing.compile_layers):
+            with compiled_layers(inner, teacher, list(wrapped_ffns(inner)), self.routing.compile_layers):
                 yield
         finally:
             for name, parameter in self.model.named_parameters():
