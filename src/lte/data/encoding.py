@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import track
 
 from lte.config import IGNORED
 from lte.data.config import DataConfig
@@ -120,6 +119,8 @@ class Encoder:
         ends = np.cumsum([size(item) for item in items]) // BATCH_CHARS
         bounds = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(items)]
         batches = [items[start:end] for start, end in pairwise(bounds)]
+        from rich.progress import track  # `import lte` does without
+
         return track(batches, f"tokenising {part} text", disable=not self.progress, transient=True)
 
     def _completions(self, documents: list[dict[str, str]]) -> Iterator[tuple[Example, int]]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from lte.data.batches import Batch
@@ -51,6 +50,8 @@ def moved_batches(
     Raises:
         ValueError: if `input_ids` is missing or not [B, T], or `attention_mask` has another shape.
     """
+    from rich.progress import track  # `import lte` does without
+
     for batch in track(batches, description, disable=not progress, transient=True):
         if "input_ids" not in batch or batch["input_ids"].ndim != 2:
             got = tuple(batch["input_ids"].shape) if "input_ids" in batch else f"the keys {', '.join(batch)}"
