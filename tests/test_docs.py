@@ -67,6 +67,15 @@ def test_commands_have_known_flags_and_files(document: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("document", CURRENT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_that_pages_import_exist(document: Path) -> None:
+    blocks = "\n".join(re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL))
+    for line in re.findall(r"^from lte\S* import .*$", blocks, re.MULTILINE):
+        exec(line, {})
+    for name in re.findall(r"\blte\.(\w+)\(", blocks):
+        assert hasattr(lte, name), name
+
+
 def test_the_index_leads_to_every_page() -> None:
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text())}
