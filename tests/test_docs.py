@@ -13,7 +13,7 @@ import typer.cli
 from typer.testing import CliRunner
 
 import lte
-from lte_cli import load_command
+from lte_cli import COMMANDS, load_command
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")])
@@ -63,6 +63,9 @@ def test_commands_have_known_flags_and_files(document: Path) -> None:
             continue
         context = load_command(name).make_context(name, [*arguments])
         assert not context.args
+    for name, rest in re.findall(rf"`lte ({'|'.join(COMMANDS)}) ([^`]*)`", document.read_text()):
+        known = {flag for one in load_command(name).params for flag in (*one.opts, *one.secondary_opts)}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", rest)) <= known, rest
     for path in re.findall(r"(?:experiments|benchmarks)/[\w/]+\.(?:py|sh|yaml)\b", document.read_text()):
         assert (ROOT / path).exists(), path
 
