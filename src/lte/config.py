@@ -1,7 +1,5 @@
 """Configurations of methods: what `sparsify_` builds, and what the saved folder remembers of it."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Collection, Mapping

@@ -119,7 +119,7 @@ class Encoder:
         ends = np.cumsum([size(item) for item in items]) // BATCH_CHARS
         bounds = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(items)]
         batches = [items[start:end] for start, end in pairwise(bounds)]
-        from rich.progress import track  # loaded where something is shown
+        from rich.progress import track  # `import lte` does without
 
         return track(batches, f"tokenising {part} text", disable=not self.progress, transient=True)
 

@@ -55,7 +55,7 @@ def generate_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     starts = range(0, len(order), batch_size)
     with hard_inference(model):
-        from rich.progress import track  # loaded where something is shown
+        from rich.progress import track  # `import lte` does without
 
         for start in track(starts, "generating", disable=not progress, transient=True):
             picked = order[start : start + batch_size]

@@ -50,7 +50,7 @@ def moved_batches(
     Raises:
         ValueError: if `input_ids` is missing or not [B, T], or `attention_mask` has another shape.
     """
-    from rich.progress import track  # loaded where something is shown
+    from rich.progress import track  # `import lte` does without
 
     for batch in track(batches, description, disable=not progress, transient=True):
         if "input_ids" not in batch or batch["input_ids"].ndim != 2:

@@ -3,8 +3,6 @@
 Shapes: D hidden size, F neurons, E experts of S = F / E neurons each.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, get_args
 

@@ -1,7 +1,5 @@
 """Settings of the two training stages, and the recipes that combine them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
