@@ -28,7 +28,18 @@ def option(default: Any, text: str, affects: str = "weights") -> Any:
         affects: what depends on it: the `weights` of any model, its `routing` alone, or `nothing` that is saved.
             Models that were made with other settings of a kind that counts are made anew.
     """
-    return dataclasses.field(default=default, metadata={"help": text, "affects": affects})
+    return dataclasses.field(default=default, metadata={"help": HelpText(text, affects)})
+
+
+class HelpText(str):
+    """The help of a setting, which also knows what depends on it; parsers of transformers take no other metadata."""
+
+    affects: str
+
+    def __new__(cls, text: str, affects: str) -> HelpText:
+        found = super().__new__(cls, text)
+        found.affects = affects
+        return found
 
 
 @dataclass(frozen=True)

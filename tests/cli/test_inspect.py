@@ -191,4 +191,6 @@ def test_serving_until_ctrl_c(sparse_folder: Path, text: Path) -> None:
             output, problems = process.communicate(timeout=30)
         finally:
             process.kill()  # or it would be waited for
+    # bitsandbytes, where it is installed, says which of its kernels a CPU lacks.
+    problems = "".join(line for line in problems.splitlines() if "gemm_4bit_forward" not in line)
     assert (process.returncode, output, problems) == (0, "Stopped.\n", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lte.data.config import DataConfig
 from lte.data.tasks.config import TaskConfig
 from lte.runs.plan import Run, affects, plan_runs
 from lte.runs.settings import read_comparison
+from lte.settings import option
 from lte.train.config import TrainConfig
 from tests.runs.conftest import write_comparison
 
@@ -141,7 +142,7 @@ def test_a_new_setting_enters_the_fingerprint(mrpc: Callable[..., Path], monkeyp
 
     @dataclass(kw_only=True)
     class Louder(TrainConfig):
-        new: int = field(default=1, metadata={"affects": "nothing"})
+        new: int = option(1, "Something.", affects="nothing")
 
     file = mrpc("lte", "teal")
     before = plan(file)

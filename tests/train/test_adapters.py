@@ -11,6 +11,7 @@ import lte
 from lte.data.rows import LmCollator
 from lte.eval.sparsity import measure_sparsity
 from lte.train.adapters import merge_lora, with_lora
+from lte.train.compilation import compiled_layers
 from lte.train.config import TrainConfig
 from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage
@@ -187,3 +188,45 @@ def test_the_settings_of_lte_train_keep_base_and_adapter_and_merge_them(tmp_path
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
     torch.testing.assert_close(logits_of(loaded.merge_and_unload()), logits_of(merged), rtol=1e-5, atol=1e-6)
+
+
+def test_what_other_methods_train_is_kept_with_the_adapter(tmp_path):
+    model = lte.sparsify_(tiny_dense_model(), lte.NoisyTopkConfig(expert_size=8, grouping="random"))
+    trainer = train(get_peft_model(model, lora()), tmp_path, recipe="method", max_steps=4)
+    own = {name.rsplit(".", 1)[0].split(".mlp.")[1] for name, p in trainer.model.named_parameters()
+           if p.requires_grad and "lora_" not in name}  # fmt: skip
+    assert own == {"router.modules_to_save.default", "noise_router.modules_to_save.default"}
+
+
+def test_adapters_of_another_kind_are_refused(tmp_path):
+    model = fresh_model()
+    model.add_adapter(lora(task_type=None))
+    with pytest.raises(ValueError, match=r"model must have its adapters from peft\.get_peft_model"):
+        LteTrainer(model, arguments(tmp_path), train_dataset=toy_rows())
+
+
+def test_a_resumed_run_takes_the_base_that_is_there(tmp_path):
+    config = TrainConfig(lora_rank=4)
+    first = fresh_model()
+    with_lora(first, config, tmp_path)
+    torch.manual_seed(1)
+    other = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8, grouping="random", seed=7))
+    before = logits_of(fresh_model())
+    adapted = with_lora(other, config, tmp_path)
+    weights = [ffn.part("down_proj").base_layer.weight for ffn in lte.sparse_ffns(adapted).values()]
+    kept = [ffn.part("down_proj").weight for ffn in lte.sparse_ffns(fresh_model()).values()]
+    assert all(one.equal(two) for one, two in zip(weights, kept, strict=True))
+    torch.testing.assert_close(logits_of(adapted), before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_of_another_depth_is_compiled_too(tmp_path):
+    student = get_peft_model(fresh_model(), lora())
+    config = copy.deepcopy(tiny_dense_model().config)
+    config.num_hidden_layers = 1
+    teacher = type(tiny_dense_model())(config)
+    compiled = []
+    with compiled_layers(student.get_base_model(), teacher, True):
+        layers = [*student.get_base_model().model.layers, *teacher.model.layers]
+        compiled = [layer._compiled_call_impl is not None for layer in layers]
+    assert compiled == [True] * 3
+    assert all(layer._compiled_call_impl is None for layer in layers)

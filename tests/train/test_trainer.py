@@ -2,12 +2,22 @@
 
 import copy
 import inspect
+from typing import ClassVar
 
 import datasets
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    HfArgumentParser,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import lte
 from lte.data.rows import LmCollator, TokenRows, token_mask
@@ -15,7 +25,7 @@ from lte.eval.sparsity import measure_sparsity
 from lte.nn.losses import efficiency_loss, separability_loss
 from lte.train.arguments import LteTrainingArguments
 from lte.train.trainer import LteTrainer
-from tests.tiny_models import PAD, tiny_dense_model
+from tests.tiny_models import PAD, VOCAB, tiny_dense_model
 from tests.train.toy import toy_rows
 
 
@@ -287,3 +297,147 @@ def test_a_teacher_distils_unless_its_weight_says_otherwise(tmp_path):
     assert trainer(distillation_weight=0.0).distillation_weight == 0.0
     with pytest.raises(ValueError, match=r"teacher must be a dense model when distillation_weight=0\.5"):
         LteTrainer(fresh_model(), arguments(tmp_path, distillation_weight=0.5), train_dataset=toy_rows())
+
+
+def labelled_sequences(count=8):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (count, 12), generator=generator)
+    return [{"input_ids": row, "labels": row.sum() % 2} for row in ids]
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_other_heads_are_averaged_over_accumulated_passes(tmp_path, passes):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(**sizes, **dropouts, num_attention_heads=2))
+    lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random"))
+    rows = labelled_sequences()
+    batch = default_data_collator(rows)
+    expected = model.train()(**batch).loss
+    expected.backward()
+    gradient = model.classifier.weight.grad.clone()
+    model.zero_grad()
+    for ffn in lte.sparse_ffns(model).values():
+        ffn.logits = None
+    seen = Gradients()
+    options = {"recipe": "paper", "eta": 0.0, "lambda_": 0.0, "max_steps": 1, "stage1_ratio": 0.0, "max_grad_norm": 0.0}
+    sizes = {"per_device_train_batch_size": 8 // passes, "gradient_accumulation_steps": passes}
+    trainer = LteTrainer(
+        model,
+        arguments(tmp_path, **options, **sizes, train_sampling_strategy="sequential"),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        callbacks=[seen],
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["task_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(seen.found["classifier.weight"], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["annealed", "straight_through"])
+def test_passes_without_a_label_count_for_nothing(tmp_path, recipe):
+    rows = toy_rows(16)
+    labels = [row if index % 3 else row * 0 - 100 for index, row in enumerate(rows.labels)]
+    model = fresh_model()
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "recipe": recipe}
+    trainer = LteTrainer(
+        model,
+        arguments(tmp_path, **options),
+        train_dataset=TokenRows(rows.input_ids, labels),
+        data_collator=LmCollator(PAD),
+    )
+    trainer.train()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert all(torch.tensor(entry["loss"]).isfinite() for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_an_optimiser_of_ones_own_trains_both_stages(tmp_path):
+    model = fresh_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = LteTrainer(
+        model,
+        arguments(tmp_path, recipe="annealed", calibration_tokens=0),
+        train_dataset=toy_rows(),
+        data_collator=LmCollator(PAD),
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert max(rates[4:]) > 0
+
+
+def test_routers_that_were_trained_go_on_and_frozen_ones_stay(tmp_path):
+    model = fresh_model()
+    data = {"train_dataset": toy_rows(), "data_collator": LmCollator(PAD)}
+    LteTrainer(model, arguments(tmp_path / "a"), **data).train()
+    routers = {name: value.clone() for name, value in model.state_dict().items() if ".router." in name}
+    for ffn in lte.sparse_ffns(model).values():
+        ffn.router.requires_grad_(False)
+    for recipe in ("annealed", "straight_through"):
+        LteTrainer(model, arguments(tmp_path / recipe, recipe=recipe), **data).train()
+        assert all(model.state_dict()[name].equal(value) for name, value in routers.items())
+    trainer = LteTrainer(model.requires_grad_(True), arguments(tmp_path / "b", learning_rate=0.0), **data)
+    trainer.train()
+    # A fit would replace them; the thresholds are set.
+    assert all(model.state_dict()[name].equal(value) for name, value in routers.items() if "weight" in name)
+
+
+def test_what_cannot_be_is_refused_at_once(tmp_path):
+    data = {"train_dataset": toy_rows(), "data_collator": LmCollator(PAD)}
+    with pytest.raises(ValueError, match="model_init must be None"):
+        LteTrainer(args=arguments(tmp_path), model_init=fresh_model, **data)
+    own_loss = {"teacher": tiny_dense_model(), "compute_loss_func": lambda *args, **kwargs: 0}
+    with pytest.raises(ValueError, match="compute_loss_func must be left at its default with a teacher"):
+        LteTrainer(fresh_model(), arguments(tmp_path), **own_loss, **data)
+    untokenised = datasets.Dataset.from_dict({"number": [1]})
+    trainer = LteTrainer(fresh_model(), arguments(tmp_path), calibration_dataset=untokenised, **data)
+    with pytest.raises(ValueError, match="rows must hold input_ids, got number"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_arguments_are_read_by_the_parsers_of_transformers():
+    parsed = HfArgumentParser(LteTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", "x", "--stage1_ratio", "0.25", "--recipe", "annealed", "--use_cpu", "true"]
+    )[0]
+    assert (parsed.stage1_ratio, parsed.recipe) == (0.25, "annealed")
+
+
+def test_a_progress_bar_of_the_users_own_stays(tmp_path):
+    class Own(ProgressCallback):
+        pass
+
+    own = Own()
+    trainer = LteTrainer(
+        fresh_model(), arguments(tmp_path), train_dataset=toy_rows(), data_collator=LmCollator(PAD), callbacks=[own]
+    )
+    assert own in trainer.callback_handler.callbacks
+
+
+def test_checkpointed_activations_are_not_kept_with_the_logits(tmp_path):
+    class Kept(TrainerCallback):
+        seen: ClassVar[list] = []
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.seen += [ffn.logits for ffn in lte.sparse_ffns(model).values()]
+
+    trainer = LteTrainer(
+        fresh_model(),
+        arguments(tmp_path, gradient_checkpointing=True),
+        train_dataset=toy_rows(),
+        data_collator=LmCollator(PAD),
+        callbacks=[Kept()],
+    )
+    trainer.train()
+    assert Kept.seen == [None] * 16
+
+
+def test_a_loader_of_ones_own_serves_without_a_data_set(tmp_path):
+    class Loads(LteTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(toy_rows(), batch_size=8, collate_fn=LmCollator(PAD))
+
+    trainer = Loads(fresh_model(0.4), arguments(tmp_path), data_collator=LmCollator(PAD))
+    trainer.train()
+    assert trainer.evaluate(toy_rows(64))["eval_sparsity"] == pytest.approx(0.4, abs=0.05)

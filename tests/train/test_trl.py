@@ -130,3 +130,18 @@ def test_dpo_trains_routers(tmp_path, tokenizer):
     assert [entry["stage"] for entry in entries] == [1, 1, 2, 2]
     assert all("rewards/chosen" in entry and torch.tensor(entry["loss"]).isfinite() for entry in entries)
     assert {ffn.mode for ffn in lte.sparse_ffns(model).values()} == {"hard"}
+
+
+def test_a_teacher_over_preferences_is_refused(tmp_path, tokenizer):
+    rows = texts(8)["text"]
+    model = fresh_model()
+    trainer = LteDPOTrainer(
+        model,
+        ref_model=copy.deepcopy(model),
+        args=LteDPOConfig(**settings(tmp_path, max_steps=2, per_device_train_batch_size=4)),
+        train_dataset=datasets.Dataset.from_dict({"prompt": rows, "chosen": rows, "rejected": rows[::-1]}),
+        processing_class=tokenizer,
+        teacher=tiny_dense_model(),
+    )
+    with pytest.raises(ValueError, match="teacher must be None for LteDPOTrainer"):
+        trainer.train()

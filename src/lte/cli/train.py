@@ -19,7 +19,7 @@ from lte.data.tasks.config import TaskConfig
 from lte.eval.models import is_lte, load_config, save_folder
 from lte.eval.sparsity import Measurement
 from lte.hf.dense import load_tokenizer
-from lte.records import ResultRecord, write_json_atomic, write_record
+from lte.records import ResultRecord, write_json_atomic, write_record, write_text_atomic
 from lte.report.router_health import router_health_markdown, router_health_table
 from lte.runs.measure import measure_folder
 from lte.runs.pipeline import ModelSettings, Watcher, make_model
@@ -351,10 +351,16 @@ def check_output(output: Path, resume: bool) -> None:
     if output.is_file():
         raise ValueError(f"output must be a folder, got output={output}, which is a file")
     used = [name for name in ("config.json", RUN_FILE, CHECKPOINTS) if (output / name).exists()]
-    if used and not resume:
+    earlier = [name for name in ("stage1", "stage2") if (output / name).exists()]
+    if earlier and resume:
         raise ValueError(
-            f"output must be a new folder, got output={output}, which holds {used[0]}; take another one, or go on "
-            "with an interrupted run by --resume"
+            f"output must hold a run of this version to resume, got output={output} with {earlier[0]} of an earlier "
+            "one; start anew with another --output"
+        )
+    if (used or earlier) and not resume:
+        raise ValueError(
+            f"output must be a new folder, got output={output}, which holds {(used + earlier)[0]}; take another one, "
+            "or go on with an interrupted run by --resume"
         )
 
 
@@ -362,7 +368,7 @@ def write_run_file(output: Path, values: Mapping[str, Any]) -> None:
     """Remembers the settings in `output/run.yaml`: a record, and what --resume reads."""
     output.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in sorted(values.items()) if name != "resume"}
-    (output / RUN_FILE).write_text(yaml.safe_dump(kept))
+    write_text_atomic(output / RUN_FILE, yaml.safe_dump(kept))
 
 
 def _progress(output: Path) -> str:

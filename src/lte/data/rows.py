@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from lte.config import IGNORED
 from lte.data.config import (
@@ -181,7 +181,8 @@ def calibration_batches(dataset: Any, num_tokens: int, batch_size: int, collator
     Raises:
         ValueError: if the data set is empty, or its rows hold no `input_ids`.
     """
-    rows = list(_spread_rows(dataset, num_tokens) if hasattr(dataset, "__len__") else _first_rows(dataset, num_tokens))
+    streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    rows = list(_first_rows(dataset, num_tokens) if streams else _spread_rows(dataset, num_tokens))
     if not rows:
         raise ValueError("dataset must hold at least one row, got 0 rows")
     for start in range(0, len(rows), batch_size):

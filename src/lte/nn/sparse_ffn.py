@@ -76,7 +76,9 @@ class SparseFfn(WrappedFfn):
         if self.logits is None:
             return None
         neurons = (self.logits > self.threshold_logit).sum(-1) * (self.num_neurons // self.num_experts)
-        selector = sum(parameter.numel() for parameter in self.router.parameters() if parameter.ndim == 2)
+        # By name: adapters keep other routers beside the active one.
+        matrices = (self.router.weight, self.router.down)
+        selector = sum(matrix.numel() for matrix in matrices if matrix is not None)
         weights = neurons * (self.num_inputs + 1) * self.hidden_size
         return Reading(weights, selector, neurons, self.logits, self.threshold_logit)
 
@@ -122,8 +124,10 @@ class SparseFfn(WrappedFfn):
 
     def _route(self, x: Tensor) -> Tensor:
         logits = self.router(x)
-        # In training those of a pass without gradients, for metrics say, are not what the loss is about.
-        if self.record_logits and (torch.is_grad_enabled() or not self.training):
+        # In training those of a pass without gradients, for metrics say, are not what the loss is about, and those of a
+        # reference model, adapters switched off, never are.
+        counts = torch.is_grad_enabled() or not self.training
+        if self.record_logits and counts and not getattr(self.router, "disable_adapters", False):
             self.logits = logits
         return logits
 

@@ -23,7 +23,7 @@ def affects(field: Field[Any]) -> str:
 
     A setting that says nothing, and so every new one, counts for all models.
     """
-    return field.metadata.get("affects", "weights")
+    return getattr(field.metadata.get("help"), "affects", "weights")
 
 
 _TRAINING = [field for cls in (TaskConfig, DataConfig, TrainConfig, TeachingOptions) for field in fields(cls)]

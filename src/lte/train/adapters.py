@@ -8,22 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from lte.hf.inputs import predicts_next_token
-from lte.hf.install import sparse_ffns
+from lte.hf.install import wrapped_ffns
 from lte.train.config import TrainConfig
+from lte.train.processes import is_main_process
 
-ROUTER = "router"
 BASE, ADAPTER = "base", "adapter"
+# What peft calls the heads, by which it keeps a new head beside the adapter.
+_KINDS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def with_routers(config: Any) -> Any:
+def own_modules(model: nn.Module) -> list[str]:
+    """The names of the modules that a method adds to the FFNs and trains, of LTE `router`; none in a dense model."""
+    found: dict[str, None] = {}
+    for ffn in wrapped_ffns(model).values():
+        for name, child in ffn.named_children():
+            if name not in (*ffn.layout.parts, *ffn.frozen) and next(child.parameters(), None) is not None:
+                found[name] = None
+    return list(found)
+
+
+def with_routers(config: Any, model: Any) -> Any:
     """A copy of a peft config that also trains the routers and saves them with the adapter (`modules_to_save`)."""
+    names = own_modules(model) if isinstance(model, nn.Module) else []
     config = copy.copy(config)
     named = list(config.modules_to_save or ())
-    config.modules_to_save = named if ROUTER in named else [*named, ROUTER]
+    config.modules_to_save = [*named, *(name for name in names if name not in named)] or None
     return config
 
 
@@ -33,25 +47,28 @@ def train_routers_(model: nn.Module) -> None:
     As peft does for `modules_to_save`, each adapter gets routers of its own: `disable_adapter` gives the base model's,
     and merging keeps the adapter's.
     """
-    configs = getattr(model, "peft_config", None)
-    if not configs or not sparse_ffns(model):
+    configs, names = getattr(model, "peft_config", None), own_modules(model)
+    if not configs or not names:
         return
+    if not hasattr(model, "get_base_model"):
+        raise ValueError("model must have its adapters from peft.get_peft_model, got some of model.add_adapter")
     from peft.utils.other import set_additional_trainable_modules
 
     base: Any = model.base_model
-    router = next(iter(sparse_ffns(model).values())).router
+    first = next(iter(wrapped_ffns(model).values()))
     for name in model.active_adapters:  # type: ignore[union-attr]
-        if name in getattr(router, "modules_to_save", {}):
+        if all(name in getattr(first.get_submodule(own), "modules_to_save", {}) for own in names):
             continue
         routers_alone = copy.copy(configs[name])
-        routers_alone.modules_to_save, routers_alone.trainable_token_indices = [ROUTER], None
+        routers_alone.modules_to_save, routers_alone.trainable_token_indices = names, None
         set_additional_trainable_modules(base, routers_alone, base.model.config, name)
-        for ffn in sparse_ffns(model).values():
-            # Peft activates what it wraps anew alone.
-            wrapped: Any = ffn.router
-            wrapped.enable_adapters(True)
-            wrapped.set_adapter(name)
-        configs[name] = with_routers(configs[name])
+        for ffn in wrapped_ffns(model).values():
+            for own in names:
+                # Peft activates what it wraps anew alone.
+                wrapped: Any = ffn.get_submodule(own)
+                wrapped.enable_adapters(True)
+                wrapped.set_adapter(name)
+        configs[name] = with_routers(configs[name], model)
 
 
 def with_lora(model: Any, config: TrainConfig, folder: Path) -> Any:
@@ -74,9 +91,13 @@ def with_lora(model: Any, config: TrainConfig, folder: Path) -> Any:
         raise ValueError(f"lora_rank must be unset without {' and '.join(missing)}; pip install {' '.join(missing)}")
     from peft import LoraConfig, get_peft_model
 
-    base = folder / BASE
-    if not (base / "config.json").exists():
-        model.save_pretrained(base)
+    base, processes = folder / BASE, PartialState()
+    with processes.main_process_first():
+        if not (base / "config.json").exists():
+            model.save_pretrained(base)
+        else:
+            # Of the run that is resumed: neurons may come out grouped otherwise on another machine.
+            model.load_state_dict(type(model).from_pretrained(base, dtype=model.dtype).state_dict())
     kind = next((kind for head, kind in _KINDS.items() if head in type(model).__name__), None)
     kind = "CAUSAL_LM" if predicts_next_token(model) else kind
     if config.lora_4bit:
@@ -97,10 +118,6 @@ def _in_4_bits(model: Any, base: Path, config: TrainConfig) -> Any:
     return type(model).from_pretrained(base, quantization_config=quantization, dtype=dtype, device_map=place)
 
 
-# What peft calls the heads, by which it keeps a new head beside the adapter.
-_KINDS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-
-
 def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:
     """Saves a trained adapter, with its routers, to `adapter` in `folder`, and returns `model` with it merged.
 
@@ -112,7 +129,9 @@ def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     place = folder / ADAPTER
-    adapted.save_pretrained(place)
+    if is_main_process():
+        adapted.save_pretrained(place)
+    PartialState().wait_for_everyone()
     if adapted.get_base_model() is not model:
         # Weights in 4 bits would be rounded once more.
         adapted = PeftModel.from_pretrained(model.to(adapted.device), place)

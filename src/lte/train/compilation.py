@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lte.hf.families import block_name
+from lte.hf.families import block_name, dense_ffns, family_of
+from lte.hf.install import wrapped_ffns
 
 COMPILED_MULTIPLE = 64
 """Rows are padded to a multiple of so many tokens where layers are compiled."""
@@ -26,11 +27,9 @@ def few_widths(collator: Any) -> Any:
 
 
 @contextmanager
-def compiled_layers(
-    model: nn.Module, teacher: nn.Module | None, ffn_names: list[str], compiles: bool
-) -> Iterator[None]:
-    """Compiles the decoder layers of these FFNs in place, inside the block, if `compiles`: one compilation serves all
-    layers, and parameter names stay."""
+def compiled_layers(model: nn.Module, teacher: nn.Module | None, compiles: bool) -> Iterator[None]:
+    """Compiles the decoder layers of both in place, inside the block, if `compiles`: one compilation serves all layers,
+    and parameter names stay."""
     if not compiles:
         yield
         return
@@ -38,8 +37,12 @@ def compiled_layers(
     # dynamo would go on eagerly, without a word.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 64)
-    networks = [network for network in (model, teacher) if network is not None]
-    layers = [network.get_submodule(block_name(name)) for network in networks for name in ffn_names]
+    networks: list[Any] = [network for network in (model, teacher) if network is not None]
+    layers = [
+        network.get_submodule(block_name(name))
+        for network in networks
+        for name in wrapped_ffns(network) or dense_ffns(network, family_of(network.config))
+    ]
     for layer in layers:
         layer.compile()
     try:

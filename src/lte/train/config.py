@@ -122,8 +122,8 @@ class TrainConfig(RecipeSettings):
     )
     lora_rank: int | None = option(
         None,
-        "Train LoRA adapters of this rank on all projections, and the routers whole, in place of all weights. The "
-        "adapter is kept beside the model, which has it merged.",
+        "Train LoRA adapters of this rank on all projections, and the routers whole, in place of all weights. "
+        "lte train keeps the adapter beside the model, which has it merged.",
     )
     lora_4bit: bool = option(
         False,
@@ -162,6 +162,8 @@ class TrainConfig(RecipeSettings):
             )
         check_fraction("warmup_ratio", self.warmup_ratio)
         check_fraction("distillation_weight", self.distillation_weight, upper_closed=True)
+        if self.lora_4bit and self.lora_rank is None:
+            raise ValueError("lora_rank must be given with lora_4bit, got lora_rank=None")
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")

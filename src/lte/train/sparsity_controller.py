@@ -52,18 +52,6 @@ class EtaController:
         return self.eta
 
 
-@dataclass(frozen=True)
-class SparsityRamp:
-    """Target sparsity over stage 1: linear from 0 to `target` over `ramp_steps`, then constant."""
-
-    target: float
-    ramp_steps: int
-
-    def at(self, step: int) -> float:
-        """Target after `step` optimiser steps."""
-        return self.target * min(1.0, step / max(1, self.ramp_steps))
-
-
 # Share of the measured error that one step corrects: slow against the noise of a batch, fast against the drift of
 # the routers' inputs.
 BIAS_RATE = 0.2

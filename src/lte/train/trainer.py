@@ -23,6 +23,7 @@ from transformers import ProgressCallback, Trainer
 from lte.data.rows import calibration_batches, routing_masks
 from lte.hf.inputs import check_packing, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
+from lte.hf.loading import is_ours
 from lte.nn.losses import active_fraction
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.adapters import train_routers_, with_routers
@@ -42,7 +43,7 @@ LAYER_PREFIX = "layers/active_"
 
 Masks = list[Tensor | None]
 
-# Any trainer of transformers' kind, which comes after the mixin.
+# Any trainer of transformers' kind comes after the mixin; for the type checker it may be all.
 _Trainer: Any = object
 
 
@@ -90,8 +91,10 @@ class RoutingMixin(_Trainer):
         calibration_dataset: Any = None,
         **kwargs: Any,
     ):
+        if kwargs.get("model_init") is not None:
+            raise ValueError("model_init must be None, got one: routing belongs to one model; pass model")
         if kwargs.get("peft_config") is not None:
-            kwargs["peft_config"] = with_routers(kwargs["peft_config"])
+            kwargs["peft_config"] = with_routers(kwargs["peft_config"], args[0] if args else kwargs.get("model"))
             if "peft_config" not in inspect.signature(super().__init__).parameters:
                 args, kwargs = _adapted(args, kwargs)
         config = getattr(args[0] if args else kwargs.get("model"), "config", None)
@@ -107,13 +110,19 @@ class RoutingMixin(_Trainer):
         check_recipe(self.model, self.routing.recipe)
         self.target_sparsity: float = self.model.target_sparsity if self.wrapped_ffns else 0.0
         self.predicts_next_token = predicts_next_token(self.model)
+        if not self.predicts_next_token:
+            # Other heads take the number of labels of all accumulated passes and return the mean of one pass.
+            self.model_accepts_loss_kwargs = False
         self.distillation_weight = _distillation_weight(self.routing, teacher)
         self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
         self.stages = stages_of(self.routing)
         self.stage = self.stages[0]
         self.eta_controller = EtaController()
         self.eta = 0.0
-        self.target_logit = torch.zeros(())
+        # Of each pass of a step, where `target_logit` lies.
+        self.step_targets: list[Tensor] = []
+        # FFNs whose routers the trainer may move: those that the user did not freeze.
+        self.steered: list[SparseFfn] = self.ffns
         # Sums of each term since the last log entry, and how many there were.
         self.sums: dict[str, tuple[Tensor | float, int]] = {}
         self.step_active: list[float] = []
@@ -128,12 +137,15 @@ class RoutingMixin(_Trainer):
         compiled = self.routing.compile_layers
         self._language_terms = torch.compile(language_terms) if compiled else language_terms
         self._routing_terms = torch.compile(routing_terms) if compiled else routing_terms
+        if self._distills:
+            self._check_own_loss()
         if self._distills and self.predicts_next_token:
             # One pass over the logits for both losses, which the trainer leaves to it.
             self.compute_loss_func = self._language_loss
         self._adapt_trainer()
         self.add_callback(RoutingCallback(self))
-        if self.pop_callback(ProgressCallback):
+        for bar in [each for each in self.callback_handler.callbacks if type(each) is ProgressCallback]:
+            self.remove_callback(bar)
             self.add_callback(LteProgress)
 
     def _adapt_trainer(self) -> None:
@@ -161,6 +173,17 @@ class RoutingMixin(_Trainer):
                 raise ValueError(f"{name} must hold use_reentrant=False to train routers, got {options}")
             setattr(self.args, name, options)
 
+    def _check_own_loss(self) -> None:
+        """Refuses a loss of the user's own beside a teacher, whose divergence would take its place."""
+        given = {
+            "compute_loss_func": self.compute_loss_func,
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "loss_type": getattr(self.args, "loss_type", None) == "dft",
+        }
+        for name, value in given.items():
+            if value:
+                raise ValueError(f"{name} must be left at its default with a teacher, got one; leave either out")
+
     @property
     def _distills(self) -> bool:
         return self.teacher is not None and self.distillation_weight > 0
@@ -174,6 +197,8 @@ class RoutingMixin(_Trainer):
         """
         self._resumed = self._resume_point(resume_from_checkpoint)
         self.check_batch(next(self._spread_batches(self.train_dataset, 1)))
+        if self._sets_thresholds and self.calibration_dataset is not None:
+            next(self._spread_batches(self.calibration_dataset, 1))
         if hasattr(self.model.config, "lte_measurement"):
             self.model.config.lte_measurement = None
         with self._training():
@@ -191,20 +216,24 @@ class RoutingMixin(_Trainer):
     def _training(self) -> Iterator[None]:
         """Freezes what the settings leave out, compiles, and leaves the model in hard mode with all flags as before."""
         trained = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        self.steered = [ffn for ffn in self.ffns if ffn.router.bias.requires_grad]
         self._freeze()
-        inner = unwrapped(self.model)
-        inner._trains_routing = True
+        # A classifier of a decoder holds a sparse model of its own.
+        ours = [module for module in self.model.modules() if is_ours(module)]
+        for module in ours:
+            module._trains_routing = True
         teacher = self.teacher if self._distills else None
         try:
-            with compiled_layers(inner, teacher, list(wrapped_ffns(inner)), self.routing.compile_layers):
+            with compiled_layers(unwrapped(self.model), teacher, self.routing.compile_layers):
                 yield
         finally:
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(trained[name])
+                parameter.requires_grad_(trained.get(name, parameter.requires_grad))
             for ffn in self.ffns:
                 ffn.set_mode("hard")
                 ffn.record_logits, ffn.logits = False, None
-            del inner._trains_routing
+            for module in ours:
+                del module._trains_routing
             # Accelerate's mark, by which it would take the model as prepared in the next training.
             vars(self.model).pop("_is_accelerate_prepared", None)
             if self._use_cache is not None:
@@ -227,7 +256,17 @@ class RoutingMixin(_Trainer):
                 ffn.get_submodule(name).requires_grad_(False)
 
     def _spread_batches(self, dataset: Any, num_tokens: int) -> Iterator[dict[str, Tensor]]:
-        """About `num_tokens` tokens spread over a data set, on the model's device; in every process the same."""
+        """About `num_tokens` tokens spread over a data set, on the model's device; in every process the same.
+
+        Without a data set, where the trainer has a loader of its own, they are the first that it gives.
+        """
+        if dataset is None:
+            for batch in self.get_train_dataloader():
+                yield self._prepare_inputs(batch)
+                num_tokens -= int(_num_tokens(batch, torch.device("cpu")))
+                if num_tokens <= 0:
+                    return
+            return
         collator = self._get_collator_with_removed_columns(self.data_collator, "calibration")
         rows = self.args.per_device_train_batch_size
         for batch in calibration_batches(dataset, num_tokens, rows, collator):
@@ -235,15 +274,23 @@ class RoutingMixin(_Trainer):
 
     def _fit_routers(self) -> None:
         routing = self.routing
-        if self.ffns and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
+        # Routers that were trained before go on from there.
+        fresh = all(ffn.router.weight.requires_grad and not ffn.router.weight.any() for ffn in self.ffns)
+        if self.ffns and fresh and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
                 fit_routers_(self.model, self._spread_batches(self.train_dataset, routing.router_fit_tokens))
 
-    def _set_thresholds(self) -> None:
+    @property
+    def _sets_thresholds(self) -> bool:
         routing = self.routing
-        if not (self.ffns and routing.holds_target and routing.calibration_tokens and self.stage.number == 2):
+        return bool(self.ffns and routing.holds_target and routing.calibration_tokens and routing.stage1_ratio < 1)
+
+    def _set_thresholds(self) -> None:
+        # Routers that the user froze keep their thresholds.
+        if not self._sets_thresholds or len(self.steered) < len(self.ffns):
             return
-        batches = list(self._spread_batches(self.calibration_dataset or self.train_dataset, routing.calibration_tokens))
+        dataset = self.train_dataset if self.calibration_dataset is None else self.calibration_dataset
+        batches = list(self._spread_batches(dataset, self.routing.calibration_tokens))
         with self.compute_loss_context_manager():
             calibrate_thresholds_(self.model, batches, self.target_sparsity)
 
@@ -259,7 +306,8 @@ class RoutingMixin(_Trainer):
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in routers]
         if own:
-            rate = self.routing.router_learning_rate or self.args.learning_rate
+            own_rate = self.routing.router_learning_rate
+            rate = self.args.learning_rate if own_rate is None else own_rate
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
@@ -276,21 +324,32 @@ class RoutingMixin(_Trainer):
             self.target_sparsity,
             self.routing.ramp_ratio,
             self.args.get_warmup_steps,
-            (self.routing.stage2_learning_rate or self.args.learning_rate) / self.args.learning_rate,
+            self._stage2_rate,
         )
         if self.lr_scheduler is not None or self.args.lr_scheduler_type != "linear":
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         routers = {id(p) for ffn in self.ffns for p in ffn.router.parameters()}
-        groups = [any(id(p) in routers for p in group["params"]) for group in optimizer.param_groups]
+        groups = [
+            bool(group["params"]) and all(id(p) in routers for p in group["params"]) for group in optimizer.param_groups
+        ]
         rates: list[Any] = [partial(self.schedule.learning_rate, routers=routers) for routers in groups]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    @property
+    def _stage2_rate(self) -> float:
+        """The peak learning rate of stage 2 over that of stage 1."""
+        second, first = self.routing.stage2_learning_rate, self.args.learning_rate
+        return 1.0 if second is None or not first else second / first
+
     def begin_stages(self) -> None:
         """Enters the stage of the first step, with the control state of the checkpoint that training goes on from."""
         self.eta_controller, self.tokens_trained = EtaController(), 0
+        # What an interrupted step of an earlier training left.
+        for kept in (self.sums, self.step_active, self.step_tokens, self.step_targets, self._task_terms):
+            kept.clear()
         self._enter(self.schedule.stage_at(self.state.global_step))
         if self._resumed is not None:
             self.load_control_state(self._resumed)
@@ -329,6 +388,12 @@ class RoutingMixin(_Trainer):
     ) -> Any:
         """The trainer's loss and, in training, the weighted terms of routing; collects each term for the log."""
         inputs = dict(inputs)
+        if num_items_in_batch is not None:
+            # A batch without labels has a loss of 0.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if self.model.training:
+            for ffn in self.ffns:
+                ffn.record_logits = self.stage.mode != "dense"
         masks = self._token_masks(inputs)
         inputs.pop("token_mask", None)
         if self.predicts_next_token:
@@ -387,6 +452,10 @@ class RoutingMixin(_Trainer):
         terms of routing are, here.
         """
         passes = self.current_gradient_accumulation_steps if self._is_scaled(num_items) else 1
+        if self._distills and "distillation_loss" not in self._task_terms:
+            raise ValueError(
+                f"teacher must be None for {type(self).__name__}, whose loss is not one of the model's logits, got one"
+            )
         terms = {name: passes * value for name, value in self._task_terms.items()}
         self._task_terms = {}
         routing = self._routing(masks)
@@ -422,6 +491,9 @@ class RoutingMixin(_Trainer):
         logits = [ffn.logits for ffn in self.ffns if ffn.logits is not None]
         for ffn in self.ffns:
             ffn.logits = None
+            if self.model.training:
+                # Activations that the backward pass computes again would stay with these logits.
+                ffn.record_logits = False
         return logits
 
     def _routing(self, masks: Masks) -> dict[str, Tensor]:
@@ -429,7 +501,7 @@ class RoutingMixin(_Trainer):
         if not logits:
             return {}
         if self.stage.controls_bias:
-            self.target_logit = target_logit(logits, masks, self.target_sparsity)
+            self.step_targets.append(target_logit(logits, masks, self.target_sparsity))
         stacked = stack_layers(logits, masks)
         return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.routing.pole_guard)
 
@@ -495,15 +567,26 @@ class RoutingMixin(_Trainer):
         if self.stage.controls_eta:
             self.eta = self.eta_controller.update(target, sparsity)
         if self.stage.controls_bias:
-            error = self.accelerator.reduce(self.target_logit, reduction="mean") - self.ffns[0].threshold_logit
-            shift_router_biases_(self.ffns, -BIAS_RATE * error)
+            self._hold_target()
         if self.routing.recipe == "annealed" and self.stage.number == 1:
             self._sharpen_routers_()
+
+    def _hold_target(self) -> None:
+        """Moves the router biases so that the target's share of scores lies below the threshold."""
+        targets = torch.stack(self.step_targets)
+        self.step_targets.clear()
+        # A pass without a counted token has none.
+        found = targets.isfinite()
+        sums = torch.stack([targets.where(found, torch.zeros_like(targets)).sum(), found.sum()])
+        total, count = self.accelerator.reduce(sums, reduction="sum")
+        if count:
+            error = total / count - self.ffns[0].threshold_logit
+            shift_router_biases_(self.steered, -BIAS_RATE * error)
 
     @torch.no_grad()
     def _sharpen_routers_(self) -> None:
         factor = self.routing.router_sharpening ** (1 / self.schedule.stage1_steps)
-        for ffn in self.ffns:
+        for ffn in self.steered:
             ffn.router.weight.mul_(factor)
             ffn.router.bias.sub_(ffn.threshold_logit).mul_(factor).add_(ffn.threshold_logit)
 
@@ -555,7 +638,7 @@ class RoutingMixin(_Trainer):
         self._evaluated = []
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            if self._evaluated:
+            if ffns:
                 bound = inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments
                 output.metrics[f"{bound.get('metric_key_prefix', 'eval')}_sparsity"] = self._evaluated_sparsity()
         finally:
@@ -579,7 +662,8 @@ class RoutingMixin(_Trainer):
 
     def _evaluated_sparsity(self) -> float:
         assert self._evaluated is not None
-        active, tokens = (torch.stack(each).sum(0) for each in zip(*self._evaluated, strict=True))
+        none = torch.zeros(len(self.ffns), dtype=torch.float64)
+        active, tokens = (torch.stack(each).sum(0) for each in zip((none, none), *self._evaluated, strict=True))
         sums = self.accelerator.reduce(torch.stack([active, tokens]).float().to(self.args.device), reduction="sum")
         return 1 - (sums[0] / sums[1].clamp_min(1)).mean().item()
 
