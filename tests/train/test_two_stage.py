@@ -13,9 +13,10 @@ from lte.data.rows import LmCollator
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig, stages_of
 from lte.train.processes import training_device
+from lte.train.routing_loss import NonFiniteLossError
 from lte.train.sparsity_controller import EtaController
 from lte.train.summary import TrainingSummary
-from lte.train.trainer import LteTrainer, NonFiniteLossError
+from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage
 from tests.tiny_models import PAD, tiny_dense_model, tiny_sparse_model
 from tests.train.toy import toy_rows

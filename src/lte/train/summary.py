@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lte.train.trainer import LAYER_PREFIX
+from lte.train.routing_loss import LAYER_PREFIX
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,9 @@ Shapes: B sequences, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import inspect
-import json
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
-from lte.data.rows import calibration_batches, routing_masks
-from lte.hf.inputs import check_packing, predicts_next_token, unwrapped
+from lte.data.rows import calibration_batches
+from lte.hf.inputs import predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.nn.losses import active_fraction
@@ -30,28 +26,15 @@ from lte.train.adapters import train_routers_, with_routers
 from lte.train.arguments import RoutingArguments
 from lte.train.callbacks import CONTROL_STATE_FILE, LteProgress, RoutingCallback
 from lte.train.compilation import compiled_layers
-from lte.train.config import Stage, stages_of
-from lte.train.objective import head_divergence, language_terms, routing_terms, stack_layers
+from lte.train.config import stages_of
+from lte.train.objective import language_terms, routing_terms
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
-from lte.train.schedule import Schedule
-from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_, target_logit
-
-# What a term of `routing_terms` is called in the log, if not by its own name.
-LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
-# The log's names of each layer's active fraction, before its number.
-LAYER_PREFIX = "layers/active_"
-
-Masks = list[Tensor | None]
-
-# Any trainer of transformers' kind comes after the mixin; for the type checker it may be all.
-_Trainer: Any = object
+from lte.train.routing_control import RoutingControl
+from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
+from lte.train.sparsity_controller import EtaController
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the batch was saved and no checkpoint was overwritten."""
-
-
-class RoutingMixin(_Trainer):
+class RoutingMixin(RoutingLoss, RoutingControl):
     """What makes a trainer train routing: put it before the trainer's class, `class X(RoutingMixin, SFTTrainer): ...`.
 
     To the loss L of the trainer it adds the terms of routing,
@@ -78,11 +61,6 @@ class RoutingMixin(_Trainer):
         ValueError: for a model that does not fit the recipe, a distillation without teacher, and checkpointing of
             activations of the reentrant kind, which loses the routers' gradients.
     """
-
-    model: Any
-    lr_scheduler: Any
-    compute_loss_func: Any
-    _created_lr_scheduler: bool
 
     def __init__(
         self,
@@ -184,10 +162,6 @@ class RoutingMixin(_Trainer):
             if value:
                 raise ValueError(f"{name} must be left at its default with a teacher, got one; leave either out")
 
-    @property
-    def _distills(self) -> bool:
-        return self.teacher is not None and self.distillation_weight > 0
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains both stages and sets the thresholds; arguments and result are those of the trainer.
 
@@ -263,7 +237,7 @@ class RoutingMixin(_Trainer):
         if dataset is None:
             for batch in self.get_train_dataloader():
                 yield self._prepare_inputs(batch)
-                num_tokens -= int(_num_tokens(batch, torch.device("cpu")))
+                num_tokens -= int(num_tokens_of(batch, torch.device("cpu")))
                 if num_tokens <= 0:
                     return
             return
@@ -294,320 +268,6 @@ class RoutingMixin(_Trainer):
         with self.compute_loss_context_manager():
             calibrate_thresholds_(self.model, batches, self.target_sparsity)
 
-    # Stages.
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The trainer's optimiser, with a parameter group of its own for the routers."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        routers = {id(p) for p in self._router_parameters()}
-        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in routers]
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in routers]
-        if own:
-            own_rate = self.routing.router_learning_rate
-            rate = self.args.learning_rate if own_rate is None else own_rate
-            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
-        return optimizer
-
-    def _router_parameters(self) -> list[nn.Parameter]:
-        routers = [getattr(ffn, "router", None) for ffn in self.wrapped_ffns]
-        return [p for router in routers if router is not None for p in router.parameters()]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The recipe's learning rate over both stages, or the trainer's own if its type is not `linear`."""
-        self.schedule = Schedule(
-            self.stages,
-            num_training_steps,
-            round(self.routing.stage1_ratio * num_training_steps),
-            self.target_sparsity,
-            self.routing.ramp_ratio,
-            self.args.get_warmup_steps,
-            self._stage2_rate,
-        )
-        if self.lr_scheduler is not None or self.args.lr_scheduler_type != "linear":
-            return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = self.optimizer if optimizer is None else optimizer
-        routers = {id(p) for ffn in self.ffns for p in ffn.router.parameters()}
-        groups = [
-            bool(group["params"]) and all(id(p) in routers for p in group["params"]) for group in optimizer.param_groups
-        ]
-        rates: list[Any] = [partial(self.schedule.learning_rate, routers=routers) for routers in groups]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    @property
-    def _stage2_rate(self) -> float:
-        """The peak learning rate of stage 2 over that of stage 1."""
-        second, first = self.routing.stage2_learning_rate, self.args.learning_rate
-        return 1.0 if second is None or not first else second / first
-
-    def begin_stages(self) -> None:
-        """Enters the stage of the first step, with the control state of the checkpoint that training goes on from."""
-        self.eta_controller, self.tokens_trained = EtaController(), 0
-        # What an interrupted step of an earlier training left.
-        for kept in (self.sums, self.step_active, self.step_tokens, self.step_targets, self._task_terms):
-            kept.clear()
-        self._enter(self.schedule.stage_at(self.state.global_step))
-        if self._resumed is not None:
-            self.load_control_state(self._resumed)
-
-    def begin_step(self) -> None:
-        """Switches to stage 2 where it starts: other switching of experts, and an optimiser without memory."""
-        if self.schedule.starts_stage2(self.state.global_step):
-            settled = self.eta_controller.settled if self.stage.controls_eta else None
-            self._enter(self.schedule.stage_at(self.state.global_step), settled)
-            if not self.is_deepspeed_enabled:
-                self.optimizer.state.clear()
-
-    def _enter(self, stage: Stage, first_eta: float | None = None) -> None:
-        self.stage = stage
-        for ffn in self.ffns:
-            ffn.set_mode(stage.mode)
-            ffn.record_logits = stage.mode != "dense"
-        if first_eta:
-            self.eta_controller = EtaController.starting_at(first_eta)
-        self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
-
-    # The loss.
-
-    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
-        """Autocast around each loss, with `bf16`: it keeps its copies of weights until it ends."""
-        if self._autocasts:
-            return torch.autocast(self.args.device.type, torch.bfloat16)
-        return super().autocast_smart_context_manager(*args, **kwargs)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The trainer's loss and, in training, the weighted terms of routing; collects each term for the log."""
-        inputs = dict(inputs)
-        if num_items_in_batch is not None:
-            # A batch without labels has a loss of 0.
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        if self.model.training:
-            for ffn in self.ffns:
-                ffn.record_logits = self.stage.mode != "dense"
-        masks = self._token_masks(inputs)
-        inputs.pop("token_mask", None)
-        if self.predicts_next_token:
-            check_packing(self.model, inputs)
-            inputs["use_cache"] = False
-        self._inputs = inputs
-        # Another head computes its own loss; the divergence is added here.
-        other_head = self._distills and not self.predicts_next_token and self.model.training
-        with_outputs = return_outputs or other_head
-        result = super().compute_loss(model, dict(inputs), with_outputs, num_items_in_batch)
-        outputs: Any
-        loss, outputs = result if with_outputs else (result, None)
-        if self.model.training:
-            self.step_tokens.append(_num_tokens(inputs, loss.device))
-            self._task_terms = self._task_terms or {"task_loss": loss.detach()}
-            if other_head:
-                divergence = head_divergence(outputs.logits, inputs["labels"], self._teacher_logits())
-                self._task_terms["distillation_loss"] = divergence.detach()
-                loss = (1 - self.distillation_weight) * loss + self.distillation_weight * divergence
-            loss = self._with_routing(loss, masks, num_items_in_batch)
-        elif self._evaluated is not None:
-            self._count_active(masks)
-        return (loss, outputs) if return_outputs else loss
-
-    def _token_masks(self, inputs: dict[str, Any]) -> Masks:
-        """Which tokens count in each FFN, [B, T] bool; all of them in batches of other trainers' kinds."""
-        if "input_ids" not in inputs:
-            return [None] * len(self.ffn_names)
-        by_name = routing_masks(self.model, self.ffn_names, inputs)
-        return [by_name[name] for name in self.ffn_names]
-
-    def _language_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Cross entropy and divergence from the teacher in one; in evaluation cross entropy alone."""
-        teacher_logits = self._teacher_logits() if self.model.training else None
-        task, divergence = self._language_terms(outputs.logits, labels, teacher_logits, num_items_in_batch)
-        if not self.model.training:
-            return task
-        everywhere = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        scale = self.accelerator.num_processes if everywhere else 1
-        terms = {"task_loss": task, "distillation_loss": divergence}
-        self._task_terms = {name: scale * value.detach() for name, value in terms.items()}
-        return (1 - self.distillation_weight) * task + self.distillation_weight * divergence
-
-    def _teacher_logits(self) -> Tensor:
-        assert self.teacher is not None
-        # In the teacher's own dtype: autocast would only add casts.
-        with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
-            # An encoder-decoder makes its decoder's inputs of the labels.
-            left_out = ("labels",) if self.predicts_next_token else ()
-            return self.teacher(**{key: value for key, value in self._inputs.items() if key not in left_out}).logits
-
-    def _with_routing(self, task: Tensor, masks: Masks, num_items: Tensor | int | None) -> Tensor:
-        """The loss with the routing terms, which are means over one forward pass.
-
-        A loss that is divided by the labels of all accumulated passes is not divided by their number any more: the
-        terms of routing are, here.
-        """
-        passes = self.current_gradient_accumulation_steps if self._is_scaled(num_items) else 1
-        if self._distills and "distillation_loss" not in self._task_terms:
-            raise ValueError(
-                f"teacher must be None for {type(self).__name__}, whose loss is not one of the model's logits, got one"
-            )
-        terms = {name: passes * value for name, value in self._task_terms.items()}
-        self._task_terms = {}
-        routing = self._routing(masks)
-        added = task.new_zeros(())
-        if routing:
-            added = added + self.eta * routing["efficiency"]
-            if self.stage.number == 1 and self.routing.separability_weight:
-                added = added + self.routing.separability_weight * routing["separability"]
-        auxiliary = self._auxiliary_loss(masks)
-        if auxiliary is not None:
-            added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
-        loss = task + added / passes
-        if self.accelerator.num_processes > 1 and not self.stage.train_routers:
-            # DistributedDataParallel waits for a gradient of every parameter.
-            loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
-        total = (passes * loss).detach()
-        self._check_finite(total)
-        if routing:
-            # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
-            self.step_active.append(routing["active_fraction"].item())
-        self._collect({**terms, "loss_total": total, **routing})
-        return loss
-
-    def _is_scaled(self, num_items: Tensor | int | None) -> bool:
-        """Whether the trainer takes a loss as the share of one pass in the loss of all accumulated ones."""
-        said = getattr(self, "loss_is_scaled_for_ga", None)
-        if said is not None:
-            return said
-        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-
-    def _take_logits(self) -> list[Tensor]:
-        """The router logits of the pass that just ended, layer by layer."""
-        logits = [ffn.logits for ffn in self.ffns if ffn.logits is not None]
-        for ffn in self.ffns:
-            ffn.logits = None
-            if self.model.training:
-                # Activations that the backward pass computes again would stay with these logits.
-                ffn.record_logits = False
-        return logits
-
-    def _routing(self, masks: Masks) -> dict[str, Tensor]:
-        logits = self._take_logits()
-        if not logits:
-            return {}
-        if self.stage.controls_bias:
-            self.step_targets.append(target_logit(logits, masks, self.target_sparsity))
-        stacked = stack_layers(logits, masks)
-        return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.routing.pole_guard)
-
-    def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
-        """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
-        losses = [ffn.auxiliary_loss(mask) for ffn, mask in zip(self.wrapped_ffns, masks, strict=True)]  # type: ignore[arg-type]
-        added = [loss for loss in losses if loss is not None]
-        return torch.stack(added).sum() if added else None
-
-    def _check_finite(self, loss: Tensor) -> None:
-        if math.isfinite(loss.item()):
-            return
-        path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}, path)
-        raise NonFiniteLossError(
-            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
-            f"is in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
-        )
-
-    # The log.
-
-    def _collect(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            key = LOG_KEYS.get(name, name)
-            total, count = self.sums.get(key, (0.0, 0))
-            self.sums[key] = (total + value.detach(), count + 1)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the means of all terms since the last entry, the active fraction of each layer, eta, and the target."""
-        if "loss" in logs and self.sums:
-            logs.update(self._means())
-            logs.update(eta=self.eta, target_sparsity=self.schedule.target_at(self.state.global_step))
-            self.sums.clear()
-        if self.is_in_train:
-            logs["stage"] = self.stage.number
-        super().log(logs, *args, **kwargs)
-
-    def _means(self) -> dict[str, float]:
-        """The mean of each term over all processes; of one with a value per layer a mean for each, `layers/...`."""
-        by_name = {name: torch.as_tensor(total) / count for name, (total, count) in self.sums.items()}
-        means = self.accelerator.reduce(torch.cat([mean.reshape(-1) for mean in by_name.values()]), reduction="mean")
-        names: list[str] = []
-        for name, mean in by_name.items():
-            names += [name] if mean.ndim == 0 else [f"layers/{name}_{layer:02d}" for layer in range(len(mean))]
-        return dict(zip(names, means.tolist(), strict=True))
-
-    # Control of the sparsity.
-
-    def control_sparsity(self) -> None:
-        """Updates eta and the router biases from the active fraction of the step that just ended; counts its tokens."""
-        tokens = torch.stack(self.step_tokens).sum()
-        self.tokens_trained += int(self.accelerator.reduce(tokens, reduction="sum"))
-        self.step_tokens.clear()
-        if not self.step_active:
-            return
-        active = sum(self.step_active) / len(self.step_active)
-        if self.accelerator.num_processes > 1:
-            over_processes = torch.tensor(active, device=self.accelerator.device)
-            active = self.accelerator.reduce(over_processes, reduction="mean").item()
-        self.step_active.clear()
-        target, sparsity = self.schedule.target_at(self.state.global_step), 1 - active
-        if self.stage.controls_eta:
-            self.eta = self.eta_controller.update(target, sparsity)
-        if self.stage.controls_bias:
-            self._hold_target()
-        if self.routing.recipe == "annealed" and self.stage.number == 1:
-            self._sharpen_routers_()
-
-    def _hold_target(self) -> None:
-        """Moves the router biases so that the target's share of scores lies below the threshold."""
-        targets = torch.stack(self.step_targets)
-        self.step_targets.clear()
-        # A pass without a counted token has none.
-        found = targets.isfinite()
-        sums = torch.stack([targets.where(found, torch.zeros_like(targets)).sum(), found.sum()])
-        total, count = self.accelerator.reduce(sums, reduction="sum")
-        if count:
-            error = total / count - self.ffns[0].threshold_logit
-            shift_router_biases_(self.steered, -BIAS_RATE * error)
-
-    @torch.no_grad()
-    def _sharpen_routers_(self) -> None:
-        factor = self.routing.router_sharpening ** (1 / self.schedule.stage1_steps)
-        for ffn in self.steered:
-            ffn.router.weight.mul_(factor)
-            ffn.router.bias.sub_(ffn.threshold_logit).mul_(factor).add_(ffn.threshold_logit)
-
-    @property
-    def settled_eta(self) -> float | None:
-        """The weight of the efficiency loss on which its controller had settled in the last stage that had one."""
-        ran = [s for s in self.stages if s.number == 1 or self.schedule.stage1_steps < self.schedule.max_steps]
-        ran = ran if self.schedule.stage1_steps else ran[1:]
-        return self.eta_controller.settled if any(stage.controls_eta for stage in ran) else None
-
-    def control_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond the trainer's own state."""
-        return {"eta": self.eta, "controller": asdict(self.eta_controller), "tokens_trained": self.tokens_trained}
-
-    def load_control_state(self, checkpoint: Path) -> None:
-        """Restores `control_state` from a checkpoint folder."""
-        state = json.loads((checkpoint / CONTROL_STATE_FILE).read_text(encoding="utf-8"))
-        state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
-        self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
-        self.tokens_trained = state["tokens_trained"]
-
     def _resume_point(self, wanted: str | bool | None) -> Path | None:
         """The checkpoint to go on from; `True` takes the newest complete one."""
         if not wanted:
@@ -625,8 +285,6 @@ class RoutingMixin(_Trainer):
                 f"output_dir must hold a complete checkpoint to resume, got none in {self.args.output_dir}"
             )
         return newest
-
-    # Evaluation.
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, in hard mode, with the sparsity of the same passes among the metrics."""
@@ -722,14 +380,6 @@ def _distillation_weight(routing: RoutingArguments, teacher: nn.Module | None) -
     if weight and teacher is None:
         raise ValueError(f"teacher must be a dense model when distillation_weight={weight}, got teacher=None")
     return (0.0 if teacher is None else 1.0) if weight is None else weight
-
-
-def _num_tokens(inputs: dict[str, Any], device: torch.device) -> Tensor:
-    """Tokens of a batch that are no padding, on the device."""
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
-        return mask.sum().to(device)
-    return torch.tensor(inputs["input_ids"].numel() if "input_ids" in inputs else 0, device=device)
 
 
 def _checkpointing_of(args: Any) -> str | None:

@@ -1,0 +1,172 @@
+"""How a trainer of routing goes through its stages and holds the target sparsity."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte.nn.sparse_ffn import SparseFfn
+from lte.nn.wrapped_ffn import WrappedFfn
+from lte.train.arguments import RoutingArguments
+from lte.train.callbacks import CONTROL_STATE_FILE
+from lte.train.config import Stage
+from lte.train.routing_loss import AnyTrainer
+from lte.train.schedule import Schedule
+from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
+
+
+class RoutingControl(AnyTrainer):
+    """The part of `lte.train.trainer.RoutingMixin` that owns optimiser groups, schedule, stages and controllers."""
+
+    lr_scheduler: Any
+    _created_lr_scheduler: bool
+    routing: RoutingArguments
+    wrapped_ffns: list[WrappedFfn]
+    ffns: list[SparseFfn]
+    steered: list[SparseFfn]
+    stages: tuple[Stage, Stage]
+    target_sparsity: float
+    sums: dict[str, tuple[Tensor | float, int]]
+    step_active: list[float]
+    step_targets: list[Tensor]
+    step_tokens: list[Tensor]
+    _resumed: Path | None
+    _task_terms: dict[str, Tensor]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's optimiser, with a parameter group of its own for the routers."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        routers = {id(p) for p in self._router_parameters()}
+        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in routers]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in routers]
+        if own:
+            own_rate = self.routing.router_learning_rate
+            rate = self.args.learning_rate if own_rate is None else own_rate
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _router_parameters(self) -> list[nn.Parameter]:
+        routers = [getattr(ffn, "router", None) for ffn in self.wrapped_ffns]
+        return [p for router in routers if router is not None for p in router.parameters()]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The recipe's learning rate over both stages, or the trainer's own if its type is not `linear`."""
+        self.schedule = Schedule(
+            self.stages,
+            num_training_steps,
+            round(self.routing.stage1_ratio * num_training_steps),
+            self.target_sparsity,
+            self.routing.ramp_ratio,
+            self.args.get_warmup_steps,
+            self._stage2_rate,
+        )
+        if self.lr_scheduler is not None or self.args.lr_scheduler_type != "linear":
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        routers = {id(p) for ffn in self.ffns for p in ffn.router.parameters()}
+        groups = [
+            bool(group["params"]) and all(id(p) in routers for p in group["params"]) for group in optimizer.param_groups
+        ]
+        rates: list[Any] = [partial(self.schedule.learning_rate, routers=routers) for routers in groups]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    @property
+    def _stage2_rate(self) -> float:
+        """The peak learning rate of stage 2 over that of stage 1."""
+        second, first = self.routing.stage2_learning_rate, self.args.learning_rate
+        return 1.0 if second is None or not first else second / first
+
+    def begin_stages(self) -> None:
+        """Enters the stage of the first step, with the control state of the checkpoint that training goes on from."""
+        self.eta_controller, self.tokens_trained = EtaController(), 0
+        # What an interrupted step of an earlier training left.
+        for kept in (self.sums, self.step_active, self.step_tokens, self.step_targets, self._task_terms):
+            kept.clear()
+        self._enter(self.schedule.stage_at(self.state.global_step))
+        if self._resumed is not None:
+            self.load_control_state(self._resumed)
+
+    def begin_step(self) -> None:
+        """Switches to stage 2 where it starts: other switching of experts, and an optimiser without memory."""
+        if self.schedule.starts_stage2(self.state.global_step):
+            settled = self.eta_controller.settled if self.stage.controls_eta else None
+            self._enter(self.schedule.stage_at(self.state.global_step), settled)
+            if not self.is_deepspeed_enabled:
+                self.optimizer.state.clear()
+
+    def _enter(self, stage: Stage, first_eta: float | None = None) -> None:
+        self.stage = stage
+        for ffn in self.ffns:
+            ffn.set_mode(stage.mode)
+            ffn.record_logits = stage.mode != "dense"
+        if first_eta:
+            self.eta_controller = EtaController.starting_at(first_eta)
+        self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
+
+    def control_sparsity(self) -> None:
+        """Updates eta and the router biases from the active fraction of the step that just ended; counts its tokens."""
+        tokens = torch.stack(self.step_tokens).sum()
+        self.tokens_trained += int(self.accelerator.reduce(tokens, reduction="sum"))
+        self.step_tokens.clear()
+        if not self.step_active:
+            return
+        active = sum(self.step_active) / len(self.step_active)
+        if self.accelerator.num_processes > 1:
+            over_processes = torch.tensor(active, device=self.accelerator.device)
+            active = self.accelerator.reduce(over_processes, reduction="mean").item()
+        self.step_active.clear()
+        target, sparsity = self.schedule.target_at(self.state.global_step), 1 - active
+        if self.stage.controls_eta:
+            self.eta = self.eta_controller.update(target, sparsity)
+        if self.stage.controls_bias:
+            self._hold_target()
+        if self.routing.recipe == "annealed" and self.stage.number == 1:
+            self._sharpen_routers_()
+
+    def _hold_target(self) -> None:
+        """Moves the router biases so that the target's share of scores lies below the threshold."""
+        targets = torch.stack(self.step_targets)
+        self.step_targets.clear()
+        # A pass without a counted token has none.
+        found = targets.isfinite()
+        sums = torch.stack([targets.where(found, torch.zeros_like(targets)).sum(), found.sum()])
+        total, count = self.accelerator.reduce(sums, reduction="sum")
+        if count:
+            error = total / count - self.ffns[0].threshold_logit
+            shift_router_biases_(self.steered, -BIAS_RATE * error)
+
+    @torch.no_grad()
+    def _sharpen_routers_(self) -> None:
+        factor = self.routing.router_sharpening ** (1 / self.schedule.stage1_steps)
+        for ffn in self.steered:
+            ffn.router.weight.mul_(factor)
+            ffn.router.bias.sub_(ffn.threshold_logit).mul_(factor).add_(ffn.threshold_logit)
+
+    @property
+    def settled_eta(self) -> float | None:
+        """The weight of the efficiency loss on which its controller had settled in the last stage that had one."""
+        ran = [s for s in self.stages if s.number == 1 or self.schedule.stage1_steps < self.schedule.max_steps]
+        ran = ran if self.schedule.stage1_steps else ran[1:]
+        return self.eta_controller.settled if any(stage.controls_eta for stage in ran) else None
+
+    def control_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond the trainer's own state."""
+        return {"eta": self.eta, "controller": asdict(self.eta_controller), "tokens_trained": self.tokens_trained}
+
+    def load_control_state(self, checkpoint: Path) -> None:
+        """Restores `control_state` from a checkpoint folder."""
+        state = json.loads((checkpoint / CONTROL_STATE_FILE).read_text(encoding="utf-8"))
+        state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
+        self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
+        self.tokens_trained = state["tokens_trained"]

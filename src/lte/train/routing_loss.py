@@ -1,0 +1,247 @@
+"""What a trainer of routing adds to the loss, and to the log.
+
+Shapes: B sequences, T tokens, V vocabulary, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte.data.rows import routing_masks
+from lte.hf.inputs import check_packing
+from lte.nn.sparse_ffn import SparseFfn
+from lte.nn.wrapped_ffn import WrappedFfn
+from lte.train.arguments import RoutingArguments
+from lte.train.config import Stage
+from lte.train.objective import head_divergence, stack_layers
+from lte.train.schedule import Schedule
+from lte.train.sparsity_controller import target_logit
+
+# What a term of `routing_terms` is called in the log, if not by its own name.
+LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
+# The log's names of each layer's active fraction, before its number.
+LAYER_PREFIX = "layers/active_"
+
+Masks = list[Tensor | None]
+# Any trainer of transformers' kind comes after these classes; for the type checker it may be all.
+AnyTrainer: Any = object
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the batch was saved and no checkpoint was overwritten."""
+
+
+class RoutingLoss(AnyTrainer):
+    """The part of `lte.train.trainer.RoutingMixin` that computes the loss of a batch and collects its terms."""
+
+    model: Any
+    compute_loss_func: Any
+    routing: RoutingArguments
+    ffn_names: list[str]
+    wrapped_ffns: list[WrappedFfn]
+    ffns: list[SparseFfn]
+    predicts_next_token: bool
+    teacher: nn.Module | None
+    distillation_weight: float
+    stage: Stage
+    schedule: Schedule
+    eta: float
+    target_sparsity: float
+    sums: dict[str, tuple[Tensor | float, int]]
+    step_active: list[float]
+    step_targets: list[Tensor]
+    step_tokens: list[Tensor]
+    _inputs: dict[str, Any]
+    _task_terms: dict[str, Tensor]
+    _evaluated: list[tuple[Tensor, Tensor]] | None
+
+    @property
+    def _distills(self) -> bool:
+        return self.teacher is not None and self.distillation_weight > 0
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Autocast around each loss, with `bf16`: it keeps its copies of weights until it ends."""
+        if self._autocasts:
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return super().autocast_smart_context_manager(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The trainer's loss and, in training, the weighted terms of routing; collects each term for the log."""
+        inputs = dict(inputs)
+        if num_items_in_batch is not None:
+            # A batch without labels has a loss of 0.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if self.model.training:
+            for ffn in self.ffns:
+                ffn.record_logits = self.stage.mode != "dense"
+        masks = self._token_masks(inputs)
+        inputs.pop("token_mask", None)
+        if self.predicts_next_token:
+            check_packing(self.model, inputs)
+            inputs["use_cache"] = False
+        self._inputs = inputs
+        # Another head computes its own loss; the divergence is added here.
+        other_head = self._distills and not self.predicts_next_token and self.model.training
+        with_outputs = return_outputs or other_head
+        result = super().compute_loss(model, dict(inputs), with_outputs, num_items_in_batch)
+        outputs: Any
+        loss, outputs = result if with_outputs else (result, None)
+        if self.model.training:
+            self.step_tokens.append(num_tokens_of(inputs, loss.device))
+            self._task_terms = self._task_terms or {"task_loss": loss.detach()}
+            if other_head:
+                divergence = head_divergence(outputs.logits, inputs["labels"], self._teacher_logits())
+                self._task_terms["distillation_loss"] = divergence.detach()
+                loss = (1 - self.distillation_weight) * loss + self.distillation_weight * divergence
+            loss = self._with_routing(loss, masks, num_items_in_batch)
+        elif self._evaluated is not None:
+            self._count_active(masks)
+        return (loss, outputs) if return_outputs else loss
+
+    def _token_masks(self, inputs: dict[str, Any]) -> Masks:
+        """Which tokens count in each FFN, [B, T] bool; all of them in batches of other trainers' kinds."""
+        if "input_ids" not in inputs:
+            return [None] * len(self.ffn_names)
+        by_name = routing_masks(self.model, self.ffn_names, inputs)
+        return [by_name[name] for name in self.ffn_names]
+
+    def _language_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Cross entropy and divergence from the teacher in one; in evaluation cross entropy alone."""
+        teacher_logits = self._teacher_logits() if self.model.training else None
+        task, divergence = self._language_terms(outputs.logits, labels, teacher_logits, num_items_in_batch)
+        if not self.model.training:
+            return task
+        everywhere = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        scale = self.accelerator.num_processes if everywhere else 1
+        terms = {"task_loss": task, "distillation_loss": divergence}
+        self._task_terms = {name: scale * value.detach() for name, value in terms.items()}
+        return (1 - self.distillation_weight) * task + self.distillation_weight * divergence
+
+    def _teacher_logits(self) -> Tensor:
+        assert self.teacher is not None
+        # In the teacher's own dtype: autocast would only add casts.
+        with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
+            # An encoder-decoder makes its decoder's inputs of the labels.
+            left_out = ("labels",) if self.predicts_next_token else ()
+            return self.teacher(**{key: value for key, value in self._inputs.items() if key not in left_out}).logits
+
+    def _with_routing(self, task: Tensor, masks: Masks, num_items: Tensor | int | None) -> Tensor:
+        """The loss with the routing terms, which are means over one forward pass.
+
+        A loss that is divided by the labels of all accumulated passes is not divided by their number any more: the
+        terms of routing are, here.
+        """
+        passes = self.current_gradient_accumulation_steps if self._is_scaled(num_items) else 1
+        if self._distills and "distillation_loss" not in self._task_terms:
+            raise ValueError(
+                f"teacher must be None for {type(self).__name__}, whose loss is not one of the model's logits, got one"
+            )
+        terms = {name: passes * value for name, value in self._task_terms.items()}
+        self._task_terms = {}
+        routing = self._routing(masks)
+        added = task.new_zeros(())
+        if routing:
+            added = added + self.eta * routing["efficiency"]
+            if self.stage.number == 1 and self.routing.separability_weight:
+                added = added + self.routing.separability_weight * routing["separability"]
+        auxiliary = self._auxiliary_loss(masks)
+        if auxiliary is not None:
+            added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
+        loss = task + added / passes
+        if self.accelerator.num_processes > 1 and not self.stage.train_routers:
+            # DistributedDataParallel waits for a gradient of every parameter.
+            loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
+        total = (passes * loss).detach()
+        self._check_finite(total)
+        if routing:
+            # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
+            self.step_active.append(routing["active_fraction"].item())
+        self._collect({**terms, "loss_total": total, **routing})
+        return loss
+
+    def _is_scaled(self, num_items: Tensor | int | None) -> bool:
+        """Whether the trainer takes a loss as the share of one pass in the loss of all accumulated ones."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return said
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def _take_logits(self) -> list[Tensor]:
+        """The router logits of the pass that just ended, layer by layer."""
+        logits = [ffn.logits for ffn in self.ffns if ffn.logits is not None]
+        for ffn in self.ffns:
+            ffn.logits = None
+            if self.model.training:
+                # Activations that the backward pass computes again would stay with these logits.
+                ffn.record_logits = False
+        return logits
+
+    def _routing(self, masks: Masks) -> dict[str, Tensor]:
+        logits = self._take_logits()
+        if not logits:
+            return {}
+        if self.stage.controls_bias:
+            self.step_targets.append(target_logit(logits, masks, self.target_sparsity))
+        stacked = stack_layers(logits, masks)
+        return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.routing.pole_guard)
+
+    def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
+        """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
+        losses = [ffn.auxiliary_loss(mask) for ffn, mask in zip(self.wrapped_ffns, masks, strict=True)]  # type: ignore[arg-type]
+        added = [loss for loss in losses if loss is not None]
+        return torch.stack(added).sum() if added else None
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if math.isfinite(loss.item()):
+            return
+        path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}, path)
+        raise NonFiniteLossError(
+            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
+            f"is in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
+        )
+
+    def _collect(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            key = LOG_KEYS.get(name, name)
+            total, count = self.sums.get(key, (0.0, 0))
+            self.sums[key] = (total + value.detach(), count + 1)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means of all terms since the last entry, the active fraction of each layer, eta, and the target."""
+        if "loss" in logs and self.sums:
+            logs.update(self._means())
+            logs.update(eta=self.eta, target_sparsity=self.schedule.target_at(self.state.global_step))
+            self.sums.clear()
+        if self.is_in_train:
+            logs["stage"] = self.stage.number
+        super().log(logs, *args, **kwargs)
+
+    def _means(self) -> dict[str, float]:
+        """The mean of each term over all processes; of one with a value per layer a mean for each, `layers/...`."""
+        by_name = {name: torch.as_tensor(total) / count for name, (total, count) in self.sums.items()}
+        means = self.accelerator.reduce(torch.cat([mean.reshape(-1) for mean in by_name.values()]), reduction="mean")
+        names: list[str] = []
+        for name, mean in by_name.items():
+            names += [name] if mean.ndim == 0 else [f"layers/{name}_{layer:02d}" for layer in range(len(mean))]
+        return dict(zip(names, means.tolist(), strict=True))
+
+
+def num_tokens_of(inputs: dict[str, Any], device: torch.device) -> Tensor:
+    """Tokens of a batch that are no padding, on the device."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return mask.sum().to(device)
+    return torch.tensor(inputs["input_ids"].numel() if "input_ids" in inputs else 0, device=device)
