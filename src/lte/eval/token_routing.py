@@ -20,7 +20,7 @@ from lte.hf.inputs import unwrapped
 from lte.hf.install import require_sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 
-# As `bytes_per_token` counts: bf16 weights, fp32 routers.
+# bf16 weights, fp32 routers.
 _WEIGHT_BYTES = {"attention": 2, "ffn": 2, "routers": 4}
 
 
@@ -211,7 +211,7 @@ class TextCost:
 
     @property
     def bytes(self) -> dict[str, float]:
-        """Weight bytes per token by part, weights in bf16 and routers in fp32; their sum is `bytes_per_token`."""
+        """Weight bytes per token by part, weights in bf16 and routers in fp32."""
         return {part: count * _WEIGHT_BYTES[part] for part, count in self.weights_read.items()}
 
     @property
