@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lte
 from lte.config import CONFIG_VERSION
 from lte.eval.cost import method_name, record_fields
-from lte.eval.sparsity import Measurement, new_counter
+from lte.eval.sparsity import Measurement
 from lte.methods import METHODS, config_of
+from lte.nn.metering import metered_modules
 
 FOLDERS = Path(__file__).parent / "fixtures"
 NUMBERS: dict[str, Any] = json.loads((FOLDERS / "numbers.json").read_text())

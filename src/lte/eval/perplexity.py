@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,11 +49,6 @@ class PerplexityResult:
     def perplexity_per_word(self) -> float | None:
         """exp of the negative log likelihood per word, comparable between tokenizers, or `None`."""
         return None if self.words is None else _exp(self.nll_per_token * self.tokens / self.words)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and both perplexities, JSON-ready."""
-        computed = {"perplexity": self.perplexity, "perplexity_per_word": self.perplexity_per_word}
-        return {**asdict(self), **computed}
 
 
 def evaluate_model(

@@ -257,7 +257,7 @@ def _routing_details(layers: list[_ModuleCounts]) -> dict[str, Any]:
 
 
 def counter_for(model: nn.Module) -> AbstractContextManager[SparsityCounter | None]:
-    """What counts while a model of any kind runs, as a context; `None` for a stock model, which has nothing to count."""
+    """What counts while a model of any kind runs, as a context; `None` for a stock one, which has nothing to count."""
     return SparsityCounter(model) if metered_modules(model) else nullcontext()
 
 
