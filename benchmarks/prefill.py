@@ -27,7 +27,7 @@ from prefill_layers import Layers, Widths
 from prefill_tuning import activation_rows, tune_activation, tune_grouped, tune_skinny
 from torch import Tensor
 
-from lte.bench.gate import relative_rms
+from lte.bench.gate import relative_rms, require
 from lte.bench.timing import copy_gb_per_s, graph_times
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.decode import sparse_ffn_decode
@@ -89,9 +89,7 @@ def measure(layers: Layers, tokens: int, best: float) -> Iterator[dict[str, Any]
             wanted = sparse_ffn_reference(layers.x, layers.ffns[0], layers.routings[0], "silu")
             sure = layers.decided(0)
             for name, run in paths(layers, tokens).items():
-                error = relative_rms(run(0)[sure], wanted[sure])
-                if not error <= TOLERANCE:
-                    raise RuntimeError(f"relative RMS must be at most {TOLERANCE}, got {error:.2e} by {name}")
+                error = require(relative_rms(run(0)[sure], wanted[sure]), TOLERANCE, f"the output by {name}")
                 size, flops = count_work(layers.widths, name, tokens, active, union)
                 entry = row("prefill", f"lte {name}", tokens, sparsity, graph_times(run, repeats, count), size)
                 entry |= {"routing": routing, "active_fraction": active, "union": union, "relative_rms": error}
