@@ -14,6 +14,7 @@ and says by the biases which experts all tokens need.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -47,16 +48,14 @@ ALLOWED = 1.02  # of the best dense time
 def paths(layers: Layers, tokens: int) -> dict[str, Callable[[int], Tensor]]:
     """The paths that take so many tokens, as functions of the layer."""
 
-    def masked(i: int) -> Tensor:
-        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", "masked")
-
-    def grouped(i: int) -> Tensor:
-        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", "grouped")
+    def prefill(path: str, i: int) -> Tensor:
+        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", path)
 
     def decode(i: int) -> Tensor:
         return sparse_ffn_decode(layers.x, layers.ffns[i], layers.routings[i], "silu")
 
-    return {"masked": masked, "decode": decode} if tokens <= MAX_TOKENS else {"masked": masked, "grouped": grouped}
+    other = {"decode": decode} if tokens <= MAX_TOKENS else {"grouped": functools.partial(prefill, "grouped")}
+    return {"masked": functools.partial(prefill, "masked"), **other}
 
 
 def count_work(widths: Widths, path: str, tokens: int, active: float, union: float) -> tuple[int, int]:

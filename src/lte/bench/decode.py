@@ -91,6 +91,25 @@ class Decoder:
 
         return run
 
+    def checked(self, options: dict[str, Any], what: str) -> Callable[[], Tensor]:
+        """`compiled` after its first calls, and its first logits compared with the eager ones.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+
+        def first_token(run: Callable[[], Tensor]) -> Tensor:
+            self.restart()
+            self.next_token()
+            return run().clone()
+
+        run = self.compiled(options)
+        expected = first_token(self.eager)
+        for _ in range(WARM_STEPS):
+            found = first_token(run)
+        check_logits(found, expected, what)
+        return run
+
 
 def benchmark_decode(session: Session, batch: int, full: bool) -> None:
     """Times a decoding step of B sequences at all sparsities and puts the rows into the results.
@@ -155,22 +174,12 @@ class _DecodeGroup(ModelGroup):
             self._compile(REDUCED, self.dense, REDUCE_OVERHEAD)
 
     def _compile(self, name: str, decoder: Decoder, options: dict[str, Any]) -> None:
-        def first_token(run: Callable[[], Tensor]) -> Tensor:
-            decoder.restart()
-            decoder.next_token()
-            return run().clone()
-
         def prepare(tuning: int) -> Callable[[], Tensor]:
             from torch._inductor.utils import fresh_cache  # slow to load
 
             # In the same cache a further search would only be remembered.
             with fresh_cache() if tuning else contextlib.nullcontext():
-                run = decoder.compiled(_unlike_others(options, tuning))
-                expected = first_token(decoder.eager)
-                for _ in range(WARM_STEPS):
-                    found = first_token(run)
-            check_logits(found, expected, f"the logits of {name}")
-            return run
+                return decoder.checked(_unlike_others(options, tuning), f"the logits of {name}")
 
         times: list[tuple[float, int, Callable[[], Tensor]]] = []
         for tuning in range(self.session.settings.tunings if options is TUNING else 1):
