@@ -62,13 +62,10 @@ class _FfnGroup(Group):
         self.act = getattr(self.dense_ffns[0], pair.family.layout.activation)
         hidden = self.stock[0].up.shape[1]
         self.patterns = TokenPatterns(tokens, hidden, pair.dtype, pair.device, session.settings.seed)
-        self.inputs = [self.patterns.x.clone().view(self._shape(hidden)) for _ in self.ffns]
+        shape = (tokens, 1, hidden) if benchmark == "ffn" else (1, tokens, hidden)
+        self.inputs = [self.patterns.x.clone().view(shape) for _ in self.ffns]
         routers = [functools.partial(_mask, ffn) for ffn in self.ffns]
         self.indexed = IndexedFfns(self.stock, routers, self.act) if tokens <= MOST_INDEXED_TOKENS else None
-
-    def _shape(self, hidden: int) -> tuple[int, int, int]:
-        decoding = self.benchmark == "ffn"
-        return (self.tokens, 1, hidden) if decoding else (1, self.tokens, hidden)
 
     def times(self, sparsity: float | str) -> tuple[dict[str, list[float]], float | str, Use]:
         """Sets the routing, checks the sparse path, then times all providers in turn."""
