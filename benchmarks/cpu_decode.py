@@ -17,37 +17,27 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
+import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import lte
-from lte.bench.gate import relative_rms
+from lte.bench import timing
+from lte.bench.acceleration import TOLERANCES
+from lte.bench.gate import check_logits, relative_rms, require
+from lte.bench.shapes import SHAPES, shape_config
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_available, sparse_ffn_cpu
 from lte.ops.layout import by_neuron
 from lte.ops.reference import active_experts, sparse_ffn_reference
 from lte.records import environment, write_json_atomic
 
-HIDDEN, NEURONS, VOCAB = 576, 1536, 49152
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# Errors of the layers add up on the way to the logits.
-LOGITS_OVER_LAYER = 10
-
-
-def build(layers: int, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=NEURONS, num_hidden_layers=layers,
-        num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+HIDDEN, NEURONS = (SHAPES["smollm2-135m"][name] for name in ("hidden_size", "intermediate_size"))
 
 
 # (provider, active experts, routing)
@@ -59,7 +49,9 @@ class Models:
 
     def __init__(self, layers: int, dtype: torch.dtype, compile_dense: bool):
         self.dtype = dtype
-        self.dense = build(layers, dtype)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape_config("smollm2-135m", layers))
+        self.dense = model.to(dtype).eval()
         self.dense_ffns = [layer.mlp for layer in self.dense.model.layers]
         self.dense_forwards = [ffn.forward for ffn in self.dense_ffns]
         self.sparse = lte.sparsify_(copy.deepcopy(self.dense), lte.LteConfig(grouping="contiguous"))
@@ -131,31 +123,21 @@ def check(models: Models, x: torch.Tensor, routings: list[Routing]) -> None:
     forwards = models.sparse_forwards(routings)
     for weights, routing, forward in zip(models.weights, routings, forwards, strict=True):
         error = relative_rms(forward(x), sparse_ffn_reference(x, weights, routing, "silu"))
-        if not error <= TOLERANCE[models.dtype]:
-            raise SystemExit(f"the kernel is wrong: relative RMS {error:.1e}")
+        require(error, TOLERANCES[models.dtype], "the kernel")
 
 
 def measure(providers: dict[Key, Callable[[], object]], models: Models, repeats: int) -> dict[Key, list[float]]:
-    """Seconds of every provider."""
-    sweep = torch.ones(1 << 26)
-    times: dict[Key, list[float]] = {key: [] for key in providers}
-    for repeat, (key, run) in itertools.product(range(-3, repeats), providers.items()):
-        models.route(key[1])
-        sweep.sum()
-        start = time.perf_counter()
-        run()
-        if repeat >= 0:
-            times[key].append(time.perf_counter() - start)
-    return times
+    """Milliseconds of every provider, each with its own share of active experts."""
+    return timing.interleaved_times(providers, torch.device("cpu"), repeats, lambda key: models.route(key[1]))
 
 
 def rows_of(times: dict[Key, list[float]], size_of: Callable[[Key], float], calls: int, **fields: object) -> list[dict]:
     """One row per provider; `calls` units of work lie in each time."""
     rows = []
-    for key, seconds in times.items():
+    for key, samples_ms in times.items():
         provider, active, routing = key
-        cuts = [1e3 * value / calls for value in statistics.quantiles(seconds, n=5)]
-        median, size = 1e3 * statistics.median(seconds) / calls, size_of(key)
+        cuts = [value / calls for value in statistics.quantiles(samples_ms, n=5)]
+        median, size = statistics.median(samples_ms) / calls, size_of(key)
         dense = provider.startswith("dense")
         sparsity = None if dense else 1 - active / (NEURONS // 32)
         row = {**fields, "provider": provider, "sparsity": sparsity, "routing": None if dense else routing}
@@ -221,10 +203,7 @@ def benchmark_steps(models: Models, args: argparse.Namespace) -> list[dict]:
     for active in active_counts(models, args):
         providers["sparse", active, "same"] = run(sparse_step, models.ffns, sparse)
     models.route(full // 2)
-    error = relative_rms(providers["sparse", full // 2, "same"](), hard())
-    limit = LOGITS_OVER_LAYER * TOLERANCE[models.dtype]
-    if not error <= limit:
-        raise SystemExit(f"the decode step is wrong: relative RMS of the logits {error:.1e}, limit {limit:.0e}")
+    check_logits(providers["sparse", full // 2, "same"](), hard(), "the logits of the decoding step")
     times = measure(providers, models, args.repeats)
     fields = {"benchmark": "decode", "dtype": str(models.dtype)[6:], "batch": 1, "tokens": 1}
     return rows_of(times, lambda key: models.step_bytes(key[0], key[1]), 1, **fields)
@@ -249,6 +228,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    timing.SECONDS = math.inf  # all repeats, however long they take
     if not cpu_kernel_available():
         raise SystemExit("the kernel needs numba: pip install 'lte[cpu]'")
     made_with = environment()

@@ -15,16 +15,15 @@ import functools
 import itertools
 import json
 import statistics
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from ffn_rows import dense_times, row
+from ffn_rows import dense_times, row, try_tiles
 from torch import Tensor
 
-from lte.bench.gate import relative_rms
+from lte.bench.gate import relative_rms, require
 from lte.bench.timing import copy_gb_per_s, graph_times
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.decode import PHASES, DecodeLaunch, run_decode
@@ -90,10 +89,7 @@ def check(layers: Layers, tiles: Tiles) -> float:
     ffn, routing = layers.ffns[0], layers.routings[0]
     found = run_decode(layers.x, ffn, routing, "silu", tiles)
     wanted = sparse_ffn_reference(layers.x, ffn, routing, "silu")
-    error = relative_rms(found, wanted)
-    if not error <= TOLERANCE:
-        raise RuntimeError(f"relative RMS must be at most {TOLERANCE}, got {error:.2e} with {tiles}")
-    return error
+    return require(relative_rms(found, wanted), TOLERANCE, f"the FFN with {tiles}")
 
 
 def sparse_times(layers: Layers, tiles: Tiles, repeats: int = 30) -> list[float]:
@@ -137,26 +133,18 @@ def candidates(one_token: bool) -> list[Tiles]:
 
 def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
     """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints all that were tried."""
-    end = time.monotonic() + budget_s
-    found: list[tuple[float, Tiles, list[float]]] = []
-    tried, kept = candidates(layers.x.shape[0] == 1), 2
-    # In a fixed random order, so that a short time still sees all kinds; those of the table first.
-    order = torch.randperm(len(tried) - kept, generator=torch.Generator().manual_seed(0)) + kept
-    for index in (*range(kept), *order.tolist()):
-        if time.monotonic() > end:
-            break
+    tried = candidates(layers.x.shape[0] == 1)
+
+    def measure(tiles: Tiles) -> list[float]:
         times = []
-        try:
-            for sparsity in (0.5, 0.9):
-                layers.route(sparsity)
-                check(layers, tried[index])
-                times.append(statistics.median(sparse_times(layers, tried[index], repeats=10)))
-        except Exception as error:  # a tile that does not fit the machine
-            print("skipped", tried[index], type(error).__name__, str(error)[:80])
-            continue
-        # Weighed by the bytes, so that both sparsities count alike.
-        found.append((times[0] / 0.5 + times[1] / 0.2, tried[index], times))
-    found.sort(key=lambda entry: entry[0])
+        for sparsity in (0.5, 0.9):
+            layers.route(sparsity)
+            check(layers, tiles)
+            times.append(statistics.median(sparse_times(layers, tiles, repeats=10)))
+        return times
+
+    # Weighed by the bytes, so that both sparsities count alike; those of the table first.
+    found = try_tiles(tried, budget_s, measure, lambda times: times[0] / 0.5 + times[1] / 0.2, first=2)
     print(f"{len(found)} of {len(tried)} candidates")
     for _, tiles, times in found:
         values = " ".join(f"{name}={value}" for name, value in asdict(tiles).items())

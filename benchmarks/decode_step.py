@@ -23,9 +23,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
-from lte.bench.decode import REDUCE_OVERHEAD, TUNING, WARM_STEPS, Decoder
+from lte.bench.decode import REDUCE_OVERHEAD, TUNING, Decoder
 from lte.bench.dense import Projections
-from lte.bench.gate import check_logits
 from lte.bench.models import ModelPair, model_pair
 from lte.bench.routing import active_count, force_same_
 from lte.bench.shapes import random_model, shape_config
@@ -38,20 +37,6 @@ SETTINGS = {
     "max-autotune": {**REDUCE_OVERHEAD, "max_autotune": True},
 }
 PROMPT, CONTEXT, STEPS, PROFILED = 64, 256, 60, 5
-
-
-def compiled_step(decoder: Decoder, options: dict[str, Any], what: str) -> Callable[[], Tensor]:
-    """A step under `torch.compile`, its first logits compared with the eager ones."""
-    run = decoder.compiled(options)
-    decoder.restart()
-    decoder.next_token()
-    expected = decoder.eager().clone()
-    for _ in range(WARM_STEPS):
-        decoder.restart()
-        decoder.next_token()
-        found = run().clone()
-    check_logits(found, expected, what)
-    return run
 
 
 def step_times(decoder: Decoder, run: Callable[[], Tensor]) -> list[float]:
@@ -102,7 +87,7 @@ def measure(pair: ModelPair, ids: Tensor, attention: str, name: str, sparsity: f
         force_same_(pair.sparse_ffns, sparsity, 0)
     decoder = Decoder(model, ids, PROMPT, CONTEXT)
     provider = "dense" if sparsity is None else "lte"
-    run = compiled_step(decoder, SETTINGS[name], f"{provider}, {attention}, {name}")
+    run = decoder.checked(SETTINGS[name], f"{provider}, {attention}, {name}")
     times = step_times(decoder, run)
     cuts = statistics.quantiles(times, n=5)
     kernels, median, size = kernel_times(decoder, run), statistics.median(times), step_bytes(pair, sparsity)

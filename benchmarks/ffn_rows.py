@@ -1,7 +1,9 @@
-"""What the benchmarks of FFNs on a GPU share: dense baselines, the form of a row and of a file."""
+"""What the benchmarks of FFNs on a GPU share: dense baselines, the search for tiles, rows and files."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +59,32 @@ def dense_times(
         tuned = torch.compile(dense_ffn, dynamic=False, mode="max-autotune-no-cudagraphs")
         runs["dense compiled, max-autotune"] = lambda i: tuned(x, *pairs[i], stock[i])
     return {name: graph_times(run, repeats, layers) for name, run in runs.items()}
+
+
+def try_tiles(
+    candidates: Sequence[Any],
+    budget_s: float,
+    measure: Callable[[Any], list[float]],
+    mean: Callable[[list[float]], float] = statistics.geometric_mean,
+    *,
+    first: int = 0,
+) -> list[tuple[float, Any, list[float]]]:
+    """(mean, tiles, times at each sparsity), best first, as far as the time allows.
+
+    The `first` candidates come first, the others in a fixed random order, so that a short time still sees all kinds.
+    """
+    end, found = time.monotonic() + budget_s, []
+    order = torch.randperm(len(candidates) - first, generator=torch.Generator().manual_seed(0)) + first
+    for index in (*range(first), *order.tolist()):
+        if time.monotonic() > end:
+            break
+        try:
+            times = measure(candidates[index])
+        except Exception as error:  # a tile that does not fit the machine
+            print("skipped", candidates[index], type(error).__name__, str(error)[:80])
+            continue
+        found.append((mean(times), candidates[index], times))
+    return sorted(found, key=lambda entry: entry[0])
 
 
 def row(benchmark: str, provider: str, tokens: int, sparsity: float, times: list[float], size: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ and says by the biases which experts all tokens need.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -27,7 +28,7 @@ from prefill_layers import Layers, Widths
 from prefill_tuning import activation_rows, tune_activation, tune_grouped, tune_skinny
 from torch import Tensor
 
-from lte.bench.gate import relative_rms
+from lte.bench.gate import relative_rms, require
 from lte.bench.timing import copy_gb_per_s, graph_times
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.decode import sparse_ffn_decode
@@ -47,16 +48,14 @@ ALLOWED = 1.02  # of the best dense time
 def paths(layers: Layers, tokens: int) -> dict[str, Callable[[int], Tensor]]:
     """The paths that take so many tokens, as functions of the layer."""
 
-    def masked(i: int) -> Tensor:
-        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", "masked")
-
-    def grouped(i: int) -> Tensor:
-        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", "grouped")
+    def prefill(path: str, i: int) -> Tensor:
+        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", path)
 
     def decode(i: int) -> Tensor:
         return sparse_ffn_decode(layers.x, layers.ffns[i], layers.routings[i], "silu")
 
-    return {"masked": masked, "decode": decode} if tokens <= MAX_TOKENS else {"masked": masked, "grouped": grouped}
+    other = {"decode": decode} if tokens <= MAX_TOKENS else {"grouped": functools.partial(prefill, "grouped")}
+    return {"masked": functools.partial(prefill, "masked"), **other}
 
 
 def count_work(widths: Widths, path: str, tokens: int, active: float, union: float) -> tuple[int, int]:
@@ -89,9 +88,7 @@ def measure(layers: Layers, tokens: int, best: float) -> Iterator[dict[str, Any]
             wanted = sparse_ffn_reference(layers.x, layers.ffns[0], layers.routings[0], "silu")
             sure = layers.decided(0)
             for name, run in paths(layers, tokens).items():
-                error = relative_rms(run(0)[sure], wanted[sure])
-                if not error <= TOLERANCE:
-                    raise RuntimeError(f"relative RMS must be at most {TOLERANCE}, got {error:.2e} by {name}")
+                error = require(relative_rms(run(0)[sure], wanted[sure]), TOLERANCE, f"the output by {name}")
                 size, flops = count_work(layers.widths, name, tokens, active, union)
                 entry = row("prefill", f"lte {name}", tokens, sparsity, graph_times(run, repeats, count), size)
                 entry |= {"routing": routing, "active_fraction": active, "union": union, "relative_rms": error}

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
 import triton
-from ffn_rows import row
+from ffn_rows import row, try_tiles
 from prefill_layers import EXPERT_SIZE, Layers
 from torch import Tensor
 from torch.nn import functional
 
-from lte.bench.gate import relative_rms
+from lte.bench.gate import relative_rms, require
 from lte.bench.timing import graph_times
 from lte.ops.launch import multiprocessors
 from lte.ops.prefill import group_activations, list_tokens, mask_activations, project, skinny_product
@@ -72,18 +71,7 @@ def _try(
     name: str, candidates: list[Tiles], budget_s: float, measure: Callable[[Tiles], list[float]]
 ) -> list[tuple[float, Tiles, list[float]]]:
     """(mean, tiles, times at each sparsity), best first, as far as the time allows; prints the first ones."""
-    end, found = time.monotonic() + budget_s, []
-    # In a fixed random order, so that a short time still sees all kinds.
-    for index in torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0)).tolist():
-        if time.monotonic() > end:
-            break
-        try:
-            times = measure(candidates[index])
-        except Exception as error:  # a tile that does not fit the machine
-            print("skipped", candidates[index], type(error).__name__, str(error)[:80])
-            continue
-        found.append((statistics.geometric_mean(times), candidates[index], times))
-    found.sort(key=lambda entry: entry[0])
+    found = try_tiles(candidates, budget_s, measure)
     print(f"{name}: {len(found)} of {len(candidates)} candidates")
     for _, tiles, times in found[:SHOWN]:
         print("  ", tiles, " ".join(f"{1e3 * value:.1f}" for value in times), "us", flush=True)
@@ -106,8 +94,7 @@ def tune_grouped(layers: Layers, count: int, budget_s: float, sparsities: tuple[
             def run(i: int, per_layer: list[tuple[Tensor, Tensor]] = per_layer) -> Tensor:
                 return group_activations(layers.x, layers.ffns[i], *per_layer[i], "silu", tiles)
 
-            if not relative_rms(run(0)[sure], right[sure]) <= TOLERANCE:
-                raise RuntimeError("wrong result")
+            require(relative_rms(run(0)[sure], right[sure]), TOLERANCE, "the activations")
             times.append(statistics.median(graph_times(run, 5, count)))
         return times
 
@@ -150,8 +137,7 @@ def tune_skinny(layers: Layers, all_tokens: Sequence[int], count: int, budget_s:
 
         def measure(tiles: SkinnyTiles, states: list[Tensor] = states, wanted: list[Tensor] = wanted) -> list[float]:
             for x, right in zip(states, wanted, strict=True):
-                if not relative_rms(skinny_product(x, stacked[0], tiles), right) <= TOLERANCE:
-                    raise RuntimeError("wrong result")
+                require(relative_rms(skinny_product(x, stacked[0], tiles), right), TOLERANCE, "the product")
             return [statistics.median(graph_times(_skinny(x, stacked, tiles), 7, count)) for x in states]
 
         candidates = list(skinny_candidates(padded, len(stacked[0]), multiprocessors(layers.x.device)))

@@ -8,29 +8,20 @@ Random weights in the shape of SmolLM2-135M (or a smaller one on the CPU), one p
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import lte
-from lte.records import environment
+from lte.bench.shapes import SHAPES, shape_config
+from lte.records import environment, write_json_atomic
 from lte.train.objective import language_terms, routing_terms, stack_layers
 
+VOCAB = SHAPES["smollm2-135m"]["vocab_size"]
 MODES = ("dense", "soft", "straight_through", "hard")
-
-
-def build(layers: int) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    return lte.sparsify_(model, lte.LteConfig(grouping="contiguous"))
 
 
 class Step:
@@ -40,7 +31,7 @@ class Step:
         self.model, self.device = model.to(device), device
         self.ffns = list(lte.sparse_ffns(model).values())
         self.optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type == "cuda")
-        self.tokens = torch.randint(0, 49152, (args.batch, args.length), device=device)
+        self.tokens = torch.randint(0, VOCAB, (args.batch, args.length), device=device)
         self.language, self.routing = language_terms, routing_terms
         if args.compile:
             self.language, self.routing = torch.compile(language_terms), torch.compile(routing_terms)
@@ -111,7 +102,10 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    rows = measure(Step(build(args.layers), args, device), args.repeats)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape_config("smollm2-135m", args.layers))
+    sparse = lte.sparsify_(model, lte.LteConfig(grouping="contiguous"))
+    rows = measure(Step(sparse, args, device), args.repeats)
     for row in rows:
         memory = row["peak_memory_bytes"]
         print(
@@ -122,7 +116,7 @@ def main() -> None:
     if args.output:
         config = {key: value for key, value in vars(args).items() if key != "output"}
         record = {"benchmark": "training_step", "config": config, "rows": rows, **environment()}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_json_atomic(args.output, record)
 
 
 if __name__ == "__main__":

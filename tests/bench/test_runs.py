@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lte.bench import decode as decode_benchmark
+from lte.bench import sweep
 from lte.bench.acceleration import phase_runs
 from lte.bench.decode import Decoder
 from lte.bench.dense import IndexedFfns, Projections
@@ -180,7 +181,8 @@ def test_the_fastest_of_several_tunings_is_timed(run: Start, monkeypatch: pytest
         return {name: [getattr(step, "cost", 5.0)] * repeats for name, step in runs.items()}
 
     monkeypatch.setattr(Decoder, "compiled", compiled)
-    monkeypatch.setattr(decode_benchmark, "interleaved_times", times)
+    for module in (decode_benchmark, sweep):
+        monkeypatch.setattr(module, "interleaved_times", times)
     session = run(trained_pair(), benchmarks=("decode",), compile=True, tunings=3)
     rows = {row["provider"]: row for row in session.results.rows}
     for name in ("dense compiled", "lte compiled"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lte
 from lte.eval.cost import measured_cost
-from lte.eval.flops import block_linears, bytes_per_token, flops_per_token
+from lte.eval.flops import block_linears, count_linear_weights, flops_per_token
 from lte.eval.perplexity import evaluate_model
 from lte.eval.sparsity import Measurement, SparsityCounter, measure_sparsity
 from tests.methods.methods import calibration_batches, made
@@ -106,14 +106,16 @@ def test_dense_and_lte_models_cost_what_they_always_did() -> None:
     dense = tiny_dense_model()
     cost = measured_cost(dense, None)
     assert (cost.sparsity, cost.weight_sparsity) == (0, 0)
-    assert (cost.flops_per_token, cost.bytes_per_token) == (flops_per_token(dense), bytes_per_token(dense))
+    assert (cost.flops_per_token, cost.bytes_per_token) == (flops_per_token(dense), flops_per_token(dense))
     sparse: Any = randomise_routers_(lte.sparsify_(dense, lte.LteConfig(expert_size=8, grouping="random")))
     _, found = evaluate_model(sparse, calibration_batches(), progress=False)
     assert found is not None
     cost = measured_cost(sparse, found)
     assert cost.sparsity == found.sparsity
     assert cost.flops_per_token == pytest.approx(flops_per_token(sparse, found.layer_sparsity), rel=1e-12)
-    assert cost.bytes_per_token == pytest.approx(bytes_per_token(sparse, found.layer_sparsity), rel=1e-12)
+    assert cost.bytes_per_token == pytest.approx(
+        flops_per_token(sparse, found.layer_sparsity) + 2 * sum(count_linear_weights(sparse).router), rel=1e-12
+    )
     weights = 2 * (cost.flops_per_token / 2 - LAYERS * D * E) + 4 * LAYERS * D * E
     assert cost.bytes_per_token == pytest.approx(weights)
 

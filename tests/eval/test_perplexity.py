@@ -10,9 +10,13 @@ from torch.utils.data import Dataset
 
 import lte
 from lte.eval import perplexity
-from lte.eval.perplexity import PerplexityResult, evaluate_model, evaluate_perplexity
+from lte.eval.perplexity import PerplexityResult, evaluate_model
 from lte.eval.sparsity import measure_sparsity
 from tests.tiny_models import PAD, VOCAB, tiny_dense_model, tiny_sparse_model
+
+
+def quality(model: Any, data: Any, **options: Any) -> PerplexityResult:
+    return evaluate_model(model, data, **options)[0]
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -44,7 +48,7 @@ def test_the_loss_is_that_of_transformers(causal_type: str) -> None:
     labels[0, :4] = -100
     with torch.no_grad():
         expected = model(input_ids=ids, labels=labels).loss.item()
-    result = evaluate_perplexity(model, [{"input_ids": ids, "labels": labels}], progress=False)
+    result = quality(model, [{"input_ids": ids, "labels": labels}], progress=False)
     assert result.nll_per_token == pytest.approx(expected, rel=1e-5)
     assert result.tokens == 8 + 8 + 5
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
@@ -52,10 +56,10 @@ def test_the_loss_is_that_of_transformers(causal_type: str) -> None:
 
 def test_the_mean_is_over_tokens_and_not_over_batches() -> None:
     model, rows = tiny_dense_model(), Rows(2, 12, 7)
-    one_by_one = [evaluate_perplexity(model, [batch_of(row)], progress=False) for row in rows.rows]
+    one_by_one = [quality(model, [batch_of(row)], progress=False) for row in rows.rows]
     total = sum(result.nll_per_token * result.tokens for result in one_by_one)
     for batch_size in (1, 2, 3):
-        result = evaluate_perplexity(model, rows, batch_size=batch_size, progress=False)
+        result = quality(model, rows, batch_size=batch_size, progress=False)
         assert result.tokens == 1 + 11 + 6
         assert result.nll_per_token == pytest.approx(total / 18, rel=1e-5)
 
@@ -63,18 +67,18 @@ def test_the_mean_is_over_tokens_and_not_over_batches() -> None:
 def test_padding_on_either_side_and_labels_on_padding_change_nothing() -> None:
     model, rows = tiny_dense_model(), Rows(4, 11).rows
     right, left = batch_of(*rows), batch_of(*rows, side="left")
-    expected = evaluate_perplexity(model, [right], progress=False)
-    found = evaluate_perplexity(model, [left], progress=False)
+    expected = quality(model, [right], progress=False)
+    found = quality(model, [left], progress=False)
     assert (found.tokens, found.nll_per_token) == (13, pytest.approx(expected.nll_per_token, rel=1e-5))
     careless = {**left, "labels": left["input_ids"]}
-    assert evaluate_perplexity(model, [careless], progress=False) == found
+    assert quality(model, [careless], progress=False) == found
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny_dense_model(), Rows(9, 4)
-    expected = evaluate_perplexity(model, rows, progress=False)
+    expected = quality(model, rows, progress=False)
     monkeypatch.setattr(perplexity, "CHUNK_LOGITS", 5 * VOCAB)
-    result = evaluate_perplexity(model, rows, progress=False)
+    result = quality(model, rows, progress=False)
     assert result.nll_per_token == pytest.approx(expected.nll_per_token, rel=1e-6)
 
 
@@ -90,7 +94,7 @@ def test_quality_and_sparsity_come_from_one_pass_in_hard_mode(causal_type: str) 
     assert (ffns[0].mode, ffns[0].record_logits, model.training) == ("soft", False, True)
     for ffn in ffns:
         ffn.set_mode("hard")
-    assert evaluate_perplexity(model, rows, batch_size=2, progress=False) == result
+    assert quality(model, rows, batch_size=2, progress=False) == result
 
 
 def test_a_dense_model_has_no_measurement() -> None:
@@ -101,24 +105,23 @@ def test_a_dense_model_has_no_measurement() -> None:
 
 def test_a_bfloat16_model_and_autocast_stay_close_to_fp32() -> None:
     model, rows = tiny_sparse_model(routed=False), Rows(9, 4)
-    expected = evaluate_perplexity(model, rows, progress=False).nll_per_token
-    autocast = evaluate_perplexity(model, rows, autocast_dtype=torch.bfloat16, progress=False)
+    expected = quality(model, rows, progress=False).nll_per_token
+    autocast = quality(model, rows, autocast_dtype=torch.bfloat16, progress=False)
     assert autocast.nll_per_token == pytest.approx(expected, rel=2e-2)
     assert autocast.nll_per_token != expected
-    half = evaluate_perplexity(model.to(torch.bfloat16), rows, device="cpu", progress=False)
+    half = quality(model.to(torch.bfloat16), rows, device="cpu", progress=False)
     assert half.nll_per_token == pytest.approx(expected, rel=2e-2)
 
 
 def test_words_give_the_perplexity_per_word() -> None:
-    result = evaluate_perplexity(tiny_dense_model(), Rows(9), num_words=4, progress=False)
+    result = quality(tiny_dense_model(), Rows(9), num_words=4, progress=False)
     assert result.perplexity_per_word == pytest.approx(result.perplexity**2)
-    assert result.to_dict()["perplexity_per_word"] == result.perplexity_per_word
     assert PerplexityResult(1.0, 8).perplexity_per_word is None
     assert PerplexityResult(1e4, 8).perplexity == math.inf
 
 
 def test_the_progress_bar_works(capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_perplexity(tiny_dense_model(), Rows(9), progress=True).tokens == 8
+    assert quality(tiny_dense_model(), Rows(9), progress=True).tokens == 8
 
 
 def test_a_loss_of_nan_names_its_batch() -> None:
@@ -128,7 +131,7 @@ def test_a_loss_of_nan_names_its_batch() -> None:
     ids = torch.tensor([[5, 6, 8]])
     batches = [{"input_ids": ids, "labels": ids}, {"input_ids": ids + 1, "labels": ids}]
     with pytest.raises(ValueError, match="the loss must be finite, got nan in batch 1 of 2"):
-        evaluate_perplexity(model, batches, progress=False)
+        quality(model, batches, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +155,9 @@ def test_a_loss_of_nan_names_its_batch() -> None:
 )
 def test_wrong_data_is_refused(data: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate_perplexity(tiny_dense_model(), data, progress=False, **options)
+        quality(tiny_dense_model(), data, progress=False, **options)
 
 
 def test_a_model_that_predicts_no_next_token_is_refused() -> None:
     with pytest.raises(ValueError, match="model must predict the next token to have a perplexity, got DistilBert"):
-        evaluate_perplexity(tiny_dense_model("distilbert"), Rows(9), progress=False)
+        quality(tiny_dense_model("distilbert"), Rows(9), progress=False)

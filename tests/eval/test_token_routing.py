@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lte
-from lte.eval.flops import bytes_per_token, flops_per_token
+from lte.eval.flops import count_linear_weights, flops_per_token
 from lte.eval.sparsity import measure_sparsity
 from lte.eval.token_routing import TokenRouting, record_routing, routed_part, strongest_tokens, text_cost
 from tests.tiny_models import EXPERT_SIZE, LAYERS, NEURONS, VOCAB, tiny_dense_model, tiny_sparse_model
@@ -136,7 +136,9 @@ def test_costs_add_up_to_those_of_the_other_reports(model_type: str) -> None:
     routing = record_routing(model, row_of(6))
     cost = text_cost(model, routing)
     assert sum(cost.flops.values()) == pytest.approx(flops_per_token(model, routing.layer_sparsity))
-    assert sum(cost.bytes.values()) == pytest.approx(bytes_per_token(model, routing.layer_sparsity))
+    assert sum(cost.bytes.values()) == pytest.approx(
+        flops_per_token(model, routing.layer_sparsity) + 2 * sum(count_linear_weights(model).router)
+    )
 
 
 def test_an_encoder_decoder_is_its_encoder() -> None:

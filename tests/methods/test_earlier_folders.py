@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lte
 from lte.config import CONFIG_VERSION
 from lte.eval.cost import method_name, record_fields
-from lte.eval.sparsity import Measurement, new_counter
+from lte.eval.sparsity import Measurement
 from lte.methods import METHODS, config_of
+from lte.nn.metering import metered_modules
 
 FOLDERS = Path(__file__).parent / "fixtures"
 NUMBERS: dict[str, Any] = json.loads((FOLDERS / "numbers.json").read_text())
@@ -57,7 +58,7 @@ def test_an_earlier_folder_gives_equal_logits_then_and_saved_again(name: str, tm
 def test_an_earlier_folder_costs_what_it_did(name: str) -> None:
     model, then = load(FOLDERS / name), NUMBERS[name]
     batches = [{"input_ids": ids} for ids in TENSORS["calibration"]]
-    measured = None if new_counter(model) is None else lte.measure_sparsity(model, batches)
+    measured = lte.measure_sparsity(model, batches) if metered_modules(model) else None
     now = record_fields(model, measured)
     own = config_of(model)
     assert own is not None

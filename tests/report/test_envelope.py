@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lte.eval.flops import bytes_per_token, flops_per_token
+from lte.eval.flops import count_linear_weights, flops_per_token
 from lte.records import ResultRecord
 from lte.report.envelope import dense_ffn_share, envelope_sentences, lte_standings
 from lte.report.points import Tradeoff
@@ -52,12 +52,16 @@ def test_the_saving_is_a_share_of_the_dense_ffns_with_routers_against_it() -> No
 def test_the_share_is_that_of_a_models_layers() -> None:
     dense, sparse = tiny_dense_model(), tiny_sparse_model()
     costs = [
-        {"flops_per_token": flops_per_token(model, share), "bytes_per_token": bytes_per_token(model, share)}
+        {
+            "flops_per_token": flops_per_token(model, share),
+            # Routers have 4 bytes per weight, all others 2.
+            "bytes_per_token": flops_per_token(model, share) + 2 * sum(count_linear_weights(model).router),
+        }
         for model, share in ((dense, 0.0), (sparse, 0.25))
     ]
     tradeoff = compared(record("dense", **costs[0]), record(sparsity=0.25, **costs[1]))
-    without = bytes_per_token(dense, 1.0)
-    assert dense_ffn_share(tradeoff) == pytest.approx(1 - without / bytes_per_token(dense))
+    without = flops_per_token(dense, 1.0)
+    assert dense_ffn_share(tradeoff) == pytest.approx(1 - without / flops_per_token(dense))
 
 
 @pytest.mark.parametrize(

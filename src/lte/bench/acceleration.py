@@ -20,11 +20,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest relative RMS error against `lte.ops.reference`."""
 
 
-def provider_name(weights: str) -> str:
-    """Name of the sparse model in the result rows."""
-    return "lte" if weights == "native" else f"lte {weights}"
-
-
 def chosen_path(ffn: SparseFfn, tokens: int, active_fraction: float | None) -> str:
     """What computes an accelerated layer for T tokens, if that share of its experts is expected to be active."""
     assert isinstance(ffn, AcceleratedFfn)

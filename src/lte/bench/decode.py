@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from lte.bench.acceleration import path_names
-from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
-from lte.bench.dense import Projections
 from lte.bench.gate import check_logits
-from lte.bench.routing import RouterValues, Use, measure_use
+from lte.bench.routing import Use
 from lte.bench.rows import Row
 from lte.bench.session import Session
-from lte.bench.sweep import Sweep, check_forced, is_dense_name, model_routing, route_model_, use_fields
+from lte.bench.sweep import ModelGroup, is_dense_name
 from lte.bench.timing import interleaved_times
 
 EAGER, REDUCED, TUNED = "dense eager", "dense compiled", "dense compiled, tuned"
@@ -94,6 +91,25 @@ class Decoder:
 
         return run
 
+    def checked(self, options: dict[str, Any], what: str) -> Callable[[], Tensor]:
+        """`compiled` after its first calls, and its first logits compared with the eager ones.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+
+        def first_token(run: Callable[[], Tensor]) -> Tensor:
+            self.restart()
+            self.next_token()
+            return run().clone()
+
+        run = self.compiled(options)
+        expected = first_token(self.eager)
+        for _ in range(WARM_STEPS):
+            found = first_token(run)
+        check_logits(found, expected, what)
+        return run
+
 
 def benchmark_decode(session: Session, batch: int, full: bool) -> None:
     """Times a decoding step of B sequences at all sparsities and puts the rows into the results.
@@ -106,26 +122,10 @@ def benchmark_decode(session: Session, batch: int, full: bool) -> None:
     Raises:
         RuntimeError: if the sparse model's FFNs or its compiled logits are wrong.
     """
-    own = RouterValues(session.pair.sparse_ffns)
-    with torch.no_grad(), own.kept(), _specialisations():
-        group = _DecodeGroup(session, batch)
-        sweep = Sweep(session, ("decode", batch), group.row)
-        for index, sparsity in enumerate(session.settings.sparsities):
-            first_step = functools.partial(group.eager_steps, 1)
-            group.error = check_forced(session, group.ffns, own, sparsity, batch, first_step)
-            if index == 0:
-                group.prepare(full)
-            steps = functools.partial(group.eager_steps, USE_STEPS)
-            route_model_(session, group.ffns, own, sparsity, batch, group.read_text, steps)
-            use = measure_use(group.ffns, steps)
-            samples = interleaved_times(group.runs, session.device, session.settings.repeats, group.before)
-            sweep.add(samples, sparsity, use)
+    from torch._dynamo import config  # slow to load
 
-
-def _specialisations() -> Any:
-    from torch._dynamo import config
-
-    return config.patch(recompile_limit=SPECIALISATIONS)
+    with torch.no_grad(), config.patch(recompile_limit=SPECIALISATIONS):
+        _DecodeGroup(session, batch, full).measure()
 
 
 def _unlike_others(options: dict[str, Any], tuning: int) -> dict[str, Any]:
@@ -133,41 +133,33 @@ def _unlike_others(options: dict[str, Any], tuning: int) -> dict[str, Any]:
     return {**options, "triton.cudagraph_dynamic_shape_warn_limit": 8 + tuning} if options else options
 
 
-class _DecodeGroup:
+class _DecodeGroup(ModelGroup):
     """The models and functions of one batch size."""
 
-    def __init__(self, session: Session, batch: int):
-        self.session, self.batch = session, batch
-        settings, pair = session.settings, session.pair
-        self.ffns = pair.sparse_ffns
-        ids, prompt = session.texts(batch), settings.prompt
-        self.ids = ids
-        self.dense = Decoder(pair.dense, ids, prompt, settings.context_length)
-        self.sparse = Decoder(pair.sparse, ids, prompt, settings.context_length)
-        self.stock = [Projections.of(ffn, pair.family.layout) for ffn in pair.dense_ffns]
-        self.rest = other_bytes(pair, batch, settings.context_length)
-        self.runs: dict[str, Callable[[], Tensor]] = {}
+    def __init__(self, session: Session, batch: int, full: bool):
+        context, prompt = session.settings.context_length, session.settings.prompt
+        super().__init__(session, "decode", batch, batch, context)
+        self.full, self.ids = full, session.texts(batch)
+        self.dense = Decoder(session.pair.dense, self.ids, prompt, context)
+        self.sparse = Decoder(session.pair.sparse, self.ids, prompt, context)
+        self.check_pass = functools.partial(self._eager_steps, 1)
+        self.steps = functools.partial(self._eager_steps, USE_STEPS)
+        self.text_pass = functools.partial(session.pair.sparse, input_ids=self.ids, use_cache=False, logits_to_keep=1)
         self.tunings_ms: dict[str, list[float]] = {}
-        self.error = 0.0
 
     def before(self, provider: str) -> None:
         """Puts the next token of the provider's model in place."""
         (self.dense if is_dense_name(provider) else self.sparse).next_token()
 
-    def eager_steps(self, count: int) -> None:
-        """The first steps of the sparse model."""
+    def _eager_steps(self, count: int) -> None:
         self.sparse.restart()
         for _ in range(min(count, self.sparse.steps)):
             self.sparse.next_token()
             self.sparse.eager()
 
-    def read_text(self) -> None:
-        """All texts at once through the sparse model."""
-        self.session.pair.sparse(input_ids=self.ids, use_cache=False, logits_to_keep=1)
-
-    def prepare(self, full: bool) -> None:
+    def prepare(self) -> None:
         """Compiles the providers; each compiled one is checked against the eager model."""
-        name, compile_models = self.session.pair.provider, self.session.settings.compile
+        full, name, compile_models = self.full, self.session.pair.provider, self.session.settings.compile
         if full or not compile_models:
             self.runs[EAGER] = self.dense.eager
             self.runs[f"{name} eager"] = self.sparse.eager
@@ -182,22 +174,12 @@ class _DecodeGroup:
             self._compile(REDUCED, self.dense, REDUCE_OVERHEAD)
 
     def _compile(self, name: str, decoder: Decoder, options: dict[str, Any]) -> None:
-        def first_token(run: Callable[[], Tensor]) -> Tensor:
-            decoder.restart()
-            decoder.next_token()
-            return run().clone()
-
         def prepare(tuning: int) -> Callable[[], Tensor]:
             from torch._inductor.utils import fresh_cache  # slow to load
 
             # In the same cache a further search would only be remembered.
             with fresh_cache() if tuning else contextlib.nullcontext():
-                run = decoder.compiled(_unlike_others(options, tuning))
-                expected = first_token(decoder.eager)
-                for _ in range(WARM_STEPS):
-                    found = first_token(run)
-            check_logits(found, expected, f"the logits of {name}")
-            return run
+                return decoder.checked(_unlike_others(options, tuning), f"the logits of {name}")
 
         times: list[tuple[float, int, Callable[[], Tensor]]] = []
         for tuning in range(self.session.settings.tunings if options is TUNING else 1):
@@ -211,23 +193,7 @@ class _DecodeGroup:
             self.runs[name] = min(times)[2]
             self.tunings_ms[name] = [time for time, _, _ in times]
 
-    def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use) -> Row:
+    def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use, **extra: Any) -> Row:
         """A provider's row."""
-        session, dense = self.session, sparsity is None
-        ffn = ffn_bytes(self.stock[0], self.batch, use.union, not dense and session.int8)
-        router = 0 if dense else router_bytes(self.ffns[0])
-        return session.row(
-            samples,
-            self.rest + len(self.ffns) * (ffn + router),
-            benchmark="decode",
-            provider=name,
-            scope="model",
-            layers=len(self.ffns),
-            context_length=session.settings.context_length,
-            batch=self.batch,
-            tokens=self.batch,
-            **use_fields(sparsity, use, model_routing(session, self.ffns, self.batch)),
-            tunings_ms=self.tunings_ms.get(name),
-            relative_rms=None if dense else self.error,
-            path=None if dense else path_names(self.ffns, self.batch),
-        )
+        context, tunings_ms = self.session.settings.context_length, self.tunings_ms.get(name)
+        return super().row(name, samples, sparsity, use, context_length=context, tunings_ms=tunings_ms, **extra)

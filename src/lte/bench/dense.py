@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ STACKED, AUTOTUNED = "dense compiled, gate and up stacked", "dense compiled, max
 INDEXING = "PyTorch indexing"
 
 
-@dataclass(frozen=True)
-class Projections:
+class Projections(NamedTuple):
     """Weights and biases of a stock FFN: gate and up [F, D], down [D, F]; `gate` is `None` for a plain one."""
 
     gate: Tensor | None
@@ -46,10 +44,6 @@ class Projections:
 
         found = (gate_rows, up_rows, layout.matrix(down), gate_bias, up_bias, down.bias)
         return Projections(*[plain(tensor) for tensor in found])
-
-    def flat(self) -> tuple[Any, ...]:
-        """The fields in order."""
-        return (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
 
     @property
     def neuron_bytes(self) -> int:
@@ -81,7 +75,7 @@ def compiled_runs(
 
     plain = torch.compile(ffn, dynamic=False)
     runs: dict[str, Callable[[], object]] = {
-        COMPILED: lambda: [plain(x, *p.flat()) for x, p in zip(inputs, layers, strict=True)]
+        COMPILED: lambda: [plain(x, *p) for x, p in zip(inputs, layers, strict=True)]
     }
     if layers[0].gate is not None:
         fused = torch.compile(stacked_ffn, dynamic=False)
@@ -91,12 +85,8 @@ def compiled_runs(
         ]
     if autotune:
         tuned = torch.compile(ffn, dynamic=False, mode="max-autotune-no-cudagraphs")
-        runs[AUTOTUNED] = lambda: [tuned(x, *p.flat()) for x, p in zip(inputs, layers, strict=True)]
+        runs[AUTOTUNED] = lambda: [tuned(x, *p) for x, p in zip(inputs, layers, strict=True)]
     return runs
-
-
-def _first_bias(p: Projections) -> Tensor | None:
-    return p.up_bias if p.gate is None else p.gate_bias
 
 
 def _stack(p: Projections) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +143,8 @@ class IndexedFfns:
             taken = None if bias is None else bias.index_select(0, rows)
             return functional.linear(x, weight.index_select(0, rows), taken)
 
-        hidden = self.activation(product(p.up if p.gate is None else p.gate, _first_bias(p)))
+        first, bias = (p.up, p.up_bias) if p.gate is None else (p.gate, p.gate_bias)
+        hidden = self.activation(product(first, bias))
         if p.gate is not None:
             hidden = hidden * product(p.up, p.up_bias)
         if keep is not None:

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.bench.acceleration import expect_, path_names, phase_runs
+from lte.bench.acceleration import path_names, phase_runs
 from lte.bench.bytes import ffn_bytes, router_bytes
-from lte.bench.dense import EAGER, INDEXING, IndexedFfns, Projections, compiled_runs
+from lte.bench.dense import EAGER, INDEXING, IndexedFfns, compiled_runs
 from lte.bench.gate import check_ffns, layer_inputs
 from lte.bench.models import timed_layers
-from lte.bench.routing import RouterValues, TokenPatterns, Use, force_same_, use_of
+from lte.bench.routing import TokenPatterns, Use, force_same_, use_of
 from lte.bench.rows import Row
 from lte.bench.session import Session
 from lte.bench.settings import OWN
-from lte.bench.sweep import Sweep, use_fields
+from lte.bench.sweep import Group, use_fields
 from lte.bench.timing import Call, Times, captured, interleaved_times
 from lte.nn.sparse_ffn import SparseFfn
 
@@ -45,36 +45,27 @@ def benchmark_ffns(session: Session, benchmark: str, tokens: int, batch: int) ->
     Raises:
         RuntimeError: if the sparse path is wrong; nothing is then timed.
     """
-    own = RouterValues(session.pair.sparse_ffns)
-    with torch.no_grad(), own.kept():
-        group = _FfnGroup(session, benchmark, tokens, batch, own)
-        sweep = Sweep(session, (benchmark, batch, tokens), group.row)
-        for sparsity in session.settings.sparsities:
-            sweep.add(*group.times(sparsity))
+    with torch.no_grad():
+        group = _FfnGroup(session, benchmark, tokens, batch)
+        with group.own.kept():
+            for sparsity in session.settings.sparsities:
+                group.add(*group.times(sparsity))
 
 
-class _FfnGroup:
+class _FfnGroup(Group):
     """The layers and functions of one number of tokens."""
 
-    def __init__(self, session: Session, benchmark: str, tokens: int, batch: int, own: RouterValues):
-        self.session, self.benchmark, self.tokens, self.batch, self.own = session, benchmark, tokens, batch, own
+    def __init__(self, session: Session, benchmark: str, tokens: int, batch: int):
         pair = session.pair
         self.count = timed_layers(pair) if tokens < COMPUTE_BOUND_TOKENS else min(2, len(pair.sparse_ffns))
-        self.ffns = pair.sparse_ffns[: self.count]
-        self.dense_ffns = pair.dense_ffns[: self.count]
-        self.stock = [Projections.of(ffn, pair.family.layout) for ffn in self.dense_ffns]
+        super().__init__(session, benchmark, batch, tokens, self.count)
         self.act = getattr(self.dense_ffns[0], pair.family.layout.activation)
         hidden = self.stock[0].up.shape[1]
         self.patterns = TokenPatterns(tokens, hidden, pair.dtype, pair.device, session.settings.seed)
-        self.inputs = [self.patterns.x.clone().view(self._shape(hidden)) for _ in self.ffns]
-        self.runs: dict[str, Call] = {}
-        self.error = 0.0
+        shape = (tokens, 1, hidden) if benchmark == "ffn" else (1, tokens, hidden)
+        self.inputs = [self.patterns.x.clone().view(shape) for _ in self.ffns]
         routers = [functools.partial(_mask, ffn) for ffn in self.ffns]
         self.indexed = IndexedFfns(self.stock, routers, self.act) if tokens <= MOST_INDEXED_TOKENS else None
-
-    def _shape(self, hidden: int) -> tuple[int, int, int]:
-        decoding = self.benchmark == "ffn"
-        return (self.tokens, 1, hidden) if decoding else (1, self.tokens, hidden)
 
     def times(self, sparsity: float | str) -> tuple[dict[str, list[float]], float | str, Use]:
         """Sets the routing, checks the sparse path, then times all providers in turn."""
@@ -95,13 +86,12 @@ class _FfnGroup:
 
     def _route(self, sparsity: float | str) -> None:
         settings = self.session.settings
+        self.expect(sparsity)
         if sparsity == OWN:
-            self.own.restore_()
             self._set_inputs(self._text_states())
             # For the check alone: scores near the threshold may fall to either side, by the order of a sum.
             force_same_(self.ffns, 0.5, settings.seed)
             return
-        expect_(self.ffns, 1 - float(sparsity), self.tokens)
         self._set_inputs([self.patterns.x] * self.count)
         if self._routing() == "same":
             force_same_(self.ffns, float(sparsity), settings.seed)
@@ -146,12 +136,11 @@ class _FfnGroup:
         if found is not None:
             runs[name] = found
 
-    def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use) -> Row:
+    def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use, **extra: Any) -> Row:
         """A provider's row, times per layer."""
         session = self.session
         ours = name == session.pair.provider
         size = ffn_bytes(self.stock[0], self.tokens, use.union, ours and session.int8)
-        extra: dict[str, Any] = {}
         if ours or name == INDEXING:
             size += router_bytes(self.ffns[0])
         if ours:

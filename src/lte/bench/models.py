@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lte.bench.acceleration import provider_name
 from lte.config import LteConfig
 from lte.hf.acceleration import accelerate_, no_kernels
 from lte.hf.families import Family, dense_ffns, family_of
@@ -67,7 +66,7 @@ class ModelPair:
     @property
     def provider(self) -> str:
         """Name of the sparse model in the rows."""
-        return provider_name(self.weights)
+        return "lte" if self.weights == "native" else f"lte {self.weights}"
 
 
 def model_pair(model: Any, weights: WeightFormat = "native") -> ModelPair:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def timed_row(samples_ms: list[float], size: float, copy_gb_per_s: float, **fiel
     reached = size / times.median_ms / 1e6
     return {
         **fields,
-        "median_ms": times.median_ms,
-        "p20_ms": times.p20_ms,
-        "p80_ms": times.p80_ms,
+        **asdict(times),
         "bytes": int(size),
         "gb_per_s": reached,
         "share_of_copy": reached / copy_gb_per_s,

@@ -10,7 +10,6 @@ from lte.config import check_choice, check_fraction
 Benchmark = Literal["ffn", "decode", "prefill"]
 Routing = Literal["same", "different"]
 Scope = Literal["auto", "ffn", "model"]
-Weights = Literal["native", "int8"]
 OWN = "own"
 # Models with more parameters than this are prefilled FFN by FFN, unless told otherwise.
 FFN_SCOPE_PARAMETERS = 1_000_000_000

@@ -1,38 +1,51 @@
-"""One group of a benchmark over all sparsities: its rows, and how the routers of a whole model are set for it."""
+"""One group of a benchmark over all sparsities: its rows, and for a whole model how it is routed, checked and timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lte.bench.acceleration import expect_
+from lte.bench.acceleration import expect_, path_names
+from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
 from lte.bench.dense import Projections
 from lte.bench.gate import check_ffns, layer_inputs
-from lte.bench.routing import RouterValues, Use, force_random_, force_same_
+from lte.bench.routing import RouterValues, Use, force_random_, force_same_, measure_use
 from lte.bench.rows import Row, is_dense, with_ratios
 from lte.bench.session import Session, describe
 from lte.bench.settings import OWN
-from lte.nn.sparse_ffn import SparseFfn
+from lte.bench.timing import Call, interleaved_times
 
 DENSE_USE = Use(active=1.0, union=1.0)
 
 
-class Sweep:
-    """Collects times of the same providers at one sparsity after the other.
+class Group:
+    """The layers and functions of one number of tokens, timed at one sparsity after the other.
 
     Every sparsity is timed beside the dense providers again, and compared with the fastest of them there. In the
     results each dense provider has one row, of all its times.
 
     Args:
         session: the run.
-        key: of the group in the results.
-        row: makes a row of a provider's name, times, the sparsity asked for and the experts in use.
+        benchmark: "ffn", "decode" or "prefill".
+        batch: B.
+        tokens: T of a pass, all sequences together.
+        layers: how many of the FFNs take part; `None` for all.
     """
 
-    def __init__(self, session: Session, key: Any, row: Callable[[str, list[float], float | str | None, Use], Row]):
-        self.session, self.key, self.row = session, key, row
-        self.dense: dict[str, list[float]] = {}
-        self.rows: list[Row] = []
+    def __init__(self, session: Session, benchmark: str, batch: int, tokens: int, layers: int | None = None):
+        self.session, self.benchmark, self.batch, self.tokens = session, benchmark, batch, tokens
+        pair = session.pair
+        self.ffns, self.dense_ffns = pair.sparse_ffns[:layers], pair.dense_ffns[:layers]
+        self.stock = [Projections.of(ffn, pair.family.layout) for ffn in self.dense_ffns]
+        self.own = RouterValues(pair.sparse_ffns)
+        self.runs: dict[str, Call] = {}
+        self.error = 0.0
+        self._dense: dict[str, list[float]] = {}
+        self._rows: list[Row] = []
+
+    def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use, **extra: Any) -> Row:
+        """A row of a provider's name, times, the sparsity asked for, `None` if dense, and the experts in use."""
+        raise NotImplementedError
 
     def add(self, samples: Mapping[str, list[float]], sparsity: float | str, use: Use) -> None:
         """Adds the times at one sparsity, reports them, and writes the results."""
@@ -43,43 +56,26 @@ class Sweep:
             ]
         )
         for row in rows:
-            if not (is_dense(row) and row["provider"] in self.dense):
+            if not (is_dense(row) and row["provider"] in self._dense):
                 self.session.say(describe(row))
             if is_dense(row):
-                self.dense.setdefault(row["provider"], []).extend(samples[row["provider"]])
+                self._dense.setdefault(row["provider"], []).extend(samples[row["provider"]])
             else:
-                self.rows.append(row)
-        pooled = [self.row(name, found, None, DENSE_USE) for name, found in self.dense.items()]
-        self.session.results.put(self.key, [*with_ratios(pooled), *self.rows])
+                self._rows.append(row)
+        pooled = [self.row(name, found, None, DENSE_USE) for name, found in self._dense.items()]
+        self.session.results.put((self.benchmark, self.batch, self.tokens), [*with_ratios(pooled), *self._rows])
+
+    def expect(self, sparsity: float | str) -> None:
+        """Lets the layers expect a forced sparsity, or gives them their own routers back."""
+        if sparsity == OWN:
+            self.own.restore_()
+        else:
+            expect_(self.ffns, 1 - float(sparsity), self.tokens)
 
 
 def is_dense_name(provider: str) -> bool:
     """Whether a provider is a dense baseline."""
     return is_dense({"provider": provider})
-
-
-def check_forced(
-    session: Session,
-    ffns: Sequence[SparseFfn],
-    own: RouterValues,
-    sparsity: float | str,
-    tokens: int,
-    run: Callable[[], object],
-) -> float:
-    """Compares the layers with the reference on the hidden states of `run`, on the path of a sparsity.
-
-    The same experts are forced for all tokens: where hidden states are rounded otherwise, no expert changes.
-
-    Raises:
-        RuntimeError: if a layer is wrong.
-    """
-    if sparsity == OWN:
-        own.restore_()
-    else:
-        expect_(ffns, 1 - float(sparsity), tokens)
-    force_same_(ffns, 0.5 if sparsity == OWN else float(sparsity), session.settings.seed)
-    stock = [Projections.of(ffn, session.pair.family.layout) for ffn in session.pair.dense_ffns]
-    return check_ffns(ffns, layer_inputs(ffns, run), stock, session.activation, not session.int8)
 
 
 def use_fields(sparsity: float | str | None, use: Use, routing: str) -> dict[str, Any]:
@@ -93,27 +89,87 @@ def use_fields(sparsity: float | str | None, use: Use, routing: str) -> dict[str
     }
 
 
-def model_routing(session: Session, ffns: Sequence[SparseFfn], tokens: int) -> str:
-    """How forced routers of a whole model decide: "same" for all tokens, or "random" for each."""
-    low_rank = ffns[0].router.down is not None
-    return "same" if session.settings.routing == "same" or tokens == 1 or low_rank else "random"
+class ModelGroup(Group):
+    """A whole model and its dense one; `context` tokens are in the key-value cache, 0 without one.
 
+    Attributes:
+        check_pass: a pass on whose hidden states the sparse layers are checked.
+        text_pass: a pass of many tokens at once, on which the biases of random routers are set.
+        steps: those passes whose experts count, if they are not those of `text_pass`.
+    """
 
-def route_model_(
-    session: Session,
-    ffns: Sequence[SparseFfn],
-    own: RouterValues,
-    sparsity: float | str,
-    tokens: int,
-    text: Callable[[], object],
-    steps: Callable[[], object] | None = None,
-) -> None:
-    """Sets the routers of a whole model for passes of T tokens; `text` and `steps` are those of `force_random_`."""
-    if sparsity == OWN:
-        own.restore_()
-        return
-    expect_(ffns, 1 - float(sparsity), tokens)
-    if model_routing(session, ffns, tokens) == "same":
-        force_same_(ffns, float(sparsity), session.settings.seed)
-    else:
-        force_random_(ffns, float(sparsity), text, steps, session.settings.seed)
+    check_pass: Callable[[], object]
+    text_pass: Callable[[], object]
+    steps: Callable[[], object] | None = None
+
+    def __init__(self, session: Session, benchmark: str, batch: int, tokens: int, context: int = 0):
+        super().__init__(session, benchmark, batch, tokens)
+        self.rest = other_bytes(session.pair, batch, context)
+
+    def prepare(self) -> None:
+        """Fills `runs` with the providers; compiles those that are compiled."""
+        raise NotImplementedError
+
+    def before(self, provider: str) -> None:
+        """Called before each timed call."""
+
+    def measure(self) -> None:
+        """Times all providers at all sparsities and puts the rows into the results.
+
+        Raises:
+            RuntimeError: if the sparse path is wrong; nothing is then timed.
+        """
+        session = self.session
+        with self.own.kept():
+            for index, sparsity in enumerate(session.settings.sparsities):
+                self._check(sparsity)
+                if index == 0:
+                    self.prepare()
+                self._route(sparsity)
+                use = measure_use(self.ffns, self.steps or self.text_pass)
+                samples = interleaved_times(self.runs, session.device, session.settings.repeats, self.before)
+                self.add(samples, sparsity, use)
+
+    def _check(self, sparsity: float | str) -> None:
+        """Compares the layers with the reference on the hidden states of `check_pass`, on the path of a sparsity.
+
+        The same experts are forced for all tokens: where hidden states are rounded otherwise, no expert changes.
+        """
+        session = self.session
+        self.expect(sparsity)
+        force_same_(self.ffns, 0.5 if sparsity == OWN else float(sparsity), session.settings.seed)
+        inputs = layer_inputs(self.ffns, self.check_pass)
+        self.error = check_ffns(self.ffns, inputs, self.stock, session.activation, not session.int8)
+
+    def _route(self, sparsity: float | str) -> None:
+        self.expect(sparsity)
+        seed = self.session.settings.seed
+        if sparsity != OWN and self._routing() == "same":
+            force_same_(self.ffns, float(sparsity), seed)
+        elif sparsity != OWN:
+            force_random_(self.ffns, float(sparsity), self.text_pass, self.steps, seed)
+
+    def _routing(self) -> str:
+        """How forced routers decide: "same" for all tokens, or "random" for each."""
+        low_rank = self.ffns[0].router.down is not None
+        return "same" if self.session.settings.routing == "same" or self.tokens == 1 or low_rank else "random"
+
+    def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use, **extra: Any) -> Row:
+        """A provider's row."""
+        session, dense = self.session, sparsity is None
+        ffn = ffn_bytes(self.stock[0], self.tokens, use.union, not dense and session.int8)
+        router = 0 if dense else router_bytes(self.ffns[0])
+        return session.row(
+            samples,
+            self.rest + len(self.ffns) * (ffn + router),
+            benchmark=self.benchmark,
+            provider=name,
+            scope="model",
+            layers=len(self.ffns),
+            batch=self.batch,
+            tokens=self.tokens,
+            **use_fields(sparsity, use, self._routing()),
+            relative_rms=None if dense else self.error,
+            path=None if dense else path_names(self.ffns, self.tokens),
+            **extra,
+        )

@@ -1,4 +1,4 @@
-"""Work per token: FLOPs and weight bytes of the block linears, read off the modules of a model.
+"""Work per token: weights and FLOPs of the block linears, read off the modules of a model.
 
 Convention of the paper's Table 1, which its numbers imply: 2 FLOPs per weight of the attention and FFN
 projections; no LM head, no embeddings, no attention scores, no biases; the routers of a sparse model count in
@@ -39,13 +39,11 @@ class LinearWeights:
         attention: in all linear layers of the blocks but the FFNs, all layers together.
         ffn: in the FFN projections, by layer.
         router: in the routers, by layer; zeros for a dense model.
-        lm_head: in the output embeddings, whether tied or not.
     """
 
     attention: int
     ffn: list[int]
     router: list[int]
-    lm_head: int
 
 
 def count_linear_weights(model: ModelLike, lte_config: LteConfig | None = None) -> LinearWeights:
@@ -60,16 +58,17 @@ def count_linear_weights(model: ModelLike, lte_config: LteConfig | None = None) 
     """
     module = model if isinstance(model, nn.Module) else meta_model(model)
     if lte_config is not None:
-        module = _sparsified_meta_model(module, lte_config)
-    sparse = sparse_ffns(module)
+        if sparse_ffns(module):
+            raise ValueError("lte_config must be None for an LTE model, which has its own, got one")
+        module = meta_model(module.config)  # type: ignore[arg-type]
+        install_sparse_ffns_(module, family_of(module.config), lte_config)
     total = _linear_weights(block_linears(module))
     layout = family_of(module.config).layout
     parts = [ffn.part if isinstance(ffn, WrappedFfn) else ffn.get_submodule for ffn in _ffns(module).values()]
     ffn = [_linear_weights(part(name) for name in layout.projections) for part in parts]
-    router = [_router_weights(layer.router) for layer in sparse.values()] or [0] * len(ffn)
-    output_embeddings: Any = getattr(module, "get_output_embeddings", lambda: None)()
-    lm_head = 0 if output_embeddings is None else output_embeddings.weight.numel()
-    return LinearWeights(total - sum(ffn), ffn, router, lm_head)
+    routers = [[p.numel() for p in layer.router.parameters() if p.ndim == 2] for layer in sparse_ffns(module).values()]
+    router = [sum(sizes) for sizes in routers] or [0] * len(ffn)
+    return LinearWeights(total - sum(ffn), ffn, router)
 
 
 def flops_per_token(
@@ -94,37 +93,14 @@ def flops_per_token(
     """
     weights = count_linear_weights(model, lte_config)
     routers = sum(weights.router) if include_routers else 0
-    return 2.0 * (_block_weights_read(weights, sparsity) + routers)
-
-
-def bytes_per_token(
-    model: ModelLike,
-    sparsity: float | Sequence[float] = 0.0,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    router_dtype: torch.dtype = torch.float32,
-    lte_config: LteConfig | None = None,
-    include_lm_head: bool = False,
-) -> float:
-    """Weight bytes that decoding one token at batch size 1 reads: block linears, routers, optionally LM head.
-
-    Embeddings, norms, biases and the key-value cache are not part of it. A batch reads the union of the
-    experts of its tokens, which is more.
-
-    Args:
-        model: a dense or LTE model, its config, or a folder or hub name that holds it.
-        sparsity: share of FFN neurons not computed: one number, or one per layer.
-        dtype: of the weights.
-        router_dtype: of the routers, which stay in fp32 whatever the model's dtype.
-        lte_config: what a dense model would be converted with, to count the routers that it would get.
-        include_lm_head: whether to add the LM head, in `dtype`.
-
-    Raises:
-        ValueError: as for `flops_per_token`.
-    """
-    weights = count_linear_weights(model, lte_config)
-    read = _block_weights_read(weights, sparsity) + (weights.lm_head if include_lm_head else 0)
-    return float(read * dtype.itemsize + sum(weights.router) * router_dtype.itemsize)
+    layers = len(weights.ffn)
+    by_layer = list(sparsity) if isinstance(sparsity, Iterable) else [float(sparsity)] * layers
+    if len(by_layer) != layers or not all(0 <= share <= 1 for share in by_layer):
+        raise ValueError(
+            f"sparsity must be one share in [0, 1] or one for each of {layers} layers, got sparsity={sparsity}"
+        )
+    skipped = sum(count * share for count, share in zip(weights.ffn, by_layer, strict=True))
+    return 2.0 * (weights.attention + sum(weights.ffn) - skipped + routers)
 
 
 def meta_model(config: PreTrainedConfig | str | Path) -> nn.Module:
@@ -137,14 +113,6 @@ def meta_model(config: PreTrainedConfig | str | Path) -> nn.Module:
     auto_class = getattr(transformers, next(iter(family_of(config).models)))
     with torch.device("meta"):
         return auto_class.from_config(config)
-
-
-def _sparsified_meta_model(model: nn.Module, lte_config: LteConfig) -> nn.Module:
-    if sparse_ffns(model):
-        raise ValueError("lte_config must be None for an LTE model, which has its own, got one")
-    model = meta_model(model.config)  # type: ignore[arg-type]
-    install_sparse_ffns_(model, family_of(model.config), lte_config)
-    return model
 
 
 def block_linears(model: nn.Module) -> list[Any]:
@@ -168,19 +136,3 @@ def _ffns(model: Any) -> dict[str, nn.Module]:
 
 def _linear_weights(modules: Iterable[nn.Module]) -> int:
     return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
-
-
-def _router_weights(router: nn.Module) -> int:
-    return sum(p.numel() for p in router.parameters() if p.ndim == 2)
-
-
-def _block_weights_read(weights: LinearWeights, sparsity: float | Sequence[float]) -> float:
-    """Weights of the block linears that a token reads, without routers."""
-    layers = len(weights.ffn)
-    by_layer = list(sparsity) if isinstance(sparsity, Iterable) else [float(sparsity)] * layers
-    if len(by_layer) != layers or not all(0 <= share <= 1 for share in by_layer):
-        raise ValueError(
-            f"sparsity must be one share in [0, 1] or one for each of {layers} layers, got sparsity={sparsity}"
-        )
-    skipped = sum(count * share for count, share in zip(weights.ffn, by_layer, strict=True))
-    return weights.attention + sum(weights.ffn) - skipped

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lte.eval.cost import record_fields
 from lte.eval.inference import hard_inference
-from lte.eval.sparsity import Measurement
+from lte.eval.sparsity import Measurement, counter_for
 from lte.hf.inputs import predicts_next_token
 
 if TYPE_CHECKING:
@@ -234,8 +233,8 @@ def _run(
     from lm_eval import simple_evaluate
 
     start = time.monotonic()
-    counter = lm.restart()
-    with counter or nullcontext():
+    lm.tokens = 0
+    with counter_for(lm.model) as lm.counter:
         try:
             found = simple_evaluate(model=lm, tasks=[name], limit=limit, task_manager=manager, **prompts)
         except (AssertionError, ValueError) as error:
@@ -243,7 +242,7 @@ def _run(
                 raise
             given = f"num_fewshot={prompts['num_fewshot']}"
             raise ValueError(f"num_fewshot must be what {name} has, got {given}; {error}") from error
-        measurement = None if counter is None else counter.result()
+        measurement = None if lm.counter is None else lm.counter.result()
     assert found is not None
     passes = {"wall_time_s": time.monotonic() - start, "tokens": lm.tokens, "measurement": measurement}
     scored = name in found["configs"] or name in found.get("groups", {})

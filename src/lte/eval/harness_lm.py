@@ -12,7 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from lte.eval.sparsity import SparsityCounter, new_counter
+from lte.eval.sparsity import SparsityCounter
 from lte.hf.inputs import unwrapped
 
 
@@ -29,7 +29,8 @@ class CountingLm(HFLM):
         batch_size: rows per forward pass.
 
     Attributes:
-        tokens: text tokens of the forward passes since `restart`.
+        tokens: text tokens of the forward passes since it was last set to 0.
+        counter: what counts their routing, entered and set by whoever makes requests.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int):
@@ -41,21 +42,15 @@ class CountingLm(HFLM):
         finally:
             logger.setLevel(level)
         self.tokens = 0
-        self._counter: SparsityCounter | None = None
+        self.counter: SparsityCounter | None = None
         self._lengths: list[int] = []
         self._num_rows = self._width = 0
-
-    def restart(self) -> SparsityCounter | None:
-        """Counts from zero; the counter, `None` for a stock model, is to be used as a context around the requests."""
-        self.tokens = 0
-        self._counter = new_counter(self.model)
-        return self._counter
 
     def _count(self, text: Tensor) -> None:
         """Counts the forward pass that just ended, where `text` (bool, [B, T]) is true."""
         self.tokens += int(text.sum())
-        if self._counter is not None:
-            self._counter.update(text)
+        if self.counter is not None:
+            self.counter.update(text)
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._lengths = []

@@ -1,20 +1,17 @@
 """Running a model for measurement: eval mode, hard routing, no gradients, all restored afterwards.
 
-Shapes: B sequences, T tokens, V vocabulary.
+Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lte.data.batches import Batch
-from lte.data.rows import routing_masks
-from lte.hf.inputs import model_inputs, run_without_logits
 from lte.hf.install import sparse_ffns
 from lte.methods.calibration import eval_mode
 
@@ -63,42 +60,3 @@ def moved_batches(
                 f"input_ids={tuple(batch['input_ids'].shape)}"
             )
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
-
-
-def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits [B, T, V] for a batch; labels and unknown keys stay out of the model."""
-    return model(**model_inputs(model, batch)).logits
-
-
-class RoutingCounter(Protocol):
-    """What counts the forward pass that just ended."""
-
-    @property
-    def layers(self) -> Mapping[str, Any]:
-        """What it counts, by qualified name of the modules."""
-
-    def update(self, mask: Mapping[str, Tensor]) -> None:
-        """Counts over the tokens of the masks [B, T], by name."""
-
-
-def count_batches(
-    model: nn.Module,
-    counter: RoutingCounter,
-    batches: Iterable[Batch],
-    *,
-    skip_ignored_labels: bool = True,
-    progress: bool = False,
-) -> None:
-    """Runs a model with any head over `batches` in hard mode, and lets `counter` count each pass.
-
-    Args:
-        model: modes are restored afterwards.
-        counter: used as a context around this.
-        batches: `input_ids` and optionally `attention_mask` and `labels`, [B, T], on any device.
-        skip_ignored_labels: whether tokens with the label -100 are left out, if the model predicts the next token.
-        progress: whether to show a progress bar.
-    """
-    with hard_inference(model):
-        for batch in moved_batches(batches, model_device(model), progress=progress):
-            run_without_logits(model, batch)
-            counter.update(routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels))

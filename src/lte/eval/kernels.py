@@ -29,7 +29,15 @@ def use_kernels_(model: Any, kernels: str = "auto", *, tell: bool = True) -> Any
     elif kernels == "off" or not sparse_ffns(model):
         return model
     else:
-        reason = _accelerate_if_useful_(model)
+        reason = ""
+        try:
+            accelerate_(model)
+        except ValueError as error:
+            reason = str(error)
+        found = describe_kernels(model)
+        if not reason and found is not None and set(found.values()) == {"native", "pytorch"}:
+            decelerate_(model)
+            reason = f"no kernel for {model.dtype} on {model.device}; on a CPU `pip install numba` brings one"
         if reason and tell:
             print(f"Kernels off: {reason}", file=sys.stderr)
     found = describe_kernels(model)
@@ -37,16 +45,3 @@ def use_kernels_(model: Any, kernels: str = "auto", *, tell: bool = True) -> Any
         text = f"Kernels: {found['decode']} for 1 to 16 tokens at a time, {found['prefill']} for more"
         print(f"{text}, {found['weights']} weights.", file=sys.stderr)
     return model
-
-
-def _accelerate_if_useful_(model: Any) -> str:
-    """Accelerates a model that gains by it; else the reason why not."""
-    try:
-        accelerate_(model)
-    except ValueError as error:
-        return str(error)
-    found = describe_kernels(model)
-    if found is not None and set(found.values()) == {"native", "pytorch"}:
-        decelerate_(model)
-        return f"no kernel for {model.dtype} on {model.device}; on a CPU `pip install numba` brings one"
-    return ""

@@ -25,39 +25,26 @@ PACKAGES = {
 }
 
 
-def accuracy(predictions: Numbers, labels: Numbers) -> float:
-    """Share of predictions that equal their label."""
-    from sklearn.metrics import accuracy_score
+def _sklearn(name: str, **options: Any) -> Callable[[Numbers, Numbers], float]:
+    """A score of scikit-learn, of predictions and labels."""
 
-    return float(accuracy_score(labels, predictions))
+    def score(predictions: Numbers, labels: Numbers) -> float:
+        from sklearn import metrics
 
+        return float(getattr(metrics, name)(labels, predictions, **options))
 
-def f1(predictions: Numbers, labels: Numbers) -> float:
-    """Harmonic mean of precision and recall of the label 1; 0 where neither is defined."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, zero_division=0.0))
+    return score
 
 
-def matthews(predictions: Numbers, labels: Numbers) -> float:
-    """Matthews' correlation in [-1, 1]; 0 where predictions are all the same."""
-    from sklearn.metrics import matthews_corrcoef
+def _correlation(name: str) -> Callable[[Numbers, Numbers], float]:
+    """A correlation of scipy in [-1, 1]; NaN where predictions are all the same."""
 
-    return float(matthews_corrcoef(labels, predictions))
+    def score(predictions: Numbers, labels: Numbers) -> float:
+        from scipy import stats
 
+        return float(getattr(stats, name)(predictions, labels).statistic)
 
-def pearson(predictions: Numbers, labels: Numbers) -> float:
-    """Pearson's correlation in [-1, 1]; NaN where predictions are all the same."""
-    from scipy.stats import pearsonr
-
-    return float(pearsonr(predictions, labels).statistic)
-
-
-def spearman(predictions: Numbers, labels: Numbers) -> float:
-    """Spearman's correlation of ranks in [-1, 1]; NaN where predictions are all the same."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(predictions, labels).statistic)
+    return score
 
 
 def rouge(kind: str) -> Callable[[Sequence[str], References], float]:
@@ -97,11 +84,13 @@ def nist(predictions: Sequence[str], references: References) -> float:
 
 
 METRICS: dict[str, tuple[Callable[[Any, Any], float], tuple[str, ...]]] = {
-    "accuracy": (accuracy, ("sklearn",)),
-    "f1": (f1, ("sklearn",)),
-    "matthews": (matthews, ("sklearn",)),
-    "pearson": (pearson, ("scipy",)),
-    "spearman": (spearman, ("scipy",)),
+    "accuracy": (_sklearn("accuracy_score"), ("sklearn",)),
+    # Of the label 1; 0 where neither precision nor recall is defined.
+    "f1": (_sklearn("f1_score", zero_division=0.0), ("sklearn",)),
+    # In [-1, 1]; 0 where predictions are all the same.
+    "matthews": (_sklearn("matthews_corrcoef"), ("sklearn",)),
+    "pearson": (_correlation("pearsonr"), ("scipy",)),
+    "spearman": (_correlation("spearmanr"), ("scipy",)),
     "rougeL": (rouge("rougeL"), ("rouge_score",)),
     "rouge1": (rouge("rouge1"), ("rouge_score",)),
     "rouge2": (rouge("rouge2"), ("rouge_score",)),

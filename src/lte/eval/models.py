@@ -14,7 +14,6 @@ from lte.config import check_choice
 from lte.data.rows import LmCollator, TokenRows
 from lte.eval.cost import record_fields
 from lte.eval.kernels import KERNELS, use_kernels_
-from lte.eval.perplexity import PerplexityResult
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
 from lte.hf.dense import load_dense_model
@@ -88,13 +87,6 @@ def held_out_batches(rows: TokenRows, batch_size: int, pad_token_id: int) -> lis
     collator = LmCollator(pad_token_id)
     starts = range(0, len(rows), batch_size)
     return [collator([rows[i] for i in range(s, min(s + batch_size, len(rows)))]) for s in starts]
-
-
-def evaluation_record(
-    network: Any, perplexity: PerplexityResult, measurement: Measurement | None, **fields: Any
-) -> ResultRecord:
-    """A result record of one evaluation on text; `fields` are those that the network does not tell."""
-    return task_record(network, TaskResult.of_text(perplexity, measurement), **fields)
 
 
 def task_record(network: Any, result: TaskResult, **fields: Any) -> ResultRecord:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lte.data.batches import as_batches
+from lte.data.batches import Batch, as_batches
 from lte.data.rows import IGNORED, routing_masks
-from lte.eval.inference import (
-    Batch,
-    forward_logits,
-    hard_inference,
-    model_device,
-    moved_batches,
-)
-from lte.eval.sparsity import Measurement, SparsityCounter, counter_for
-from lte.hf.inputs import predicts_next_token
+from lte.eval.inference import hard_inference, model_device, moved_batches
+from lte.eval.sparsity import Measurement, counter_for
+from lte.hf.inputs import model_inputs, predicts_next_token
 
 # Logits in fp32 at once: 2^26 of them, 256 MiB.
 CHUNK_LOGITS = 1 << 26
@@ -56,13 +50,8 @@ class PerplexityResult:
         """exp of the negative log likelihood per word, comparable between tokenizers, or `None`."""
         return None if self.words is None else _exp(self.nll_per_token * self.tokens / self.words)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and both perplexities, JSON-ready."""
-        computed = {"perplexity": self.perplexity, "perplexity_per_word": self.perplexity_per_word}
-        return {**asdict(self), **computed}
 
-
-def evaluate_perplexity(
+def evaluate_model(
     model: nn.Module,
     data: Dataset[Any] | Iterable[Batch],
     *,
@@ -72,11 +61,12 @@ def evaluate_perplexity(
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
     num_words: int | None = None,
-) -> PerplexityResult:
-    """Perplexity of a dense or LTE model, exact over all counted labels; an LTE model runs in hard mode.
+) -> tuple[PerplexityResult, Measurement | None]:
+    """Quality and sparsity from one and the same pass, an LTE model in hard mode; no sparsity for a stock model.
 
     A label counts if it is not -100 and if neither it nor the token that it is predicted from is padding, so
-    that padding on the left and on the right give the same number. Log-softmax is in fp32.
+    that padding on the left and on the right give the same number. Log-softmax is in fp32. The sparsity counts tokens
+    that are no padding and whose own label is not ignored; `lte.eval.cost.measured_cost` makes costs of it.
 
     Args:
         model: a causal LM; its modes are restored afterwards.
@@ -91,35 +81,6 @@ def evaluate_perplexity(
     Raises:
         ValueError: if no label counts, `labels` are missing, or the loss is not finite.
     """
-    batches = _prepared(model, data, batch_size, collator, device)
-    return _evaluate(model, batches, None, autocast_dtype, progress, num_words)
-
-
-def evaluate_model(
-    model: nn.Module,
-    data: Dataset[Any] | Iterable[Batch],
-    *,
-    batch_size: int = 8,
-    collator: Any = None,
-    device: torch.device | str | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    progress: bool = True,
-    num_words: int | None = None,
-) -> tuple[PerplexityResult, Measurement | None]:
-    """Quality and sparsity from one and the same pass; the sparsity is `None` for a stock model.
-
-    Arguments and errors are those of `evaluate_perplexity`. The sparsity counts tokens that are no padding
-    and whose own label is not ignored. `lte.eval.cost.measured_cost` makes costs of it.
-    """
-    batches = _prepared(model, data, batch_size, collator, device)
-    with counter_for(model) as counter:
-        perplexity = _evaluate(model, batches, counter, autocast_dtype, progress, num_words)
-        return perplexity, None if counter is None else counter.result()
-
-
-def _prepared(
-    model: nn.Module, data: Any, batch_size: int, collator: Any, device: torch.device | str | None
-) -> Iterable[Batch]:
     if not predicts_next_token(model):
         raise ValueError(
             f"model must predict the next token to have a perplexity, got {type(model).__name__}; measure_sparsity "
@@ -127,32 +88,22 @@ def _prepared(
         )
     if device is not None:
         model.to(device)
-    return as_batches(data, model, batch_size, collator)
-
-
-def _evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    counter: SparsityCounter | None,
-    autocast_dtype: torch.dtype | None,
-    progress: bool,
-    num_words: int | None,
-) -> PerplexityResult:
-    """One pass; the device is waited for once, at the end."""
-    device = model_device(model)
+    place = model_device(model)
+    batches = as_batches(data, model, batch_size, collator)
     losses: list[Tensor] = []
     counts: list[Tensor] = []
-    autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
-    with hard_inference(model):
-        for batch in moved_batches(batches, device, progress=progress):
+    autocast = torch.autocast(place.type, autocast_dtype) if autocast_dtype else nullcontext()
+    # The device is waited for once, at the end.
+    with counter_for(model) as counter, hard_inference(model):
+        for batch in moved_batches(batches, place, progress=progress):
             targets = _targets(batch)
             with autocast:
-                logits = forward_logits(model, batch)
+                logits = model(**model_inputs(model, batch)).logits
             losses.append(_negative_log_likelihood(logits, targets))
             counts.append((targets != IGNORED).sum())
             if counter is not None:
                 counter.update(routing_masks(model, counter.layers, batch))
-    return _result(losses, counts, num_words)
+    return _result(losses, counts, num_words), None if counter is None else counter.result()
 
 
 def _targets(batch: Batch) -> Tensor:

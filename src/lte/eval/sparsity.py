@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lte.data.batches import as_batches
-from lte.eval.inference import count_batches
+from lte.data.rows import routing_masks
+from lte.eval.inference import hard_inference, model_device, moved_batches
+from lte.hf.inputs import run_without_logits
 from lte.nn.metering import MeteredModule, Reading, metered_modules
 
 HISTOGRAM_BINS = 40
@@ -254,14 +256,9 @@ def _routing_details(layers: list[_ModuleCounts]) -> dict[str, Any]:
     }
 
 
-def new_counter(model: nn.Module) -> SparsityCounter | None:
-    """What counts while a model of any kind runs; `None` for a stock model, which has nothing to count."""
-    return SparsityCounter(model) if metered_modules(model) else None
-
-
 def counter_for(model: nn.Module) -> AbstractContextManager[SparsityCounter | None]:
-    """`new_counter` as a context."""
-    return new_counter(model) or nullcontext()
+    """What counts while a model of any kind runs, as a context; `None` for a stock one, which has nothing to count."""
+    return SparsityCounter(model) if metered_modules(model) else nullcontext()
 
 
 def measure_sparsity(
@@ -291,5 +288,9 @@ def measure_sparsity(
     """
     with SparsityCounter(model) as counter:
         batches: Iterable[Any] = as_batches(data, model, batch_size, tokenizer=tokenizer, max_tokens=max_tokens)
-        count_batches(model, counter, batches, skip_ignored_labels=skip_ignored_labels, progress=progress)
+        with hard_inference(model):
+            for batch in moved_batches(batches, model_device(model), progress=progress):
+                run_without_logits(model, batch)
+                masks = routing_masks(model, counter.layers, batch, skip_ignored_labels=skip_ignored_labels)
+                counter.update(masks)
         return counter.result()

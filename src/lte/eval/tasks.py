@@ -16,11 +16,12 @@ from lte.data.rows import routing_masks
 from lte.data.tasks.data import TaskData
 from lte.data.tasks.task import ClassificationTask, GenerationTask, Task
 from lte.eval.generation import generate_answers
-from lte.eval.inference import count_batches, hard_inference, model_device, moved_batches
+from lte.eval.inference import hard_inference, model_device, moved_batches
 from lte.eval.metrics import check_metrics, compute_metrics
 from lte.eval.perplexity import PerplexityResult, evaluate_model
-from lte.eval.sparsity import Measurement, counter_for
+from lte.eval.sparsity import Measurement, counter_for, measure_sparsity
 from lte.hf.inputs import model_inputs
+from lte.nn.metering import metered_modules
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,11 @@ def _answer(
     answers = generate_answers(model, tokenizer, prompts, data.max_new_tokens, batch_size=batch_size, progress=progress)
     texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
     rows = [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
-    measurement = _count(model, rows, data.collator, batch_size)
+    batches = (data.collator(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
+    # A stock model need not run.
+    measurement = measure_sparsity(model, batches) if metered_modules(model) else None
     metrics = compute_metrics(task.metrics, texts, data.references)
     return TaskResult(task.main_metric, metrics, measurement, sum(map(len, answers)), texts)
-
-
-def _count(model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int) -> Measurement | None:
-    """What the model skips in a pass over the rows; `None` for a stock model, which need not run."""
-    with counter_for(model) as counter:
-        if counter is None:
-            return None
-        count_batches(model, counter, (collator(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)))
-        return counter.result()
 
 
 def answered_row(model: Any, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:

@@ -20,7 +20,8 @@ from lte.hf.inputs import unwrapped
 from lte.hf.install import require_sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 
-# As `bytes_per_token` counts: bf16 weights, fp32 routers.
+# Per weight; bf16 weights, fp32 routers.
+_FLOPS = {"attention": 2, "ffn": 2, "routers": 2}
 _WEIGHT_BYTES = {"attention": 2, "ffn": 2, "routers": 4}
 
 
@@ -192,32 +193,16 @@ class TextCost:
     """Work of a token at batch size 1, mean over a text, by the conventions of `lte.eval.flops`.
 
     Attributes:
-        weights_read: weights of the block linears that a token reads, by part: attention, ffn, routers.
-        dense_weights: the same of the dense model.
+        flops: FLOPs per token by part: attention, ffn, routers; their sum is `flops_per_token`.
+        dense_flops: those of the dense model.
+        bytes: weight bytes per token by part, weights in bf16 and routers in fp32.
+        dense_bytes: those of the dense model.
     """
 
-    weights_read: dict[str, float]
-    dense_weights: dict[str, float]
-
-    @property
-    def flops(self) -> dict[str, float]:
-        """FLOPs per token by part; their sum is `flops_per_token`."""
-        return {part: 2 * count for part, count in self.weights_read.items()}
-
-    @property
-    def dense_flops(self) -> dict[str, float]:
-        """FLOPs per token of the dense model by part."""
-        return {part: 2 * count for part, count in self.dense_weights.items()}
-
-    @property
-    def bytes(self) -> dict[str, float]:
-        """Weight bytes per token by part, weights in bf16 and routers in fp32; their sum is `bytes_per_token`."""
-        return {part: count * _WEIGHT_BYTES[part] for part, count in self.weights_read.items()}
-
-    @property
-    def dense_bytes(self) -> dict[str, float]:
-        """Weight bytes per token of the dense model by part."""
-        return {part: count * _WEIGHT_BYTES[part] for part, count in self.dense_weights.items()}
+    flops: dict[str, float]
+    dense_flops: dict[str, float]
+    bytes: dict[str, float]
+    dense_bytes: dict[str, float]
 
 
 def text_cost(model: Any, routing: TokenRouting) -> TextCost:
@@ -226,7 +211,10 @@ def text_cost(model: Any, routing: TokenRouting) -> TextCost:
     by_layer = zip(weights.ffn, routing.layer_sparsity, strict=True)
     ffn = sum(count * (1 - sparsity) for count, sparsity in by_layer)
     common = {"attention": float(weights.attention)}
-    return TextCost(
-        {**common, "ffn": ffn, "routers": float(sum(weights.router))},
-        {**common, "ffn": float(sum(weights.ffn)), "routers": 0.0},
-    )
+    read = {**common, "ffn": ffn, "routers": float(sum(weights.router))}
+    dense = {**common, "ffn": float(sum(weights.ffn)), "routers": 0.0}
+
+    def times(factors: dict[str, int], counts: dict[str, float]) -> dict[str, float]:
+        return {part: factors[part] * count for part, count in counts.items()}
+
+    return TextCost(times(_FLOPS, read), times(_FLOPS, dense), times(_WEIGHT_BYTES, read), times(_WEIGHT_BYTES, dense))
