@@ -106,27 +106,22 @@ def _escaped(cell: str) -> str:
 
 def results_table(tradeoff: Tradeoff) -> TextTable:
     """A row for each point: its metric, its drop, and what it costs, as shares of the dense model's cost."""
-    costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
-    header = ("method", "target", tradeoff.metric.name, "seeds", "drop", *costs)
-    rows = [_result_cells(tradeoff, point) for point in tradeoff.points()]
+    of_costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
+    header = ("method", "target", tradeoff.metric.name, "seeds", "drop", *of_costs)
+    rows = []
+    for point in tradeoff.points():
+        name = point_name(point) + (" (reference)" if point is tradeoff.reference else "")
+        value, drop = _spread_text(point.value, tradeoff.metric.format), tradeoff.drop(point)
+        quality = (value, str(point.value.n), MISSING if drop is None else tradeoff.metric.format(drop))
+        costs = (
+            point.mean("sparsity"),
+            point.mean("weight_sparsity"),
+            tradeoff.share(point, "gflops"),
+            tradeoff.share(point, "megabytes"),
+            point.mean("latency_ratio"),
+        )
+        rows.append((name, _target(point.target), *quality, *map(percent, costs), _tokens_text(point.tokens_trained)))
     return TextTable(header, rows, 1, tradeoff.title, spare=("weights not read", "FLOPs", "tokens", "seeds", "latency"))
-
-
-def _result_cells(tradeoff: Tradeoff, point: Point) -> tuple[str, ...]:
-    drop, metric = tradeoff.drop(point), tradeoff.metric
-    return (
-        point_name(point) + (" (reference)" if point is tradeoff.reference else ""),
-        _target(point.target),
-        _spread_text(point.value, metric.format),
-        str(point.value.n),
-        MISSING if drop is None else metric.format(drop),
-        percent(point.mean("sparsity")),
-        percent(point.mean("weight_sparsity")),
-        percent(tradeoff.share(point, "gflops")),
-        percent(tradeoff.share(point, "megabytes")),
-        percent(point.mean("latency_ratio")),
-        _tokens_text(point.tokens_trained),
-    )
 
 
 def cheapest_table(tradeoff: Tradeoff, limit: float) -> TextTable:
@@ -146,29 +141,16 @@ def cheapest_table(tradeoff: Tradeoff, limit: float) -> TextTable:
 def envelope_table(tradeoff: Tradeoff, standings: Sequence[Standing]) -> TextTable:
     """Each point of LTE beside the best other method that reads at most as many bytes."""
     metric = tradeoff.metric
-    header = (
-        "LTE",
-        "on the envelope",
-        "best other method",
-        "bytes saved",
-        "FFN bytes saved",
-        metric.name,
-        "the other's",
-        "the other better by",
-    )
-    rows = [
-        (
-            standing.curve,
-            MISSING if standing.rival is None else "yes" if standing.on_envelope else "no",
-            standing.rival or "none with as few bytes",
-            percent(standing.saving),
-            percent(standing.ffn_saving),
-            _spread_text(standing.point.value, metric.format),
-            MISSING if standing.rival_value is None else metric.format(standing.rival_value),
-            _difference(tradeoff, standing),
-        )
-        for standing in standings
-    ]
+    methods, savings = ("LTE", "on the envelope", "best other method"), ("bytes saved", "FFN bytes saved")
+    header = (*methods, *savings, metric.name, "the other's", "the other better by")
+    rows = []
+    for each in standings:
+        place, rival, theirs, behind = MISSING, "none with as few bytes", MISSING, MISSING
+        if each.rival is not None and each.rival_value is not None and each.behind is not None:
+            place, rival, theirs = "yes" if each.on_envelope else "no", each.rival, metric.format(each.rival_value)
+            behind = metric.format(each.behind) + (f" ± {metric.format(each.sd)}" if each.sd else "")
+        own = _spread_text(each.point.value, metric.format)
+        rows.append((each.curve, place, rival, percent(each.saving), percent(each.ffn_saving), own, theirs, behind))
     return TextTable(header, rows, 3, "LTE and the upper envelope, by bytes saved")
 
 
@@ -190,16 +172,11 @@ def failed_table(tradeoff: Tradeoff) -> TextTable | None:
 
 def commands_table(tradeoff: Tradeoff) -> TextTable | None:
     """The command behind the first seed of each point, `None` if no record says one."""
-    rows = [
-        (
-            point_name(point),
-            f"`{command}`",
-            ", ".join(str(record.seed) for record in point.records),
-            _target(point.target),
-        )
-        for point in tradeoff.points()
-        if (command := point.records[0].command)
-    ]
+    rows = []
+    for point in tradeoff.points():
+        if command := point.records[0].command:
+            seeds = ", ".join(str(record.seed) for record in point.records)
+            rows.append((point_name(point), f"`{command}`", seeds, _target(point.target)))
     return TextTable(("method", "command of the first seed", "seeds", "target"), rows, 3, "Commands") if rows else None
 
 
@@ -287,13 +264,6 @@ def question_texts(tradeoff: Tradeoff) -> list[str]:
         for note in {record.harness_note for record in point.records} - {None}:
             reasons[str(note)][_name_at_target(point)] = None
     return [f"Question sets of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
-
-
-def _difference(tradeoff: Tradeoff, standing: Standing) -> str:
-    form = tradeoff.metric.format
-    if standing.behind is None:
-        return MISSING
-    return form(standing.behind) + (f" ± {form(standing.sd)}" if standing.sd else "")
 
 
 def _target(share: float | None) -> str:
