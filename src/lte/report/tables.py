@@ -163,11 +163,16 @@ def paper_table(tradeoff: Tradeoff, limit: float | None = None) -> TextTable | N
 
 def failed_table(tradeoff: Tradeoff) -> TextTable | None:
     """The runs without a finite value, `None` if there are none."""
-    rows = []
-    for record in tradeoff.failed:
-        name, why = record.label or record.method, record.failure or "the value is not finite"
-        rows.append((name, str(record.seed), why, record.source, _target(record.target_sparsity)))
+    rows = [
+        (each.label or each.method, str(each.seed), failure_text(each), each.source, _target(each.target_sparsity))
+        for each in tradeoff.failed
+    ]
     return TextTable(("method", "seed", "failure", "file", "target"), rows, 4, "Failed runs") if rows else None
+
+
+def failure_text(record: ResultRecord) -> str:
+    """Why a run has no finite value."""
+    return record.failure or "the value is not finite"
 
 
 def commands_table(tradeoff: Tradeoff) -> TextTable | None:
@@ -185,11 +190,15 @@ def csv_rows(tradeoff: Tradeoff) -> list[dict[str, Any]]:
     return [_csv_row(tradeoff, point) for point in tradeoff.points()]
 
 
+QUANTITIES = ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio")
+"""The numbers of a point that are shown in full."""
+
+
 def _csv_row(tradeoff: Tradeoff, point: Point) -> dict[str, Any]:
     row: dict[str, Any] = {"task": tradeoff.task, "split": tradeoff.split, "model": tradeoff.model}
     row |= {"metric": tradeoff.metric.name, "curve": point.curve, "method": point.method, "label": point.label}
     row |= {"target": point.target, "seeds": point.value.n, "drop": tradeoff.drop(point)}
-    for name in ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio"):
+    for name in QUANTITIES:
         found: Statistic | None = getattr(point, name)
         row |= {name: found and found.mean, f"{name}_sd": found and found.sd}
     row |= {f"{name}_share": tradeoff.share(point, name) for name in ("gflops", "megabytes")}
