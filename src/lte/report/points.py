@@ -170,7 +170,7 @@ def find_tradeoffs(
     failed = {key: [each for each in group if value_of(each, key[-1]) is None] for key, group in groups.items()}
     curves = told_apart(found, curve)
     return [
-        _tradeoff(key, found[key], curves[key], failed[key], metric_named(key[-1], higher, lower))
+        _tradeoff(key, zip(curves[key], found[key], strict=True), failed[key], metric_named(key[-1], higher, lower))
         for key in sorted(groups)
     ]
 
@@ -182,14 +182,10 @@ def value_of(record: ResultRecord, metric: str) -> float | None:
 
 
 def _tradeoff(
-    key: tuple[str, ...],
-    records: Sequence[ResultRecord],
-    names: Sequence[str],
-    failed: Sequence[ResultRecord],
-    metric: Metric,
+    key: tuple[str, ...], named: Iterable[tuple[str, ResultRecord]], failed: Sequence[ResultRecord], metric: Metric
 ) -> Tradeoff:
     by_point: dict[tuple[str, str, str, float], list[ResultRecord]] = defaultdict(list)
-    for record, name in zip(records, names, strict=True):
+    for name, record in named:
         target = -1.0 if record.target_sparsity is None else record.target_sparsity
         by_point[name, record.method, record.label or "", target].append(record)
     points = [_point(place[0], found, metric) for place, found in sorted(by_point.items())]
@@ -242,29 +238,25 @@ def _point(curve: str, records: Sequence[ResultRecord], metric: Metric) -> Point
         gflops=over_seeds("flops_per_token", GFLOP),
         megabytes=over_seeds("bytes_per_token", 1e6),
         latency_ms=over_seeds("latency_ms"),
-        latency_ratio=statistic(map(_latency_ratio, records)),
+        latency_ratio=statistic(
+            each.latency_ms / each.latency_dense_ms
+            for each in records
+            if each.latency_ms is not None and each.latency_dense_ms
+        ),
         latency_sparsity=over_seeds("latency_sparsity"),
         tokens_trained=over_seeds("tokens_trained"),
         records=tuple(records),
     )
 
 
-def _latency_ratio(record: ResultRecord) -> float | None:
-    ours, dense = record.latency_ms, record.latency_dense_ms
-    return None if ours is None or not dense else ours / dense
-
-
 def _check_seeds(curve: str, records: Sequence[ResultRecord]) -> None:
-    seeds = [record.seed for record in records]
-    twice = [record for record in records if seeds.count(record.seed) > 1]
-    if not twice:
-        return
-    target = records[0].target_sparsity
-    at = "no target" if target is None else f"{target:g}"
-    raise ValueError(
-        f"records of one curve must differ in target sparsity or seed, got seeds {seeds} for {curve!r} at {at} in "
-        f"{', '.join(record.source for record in twice)}, which nothing tells apart; leave out one of each"
-    )
+    seeds, target = [record.seed for record in records], records[0].target_sparsity
+    if twice := [record.source for record in records if seeds.count(record.seed) > 1]:
+        at = "no target" if target is None else f"{target:g}"
+        raise ValueError(
+            f"records of one curve must differ in target sparsity or seed, got seeds {seeds} for {curve!r} at {at} in "
+            f"{', '.join(twice)}, which nothing tells apart; leave out one of each"
+        )
 
 
 @dataclass(frozen=True)
