@@ -15,8 +15,7 @@ class Standing:
     """How a point of LTE stands against the best other method that reads at most as many bytes.
 
     Attributes:
-        curve: name of LTE's curve.
-        point: of it.
+        point: of LTE.
         saving: share of the dense reference's bytes that the point saves.
         ffn_saving: the same bytes as a share of those of the dense FFNs, so that routers count against it; `None` where
             the records do not tell these.
@@ -27,7 +26,6 @@ class Standing:
         seeds: the smaller number of seeds of both.
     """
 
-    curve: str
     point: Point
     saving: float
     ffn_saving: float | None
@@ -56,8 +54,8 @@ def lte_standings(tradeoff: Tradeoff) -> list[Standing]:
     others = [[point for point in points if point.method != OURS] for points in tradeoff.curves.values()]
     rivals = [*others, *([point] for point in tradeoff.dense)]
     ffn_share = dense_ffn_share(tradeoff)
-    for name, points in tradeoff.curves.items():
-        standings = [_standing(tradeoff, name, point, rivals, ffn_share) for point in points if point.method == OURS]
+    for points in tradeoff.curves.values():
+        standings = [_standing(tradeoff, point, rivals, ffn_share) for point in points if point.method == OURS]
         found += sorted((each for each in standings if each is not None), key=lambda each: each.saving)
     return found
 
@@ -71,27 +69,22 @@ def dense_ffn_share(tradeoff: Tradeoff) -> float | None:
     """
     dense = None if tradeoff.reference is None else tradeoff.reference.mean("megabytes")
     records = [record for point in tradeoff.points() if point.method == OURS for record in point.records]
-    known = [
-        (each.sparsity, each.flops_per_token, each.bytes_per_token)
-        for each in records
-        if each.sparsity and each.flops_per_token and each.bytes_per_token
-    ]
-    if not dense or not known:
+    known = [(each.sparsity, each.flops_per_token, each.bytes_per_token) for each in records]
+    sparsity, flops, weights = max((each for each in known if all(each)), key=lambda each: each[0], default=(0, 0, 0))
+    if not dense or not sparsity:
         return None
-    sparsity, flops, weights = max(known, key=lambda each: each[0])
     share = (1 - (2 * flops - weights) / (dense * 1e6)) / sparsity
     return share if 0 < share <= 1 else None
 
 
 def _standing(
-    tradeoff: Tradeoff, name: str, point: Point, rivals: Sequence[Sequence[Point]], ffn_share: float | None
+    tradeoff: Tradeoff, point: Point, rivals: Sequence[Sequence[Point]], ffn_share: float | None
 ) -> Standing | None:
     share, megabytes = tradeoff.share(point, "megabytes"), point.mean("megabytes")
     if share is None or megabytes is None:
         return None
     own, saving = point.value, 1 - share
     alone = Standing(
-        curve=name,
         point=point,
         saving=saving,
         ffn_saving=None if ffn_share is None else saving / ffn_share,
@@ -139,7 +132,8 @@ def envelope_sentences(tradeoff: Tradeoff, standings: Sequence[Standing]) -> lis
     if not standings:
         return ["No point of LTE with known bytes beside a dense model: nothing is said of the envelope."]
     found = [
-        _sentence(tradeoff, name, list(own)) for name, own in itertools.groupby(standings, lambda each: each.curve)
+        _sentence(tradeoff, name, list(own))
+        for name, own in itertools.groupby(standings, lambda each: each.point.curve)
     ]
     if all(standing.ffn_saving is not None for standing in standings):
         found.append(_ffn_sentence(tradeoff, standings))
