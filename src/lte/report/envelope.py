@@ -69,10 +69,14 @@ def dense_ffn_share(tradeoff: Tradeoff) -> float | None:
     """
     dense = None if tradeoff.reference is None else tradeoff.reference.mean("megabytes")
     records = [record for point in tradeoff.points() if point.method == OURS for record in point.records]
-    known = [(each.sparsity, each.flops_per_token, each.bytes_per_token) for each in records]
-    sparsity, flops, weights = max((each for each in known if all(each)), key=lambda each: each[0], default=(0, 0, 0))
-    if not dense or not sparsity:
+    known = [
+        (each.sparsity, each.flops_per_token, each.bytes_per_token)
+        for each in records
+        if each.sparsity and each.flops_per_token and each.bytes_per_token
+    ]
+    if not dense or not known:
         return None
+    sparsity, flops, weights = max(known, key=lambda each: each[0])
     share = (1 - (2 * flops - weights) / (dense * 1e6)) / sparsity
     return share if 0 < share <= 1 else None
 
@@ -131,10 +135,8 @@ def envelope_sentences(tradeoff: Tradeoff, standings: Sequence[Standing]) -> lis
     """
     if not standings:
         return ["No point of LTE with known bytes beside a dense model: nothing is said of the envelope."]
-    found = [
-        _sentence(tradeoff, name, list(own))
-        for name, own in itertools.groupby(standings, lambda each: each.point.curve)
-    ]
+    by_curve = itertools.groupby(standings, lambda standing: standing.point.curve)
+    found = [_sentence(tradeoff, name, list(own)) for name, own in by_curve]
     if all(standing.ffn_saving is not None for standing in standings):
         found.append(_ffn_sentence(tradeoff, standings))
     if any(standing.seeds < 2 for standing in standings):

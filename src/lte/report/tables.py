@@ -149,10 +149,8 @@ def envelope_table(tradeoff: Tradeoff, standings: Sequence[Standing]) -> TextTab
         if each.rival is not None and each.rival_value is not None and each.behind is not None:
             place, rival, theirs = "yes" if each.on_envelope else "no", each.rival, metric.format(each.rival_value)
             behind = metric.format(each.behind) + (f" ± {metric.format(each.sd)}" if each.sd else "")
-        own = _spread_text(each.point.value, metric.format)
-        rows.append(
-            (each.point.curve, place, rival, percent(each.saving), percent(each.ffn_saving), own, theirs, behind)
-        )
+        name, own = each.point.curve, _spread_text(each.point.value, metric.format)
+        rows.append((name, place, rival, percent(each.saving), percent(each.ffn_saving), own, theirs, behind))
     return TextTable(header, rows, 3, "LTE and the upper envelope, by bytes saved")
 
 
