@@ -53,13 +53,13 @@ def pack(folder: Path) -> None:
 
 def file_text(content: Any) -> str:
     """A file's text, the rows of a benchmark on a line each."""
-    if not isinstance(content, Mapping) or not isinstance(content.get("rows"), list):
+    rows = content.get("rows") if isinstance(content, Mapping) else None
+    if not rows or not isinstance(rows, list):
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
-    marks = {f'"row {place}"': json.dumps(row, allow_nan=False) for place, row in enumerate(content["rows"])}
-    text = json.dumps({**content, "rows": [json.loads(mark) for mark in marks]}, indent=1, allow_nan=False)
-    for mark, row in marks.items():
-        text = text.replace(mark, row, 1)
-    return text + "\n"
+    text = json.dumps({**content, "rows": []}, indent=1, allow_nan=False)
+    lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
+    # One space before it is the outermost level, and a line break within a text is an escape.
+    return text.replace('\n "rows": []', f'\n "rows": [\n  {lines}\n ]') + "\n"
 
 
 def checked(content: Any, text: str) -> str:

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -184,11 +184,11 @@ def _fault(record: Any) -> str | None:
             return f"hold text in {name}, got {name}={record[name]!r}"
     for name in _NUMBERS:
         # A file holds null for a number that was not finite.
-        if record[name] is not None and (not isinstance(record[name], Real) or isinstance(record[name], bool)):
+        if record[name] is None:
+            continue
+        if not isinstance(record[name], Real) or isinstance(record[name], bool):
             return f"hold a number in {name}, got {name}={record[name]!r}"
-    for name in _SHARES:
-        # A number that is not finite is written as null.
-        if record[name] is not None and not 0 <= record[name] <= 1:
+        if name in _SHARES and not 0 <= record[name] <= 1:
             return f"hold a share in [0, 1] in {name}, got {name}={record[name]}"
     return None
 
@@ -217,12 +217,10 @@ def hardware() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cpu = next(names, platform.processor() or platform.machine())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cpu}, {cores} cores"
 
@@ -237,10 +235,8 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     for package in ("transformers", "accelerate", "triton", "numba"):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -258,14 +254,12 @@ def git_commit(folder: str | Path | None = None) -> str | None:
         `LTE_GIT_COMMIT` says it where a copy of the tree came without its history.
     """
     place = Path(folder) if folder is not None else Path(__file__).resolve().parent
-    try:
-        if not _git(place, "ls-files"):
-            return os.environ.get("LTE_GIT_COMMIT")
-        commit = _git(place, "rev-parse", "HEAD")
-        changed = _git(place, "status", "--porcelain", "--untracked-files=no")
-        return f"{commit}-dirty" if changed or _git(place, "status", "--porcelain", ".") else commit
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("LTE_GIT_COMMIT")
+    with suppress(OSError, subprocess.SubprocessError):
+        if _git(place, "ls-files"):
+            commit = _git(place, "rev-parse", "HEAD")
+            changed = _git(place, "status", "--porcelain", "--untracked-files=no")
+            return f"{commit}-dirty" if changed or _git(place, "status", "--porcelain", ".") else commit
+    return os.environ.get("LTE_GIT_COMMIT")
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -388,17 +382,13 @@ def find_record(path: Path) -> ResultRecord | None:
     return None if content is None else ResultRecord.from_dict(content, str(path))
 
 
-def load_record(path: str | Path, hint: str = "") -> ResultRecord:
+def load_record(path: str | Path) -> ResultRecord:
     """The result record in a file.
-
-    Args:
-        path: of the file.
-        hint: what the message about a file without a record ends with.
 
     Raises:
         ValueError: for a file that is no JSON or no result record.
     """
-    return ResultRecord.from_dict(read_json(path), str(path), hint)
+    return ResultRecord.from_dict(read_json(path), str(path))
 
 
 def read_folder(folder: Path, pattern: str = "**/*.json") -> dict[Path, Any]:

@@ -10,16 +10,16 @@ from rich.console import Console
 from lte.report.bench import break_even_report, latency_table, union_report
 from lte.report.figures import save_figure
 from lte.report.model_figures import latency_figure
+from tests.report.sample_benches import bench_row
 
 COPY = 100.0
 
 
 def row(provider: str, sparsity: float, ms: float, setting: str | None, **given: Any) -> dict[str, Any]:
     size = (1 - sparsity) * 1e8
-    fields = {"benchmark": "ffn", "batch": 1, "tokens": 1, "model": "m", "dtype": "bfloat16", "hardware": "1 x GPU"}
-    fields |= {"median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.2 * ms, "bytes": size, "gb_per_s": size / ms / 1e6}
+    fields = {"benchmark": "ffn", "model": "m", "bytes": size, "gb_per_s": size / ms / 1e6, "scope": "ffn"}
     fields |= {"share_of_copy": size / ms / 1e6 / COPY, "bandwidth_ms": size / COPY / 1e6, "ratio_to_dense": ms / 2}
-    return {**fields, "provider": provider, "sparsity": sparsity, "setting": setting, "scope": "ffn", **given}
+    return bench_row(provider, setting, sparsity, ms, **{**fields, **given})
 
 
 def rows() -> list[dict[str, Any]]:

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from lte.records import ResultRecord
 from lte.report.demo_report import write_demo_report
 from tests.report.sample_records import measurement, record, training_log
 
 RECORDS = {"dense": record("dense"), "sparse": record(), "static": record("static", value=30.0)}
+
+
+def write(folder: Path, records: dict[str, ResultRecord]) -> Path:
+    return write_demo_report(folder, records, measurement(), [], samples={}, notes=[])
 
 
 def test_a_full_report_holds_everything(tmp_path: Path) -> None:
@@ -36,28 +41,22 @@ def test_a_full_report_holds_everything(tmp_path: Path) -> None:
         assert f"]({image})" in text
 
 
-def test_a_report_of_records_alone_is_written(tmp_path: Path) -> None:
-    path = write_demo_report(tmp_path, {"dense": record("dense"), "sparse": record(value=None)})
-    assert {entry.name for entry in tmp_path.iterdir()} == {"report.md", "report.json"}
+def test_a_report_without_losses_is_written(tmp_path: Path) -> None:
+    path = write(tmp_path, {"dense": record("dense"), "sparse": record(value=None)})
+    assert {entry.name for entry in tmp_path.iterdir()} == {"report.md", "report.json", "router_health.png"}
     text = path.read_text()
     assert "a perplexity of not finite against 20.000 for the dense model. Per token" in text
-    assert "png" not in text
-
-
-def test_the_measurement_of_the_record_is_taken(tmp_path: Path) -> None:
-    sparse = record(measurement=measurement().to_dict())
-    write_demo_report(tmp_path, {"dense": record("dense"), "sparse": sparse})
-    assert (tmp_path / "router_health.png").exists()
+    assert "training.png" not in text
 
 
 def test_a_report_replaces_an_older_one(tmp_path: Path) -> None:
-    write_demo_report(tmp_path, RECORDS)
-    write_demo_report(tmp_path, {**RECORDS, "sparse": record(value=26.0)})
+    write(tmp_path, RECORDS)
+    write(tmp_path, {**RECORDS, "sparse": record(value=26.0)})
     assert "26.000" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["sparse"]["value"] == 26.0
 
 
 def test_records_without_a_pair_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="records must hold dense and sparse, got none for sparse"):
-        write_demo_report(tmp_path / "new", {"dense": record("dense")})
+        write(tmp_path / "new", {"dense": record("dense")})
     assert not (tmp_path / "new").exists()

@@ -7,15 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lte.records import ResultRecord
-from lte.report.figures import perplexity_vs_sparsity_figure, save_figure
+from lte.report.figures import save_figure
 from lte.report.model_figures import router_health_figure, training_curves_figure
-from tests.report.sample_records import measurement, record, training_log
-
-
-def legend_of(figure: Figure) -> list[str]:
-    axis = figure.axes[0]
-    return [text.get_text() for text in axis.get_legend().get_texts()]  # type: ignore[union-attr]
+from tests.report.sample_records import measurement, training_log
 
 
 def line_of(figure: Figure, panel: str, label: str) -> tuple[list[float], list[float]]:
@@ -51,7 +45,6 @@ def test_router_health_shows_use_scores_and_tau() -> None:
     assert right.get_images()[0].get_array().tolist() == measurement().score_histogram  # type: ignore[union-attr]
     assert right.get_lines()[0].get_xdata()[0] == 0.75  # type: ignore[index]
     assert "tau = 0.75" in right.get_xlabel()
-    assert "tau = 0.25" in router_health_figure(measurement(), 0.25).axes[1].get_xlabel()
 
 
 def test_training_curves_go_on_from_stage_to_stage() -> None:
@@ -83,50 +76,3 @@ def test_one_stage_alone_starts_at_its_own_steps(stage: int) -> None:
 def test_a_log_without_losses_gives_a_figure_that_says_so(log: list[dict[str, Any]]) -> None:
     axis = training_curves_figure(log).axes[0]
     assert [text.get_text() for text in axis.texts] == ["no loss was logged; for curves lower logging_steps"]
-
-
-def test_curves_are_means_over_seeds_with_their_spread() -> None:
-    records = [record("dense", tokens_trained=2_500)]
-    records += [record(seed=seed, value=24.0 + 2 * seed) for seed in (0, 1)]
-    records += [record(target_sparsity=0.7, sparsity=0.68, value=30.0), record("static", value=33.0)]
-    figure = perplexity_vs_sparsity_figure(records)
-    axis = figure.axes[0]
-    lte, static = axis.containers
-    assert list(lte.lines[0].get_xdata()) == [0.5, 0.68]  # type: ignore[attr-defined]
-    assert list(lte.lines[0].get_ydata()) == [25.0, 30.0]  # type: ignore[attr-defined]
-    low, high = lte.lines[2][1].get_segments()[0][:, 1]  # type: ignore[attr-defined]
-    assert high - low == pytest.approx(2 * 2**0.5)
-    assert list(static.lines[0].get_ydata()) == [33.0]  # type: ignore[attr-defined]
-    expected = ["dense, 2.5k tokens (20.00)", "lte, 12M tokens (2 seeds)", "static, 12M tokens"]
-    assert legend_of(figure) == expected
-    assert axis.get_ylabel() == "perplexity (per token)"
-    assert "FFN sparsity, measured" in axis.get_xlabel()
-
-
-def test_seeds_of_a_dense_model_are_a_band_and_diverged_runs_are_named() -> None:
-    records = [record("dense", seed=seed, value=20.0 + seed) for seed in (0, 1)]
-    figure = perplexity_vs_sparsity_figure([*records, record(value=None)])
-    assert legend_of(figure) == ["dense, 12M tokens (20.50)"]
-    assert len(figure.axes[0].patches) == 1
-    assert "1 runs without a finite value are left out" in figure.axes[0].get_xlabel()
-
-
-def test_a_label_tells_runs_apart() -> None:
-    records = [record("dense", value=20.0, name="a"), record("dense", value=21.0, name="b")]
-    with pytest.raises(ValueError, match=r"records of one curve must differ .* got seeds \[0, 0\]"):
-        perplexity_vs_sparsity_figure(records)
-    figure = perplexity_vs_sparsity_figure(records, label=lambda entry: entry["name"])
-    assert legend_of(figure) == ["a (20.00)", "b (21.00)"]
-
-
-@pytest.mark.parametrize("name", ["task", "split", "model", "metric"])
-def test_records_that_do_not_compare_are_refused(name: str) -> None:
-    records = [record(), record("dense", **{name: "other"})]
-    with pytest.raises(ValueError, match=f"records must be of one {name} to share a figure, got .*other"):
-        perplexity_vs_sparsity_figure(records)
-
-
-@pytest.mark.parametrize("records", [[], [record(value=None)]])
-def test_no_value_at_all_is_refused(records: list[ResultRecord]) -> None:
-    with pytest.raises(ValueError, match="records must hold at least one record with a value, got none"):
-        perplexity_vs_sparsity_figure(records)

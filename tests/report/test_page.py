@@ -82,11 +82,12 @@ def test_the_policy_runs_what_is_there_and_nothing_else(connects: bool) -> None:
     assert policy["img-src"] == ["data:"]
 
 
-def test_nothing_is_loaded_from_elsewhere() -> None:
-    text = render_page("t", read_asset("inspector.html"), {}, ["inspector.js"])
+@pytest.mark.parametrize("name", ["inspector", "report"])
+def test_nothing_is_loaded_from_elsewhere(name: str) -> None:
+    text = render_page("t", read_asset(f"{name}.html"), {}, [f"{name}.js"])
     for tag, attributes in Elements(text).tags:
-        for name in ("src", "href", "action", "data", "srcset", "poster"):
-            value = attributes.get(name) or ""
+        for attribute in ("src", "href", "action", "data", "srcset", "poster"):
+            value = attributes.get(attribute) or ""
             assert value.startswith(("#", "data:")) or not value, (tag, value)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from lte.bench.rows import is_dense
+from lte.report.curves import field_value
 from lte.report.inputs import Bench
 
 Row = dict[str, Any]
@@ -23,19 +27,14 @@ def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("benchmark", "batch", "tokens", "provider", "sparsity", "ms", "p20 - p80", "x dense"):
-        table.add_column(name, justify="left" if name in ("benchmark", "provider") else "right", no_wrap=True)
-    for name in ("MB", "GB/s", "of copy", "path", "time split"):
-        table.add_column(
-            name, justify="left" if name in ("path", "time split") else "right", no_wrap=name != "time split"
-        )
-    previous = None
-    for row in rows:
-        group = (row["benchmark"], row["batch"], row["tokens"])
-        if previous not in (None, group):
-            table.add_section()
-        previous = group
-        table.add_row(*_cells(row))
+    texts = ("benchmark", "provider", "path", "time split")
+    timed = ("benchmark", "batch", "tokens", "provider", "sparsity", "ms", "p20 - p80", "x dense")
+    for name in (*timed, "MB", "GB/s", "of copy", "path", "time split"):
+        table.add_column(name, justify="left" if name in texts else "right", no_wrap=name != "time split")
+    for _, group in groupby(rows, itemgetter("benchmark", "batch", "tokens")):
+        for row in group:
+            table.add_row(*_cells(row))
+        table.add_section()
     return table
 
 
@@ -60,7 +59,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def union_report(rows: Sequence[dict[str, Any]]) -> Table:
+def union_report(rows: Sequence[Row]) -> Table:
     """The share of experts that a batch needs, beside that of independent tokens."""
     table = Table(title="Experts that at least one of a batch's tokens needs", title_justify="left")
     for name in ("batch", "union", "if independent", "union sparsity"):
@@ -71,7 +70,7 @@ def union_report(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def break_even_report(rows: Sequence[dict[str, Any]]) -> Table:
+def break_even_report(rows: Sequence[Row]) -> Table:
     """The batch from which the sparse path is not faster than the fastest dense provider."""
     table = Table(title="Break-even batch", title_justify="left")
     for name in ("benchmark", "sparsity", "latency over dense by batch", "break-even"):
@@ -86,6 +85,7 @@ def break_even_report(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 _ROW_FIELDS = ("provider", "setting", "sparsity", "median_ms", "p20_ms", "p80_ms", "bandwidth_ms", "gb_per_s")
+_DETAILS = ("command", "hardware", "git_commit", "versions", "settings")
 _TITLES = {"ffn": "FFN of one layer", "decode": "decoding step"}
 _VARIANTS = ("dtype", "routing", "attention", "settings")
 
@@ -99,26 +99,19 @@ def bench_data(bench: Bench) -> dict[str, Any]:
     """
     content = bench.content
     name = bench_name(bench)
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str | None, list[Row]] = defaultdict(list)
     for row in content["rows"]:
-        if (title := _title(row)) is not None:
-            groups.setdefault(title, []).append(row)
+        groups[_title(row)].append(row)
+    groups.pop(None, None)
     return {
         "name": name,
         "source": bench.source,
         "latency": [
-            {"title": f"{title}: {name}", "rows": [_row(row, _provider(row, rows)) for row in rows]}
-            for title, rows in groups.items()
+            {"title": f"{title}: {name}", "rows": [_row(row, rows) for row in rows]} for title, rows in groups.items()
         ],
         "break_even": _whole(content.get("break_even"), ("benchmark", "setting", "batches", "ratios", "break_even")),
         "union": _whole(content.get("union"), ("batch", "union")),
-        "details": {
-            "command": content.get("command"),
-            "hardware": content.get("hardware"),
-            "git_commit": content.get("git_commit"),
-            "versions": content.get("versions"),
-            "settings": content.get("settings"),
-        },
+        "details": {name: content.get(name) for name in _DETAILS},
     }
 
 
@@ -126,8 +119,7 @@ def bench_name(bench: Bench) -> str:
     """Model, number format, machine, and the file."""
     rows, content = bench.content["rows"], bench.content
     first = rows[0] if rows else {}
-    kernels = content.get("kernels") or {}
-    weights = kernels.get("weights") if isinstance(kernels, Mapping) else None
+    weights = field_value(content, "kernels.weights")
     dtypes = dict.fromkeys(row["dtype"] for row in rows)
     parts = [content.get("model") or first.get("model") or content.get("shape"), " and ".join(map(str, dtypes))]
     parts += [f"{weights} weights"] if weights not in (None, "native") else []
@@ -141,7 +133,7 @@ def _whole(rows: Any, fields: Sequence[str]) -> list[Any]:
     return [row for row in found if isinstance(row, Mapping) and all(name in row for name in fields)]
 
 
-def _title(row: Mapping[str, Any]) -> str | None:
+def _title(row: Row) -> str | None:
     """What a row timed; rows with the same title share a picture, those without one are in none."""
     if row["benchmark"] == "prefill":
         # lte bench times whole prompts, benchmarks/prefill.py the FFN of one layer.
@@ -150,7 +142,7 @@ def _title(row: Mapping[str, Any]) -> str | None:
     return None if title is None else f"{title}, batch {row['batch']}"
 
 
-def _provider(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _provider(row: Row, rows: Sequence[Row]) -> str:
     """The provider, and what tells its rows apart where a setting and sparsity come twice."""
     own = [each for each in rows if each["provider"] == row["provider"]]
     if len({(each.get("setting"), each["sparsity"]) for each in own}) == len(own):
@@ -160,5 +152,6 @@ def _provider(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join([str(row["provider"]), *texts])
 
 
-def _row(row: Mapping[str, Any], provider: str) -> dict[str, Any]:
-    return {**{name: row.get(name) for name in _ROW_FIELDS}, "provider": provider, "is_dense": is_dense(dict(row))}
+def _row(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    shown = {name: row.get(name) for name in _ROW_FIELDS}
+    return {**shown, "provider": _provider(row, rows), "is_dense": is_dense(row)}

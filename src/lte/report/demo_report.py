@@ -18,20 +18,20 @@ HEALTH_FILE, TRAINING_FILE = "router_health.png", "training.png"
 def write_demo_report(
     folder: str | Path,
     records: Mapping[str, ResultRecord],
-    measurement: Measurement | None = None,
-    log_history: Sequence[dict[str, Any]] = (),
+    measurement: Measurement,
+    log_history: Sequence[dict[str, Any]],
     *,
-    samples: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
+    samples: Mapping[str, str],
+    notes: Sequence[str],
 ) -> Path:
-    """Writes `report.md`, `report.json`, and, of what is given, `router_health.png` and `training.png`.
+    """Writes `report.md`, `report.json`, `router_health.png`, and, if losses were logged, `training.png`.
 
     `report.json` holds the records by name: `{"dense": {...}, "sparse": {...}, ...}`.
 
     Args:
         folder: where to; made if missing.
         records: result records by name; `dense` and `sparse` first, more (a control) may follow.
-        measurement: the sparse model's routing; `None` takes the one in the sparse record, if any.
+        measurement: the sparse model's routing.
         log_history: of the training.
         samples: generated text by model name.
         notes: paragraphs for the reader: what was checked, what a real run needs.
@@ -42,17 +42,21 @@ def write_demo_report(
     Raises:
         ValueError: if `records` lack `dense` or `sparse`.
     """
+    from lte.report.figures import save_figure  # matplotlib is slow to load
+    from lte.report.model_figures import router_health_figure, training_curves_figure
+
     missing = [name for name in ("dense", "sparse") if name not in records]
     if missing:
         raise ValueError(f"records must hold dense and sparse, got none for {', '.join(missing)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    recorded = records["sparse"].measurement
-    if measurement is None and recorded is not None:
-        measurement = Measurement.from_dict(recorded)
-    parts = ["# LTE demo report", _headline(records), _comparison(records), *notes]
-    parts += [*_samples(samples or {}), *_training(folder, log_history), *_routing(folder, measurement)]
-    parts += _provenance(records["sparse"])
+    parts = ["# LTE demo report", _headline(records), _comparison(records), *notes, "## What the models write"]
+    parts += [f"**{name}**\n\n{_fenced(text)}" for name, text in samples.items()]
+    if any("task_loss" in entry for entry in log_history):
+        save_figure(training_curves_figure(log_history), folder / TRAINING_FILE)
+        parts += ["## Training", f"![losses, eta and active experts over the steps of both stages]({TRAINING_FILE})"]
+    save_figure(router_health_figure(measurement), folder / HEALTH_FILE)
+    parts += [*_routing(measurement), *_provenance(records["sparse"])]
     write_json_atomic(folder / "report.json", dict(records))
     report = folder / "report.md"
     write_text_atomic(report, "\n\n".join(parts) + "\n")
@@ -101,29 +105,7 @@ def _comparison(records: Mapping[str, ResultRecord]) -> str:
     return f"{markdown_table(header, rows)}\n\n{unit}"
 
 
-def _samples(samples: Mapping[str, str]) -> list[str]:
-    if not samples:
-        return []
-    return ["## What the models write", *(f"**{name}**\n\n{_fenced(text)}" for name, text in samples.items())]
-
-
-def _training(folder: Path, log_history: Sequence[dict[str, Any]]) -> list[str]:
-    if not any("task_loss" in entry for entry in log_history):
-        return []
-    from lte.report.figures import save_figure  # matplotlib is slow to load
-    from lte.report.model_figures import training_curves_figure
-
-    save_figure(training_curves_figure(log_history), folder / TRAINING_FILE)
-    return ["## Training", f"![losses, eta and active experts over the steps of both stages]({TRAINING_FILE})"]
-
-
-def _routing(folder: Path, measurement: Measurement | None) -> list[str]:
-    if measurement is None:
-        return []
-    from lte.report.figures import save_figure
-    from lte.report.model_figures import router_health_figure
-
-    save_figure(router_health_figure(measurement), folder / HEALTH_FILE)
+def _routing(measurement: Measurement) -> list[str]:
     legend = (
         f"On {measurement.tokens:,} held-out tokens. Active: mean share of experts per token. Dead, always on: experts "
         "that no token or every token activates. Near tau: scores within 0.1 of the threshold "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lte.report.points import OURS, Point, Tradeoff, interpolate
+from lte.report.points import OURS, Point, Statistic, Tradeoff, interpolate
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,7 @@ class Standing:
     """How a point of LTE stands against the best other method that reads at most as many bytes.
 
     Attributes:
-        curve: name of LTE's curve.
-        point: of it.
+        point: of LTE.
         saving: share of the dense reference's bytes that the point saves.
         ffn_saving: the same bytes as a share of those of the dense FFNs, so that routers count against it; `None` where
             the records do not tell these.
@@ -27,7 +26,6 @@ class Standing:
         seeds: the smaller number of seeds of both.
     """
 
-    curve: str
     point: Point
     saving: float
     ffn_saving: float | None
@@ -43,14 +41,6 @@ class Standing:
         return self.behind is None or self.behind <= self.sd
 
 
-@dataclass(frozen=True)
-class _Rival:
-    name: str
-    value: float
-    sd: float
-    seeds: int
-
-
 def lte_standings(tradeoff: Tradeoff) -> list[Standing]:
     """Each measured point of LTE against the best other method at the same bytes per token, or fewer.
 
@@ -64,8 +54,8 @@ def lte_standings(tradeoff: Tradeoff) -> list[Standing]:
     others = [[point for point in points if point.method != OURS] for points in tradeoff.curves.values()]
     rivals = [*others, *([point] for point in tradeoff.dense)]
     ffn_share = dense_ffn_share(tradeoff)
-    for name, points in tradeoff.curves.items():
-        standings = [_standing(tradeoff, name, point, rivals, ffn_share) for point in points if point.method == OURS]
+    for points in tradeoff.curves.values():
+        standings = [_standing(tradeoff, point, rivals, ffn_share) for point in points if point.method == OURS]
         found += sorted((each for each in standings if each is not None), key=lambda each: each.saving)
     return found
 
@@ -92,50 +82,50 @@ def dense_ffn_share(tradeoff: Tradeoff) -> float | None:
 
 
 def _standing(
-    tradeoff: Tradeoff, name: str, point: Point, rivals: Sequence[Sequence[Point]], ffn_share: float | None
+    tradeoff: Tradeoff, point: Point, rivals: Sequence[Sequence[Point]], ffn_share: float | None
 ) -> Standing | None:
     share, megabytes = tradeoff.share(point, "megabytes"), point.mean("megabytes")
     if share is None or megabytes is None:
         return None
-    saving = 1 - share
-    ffn_saving = None if ffn_share is None else saving / ffn_share
-    own, drop = point.value, tradeoff.metric.drop
+    own, saving = point.value, 1 - share
+    alone = Standing(
+        point=point,
+        saving=saving,
+        ffn_saving=None if ffn_share is None else saving / ffn_share,
+        rival=None,
+        rival_value=None,
+        behind=None,
+        sd=own.spread,
+        seeds=own.n,
+    )
     standings = [
-        Standing(
-            curve=name,
-            point=point,
-            saving=saving,
-            ffn_saving=ffn_saving,
-            rival=rival.name,
-            rival_value=rival.value,
-            behind=drop(own.mean, rival.value),
-            sd=math.hypot(own.spread, rival.sd),
-            seeds=min(own.n, rival.seeds),
+        replace(
+            alone,
+            rival=rival,
+            rival_value=value,
+            behind=tradeoff.metric.drop(own.mean, value),
+            sd=math.hypot(own.spread, seeds.spread),
+            seeds=min(own.n, seeds.n),
         )
         for points in rivals
-        for rival in _at_most(points, megabytes)
+        for rival, value, seeds in _at_most(points, megabytes)
     ]
-    if not standings:
-        return Standing(name, point, saving, ffn_saving, None, None, None, own.spread, own.n)
     # A rival that is clearly better comes before one that is better on average, but not clearly so.
-    return max(standings, key=lambda standing: (not standing.on_envelope, standing.behind))
+    return max(standings, key=lambda standing: (not standing.on_envelope, standing.behind), default=alone)
 
 
-def _at_most(points: Sequence[Point], megabytes: float) -> list[_Rival]:
+def _at_most(points: Sequence[Point], megabytes: float) -> list[tuple[str, float, Statistic]]:
     """A curve's measured points with at most so many bytes, and the curve at exactly so many.
 
-    Between two points it has the spread and the seeds of the nearer one.
+    Returns:
+        Name, value, and whose spread and seeds count: between two points those of the nearer one.
     """
-    known = [point for point in points if point.megabytes is not None]
-    found = [
-        _Rival(point.curve, point.value.mean, point.value.spread, point.value.n)
-        for point in known
-        if (point.mean("megabytes") or 0.0) <= megabytes
-    ]
-    value = interpolate(known, "megabytes", megabytes, "value")
+    known = [(point.megabytes.mean, point) for point in points if point.megabytes is not None]
+    found = [(point.curve, point.value.mean, point.value) for size, point in known if size <= megabytes]
+    value = interpolate(points, "megabytes", megabytes, "value")
     if value is not None:
-        nearest = min(known, key=lambda point: abs((point.mean("megabytes") or 0.0) - megabytes))
-        found.append(_Rival(nearest.curve, value, nearest.value.spread, nearest.value.n))
+        _, nearest = min(known, key=lambda pair: abs(pair[0] - megabytes))
+        found.append((nearest.curve, value, nearest.value))
     return found
 
 
@@ -145,10 +135,8 @@ def envelope_sentences(tradeoff: Tradeoff, standings: Sequence[Standing]) -> lis
     """
     if not standings:
         return ["No point of LTE with known bytes beside a dense model: nothing is said of the envelope."]
-    found = []
-    for name in dict.fromkeys(standing.curve for standing in standings):
-        own = [standing for standing in standings if standing.curve == name]
-        found.append(_sentence(tradeoff, name, own))
+    by_curve = itertools.groupby(standings, lambda standing: standing.point.curve)
+    found = [_sentence(tradeoff, name, list(own)) for name, own in by_curve]
     if all(standing.ffn_saving is not None for standing in standings):
         found.append(_ffn_sentence(tradeoff, standings))
     if any(standing.seeds < 2 for standing in standings):

@@ -8,8 +8,7 @@ Points are means over the seeds of one setting, bars one standard deviation both
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from lte.records import ResultRecord, replaced_atomically
+from lte.records import replaced_atomically
 from lte.report.curves import curve_places
-from lte.report.paper import PAPER_SUFFIX, PaperMarker, paper_markers, visible_markers
-from lte.report.points import Point, Statistic, Tradeoff, find_tradeoffs
+from lte.report.paper import PAPER_SUFFIX, paper_markers, visible_markers
+from lte.report.points import Point, Tradeoff
 
 BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 YELLOW, BLACK, GREY = "#E69F00", "#000000", "#6B6B6B"
@@ -61,24 +60,13 @@ LEGEND_CHARACTERS = 160
 
 Style = tuple[str, str, Any]
 """Colour, marker, and dash."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What one panel has on its x axis: a quantity of a `Point`, and how it is called."""
-
-    quantity: str
-    label: str
-    is_share: bool = False
-
-
-SPARSITY = Panel("sparsity", "FFN sparsity, measured (share of neurons not computed per token)", is_share=True)
-PANELS = (
-    SPARSITY,
-    Panel("gflops", "GFLOPs per token, routers included (block linears, 1 G = 2^30)"),
-    Panel("megabytes", "MB of weights read per token (batch 1)"),
-    Panel("latency_ms", "decoding step, measured median (ms, batch 1)"),
-)
+# What each panel has on its x axis: a quantity of a `Point`, and how it is called.
+PANELS = {
+    "sparsity": "FFN sparsity, measured (share of neurons not computed per token)",
+    "gflops": "GFLOPs per token, routers included (block linears, 1 G = 2^30)",
+    "megabytes": "MB of weights read per token (batch 1)",
+    "latency_ms": "decoding step, measured median (ms, batch 1)",
+}
 
 
 def logarithmic_values(axis: Axes) -> None:
@@ -95,14 +83,12 @@ def curve_styles(names: Iterable[str]) -> dict[str, Style]:
     Args:
         names: of all curves of all figures that shall agree.
     """
-    return {name: _style(place) for name, place in curve_places(names).items()}
-
-
-def _style(place: int) -> Style:
     # 7 colours and 13 markers: no pair comes again before the 92nd curve.
-    colours = len(_COLOURS)
-    dash = _DASHES[place // colours % len(_DASHES)]
-    return _COLOURS[place % colours], _MARKERS[place % len(_MARKERS)], dash
+    colours, markers, dashes = len(_COLOURS), len(_MARKERS), len(_DASHES)
+    return {
+        name: (_COLOURS[place % colours], _MARKERS[place % markers], _DASHES[place // colours % dashes])
+        for name, place in curve_places(names).items()
+    }
 
 
 def tradeoff_figure(tradeoff: Tradeoff, styles: Mapping[str, Style] | None = None) -> Figure:
@@ -123,11 +109,10 @@ def tradeoff_figure(tradeoff: Tradeoff, styles: Mapping[str, Style] | None = Non
     figure, grid = new_figure(11.5, 9.5, 2, 2)
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     axes = list(grid.flat)
-    for axis, panel in zip(axes, PANELS, strict=True):
-        _draw_panel(axis, tradeoff, panel, styles)
-    figure.suptitle(
-        "\n".join(textwrap.wrap(tradeoff.title, 110) + textwrap.wrap("; ".join(_notes(tradeoff)), 110)), fontsize=11
-    )
+    for axis, quantity in zip(axes, PANELS, strict=True):
+        _draw_panel(axis, tradeoff, quantity, styles)
+    lines = [line for text in (tradeoff.title, "; ".join(_notes(tradeoff))) for line in textwrap.wrap(text, 110)]
+    figure.suptitle("\n".join(lines), fontsize=11)
     # Of all panels, since a curve may lack the quantity of the first.
     found = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
     found.sort(key=lambda pair: pair[1].endswith(PAPER_SUFFIX))
@@ -140,70 +125,31 @@ def tradeoff_figure(tradeoff: Tradeoff, styles: Mapping[str, Style] | None = Non
     return figure
 
 
-def method_and_tokens(record: ResultRecord) -> str:
-    """The name of a record's curve: its method and the tokens that it trained on."""
-    tokens = record.tokens_trained or 0
-    unit = f"{tokens / 1e6:.3g}M" if tokens >= 1e6 else f"{tokens / 1e3:.3g}k"
-    return f"{record.method}, {unit} tokens"
-
-
-def perplexity_vs_sparsity_figure(
-    records: Sequence[ResultRecord], label: Callable[[ResultRecord], str] = method_and_tokens
-) -> Figure:
-    """Perplexity against measured FFN sparsity: a curve per method, dense models as horizontal lines.
-
-    Points are means over the seeds of one target sparsity, bars one standard deviation. Records without a
-    value, whose training diverged, are left out and counted below the figure.
-
-    Args:
-        records: result records of one task, split, model and metric.
-        label: names the curve that a record belongs to.
-
-    Raises:
-        ValueError: if there is no record with a value, if the records are not comparable, or if nothing
-            tells apart two of one curve, target and seed.
-    """
-    _check_comparable(records)
-    if all(record.value is None for record in records):
-        raise ValueError("records must hold at least one record with a value, got none")
-    (tradeoff,) = find_tradeoffs(records, curve=label)
-    figure, axis = new_figure(7, 5.4)
-    _draw_panel(axis, tradeoff, SPARSITY, curve_styles(tradeoff.curves))
-    axis.set_title(f"{tradeoff.model}, {tradeoff.split}", fontsize=11)
-    missing = len(tradeoff.failed)
-    if missing:
-        axis.set_xlabel(f"{SPARSITY.label}\n{missing} runs without a finite value are left out")
-    # Below the axes: with many curves no corner is free of points.
-    place = (0.5, -0.21 if missing else -0.16)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=place, ncols=2, frameon=False)
-    return figure
-
-
-def _draw_panel(axis: Axes, tradeoff: Tradeoff, panel: Panel, styles: Mapping[str, Style]) -> None:
-    if all(getattr(point, panel.quantity) is None for point in tradeoff.points()):
-        _say_not_measured(axis, tradeoff, panel)
+def _draw_panel(axis: Axes, tradeoff: Tradeoff, quantity: str, styles: Mapping[str, Style]) -> None:
+    axis.set_xlabel(PANELS[quantity])
+    if all(getattr(point, quantity) is None for point in tradeoff.points()):
+        notes = {record.latency_note for point in tradeoff.points() for record in point.records} - {None, ""}
+        why = f":\n{textwrap.fill(min(map(str, notes)), 50)}" if quantity == "latency_ms" and notes else ""
+        axis.set(xticks=[], yticks=[])
+        look: dict[str, Any] = {"ha": "center", "va": "center", "color": GREY, "fontsize": 9}
+        axis.text(0.5, 0.5, f"not measured{why}", transform=axis.transAxes, **look)
         return
     for place, point in enumerate(tradeoff.dense):
-        _draw_dense(axis, tradeoff, point, panel, _DENSE_DASHES[place % len(_DENSE_DASHES)])
+        _draw_dense(axis, tradeoff, point, quantity, _DENSE_DASHES[place % len(_DENSE_DASHES)])
     for name, points in tradeoff.curves.items():
-        _draw_curve(axis, name, points, panel, styles[name])
-    markers = [marker for marker in visible_markers(tradeoff) if panel.quantity in marker.x]
-    _draw_paper(axis, markers, panel, styles)
-    _scale(axis, tradeoff, panel)
+        _draw_curve(axis, name, points, quantity, styles[name])
+    markers = [marker for marker in visible_markers(tradeoff) if quantity in marker.x]
+    own = {**curve_styles(marker.method for marker in markers), **styles}
+    for marker in markers:
+        # Hollow, in the look of the method's own curve.
+        colour, shape, _ = own[marker.method]
+        (line,) = axis.plot([marker.x[quantity]], [marker.value], shape, color=colour, label=marker.label)
+        line.set(markerfacecolor="none", markersize=9)
+    _scale(axis, tradeoff, quantity)
 
 
-def _say_not_measured(axis: Axes, tradeoff: Tradeoff, panel: Panel) -> None:
-    records = [record for point in tradeoff.points() for record in point.records]
-    notes = sorted({record.latency_note for record in records if record.latency_note})
-    why = f":\n{textwrap.fill(notes[0], 50)}" if panel.quantity == "latency_ms" and notes else ""
-    axis.set(xticks=[], yticks=[], xlabel=panel.label)
-    axis.text(
-        0.5, 0.5, f"not measured{why}", transform=axis.transAxes, ha="center", va="center", color=GREY, fontsize=9
-    )
-
-
-def _draw_curve(axis: Axes, name: str, points: Sequence[Point], panel: Panel, style: Style) -> None:
-    known = [(x, point.value) for point in points if (x := getattr(point, panel.quantity)) is not None]
+def _draw_curve(axis: Axes, name: str, points: Sequence[Point], quantity: str, style: Style) -> None:
+    known = [(x, point.value) for point in points if (x := getattr(point, quantity)) is not None]
     if not known:
         return
     colour, marker, dash = style
@@ -225,34 +171,24 @@ def _draw_curve(axis: Axes, name: str, points: Sequence[Point], panel: Panel, st
     )
 
 
-def _draw_dense(axis: Axes, tradeoff: Tradeoff, point: Point, panel: Panel, dash: Any) -> None:
+def _draw_dense(axis: Axes, tradeoff: Tradeoff, point: Point, quantity: str, dash: Any) -> None:
     mean, spread = point.value.mean, point.value.spread
     label = f"{point.curve} ({tradeoff.metric.format(mean)})"
     axis.axhline(mean, color=GREY, linestyle=dash, linewidth=1.4, label=label)
     if spread:
         axis.axhspan(mean - spread, mean + spread, color=GREY, alpha=0.15, linewidth=0)
-    x: Statistic | None = getattr(point, panel.quantity)
-    if x is not None and not panel.is_share:
-        axis.plot([x.mean], [mean], "|", color=GREY, markersize=14)
+    x = point.mean(quantity)
+    if x is not None and quantity != "sparsity":
+        axis.plot([x], [mean], "|", color=GREY, markersize=14)
 
 
-def _draw_paper(axis: Axes, markers: Sequence[PaperMarker], panel: Panel, styles: Mapping[str, Style]) -> None:
-    """Hollow, in the look of the method's own curve."""
-    own = {**curve_styles(marker.method for marker in markers), **styles}
-    for marker in markers:
-        colour, shape, _ = own[marker.method]
-        (line,) = axis.plot([marker.x[panel.quantity]], [marker.value], shape, color=colour, label=marker.label)
-        line.set(markerfacecolor="none", markersize=9)
-
-
-def _scale(axis: Axes, tradeoff: Tradeoff, panel: Panel) -> None:
+def _scale(axis: Axes, tradeoff: Tradeoff, quantity: str) -> None:
     name = tradeoff.metric.name
-    axis.set_xlabel(panel.label)
     axis.set_ylabel(f"{name} (per token)" if name == "perplexity" else name)
     values = [point.value.mean for point in tradeoff.points()]
     if not tradeoff.metric.higher_is_better and max(values) > MOST_ON_A_LINEAR_AXIS * min(values) > 0:
         logarithmic_values(axis)
-    if panel.is_share:
+    if quantity == "sparsity":
         axis.set_xlim(-0.01, 1.01)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     else:
@@ -271,12 +207,3 @@ def _notes(tradeoff: Tradeoff) -> list[str]:
     if drawn < known:
         notes.append(f"{known - drawn} of the paper's numbers are far from ours and left out")
     return notes
-
-
-def _check_comparable(records: Sequence[ResultRecord]) -> None:
-    for name in ("task", "split", "model", "metric"):
-        found = sorted({record[name] for record in records})
-        if len(found) > 1:
-            raise ValueError(
-                f"records must be of one {name} to share a figure, got {', '.join(found)}; draw one for each"
-            )

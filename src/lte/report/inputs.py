@@ -61,8 +61,6 @@ def load_inputs(paths: Sequence[str | Path]) -> Inputs:
     """
     inputs = Inputs()
     for file, (content, is_named) in _contents(paths).items():
-        if is_named and isinstance(content, ValueError):
-            raise content
         if isinstance(content, Mapping) and "rows" in content and (is_named or _has_bench_rows(content["rows"])):
             _check_rows(file, content["rows"])
             inputs.benches.append(Bench(content, str(file)))
@@ -88,7 +86,10 @@ def with_question_sets(record: ResultRecord) -> list[ResultRecord]:
 
 
 def _contents(paths: Sequence[str | Path]) -> dict[Path, tuple[Any, bool]]:
-    """What the files that paths stand for hold, or the error of reading them, and whether a path names the file."""
+    """What the files that paths stand for hold, and whether a path names the file.
+
+    The content of a file in a folder that is no JSON is its error.
+    """
     found: dict[Path, tuple[Any, bool]] = {}
     for path in map(Path, paths):
         packed = read_packed(path if path.name == PACKED_FILE else path.with_name(PACKED_FILE))

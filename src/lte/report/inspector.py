@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lte.eval.text_tokens import TextTokens, encode_text
-from lte.eval.token_routing import StrongestTokens, TokenRouting, record_routing, strongest_tokens, text_cost
+from lte.eval.token_routing import TokenRouting, record_routing, strongest_tokens, text_cost
 from lte.hf.families import family_of
 from lte.report.page import pack_base64, read_asset, render_page
 
@@ -47,7 +47,11 @@ class Inspector:
     ):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_tokens = min(max_tokens, _longest_text(model) or max_tokens)
-        self._reference = None if reference is None else self._recorded_reference(reference)
+        self._reference: dict[str, Any] | None = None
+        if reference is not None:
+            tokens, routing = self._record(reference)
+            self._reference = {"text": reference.name, "tokens": _tokens(tokens), "notes": _cut(tokens)}
+            self._reference |= _experts(tokens, routing)
 
     def run(self, text: NamedText) -> dict[str, Any]:
         """What the page shows of one text, JSON-ready.
@@ -55,44 +59,36 @@ class Inspector:
         Raises:
             ValueError: for a text without tokens, or a model whose router scores are no numbers.
         """
-        tokens = encode_text(self.tokenizer, text.text, self.max_tokens)
-        routing = record_routing(self.model, tokens.ids)
+        tokens, routing = self._record(text)
         layers, _, experts = routing.shape
         cost = text_cost(self.model, routing)
+        notes = _cut(tokens)
+        if self.model.config.is_encoder_decoder:
+            notes.append(
+                "This model has an encoder and a decoder. The encoder reads the text and is what you see; the decoder "
+                "writes an answer, and there is none here."
+            )
         return {
             "model": self.name,
             "text": text.name,
             **_tokens(tokens),
-            "notes": self._notes(tokens),
+            "notes": notes,
             "layers": layers,
             "experts": experts,
             "expert_size": routing.expert_size,
             "active": pack_base64(routing.packed.tobytes()),
             "sparsity": routing.sparsity,
             "union": routing.union,
-            "reads_at_once": not _decodes(self.model),
+            # All but the models that write token by token.
+            "reads_at_once": next(iter(family_of(self.model.config).models)) != "AutoModelForCausalLM",
             "cost": {name: getattr(cost, name) for name in ("flops", "dense_flops", "bytes", "dense_bytes")},
-            "reference": self._reference or _reference(text.name, None, routing, strongest_tokens(routing, tokens.ids)),
+            "reference": self._reference
+            or {"text": text.name, "tokens": None, "notes": [], **_experts(tokens, routing)},
         }
 
-    def _recorded_reference(self, text: NamedText) -> dict[str, Any]:
+    def _record(self, text: NamedText) -> tuple[TextTokens, TokenRouting]:
         tokens = encode_text(self.tokenizer, text.text, self.max_tokens)
-        routing = record_routing(self.model, tokens.ids)
-        return _reference(text.name, tokens, routing, strongest_tokens(routing, tokens.ids), self._cut(tokens))
-
-    def _notes(self, tokens: TextTokens) -> list[str]:
-        notes = self._cut(tokens)
-        if self.model.config.is_encoder_decoder:
-            notes.append(
-                "This model has an encoder and a decoder. The encoder reads the text and is what you see; the decoder "
-                "writes an answer, and there is none here."
-            )
-        return notes
-
-    def _cut(self, tokens: TextTokens) -> list[str]:
-        if not tokens.truncated:
-            return []
-        return [f"Only the first {len(tokens):,} of {tokens.total:,} tokens are shown; the text was cut there."]
+        return tokens, record_routing(self.model, tokens.ids)
 
 
 def _longest_text(model: Any) -> int | None:
@@ -104,23 +100,20 @@ def _longest_text(model: Any) -> int | None:
     return longest if longest is None or padding is None else longest - padding - 1
 
 
-def _decodes(model: Any) -> bool:
-    """Whether the model's family writes token by token, and is no encoder."""
-    return next(iter(family_of(model.config).models)) == "AutoModelForCausalLM"
-
-
 def _tokens(tokens: TextTokens) -> dict[str, Any]:
     return {"ids": tokens.ids, "tokens": tokens.texts, "entries": tokens.entries, "total_tokens": tokens.total}
 
 
-def _reference(
-    name: str, tokens: TextTokens | None, routing: TokenRouting, strongest: StrongestTokens, notes: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What the page knows of the experts; `tokens` is `None` where they are those of the text that is shown."""
+def _cut(tokens: TextTokens) -> list[str]:
+    if not tokens.truncated:
+        return []
+    return [f"Only the first {len(tokens):,} of {tokens.total:,} tokens are shown; the text was cut there."]
+
+
+def _experts(tokens: TextTokens, routing: TokenRouting) -> dict[str, Any]:
+    """What the page knows of the experts from a text."""
+    strongest = strongest_tokens(routing, tokens.ids)
     return {
-        "text": name,
-        "tokens": None if tokens is None else _tokens(tokens),
-        "notes": list(notes),
         "use": _packed(routing.expert_use, "<f4"),
         "positions": _packed(strongest.positions, "<i4"),
         "scores": _packed(strongest.scores, "<f4"),

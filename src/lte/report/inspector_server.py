@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -92,9 +93,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._guarded(self._record)
 
-    def _guarded(self, answer: Any) -> None:
+    def _guarded(self, answer: Callable[[], None]) -> None:
         try:
-            self._check_host()
+            if self.headers.get("Host") not in self.server.hosts():
+                raise _RefusedError(HTTPStatus.FORBIDDEN, f"Open this page as {self.server.url}.")
             answer()
         except _RefusedError as refused:
             self._send_json(refused.status, {"error": str(refused)})
@@ -102,10 +104,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._discard()
         except ValueError as error:
             self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-
-    def _check_host(self) -> None:
-        if self.headers.get("Host") not in self.server.hosts():
-            raise _RefusedError(HTTPStatus.FORBIDDEN, f"Open this page as {self.server.url}.")
 
     def _page(self) -> None:
         if self.path != "/":
@@ -164,11 +162,7 @@ def _parse(body: bytes) -> dict[str, str]:
         found = json.loads(body)
     except ValueError as error:
         raise ValueError(f"body must be JSON, got {error}") from error
-    keys = {"text", "compare"}
-    if (
-        not isinstance(found, dict)
-        or not {"text"} <= set(found) <= keys
-        or not all(isinstance(value, str) for value in found.values())
-    ):
+    known = isinstance(found, dict) and {"text"} <= set(found) <= {"text", "compare"}
+    if not known or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("body must be an object with the strings text and, if wanted, compare, got something else")
     return found

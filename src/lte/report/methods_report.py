@@ -65,11 +65,7 @@ def write_methods_report(folder: str | Path, tradeoffs: Sequence[Tradeoff], limi
     Raises:
         ValueError: if there is no tradeoff.
     """
-    from lte.report.figures import (
-        curve_styles,
-        save_figure,  # matplotlib is slow to load
-        tradeoff_figure,
-    )
+    from lte.report.figures import curve_styles, save_figure, tradeoff_figure  # matplotlib is slow to load
 
     if not tradeoffs:
         raise ValueError("tradeoffs must hold at least one, got none")

@@ -6,6 +6,7 @@ Drawn from measurements, training logs and result rows alone.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,14 +31,13 @@ from lte.report.figures import (
 )
 
 
-def router_health_figure(measurement: Measurement, threshold: float | None = None) -> Figure:
+def router_health_figure(measurement: Measurement) -> Figure:
     """How many experts each layer uses, beside the router scores of each layer.
 
     Left: the active fraction of each layer, and its shares of experts that no token or every token activates,
     where there are such. Right: the histogram of each layer's scores, with square-root colours so that small
-    shares show; tau, the measurement's own unless `threshold` is given, is the dashed line.
+    shares show; tau is the dashed line.
     """
-    threshold = measurement.threshold if threshold is None else threshold
     layers = len(measurement.active_fraction)
     height = min(9.0, 2.6 + 0.16 * layers)
     figure, (left, right) = new_figure(10, height, 1, 2, sharey=True, width_ratios=(1, 1.25))
@@ -50,8 +50,8 @@ def router_health_figure(measurement: Measurement, threshold: float | None = Non
         cmap="cividis",
         norm=PowerNorm(0.5, vmin=0),
     )
-    right.axvline(threshold, color="white", linewidth=1.6, linestyle="--")
-    right.set_xlabel(f"router score (active above tau = {threshold:g}, dashed)")
+    right.axvline(measurement.threshold, color="white", linewidth=1.6, linestyle="--")
+    right.set_xlabel(f"router score (active above tau = {measurement.threshold:g}, dashed)")
     right.set_title("Router scores", fontsize=11)
     right.tick_params(labelleft=False)
     bar = figure.colorbar(image, ax=right, label="share of the layer's scores")
@@ -98,28 +98,43 @@ def training_curves_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     """
     entries = [entry for entry in log_history if "task_loss" in entry]
     if not entries:
-        return _empty_figure("no loss was logged; for curves lower logging_steps")
+        figure, axis = new_figure(4, 3)
+        axis.set_axis_off()
+        text = "no loss was logged; for curves lower logging_steps"
+        axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color=GREY, wrap=True)
+        return figure
     # The last entry of a stage, its run time, holds the number of its steps.
     offset = max((entry["step"] for entry in log_history if entry.get("stage", 1) == 1), default=0)
     steps = [entry["step"] + (offset if entry.get("stage", 1) == 2 else 0) for entry in entries]
-    curves = {name: _curve(entries, steps, name) for name in _CURVES}
+    curves: dict[str, list[tuple[int, float]]] = {
+        name: [(step, entry[name]) for step, entry in zip(steps, entries, strict=True) if entry.get(name) is not None]
+        for name in (*_CURVES, "target_sparsity")
+    }
     if curves["active_fraction"]:
         curves["target"] = [(step, 1 - value) for step, value in curves["target_sparsity"]]
     panels = {
         label: drawn
         for label, names in _PANELS
-        if (drawn := {name: curves[name] for name in names if name == "task_loss" or _any(curves, name)})
+        if (drawn := {name: curves[name] for name in names if name == "task_loss" or any(y for _, y in curves[name])})
     }
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, grid = new_figure(4 * columns, 3 * rows, rows, columns, squeeze=False)
-    stages = {entry.get("stage", 1) for entry in entries}
-    for axis, (label, drawn) in zip(grid.flat, panels.items(), strict=False):
+    figure, axes = _panel_figure(len(panels), 4, 3)
+    has_both_stages = {entry.get("stage", 1) for entry in entries} == {1, 2}
+    for axis, (label, drawn) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, label, drawn)
-        _mark_stages(axis, offset, max(steps), stages)
-    for axis in grid.flat[len(panels) :]:
-        axis.remove()
+        if has_both_stages:
+            _mark_stages(axis, offset, max(steps))
     return figure
+
+
+def _panel_figure(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of that many panels, three in a row at most, each of so many inches."""
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure, grid = new_figure(width * columns, height * rows, rows, columns, squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 # Label of the axis and curves of each panel.
@@ -137,27 +152,11 @@ _CURVES: dict[str, tuple[str, str, str]] = {
     "distillation_loss": ("KL from the teacher", PINK, "-"),
     "active_fraction": ("active experts", BLUE, "-"),
     "target": ("target", BLACK, "--"),
-    "target_sparsity": ("target sparsity", BLACK, "--"),
     "near_threshold": ("scores within 0.1 of tau", ORANGE, ":"),
     "efficiency_loss": ("efficiency", GREEN, "-"),
     "separability_loss": ("separability", ORANGE, "-"),
     "eta": ("eta", GREEN, "-"),
 }
-
-
-def _curve(entries: Sequence[dict[str, Any]], steps: Sequence[int], name: str) -> list[tuple[int, float]]:
-    return [(s, entry[name]) for s, entry in zip(steps, entries, strict=True) if entry.get(name) is not None]
-
-
-def _empty_figure(text: str) -> Figure:
-    figure, axis = new_figure(4, 3)
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color=GREY, wrap=True)
-    return figure
-
-
-def _any(curves: dict[str, list[tuple[int, float]]], name: str) -> bool:
-    return any(value for _, value in curves.get(name, ()))
 
 
 def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]]]) -> None:
@@ -177,10 +176,8 @@ def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]
         axis.legend(fontsize=8)
 
 
-def _mark_stages(axis: Axes, boundary: int, last: int, stages: set[int]) -> None:
+def _mark_stages(axis: Axes, boundary: int, last: int) -> None:
     """Shades stage 2 and names both stages at the top."""
-    if stages != {1, 2}:
-        return
     axis.set_xlim(0, 1.02 * last)
     axis.axvspan(boundary, 1.02 * last, color=YELLOW, alpha=0.1, linewidth=0)
     for x, text in ((boundary / 2, "stage 1"), ((boundary + last) / 2, "stage 2")):
@@ -192,7 +189,7 @@ _OURS = ((BLUE, "o"), (GREEN, "s"))
 _OTHERS = ((PINK, "^"), (YELLOW, "v"))
 _DENSE = ((ORANGE, "-"), (ORANGE, "--"), (ORANGE, ":"), (YELLOW, "-."))
 _SETTINGS = (BLUE, GREEN, SKY, PINK, YELLOW, BLACK)
-_TITLES = {"ffn": "FFN", "decode": "decoding step", "prefill": "prefill"}
+_TITLES = {"ffn": "FFN", "decode": "decoding step"}
 
 # Eager and compiled steps are too far apart for one.
 MOST_ON_A_LINEAR_AXIS = 8
@@ -210,21 +207,17 @@ def latency_figure(rows: Sequence[Row]) -> Figure:
     """
     if not rows:
         raise ValueError("rows must hold at least one result, got none")
-    keys = _distinct((row["benchmark"], row["batch"]) for row in rows if row["benchmark"] != "prefill")
     prefill = [row for row in rows if row["benchmark"] == "prefill"]
-    count = len(keys) + bool(prefill)
-    columns = min(3, count)
-    lines = -(-count // columns)
-    figure, grid = new_figure(5 * columns, 4.2 * lines, lines, columns, squeeze=False)
-    axes = list(grid.flat)
-    for axis, (benchmark, batch) in zip(axes, keys, strict=False):
-        found = [row for row in rows if (row["benchmark"], row["batch"]) == (benchmark, batch)]
+    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["benchmark"] != "prefill":
+            groups[row["benchmark"], row["batch"]].append(row)
+    figure, axes = _panel_figure(len(groups) + bool(prefill), 5, 4.2)
+    for axis, ((benchmark, batch), found) in zip(axes, groups.items(), strict=False):
         _draw_sparsities(axis, found)
         axis.set_title(f"{_TITLES[benchmark]}, batch {batch}", fontsize=11)
     if prefill:
-        _draw_lengths(axes[len(keys)], prefill)
-    for axis in axes[count:]:
-        axis.remove()
+        _draw_lengths(axes[-1], prefill)
     first = rows[0]
     figure.suptitle(f"{first.get('model', 'model')}, {first['dtype']}, {first['hardware']}", fontsize=12)
     return figure
@@ -235,16 +228,14 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
     for row, (colour, dash) in zip(dense, _DENSE, strict=False):
         label = f"{row['provider']}: {row['median_ms']:.3g} ms"
         axis.axhline(row["median_ms"], color=colour, linestyle=dash, linewidth=1.4, label=label)
-    names = _distinct(row["provider"] for row in rows if row.get("setting") is not None)
-    ours = [name for name in names if name.startswith("lte")]
-    others = [name for name in names if name not in ours]
-    for name, (colour, marker) in [*zip(ours, _OURS, strict=False), *zip(others, _OTHERS, strict=False)]:
-        _draw_provider(axis, sorted((r for r in rows if r["provider"] == name), key=_sparsity), colour, marker)
+    lines = _lines((row for row in rows if row.get("setting") is not None), "provider", "sparsity")
+    ours = [line for name, line in lines.items() if name.startswith("lte")]
+    others = [line for name, line in lines.items() if not name.startswith("lte")]
+    for line, (colour, marker) in [*zip(ours, _OURS, strict=False), *zip(others, _OTHERS, strict=False)]:
+        _draw_provider(axis, line, colour, marker)
     if ours:
-        line = sorted((row for row in rows if row["provider"] == ours[-1]), key=_sparsity)
-        times = [row["bandwidth_ms"] for row in line]
-        label = "bytes at the copy bandwidth"
-        axis.plot([_sparsity(row) for row in line], times, "--", color=BLACK, linewidth=1.2, label=label)
+        sparsities, times = [row["sparsity"] for row in ours[-1]], [row["bandwidth_ms"] for row in ours[-1]]
+        axis.plot(sparsities, times, "--", color=BLACK, linewidth=1.2, label="bytes at the copy bandwidth")
     axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
     slowest, fastest = max(row["median_ms"] for row in rows), min(row["median_ms"] for row in rows)
     if slowest > MOST_ON_A_LINEAR_AXIS * fastest:
@@ -256,8 +247,16 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
     plain_axes(axis)
 
 
+def _lines(rows: Iterable[Row], name: str, x: str) -> dict[str, list[Row]]:
+    """The rows of each value of a field, by rising `x`."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row[name]].append(row)
+    return {value: sorted(line, key=lambda row: row[x]) for value, line in found.items()}
+
+
 def _draw_provider(axis: Axes, rows: Sequence[Row], colour: str, marker: str) -> None:
-    x, y = [_sparsity(row) for row in rows], [row["median_ms"] for row in rows]
+    x, y = [row["sparsity"] for row in rows], [row["median_ms"] for row in rows]
     low = [row["median_ms"] - row["p20_ms"] for row in rows]
     high = [row["p80_ms"] - row["median_ms"] for row in rows]
     axis.errorbar(
@@ -265,13 +264,12 @@ def _draw_provider(axis: Axes, rows: Sequence[Row], colour: str, marker: str) ->
     )
     for row in rows:
         if row["setting"] == "own":
-            axis.annotate("own routing", (_sparsity(row), row["median_ms"]), fontsize=7, color=colour)
+            axis.annotate("own routing", (row["sparsity"], row["median_ms"]), fontsize=7, color=colour)
 
 
 def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     ours = [row for row in rows if row["provider"].startswith("lte")]
-    for setting, colour in zip(_distinct(row["setting"] for row in ours), _SETTINGS, strict=False):
-        line = sorted((row for row in ours if row["setting"] == setting), key=lambda row: row["tokens"])
+    for (setting, line), colour in zip(_lines(ours, "setting", "tokens").items(), _SETTINGS, strict=False):
         label = "own routing" if setting == "own" else f"sparsity {100 * float(setting):g}%"
         ratios = [row["ratio_to_dense"] or float("nan") for row in line]
         axis.plot([row["tokens"] for row in line], ratios, "o-", color=colour, markersize=4, label=label)
@@ -283,11 +281,3 @@ def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}", fontsize=11)
     axis.legend(fontsize=7)
     plain_axes(axis)
-
-
-def _sparsity(row: Row) -> float:
-    return row["sparsity"]
-
-
-def _distinct(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))

@@ -35,17 +35,21 @@ def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, con
         ValueError: for a number in `data` that is not finite, or a script that would end its own element.
     """
     style = read_asset("shell.css")
-    sources = [read_asset(name) for name in ("echarts.min.js", "shell.js", *scripts)]
-    for name, source in zip(("echarts.min.js", "shell.js", *scripts), sources, strict=True):
+    sources = {name: read_asset(name) for name in ("echarts.min.js", "shell.js", *scripts)}
+    for name, source in sources.items():
         if "</script" in source.lower():
             raise ValueError(f"{name} must not hold </script, got a script that would end its element; escape it")
+    connections = "'self'" if connects else "'none'"
+    hashes = " ".join(map(_source_hash, sources.values()))
     return read_asset("shell.html").format(
-        policy=content_policy(style, sources, connects),
+        # It runs these scripts and loads nothing.
+        policy=f"default-src 'none'; script-src {hashes}; style-src {_source_hash(style)}; img-src data:; "
+        f"connect-src {connections}; base-uri 'none'; form-action 'none'",
         title=html.escape(title),
         style=style,
         body=body,
         data=embed_json(data),
-        scripts="\n".join(f"<script>{source}</script>" for source in sources),
+        scripts="\n".join(f"<script>{source}</script>" for source in sources.values()),
     )
 
 
@@ -65,19 +69,8 @@ def embed_json(data: Any) -> str:
     return text.translate(_ESCAPES).encode("utf-8", "replace").decode("utf-8")
 
 
-def content_policy(style: str, scripts: Sequence[str], connects: bool) -> str:
-    """A policy that runs these scripts, by their hashes, and loads nothing."""
-    allowed = " ".join(map(_source_hash, scripts))
-    connections = "'self'" if connects else "'none'"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src {_source_hash(style)}; img-src data:; "
-        f"connect-src {connections}; base-uri 'none'; form-action 'none'"
-    )
-
-
 def _source_hash(source: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+    return f"'sha256-{pack_base64(hashlib.sha256(source.encode()).digest())}'"
 
 
 def pack_base64(values: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,10 +92,9 @@ def paper_markers(tradeoff: Tradeoff) -> list[PaperMarker]:
             x |= {"sparsity": row["sparsity"][task]} if "sparsity" in row else {}
             sign = -1 if metric.higher_is_better else 1
             value = tradeoff.reference.value.mean + sign * place["drop"]
-            found.append(PaperMarker(row["method"], _legend(row), x, value))
+            found.append(_marker(row, x, value))
     for row in second["rows"] if (task, metric.name) == (second["task"], second["metric"]) else ():
-        x = {"gflops": (1 - row["weight_sparsity"]) * dense}
-        found.append(PaperMarker(row["method"], _legend(row), x, row["value"]))
+        found.append(_marker(row, {"gflops": (1 - row["weight_sparsity"]) * dense}, row["value"]))
     return found
 
 
@@ -110,8 +109,8 @@ def visible_markers(tradeoff: Tradeoff) -> list[PaperMarker]:
     ]
 
 
-def _legend(row: Mapping[str, Any]) -> str:
-    return f"{paper_numbers()['names'][row['method']]}{PAPER_SUFFIX}"
+def _marker(row: Mapping[str, Any], x: dict[str, float], value: float) -> PaperMarker:
+    return PaperMarker(row["method"], f"{paper_numbers()['names'][row['method']]}{PAPER_SUFFIX}", x, value)
 
 
 def _table1(table: Mapping[str, Any], tradeoff: Tradeoff) -> list[PaperRow]:
@@ -123,17 +122,13 @@ def _table1(table: Mapping[str, Any], tradeoff: Tradeoff) -> list[PaperRow]:
         gflops = row["gflops"].get(tradeoff.task)
         what = f"{row['label']}, {table['model']}: GFLOPs at a drop of at most {place['drop']:g} {place['metric']}"
         paper = "-" if gflops is None else f"{gflops:.2f} ({_percent(gflops / table['dense_gflops'])} of dense)"
-        found.append(PaperRow(table["where"], what, paper, _best_text(tradeoff, row, place["drop"])))
+        ours = "-"
+        if best := _best(tradeoff, row, place["drop"]):
+            name, cheapest = best
+            share = "" if cheapest.share is None else f" ({_percent(cheapest.share)} of dense)"
+            ours = f"{cheapest.gflops:.4f}{share}, {name}"
+        found.append(PaperRow(table["where"], what, paper, ours))
     return found
-
-
-def _best_text(tradeoff: Tradeoff, row: Mapping[str, Any], limit: float) -> str:
-    best = _best(tradeoff, row, limit)
-    if best is None:
-        return "-"
-    name, found = best
-    share = "" if found.share is None else f" ({_percent(found.share)} of dense)"
-    return f"{found.gflops:.4f}{share}, {name}"
 
 
 def _best(tradeoff: Tradeoff, row: Mapping[str, Any], limit: float) -> tuple[str, Cheapest] | None:
@@ -147,22 +142,24 @@ def _curves(tradeoff: Tradeoff, row: Mapping[str, Any]) -> list[tuple[str, Seque
     """Our curves of a row's method, with the points alone that have its pattern."""
     found: list[tuple[str, Sequence[Point]]] = []
     for name, points in tradeoff.curves.items():
-        own = [point for point in points if point.method == row["method"] and _fits(point, row)]
+        own = [point for point in points if point.method == row["method"]]
+        if "pattern" in row:
+            own = [point for point in own if (point.records[0].method_config or {}).get("pattern") == row["pattern"]]
         if own and row.get("relu", "relu" in name.lower()) == ("relu" in name.lower()):
             found.append((name, own))
     return found
 
 
-def _fits(point: Point, row: Mapping[str, Any]) -> bool:
-    settings = point.records[0].method_config or {}
-    return "pattern" not in row or settings.get("pattern") == row["pattern"]
+def _lowest(tradeoff: Tradeoff, row: Mapping[str, Any], x: str, at: float, y: str, form: Callable[[float], str]) -> str:
+    """The lowest value between points of our curves of a row's method, and whose it is; `-` if none reaches there."""
+    pairs = [(interpolate(points, x, at, y), name) for name, points in _curves(tradeoff, row)]
+    known = [(value, name) for value, name in pairs if value is not None]
+    return ", ".join((form(min(known)[0]), min(known)[1])) if known else "-"
 
 
 def _table2(table: Mapping[str, Any], row: Mapping[str, Any], tradeoff: Tradeoff) -> PaperRow:
     at = row["weight_sparsity"]
-    pairs = [(interpolate(own, "weight_sparsity", at, "value"), name) for name, own in _curves(tradeoff, row)]
-    values = [(value, name) for value, name in pairs if value is not None]
-    ours = "-" if not values else f"{tradeoff.metric.format(min(values)[0])}, {min(values)[1]}"
+    ours = _lowest(tradeoff, row, "weight_sparsity", at, "value", tradeoff.metric.format)
     what = f"{row['label']}, {table['model']}: perplexity with {_percent(at)} of the weights not read"
     return PaperRow(table["where"], what, f"{row['value']:.2f}", ours)
 
@@ -181,11 +178,7 @@ def _latency(table: Mapping[str, Any], tradeoff: Tradeoff) -> list[PaperRow]:
     if all(point.latency_ratio is None or point.latency_sparsity is None for point in tradeoff.points()):
         return []
     at = table["sparsity"]
-    pairs = [
-        (interpolate(own, "latency_sparsity", at, "latency_ratio"), name) for name, own in _curves(tradeoff, table)
-    ]
-    values = [(value, name) for value, name in pairs if value is not None]
-    ours = "-" if not values else f"{_percent(min(values)[0])}, {min(values)[1]}"
+    ours = _lowest(tradeoff, table, "latency_sparsity", at, "latency_ratio", _percent)
     what = f"{table['label']}, {table['model']}: latency over dense at about {_percent(at)} sparsity"
     return [PaperRow(table["where"], what, f"about {_percent(table['latency_ratio'])}", ours)]
 

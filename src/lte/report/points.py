@@ -170,7 +170,7 @@ def find_tradeoffs(
     failed = {key: [each for each in group if value_of(each, key[-1]) is None] for key, group in groups.items()}
     curves = told_apart(found, curve)
     return [
-        _tradeoff(key, found[key], curves[key], failed[key], metric_named(key[-1], higher, lower))
+        _tradeoff(key, zip(curves[key], found[key], strict=True), failed[key], metric_named(key[-1], higher, lower))
         for key in sorted(groups)
     ]
 
@@ -182,39 +182,30 @@ def value_of(record: ResultRecord, metric: str) -> float | None:
 
 
 def _tradeoff(
-    key: tuple[str, ...],
-    records: Sequence[ResultRecord],
-    names: Sequence[str],
-    failed: Sequence[ResultRecord],
-    metric: Metric,
+    key: tuple[str, ...], named: Iterable[tuple[str, ResultRecord]], failed: Sequence[ResultRecord], metric: Metric
 ) -> Tradeoff:
     by_point: dict[tuple[str, str, str, float], list[ResultRecord]] = defaultdict(list)
-    for record, name in zip(records, names, strict=True):
+    for name, record in named:
         target = -1.0 if record.target_sparsity is None else record.target_sparsity
         by_point[name, record.method, record.label or "", target].append(record)
     points = [_point(place[0], found, metric) for place, found in sorted(by_point.items())]
-    reference, dense = _dense(points, metric)
+    best = (max if metric.higher_is_better else min)(
+        (point for point in points if point.method == DENSE), key=lambda point: point.value.mean, default=None
+    )
     curves: dict[str, list[Point]] = defaultdict(list)
-    for point in points:
-        if point.method != DENSE:
-            curves[point.curve].append(_with_weight_sparsity(point, reference))
+    dense: list[Point] = []
+    reference = None
+    for found in points:
+        point = _with_weight_sparsity(found, best)
+        (dense if point.method == DENSE else curves[point.curve]).append(point)
+        reference = point if found is best else reference
     task, split, model, _ = key
     ordered = {name: tuple(sorted(curves[name], key=_by_sparsity)) for name in sorted(curves)}
-    return Tradeoff(task, split, model, metric, ordered, dense, reference, tuple(failed))
+    return Tradeoff(task, split, model, metric, ordered, tuple(dense), reference, tuple(failed))
 
 
 def _by_sparsity(point: Point) -> tuple[float, float]:
     return point.mean("sparsity") or 0.0, point.target or 0.0
-
-
-def _dense(points: Sequence[Point], metric: Metric) -> tuple[Point | None, tuple[Point, ...]]:
-    """The best dense point, and all of them."""
-    found = [point for point in points if point.method == DENSE]
-    if not found:
-        return None, ()
-    best = (max if metric.higher_is_better else min)(found, key=lambda point: point.value.mean)
-    dense = [_with_weight_sparsity(point, best) for point in found]
-    return dense[found.index(best)], tuple(dense)
 
 
 def _with_weight_sparsity(point: Point, reference: Point | None) -> Point:
@@ -247,29 +238,25 @@ def _point(curve: str, records: Sequence[ResultRecord], metric: Metric) -> Point
         gflops=over_seeds("flops_per_token", GFLOP),
         megabytes=over_seeds("bytes_per_token", 1e6),
         latency_ms=over_seeds("latency_ms"),
-        latency_ratio=statistic(map(_latency_ratio, records)),
+        latency_ratio=statistic(
+            each.latency_ms / each.latency_dense_ms
+            for each in records
+            if each.latency_ms is not None and each.latency_dense_ms
+        ),
         latency_sparsity=over_seeds("latency_sparsity"),
         tokens_trained=over_seeds("tokens_trained"),
         records=tuple(records),
     )
 
 
-def _latency_ratio(record: ResultRecord) -> float | None:
-    ours, dense = record.latency_ms, record.latency_dense_ms
-    return None if ours is None or not dense else ours / dense
-
-
 def _check_seeds(curve: str, records: Sequence[ResultRecord]) -> None:
-    seeds = [record.seed for record in records]
-    twice = [record for record in records if seeds.count(record.seed) > 1]
-    if not twice:
-        return
-    target = records[0].target_sparsity
-    at = "no target" if target is None else f"{target:g}"
-    raise ValueError(
-        f"records of one curve must differ in target sparsity or seed, got seeds {seeds} for {curve!r} at {at} in "
-        f"{', '.join(record.source for record in twice)}, which nothing tells apart; leave out one of each"
-    )
+    seeds, target = [record.seed for record in records], records[0].target_sparsity
+    if twice := [record.source for record in records if seeds.count(record.seed) > 1]:
+        at = "no target" if target is None else f"{target:g}"
+        raise ValueError(
+            f"records of one curve must differ in target sparsity or seed, got seeds {seeds} for {curve!r} at {at} in "
+            f"{', '.join(twice)}, which nothing tells apart; leave out one of each"
+        )
 
 
 @dataclass(frozen=True)
@@ -302,29 +289,20 @@ def cheapest_within(tradeoff: Tradeoff, points: Sequence[Point], limit: float) -
     """
     if tradeoff.reference is None:
         return None
-    ordered = sorted((point for point in points if point.gflops is not None), key=lambda point: _gflops(point))
+    ordered = sorted((point for point in points if point.gflops), key=lambda point: point.mean("gflops") or 0.0)
     drops = [tradeoff.drop(point) or 0.0 for point in ordered]
     first = next((i for i, drop in enumerate(drops) if drop <= limit), None)
     if first is None:
         return None
-    good = ordered[first]
-    if first == 0:
-        return _cheapest(tradeoff, good, good, 0.0, lowest_measured=True)
-    share = (limit - drops[first]) / (drops[first - 1] - drops[first])
-    return _cheapest(tradeoff, good, ordered[first - 1], share, lowest_measured=False)
+    good, cheap = ordered[first], ordered[max(first - 1, 0)]
+    way = (limit - drops[first]) / (drops[first - 1] - drops[first]) if first else 0.0
 
+    def between(quantity: str) -> float | None:
+        start, end = good.mean(quantity), cheap.mean(quantity)
+        return None if start is None or end is None else start + way * (end - start)
 
-def _cheapest(tradeoff: Tradeoff, good: Point, cheap: Point, share: float, *, lowest_measured: bool) -> Cheapest:
-    """`share` of the way from a point that is good enough to one that is cheaper."""
-    gflops = _gflops(good) + share * (_gflops(cheap) - _gflops(good))
-    ends = good.mean("sparsity"), cheap.mean("sparsity")
-    sparsity = None if ends[0] is None or ends[1] is None else ends[0] + share * (ends[1] - ends[0])
-    dense = tradeoff.reference.mean("gflops") if tradeoff.reference else None
-    return Cheapest(gflops, sparsity, gflops / dense if dense else None, lowest_measured)
-
-
-def _gflops(point: Point) -> float:
-    return point.mean("gflops") or 0.0
+    gflops, dense = between("gflops") or 0.0, tradeoff.reference.mean("gflops")
+    return Cheapest(gflops, between("sparsity"), gflops / dense if dense else None, lowest_measured=first == 0)
 
 
 def interpolate(points: Sequence[Point], x: str, at: float, y: str) -> float | None:

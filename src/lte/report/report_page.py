@@ -19,8 +19,8 @@ from lte.report.inputs import Bench
 from lte.report.methods_report import tradeoff_texts
 from lte.report.page import read_asset, render_page
 from lte.report.paper import paper_markers, paper_numbers, visible_markers
-from lte.report.points import DENSE, Point, Statistic, Tradeoff, value_of
-from lte.report.tables import TextTable, csv_rows, point_name, results_table
+from lte.report.points import DENSE, Point, Tradeoff, value_of
+from lte.report.tables import QUANTITIES, TextTable, csv_rows, failure_text, point_name, results_table
 
 SCRIPTS = (
     "report_looks.js",
@@ -52,12 +52,8 @@ def write_html_report(
         benches: files of `lte bench`.
         limit: the drop for the table of fewest GFLOPs, as for `tradeoff_texts`.
     """
-    path = Path(path)
     write_text_atomic(path, html_report(report_data(tradeoffs, benches, limit)))
-    return path
-
-
-QUANTITIES = ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio")
+    return Path(path)
 
 
 def report_data(
@@ -74,15 +70,16 @@ def report_data(
     names += [marker.method for tradeoff in tradeoffs for marker in paper_markers(tradeoff)]
     measured = [bench_data(bench) for bench in benches]
     names += [row["provider"] for each in measured for group in each["latency"] for row in group["rows"]]
-    data = {
-        "version": __version__,
-        "places": curve_places(names),
-        "histogram_unit": HISTOGRAM_UNIT,
-        "paper": paper_numbers()["source"],
-        "comparisons": [tradeoff_data(tradeoff, limit) for tradeoff in tradeoffs],
-        "benches": measured,
-    }
-    ready: dict[str, Any] = json_ready(data)
+    ready: dict[str, Any] = json_ready(
+        {
+            "version": __version__,
+            "places": curve_places(names),
+            "histogram_unit": HISTOGRAM_UNIT,
+            "paper": paper_numbers()["source"],
+            "comparisons": [tradeoff_data(tradeoff, limit) for tradeoff in tradeoffs],
+            "benches": measured,
+        }
+    )
     return ready
 
 
@@ -117,27 +114,17 @@ def _point(tradeoff: Tradeoff, point: Point) -> dict[str, Any]:
         "is_dense": point.method == DENSE,
         "is_reference": point is tradeoff.reference,
         "drop": tradeoff.drop(point),
-        **{name: _statistic(getattr(point, name)) for name in QUANTITIES},
+        **{name: (found := getattr(point, name)) and asdict(found) for name in QUANTITIES},
         "runs": [run_data(record, value_of(record, tradeoff.metric.name)) for record in point.records],
     }
 
 
 def _failed(record: ResultRecord) -> dict[str, Any]:
-    why = record.failure or "the value is not finite"
-    return {"name": record.label or record.method, "why": why, **run_data(record, None)}
-
-
-def _statistic(found: Statistic | None) -> dict[str, Any] | None:
-    return None if found is None else asdict(found)
+    return {"name": record.label or record.method, "why": failure_text(record), **run_data(record, None)}
 
 
 def _table(table: TextTable) -> dict[str, Any]:
-    return {
-        "title": table.title,
-        "header": list(table.header),
-        "rows": [list(row) for row in table.rows],
-        "left": table.left,
-    }
+    return {name: getattr(table, name) for name in ("title", "header", "rows", "left")}
 
 
 # Histograms are whole numbers of this part of all scores: most of a page is histograms.
@@ -188,10 +175,10 @@ def routing_data(record: ResultRecord) -> dict[str, Any] | None:
         "active_fraction": [_rounded(share) for share in measurement["active_fraction"]],
         "threshold": measurement.get("threshold"),
         "tokens": measurement.get("tokens"),
-        "histogram": [[_units(share) for share in layer] for layer in histogram] if histogram else None,
-        "experts": [len(layer) for layer in use] if use else None,
-        "dead": [sum(share == 0 for share in layer) for layer in use] if use else None,
-        "always_on": [sum(share == 1 for share in layer) for layer in use] if use else None,
+        "histogram": [[_units(share) for share in layer] for layer in histogram] or None,
+        "experts": [len(layer) for layer in use] or None,
+        "dead": [sum(share == 0 for share in layer) for layer in use] or None,
+        "always_on": [sum(share == 1 for share in layer) for layer in use] or None,
     }
 
 
@@ -207,7 +194,10 @@ def history_data(record: ResultRecord) -> dict[str, Any] | None:
     steps, shares = _list(history.get("step")), _layers(history.get("active_fraction"))
     if not steps or len(steps) != len(shares):
         return None
-    kept = _evenly(len(steps))
+    count = len(steps)
+    # The first, the last, and evenly spaced ones between.
+    kept = [round(place * (count - 1) / (MOST_STEPS - 1)) for place in range(MOST_STEPS)]
+    kept = kept if count > MOST_STEPS else list(range(count))
     stages = _list(history.get("stage"))
     stages = stages if len(stages) == len(steps) else [None] * len(steps)
     return {
@@ -225,13 +215,6 @@ def _layers(value: Any) -> list[list[Any]]:
     """A list of lists; empty where it is another thing."""
     rows = _list(value)
     return rows if all(isinstance(row, list) and row for row in rows) else []
-
-
-def _evenly(count: int) -> Sequence[int]:
-    """Places of the first, the last, and evenly spaced ones between."""
-    if count <= MOST_STEPS:
-        return range(count)
-    return [round(place * (count - 1) / (MOST_STEPS - 1)) for place in range(MOST_STEPS)]
 
 
 def _units(share: Any) -> int | None:

@@ -106,27 +106,22 @@ def _escaped(cell: str) -> str:
 
 def results_table(tradeoff: Tradeoff) -> TextTable:
     """A row for each point: its metric, its drop, and what it costs, as shares of the dense model's cost."""
-    costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
-    header = ("method", "target", tradeoff.metric.name, "seeds", "drop", *costs)
-    rows = [_result_cells(tradeoff, point) for point in tradeoff.points()]
+    of_costs = ("FFN sparsity", "weights not read", "FLOPs", "bytes", "latency", "tokens")
+    header = ("method", "target", tradeoff.metric.name, "seeds", "drop", *of_costs)
+    rows = []
+    for point in tradeoff.points():
+        name = point_name(point) + (" (reference)" if point is tradeoff.reference else "")
+        value, drop = _spread_text(point.value, tradeoff.metric.format), tradeoff.drop(point)
+        quality = (value, str(point.value.n), MISSING if drop is None else tradeoff.metric.format(drop))
+        costs = (
+            point.mean("sparsity"),
+            point.mean("weight_sparsity"),
+            tradeoff.share(point, "gflops"),
+            tradeoff.share(point, "megabytes"),
+            point.mean("latency_ratio"),
+        )
+        rows.append((name, _target(point.target), *quality, *map(percent, costs), _tokens_text(point.tokens_trained)))
     return TextTable(header, rows, 1, tradeoff.title, spare=("weights not read", "FLOPs", "tokens", "seeds", "latency"))
-
-
-def _result_cells(tradeoff: Tradeoff, point: Point) -> tuple[str, ...]:
-    drop, metric = tradeoff.drop(point), tradeoff.metric
-    return (
-        point_name(point) + (" (reference)" if point is tradeoff.reference else ""),
-        _target(point.target),
-        _spread_text(point.value, metric.format),
-        str(point.value.n),
-        MISSING if drop is None else metric.format(drop),
-        percent(point.mean("sparsity")),
-        percent(point.mean("weight_sparsity")),
-        percent(tradeoff.share(point, "gflops")),
-        percent(tradeoff.share(point, "megabytes")),
-        percent(point.mean("latency_ratio")),
-        _tokens_text(point.tokens_trained),
-    )
 
 
 def cheapest_table(tradeoff: Tradeoff, limit: float) -> TextTable:
@@ -146,29 +141,16 @@ def cheapest_table(tradeoff: Tradeoff, limit: float) -> TextTable:
 def envelope_table(tradeoff: Tradeoff, standings: Sequence[Standing]) -> TextTable:
     """Each point of LTE beside the best other method that reads at most as many bytes."""
     metric = tradeoff.metric
-    header = (
-        "LTE",
-        "on the envelope",
-        "best other method",
-        "bytes saved",
-        "FFN bytes saved",
-        metric.name,
-        "the other's",
-        "the other better by",
-    )
-    rows = [
-        (
-            standing.curve,
-            MISSING if standing.rival is None else "yes" if standing.on_envelope else "no",
-            standing.rival or "none with as few bytes",
-            percent(standing.saving),
-            percent(standing.ffn_saving),
-            _spread_text(standing.point.value, metric.format),
-            MISSING if standing.rival_value is None else metric.format(standing.rival_value),
-            _difference(tradeoff, standing),
-        )
-        for standing in standings
-    ]
+    methods, savings = ("LTE", "on the envelope", "best other method"), ("bytes saved", "FFN bytes saved")
+    header = (*methods, *savings, metric.name, "the other's", "the other better by")
+    rows = []
+    for each in standings:
+        place, rival, theirs, behind = MISSING, "none with as few bytes", MISSING, MISSING
+        if each.rival is not None and each.rival_value is not None and each.behind is not None:
+            place, rival, theirs = "yes" if each.on_envelope else "no", each.rival, metric.format(each.rival_value)
+            behind = metric.format(each.behind) + (f" ± {metric.format(each.sd)}" if each.sd else "")
+        name, own = each.point.curve, _spread_text(each.point.value, metric.format)
+        rows.append((name, place, rival, percent(each.saving), percent(each.ffn_saving), own, theirs, behind))
     return TextTable(header, rows, 3, "LTE and the upper envelope, by bytes saved")
 
 
@@ -181,25 +163,25 @@ def paper_table(tradeoff: Tradeoff, limit: float | None = None) -> TextTable | N
 
 def failed_table(tradeoff: Tradeoff) -> TextTable | None:
     """The runs without a finite value, `None` if there are none."""
-    rows = []
-    for record in tradeoff.failed:
-        name, why = record.label or record.method, record.failure or "the value is not finite"
-        rows.append((name, str(record.seed), why, record.source, _target(record.target_sparsity)))
+    rows = [
+        (each.label or each.method, str(each.seed), failure_text(each), each.source, _target(each.target_sparsity))
+        for each in tradeoff.failed
+    ]
     return TextTable(("method", "seed", "failure", "file", "target"), rows, 4, "Failed runs") if rows else None
+
+
+def failure_text(record: ResultRecord) -> str:
+    """Why a run has no finite value."""
+    return record.failure or "the value is not finite"
 
 
 def commands_table(tradeoff: Tradeoff) -> TextTable | None:
     """The command behind the first seed of each point, `None` if no record says one."""
-    rows = [
-        (
-            point_name(point),
-            f"`{command}`",
-            ", ".join(str(record.seed) for record in point.records),
-            _target(point.target),
-        )
-        for point in tradeoff.points()
-        if (command := point.records[0].command)
-    ]
+    rows = []
+    for point in tradeoff.points():
+        if command := point.records[0].command:
+            seeds = ", ".join(str(record.seed) for record in point.records)
+            rows.append((point_name(point), f"`{command}`", seeds, _target(point.target)))
     return TextTable(("method", "command of the first seed", "seeds", "target"), rows, 3, "Commands") if rows else None
 
 
@@ -208,11 +190,15 @@ def csv_rows(tradeoff: Tradeoff) -> list[dict[str, Any]]:
     return [_csv_row(tradeoff, point) for point in tradeoff.points()]
 
 
+QUANTITIES = ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio")
+"""The numbers of a point that are shown in full."""
+
+
 def _csv_row(tradeoff: Tradeoff, point: Point) -> dict[str, Any]:
     row: dict[str, Any] = {"task": tradeoff.task, "split": tradeoff.split, "model": tradeoff.model}
     row |= {"metric": tradeoff.metric.name, "curve": point.curve, "method": point.method, "label": point.label}
     row |= {"target": point.target, "seeds": point.value.n, "drop": tradeoff.drop(point)}
-    for name in ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio"):
+    for name in QUANTITIES:
         found: Statistic | None = getattr(point, name)
         row |= {name: found and found.mean, f"{name}_sd": found and found.sd}
     row |= {f"{name}_share": tradeoff.share(point, name) for name in ("gflops", "megabytes")}
@@ -287,13 +273,6 @@ def question_texts(tradeoff: Tradeoff) -> list[str]:
         for note in {record.harness_note for record in point.records} - {None}:
             reasons[str(note)][_name_at_target(point)] = None
     return [f"Question sets of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
-
-
-def _difference(tradeoff: Tradeoff, standing: Standing) -> str:
-    form = tradeoff.metric.format
-    if standing.behind is None:
-        return MISSING
-    return form(standing.behind) + (f" ± {form(standing.sd)}" if standing.sd else "")
 
 
 def _target(share: float | None) -> str:
