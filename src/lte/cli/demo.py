@@ -238,17 +238,17 @@ class Demo(Watcher):
         )
         folder = self.output / "training"
         shutil.rmtree(folder, ignore_errors=True)
-        made = make_model(settings, self.work, folder, watcher=self)
+        trained, summary = make_model(settings, self.work, folder, watcher=self)
         shutil.rmtree(folder)
-        self.facts["tokens"] = made.summary.tokens_trained
+        self.facts["tokens"] = summary.tokens_trained
         self.say("4/6 Save and measure")
-        save_folder(made.model, self.tokenizer, self.output)
-        loaded, measurement = self.evaluate_folder(made.summary)
+        save_folder(trained, self.tokenizer, self.output)
+        loaded, measurement = self.evaluate_folder(summary)
         self.say("5/6 Compare the folder with the model")
-        self.check(made.model, loaded)
+        self.check(trained, loaded)
         self.samples["sparse"] = self.write(loaded)
         self.say("6/6 Report")
-        self.report(made.summary, measurement)
+        self.report(summary, measurement)
 
     def loaded(self, model: Any) -> None:
         """Measures the dense model."""

@@ -35,22 +35,6 @@ if TYPE_CHECKING:
 MULTIPLE = 8
 """Rows are padded to a multiple of so many tokens."""
 
-__all__ = [
-    "IGNORED",
-    "DataConfig",
-    "LmCollator",
-    "LmDatasets",
-    "PromptsCounted",
-    "TokenRows",
-    "calibration_batches",
-    "check_sequence_length",
-    "load_lm_datasets",
-    "mean_row_tokens",
-    "read_documents",
-    "routing_masks",
-    "token_mask",
-]
-
 
 class TokenRows(Dataset[dict[str, Tensor]]):
     """Rows of token ids made by hand, with their labels; `input_ids` and `labels` are int64 [T] each."""
