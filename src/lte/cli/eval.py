@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lte.cli.command import KernelsOption, quiet_transformers, reports_errors, takes_settings
 from lte.data.config import DataConfig
-from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import TaskConfig
 from lte.eval.flops import GFLOP
 from lte.eval.harness import HarnessResult, evaluate_harness, quiet_harness
 from lte.eval.models import load_any_model, task_record

@@ -15,7 +15,7 @@ from rich.console import Console
 from lte.cli.command import Interrupted, quiet_transformers, reports_errors, takes_settings
 from lte.config import LteConfig, check_choice
 from lte.data.config import DataConfig
-from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import TaskConfig
 from lte.eval.models import is_lte, load_config, save_folder
 from lte.eval.sparsity import Measurement
 from lte.hf.dense import load_tokenizer

@@ -111,6 +111,33 @@ class LmCollator:
         return batch
 
 
+class PaddingCollator:
+    """Batches of padded rows, with an `attention_mask`; labels are those of whole rows, or of an answer's tokens.
+
+    On the right whatever the tokenizer's own side is: encoders number their positions from the left, and heads on
+    decoders find the last token that is no padding. Prompts to continue are padded on the left.
+
+    Args:
+        tokenizer: knows the padding of what the model reads.
+        side: right or left.
+        multiple: of which rows are padded to one.
+    """
+
+    def __init__(self, tokenizer: Any, side: str = "right", multiple: int = MULTIPLE):
+        self.tokenizer, self.side, self.multiple = tokenizer, side, multiple
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        features = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        batch = dict(
+            self.tokenizer.pad(features, pad_to_multiple_of=self.multiple, padding_side=self.side, return_tensors="pt")
+        )
+        labels = [row["labels"] for row in rows if "labels" in row]
+        if labels and isinstance(labels[0], Sequence):
+            width = -(-max(map(len, labels)) // self.multiple) * self.multiple
+            labels = [[*row, *[IGNORED] * (width - len(row))] for row in labels]
+        return {**batch, "labels": torch.tensor(labels)} if labels else batch
+
+
 class PromptsCounted:
     """Gives the batches of a collator that pads on the right a `token_mask` of all tokens that are not padding, those
     of prompts included, whose labels are -100.
@@ -240,9 +267,9 @@ def load_lm_datasets(
     else:
         train, held_out = documents, read_documents(config.validation, config, config.validation_split)
         _warn_of_shared(train, held_out)
-    parts = {"train": _shuffled(train, config), "validation": held_out}
+    parts = {"train": shuffled(train, config), "validation": held_out}
     if config.calibration is not None:
-        parts["calibration"] = _shuffled(read_documents(config.calibration, config), config)
+        parts["calibration"] = shuffled(read_documents(config.calibration, config), config)
     encoder = Encoder(config, tokenizer, progress)
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
     rows = {part: encoder.rows(texts, part, limits.get(part)) for part, texts in parts.items()}
@@ -252,8 +279,9 @@ def load_lm_datasets(
     return LmDatasets(rows["train"][0], rows["validation"][0], info, calibration)
 
 
-def _shuffled(documents: list[Any], config: DataConfig) -> list[Any]:
-    return [documents[i] for i in np.random.default_rng(config.data_seed).permutation(len(documents))]
+def shuffled(items: list[Any], config: DataConfig) -> list[Any]:
+    """The items in the order that `data_seed` draws."""
+    return [items[i] for i in np.random.default_rng(config.data_seed).permutation(len(items))]
 
 
 def _digest(documents: list[Any]) -> str:

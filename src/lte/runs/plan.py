@@ -9,8 +9,7 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from lte.data.config import DataConfig
-from lte.data.tasks.config import TaskConfig
-from lte.data.tasks.registry import get_task
+from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
 from lte.methods import METHODS, MethodConfig
 from lte.runs.settings import ComparisonSettings, Entry, EntryOptions, TeachingOptions

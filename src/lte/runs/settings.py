@@ -11,7 +11,7 @@ import yaml
 
 from lte.config import LteConfig, check_choice, check_fraction, check_whole_number
 from lte.data.config import BUILTIN_TEXTS, DataConfig
-from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import TaskConfig
 from lte.eval.models import DTYPES
 from lte.methods import METHODS
 from lte.runs.question_sets import KEYS as HARNESS_KEYS

@@ -14,10 +14,9 @@ from torch import Tensor
 from lte.config import check_choice
 from lte.data.config import DataConfig
 from lte.data.rows import LmCollator, load_lm_datasets
-from lte.data.tasks.config import TaskConfig
 from lte.data.tasks.data import load_task_data
 from lte.data.tasks.models import load_task_model
-from lte.data.tasks.registry import get_task
+from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
 from lte.eval.generation import generate_answers
 from lte.eval.kernels import KERNELS, use_kernels_

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lte.data.config import DataConfig
+from lte.data.rows import PaddingCollator
 from lte.data.tasks import TaskConfig, get_task, load_task_data
-from lte.data.tasks.collator import PaddingCollator
-from lte.data.tasks.encoding import fit_sources
+from lte.data.tasks.data import fit_sources
 from tests.data.tasks.made_up import write, write_e2e, write_sst2
 from tests.data.text_samples import TEMPLATE
 
