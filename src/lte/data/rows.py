@@ -193,27 +193,23 @@ def calibration_batches(dataset: Any, num_tokens: int, batch_size: int, collator
         ValueError: if the data set is empty, or its rows hold no `input_ids`.
     """
     streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-    rows = list(_first_rows(dataset, num_tokens) if streams else _spread_rows(dataset, num_tokens))
+    if streams:
+        rows = []
+        for row in dataset:
+            rows.append(row)
+            num_tokens -= _row_length(row)
+            if num_tokens <= 0:
+                break
+    else:
+        total = len(dataset)
+        probes = min(256, total)
+        tokens = max(1, sum(_row_length(dataset[index * total // probes]) for index in range(probes)))
+        wanted = min(total, max(1, -(-num_tokens * probes // tokens)))
+        rows = [dataset[index * total // wanted] for index in range(wanted)]
     if not rows:
         raise ValueError("dataset must hold at least one row, got 0 rows")
     for start in range(0, len(rows), batch_size):
         yield collator(rows[start : start + batch_size])
-
-
-def _spread_rows(dataset: Any, num_tokens: int) -> Iterator[Any]:
-    total = len(dataset)
-    probes = min(256, total)
-    tokens = max(1, sum(_row_length(dataset[index * total // probes]) for index in range(probes)))
-    wanted = min(total, max(1, -(-num_tokens * probes // tokens))) if total else 0
-    return (dataset[index * total // wanted] for index in range(wanted))
-
-
-def _first_rows(stream: Iterable[Any], num_tokens: int) -> Iterator[Any]:
-    for row in stream:
-        yield row
-        num_tokens -= _row_length(row)
-        if num_tokens <= 0:
-            return
 
 
 def _row_length(row: Mapping[str, Any]) -> int:

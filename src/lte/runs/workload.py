@@ -249,9 +249,9 @@ class Workloads:
 
     def of(self, run: Run) -> Workload:
         """The data of a run, read and tokenised."""
-        key = (asdict(run.task_config), asdict(run.data_config), self._batch_size(run))
+        work = self.unread(run)
+        key = (asdict(run.task_config), asdict(run.data_config), work.batch_size)
         if self._last is None or self._last[0] != key:
-            work = self.unread(run)
             work.load_data(self.model)
             self._last = key, work
         return self._last[1]
@@ -259,10 +259,8 @@ class Workloads:
     def unread(self, run: Run) -> Workload:
         """The data of a run by name and settings, before anything is read."""
         splits = (run.data_config.split, run.values.get("validation_split"))
-        return workload_of(run.task_config, run.data_config, self.tokenizer, self._batch_size(run), splits)
-
-    def _batch_size(self, run: Run) -> int:
-        return self.eval_batch_size or run.train_config.batch_size
+        batch_size = self.eval_batch_size or run.train_config.batch_size
+        return workload_of(run.task_config, run.data_config, self.tokenizer, batch_size, splits)
 
 
 def _first_rows(rows: Any) -> list[dict[str, Any]]:
