@@ -72,7 +72,6 @@ class EntryOptions:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, ("dense", *METHODS))
         if self.base is not None:
             check_choice("base", self.base, get_args(Base))
         if self.label is not None and (not self.label or set(self.label) & set("/\\ ")):

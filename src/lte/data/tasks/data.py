@@ -38,21 +38,19 @@ class TaskData:
         train: rows to train on, `None` where they were not wanted.
         measured: rows of the split that is measured. For a generation they are prompts without labels.
         collator: makes a batch of rows that train, or of measured rows with labels.
-        split: name of the measured split.
         references: of a generation: the texts that each measured row may be answered with.
         further: measured rows of further splits, by the suffix of their metrics.
         prompts: of a generation: gives the token ids of the first so many prompts of the shuffled training split,
             `None` without one.
         num_words: of the measured text, in language modelling.
         max_new_tokens: of a generated answer.
-        info: JSON-ready: for `train` and `validation` (what is measured) the number of examples and tokens, where
-            they are from, and the sha256.
+        info: JSON-ready: `split`, the name of the measured one, and for `train` and `validation` (what is measured) the
+            number of examples and tokens, where they are from, and the sha256.
     """
 
     train: Any
     measured: Any
     collator: Any
-    split: str = ""
     references: list[list[str]] = field(default_factory=list)
     further: dict[str, Any] = field(default_factory=dict)
     prompts: Callable[[int], list[list[int]]] | None = None
@@ -110,7 +108,7 @@ def load_task_data(
     names = {"train": "train", "measured": "validation"}
     info = {names.get(use, use): part.info(**loader.counts.get(use, {})) for use, part in splits.items()}
     heading = {"task": task.name, "train_source": task.name, "split": splits["measured"].name}
-    return replace(found, split=splits["measured"].name, info={**heading, **info})
+    return replace(found, info={**heading, **info})
 
 
 @dataclass(frozen=True)
