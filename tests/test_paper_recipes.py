@@ -7,15 +7,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from transformers import AutoTokenizer
 
 from lte.bench import timing
-from lte.cli.train import TrainingRun
-from lte.data.tasks import get_task
+from lte.cli.train import RunConfig
+from lte.config import LteConfig
+from lte.data.config import DataConfig
+from lte.data.tasks import TaskConfig, get_task
 from lte.eval.harness import TASK_FILES
+from lte.runs.pipeline import ModelSettings
 from lte_cli import load_command
 from tests.cli.conftest import run, save_tiny_model
 from tests.data.tasks.made_up import (
@@ -58,6 +61,16 @@ PAPER = {
 }
 
 
+class TrainingSettings(NamedTuple):
+    """What `lte train` has read when it begins."""
+
+    run: RunConfig
+    model: ModelSettings
+    data: DataConfig
+    task: TaskConfig
+    output: Path
+
+
 @pytest.fixture
 def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the commands find the settings files."""
@@ -69,10 +82,10 @@ def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def settings_of(run: Callable[..., Any], work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The settings that a command trains with, as `lte train` reads them."""
-    runs: list[TrainingRun] = []
-    monkeypatch.setattr(TrainingRun, "execute", lambda training, console: runs.append(training))
+    runs: list[TrainingSettings] = []
+    monkeypatch.setattr("lte.cli.train.execute", lambda *settings: runs.append(TrainingSettings(*settings)))
 
-    def read(command: Command, *flags: str) -> TrainingRun:
+    def read(command: Command, *flags: str) -> TrainingSettings:
         result = run(*command.arguments, *flags)
         assert result.exit_code == 0, result.output + result.stderr
         return runs.pop()
@@ -107,17 +120,17 @@ def test_every_settings_file_is_used() -> None:
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.value("--output"))
-def test_the_numbers_are_the_papers(settings_of: Callable[..., TrainingRun], command: Command) -> None:
+def test_the_numbers_are_the_papers(settings_of: Callable[..., TrainingSettings], command: Command) -> None:
     found = settings_of(command)
     model, task, what = place(str(found.output))
-    train, row = found.train_config, PAPER[model]
-    assert found.task_config.task == task
-    assert found.model == (HUB[model] if what == "dense" else f"runs/{model}/{task}/dense")
+    train, row = found.model.train, PAPER[model]
+    assert found.task.task == task
+    assert found.run.model == (HUB[model] if what == "dense" else f"runs/{model}/{task}/dense")
     batch = train.batch_size * train.gradient_accumulation_steps * command.processes
     assert batch in row.batch
     assert train.warmup_ratio == 0.06
     # So that a batch counts examples; rows of classifications never hold several.
-    assert task in GLUE or not found.data_config.pack
+    assert task in GLUE or not found.data.pack
     if "7b" in model:
         assert train.bf16
         assert train.gradient_checkpointing
@@ -134,8 +147,9 @@ def test_the_numbers_are_the_papers(settings_of: Callable[..., TrainingRun], com
     if model == "gpt2-medium":
         assert train.stage2_epochs == {"xsum": 1, "e2e": 1, "wikitext103": 3}[task]
     assert (train.recipe, train.separability_weight, train.weight_decay, train.eta) == ("paper", 0.5, 0.0, None)
-    assert (found.stages, train.stage1_steps, train.stage2_steps) == ((1, 2), -1, -1)
-    lte_config = found.lte_config
+    assert (found.model.stages, train.stage1_steps, train.stage2_steps) == ((1, 2), -1, -1)
+    lte_config = found.model.config
+    assert isinstance(lte_config, LteConfig)
     assert (lte_config.threshold, lte_config.expert_size, lte_config.grouping) == (0.5, 32, "kmeans")
     if model == "llama-7b":
         assert lte_config.target_sparsity == {"xsum": 0.84, "e2e": 0.93, "wikitext103": 0.69}[task]
@@ -143,11 +157,11 @@ def test_the_numbers_are_the_papers(settings_of: Callable[..., TrainingRun], com
         assert 0.8 <= lte_config.target_sparsity <= 0.95
 
 
-def check_plain_fine_tuning(found: TrainingRun, task: str) -> None:
-    train = found.train_config
+def check_plain_fine_tuning(found: TrainingSettings, task: str) -> None:
+    train = found.model.train
     assert train.recipe == "dense"
     # One decaying learning rate.
-    assert found.stages == (2,)
+    assert found.model.stages == (2,)
     assert train.stage2_steps == -1
     if task not in GLUE:
         assert (train.stage2_epochs, train.weight_decay) == (3, 0)
@@ -158,10 +172,10 @@ def check_plain_fine_tuning(found: TrainingRun, task: str) -> None:
     assert train.learning_rate in {1e-5, 2e-5, 3e-5}
 
 
-def test_the_other_ways_to_a_sparsity_are_settings(settings_of: Callable[..., TrainingRun]) -> None:
+def test_the_other_ways_to_a_sparsity_are_settings(settings_of: Callable[..., TrainingSettings]) -> None:
     command = next(command for command in TRAINING if command.value("--output").endswith("lte"))
     (flags,) = re.findall(r"`(--recipe straight_through[^`]*)`", README)
-    own = settings_of(command, *flags.split(), "--output", "own").train_config
+    own = settings_of(command, *flags.split(), "--output", "own").model.train
     assert own.holds_target
     assert own.separability_weight == 0
     for path in FOLDER.glob("*.yaml"):
@@ -169,7 +183,7 @@ def test_the_other_ways_to_a_sparsity_are_settings(settings_of: Callable[..., Tr
             ["0"] if "dense" in path.name else []
         )
         assert 0 <= float(eta) <= 2
-    fixed = settings_of(command, "--eta", "0.5", "--output", "fixed").train_config
+    fixed = settings_of(command, "--eta", "0.5", "--output", "fixed").model.train
     assert fixed.eta == 0.5
 
 

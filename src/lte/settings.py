@@ -138,12 +138,21 @@ def read_settings_file(path: Path, groups: Mapping[type, str]) -> dict[str, Any]
     Raises:
         ValueError: for a missing file, one that is no mapping, an unknown key, or a value of the wrong type.
     """
+    return parse_settings(read_mapping(path, "config"), groups, str(path))
+
+
+def read_mapping(path: Path, name: str) -> dict[Any, Any]:
+    """What a YAML file holds, which the messages call `name`.
+
+    Raises:
+        ValueError: for a missing file, or one that is no mapping.
+    """
     if not path.is_file():
-        raise ValueError(f"config must be an existing YAML file, got config={path}")
+        raise ValueError(f"{name} must be an existing YAML file, got {name}={path}")
     content = yaml.safe_load(path.read_text()) or {}
     if not isinstance(content, dict):
-        raise ValueError(f"config must hold `name: value` lines, got a {type(content).__name__} in {path}")
-    return parse_settings(content, groups, str(path))
+        raise ValueError(f"{name} must hold `name: value` lines, got a {type(content).__name__} in {path}")
+    return content
 
 
 def parse_settings(content: Mapping[Any, Any], groups: Mapping[type, str], source: str) -> dict[str, Any]:

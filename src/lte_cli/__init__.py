@@ -68,21 +68,18 @@ app = typer.Typer(
 )
 
 
-def version() -> str:
-    """The version of lte, of an installed package without importing it."""
-    from importlib.metadata import PackageNotFoundError  # takes as long as all else here
-    from importlib.metadata import version as installed_version
-
-    try:
-        return installed_version("lte")
-    except PackageNotFoundError:
-        return import_module("lte").__version__
-
-
 def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"lte {version()}")
-        raise typer.Exit
+    if not wanted:
+        return
+    from importlib import metadata  # takes as long as all else here
+
+    # An installed package tells it without being imported.
+    try:
+        found = metadata.version("lte")
+    except metadata.PackageNotFoundError:
+        found = import_module("lte").__version__
+    typer.echo(f"lte {found}")
+    raise typer.Exit
 
 
 @app.callback()

@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lte.data.rows import (
-    DataConfig,
-    LmCollator,
-    TokenRows,
-    calibration_batches,
-    check_sequence_length,
-    load_lm_datasets,
-    token_mask,
-)
+from lte.data.config import DataConfig, check_sequence_length
+from lte.data.rows import LmCollator, TokenRows, calibration_batches, load_lm_datasets, token_mask
 from tests.data.text_samples import load
 
 

@@ -51,10 +51,10 @@ def test_from_settings_to_a_measured_folder(llama: Path, tmp_path: Path) -> None
     work = workload(llama)
     train = TrainConfig(**{**TRAIN.to_dict(), "distillation_weight": 1.0})
     settings = ModelSettings(start=str(llama), config=CONFIG, train=train, teacher=str(llama))
-    made = make_model(settings, work, tmp_path / "checkpoints", watcher=Teller())
+    model, summary = make_model(settings, work, tmp_path / "checkpoints", watcher=Teller())
     assert told == ["0 sparse", "2 sparse, taught by LlamaForCausalLM"]
-    save_folder(made.model, work.tokenizer, tmp_path / "out")
-    tokens = made.summary.tokens_trained
+    save_folder(model, work.tokenizer, tmp_path / "out")
+    tokens = summary.tokens_trained
     found = measure_folder(
         tmp_path / "out", work, model="tiny", seed=0, tokens_trained=tokens, wall_time_s=1.0, config={}
     )
@@ -76,7 +76,7 @@ def test_every_kind_of_model_trains(llama: Path, tmp_path: Path, config: Any, re
     train = TrainConfig(**{**TRAIN.to_dict(), "recipe": recipe})
     before = AutoModelForCausalLM.from_pretrained(llama).state_dict()
     settings = ModelSettings(start=str(llama), config=config, train=train)
-    model = make_model(settings, workload(llama), tmp_path).model
+    model = make_model(settings, workload(llama), tmp_path)[0]
     assert type(model).__name__.startswith(kind)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(model.state_dict()[name].cpu(), before[name])
@@ -108,7 +108,7 @@ def test_an_lte_folder_keeps_its_settings_but_the_target(llama: Path, tmp_path: 
     settings = ModelSettings(
         start=str(tmp_path / "sparse"), config=CONFIG, train=TRAIN, changed=frozenset({"target_sparsity"})
     )
-    assert make_model(settings, workload(llama), tmp_path / "one").model.target_sparsity == 0.5
+    assert make_model(settings, workload(llama), tmp_path / "one")[0].target_sparsity == 0.5
     refused = ModelSettings(start=settings.start, config=CONFIG, train=TRAIN)
     with pytest.raises(ValueError, match="model must be dense"):
         make_model(refused, workload(llama), tmp_path / "two")

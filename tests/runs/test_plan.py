@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lte.data.config import DataConfig
-from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import TaskConfig
 from lte.runs.plan import Run, affects, plan_runs
 from lte.runs.settings import read_comparison
 from lte.settings import option

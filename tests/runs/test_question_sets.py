@@ -158,7 +158,7 @@ def test_the_data_folder_stands_in_for_that_of_the_questions(instruct: Callable[
     assert settings == HarnessSettings(
         harness=("a", "b"), harness_data="/q", num_fewshot=5, harness_tasks_dir=settings and settings.harness_tasks_dir
     )
-    assert settings.shots("b") == 5
+    assert settings.of_task("num_fewshot", "b") == 5
     assert read_comparison(instruct("lte", harness=None, harness_tasks_dir=None)).harness is None
 
 

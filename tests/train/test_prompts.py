@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import lte
-from lte.data.rows import IGNORED, LmCollator, PromptsCounted, TokenRows, routing_masks
+from lte.config import IGNORED
+from lte.data.rows import LmCollator, PromptsCounted, TokenRows, routing_masks
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig
 from lte.train.processes import training_device

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -157,7 +158,7 @@ def bench(
         name = model
         loaded = load_any_model(model, found)
         if sparsities is None and sparse_ffns(loaded):
-            settings = _with_own(settings)
+            settings = replace(settings, sparsities=(OWN, *settings.sparsities))
         pair = model_pair(loaded, weights)  # type: ignore[arg-type]
         ids = text_ids(
             load_tokenizer(model), read_text(text), max(*settings.batches, *BATCHES), settings.context_length
@@ -168,11 +169,6 @@ def bench(
     if session.failures:
         print_error(f"not everything could be measured: {'; '.join(session.failures)}")
         raise typer.Exit(EXIT_ERROR)
-
-
-def _with_own(settings: BenchSettings) -> BenchSettings:
-    values: dict[str, Any] = {**vars(settings), "sparsities": (OWN, *settings.sparsities)}
-    return BenchSettings(**values)
 
 
 def _random_pair(

@@ -68,15 +68,12 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(EXIT_ERROR) from None
 
     parameters = dict(inspect.signature(command, eval_str=True).parameters)
-    parameters["debug"] = _keyword("debug", DebugOption, False)
-    parameters["context"] = _keyword("context", typer.Context, inspect.Parameter.empty)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters["debug"] = inspect.Parameter("debug", keyword, default=False, annotation=DebugOption)
+    parameters["context"] = inspect.Parameter("context", keyword, annotation=typer.Context)
     guarded.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     guarded.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return guarded
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def quiet_transformers() -> None:
@@ -126,5 +123,4 @@ def _flag_parameter(setting: Setting) -> inspect.Parameter:
     )
     value_type: Any = list[setting.type] if setting.several else setting.type  # type: ignore[name-defined]
     annotation: Any = Annotated[value_type | None, option]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(setting.name, kind, default=None, annotation=annotation)
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,8 @@ from lte.cli.command import EXIT_ERROR, print_error, quiet_transformers, reports
 from lte.config import check_choice
 from lte.hf.dense import load_tokenizer
 from lte.runs.folders import Folders
-from lte.runs.plan import Run, plan_runs
-from lte.runs.runner import PHASES, Estimate, Runner, estimate_runs, execute_all
+from lte.runs.plan import plan_runs
+from lte.runs.runner import PHASES, Estimate, Runner, estimate_run, execute_all
 from lte.runs.settings import read_comparison
 from lte.runs.workload import Workloads
 
@@ -50,7 +51,11 @@ def compare(
     """
     quiet_transformers()
     console = Console(highlight=False, soft_wrap=True)
-    _check_names(files)
+    stems = [file.stem for file in files]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(
+            f"files must have names of their own, by which their folders are called, got {', '.join(twice)} twice"
+        )
     check_choice("phase", phase, PHASES)
     given = {"model": model, "data_dir": data_dir, "latency": latency}
     comparisons = [read_comparison(f, **given, seeds=None if seeds is None else _parse_seeds(seeds)) for f in files]
@@ -59,6 +64,8 @@ def compare(
         check_choice("only", name, [run.name for runs in plans for run in runs if run.measured])
     # That of a GGUF file takes seconds.
     tokenizers = {name: load_tokenizer(name) for name in {comparison.model for comparison in comparisons}}
+    # Plain and flushed: a run that is cut off has said how far it came.
+    say = functools.partial(print, flush=True)
     runners = []
     for file, comparison, runs in zip(files, comparisons, plans, strict=True):
         workloads = Workloads(comparison.model, tokenizers[comparison.model], comparison.eval_batch_size)
@@ -68,28 +75,14 @@ def compare(
         if dry_run:
             if len(files) > 1:
                 console.print(f"{file}:")
-            print_plan(console, estimate_runs(list(runs), workloads, folders))
+            print_plan(console, [estimate_run(run, workloads, folders) for run in runs])
             continue
         if comparison.harness is not None and phase != "train":
             comparison.harness.check()
-        runners.append(Runner(comparison, runs, folders, workloads, only or (), _print_line, phase))
+        runners.append(Runner(comparison, runs, folders, workloads, only or (), say, phase))
     if failed := execute_all(runners):
         print_error(f"failed: {', '.join(failed)}; their records say why, delete them to try again")
         raise typer.Exit(EXIT_ERROR)
-
-
-def _print_line(line: str) -> None:
-    # Plain and flushed: a run that is cut off has said how far it came.
-    print(line, flush=True)
-
-
-def _check_names(files: list[Path]) -> None:
-    stems = [file.stem for file in files]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise ValueError(
-            f"files must have names of their own, by which their folders are called, got {', '.join(twice)} twice"
-        )
 
 
 def _folder(given: Path | None, default: Path, file: Path, files: list[Path]) -> Path:
@@ -110,12 +103,9 @@ def print_plan(console: Console, estimates: list[Estimate]) -> None:
         table.add_row(*row, state)
     console.print(table)
     tokens = sum(one.tokens for one in estimates if not one.done)
-    console.print(f"{_count(estimates)}, about {tokens:,} tokens to train.")
-
-
-def _count(estimates: list[Estimate]) -> str:
-    runs: list[Run] = [one.run for one in estimates if one.run.measured]
-    return f"{len(runs)} runs with a record, {len(estimates) - len(runs)} models that they start from"
+    runs = sum(one.run.measured for one in estimates)
+    counts = f"{runs} runs with a record, {len(estimates) - runs} models that they start from"
+    console.print(f"{counts}, about {tokens:,} tokens to train.")
 
 
 def _parse_seeds(text: str) -> list[int]:

@@ -128,12 +128,11 @@ def check_demo_output(output: Path) -> None:
     """
     if output.is_file():
         raise ValueError(f"output must be a folder, got output={output}, which is a file")
-    if output.is_dir() and any(output.iterdir()) and not (output / "report.json").exists():
-        started = {path.name for path in output.iterdir()} <= {"training"}
-        if not started:
-            raise ValueError(
-                f"output must be a new folder or that of an earlier demo, got output={output}; take another one"
-            )
+    inside = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if "report.json" not in inside and not inside <= {"training"}:
+        raise ValueError(
+            f"output must be a new folder or that of an earlier demo, got output={output}; take another one"
+        )
 
 
 @dataclass(frozen=True)
@@ -238,17 +237,20 @@ class Demo(Watcher):
         )
         folder = self.output / "training"
         shutil.rmtree(folder, ignore_errors=True)
-        made = make_model(settings, self.work, folder, watcher=self)
+        trained, summary = make_model(settings, self.work, folder, watcher=self)
         shutil.rmtree(folder)
-        self.facts["tokens"] = made.summary.tokens_trained
+        self.facts["tokens"] = summary.tokens_trained
         self.say("4/6 Save and measure")
-        save_folder(made.model, self.tokenizer, self.output)
-        loaded, measurement = self.evaluate_folder(made.summary)
+        save_folder(trained, self.tokenizer, self.output)
+        fields = self._fields(tokens_trained=summary.tokens_trained, wall_time_s=summary.wall_time_s)
+        with torch.autocast(training_device().type, torch.bfloat16):
+            found = measure_folder(self.output, self.work, kernels="off", **fields)
+        self._tell("sparse", found.record)
         self.say("5/6 Compare the folder with the model")
-        self.check(made.model, loaded)
-        self.samples["sparse"] = self.write(loaded)
+        self.check(trained, found.model)
+        self.samples["sparse"] = self.write(found.model)
         self.say("6/6 Report")
-        self.report(made.summary, measurement)
+        self.report(summary, found.result.measurement)
 
     def loaded(self, model: Any) -> None:
         """Measures the dense model."""
@@ -300,14 +302,6 @@ class Demo(Watcher):
             result = self.work.measure(model)
         fields = self._fields(tokens_trained=0, wall_time_s=time.monotonic() - start)
         self._tell(name, task_record(model, result, task=self.work.name, **fields))
-
-    def evaluate_folder(self, summary: TrainingSummary) -> tuple[Any, Any]:
-        """Records and prints the perplexity of the saved model; returns it as loaded again, and its routing."""
-        fields = self._fields(tokens_trained=summary.tokens_trained, wall_time_s=summary.wall_time_s)
-        with torch.autocast(training_device().type, torch.bfloat16):
-            found = measure_folder(self.output, self.work, kernels="off", **fields)
-        self._tell("sparse", found.record)
-        return found.model, found.result.measurement
 
     def _fields(self, **fields: Any) -> dict[str, Any]:
         config = {"recipe": RECIPE, **self.work.settings, "data_info": self.work.info, **self.facts}

@@ -14,14 +14,14 @@ from rich.table import Table
 
 from lte.cli.command import KernelsOption, quiet_transformers, reports_errors, takes_settings
 from lte.data.config import DataConfig
-from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import TaskConfig
 from lte.eval.flops import GFLOP
-from lte.eval.harness import HarnessResult, TaskScore, evaluate_harness, quiet_harness
+from lte.eval.harness import HarnessResult, evaluate_harness, quiet_harness
 from lte.eval.models import load_any_model, task_record
 from lte.hf.acceleration import describe_kernels
 from lte.hf.dense import load_tokenizer
 from lte.records import ResultRecord, result_record, write_record
-from lte.runs.workload import TaskWorkload, TextWorkload, Workload, check_no_text
+from lte.runs.workload import check_no_text, workload_of
 from lte.settings import build
 
 
@@ -92,7 +92,11 @@ def eval_command(
         loaded, names = load_any_model(model, dtype, kernels), {"model": model, "dtype": dtype}
         run_harness(loaded, load_tokenizer(model), build(HarnessConfig, given), batch_size, names, json)
         return
-    work = _workload(given, load_tokenizer(model), batch_size)
+    task, data = build(TaskConfig, given), build(DataConfig, given)
+    if task.task is not None:
+        check_no_text(given)
+    splits = (None, given.get("split") or given.get("validation_split"))
+    work = workload_of(task, data, load_tokenizer(model), batch_size, splits)
     loaded = work.load_model(model, dtype, kernels)
     work.load_data(loaded)
     start = time.monotonic()
@@ -111,15 +115,6 @@ def eval_command(
     print_evaluation(Console(), record)
     if json is not None:
         write_record(json, record)
-
-
-def _workload(given: Mapping[str, Any], tokenizer: Any, batch_size: int) -> Workload:
-    data_config, task_config = build(DataConfig, given), build(TaskConfig, given)
-    if task_config.task is None:
-        return TextWorkload(data_config, tokenizer, batch_size)
-    check_no_text(given)
-    splits = (None, given.get("split") or given.get("validation_split"))
-    return TaskWorkload(task_config, data_config, tokenizer, batch_size, splits)
 
 
 def print_evaluation(console: Console, record: ResultRecord) -> None:
@@ -166,22 +161,15 @@ def run_harness(
     )
     settings = {**asdict(config), "batch_size": batch_size, "harness_version": result.harness_version}
     settings |= {"dtype": names["dtype"], "kernels": describe_kernels(network)}
-    common = {"model": names["model"], "seed": 0, "tokens_trained": 0, "config": settings}
-    records = [_harness_record(network, score, common) for score in result.scores]
+    common = {"model": names["model"], "seed": 0, "tokens_trained": 0}
     _print_scores(Console(), names["model"], result)
-    if json is not None:
-        for record in records:
-            path = json if len(records) == 1 else json.with_stem(f"{json.stem}-{_file_name(record['task'])}")
-            write_record(path, record)
-
-
-def _harness_record(network: Any, score: TaskScore, common: Mapping[str, Any]) -> ResultRecord:
-    fields = score.to_fields(network)
-    return result_record(**{**common, **fields, "config": {**common["config"], **fields["config"]}})
-
-
-def _file_name(task: str) -> str:
-    return task.replace("::", "-").replace("/", "-")
+    if json is None:
+        return
+    for score in result.scores:
+        own = score.to_fields(network)
+        task = score.task.replace("::", "-").replace("/", "-")
+        path = json if len(result.scores) == 1 else json.with_stem(f"{json.stem}-{task}")
+        write_record(path, result_record(**{**common, **own, "config": {**settings, **own["config"]}}))
 
 
 def _print_scores(console: Console, model: str, result: HarnessResult) -> None:
@@ -193,13 +181,9 @@ def _print_scores(console: Console, model: str, result: HarnessResult) -> None:
         shots = "" if score.num_fewshot is None else str(score.num_fewshot)
         for metric, value in score.metrics.items():
             if "_stderr" not in metric:
-                error = score.metrics.get(_error_name(metric))
+                # `exact_match,strict-match` has its error under `exact_match_stderr,strict-match`.
+                name, *filter_name = metric.split(",", 1)
+                error = score.metrics.get(",".join([f"{name}_stderr", *filter_name]))
                 numbers = (f"{value:.4f}", "" if error is None else f"{error:.4f}")
                 table.add_row(score.task, metric, *numbers, shots, str(score.num_samples), sparsity)
     console.print(table)
-
-
-def _error_name(metric: str) -> str:
-    """`exact_match,strict-match` has its error under `exact_match_stderr,strict-match`."""
-    name, comma, filter_name = metric.partition(",")
-    return f"{name}_stderr{comma}{filter_name}"

@@ -71,9 +71,8 @@ def generate_ids(
     streamer: Any = None,
 ) -> Tensor:
     """Prompt and continuation [1, T] together."""
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     # A greedy run must not warn of the sampling values that the checkpoint's generation config brings.
-    unset = {} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with torch.no_grad():
         return model.generate(
             ids,
@@ -81,8 +80,7 @@ def generate_ids(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
-            **sampling,
-            **unset,
+            **({"do_sample": True, "temperature": temperature} if temperature > 0 else greedy),
         )
 
 

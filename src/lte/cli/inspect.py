@@ -95,7 +95,8 @@ def check_flags(config: TextConfig, given: Mapping[str, Any]) -> None:
     if not config.serve and config.html is None:
         idle = [field.name for field in fields(TextConfig) if field.name in given and field.name != "serve"]
         if idle:
-            raise ValueError(f"{_flag(idle[0])} must be given with --html FILE or --serve, got neither")
+            flag = idle[0].replace("_", "-")
+            raise ValueError(f"--{flag} must be given with --html FILE or --serve, got neither")
         return
     if config.serve and (config.html is not None or config.compare_model is not None):
         other = "--html" if config.html is not None else "--compare-model"
@@ -111,10 +112,6 @@ def check_flags(config: TextConfig, given: Mapping[str, Any]) -> None:
         raise ValueError(f"--port must be given with --serve, got --port {config.port} without it")
     check_choice("dtype", config.dtype, tuple(DTYPES))
     check_choice("kernels", config.kernels, KERNELS)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def check_method(name_or_path: str, method: str) -> None:
@@ -260,27 +257,22 @@ def describe(name_or_path: str) -> dict[str, Any]:
     method = METHODS.get(found["method"])
     found["abilities"] = [] if method is None else method.abilities()
     if method is not None:
-        found |= {"about": method.about, **_describe_method(config, skeleton)}
+        method_config, measured = config_of(skeleton), getattr(config, "lte_measurement", None) or {}
+        found |= {
+            "about": method.about,
+            **({} if method_config is None else method_config.to_dict()),
+            "measured_sparsity": measured.get("sparsity"),
+            "measured_tokens": measured.get("tokens"),
+            "measured_on": measured.get("split"),
+            "layers_measured": _layers(measured),
+        }
     return {**found, **_describe_experts(config, skeleton)} if is_lte(config) else found
-
-
-def _describe_method(config: Any, skeleton: Any) -> dict[str, Any]:
-    """The settings of the model's method, and what was measured of it."""
-    method_config, measured = config_of(skeleton), getattr(config, "lte_measurement", None)
-    return {
-        **({} if method_config is None else method_config.to_dict()),
-        "measured_sparsity": measured["sparsity"] if measured else None,
-        "measured_tokens": measured["tokens"] if measured else None,
-        "measured_on": measured["split"] if measured else None,
-        "layers_measured": _layers(measured) if measured else [],
-    }
 
 
 def _describe_experts(config: Any, skeleton: Any) -> dict[str, Any]:
     target = LteConfig.from_dict(config.lte).target_sparsity
-    measured = config.lte_measurement
-    by_layer = [1 - share for share in measured["active_fraction"]] if measured else None
-    sparsity = by_layer or target
+    measured = config.lte_measurement or {}
+    sparsity = [1 - share for share in measured.get("active_fraction", ())] or target
     ffn = next(iter(sparse_ffns(skeleton).values()))
     return {
         "experts_per_layer": ffn.num_experts,
@@ -315,16 +307,12 @@ def _summary_table(found: dict[str, Any]) -> Table:
     if found["method"] in METHODS:
         table.add_row("target sparsity", f"{100 * found['target_sparsity']:g}%")
         if not METHODS[found["method"]].leaves_stock:
-            table.add_row("measured sparsity", _measured(found))
+            tokens = f"{found['measured_tokens']} {found['measured_on']} tokens"
+            share = found["measured_sparsity"]
+            measured = "not measured" if share is None else f"{100 * share:.2f}% ({tokens}, hard mode)"
+            table.add_row("measured sparsity", measured)
     table.add_row("GFLOPs per token", f"{dense} (block linears, 1 G = 2^30)")
     return table
-
-
-def _measured(found: dict[str, Any]) -> str:
-    if found["measured_sparsity"] is None:
-        return "not measured"
-    tokens = f"{found['measured_tokens']} {found['measured_on']} tokens"
-    return f"{100 * found['measured_sparsity']:.2f}% ({tokens}, hard mode)"
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:

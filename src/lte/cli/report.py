@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from lte.cli.command import reports_errors
 from lte.config import check_choice
-from lte.records import ResultRecord
 from lte.report.curves import curve_name, curve_name_by
 from lte.report.inputs import Inputs, load_inputs
 from lte.report.methods_report import tradeoff_texts, write_methods_report
@@ -50,8 +49,14 @@ def report(
     """
     inputs = load_inputs(results)
     if not inputs.records and not (html and inputs.benches):
-        _refuse_without_records(results, inputs)
-    records = _of_tasks(inputs.records, task or ())
+        found = [f"{len(inputs.benches)} files of lte bench, which --html shows"] if inputs.benches else []
+        found += [f"{len(inputs.skipped)} other JSON files"] if inputs.skipped else []
+        places = ", ".join(map(str, results))
+        raise ValueError(f"RESULTS must hold at least one result record, got {' and '.join(found)} in {places}")
+    records = inputs.records
+    for name in task or ():
+        check_choice("task", name, sorted({record.task for record in records}))
+    records = [record for record in records if not task or record.task in task]
     curve = curve_name_by(by, records) if by else curve_name
     declared = {"higher": higher or (), "lower": lower or ()}
     tradeoffs = find_tradeoffs(records, metric=metric, curve=curve, **declared) if records else []
@@ -72,15 +77,6 @@ def report(
         console.print(f"Written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _refuse_without_records(results: list[Path], inputs: Inputs) -> NoReturn:
-    """Says what the paths hold in place of records."""
-    found = [f"{len(inputs.benches)} files of lte bench, which --html shows"] if inputs.benches else []
-    found += [f"{len(inputs.skipped)} other JSON files"] if inputs.skipped else []
-    raise ValueError(
-        f"RESULTS must hold at least one result record, got {' and '.join(found)} in {', '.join(map(str, results))}"
-    )
-
-
 def _notes(inputs: Inputs, html: Path | None) -> list[str]:
     """A line for each kind of files that nothing is shown of."""
     notes = []
@@ -91,10 +87,3 @@ def _notes(inputs: Inputs, html: Path | None) -> list[str]:
         names = ", ".join(inputs.skipped)
         notes.append(f"Skipped, {len(inputs.skipped)} JSON files without a result record or rows of lte bench: {names}")
     return notes
-
-
-def _of_tasks(records: list[ResultRecord], tasks: list[str] | tuple[str, ...]) -> list[ResultRecord]:
-    known = sorted({record.task for record in records})
-    for name in tasks:
-        check_choice("task", name, known)
-    return [record for record in records if not tasks or record.task in tasks]

@@ -15,7 +15,7 @@ from rich.console import Console
 from lte.cli.command import Interrupted, quiet_transformers, reports_errors, takes_settings
 from lte.config import LteConfig, check_choice
 from lte.data.config import DataConfig
-from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import TaskConfig
 from lte.eval.models import is_lte, load_config, save_folder
 from lte.eval.sparsity import Measurement
 from lte.hf.dense import load_tokenizer
@@ -23,7 +23,7 @@ from lte.records import ResultRecord, write_json_atomic, write_record, write_tex
 from lte.report.router_health import router_health_markdown, router_health_table
 from lte.runs.measure import measure_folder
 from lte.runs.pipeline import ModelSettings, Watcher, make_model
-from lte.runs.workload import TaskWorkload, TextWorkload, Workload, check_no_text
+from lte.runs.workload import Workload, check_no_text, workload_of
 from lte.settings import build, option, read_settings_file, settings_of
 from lte.train.config import TrainConfig
 from lte.train.processes import is_main_process
@@ -95,130 +95,83 @@ def train(
     `lte train --resume --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`
     """
     quiet_transformers()
-    console = Console(quiet=not is_main_process())
     values = merge_settings(given, config)
     run = build(RunConfig, values)
     if values.get("task"):
         check_no_text(values)
-    output = Path(run.output).expanduser()
-    training = TrainingRun(
-        model=run.model,
-        output=output,
+    settings = ModelSettings(
+        start=run.model,
+        config=build(LteConfig, values),
+        train=build(TrainConfig, values),
         stages=(1, 2) if run.stages == "both" else (int(run.stages),),
-        distill_from=run.distill_from,
-        chat_template=run.chat_template,
-        resume=run.resume,
-        lte_config=build(LteConfig, values),
-        data_config=build(DataConfig, values),
-        train_config=build(TrainConfig, values),
-        task_config=build(TaskConfig, values),
-        given=frozenset(values),
+        teacher=run.model if run.distill_from == "initial" else run.distill_from,
+        changed=frozenset(values),
     )
+    data, task, output = build(DataConfig, values), build(TaskConfig, values), Path(run.output).expanduser()
     if is_main_process():
         check_output(output, run.resume)
         write_run_file(output, values)
     try:
-        training.execute(console)
+        execute(run, settings, data, task, output)
     except KeyboardInterrupt:
-        raise Interrupted(f"{_progress(output)} Go on with: lte train --resume --output {run.output}") from None
+        newest = newest_checkpoint(output / CHECKPOINTS)
+        kept = f"The newest checkpoint is {newest}." if newest else "No checkpoint was written yet (see --save-steps)."
+        raise Interrupted(f"{kept} Go on with: lte train --resume --output {run.output}") from None
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """All settings of one training run; `execute` does it.
+def execute(run: RunConfig, settings: ModelSettings, data: DataConfig, task: TaskConfig, output: Path) -> None:
+    """Trains, saves, measures the saved folder, reports. Of several processes the first one saves and measures.
 
-    Attributes:
-        given: names of the settings that the user set, all others being defaults.
+    Raises:
+        ValueError: if the settings do not fit the model, or each other.
     """
-
-    model: str
-    output: Path
-    stages: tuple[int, ...]
-    distill_from: str | None
-    chat_template: str | None
-    resume: bool
-    lte_config: LteConfig
-    data_config: DataConfig
-    train_config: TrainConfig
-    task_config: TaskConfig
-    given: frozenset[str]
-
-    def execute(self, console: Console) -> None:
-        """Trains, saves, measures the saved folder, reports. Of several processes the first one saves and measures.
-
-        Raises:
-            ValueError: if the settings do not fit the model, or each other.
-        """
-        check_start(self)
-        work = self._workload(self._tokenizer())
-        told = _Told(work, console)
-        made = make_model(
-            self._settings,
-            work,
-            self.output / CHECKPOINTS,
-            resume=self.resume,
-            watcher=told,
-            adapters=self.output,
-        )
-        if not is_main_process():
-            return
-        summary = made.summary
-        save_folder(made.model, work.tokenizer, self.output)
-        write_json_atomic(self.output / "training_log.json", summary.log_history)
-        del made
-        config = {
-            "lte": self.lte_config.to_dict(),
+    assert settings.config is not None
+    check_start(run, settings)
+    console = Console(quiet=not is_main_process())
+    tokenizer = load_tokenizer(run.model)
+    if run.chat_template is not None:
+        tokenizer.chat_template = _read_template(run.chat_template)
+    measured = data.validation_split if "validation_split" in (settings.changed or ()) else None
+    work = workload_of(task, data, tokenizer, settings.train.batch_size, (data.split, measured))
+    told = _Told(work, console)
+    model, summary = make_model(settings, work, output / CHECKPOINTS, resume=run.resume, watcher=told, adapters=output)
+    if not is_main_process():
+        return
+    save_folder(model, tokenizer, output)
+    write_json_atomic(output / "training_log.json", summary.log_history)
+    # Its memory is for the folder that is loaded again.
+    del model
+    found = measure_folder(
+        output,
+        work,
+        model=run.model,
+        seed=settings.train.seed,
+        tokens_trained=summary.tokens_trained,
+        wall_time_s=summary.wall_time_s,
+        config={
+            "lte": settings.config.to_dict(),
             **work.settings,
-            "train": self.train_config.to_dict(),
-            "distill_from": self.distill_from,
-            "stages": list(self.stages),
+            "train": settings.train.to_dict(),
+            "distill_from": run.distill_from,
+            "stages": list(settings.stages),
             "data_info": work.info,
-        }
-        found = measure_folder(
-            self.output,
-            work,
-            model=self.model,
-            seed=self.train_config.seed,
-            tokens_trained=summary.tokens_trained,
-            wall_time_s=summary.wall_time_s,
-            config=config,
-            **told.before,
-        )
-        write_record(self.output / "result.json", found.record)
-        measurement = found.result.measurement
-        save_report(self.output, summary, measurement)
-        print_outcome(console, self.output, self.stages, found.record, measurement)
+        },
+        **told.before,
+    )
+    write_record(output / "result.json", found.record)
+    measurement = found.result.measurement
+    save_report(output, summary, measurement)
+    if measurement is not None:
+        console.print(router_health_table(measurement))
+    lines = outcome(output, settings.stages, found.record)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
-    @property
-    def _settings(self) -> ModelSettings:
-        return ModelSettings(
-            start=self.model,
-            config=self.lte_config,
-            train=self.train_config,
-            stages=self.stages,
-            teacher=self.model if self.distill_from == "initial" else self.distill_from,
-            changed=self.given,
-        )
 
-    def _tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.model)
-        if self.chat_template is not None:
-            path = Path(self.chat_template).expanduser()
-            if not path.is_file():
-                raise ValueError(
-                    f"chat_template must be a file with a Jinja template, got chat_template={self.chat_template}; give "
-                    "its path"
-                )
-            tokenizer.chat_template = path.read_text()
-        return tokenizer
-
-    def _workload(self, tokenizer: Any) -> Workload:
-        batch_size = self.train_config.batch_size
-        if self.task_config.task is None:
-            return TextWorkload(self.data_config, tokenizer, batch_size)
-        measured = self.data_config.validation_split if "validation_split" in self.given else None
-        splits = (self.data_config.split, measured)
-        return TaskWorkload(self.task_config, self.data_config, tokenizer, batch_size, splits)
+def _read_template(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"chat_template must be a file with a Jinja template, got chat_template={name}; give its path")
+    return path.read_text()
 
 
 class _Told(Watcher):
@@ -240,15 +193,15 @@ class _Told(Watcher):
             self.console.print(text, highlight=False)
 
 
-def check_start(run: TrainingRun) -> None:
+def check_start(run: RunConfig, settings: ModelSettings) -> None:
     """Refuses settings that do not fit each other, before anything is loaded.
 
     Raises:
         ValueError: says which.
     """
     sparse = is_lte(load_config(run.model))
-    weight, recipe = run.train_config.distillation_weight, run.train_config.recipe
-    if run.stages == (2,) and not sparse and recipe != "dense":
+    weight, recipe = settings.train.distillation_weight, settings.train.recipe
+    if run.stages == "2" and not sparse and recipe != "dense":
         raise ValueError(f"stages=2 must start from an LTE folder (stage 1 trains the routers), got {run.model}")
     if sparse and run.distill_from == "initial":
         raise ValueError("distill_from must name a dense model when training goes on from an LTE folder, got initial")
@@ -271,51 +224,33 @@ def save_report(output: Path, summary: TrainingSummary, measurement: Measurement
         save_figure(router_health_figure(measurement), output / "router_health.png")
 
 
-def print_outcome(
-    console: Console,
-    output: Path,
-    stages: tuple[int, ...],
-    record: ResultRecord,
-    measurement: Measurement | None,
-) -> None:
-    """Router health, target against measured sparsity, quality, and what to do next."""
-    if measurement is not None:
-        console.print(router_health_table(measurement))
-    lines = [_quality_line(record)]
+def outcome(output: Path, stages: tuple[int, ...], record: ResultRecord) -> list[str]:
+    """Quality, target against measured sparsity, and what to do next."""
+    task, metric = record["config"].get("task"), record["metric"]
+    where = f"{record['task']} {record['split']}" if task else "held-out text"
+    before = record.get(f"{metric}_before")
+    if before is None:
+        lines = [f"On {where}: " + ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items()) + "."]
+    else:
+        lines = [f"{metric.capitalize()} on {where}: {before:.3f} before training, {record['value']:.3f} after."]
     if record["measurement"] is None:
         lines.append("The model is dense (recipe=dense, a control).")
     else:
-        lines += _sparsity_lines(stages, record)
-    folder = shlex.quote(str(output))
-    task = record["config"].get("task")
-    following = f"lte eval {folder} --task {task['task']}" if task else f"lte generate {folder} --prompt 'Once upon'"
-    lines.append(f"Saved to {folder}. Next: lte inspect {folder}; {following}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _quality_line(record: ResultRecord) -> str:
-    metric = record["metric"]
-    where = f"{record['task']} {record['split']}" if "task" in record["config"] else "held-out text"
-    before = record.get(f"{metric}_before")
-    if before is not None:
-        return f"{metric.capitalize()} on {where}: {before:.3f} before training, {record['value']:.3f} after."
-    return f"On {where}: " + ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items()) + "."
-
-
-def _sparsity_lines(stages: tuple[int, ...], record: ResultRecord) -> list[str]:
-    target, measured = record["target_sparsity"], record["sparsity"]
-    lines = [
-        f"FFN sparsity: target {100 * target:g}%, measured {100 * measured:.2f}% on "
-        f"{record['measurement']['tokens']} held-out tokens in hard mode."
-    ]
-    if 2 not in stages:
-        lines.append("The thresholds are set after stage 2: train on with --stages 2 and this folder as --model.")
-    elif abs(target - measured) > TOLERANCE:
+        target, measured = record["target_sparsity"], record["sparsity"]
         lines.append(
-            "The target was missed by more than 2 points: train longer, raise --router-learning-rate, or train on "
-            "text that is more like the held-out one."
+            f"FFN sparsity: target {100 * target:g}%, measured {100 * measured:.2f}% on "
+            f"{record['measurement']['tokens']} held-out tokens in hard mode."
         )
-    return lines
+        if 2 not in stages:
+            lines.append("The thresholds are set after stage 2: train on with --stages 2 and this folder as --model.")
+        elif abs(target - measured) > TOLERANCE:
+            lines.append(
+                "The target was missed by more than 2 points: train longer, raise --router-learning-rate, or train on "
+                "text that is more like the held-out one."
+            )
+    folder = shlex.quote(str(output))
+    following = f"lte eval {folder} --task {task['task']}" if task else f"lte generate {folder} --prompt 'Once upon'"
+    return [*lines, f"Saved to {folder}. Next: lte inspect {folder}; {following}"]
 
 
 def merge_settings(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
@@ -369,8 +304,3 @@ def write_run_file(output: Path, values: Mapping[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in sorted(values.items()) if name != "resume"}
     write_text_atomic(output / RUN_FILE, yaml.safe_dump(kept))
-
-
-def _progress(output: Path) -> str:
-    newest = newest_checkpoint(output / CHECKPOINTS)
-    return f"The newest checkpoint is {newest}." if newest else "No checkpoint was written yet (see --save-steps)."

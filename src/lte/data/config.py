@@ -95,12 +95,9 @@ class DataConfig:
     @property
     def used_fields(self) -> list[str]:
         """The fields that documents of this `kind` need."""
-        fields = {
-            "text": [self.text_field],
-            "completion": [self.prompt_field, self.completion_field],
-            "chat": [self.messages_field],
-        }
-        return fields[self.kind]
+        if self.kind == "completion":
+            return [self.prompt_field, self.completion_field]
+        return [self.text_field if self.kind == "text" else self.messages_field]
 
 
 def check_sequence_length(config: DataConfig, max_position_embeddings: int | None) -> None:

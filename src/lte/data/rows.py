@@ -35,22 +35,6 @@ if TYPE_CHECKING:
 MULTIPLE = 8
 """Rows are padded to a multiple of so many tokens."""
 
-__all__ = [
-    "IGNORED",
-    "DataConfig",
-    "LmCollator",
-    "LmDatasets",
-    "PromptsCounted",
-    "TokenRows",
-    "calibration_batches",
-    "check_sequence_length",
-    "load_lm_datasets",
-    "mean_row_tokens",
-    "read_documents",
-    "routing_masks",
-    "token_mask",
-]
-
 
 class TokenRows(Dataset[dict[str, Tensor]]):
     """Rows of token ids made by hand, with their labels; `input_ids` and `labels` are int64 [T] each."""
@@ -127,6 +111,33 @@ class LmCollator:
         return batch
 
 
+class PaddingCollator:
+    """Batches of padded rows, with an `attention_mask`; labels are those of whole rows, or of an answer's tokens.
+
+    On the right whatever the tokenizer's own side is: encoders number their positions from the left, and heads on
+    decoders find the last token that is no padding. Prompts to continue are padded on the left.
+
+    Args:
+        tokenizer: knows the padding of what the model reads.
+        side: right or left.
+        multiple: of which rows are padded to one.
+    """
+
+    def __init__(self, tokenizer: Any, side: str = "right", multiple: int = MULTIPLE):
+        self.tokenizer, self.side, self.multiple = tokenizer, side, multiple
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        features = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        batch = dict(
+            self.tokenizer.pad(features, pad_to_multiple_of=self.multiple, padding_side=self.side, return_tensors="pt")
+        )
+        labels = [row["labels"] for row in rows if "labels" in row]
+        if labels and isinstance(labels[0], Sequence):
+            width = -(-max(map(len, labels)) // self.multiple) * self.multiple
+            labels = [[*row, *[IGNORED] * (width - len(row))] for row in labels]
+        return {**batch, "labels": torch.tensor(labels)} if labels else batch
+
+
 class PromptsCounted:
     """Gives the batches of a collator that pads on the right a `token_mask` of all tokens that are not padding, those
     of prompts included, whose labels are -100.
@@ -182,27 +193,23 @@ def calibration_batches(dataset: Any, num_tokens: int, batch_size: int, collator
         ValueError: if the data set is empty, or its rows hold no `input_ids`.
     """
     streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-    rows = list(_first_rows(dataset, num_tokens) if streams else _spread_rows(dataset, num_tokens))
+    if streams:
+        rows = []
+        for row in dataset:
+            rows.append(row)
+            num_tokens -= _row_length(row)
+            if num_tokens <= 0:
+                break
+    else:
+        total = len(dataset)
+        probes = min(256, total)
+        tokens = max(1, sum(_row_length(dataset[index * total // probes]) for index in range(probes)))
+        wanted = min(total, max(1, -(-num_tokens * probes // tokens)))
+        rows = [dataset[index * total // wanted] for index in range(wanted)]
     if not rows:
         raise ValueError("dataset must hold at least one row, got 0 rows")
     for start in range(0, len(rows), batch_size):
         yield collator(rows[start : start + batch_size])
-
-
-def _spread_rows(dataset: Any, num_tokens: int) -> Iterator[Any]:
-    total = len(dataset)
-    probes = min(256, total)
-    tokens = max(1, sum(_row_length(dataset[index * total // probes]) for index in range(probes)))
-    wanted = min(total, max(1, -(-num_tokens * probes // tokens))) if total else 0
-    return (dataset[index * total // wanted] for index in range(wanted))
-
-
-def _first_rows(stream: Iterable[Any], num_tokens: int) -> Iterator[Any]:
-    for row in stream:
-        yield row
-        num_tokens -= _row_length(row)
-        if num_tokens <= 0:
-            return
 
 
 def _row_length(row: Mapping[str, Any]) -> int:
@@ -256,9 +263,9 @@ def load_lm_datasets(
     else:
         train, held_out = documents, read_documents(config.validation, config, config.validation_split)
         _warn_of_shared(train, held_out)
-    parts = {"train": _shuffled(train, config), "validation": held_out}
+    parts = {"train": shuffled(train, config), "validation": held_out}
     if config.calibration is not None:
-        parts["calibration"] = _shuffled(read_documents(config.calibration, config), config)
+        parts["calibration"] = shuffled(read_documents(config.calibration, config), config)
     encoder = Encoder(config, tokenizer, progress)
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
     rows = {part: encoder.rows(texts, part, limits.get(part)) for part, texts in parts.items()}
@@ -268,8 +275,9 @@ def load_lm_datasets(
     return LmDatasets(rows["train"][0], rows["validation"][0], info, calibration)
 
 
-def _shuffled(documents: list[Any], config: DataConfig) -> list[Any]:
-    return [documents[i] for i in np.random.default_rng(config.data_seed).permutation(len(documents))]
+def shuffled(items: list[Any], config: DataConfig) -> list[Any]:
+    """The items in the order that `data_seed` draws."""
+    return [items[i] for i in np.random.default_rng(config.data_seed).permutation(len(items))]
 
 
 def _digest(documents: list[Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lte.data.tasks.collator import PaddingCollator
+from lte.data.rows import PaddingCollator
 from lte.eval.inference import hard_inference, model_device
 
 # Greedy, whatever the checkpoint's generation config says.

@@ -154,18 +154,18 @@ def make_run(run: Run, model: str, folders: Folders, work: Workload, before: Mad
         teacher=str(folders.work / teacher) if teacher and (folders.work / teacher).exists() else teacher,
         relu=run.relu,
     )
-    found = make_model(settings, work, folders.checkpoints(run) if run.trains else folders.work, resume=True)
-    tokens = found.summary.tokens_trained
+    trained, summary = make_model(settings, work, folders.checkpoints(run) if run.trains else folders.work, resume=True)
+    tokens = summary.tokens_trained
     made = Made(
         fingerprint=run.fingerprint,
         tokens_trained=tokens,
         tokens_since_start=0 if run.base is None else tokens + (before.tokens_since_start if before else 0),
         tokens_start=tokens if run.base is None else (before.tokens_start if before else 0),
-        wall_time_s=found.summary.wall_time_s,
+        wall_time_s=summary.wall_time_s,
         data_info=work.info,
-        eta=found.summary.eta,
-        layer_history=found.summary.layer_history(),
+        eta=summary.eta,
+        layer_history=summary.layer_history(),
         peak_memory_bytes=peak_memory_bytes(),
     )
-    folders.save(run, found.model, work.tokenizer, made)
+    folders.save(run, trained, work.tokenizer, made)
     return made

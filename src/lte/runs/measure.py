@@ -131,11 +131,6 @@ def failure_record(run: Run, comparison: ComparisonSettings, work: Workload, fai
     )
 
 
-def command_of(run: Run, comparison: ComparisonSettings) -> str:
-    """The command that repeats a run, elsewhere or after its record was deleted."""
-    return shlex.join(["lte", "compare", comparison.file, "--only", run.name, *comparison.flags])
-
-
 def _fields(
     run: Run, comparison: ComparisonSettings, settings: dict[str, Any], data_info: dict[str, Any]
 ) -> dict[str, Any]:
@@ -146,7 +141,8 @@ def _fields(
         "seed": run.seed,
         "label": run.options.name,
         "group": run.options.group,
-        "command": command_of(run, comparison),
+        # Repeats the run, elsewhere or after its record was deleted.
+        "command": shlex.join(["lte", "compare", comparison.file, "--only", run.name, *comparison.flags]),
         "data_sha256": {part: data_info.get(part, {}).get("sha256") for part in ("train", "validation")},
         "config": {
             **settings,

@@ -2,8 +2,8 @@
 
 settings = ModelSettings(start="gpt2", config=LteConfig(target_sparsity=0.5), train=TrainConfig())
 work = TextWorkload(DataConfig(train="my.txt"), load_tokenizer("gpt2"), batch_size=8)
-made = make_model(settings, work, Path("out/checkpoints"))
-save_folder(made.model, work.tokenizer, Path("out"))
+model, summary = make_model(settings, work, Path("out/checkpoints"))
+save_folder(model, work.tokenizer, Path("out"))
 found = measure_folder(Path("out"), work)  # lte.runs.measure
 """
 
@@ -61,14 +61,6 @@ class ModelSettings:
         return self.config is None or self.train.recipe == "dense" or METHODS[self.config.name].leaves_stock
 
 
-@dataclass(frozen=True)
-class MadeModel:
-    """A model that is not saved yet, and what its training was."""
-
-    model: Any
-    summary: TrainingSummary
-
-
 class Watcher:
     """What a caller does between the steps of `make_model`; this one does nothing."""
 
@@ -88,7 +80,7 @@ def make_model(
     resume: bool = False,
     watcher: Watcher | None = None,
     adapters: Path | None = None,
-) -> MadeModel:
+) -> tuple[Any, TrainingSummary]:
     """Loads a model, applies a method, trains it, and sets its thresholds for the text and for its own answers.
 
     Args:
@@ -100,7 +92,7 @@ def make_model(
         adapters: folder for LoRA adapters, if some are trained, and the model under them; `None` takes `folder`.
 
     Returns:
-        The model on the device that it trained on; saving it is the caller's.
+        The model on the device that it trained on, which the caller is to save, and what its training was.
 
     Raises:
         ValueError: if the settings do not fit the model, or each other.
@@ -118,7 +110,7 @@ def make_model(
         relu_fy_(model)
     model = _with_method(settings, model, work)
     if not settings.trains:
-        return MadeModel(model, TrainingSummary(0, time.monotonic() - start, []))
+        return model, TrainingSummary(0, time.monotonic() - start, [])
     teacher = None if settings.teacher is None else _teacher(settings, model, work)
     train = watcher.before_training(model, teacher, settings.train)
     trained = model if train.lora_rank is None else with_lora(model, train, adapters or folder)
@@ -145,7 +137,7 @@ def make_model(
             lte.densify_(model)
     elif settings.config is not None and METHODS[settings.config.name].fit is not None:
         lte.calibrate_(model, _calibration(settings, model, work), max_tokens=None)
-    return MadeModel(model, summary)
+    return model, summary
 
 
 def _with_method(settings: ModelSettings, model: Any, work: Workload) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from lte.data.config import DataConfig
-from lte.data.tasks.config import TaskConfig
-from lte.data.tasks.registry import get_task
+from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
 from lte.methods import METHODS, MethodConfig
 from lte.runs.settings import ComparisonSettings, Entry, EntryOptions, TeachingOptions
@@ -122,8 +121,7 @@ class Run:
     def check(self) -> Run:
         """Raises a `ValueError` for settings that do not fit each other; returns itself."""
         config = self.train_config
-        _ = self.data_config, self.task_config, self.stages
-        _ = self.method_config
+        _ = self.data_config, self.task_config, self.stages, self.method_config
         if bool(config.distillation_weight) != bool(self.teacher):
             raise ValueError(
                 "distillation_weight must be positive with distill_from and 0 without, got "
@@ -174,7 +172,9 @@ class _Planner:
 
     def _add_entry(self, entry: Entry, seed: int, target: float) -> None:
         options = entry.options
-        values = self._values(entry.values)
+        values = {**self.comparison.defaults, **self.comparison.train, **entry.values}
+        if values.get("distill_from"):
+            values.setdefault("distillation_weight", 1.0)
         wanted = options.base or ("start" if options.trains else "dense")
         start = self._start(seed)
         base = start if wanted == "start" else self._control(entry, seed, values)
@@ -189,12 +189,6 @@ class _Planner:
         self._add(Run(name, options, target, seed, values, base, teacher, options.trains, relu, True))
         if self._is_control(entry):
             self.controls.setdefault(_learning_key(values, options.relu, seed), name)
-
-    def _values(self, own: dict[str, Any]) -> dict[str, Any]:
-        values = {**self.comparison.defaults, **self.comparison.train, **own}
-        if values.get("distill_from"):
-            values.setdefault("distillation_weight", 1.0)
-        return values
 
     @staticmethod
     def _teacher(values: dict[str, Any], start: str) -> str | None:
@@ -221,20 +215,16 @@ class _Planner:
             options = EntryOptions(method="dense", label="control", relu=entry.options.relu)
             start = self._start(seed)
             teacher = self._teacher(values, start)
-            names = {field.name for field in _TRAINING}
-            known = {name: value for name, value in values.items() if name in names}
+            known = {field.name: values[field.name] for field in _TRAINING if field.name in values}
             self._add(Run(name, options, 0.0, seed, known, start, teacher, True, options.relu, False))
             self.controls[key] = name
         return self.controls[key]
 
     def _add(self, run: Run) -> None:
         run.check()
-        self.runs[run.name] = Run(**{**vars(run), "fingerprint": self._fingerprint(run)})
+        self.runs[run.name] = replace(run, fingerprint=self._fingerprint(run))
 
     def _fingerprint(self, run: Run) -> str:
-        def print_of(name: str | None) -> str | None:
-            return self.runs[name].fingerprint if name in self.runs else name
-
         settings = {}
         for config in (run.task_config, run.data_config, run.train_config, run.method_config):
             for field in fields(config) if config is not None else ():
@@ -245,7 +235,7 @@ class _Planner:
         parts = {
             "model": self.comparison.model,
             "method": [run.method, run.target, run.seed, run.trains, run.relu],
-            "parents": [print_of(run.base), print_of(run.teacher)],
+            "parents": [self.runs[name].fingerprint if name in self.runs else name for name in (run.base, run.teacher)],
             "settings": settings,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

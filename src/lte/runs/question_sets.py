@@ -51,13 +51,10 @@ class HarnessSettings:
                 if value is not None:
                     check_whole_number(name, value, least)
 
-    def shots(self, task: str) -> int | None:
-        """Examples before each question of a task."""
-        return _of_task(self.num_fewshot, task)
-
-    def limit(self, task: str) -> int | None:
-        """Questions of a task at most."""
-        return _of_task(self.harness_limit, task)
+    def of_task(self, name: str, task: str) -> int | None:
+        """The setting `num_fewshot` or `harness_limit` as it is for a task."""
+        given = getattr(self, name)
+        return given.get(task) if isinstance(given, Mapping) else given
 
     def check(self) -> None:
         """Reads all tasks with their data, so that what is missing is said before anything trains.
@@ -67,10 +64,6 @@ class HarnessSettings:
         """
         quiet_harness()
         check_harness_tasks(self.harness, self.harness_tasks_dir, self.harness_data)
-
-
-def _of_task(given: int | Mapping[str, int] | None, task: str) -> int | None:
-    return given.get(task) if isinstance(given, Mapping) else given
 
 
 KEYS = tuple(field.name for field in fields(HarnessSettings))
@@ -132,21 +125,24 @@ def unanswered(note: str) -> dict[str, Any]:
 
 
 def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) -> dict[str, Any]:
-    limit = settings.limit(name)
+    limit = settings.of_task("harness_limit", name)
     result = evaluate_harness(
         model,
         tokenizer,
         [name],
-        num_fewshot=settings.shots(name),
+        num_fewshot=settings.of_task("num_fewshot", name),
         apply_chat_template=settings.apply_chat_template,
         limit=limit,
         batch_size=settings.harness_batch_size,
         tasks_dir=settings.harness_tasks_dir,
         data_dir=settings.harness_data,
     )
-    config: dict[str, Any] = {"limit": limit, "batch_size": settings.harness_batch_size}
-    config["apply_chat_template"] = settings.apply_chat_template
-    config["harness_version"] = result.harness_version
+    config = {
+        "limit": limit,
+        "batch_size": settings.harness_batch_size,
+        "apply_chat_template": settings.apply_chat_template,
+        "harness_version": result.harness_version,
+    }
     found = {}
     for score in result.scores:
         own = {key: value for key, value in score.to_fields(model).items() if key not in _OF_THE_RUN}

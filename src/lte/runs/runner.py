@@ -72,7 +72,11 @@ class Runner:
         self.folders.output.mkdir(parents=True, exist_ok=True)
         self.folders.work.mkdir(parents=True, exist_ok=True)
         for run in self.wanted:
-            self._tell_of_old_record(run)
+            path = self.folders.record(run)
+            record = find_record(path)
+            if record is not None and record.config.get("fingerprint") != run.fingerprint:
+                place = path if path.exists() else f"its line in {path.with_name(PACKED_FILE)}"
+                self.report(f"{run.name}: kept, but made with other settings; delete {place} to do it again.")
 
     def advance(self) -> bool:
         """Does the first run of the plan that is ready and that nobody else does; says whether there was one.
@@ -97,7 +101,9 @@ class Runner:
 
     def failed(self) -> list[str]:
         """The names of the wanted runs whose record says why they failed."""
-        return [run.name for run in self.wanted if self._failure(run)]
+        # After training alone there is no record yet.
+        records = {run.name: find_record(self.folders.record(run)) for run in self.wanted}
+        return [name for name, record in records.items() if record is not None and record.failure]
 
     def todo(self) -> list[Run]:
         """The runs to do, and those whose models they need, in order."""
@@ -215,18 +221,6 @@ class Runner:
     def _lacks_record(self, run: Run) -> bool:
         return run.measured and not self.folders.has_record(run)
 
-    def _failure(self, run: Run) -> str | None:
-        record = find_record(self.folders.record(run))
-        # After training alone there is none yet.
-        return None if record is None else record.failure
-
-    def _tell_of_old_record(self, run: Run) -> None:
-        path = self.folders.record(run)
-        record = find_record(path)
-        if record is not None and record.config.get("fingerprint") != run.fingerprint:
-            place = path if path.exists() else f"its line in {path.with_name(PACKED_FILE)}"
-            self.report(f"{run.name}: kept, but made with other settings; delete {place} to do it again.")
-
 
 def execute_all(runners: Sequence[Runner]) -> list[str]:
     """Does all runs of some comparisons, or waits for other processes that do; returns the names of those that failed.
@@ -288,12 +282,9 @@ class Estimate:
     done: bool
 
 
-def estimate_runs(runs: list[Run], workloads: Workloads, folders: Folders) -> list[Estimate]:
-    """Steps and tokens of every run, from the rows that it would train on."""
-    return [_estimate(run, workloads, run.measured and folders.has_record(run)) for run in runs]
-
-
-def _estimate(run: Run, workloads: Workloads, done: bool) -> Estimate:
+def estimate_run(run: Run, workloads: Workloads, folders: Folders) -> Estimate:
+    """Steps and tokens of a run, from the rows that it would train on."""
+    done = run.measured and folders.has_record(run)
     if not run.trains:
         return Estimate(run, 0, 0, done)
     rows, config = workloads.of(run).train, run.train_config

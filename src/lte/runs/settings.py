@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from lte.config import LteConfig, check_choice, check_fraction, check_whole_number
 from lte.data.config import BUILTIN_TEXTS, DataConfig
-from lte.data.tasks.config import TaskConfig
+from lte.data.tasks.registry import TaskConfig
 from lte.eval.models import DTYPES
 from lte.methods import METHODS
 from lte.runs.question_sets import KEYS as HARNESS_KEYS
 from lte.runs.question_sets import HarnessSettings, read_harness
-from lte.settings import build, parse_settings
+from lte.settings import build, parse_settings, read_mapping
 from lte.train.config import TrainConfig
 
 Base = Literal["start", "dense"]
@@ -74,7 +72,6 @@ class EntryOptions:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, ("dense", *METHODS))
         if self.base is not None:
             check_choice("base", self.base, get_args(Base))
         if self.label is not None and (not self.label or set(self.label) & set("/\\ ")):
@@ -158,13 +155,8 @@ def read_comparison(path: Path, **overrides: Any) -> ComparisonSettings:
     Raises:
         ValueError: for a missing file, an unknown key or method, or a value that does not fit, saying which.
     """
-    if not path.is_file():
-        raise ValueError(f"file must be an existing YAML file, got file={path}")
-    content = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"file must hold `name: value` lines, got a {type(content).__name__} in {path}")
     given = {name: value for name, value in overrides.items() if value is not None}
-    content = {**content, **given}
+    content = {**read_mapping(path, "file"), **given}
     for key in content:
         check_choice("key", key, KEYS)
     if not isinstance(content.get("train", {}), dict):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,9 @@ from torch import Tensor
 from lte.config import check_choice
 from lte.data.config import DataConfig
 from lte.data.rows import LmCollator, load_lm_datasets
-from lte.data.tasks.config import TaskConfig
 from lte.data.tasks.data import load_task_data
 from lte.data.tasks.models import load_task_model
-from lte.data.tasks.registry import get_task
+from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
 from lte.eval.generation import generate_answers
 from lte.eval.kernels import KERNELS, use_kernels_
@@ -36,11 +36,15 @@ TEXT_SETTINGS = (
 )
 
 
-class Workload(Protocol):
+class Workload(ABC):
     """Data to train and measure on.
 
-    Attributes:
+    Args:
         data_config: how text becomes rows.
+        tokenizer: of the model.
+        batch_size: rows per forward pass when it is measured.
+
+    Attributes:
         name: what result records call it.
         split: name of the measured part.
         metric: the main one.
@@ -49,37 +53,43 @@ class Workload(Protocol):
         train: rows to train on, after `load_data`.
         calibration: rows on which thresholds are set; `None` for those of `train`.
         collator: makes a batch of them.
-        tokenizer: of the model.
         info: counts and checksums, see `lte.data.rows.LmDatasets` and `lte.data.tasks.data.TaskData`.
     """
 
-    data_config: DataConfig
     name: str
     split: str
     metric: str
     settings: dict[str, Any]
     measures_first: bool
-    train: Any
-    calibration: Any
-    collator: Any
-    tokenizer: Any
-    info: dict[str, Any]
+    train: Any = None
+    calibration: Any = None
+    collator: Any = None
 
+    def __init__(self, data_config: DataConfig, tokenizer: Any, batch_size: int):
+        self.data_config, self.tokenizer, self.batch_size = data_config, tokenizer, batch_size
+        self.info: dict[str, Any] = {}
+
+    @abstractmethod
     def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
         """A dense or LTE model with the head that is wanted here, on the GPU if there is one."""
 
+    @abstractmethod
     def load_teacher(self, name_or_path: str) -> Any:
         """A dense model with the same head, which must be trained."""
 
+    @abstractmethod
     def load_data(self, model: Any) -> None:
         """Sets `train`, `collator` and `info` for a model."""
 
+    @abstractmethod
     def measure(self, model: Any) -> TaskResult:
         """The metrics and the sparsity of a model."""
 
     def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
         """Up to `count` training prompts with the model's own answers as labels; none where it writes no answers."""
+        return []
 
+    @abstractmethod
     def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
         """Up to `length` tokens of what the model is measured on, and how many it reads before it decodes one by one.
 
@@ -87,20 +97,15 @@ class Workload(Protocol):
         """
 
 
-class TextWorkload:
+class TextWorkload(Workload):
     """Text from files or the hub, and the part of it that is held out."""
 
-    split = "validation"
-    metric = "perplexity"
-    measures_first = True
+    split, metric, measures_first = "validation", "perplexity", True
 
     def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int):
-        self.data_config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        super().__init__(config, tokenizer, batch_size)
         self.name, self.settings = config.task, {"data": vars(config)}
-        self.train: Any = None
-        self.calibration: Any = None
-        self.collator: Any = LmCollator(tokenizer.pad_token_id)
-        self.info: dict[str, Any] = {}
+        self.collator = LmCollator(tokenizer.pad_token_id)
 
     def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
         """A language model."""
@@ -115,22 +120,18 @@ class TextWorkload:
         data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
         self.train, self.calibration, self.info = data.train, data.calibration, data.info
         self._held_out = data.validation
-        self._batches = held_out_batches(data.validation, self.batch_size, self.tokenizer.pad_token_id)
 
     def measure(self, model: Any) -> TaskResult:
         """Perplexity on the held-out text."""
-        return TaskResult.of_text(*evaluate_model(model, self._batches, progress=is_main_process()))
-
-    def answered_rows(self, model: Any, count: int) -> list[dict[str, list[int]]]:
-        """None: text has no prompts."""
-        return []
+        batches = held_out_batches(self._held_out, self.batch_size, self.tokenizer.pad_token_id)
+        return TaskResult.of_text(*evaluate_model(model, batches, progress=is_main_process()))
 
     def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
         """The start of a held-out row."""
         return _start_of_one(self._held_out, length)
 
 
-class TaskWorkload:
+class TaskWorkload(Workload):
     """A task.
 
     Args:
@@ -149,27 +150,21 @@ class TaskWorkload:
         batch_size: int,
         splits: tuple[str | None, str | None],
     ):
+        super().__init__(data_config, tokenizer, batch_size)
         self.task = get_task(str(config.task))
         check_task(self.task)
-        self.config, self.data_config, self.splits = config, data_config, splits
-        self.tokenizer, self.batch_size, self.metric = tokenizer, batch_size, self.task.main_metric
-        self.name, self.split = self.task.name, splits[1] or self.task.measured_split
-        # How the rows are made; where they are from is in `info`.
-        rows = (
-            "sequence_length",
-            "pack",
-            "validation_fraction",
-            "max_train_tokens",
-            "max_validation_tokens",
-            "data_seed",
+        self.config, self.splits = config, splits
+        self.name, self.split, self.metric = (
+            self.task.name,
+            splits[1] or self.task.measured_split,
+            self.task.main_metric,
         )
-        self.settings = {"task": vars(config), "data": {name: getattr(data_config, name) for name in rows}}
+        # How the rows are made; where they are from is in `info`.
+        names = ("sequence_length", "pack", "validation_fraction", "max_train_tokens", "max_validation_tokens")
+        rows = {name: getattr(data_config, name) for name in (*names, "data_seed")}
+        self.settings = {"task": vars(config), "data": rows}
         # Heads are random before training, and generations are slow.
         self.measures_first = self.metric == "perplexity"
-        self.train: Any = None
-        self.calibration: Any = None
-        self.collator: Any = None
-        self.info: dict[str, Any] = {}
 
     def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
         """A model with the task's head; a new one if it is to be trained."""
@@ -229,6 +224,15 @@ class TaskWorkload:
         return [answered_row(model, *pair) for pair in zip(prompts, answers, strict=True)]
 
 
+def workload_of(
+    task: TaskConfig, data: DataConfig, tokenizer: Any, batch_size: int, splits: tuple[str | None, str | None]
+) -> Workload:
+    """The data of a task, or plain text where none is named; the arguments are those of `TaskWorkload`."""
+    if task.task is None:
+        return TextWorkload(data, tokenizer, batch_size)
+    return TaskWorkload(task, data, tokenizer, batch_size, splits)
+
+
 class Workloads:
     """Gives each run its data; the last one stays in memory.
 
@@ -245,23 +249,18 @@ class Workloads:
 
     def of(self, run: Run) -> Workload:
         """The data of a run, read and tokenised."""
-        key = (asdict(run.task_config), asdict(run.data_config), self._batch_size(run))
+        work = self.unread(run)
+        key = (asdict(run.task_config), asdict(run.data_config), work.batch_size)
         if self._last is None or self._last[0] != key:
-            work = self.unread(run)
             work.load_data(self.model)
             self._last = key, work
         return self._last[1]
 
     def unread(self, run: Run) -> Workload:
         """The data of a run by name and settings, before anything is read."""
-        task, data, batch_size = run.task_config, run.data_config, self._batch_size(run)
-        if task.task is None:
-            return TextWorkload(data, self.tokenizer, batch_size)
-        measured = run.values.get("validation_split")
-        return TaskWorkload(task, data, self.tokenizer, batch_size, (data.split, measured))
-
-    def _batch_size(self, run: Run) -> int:
-        return self.eval_batch_size or run.train_config.batch_size
+        splits = (run.data_config.split, run.values.get("validation_split"))
+        batch_size = self.eval_batch_size or run.train_config.batch_size
+        return workload_of(run.task_config, run.data_config, self.tokenizer, batch_size, splits)
 
 
 def _first_rows(rows: Any) -> list[dict[str, Any]]:

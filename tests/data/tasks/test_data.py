@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lte.data.config import DataConfig
+from lte.data.rows import PaddingCollator
 from lte.data.tasks import TaskConfig, get_task, load_task_data
-from lte.data.tasks.collator import PaddingCollator
-from lte.data.tasks.encoding import fit_sources
+from lte.data.tasks.data import fit_sources
 from tests.data.tasks.made_up import write, write_e2e, write_sst2
 from tests.data.text_samples import TEMPLATE
 
@@ -30,7 +30,7 @@ def test_classification_rows_are_shuffled_to_train_and_in_order_to_measure(
 ) -> None:
     write_sst2(tmp_path)
     data = load("sst2", tokenizer, tmp_path, sequence_length=8)
-    assert (len(data.train), len(data.measured), data.split) == (96, 30, "validation")
+    assert (len(data.train), len(data.measured), data.info["split"]) == (96, 30, "validation")
     assert [row["labels"] for row in data.measured][:6] == [0, 0, 0, 1, 1, 1]
     assert sorted(row["labels"] for row in data.train) == [0] * 48 + [1] * 48
     assert [row["labels"] for row in data.train] != sorted(row["labels"] for row in data.train)
@@ -68,7 +68,7 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_says(tokenizer: PreTrain
 def test_prompts_that_are_measured_are_those_that_train(byte_tokenizer: Any, tmp_path: Path) -> None:
     write_e2e(tmp_path)
     data = load("e2e", byte_tokenizer, tmp_path, max_new_tokens=30, sequence_length=128, pack=False)
-    assert (len(data.measured), len(data.train), data.split, data.max_new_tokens) == (8, 16, "test", 30)
+    assert (len(data.measured), len(data.train), data.info["split"], data.max_new_tokens) == (8, 16, "test", 30)
     prompts = {tuple(row["input_ids"]) for row in data.measured}
     trained = {tuple(row["input_ids"][row["labels"] == -100].tolist()) for row in data.train}
     assert trained == prompts == {tuple(ids) for ids in data.prompts(99)}

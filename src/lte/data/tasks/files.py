@@ -33,10 +33,6 @@ class SplitRows:
     origin: str
     sha256: str
 
-    def to_dict(self) -> dict[str, str]:
-        """What a result record says of it."""
-        return {"origin": self.origin, "origin_sha256": self.sha256}
-
 
 def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> SplitRows:
     """The rows of one split of a task.
