@@ -15,7 +15,7 @@ from lte.records import write_json_atomic
 from lte.runs import folders, latency, runner
 from lte.runs.folders import MADE_FILE
 from lte.runs.runner import execute_all
-from lte.train.routing_loss import NonFiniteLossError
+from lte.train.objective import NonFiniteLossError
 from tests.runs.conftest import FIELDS, records_of, runner_of
 
 

@@ -12,8 +12,8 @@ import lte
 from lte.data.rows import LmCollator
 from lte.eval.sparsity import measure_sparsity
 from lte.train.config import TrainConfig, stages_of
+from lte.train.objective import NonFiniteLossError
 from lte.train.processes import training_device
-from lte.train.routing_loss import NonFiniteLossError
 from lte.train.sparsity_controller import EtaController
 from lte.train.summary import TrainingSummary
 from lte.train.trainer import LteTrainer

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from lte.settings import Setting, settings_of
-from lte.train.routing_loss import NonFiniteLossError
+from lte.train.objective import NonFiniteLossError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 # What a user can cause and mend. A RuntimeError or a KeyError is a bug and keeps its traceback.

@@ -21,7 +21,7 @@ from lte.runs.memory import free_memory, others_fill_gpu
 from lte.runs.plan import Run, children_of, parents_of
 from lte.runs.settings import ComparisonSettings
 from lte.runs.workload import Workloads
-from lte.train.routing_loss import NonFiniteLossError
+from lte.train.objective import NonFiniteLossError
 
 # What a run may fail by; anything else comes with a traceback.
 EXPECTED = (ValueError, NonFiniteLossError, torch.OutOfMemoryError)

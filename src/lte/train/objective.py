@@ -22,6 +22,10 @@ from lte.nn.losses import (
 )
 
 
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the batch was saved and no checkpoint was overwritten."""
+
+
 def language_terms(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, num_items: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor]:

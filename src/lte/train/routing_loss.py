@@ -18,7 +18,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
 from lte.train.config import Stage
-from lte.train.objective import head_divergence, stack_layers
+from lte.train.objective import NonFiniteLossError, head_divergence, stack_layers
 from lte.train.schedule import Schedule
 from lte.train.sparsity_controller import target_logit
 
@@ -30,10 +30,6 @@ LAYER_PREFIX = "layers/active_"
 Masks = list[Tensor | None]
 # Any trainer of transformers' kind comes after these classes; for the type checker it may be all.
 AnyTrainer: Any = object
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the batch was saved and no checkpoint was overwritten."""
 
 
 class RoutingLoss(AnyTrainer):
