@@ -11,7 +11,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.report.sample_records import measurement, record
-from tests.report.test_html_report import MARKUP
+from tests.report.test_report_page import MARKUP
 
 MARKED = f"{MARKUP} " + "a-very-long-name_without_any_break" * 6
 HISTORY = {"step": [0, 50, 100], "stage": [1, 1, 2], "active_fraction": [[1.0, 1.0], [0.8, 0.6], [0.5, 0.25]]}

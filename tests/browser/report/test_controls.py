@@ -137,7 +137,7 @@ def test_the_theme_changes_pictures_too(page: Chrome) -> None:
 
 
 def test_the_task_is_chosen(page: Chrome) -> None:
-    choice = Select(page.find_element(By.CSS_SELECTOR, "#tradeoff > .controls select"))
+    choice = Select(page.find_element(By.CSS_SELECTOR, "#comparison > .controls select"))
     assert [each.text for each in choice.options] == ["lm, test: tiny, perplexity", "sst2, test: tiny, accuracy"]
     choice.select_by_index(1)
     assert drawn(page, plots(section(page, "tradeoff"))[0])["lte"] == [[0.5, 0.9]]

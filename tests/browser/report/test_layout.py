@@ -13,7 +13,7 @@ from tests.browser.labels import cut_labels
 from tests.browser.loading import check_loads_within_ms
 from tests.browser.report.page import MARKED, Write, click, details_text, drawn, plots, section
 from tests.report.sample_records import record
-from tests.report.test_html_report import MARKUP, many_runs
+from tests.report.test_report_page import MARKUP, many_runs
 
 
 def test_text_from_files_stays_text(page: Chrome) -> None:
