@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import ProgressCallback, TrainerCallback
+
+from lte.records import write_json_atomic
 
 if TYPE_CHECKING:
     from lte.train.trainer import RoutingMixin
@@ -47,9 +48,7 @@ class RoutingCallback(TrainerCallback):
         if args.should_save:
             # Written last: a checkpoint without this file is not complete.
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROL_STATE_FILE
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.trainer.control_state()), encoding="utf-8")
-            partial.replace(path)
+            write_json_atomic(path, self.trainer.control_state())
 
 
 class LteProgress(ProgressCallback):
