@@ -83,17 +83,6 @@ def wrapped_ffns(model: nn.Module) -> dict[str, WrappedFfn]:
     return {name: module for name, module in model.named_modules() if isinstance(module, WrappedFfn)}
 
 
-def require_wrapped_ffns(model: nn.Module) -> dict[str, WrappedFfn]:
-    """As `wrapped_ffns`, but a model without any is a `ValueError`."""
-    found = wrapped_ffns(model)
-    if not found:
-        raise ValueError(
-            "model must be an LTE model or have FFNs of another method, got neither; call lte.sparsify_(model, ...) "
-            "first"
-        )
-    return found
-
-
 def install_wrapped_ffns_(model: nn.Module, family: Family, build: Callable[[StockFfn], WrappedFfn]) -> None:
     """Replaces the stock FFNs of `model` by what `build` makes around the same projections, on any device."""
     check_unchunked(model, family)
