@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from lte.files import write_json_atomic
 from lte.nn.clustering import group_neurons, inertia
-from lte.records import environment, write_json_atomic
+from lte.records import environment
 
 SHAPES = {"LLaMA-7B": (11008, 4096), "SmolLM2-135M": (1536, 576)}
 EXPERT_SIZE = 32

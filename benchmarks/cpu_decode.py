@@ -31,11 +31,12 @@ from lte.bench import timing
 from lte.bench.acceleration import TOLERANCES
 from lte.bench.gate import check_logits, relative_rms, require
 from lte.bench.shapes import SHAPES, shape_config
+from lte.files import write_json_atomic
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_available, sparse_ffn_cpu
 from lte.ops.layout import by_neuron
 from lte.ops.reference import active_experts, sparse_ffn_reference
-from lte.records import environment, write_json_atomic
+from lte.records import environment
 
 HIDDEN, NEURONS = (SHAPES["smollm2-135m"][name] for name in ("hidden_size", "intermediate_size"))
 

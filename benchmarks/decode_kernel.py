@@ -25,11 +25,12 @@ from torch import Tensor
 
 from lte.bench.gate import relative_rms, require
 from lte.bench.timing import copy_gb_per_s, graph_times
+from lte.files import write_json_atomic
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.decode import PHASES, DecodeLaunch, run_decode
 from lte.ops.launch import ManyTokenTiles, OneTokenTiles, many_token_tiles, one_token_tiles
 from lte.ops.reference import sparse_ffn_reference
-from lte.records import environment, write_json_atomic
+from lte.records import environment
 
 HIDDEN, NEURONS, EXPERT_SIZE, LAYERS = 4096, 11008, 32, 8
 EXPERTS = NEURONS // EXPERT_SIZE

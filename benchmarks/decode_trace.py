@@ -21,9 +21,10 @@ import torch
 from decode_kernel import Layers, sparse_times
 
 from lte.bench.timing import graph_times
+from lte.files import write_json_atomic
 from lte.ops import decode, one_token_kernel
 from lte.ops.launch import one_token_tiles
-from lte.records import environment, write_json_atomic
+from lte.records import environment
 
 # Parts of the kernel, each from the stamp before it: waiting for the kernel before this one, the router's products,
 # hearing of the other programs' experts, finding the share, its weights, waiting for all programs, their sum.

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lte.bench.timing import Times, graph_times
-from lte.records import environment, write_json_atomic
+from lte.files import write_json_atomic
+from lte.records import environment
 
 
 def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down_transposed: Tensor) -> Tensor:

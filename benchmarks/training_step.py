@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import lte
 from lte.bench.shapes import SHAPES, shape_config
-from lte.records import environment, write_json_atomic
+from lte.files import write_json_atomic
+from lte.records import environment
 from lte.train.objective import language_terms, routing_terms, stack_layers
 
 VOCAB = SHAPES["smollm2-135m"]["vocab_size"]

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lte.records import FILE_KEY, PACKED_FILE, REQUIRED_FIELDS, packed_record, parse_json, write_text_atomic
+from lte.files import write_text_atomic
+from lte.records import FILE_KEY, PACKED_FILE, REQUIRED_FIELDS, packed_record, parse_json
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from lte.records import environment, write_json_atomic
+from lte.files import write_json_atomic
+from lte.records import environment
 
 OUTCOMES = {"failure": "failed", "error": "errors", "skipped": "skipped"}  # by pytest's tags
 

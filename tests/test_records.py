@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lte.records import (
-    FIELDS as FIELD_NAMES,
-)
+from lte.files import write_json_atomic
+from lte.records import FIELDS as FIELD_NAMES
 from lte.records import (
     REQUIRED_FIELDS,
     ResultRecord,
@@ -30,7 +29,6 @@ from lte.records import (
     result_record,
     unpack_numbers,
     versions,
-    write_json_atomic,
     write_record,
 )
 from lte.report.inputs import load_inputs

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import os
 import platform
 import subprocess
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lte.files import write_json_atomic
 
 PACKED_FILE, FILE_KEY = "records.jsonl", "file"
 _PACKED_KEYS = {"packed", "shape", "per"}
@@ -446,47 +447,3 @@ def load_records(folder: str | Path, pattern: str = "**/*.json") -> list[ResultR
 def write_record(path: str | Path, record: ResultRecord) -> None:
     """Writes a record as a JSON file with its long lists packed."""
     write_json_atomic(path, packed_record(record))
-
-
-def write_json_atomic(path: str | Path, data: Any) -> None:
-    """Writes JSON beside `path` and renames it into place, so that a reader never sees half a file.
-
-    NaN and infinity, which JSON does not have, become null; tensors and arrays become lists, paths become
-    text.
-
-    Raises:
-        TypeError: for other objects that JSON does not have; nothing is then written.
-    """
-    write_text_atomic(path, json.dumps(json_ready(data), indent=1, allow_nan=False) + "\n")
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Writes a text as UTF-8 beside `path` and renames it into place."""
-    with replaced_atomically(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replaced_atomically(path: str | Path) -> Iterator[Path]:
-    """Gives a new file's path beside `path`, which becomes `path` when the block ends, and goes if it fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def json_ready(data: Any) -> Any:
-    """Data with null in place of numbers that JSON does not have, lists of tensors, and text of paths."""
-    if isinstance(data, Mapping):
-        return {str(key): json_ready(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [json_ready(value) for value in data]
-    if hasattr(data, "tolist"):
-        return json_ready(data.tolist())
-    if isinstance(data, Path):
-        return str(data)
-    return None if isinstance(data, float) and not math.isfinite(data) else data

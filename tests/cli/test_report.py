@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lte.records import write_json_atomic
+from lte.files import write_json_atomic
 from tests.report.sample_benches import bench_content
 from tests.report.sample_records import record
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lte.records import write_json_atomic
+from lte.files import write_json_atomic
 from lte.report.inputs import load_inputs
 from lte.report.points import find_tradeoffs
 from tests.report.sample_benches import bench_content, bench_row

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lte.bench.gate import GateError
-from lte.records import write_json_atomic
+from lte.files import write_json_atomic
 from lte.runs import folders, latency, runner
 from lte.runs.folders import MADE_FILE
 from lte.runs.runner import execute_all

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.bench.timing import Times
-from lte.records import write_json_atomic, write_text_atomic
+from lte.files import write_json_atomic, write_text_atomic
 
 REQUIRED_FIELDS = (
     "benchmark",

@@ -18,11 +18,11 @@ from lte.eval.cost import method_name
 from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_model
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.models import DTYPES, is_lte, load_config
+from lte.files import write_json_atomic, write_text_atomic
 from lte.hf.dense import load_tokenizer
 from lte.hf.families import dense_ffns, family_of
 from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
 from lte.methods import METHODS, config_of
-from lte.records import write_json_atomic, write_text_atomic
 from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_data, inspector_page
 from lte.report.inspector_server import InspectorServer
 from lte.settings import build

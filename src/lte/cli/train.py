@@ -18,8 +18,9 @@ from lte.data.config import DataConfig
 from lte.data.tasks.registry import TaskConfig
 from lte.eval.models import is_lte, load_config, save_folder
 from lte.eval.sparsity import Measurement
+from lte.files import write_json_atomic, write_text_atomic
 from lte.hf.dense import load_tokenizer
-from lte.records import ResultRecord, write_json_atomic, write_record, write_text_atomic
+from lte.records import ResultRecord, write_record
 from lte.report.router_health import router_health_markdown, router_health_table
 from lte.runs.measure import measure_folder
 from lte.runs.pipeline import ModelSettings, Watcher, make_model

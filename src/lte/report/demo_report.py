@@ -8,7 +8,8 @@ from typing import Any
 
 from lte.eval.flops import GFLOP
 from lte.eval.sparsity import Measurement
-from lte.records import ResultRecord, write_json_atomic, write_text_atomic
+from lte.files import write_json_atomic, write_text_atomic
+from lte.records import ResultRecord
 from lte.report.router_health import router_health_markdown
 from lte.report.tables import markdown_table
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from lte.records import replaced_atomically
+from lte.files import replaced_atomically
 from lte.report.curves import curve_places
 from lte.report.paper import PAPER_SUFFIX, paper_markers, visible_markers
 from lte.report.points import Point, Tradeoff

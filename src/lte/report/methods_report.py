@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lte.bench.rows import csv_text
-from lte.records import write_text_atomic
+from lte.files import write_text_atomic
 from lte.report.envelope import envelope_sentences, lte_standings
 from lte.report.paper import paper_numbers
 from lte.report.points import Tradeoff

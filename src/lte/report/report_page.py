@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lte import __version__
-from lte.records import ResultRecord, json_ready, write_text_atomic
+from lte.files import json_ready, write_text_atomic
+from lte.records import ResultRecord
 from lte.report.bench import bench_data
 from lte.report.curves import curve_places, field_value
 from lte.report.inputs import Bench

@@ -14,7 +14,8 @@ from typing import Any
 from filelock import SoftFileLock, Timeout
 
 from lte.eval.models import save_folder
-from lte.records import find_record, write_json_atomic
+from lte.files import write_json_atomic
+from lte.records import find_record
 from lte.runs.memory import peak_memory_bytes
 from lte.runs.pipeline import ModelSettings, make_model
 from lte.runs.plan import Run

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-from lte.records import write_json_atomic
+from lte.files import write_json_atomic
 
 if TYPE_CHECKING:
     from lte.train.trainer import RoutingMixin

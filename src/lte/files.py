@@ -1,0 +1,118 @@
+"""Files that are never half written, and what a folder of them must hold.
+
+A file is written beside its place, brought to the disk, and renamed; a folder's checksums, written last, say that all
+of it is there and as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Checksums = dict[str, dict[str, Any]]
+
+
+def write_json_atomic(path: str | Path, data: Any) -> None:
+    """Writes JSON beside `path` and renames it into place, so that a reader never sees half a file.
+
+    NaN and infinity, which JSON does not have, become null; tensors and arrays become lists, paths become
+    text.
+
+    Raises:
+        TypeError: for other objects that JSON does not have; nothing is then written.
+    """
+    write_text_atomic(path, json.dumps(json_ready(data), indent=1, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Writes a text as UTF-8 beside `path` and renames it into place."""
+    with replaced_atomically(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_atomically(path: str | Path) -> Iterator[Path]:
+    """Gives a new file's path beside `path`, which becomes `path` when the block ends, and goes if it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Brings a file, or a folder's list of files, from the memory to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders.
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksums(folder: str | Path, names: Iterable[str] | None = None) -> Checksums:
+    """Size and SHA-256 of a folder's files.
+
+    Args:
+        folder: where they are.
+        names: paths relative to it; `None` takes all files in it and below, hidden ones left out.
+
+    Returns:
+        By name, `bytes` and `sha256`.
+    """
+    folder = Path(folder)
+    if names is None:
+        paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+
+
+def damage(folder: str | Path, expected: Checksums, *, contents: bool = True) -> list[str]:
+    """What is not as `checksums` found it, a phrase for each file; nothing if all is.
+
+    Args:
+        folder: where the files are.
+        expected: what `checksums` returned.
+        contents: whether to read the files; otherwise only their sizes are compared.
+    """
+    found = []
+    for name, file in expected.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != file["bytes"]:
+            found.append(f"{name} has {path.stat().st_size} bytes where {file['bytes']} were written")
+        elif contents and _sha256(path) != file["sha256"]:
+            found.append(f"{name} has changed since it was written (its SHA-256 differs)")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_ready(data: Any) -> Any:
+    """Data with null in place of numbers that JSON does not have, lists of tensors, and text of paths."""
+    if isinstance(data, Mapping):
+        return {str(key): json_ready(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [json_ready(value) for value in data]
+    if hasattr(data, "tolist"):
+        return json_ready(data.tolist())
+    if isinstance(data, Path):
+        return str(data)
+    return None if isinstance(data, float) and not math.isfinite(data) else data
