@@ -12,6 +12,8 @@ from lte.config import LteConfig
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.acceleration import accelerate_, decelerate_, is_accelerated
 from lte.hf.install import sparse_ffns
+from lte.hf.loading import sparse_class
+from lte.hf.verify import verify
 from lte.methods import calibrate_, densify_, sparsify_
 from lte.methods.cats import CatsConfig
 from lte.methods.deja_vu import DejaVuConfig
@@ -63,8 +65,10 @@ __all__ = [
     "is_accelerated",
     "measure_sparsity",
     "methods",
+    "sparse_class",
     "sparse_ffns",
     "sparsify_",
+    "verify",
 ]
 
 

@@ -4,7 +4,8 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self, get_args
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 Grouping = Literal["kmeans", "coactivation", "contribution", "random", "contiguous"]
 CALIBRATED_GROUPINGS = ("coactivation", "contribution")
@@ -40,6 +41,26 @@ def check_fraction(name: str, value: float, *, upper_closed: bool = False) -> No
         raise ValueError(f"{name} must lie in {interval}, got {name}={value}")
 
 
+def _check_type(name: str, value: object, hint: Any) -> None:
+    """Raises a `ValueError` unless `value` is what the field's type says; types other than those of JSON pass."""
+    optional = type(None) in get_args(hint)
+    if optional and value is None:
+        return
+    kind = next((part for part in get_args(hint) if part is not type(None)), hint) if optional else hint
+    no_number = isinstance(value, bool) or not isinstance(value, Real)
+    if kind is int and (no_number or not isinstance(value, Integral) or abs(int(value)) >= 2**62):
+        rule = "be a whole number of less than 63 bits"
+    elif kind is float and (no_number or not abs(value) < 2.0**1023):  # type: ignore[arg-type]
+        rule = "be a finite number"
+    elif kind is bool and not isinstance(value, bool):
+        rule = "be true or false"
+    elif get_origin(kind) is Literal and not isinstance(value, str):
+        rule = f"be one of {', '.join(get_args(kind))}"
+    else:
+        return
+    raise ValueError(f"{name} must {rule}{' or None' * optional}, got {name}={value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Settings of a method; a subclass adds its own and sets `name`.
@@ -52,6 +73,9 @@ class MethodConfig:
     target_sparsity: float = 0.5
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is not ClassVar:
+                _check_type(name, getattr(self, name), hint)
         check_fraction("target_sparsity", self.target_sparsity)
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,13 +87,13 @@ class MethodConfig:
         """Reads what `to_dict` wrote, now or in an earlier version.
 
         Raises:
-            ValueError: if another method or a newer lte wrote it, or a field is unknown.
+            ValueError: if another method or a newer lte wrote it, a field is unknown, or a value is wrong.
         """
         values = current_settings(data)
-        name, _ = values.pop("name", None), values.pop("version")
+        name, _ = values.pop("name"), values.pop("version")
         if name != cls.name:
             raise ValueError(f"name must be {cls.name}, got name={name!r}; read it with the config of that method")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
         if unknown:
             raise ValueError(f"a config of {cls.name} must hold known fields only, got {', '.join(unknown)}")
         return cls(**values)
@@ -79,17 +103,20 @@ def current_settings(data: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a method as this version writes them, from what any version up to it wrote.
 
     Raises:
-        ValueError: if a newer lte wrote them.
+        ValueError: if a newer lte wrote them, or they are no settings of a method.
     """
-    version = data.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"lte config version must be a whole number from 1, got version={version!r}")
+    if not isinstance(data, Mapping):
+        raise ValueError(f"config.lte must hold the settings of a method, got {data!r}")
+    version: Any = data.get("version")
+    check_whole_number("lte config version", version, 1)
     if version > CONFIG_VERSION:
         raise ValueError(
             f"this model was saved by a newer lte: its config has version={version}, this lte reads up "
             f"to {CONFIG_VERSION}. Install that newer lte to load it."
         )
     named = {"name": LteConfig.name, **data} if version == 1 else dict(data)
+    if not isinstance(named.get("name"), str):
+        raise ValueError(f"name must be that of a method in config.lte, got name={named.get('name')!r}")
     return {**named, "version": CONFIG_VERSION}
 
 

@@ -22,8 +22,8 @@ COMMANDS = {
     "run.",
     "compare": "Trains and measures methods side by side: one start per seed, one budget, a result record for each "
     "run.",
-    "inspect": "Says what a model is: experts, routers, target and measured sparsity, FLOPs per token. Loads no "
-    "weights.",
+    "inspect": "Says what a model is: experts, routers, target and measured sparsity, FLOPs per token; and whether "
+    "it loads.",
     "report": "Compares methods over result files: tables, trade-off curves, the paper's numbers beside ours. Loads "
     "no models.",
     "demo": "Makes a small language model sparse on this machine, and reports what it gained and lost.",

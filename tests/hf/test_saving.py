@@ -41,7 +41,7 @@ def load_logits(folder: Path, tokens: Tensor) -> Tensor | None:
     return model.eval()(tokens).logits
 
 
-# Forks once per step of a save and kills the child there: with half a file written, after a deletion or move.
+# Forks once per step of a save and kills the child there: with half of the files written, after a deletion or move.
 # One more child saves under a limit on file sizes.
 CRASHING_PROGRAM = """
 import json, os, pathlib, resource, shutil, signal, sys
@@ -74,11 +74,11 @@ def save_until(target, last_step):
 
     def crashing_unlink(self, *args, **kwargs):
         unlink(self, *args, **kwargs)
-        step("delete")
+        step("delete" if self.parent == target else "half")
 
     def crashing_replace(self, other):
         replace(self, other)
-        step("move")
+        step("move" if pathlib.Path(other).parent == target else "half")
 
     modeling_utils.safe_save_file = crashing_save_file
     pathlib.Path.unlink, pathlib.Path.replace = crashing_unlink, crashing_replace

@@ -19,9 +19,12 @@ from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_mo
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.models import DTYPES, is_lte, load_config
 from lte.files import write_json_atomic, write_text_atomic
-from lte.hf.dense import load_tokenizer
-from lte.hf.families import dense_ffns, family_of
+from lte.hf.checkpoints import load_whole, read_checksums, reading
+from lte.hf.dense import load_tokenizer, model_location
+from lte.hf.families import dense_ffns, family_of, saved_head
 from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
+from lte.hf.verify import loading_fault
+from lte.hf.verify import verify as verify_folder
 from lte.methods import METHODS, config_of
 from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_data, inspector_page
 from lte.report.inspector_server import InspectorServer
@@ -63,9 +66,15 @@ class TextConfig:
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or GGUF file; dense or LTE.")],
     json: Annotated[Path | None, typer.Option(help="Also write what is shown to this file.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all files first and say which are not as they were saved.")
+    ] = False,
     **given: Any,
 ) -> None:
-    """Says what a model is: experts, routers, target and measured sparsity, FLOPs per token. Loads no weights.
+    """Says what a model is: experts, routers, target and measured sparsity, FLOPs per token; and whether it loads.
+
+    Weights are not loaded for that. With `--verify` all files are read: a changed bit, a missing tensor or a NaN is an
+    error that names the file.
 
     With `--text` and `--html`, or with `--serve`, an LTE model reads a text, and a page shows which experts each token
     switches on.
@@ -75,7 +84,11 @@ def inspect(
     quiet_transformers()
     config = build(TextConfig, given)
     check_flags(config, given)
+    if verify:
+        verify_files(model)
     found = describe(model)
+    if found["fault"] is not None and (config.serve or config.html is not None):
+        raise ValueError(found["fault"])
     if config.serve:
         serve_inspector(model, found["method"], config)
     elif config.html is not None:
@@ -84,6 +97,27 @@ def inspect(
         print_description(found)
     if json is not None:
         write_json_atomic(json, found)
+    if found["fault"] is not None:
+        raise ValueError(f"this describes a model that does not load: {found['fault']}")
+
+
+def verify_files(name_or_path: str) -> None:
+    """Compares a folder with its checksums and says that it is whole.
+
+    Raises:
+        ValueError: if it is not, naming the files.
+    """
+    found = verify_folder(name_or_path)
+    if found:
+        raise ValueError(f"model must be as it was saved, got {name_or_path}, where {'; '.join(found)}")
+    known = read_checksums(Path(name_or_path).expanduser())
+    if known is None:
+        typer.echo(
+            f"{name_or_path} holds a whole model of finite weights. It has no checksums, since lte 0.1 or another tool "
+            "saved it, so that changed bits stay unknown; saving it again with lte writes them."
+        )
+    else:
+        typer.echo(f"{name_or_path} is as it was saved: {len(known)} files, by their checksums.")
 
 
 def check_flags(config: TextConfig, given: Mapping[str, Any]) -> None:
@@ -135,11 +169,8 @@ def check_method(name_or_path: str, method: str) -> None:
 def load_inspected_model(name_or_path: str, dtype: str, kernels: str) -> Any:
     """An LTE model of any kind with the head that its folder holds, on the GPU if there is one."""
     config = load_config(name_or_path)
-    heads = family_of(config).models
-    saved = {name.removeprefix("Lte") for name in config.architectures or ()}
-    auto_class = next((auto for auto, stock in heads.items() if stock in saved), next(iter(heads)))
-    path = str(Path(name_or_path).expanduser())
-    model = getattr(transformers, auto_class).from_pretrained(path, dtype=DTYPES[dtype])
+    auto_class = getattr(transformers, saved_head(config) or next(iter(family_of(config).models)))
+    model = load_whole(auto_class, model_location(name_or_path), dtype=DTYPES[dtype])
     return use_kernels_(model.to(training_device()).eval(), kernels)
 
 
@@ -235,12 +266,15 @@ def print_description(found: dict[str, Any]) -> None:
 def describe(name_or_path: str) -> dict[str, Any]:
     """Everything that the config of a model tells, JSON-ready.
 
+    `fault` says why the model does not load; it is `None` if it does.
+
     Raises:
         ValueError: for an unknown family, or a path that does not exist.
     """
     config = load_config(name_or_path)
     family = family_of(config)
-    skeleton = meta_model(config)
+    with reading(name_or_path):
+        skeleton = meta_model(config)
     weights = count_linear_weights(skeleton)
     first = next(iter((wrapped_ffns(skeleton) or dense_ffns(skeleton, family)).values()))
     found: dict[str, Any] = {
@@ -252,6 +286,7 @@ def describe(name_or_path: str) -> dict[str, Any]:
         "ffn_neurons": num_neurons(first, family.layout),
         "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
         "gflops_per_token_dense": 2 * (weights.attention + sum(weights.ffn)) / GFLOP,
+        "fault": loading_fault(name_or_path),
         "layers_measured": [],
     }
     method = METHODS.get(found["method"])
@@ -293,6 +328,8 @@ def _summary_table(found: dict[str, Any]) -> Table:
     table.add_row("base family", found["family"])
     table.add_row("layers x FFN neurons", f"{found['layers']} x {found['ffn_neurons']}")
     table.add_row("parameters", f"{found['parameters']:,}")
+    if found["fault"] is not None:
+        table.add_row("loads", f"no: {found['fault']}")
     dense = f"{found['gflops_per_token_dense']:.4f} dense"
     if found["method"] in METHODS:
         table.add_row("skips", found["about"])

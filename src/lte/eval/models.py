@@ -16,9 +16,10 @@ from lte.eval.cost import record_fields
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
-from lte.hf.dense import load_dense_model
+from lte.hf.checkpoints import load_whole, reading, record_checksums
+from lte.hf.dense import load_dense_model, model_location
 from lte.hf.families import family_of
-from lte.hf.loading import method_settings
+from lte.hf.loading import is_ours, method_settings
 from lte.methods import METHODS
 from lte.records import ResultRecord, result_record
 from lte.train.processes import training_device
@@ -30,19 +31,23 @@ def load_config(name_or_path: str) -> Any:
     """The config of a hub name, folder or GGUF file, without its weights.
 
     Raises:
-        ValueError: if a path does not exist.
-        OSError: if the hub or the folder has no config.
+        ValueError: if a path does not exist, or holds no config that can be read.
+        OSError: if the hub has no config.
     """
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        with reading(name_or_path):
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     local = path.exists() or name_or_path.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if local and not path.exists():
         raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
     if path.is_dir() and not (path / "config.json").exists():
         raise ValueError(f"model must be a folder with a config.json, got {name_or_path}, which has none")
+    if path.exists():
+        with reading(name_or_path):
+            return AutoConfig.from_pretrained(str(path))
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else name_or_path)
+        return AutoConfig.from_pretrained(name_or_path)
     except OSError as error:
         raise OSError(f"model {name_or_path} is no folder here and was not found on the hub: {error}") from error
 
@@ -70,8 +75,7 @@ def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "of
     family_of(config)
     model: Any
     if is_lte(config):
-        path = str(Path(name_or_path).expanduser())
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+        model = load_whole(AutoModelForCausalLM, model_location(name_or_path), dtype=DTYPES[dtype])
     else:
         model = load_dense_model(name_or_path, DTYPES[dtype])
     return use_kernels_(model.to(training_device()).eval(), kernels)
@@ -134,7 +138,14 @@ def measurement_summary(
 
 
 def save_folder(model: Any, tokenizer: Any, output: Path) -> None:
-    """Saves tokenizer and model; the model's `config.json` comes last, so a folder with one is complete."""
+    """Saves tokenizer and model; the model's `config.json` comes last, so a folder with one is complete.
+
+    The checksums that `lte inspect --verify` compares are of all these files.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(output)
+    files = [Path(file) for file in tokenizer.save_pretrained(output)]
+    record_checksums(output, [file.relative_to(output).as_posix() for file in files if file.is_file()])
     model.save_pretrained(output)
+    if not is_ours(model):
+        names = [path.name for pattern in ("*config.json", "model*") for path in output.glob(pattern)]
+        record_checksums(output, names)

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from lte.hf.families import family_of
+from lte.hf.families import saved_head
 
 CARD_FILE = "README.md"
 MARKER = "<!-- Written by lte from config.json; without this line lte leaves the card as it is. -->"
@@ -63,8 +63,7 @@ def model_card(config: Any, title: str) -> ModelCard:
         "## How to load it",
         "transformers alone refuses this folder, so that it never runs dense by accident. Install `lte` from its "
         "source, then:",
-        f"```python\nimport lte  # registers the model's class\nfrom transformers import {_auto_class(config)}\n\n"
-        f'model = {_auto_class(config)}.from_pretrained("path/of/this/folder")\n```',
+        f"```python\n{_loading_code(config)}\n```",
     ]
     return ModelCard("\n\n".join(lines) + "\n")
 
@@ -115,8 +114,9 @@ def _license(base: str) -> str | None:
         return None
 
 
-def _auto_class(config: Any) -> str:
-    wanted = set(getattr(config, "architectures", None) or ())
-    models = family_of(config).models
-    found = [auto for auto, stock in models.items() if stock in wanted or f"Lte{stock}" in wanted]
-    return found[0] if found else next(iter(models))
+def _loading_code(config: Any) -> str:
+    head, folder = saved_head(config), '.from_pretrained("path/of/this/folder")'
+    if head is None:
+        own = str(config.architectures[0]).removeprefix("Lte")
+        return f"import lte\n\nmodel = lte.sparse_class({own}){folder}  # {own}: the class that it was made from"
+    return f"import lte  # registers the model's class\nfrom transformers import {head}\n\nmodel = {head}{folder}"

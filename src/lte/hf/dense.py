@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lte.hf.checkpoints import load_whole, reading
+
 
 def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
     """A dense causal LM; a GGUF file is de-quantised to `dtype`.
@@ -18,9 +20,10 @@ def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch
         dtype: of the weights; `None` keeps the checkpoint's.
 
     Raises:
-        ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing.
+        ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing, or if the
+            files do not hold the whole model.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(**model_location(name_or_path), dtype=dtype or "auto")
+    model = load_whole(AutoModelForCausalLM, model_location(name_or_path), dtype=dtype or "auto")
     forget_gguf_(model)
     return model
 
@@ -44,8 +47,14 @@ def forget_gguf_(model: Any) -> None:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name, folder, or `.gguf` file; a missing pad token becomes the end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(**model_location(name_or_path))
+    """The tokenizer of a hub name, folder, or `.gguf` file; a missing pad token becomes the end-of-text token.
+
+    Raises:
+        ValueError: if there is none, or its files are damaged.
+    """
+    location = model_location(name_or_path)
+    with reading(name_or_path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**location)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

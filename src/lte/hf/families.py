@@ -9,10 +9,14 @@ with `spread=True`, whose names are paths in the block.
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 from torch import nn
+from transformers.models.auto import modeling_auto
 
 from lte.nn.sparse_ffn import FfnLayout
 
@@ -56,10 +60,28 @@ class Family:
         """The `model_type` of the saved sparse folder, unknown to transformers without lte."""
         return f"lte_{self.model_type}"
 
+    @cached_property
+    def heads(self) -> dict[str, str]:
+        """As `models`, with every further head that an Auto class of transformers has for the family."""
+        found = dict(self.models)
+        for name, auto_class in vars(modeling_auto).items():
+            mapping = getattr(auto_class, "_model_mapping", None)
+            if name.startswith("AutoModel") and mapping is not None:
+                with suppress(KeyError):
+                    stock = mapping[self.stock_class(self.config_class)]
+                    if stock.__module__ == self.module_of_models().__name__:
+                        found.setdefault(name, stock.__name__)
+        return found
+
+    def module_of_models(self) -> ModuleType:
+        """The module of transformers with the family's model classes."""
+        return importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}")
+
     def stock_class(self, name: str) -> type[Any]:
         """A class of the family from transformers, by name."""
-        part = "configuration" if name == self.config_class else "modeling"
-        return getattr(importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}"), name)
+        if name != self.config_class:
+            return getattr(self.module_of_models(), name)
+        return getattr(importlib.import_module(f"transformers.models.{self.module}.configuration_{self.module}"), name)
 
     def new_ffn(self, config: Any, neurons: int) -> nn.Module:
         """A stock FFN with random weights."""
@@ -230,6 +252,14 @@ def family_of(config: Any) -> Family:
     if row is None:
         raise ValueError(_refusal(config, model_type))
     return row.gated if row.gated is not None and getattr(config, "is_gated_act", False) else row
+
+
+def saved_head(config: Any) -> str | None:
+    """The name of the Auto class that loads the head which a config says was saved; `None` for a class of its own."""
+    family = family_of(config)
+    saved = {str(name).removeprefix("Lte") for name in getattr(config, "architectures", None) or ()}
+    found = [auto for auto, stock in family.heads.items() if stock in saved]
+    return next(iter(found or ([] if saved else family.models)), None)
 
 
 def dense_ffns(model: nn.Module, family: Family) -> dict[str, nn.Module]:

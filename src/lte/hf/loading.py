@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from lte.config import LteConfig, MethodConfig, current_settings
 from lte.hf.card import CARD_FILE, MARKER, write_card
+from lte.hf.checkpoints import reading, record_checksums, require_whole
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
 from lte.hf.install import sparse_ffns
@@ -53,7 +55,10 @@ _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 # Folders of lte 0.1 go on differently after the colon, so only the start tells a guard.
 _GUARD_START = " (an LTE model: "
-_GUARD = f"{_GUARD_START}install Learn-To-be-Efficient from its source and `import lte` before loading it)"
+_GUARD = (
+    f"{_GUARD_START}install Learn-To-be-Efficient from its source, `import lte`, and load it with an Auto class or "
+    "lte.sparse_class(YourClass))"
+)
 _PREFIX = "Lte"
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
@@ -70,6 +75,24 @@ def method_settings(config: Any) -> dict[str, Any] | None:
     found = getattr(config, "lte", None)
     found = getattr(config, "lte_method", None) if found is None else found
     return None if found is None else current_settings(found)
+
+
+def _checked_measurement(found: Any) -> dict[str, Any] | None:
+    """What `lte_measurement` holds, if it is what `lte.eval.models.measurement_summary` makes."""
+    if not isinstance(found, dict | None):
+        raise ValueError(f"lte_measurement must hold fields or be null, got lte_measurement={found!r}")
+    for name in ("sparsity", "tokens", "active_fraction", "dead_experts", "always_on_experts"):
+        value = (found or {}).get(name)
+        several = name not in ("sparsity", "tokens")
+        numbers = value if several and isinstance(value, list) else [value]
+        if value is not None and (several != isinstance(value, list) or not all(map(_is_number, numbers))):
+            rule = "a list of numbers" if several else "a number"
+            raise ValueError(f"lte_measurement.{name} must be {rule} or null, got {name}={value!r}")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class LteConfigMixin:
@@ -89,8 +112,18 @@ class LteConfigMixin:
         settings, others = kwargs.pop("lte", None), kwargs.pop("lte_method", None)
         settings = others if settings is None else settings
         self.lte: dict[str, Any] | None = None if settings is None else current_settings(settings)
-        self.lte_measurement: dict[str, Any] | None = kwargs.pop("lte_measurement", None)
+        self.lte_measurement: dict[str, Any] | None = _checked_measurement(kwargs.pop("lte_measurement", None))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the stock method, but what is wrong with a field is a sentence that names the folder.
+
+        Raises:
+            ValueError: if the fields are not those of a model.
+        """
+        with reading(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "config.json"):
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """As the stock method, with the guard in the activation field and the stock `architectures`."""
@@ -106,6 +139,7 @@ class LteConfigMixin:
 class LteModelMixin:
     """What a family's model class gains: wrapped FFNs made from the config, checked loading, atomic saving."""
 
+    stock_class: type[Any]
     _keep_in_fp32_modules_strict = FP32_NAMES
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
@@ -139,23 +173,48 @@ class LteModelMixin:
 
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As the stock method, but a folder with damaged or missing weights is an error.
+        """As the stock method, but a folder that does not hold the whole model is an error.
 
         Raises:
-            ValueError: if weights are missing (stock transformers warns and takes random ones), or a weight
-                file is corrupt.
+            ValueError: if weights are missing (stock transformers warns and takes random ones), do not fit the config,
+                are not finite, or a file is corrupt. With `ignore_mismatched_sizes=True` the head alone may not fit.
         """
-        try:
+        other_head = kwargs.pop("ignore_mismatched_sizes", False)
+        # Of adapters `name_or_path` may be their base, and `info` is of the adapters alone.
+        source = kwargs.get("_adapter_model_path") or name_or_path
+        with reading(source):
             model, info = super().from_pretrained(  # type: ignore[misc]
-                name_or_path, *args, output_loading_info=True, **kwargs
+                name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except SafetensorError as error:
-            raise ValueError(f"a weight file of {name_or_path} is corrupt or cut short: {error}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise ValueError(f"{name_or_path} must hold all weights of the model, got {len(missing)} missing: {shown}")
+            fewer_layers = bool(info["unexpected_keys"]) and cls._has_other_depth(model, name_or_path)
+            require_whole(model, info, source, other_head=other_head, fewer_layers=fewer_layers)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                cls.from_pretrained(next(iter(model.peft_config.values())).base_model_name_or_path, device_map="meta")
+        cls._warn_of_other_class(model, name_or_path)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _has_other_depth(cls, model: Any, name_or_path: Any) -> bool:
+        """Whether the caller asked for another number of layers than the folder has."""
+        saved: Any = cls.config_class.from_pretrained(name_or_path)  # type: ignore[attr-defined]
+        return saved.num_hidden_layers != model.config.num_hidden_layers
+
+    @classmethod
+    def _warn_of_other_class(cls, model: Any, name_or_path: Any) -> None:
+        """Says that a folder was saved from a class of the user's own, which an Auto class does not know."""
+        own = [name.removeprefix(_PREFIX) for name in model.config.architectures or ()]
+        family = family_of(model.config)
+        if own and cls.stock_class.__name__ not in own and not hasattr(family.module_of_models(), own[0]):
+            warnings.warn(
+                f"{name_or_path} was saved from the class {own[0]} and is loaded as {cls.stock_class.__name__}, "
+                f"without what {own[0]} adds; lte.sparse_class({own[0]}).from_pretrained loads all of it",
+                stacklevel=3,
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the stock class in place of the sparse one, which another process makes from it."""
+        made: Any = super().__reduce_ex__(protocol)
+        return (_new_sparse, (self.stock_class,), *made[2:])
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As the stock method, but a process that dies on the way leaves no folder that loads.
@@ -185,6 +244,7 @@ class LteModelMixin:
                 raise OSError(f"could not save to {target}, which is left as it was: {error}") from error
             if (Path(partial) / "config.json").exists():
                 self._write_card(Path(partial), target)
+            _add_checksums(Path(partial), target)
             publish_folder(Path(partial), target)
         if pushes and kwargs.get("is_main_process", True):
             repository = {name: hub.pop(name) for name in ("private",) if name in hub}
@@ -228,6 +288,28 @@ def _installer(config: Any) -> Callable[[Any, Family], None]:
     return lambda model, family: INSTALLERS[settings["name"]](model, family, settings)
 
 
+def _variant(name: str) -> str | None:
+    """Which variant's weights a file holds or lists, "" for the main ones; `None` for other files."""
+    found = re.fullmatch(r"model(?:\.(.+?))??(?:-\d{5}-of-\d{5})?\.safetensors", name)
+    found = found or re.fullmatch(r"model\.safetensors\.index(?:\.(.+))?\.json", name)
+    return None if found is None else found[1] or ""
+
+
+def _stale_weights(names: Iterable[str], target: Path) -> list[str]:
+    """The weight files of `target` that new ones of the same variant replace; other variants stay."""
+    replaced = {_variant(name) for name in names} - {None}
+    there = [path.name for path in target.glob("model*") if path.name not in names]
+    return [name for name in there if _variant(name) in replaced]
+
+
+def _add_checksums(partial: Path, target: Path) -> None:
+    """Writes the checksums of what `target` will hold when the files of `partial` are in it, the card left out."""
+    names = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {CARD_FILE}
+    if not names:
+        return
+    record_checksums(partial, names, known_in=target, gone=_stale_weights(names, target))
+
+
 def publish_folder(partial: Path, target: Path) -> None:
     """Moves the files of `partial` into `target` on the same file system so that `config.json` appears last.
 
@@ -239,9 +321,8 @@ def publish_folder(partial: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     if "config.json" in names:
         (target / "config.json").unlink(missing_ok=True)
-        for stale in [*target.glob("model*.safetensors"), *target.glob("model.safetensors.index.json")]:
-            if stale.name not in names:
-                stale.unlink()
+        for name in _stale_weights(names, target):
+            (target / name).unlink()
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_dir():
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
@@ -270,9 +351,7 @@ def become_dense_(model: Any, family: Family) -> Any:
     """Gives a sparse model its stock classes back and returns the stock config; the caller replaces the modules."""
     # A loaded classifier of a decoder holds a sparse model of its own.
     for module in [module for module in model.modules() if isinstance(module, LteModelMixin)]:
-        module.__class__ = next(
-            base for base in type(module).__mro__ if base.__module__.startswith("transformers.models.")
-        )
+        module.__class__ = module.stock_class
     own_config_(model)
     model.config.__class__ = family.stock_class(family.config_class)
     vars(model.config).pop("lte", None)
@@ -295,17 +374,44 @@ _MODEL_CLASSES: dict[type, type] = {}
 
 
 def _sparse_model_class(stock: type[nn.Module], family: Family) -> type:
-    """The sparse subclass of a stock model class, made on first use and importable from this module."""
+    """The sparse subclass of a stock model class or of a user's own, made on first use."""
     if stock not in _MODEL_CLASSES:
         name = f"{_PREFIX}{stock.__name__}"
         body = {
             "config_class": _CONFIG_CLASSES[family.model_type],
+            "stock_class": stock,
             "__module__": __name__,
             "__doc__": stock.__doc__,
         }
-        _MODEL_CLASSES[stock] = globals()[name] = type(name, (LteModelMixin, stock), body)
+        _MODEL_CLASSES[stock] = type(name, (LteModelMixin, stock), body)
         _keep_renamings(stock.__name__, name)
     return _MODEL_CLASSES[stock]
+
+
+def sparse_class(stock: type[nn.Module]) -> type:
+    """The sparse class of a model class of transformers, or of your own subclass of one.
+
+    The Auto classes load every head that they know. `lte.sparse_class(MyModel).from_pretrained(folder)` loads what was
+    saved from a class of your own, with all that it adds.
+
+    Raises:
+        ValueError: for a class of no family that lte converts.
+    """
+    if issubclass(stock, LteModelMixin):
+        return stock
+    config_class = getattr(stock, "config_class", None)
+    model_type = getattr(config_class, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"stock must be a model class of the families {', '.join(FAMILIES)}, got stock={stock.__name__}"
+        )
+    return _sparse_model_class(stock, FAMILIES[model_type])
+
+
+def _new_sparse(stock: type[nn.Module]) -> Any:
+    """An empty object of the sparse class, which `pickle` fills."""
+    made: Any = sparse_class(stock)
+    return made.__new__(made)
 
 
 def _keep_renamings(stock: str, sparse: str) -> None:
@@ -329,8 +435,10 @@ def register_families() -> None:
         _CONFIG_CLASSES[family.model_type] = globals()[name] = config_class
         transformers.AutoConfig.register(family.sparse_model_type, config_class, exist_ok=True)
         _keep_renamings(family.model_type, family.sparse_model_type)
-        for auto_name, stock_name in family.models.items():
+        for auto_name, stock_name in family.heads.items():
             model_class = _sparse_model_class(family.stock_class(stock_name), family)
+            # Importable by its name, as models that earlier versions pickled need it.
+            globals()[model_class.__name__] = model_class
             getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
 
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from lte.data.tasks.task import ClassificationTask, GenerationTask, Task
+from lte.hf.checkpoints import load_whole, reading
 from lte.hf.dense import forget_gguf_, model_location
 from lte.hf.families import family_of
 
@@ -39,16 +40,19 @@ def load_task_model(
         new_head: whether a model without the task's head may get one.
 
     Raises:
-        ValueError: for a model that cannot do the task, a head of another task, or no head and `new_head=False`.
+        ValueError: for a model that cannot do the task, a head of another task, no head and `new_head=False`, or files
+            that do not hold the whole model.
     """
     location = model_location(name_or_path)
-    config = AutoConfig.from_pretrained(**location)
+    with reading(name_or_path):
+        config = AutoConfig.from_pretrained(**location)
     auto_class = _auto_class(task, config)
     head: dict[str, Any] = {}
+    gets_head = False
     if isinstance(task, ClassificationTask):
-        _check_head(task, config, name_or_path, new_head)
+        gets_head = _check_head(task, config, name_or_path, new_head)
         head = task.head
-    model = auto_class.from_pretrained(**location, dtype=dtype, **head)
+    model = load_whole(auto_class, location, new_head=gets_head, dtype=dtype, **head)
     forget_gguf_(model)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -70,10 +74,11 @@ def _auto_class(task: Task, config: Any) -> Any:
     )
 
 
-def _check_head(task: ClassificationTask, config: Any, name: str | Path, new_head: bool) -> None:
+def _check_head(task: ClassificationTask, config: Any, name: str | Path, new_head: bool) -> bool:
+    """Whether the model lacks the task's head and gets a new one; one with another head is refused."""
     if not any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ()):
         if new_head and not config.model_type.startswith("lte_"):
-            return
+            return True
         raise ValueError(
             f"model must have a head trained on {task.name}, got {name} with {', '.join(config.architectures or ())}; "
             f"lte train --task {task.name} trains one, from a dense model"
@@ -89,3 +94,4 @@ def _check_head(task: ClassificationTask, config: Any, name: str | Path, new_hea
             f"model must have the outputs {', '.join(task.labels)} in this order for task={task.name}, got {name} with "
             f"{', '.join(own)}"
         )
+    return False
