@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte
+from lte.hf.checkpoints import CHECKSUM_FILE
 from lte.methods import METHODS
 from lte.methods.cats import CatsConfig
 from tests.report.inspected import NASTY, PLAIN, save_sparse_model
@@ -194,3 +197,58 @@ def test_serving_until_ctrl_c(sparse_folder: Path, text: Path) -> None:
     # bitsandbytes, where it is installed, says which of its kernels a CPU lacks.
     problems = "".join(line for line in problems.splitlines() if "gemm_4bit_forward" not in line)
     assert (process.returncode, output, problems) == (0, "Stopped.\n", "")
+
+
+class TestFiles:
+    """Whether a folder loads, and `--verify`."""
+
+    @pytest.fixture
+    def copy(self, sparse_folder: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(sparse_folder, tmp_path / "copy"))
+
+    def test_a_whole_folder(self, run: Callable[..., Any], copy: Path, tmp_path: Path) -> None:
+        result = run("inspect", copy, "--verify", "--json", tmp_path / "model.json")
+        assert result.exit_code == 0, result.output
+        assert re.search(r"is as it was saved: \d+ files, by their checksums", result.stdout)
+        assert json.loads((tmp_path / "model.json").read_text())["fault"] is None
+
+    def test_a_flipped_bit(self, run: Callable[..., Any], copy: Path) -> None:
+        data = bytearray((copy / "model.safetensors").read_bytes())
+        data[-5] ^= 1
+        (copy / "model.safetensors").write_bytes(data)
+        assert run("inspect", copy).exit_code == 0
+        result = run("inspect", copy, "--verify")
+        assert result.exit_code == 1
+        assert "must be as it was saved" in result.stderr
+        assert "model.safetensors has changed since it was written" in result.stderr
+
+    def test_a_folder_without_checksums_says_so(self, run: Callable[..., Any], copy: Path) -> None:
+        (copy / CHECKSUM_FILE).unlink()
+        result = run("inspect", copy, "--verify")
+        assert result.exit_code == 0, result.output
+        assert "It has no checksums" in " ".join(result.stdout.split())
+
+    @pytest.mark.parametrize("fault", ["gone", "cut short", "NaN", "missing"])
+    def test_a_folder_that_does_not_load_says_so(
+        self, fault: str, run: Callable[..., Any], copy: Path, text: Path, tmp_path: Path
+    ) -> None:
+        file = copy / "model.safetensors"
+        weights = load_file(file)
+        router = next(name for name in weights if name.endswith("router.weight"))
+        if fault == "gone":
+            file.unlink()
+        elif fault == "cut short":
+            file.write_bytes(file.read_bytes()[:-1])
+        elif fault == "NaN":
+            save_file({**weights, router: weights[router] * float("nan")}, file, metadata={"format": "pt"})
+        else:
+            del weights[router]
+            save_file(weights, file, metadata={"format": "pt"})
+        result = run("inspect", copy, "--json", tmp_path / "model.json")
+        assert result.exit_code == 1
+        assert "experts per layer" in result.stdout
+        assert "this describes a model that does not load" in result.stderr
+        named = {"gone": "model.safetensors", "cut short": "model.safetensors"}.get(fault, router)
+        assert named in json.loads((tmp_path / "model.json").read_text())["fault"]
+        result = run("inspect", copy, "--text", text, "--html", tmp_path / "page.html")
+        assert (result.exit_code, (tmp_path / "page.html").exists()) == (1, False)

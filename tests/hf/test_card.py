@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lte
 from lte.hf.card import MARKER, model_card
+from lte.hf.checkpoints import CHECKSUM_FILE
 from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 
 MEASURED = {
@@ -137,6 +140,8 @@ def test_push_to_hub_uploads_config_weights_and_card(hub: StandIn) -> None:
     assert MARKER in card
     assert "# sparse" in card
     assert "50.3%" in card
+    for name, file in json.loads(commit["files"][CHECKSUM_FILE])["files"].items():
+        assert hashlib.sha256(commit["files"][name]).hexdigest() == file["sha256"]
 
 
 @pytest.mark.parametrize("hub", ["---\nlicense: mit\n---\n\n# Written by hand\n"], indirect=True)

@@ -271,15 +271,15 @@ def test_family_of_sparse_and_stock_configs(model_type: str) -> None:
 
 def head_cases() -> list[tuple[str, str]]:
     return [
-        (model_type, head) for model_type in MODEL_TYPES for head in row_of(model_type).models if model_type in FAMILIES
+        (model_type, head) for model_type in MODEL_TYPES for head in row_of(model_type).heads if model_type in FAMILIES
     ]
 
 
 @pytest.mark.parametrize(("model_type", "head"), head_cases())
 def test_every_head_reloads_through_its_auto_class(model_type: str, head: str, tmp_path: Path) -> None:
     row = row_of(model_type)
-    assert getattr(transformers, head)._model_mapping[row.stock_class(row.config_class)].__name__ == row.models[head]
-    model = row.stock_class(row.models[head])(tiny_config(model_type))
+    assert getattr(transformers, head)._model_mapping[row.stock_class(row.config_class)].__name__ == row.heads[head]
+    model = row.stock_class(row.heads[head])(tiny_config(model_type))
     lte.sparsify_(model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="random"))
     model.save_pretrained(tmp_path)
     loaded = getattr(transformers, head).from_pretrained(tmp_path)

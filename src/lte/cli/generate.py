@@ -14,6 +14,7 @@ from lte.cli.command import KernelsOption, quiet_transformers, reports_errors
 from lte.eval.models import load_any_model
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.dense import load_tokenizer
+from lte.hf.inputs import check_tokens, longest_input
 from lte.hf.install import sparse_ffns
 
 
@@ -70,7 +71,16 @@ def generate_ids(
     temperature: float = 0.0,
     streamer: Any = None,
 ) -> Tensor:
-    """Prompt and continuation [1, T] together."""
+    """Prompt and continuation [1, T] together; it ends where the model has no further position.
+
+    Raises:
+        ValueError: for a prompt that the model cannot read.
+    """
+    check_tokens(model, ids)
+    longest = longest_input(model)
+    if longest is not None and not model.config.is_encoder_decoder:
+        # The last token is written, not read.
+        max_new_tokens = min(max_new_tokens, longest - ids.shape[1] + 1)
     # A greedy run must not warn of the sampling values that the checkpoint's generation config brings.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with torch.no_grad():

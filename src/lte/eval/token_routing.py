@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lte.eval.flops import count_linear_weights
 from lte.eval.inference import hard_inference, model_device
-from lte.hf.inputs import unwrapped
+from lte.hf.inputs import check_tokens, unwrapped
 from lte.hf.install import require_sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 
@@ -92,12 +92,14 @@ def record_routing(model: Any, token_ids: Sequence[int]) -> TokenRouting:
         token_ids: the text, [T].
 
     Raises:
-        ValueError: for a dense model, no tokens, or router logits that are not finite.
+        ValueError: for a dense model, no tokens or some that the model does not have, or router logits that are not
+            finite.
     """
     if len(token_ids) == 0:
         raise ValueError("token_ids must hold at least one token, got none")
     require_sparse_ffns(model)
     part = routed_part(model)
+    check_tokens(model, torch.tensor([list(token_ids)]))
     ffns = list(require_sparse_ffns(part).values())
     ids = torch.tensor([list(token_ids)], device=model_device(part))
     with _recorded(ffns), hard_inference(part):

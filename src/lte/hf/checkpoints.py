@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lte.files import Checksums, checksums, write_json_atomic
+from lte.files import Checksums, checksums, damage, write_json_atomic
 
 CHECKSUM_FILE = "lte_checksums.json"
 """Holds size and SHA-256 of a saved folder's files, by name; stock tools pass it by."""
@@ -65,8 +66,19 @@ def damaged_files(folder: Path) -> list[str]:
 
     Weight files are opened, and only their headers are read.
     """
+    found = _damaged_json(folder, _JSON_FILES)
+    for path in [path for pattern in _WEIGHT_FILES for path in sorted(folder.glob(pattern))]:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            found.append(f"the weight file {path.name} is corrupt or cut short ({error}); {_AGAIN}")
+    return found
+
+
+def _damaged_json(folder: Path, patterns: Iterable[str]) -> list[str]:
     found = []
-    for path in [path for pattern in _JSON_FILES for path in sorted(folder.glob(pattern))]:
+    for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -76,12 +88,6 @@ def damaged_files(folder: Path) -> list[str]:
             found.append(f"{path.name} must hold fields, got {json.dumps(content)[:40]}; {_AGAIN}")
         elif ".index" in path.name:
             found += _faults_of_index(path, content)
-    for path in [path for pattern in _WEIGHT_FILES for path in sorted(folder.glob(pattern))]:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            found.append(f"the weight file {path.name} is corrupt or cut short ({error}); {_AGAIN}")
     return found
 
 
@@ -186,6 +192,10 @@ def require_whole(
     Raises:
         UnreadableModelError: naming the first tensors.
     """
+    # Stock transformers takes defaults, with which a model may write on for ever.
+    damaged = _damaged_json(Path(str(source)).expanduser(), ["generation_config.json"])
+    if damaged:
+        raise UnreadableModelError(f"model must load, got {source}: {damaged[0]}")
     base = f"{getattr(model, 'base_model_prefix', '')}."
     names = model.state_dict().keys()
     has_head = any(not name.startswith(base) for name in names) and any(name.startswith(base) for name in names)
@@ -196,7 +206,9 @@ def require_whole(
     missing = sorted(name for name in info["missing_keys"] if not (new_head and is_head(name)))
     if missing:
         shown = f"must hold all weights of the model, got {len(missing)} missing: {_first(missing)}"
-        raise UnreadableModelError(f"{source} {shown}; {_AGAIN}, or load it as the kind of model that it is")
+        raise UnreadableModelError(
+            f"{source} {shown}; {_AGAIN}, correct config.json, or load the kind of model that it is"
+        )
     shapes = sorted(
         f"{name} of the shape {list(saved)} where config.json asks for {list(wanted)}"
         for name, saved, wanted in info["mismatched_keys"]
@@ -260,6 +272,19 @@ def read_checksums(folder: str | Path) -> Checksums | None:
         return {name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])} for name, file in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} must hold checksums, got a file that is damaged ({error}); {_AGAIN}") from error
+
+
+def warn_of_shortened_texts(folder: Path) -> None:
+    """Warns of files that any content is valid for, a chat template say, and that have another size than was saved."""
+    try:
+        known = read_checksums(folder) or {}
+    except ValueError:
+        return
+    texts = {name: file for name, file in known.items() if not name.endswith((".json", ".safetensors"))}
+    for found in damage(folder, texts, contents=False):
+        warnings.warn(
+            f"{found} in {folder}; if you did not change it, copy, download or save the folder again", stacklevel=3
+        )
 
 
 def record_checksums(

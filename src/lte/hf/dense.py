@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lte.hf.checkpoints import load_whole, reading
+from lte.hf.checkpoints import load_whole, reading, warn_of_shortened_texts
 
 
 def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
@@ -53,6 +53,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         ValueError: if there is none, or its files are damaged.
     """
     location = model_location(name_or_path)
+    warn_of_shortened_texts(Path(location["pretrained_model_name_or_path"]))
     with reading(name_or_path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**location)
     if tokenizer.pad_token_id is None:

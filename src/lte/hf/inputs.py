@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lte.config import IGNORED
 from lte.hf.families import family_of
@@ -23,6 +23,8 @@ MODEL_INPUTS = (
     "decoder_input_ids",
     "decoder_attention_mask",
 )
+# What the families call their learned positions.
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 
 def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -31,9 +33,12 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     Always with `use_cache=False`: beside a cache transformers lets the documents of a packed row see each other.
 
     Raises:
-        ValueError: if an encoder-decoder gets neither `decoder_input_ids` nor `labels`, and as `check_packing`.
+        ValueError: if an encoder-decoder gets neither `decoder_input_ids` nor `labels`, and as `check_packing` and, for
+            batches in the memory of the CPU, `check_tokens`: a GPU is not waited for.
     """
     check_packing(model, batch)
+    if batch["input_ids"].device.type == "cpu":
+        check_tokens(model, batch["input_ids"], batch.get("position_ids"))
     inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     inputs["use_cache"] = False
     if _decodes_labels(model) and "decoder_input_ids" not in inputs:
@@ -70,6 +75,47 @@ def check_packing(model: Any, batch: Mapping[str, Tensor]) -> None:
             f"position_ids must not be in batches for {family.model_type}, whose attention would mix packed documents, "
             "got position_ids; set pack=False"
         )
+
+
+def check_tokens(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
+    """Refuses tokens and positions that the model has no embedding of, at which PyTorch stops without saying why.
+
+    Args:
+        model: of any kind; others than those of transformers are not looked at.
+        input_ids: [B, T].
+        position_ids: [B, T], where they do not count from the start of a row.
+
+    Raises:
+        ValueError: for an id outside of the vocabulary, or more tokens than a model with a table of positions has.
+    """
+    config = getattr(unwrapped(model), "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None or not input_ids.numel():
+        return
+    lowest, highest = (int(limit) for limit in torch.aminmax(input_ids))
+    if lowest < 0 or highest >= vocabulary:
+        raise ValueError(
+            f"input_ids must lie in 0 to {vocabulary - 1}, the model's vocabulary, got "
+            f"{lowest if lowest < 0 else highest}; take the tokenizer that the model was made with"
+        )
+    longest = longest_input(model)
+    length = input_ids.shape[1] if position_ids is None else int(position_ids.max()) + 1
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"input_ids must hold at most {longest} tokens in a row, the positions that the model has, got {length}; "
+            "cut the text, or set a lower sequence_length"
+        )
+
+
+def longest_input(model: Any) -> int | None:
+    """How many tokens a model with a table of positions reads; `None` for one that computes its positions."""
+    inner = unwrapped(model)
+    for name, module in inner.named_modules() if isinstance(inner, nn.Module) else ():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            # OPT and RoBERTa leave out the first rows, RoBERTa up to that of the padding.
+            unused = getattr(module, "offset", None) or (-1 if module.padding_idx is None else module.padding_idx) + 1
+            return module.num_embeddings - unused
+    return None
 
 
 def _decodes_labels(model: Any) -> bool:

@@ -181,7 +181,7 @@ class LteModelMixin:
         """
         other_head = kwargs.pop("ignore_mismatched_sizes", False)
         # Of adapters `name_or_path` may be their base, and `info` is of the adapters alone.
-        source = kwargs.get("_adapter_model_path") or name_or_path
+        source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or name_or_path
         with reading(source):
             model, info = super().from_pretrained(  # type: ignore[misc]
                 name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -282,7 +282,7 @@ def _installer(config: Any) -> Callable[[Any, Family], None]:
         )
     if settings["name"] not in INSTALLERS:
         raise ValueError(
-            f"config.lte must name one of {', '.join(INSTALLERS)}, got {settings['name']}; import the module that "
+            f"config.lte must name one of {', '.join(INSTALLERS)}, got name={settings['name']}; import the module that "
             "registers it"
         )
     return lambda model, family: INSTALLERS[settings["name"]](model, family, settings)

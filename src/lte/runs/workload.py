@@ -24,6 +24,7 @@ from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_confi
 from lte.eval.perplexity import evaluate_model
 from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
 from lte.hf.dense import load_dense_model
+from lte.hf.inputs import check_tokens
 from lte.runs.plan import Run
 from lte.train.processes import is_main_process, training_device
 
@@ -119,6 +120,7 @@ class TextWorkload(Workload):
         """Reads and splits the text."""
         data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
         self.train, self.calibration, self.info = data.train, data.calibration, data.info
+        _check_vocabulary(model, self.tokenizer, [data.train, data.validation])
         self._held_out = data.validation
 
     def measure(self, model: Any) -> TaskResult:
@@ -192,6 +194,7 @@ class TaskWorkload(Workload):
             max_length=max_positions(model),
         )
         self.train, self.collator, self.info = self.data.train, self.data.collator, self.data.info
+        _check_vocabulary(model, self.tokenizer, [self.data.train, self.data.measured])
 
     def measure(self, model: Any) -> TaskResult:
         """The task's metrics."""
@@ -261,6 +264,15 @@ class Workloads:
         splits = (run.data_config.split, run.values.get("validation_split"))
         batch_size = self.eval_batch_size or run.train_config.batch_size
         return workload_of(run.task_config, run.data_config, self.tokenizer, batch_size, splits)
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, parts: Sequence[Any]) -> None:
+    """Refuses rows with tokens that the model does not have; they are read only if the tokenizer has such tokens."""
+    if max(tokenizer.get_vocab().values(), default=0) < model.config.vocab_size:
+        return
+    for rows in parts:
+        for index in range(len(rows) if rows is not None else 0):
+            check_tokens(model, torch.as_tensor(rows[index]["input_ids"])[None])
 
 
 def _first_rows(rows: Any) -> list[dict[str, Any]]:
