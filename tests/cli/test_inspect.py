@@ -228,14 +228,16 @@ class TestFiles:
         assert result.exit_code == 0, result.output
         assert "It has no checksums" in " ".join(result.stdout.split())
 
-    @pytest.mark.parametrize("fault", ["gone", "cut short", "NaN", "missing"])
+    @pytest.mark.parametrize("fault", ["a shard is gone", "cut short", "NaN", "missing"])
     def test_a_folder_that_does_not_load_says_so(
         self, fault: str, run: Callable[..., Any], copy: Path, text: Path, tmp_path: Path
     ) -> None:
         file = copy / "model.safetensors"
         weights = load_file(file)
         router = next(name for name in weights if name.endswith("router.weight"))
-        if fault == "gone":
+        if fault == "a shard is gone":
+            index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+            (copy / "model.safetensors.index.json").write_text(json.dumps(index))
             file.unlink()
         elif fault == "cut short":
             file.write_bytes(file.read_bytes()[:-1])
@@ -248,7 +250,7 @@ class TestFiles:
         assert result.exit_code == 1
         assert "experts per layer" in result.stdout
         assert "this describes a model that does not load" in result.stderr
-        named = {"gone": "model.safetensors", "cut short": "model.safetensors"}.get(fault, router)
+        named = {"a shard is gone": "model-00001-of-00001.safetensors", "cut short": file.name}.get(fault, router)
         assert named in json.loads((tmp_path / "model.json").read_text())["fault"]
         result = run("inspect", copy, "--text", text, "--html", tmp_path / "page.html")
         assert (result.exit_code, (tmp_path / "page.html").exists()) == (1, False)

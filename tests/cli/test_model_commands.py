@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte
 from lte.eval.flops import GFLOP, count_linear_weights
-from lte.hf.dense import load_dense_model
+from lte.eval.models import save_folder
+from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.methods.cats import CatsConfig
 from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.wanda import WandaConfig
-from tests.cli.conftest import SHORT
-from tests.tiny_models import tiny_dense_model
+from tests.cli.conftest import SHORT, VOCAB_SIZE
+from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 
 DATA = [*SHORT[:2], *SHORT[4:6]]
 
@@ -120,6 +123,60 @@ class TestGenerate:
         assert result.exit_code == 1
         assert "prompt must hold at least one character" in result.stderr
 
+    @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+    def test_a_text_ends_where_the_positions_do(
+        self, model_type: str, run: Callable[..., Any], dense_folder: Path, tmp_path: Path
+    ) -> None:
+        sizes = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 32}
+        save_folder(tiny_sparse_model(model_type, **sizes), load_tokenizer(dense_folder), tmp_path)
+        result = run("generate", tmp_path, "--prompt", "x" * 20, "--max-new-tokens", 40)
+        assert result.exit_code == 0, result.output
+        assert "The model has 32 positions: the answer ends after at most 12 tokens." in result.stderr
+        assert "used for these 3" in result.stderr
+        result = run("generate", tmp_path, "--prompt", "x" * 33)
+        assert result.exit_code == 1
+        assert "input_ids must hold at most 32 tokens in a row" in result.stderr
+
+    def test_a_tokenizer_of_another_model(self, run: Callable[..., Any], dense_folder: Path, tmp_path: Path) -> None:
+        save_folder(tiny_dense_model(vocab_size=200), load_tokenizer(dense_folder), tmp_path)
+        result = run("generate", tmp_path, "--prompt", "while the")
+        assert result.exit_code == 1
+        assert "input_ids must lie in 0 to 199, the model's vocabulary" in result.stderr
+        for command in (["eval", *DATA], ["train", *SHORT, "--output", tmp_path / "out", "--model"]):
+            result = run(*command, tmp_path)
+            assert result.exit_code == 1
+            assert "input_ids must lie in 0 to 199, the model's vocabulary" in result.stderr
+
+
+class TestBrokenFolders:
+    """Every command says in one sentence which file is the matter and what to do."""
+
+    @pytest.fixture
+    def commands(self, tmp_path: Path) -> list[list[Any]]:
+        return [["train", "--output", tmp_path / "out", "--model"], ["eval"], ["bench"], ["generate", "--prompt", "x"]]
+
+    def test_a_missing_tensor(
+        self, run: Callable[..., Any], dense_folder: Path, commands: list[list[Any]], tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(dense_folder, tmp_path / "model")
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        distilled = ["train", "--model", dense_folder, "--output", tmp_path / "other", *SHORT, "--distill-from"]
+        for command in [*commands, distilled]:
+            result = run(*command, folder)
+            assert result.exit_code == 1
+            assert f"{folder} must hold all weights of the model, got 1 missing: model.layers.0.mlp" in result.stderr
+
+    def test_a_folder_without_a_model(
+        self, run: Callable[..., Any], dense_folder: Path, commands: list[list[Any]], tmp_path: Path
+    ) -> None:
+        (tmp_path / "empty").mkdir()
+        for command in commands:
+            assert "must be a folder with a config.json" in run(*command, tmp_path / "empty").stderr
+            file = run(*command, dense_folder / "model.safetensors").stderr
+            assert "a file of another kind; give the folder that it lies in" in file or "output must be" in file
+
 
 class TestInspect:
     def test_a_trained_folder(self, run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
@@ -138,7 +195,9 @@ class TestInspect:
 
     def test_it_reads_no_weights(self, run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes((trained[0] / "config.json").read_bytes())
-        assert run("inspect", tmp_path).exit_code == 0
+        result = run("inspect", tmp_path)
+        assert result.exit_code == 0
+        assert "does not load" in result.stderr
 
     def test_a_folder_that_was_not_measured(self, run: Callable[..., Any], tmp_path: Path) -> None:
         model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8))

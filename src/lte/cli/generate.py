@@ -79,8 +79,11 @@ def generate_ids(
     check_tokens(model, ids)
     longest = longest_input(model)
     if longest is not None and not model.config.is_encoder_decoder:
-        # The last token is written, not read.
-        max_new_tokens = min(max_new_tokens, longest - ids.shape[1] + 1)
+        # The last token is written, not read: a prompt that fills all positions gets one.
+        room = max(1, longest - ids.shape[1])
+        if max_new_tokens > room:
+            typer.echo(f"The model has {longest} positions: the answer ends after at most {room} tokens.", err=True)
+        max_new_tokens = min(max_new_tokens, room)
     # A greedy run must not warn of the sampling values that the checkpoint's generation config brings.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with torch.no_grad():
@@ -98,6 +101,7 @@ def describe_use(model: Any, ids: Tensor) -> str:
     """A sentence on the share of FFN neurons that the text `ids` [1, T] took."""
     if not sparse_ffns(model):
         return f"Dense model: all FFN neurons were used for each of these {ids.shape[1]} tokens."
+    ids = ids[:, : longest_input(model)]
     measured = measure_sparsity(model, [{"input_ids": ids, "labels": ids}])
     return (
         f"{100 * (1 - measured.sparsity):.1f}% of the FFN neurons were used for these {measured.tokens} tokens "

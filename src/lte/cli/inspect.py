@@ -98,7 +98,11 @@ def inspect(
     if json is not None:
         write_json_atomic(json, found)
     if found["fault"] is not None:
-        raise ValueError(f"this describes a model that does not load: {found['fault']}")
+        message = f"this describes a model that does not load: {found['fault']}"
+        # A config alone is no mistake: one may ask what a model would cost.
+        if any(Path(model).expanduser().glob("*model*.*")):
+            raise ValueError(message)
+        typer.echo(message, err=True)
 
 
 def verify_files(name_or_path: str) -> None:

@@ -45,7 +45,7 @@ def load_config(name_or_path: str) -> Any:
         raise ValueError(f"model must be a folder with a config.json, got {name_or_path}, which has none")
     if path.exists():
         with reading(name_or_path):
-            return AutoConfig.from_pretrained(str(path))
+            return AutoConfig.from_pretrained(**model_location(name_or_path))
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except OSError as error:

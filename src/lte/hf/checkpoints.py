@@ -112,12 +112,14 @@ def _fault(path: Path, error: Exception, what: str) -> str:
             f"it holds no tokenizer that loads ({text[:200]}); save that of the model that it was made from into it: "
             f'AutoTokenizer.from_pretrained(...).save_pretrained("{path}")'
         )
+    if path.is_file():
+        return f"the file is cut short or holds no model ({text}); copy or download it again"
     if isinstance(error, OSError):
         return f"{text}; {_AGAIN}"
     if not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}"
     elif _is_ours(error):
-        return f"config.json: {text}"
+        return text if "config.json" in text else f"config.json: {text}"
     return f"config.json does not describe a model that can be built: {text[:400]}{_suspects(path, error)}; {_AGAIN}"
 
 

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lte.hf.checkpoints import load_whole, reading, warn_of_shortened_texts
 
+# One of them is in every folder that a model or a tokenizer is loaded from.
+_KNOWN_FILES = ("config.json", "adapter_config.json", "*token*", "vocab*")
+
 
 def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
     """A dense causal LM; a GGUF file is de-quantised to `dtype`.
@@ -69,7 +72,8 @@ def model_location(name_or_path: str | Path) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub name, folder, or `.gguf` file.
 
     Raises:
-        ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing.
+        ValueError: if a local path does not exist, holds nothing of a model, or is a GGUF file and the `gguf` package
+            is missing.
     """
     path = Path(name_or_path)
     if not _is_gguf(path):
@@ -77,6 +81,13 @@ def model_location(name_or_path: str | Path) -> dict[str, Any]:
         if looks_local and not path.expanduser().exists():
             raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
         local = path.expanduser().exists()
+        if path.expanduser().is_file():
+            raise ValueError(
+                f"model must be a hub name, folder or GGUF file, got {name_or_path}, a file of another kind; give the "
+                "folder that it lies in"
+            )
+        if local and not any(file for kind in _KNOWN_FILES for file in path.expanduser().glob(kind)):
+            raise ValueError(f"model must be a folder with a config.json, got {name_or_path}, which has none")
         return {"pretrained_model_name_or_path": str(path.expanduser()) if local else str(name_or_path)}
     if not path.is_file():
         raise ValueError(f"model must be an existing GGUF file, got {path}")

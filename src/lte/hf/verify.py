@@ -52,9 +52,9 @@ def loading_fault(source: str | Path) -> str | None:
     path = Path(source).expanduser()
     if not path.is_dir():
         return None
-    location = model_location(source)
     try:
         with reading(source):
+            location = model_location(source)
             config = transformers.AutoConfig.from_pretrained(**location)
             auto_class = getattr(transformers, saved_head(config) or next(iter(family_of(config).models)))
         load_whole(auto_class, location, device_map="meta")
