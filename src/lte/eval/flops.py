@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lte.config import LteConfig
+from lte.hf.checkpoints import reading
 from lte.hf.families import block_name, dense_ffns, family_of
 from lte.hf.install import install_sparse_ffns_, sparse_ffns, wrapped_ffns
 from lte.nn.wrapped_ffn import WrappedFfn
@@ -109,7 +110,8 @@ def meta_model(config: PreTrainedConfig | str | Path) -> nn.Module:
     It has the family's own head, a language model's.
     """
     if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(config)
+        with reading(config):
+            config = AutoConfig.from_pretrained(config)
     auto_class = getattr(transformers, next(iter(family_of(config).models)))
     with torch.device("meta"):
         return auto_class.from_config(config)

@@ -231,9 +231,10 @@ def require_whole(
         )
     wrong = [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]
     if wrong:
+        other = "load it as float32 or bfloat16" if model.state_dict()[wrong[0]].dtype == torch.float16 else ""
         raise UnreadableModelError(
-            f"{source} must hold finite weights, got NaN or infinity in {len(wrong)}: {_first(wrong)}; {_AGAIN}, or "
-            "train it again"
+            f"{source} must hold finite weights, got NaN or infinity in {len(wrong)}: {_first(wrong)}; "
+            f"{other or _AGAIN}, or train it again"
         )
 
 

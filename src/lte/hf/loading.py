@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ _GUARD = (
     "lte.sparse_class(YourClass))"
 )
 _PREFIX = "Lte"
+_PLACE_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
@@ -172,13 +173,16 @@ class LteModelMixin:
         return LteConfig.from_dict(self.config.lte)  # type: ignore[attr-defined]
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As the stock method, but a folder that does not hold the whole model is an error.
 
         Raises:
             ValueError: if weights are missing (stock transformers warns and takes random ones), do not fit the config,
                 are not finite, or a file is corrupt. With `ignore_mismatched_sizes=True` the head alone may not fit.
         """
+        name_or_path = pretrained_model_name_or_path
         other_head = kwargs.pop("ignore_mismatched_sizes", False)
         # Of adapters `name_or_path` may be their base, and `info` is of the adapters alone.
         source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or name_or_path
@@ -186,7 +190,7 @@ class LteModelMixin:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-            fewer_layers = bool(info["unexpected_keys"]) and cls._has_other_depth(model, name_or_path)
+            fewer_layers = bool(info["unexpected_keys"]) and cls._has_other_depth(model, name_or_path, kwargs)
             require_whole(model, info, source, other_head=other_head, fewer_layers=fewer_layers)
             if getattr(model, "_hf_peft_config_loaded", False):
                 cls.from_pretrained(next(iter(model.peft_config.values())).base_model_name_or_path, device_map="meta")
@@ -194,9 +198,14 @@ class LteModelMixin:
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _has_other_depth(cls, model: Any, name_or_path: Any) -> bool:
+    def _has_other_depth(cls, model: Any, name_or_path: Any, arguments: Mapping[str, Any]) -> bool:
         """Whether the caller asked for another number of layers than the folder has."""
-        saved: Any = cls.config_class.from_pretrained(name_or_path)  # type: ignore[attr-defined]
+        where = {name: arguments[name] for name in _PLACE_ARGUMENTS if name in arguments}
+        config_class: Any = cls.config_class  # type: ignore[attr-defined]
+        try:
+            saved = config_class.from_pretrained(name_or_path, **where)
+        except OSError:  # A folder of adapters has none.
+            return False
         return saved.num_hidden_layers != model.config.num_hidden_layers
 
     @classmethod

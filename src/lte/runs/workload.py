@@ -270,9 +270,15 @@ def _check_vocabulary(model: Any, tokenizer: Any, parts: Sequence[Any]) -> None:
     """Refuses rows with tokens that the model does not have; they are read only if the tokenizer has such tokens."""
     if max(tokenizer.get_vocab().values(), default=0) < model.config.vocab_size:
         return
+    written = model.config.is_encoder_decoder
     for rows in parts:
         for index in range(len(rows) if rows is not None else 0):
-            check_tokens(model, torch.as_tensor(rows[index]["input_ids"])[None])
+            row = rows[index]
+            check_tokens(model, torch.as_tensor(row["input_ids"])[None])
+            if written:
+                # Those of a decoder of its own.
+                labels = torch.as_tensor(row["labels"])[None]
+                check_tokens(model, labels[labels != -100][None])
 
 
 def _first_rows(rows: Any) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from lte.hf.checkpoints import load_whole
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import wrapped_ffns
 from lte.train.config import TrainConfig
@@ -97,7 +98,8 @@ def with_lora(model: Any, config: TrainConfig, folder: Path) -> Any:
             model.save_pretrained(base)
         else:
             # Of the run that is resumed: neurons may come out grouped otherwise on another machine.
-            model.load_state_dict(type(model).from_pretrained(base, dtype=model.dtype).state_dict())
+            saved = load_whole(type(model), {"pretrained_model_name_or_path": base}, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
     kind = next((kind for head, kind in _KINDS.items() if head in type(model).__name__), None)
     kind = "CAUSAL_LM" if predicts_next_token(model) else kind
     if config.lora_4bit:
@@ -115,7 +117,8 @@ def _in_4_bits(model: Any, base: Path, config: TrainConfig) -> Any:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     place = {"": model.device}
     model.to("cpu")
-    return type(model).from_pretrained(base, quantization_config=quantization, dtype=dtype, device_map=place)
+    location = {"pretrained_model_name_or_path": base}
+    return load_whole(type(model), location, quantization_config=quantization, dtype=dtype, device_map=place)
 
 
 def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:
