@@ -241,6 +241,31 @@ def test_a_pickle_as_weights(copy: Path) -> None:
         load_any_model(str(copy))
 
 
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("generation_config.json", "eos_token_id", "x"),
+        ("generation_config.json", "pad_token_id", [None]),
+        ("tokenizer_config.json", "model_max_length", "x"),
+        ("tokenizer_config.json", "padding_side", "x"),
+        ("tokenizer_config.json", "pad_token", 5),
+    ],
+)
+def test_fields_of_other_files(file: str, field: str, value: Any, copy: Path) -> None:
+    content = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**content, field: value}))
+    with pytest.raises(
+        ValueError, match=f"must load, got {copy}: (.*tokenizer, or config.json|{file}: {field} must be)"
+    ):
+        behaviour(copy)
+
+
+def test_a_name_that_is_unknown_is_found_below_the_first_level(copy: Path) -> None:
+    edit_config(copy, lambda config: config.update(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}))
+    with pytest.raises(ValueError, match=r'KeyError: .spiral. \(look at rope_parameters\.rope_type="spiral"\)'):
+        load_any_model(str(copy))
+
+
 def test_other_files_do_not_stop_a_folder(copy: Path, expected: tuple[Any, ...]) -> None:
     (copy / "results.json").write_text("not JSON")
     (copy / "notes.safetensors").write_bytes(b"")

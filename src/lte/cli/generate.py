@@ -91,6 +91,7 @@ def generate_ids(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
+            num_beams=1,  # Several, which a checkpoint may ask for, write nothing before the end.
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
             **({"do_sample": True, "temperature": temperature} if temperature > 0 else greedy),

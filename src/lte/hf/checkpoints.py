@@ -107,6 +107,10 @@ def _fault(path: Path, error: Exception, what: str) -> str:
             "its weights are a pickle that is damaged or holds more than tensors, and to read that could run foreign "
             "code; save the model as safetensors where it was made"
         )
+    if _is_ours(error):
+        return text if ".json" in text else f"config.json: {text}"
+    if what == "tokenizer" and any(path.glob("*token*")):
+        return f"a file of its tokenizer, or config.json, does not load ({text[:200]}); {_AGAIN}"
     if what == "tokenizer":
         return (
             f"it holds no tokenizer that loads ({text[:200]}); save that of the model that it was made from into it: "
@@ -118,8 +122,6 @@ def _fault(path: Path, error: Exception, what: str) -> str:
         return f"{text}; {_AGAIN}"
     if not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}"
-    elif _is_ours(error):
-        return text if "config.json" in text else f"config.json: {text}"
     return f"config.json does not describe a model that can be built: {text[:400]}{_suspects(path, error)}; {_AGAIN}"
 
 
@@ -145,7 +147,11 @@ def _suspects(path: Path, error: Exception) -> str:
         is_size = name.endswith(("_size", "_heads", "_layers")) or name.startswith(("num_", "n_"))
         return is_size and value is not None and not (isinstance(value, int) and 0 < value < 2**31)
 
-    found = [f"{name}={json.dumps(value)[:40]}" for name, value in fields.items() if is_suspect(name, value)]
+    inner = {
+        f"{name}.{key}": one for name, more in fields.items() if isinstance(more, dict) for key, one in more.items()
+    }
+    every = {**fields, **inner}.items()
+    found = [f"{name}={json.dumps(value)[:40]}" for name, value in every if is_suspect(name, value)]
     return f" (look at {', '.join(found)})" if found else ""
 
 
@@ -196,6 +202,7 @@ def require_whole(
     """
     # Stock transformers takes defaults, with which a model may write on for ever.
     damaged = _damaged_json(Path(str(source)).expanduser(), ["generation_config.json"])
+    damaged += _wrong_token_ids(getattr(model, "generation_config", None))
     if damaged:
         raise UnreadableModelError(f"model must load, got {source}: {damaged[0]}")
     base = f"{getattr(model, 'base_model_prefix', '')}."
@@ -236,6 +243,15 @@ def require_whole(
             f"{source} must hold finite weights, got NaN or infinity in {len(wrong)}: {_first(wrong)}; "
             f"{other or _AGAIN}, or train it again"
         )
+
+
+def _wrong_token_ids(config: Any) -> list[str]:
+    found = []
+    for name, value in vars(config).items() if config is not None else ():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and value is not None and not all(type(one) is int for one in ids):
+            found.append(f"generation_config.json: {name} must be a token or a list of some, got {name}={value!r}")
+    return found
 
 
 def _first(found: Iterable[str]) -> str:

@@ -59,6 +59,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     warn_of_shortened_texts(Path(location["pretrained_model_name_or_path"]))
     with reading(name_or_path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**location)
+        longest = tokenizer.model_max_length
+        if not isinstance(longest, int | float):
+            raise ValueError(
+                f"tokenizer_config.json: model_max_length must be a number, got model_max_length={longest!r}"
+            )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
