@@ -122,7 +122,8 @@ def _fault(path: Path, error: Exception, what: str) -> str:
         return f"{text}; {_AGAIN}"
     if not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}"
-    return f"config.json does not describe a model that can be built: {text[:400]}{_suspects(path, error)}; {_AGAIN}"
+    files = "config.json or generation_config.json" if (path / "generation_config.json").exists() else "config.json"
+    return f"{files} does not describe a model that can be built: {text[:400]}{_suspects(path, error)}; {_AGAIN}"
 
 
 def _is_ours(error: Exception) -> bool:
