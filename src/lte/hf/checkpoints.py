@@ -107,7 +107,7 @@ def _fault(path: Path, error: Exception, what: str) -> str:
             "its weights are a pickle that is damaged or holds more than tensors, and to read that could run foreign "
             "code; save the model as safetensors where it was made"
         )
-    if _is_ours(error):
+    if isinstance(error, ValueError) and _is_ours(error):
         return text if ".json" in text else f"config.json: {text}"
     if what == "tokenizer" and any(path.glob("*token*")):
         return f"a file of its tokenizer, or config.json, does not load ({text[:200]}); {_AGAIN}"
