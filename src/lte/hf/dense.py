@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lte.hf.gguf import check_gguf_model, gguf_config, gguf_tokenizer, is_gguf, read_gguf
+
 
 def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
     """A dense causal LM; a GGUF file is de-quantised to `dtype`.
@@ -18,10 +20,14 @@ def load_dense_model(name_or_path: str | Path, dtype: torch.dtype | None = torch
         dtype: of the weights; `None` keeps the checkpoint's.
 
     Raises:
-        ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing.
+        ValueError: if a local path does not exist, or for a GGUF file that `lte.hf.gguf` refuses.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(**model_location(name_or_path), dtype=dtype or "auto")
+    location = model_location(name_or_path)
+    own = {"config": gguf_config(name_or_path)} if "gguf_file" in location else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(**location, **own, dtype=dtype or "auto")
     forget_gguf_(model)
+    if own:
+        check_gguf_model(model, name_or_path)
     return model
 
 
@@ -44,34 +50,31 @@ def forget_gguf_(model: Any) -> None:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name, folder, or `.gguf` file; a missing pad token becomes the end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(**model_location(name_or_path))
+    """The tokenizer of a hub name, folder, or `.gguf` file; a missing pad token becomes the end-of-text token.
+
+    Raises:
+        ValueError: if a local path does not exist, or for a GGUF file whose tokenizer `lte.hf.gguf` refuses.
+    """
+    location = model_location(name_or_path)
+    own = "gguf_file" in location
+    tokenizer = gguf_tokenizer(name_or_path) if own else AutoTokenizer.from_pretrained(**location)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _is_gguf(name_or_path: str | Path) -> bool:
-    return str(name_or_path).endswith(".gguf")
 
 
 def model_location(name_or_path: str | Path) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub name, folder, or `.gguf` file.
 
     Raises:
-        ValueError: if a local path does not exist, or is a GGUF file and the `gguf` package is missing.
+        ValueError: if a local path does not exist, or for a GGUF file that `lte.hf.gguf.read_gguf` refuses.
     """
     path = Path(name_or_path)
-    if not _is_gguf(path):
+    if not is_gguf(path):
         looks_local = str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") > 1
         if looks_local and not path.expanduser().exists():
             raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
         local = path.expanduser().exists()
         return {"pretrained_model_name_or_path": str(path.expanduser()) if local else str(name_or_path)}
-    if not path.is_file():
-        raise ValueError(f"model must be an existing GGUF file, got {path}")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"reading {path} needs the gguf package: pip install gguf") from error
+    path = read_gguf(path).path
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

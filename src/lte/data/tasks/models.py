@@ -16,6 +16,7 @@ from transformers import (
 from lte.data.tasks.task import ClassificationTask, GenerationTask, Task
 from lte.hf.dense import forget_gguf_, model_location
 from lte.hf.families import family_of
+from lte.hf.gguf import check_gguf_model, gguf_config
 
 
 def load_task_model(
@@ -39,17 +40,24 @@ def load_task_model(
         new_head: whether a model without the task's head may get one.
 
     Raises:
-        ValueError: for a model that cannot do the task, a head of another task, or no head and `new_head=False`.
+        ValueError: for a model that cannot do the task, a head of another task, or no head and `new_head=False`, and
+            for a GGUF file that `lte.hf.gguf` refuses.
     """
     location = model_location(name_or_path)
-    config = AutoConfig.from_pretrained(**location)
+    from_gguf = "gguf_file" in location
+    config = gguf_config(name_or_path) if from_gguf else AutoConfig.from_pretrained(**location)
     auto_class = _auto_class(task, config)
     head: dict[str, Any] = {}
     if isinstance(task, ClassificationTask):
         _check_head(task, config, name_or_path, new_head)
         head = task.head
+    if from_gguf:
+        config.update(head)
+        head = {"config": config}
     model = auto_class.from_pretrained(**location, dtype=dtype, **head)
     forget_gguf_(model)
+    if from_gguf and auto_class is AutoModelForCausalLM:
+        check_gguf_model(model, name_or_path)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
