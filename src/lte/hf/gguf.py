@@ -32,8 +32,8 @@ _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 # The first transformers that builds the tokenizer of every family in the table of docs/platforms.md as the files say.
 SOUND_TRANSFORMERS = "5.18"
 _REMEDY = (
-    f"; take transformers {SOUND_TRANSFORMERS} or newer, and a folder without other tokenizer files, or the model's own "
-    "folder"
+    f"; take transformers {SOUND_TRANSFORMERS} or newer, a folder without another model's tokenizer files, or the model "
+    "in the form of a folder"
 )
 # Byte-level vocabularies whose texts begin with a BOS token where the file does not say, as llama.cpp has it.
 _PRE_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
