@@ -50,6 +50,24 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def train_sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
+    """BPE on text with its spaces marked and bytes to fall back on, and the metadata that tells of it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    count = tokenizer.get_vocab_size() - len(special)
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [0.0] * len(special) + [-float(rank) for rank in range(count)],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * count,
+        "tokenizer.ggml.merges": None,
+    }
+    return tokenizer, metadata
+
+
 def tiny_llama(vocab_size: int, **fields: Any) -> LlamaForCausalLM:
     """A random model of two layers."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

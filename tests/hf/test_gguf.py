@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from lte.data.tasks.models import load_task_model
 from lte.eval.models import load_config
 from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.hf.gguf import read_gguf
-from tests.hf.gguf_files import SPECIAL, logits_of, tiny_llama, train_tokenizer, write_gguf
+from tests.hf.gguf_files import SPECIAL, logits_of, tiny_llama, train_sentencepiece, train_tokenizer, write_gguf
 
 TOKENS = torch.arange(10, 58)[None]
 
@@ -125,6 +126,22 @@ def test_texts_begin_as_llama_cpp_has_it_where_the_file_is_silent(
     assert (load_tokenizer(path)("the house")["input_ids"][0] == 1) == begins
 
 
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_a_vocabulary_with_scores_is_read_with_its_prefix(tmp_path: Path, prefix: bool | None) -> None:
+    tokenizer, metadata = train_sentencepiece()
+    metadata["tokenizer.ggml.add_space_prefix"] = prefix
+    path = write_gguf(tmp_path / "model.gguf", tiny_llama(tokenizer.get_vocab_size()), tokenizer, metadata)
+    load_dense_model(path)
+    found = load_tokenizer(path)
+    first, *others = found.convert_ids_to_tokens(found("the little house")["input_ids"])
+    assert first == "<s>"
+    assert others == (["the", "▁little", "▁house"] if prefix is False else ["▁the", "▁little", "▁house"])
+    assert found.decode(found("the sea: \N{SNOWMAN}")["input_ids"], skip_special_tokens=True) == "the sea: \N{SNOWMAN}"
+    found.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved("the little house")["input_ids"] == found("the little house")["input_ids"]
+
+
 def test_merges_that_do_not_make_the_vocabulary_are_refused(
     tmp_path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer
 ) -> None:
@@ -152,6 +169,17 @@ def test_another_way_of_cutting_text_is_refused(
     cut.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     build_instead(monkeypatch, cut)
     with pytest.raises(ValueError, match=r"finds the words of its vocabulary.*take transformers 5.18 or newer"):
+        load_tokenizer(path)
+
+
+def test_a_vocabulary_cut_without_its_spaces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, metadata = train_sentencepiece()
+    path = write_gguf(tmp_path / "model.gguf", tiny_llama(tokenizer.get_vocab_size()), tokenizer, metadata)
+    # Merges in the order of the vocabulary's letters, not of its scores, as if the scores were not there.
+    parts = json.loads(tokenizer.to_str())
+    parts["model"]["merges"] = sorted(parts["model"]["merges"], key=lambda pair: pair[::-1])[: 2 * 30]
+    build_instead(monkeypatch, Tokenizer.from_str(json.dumps(parts)))
+    with pytest.raises(ValueError, match=r"finds the words of its vocabulary"):
         load_tokenizer(path)
 
 
@@ -241,6 +269,30 @@ def test_rotary_scaling_of_other_kinds_is_refused(
     path = write_gguf(tmp_path / "model.gguf", model, tokenizer, metadata, tensors)
     with pytest.raises(ValueError, match=rf"rotary scaling of the kinds linear, yarn or llama3, got .*{kind}"):
         load_dense_model(path)
+
+
+@pytest.mark.parametrize("layers", [34, 62])
+def test_gemma_3_scales_its_full_attention(tmp_path: Path, layers: int) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_block_count(layers)
+    writer.add_embedding_length(672)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(256)
+    writer.add_rope_freq_base(1e6)
+    writer.add_sliding_window(512)
+    writer.add_vocab_size(99)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    config = load_config(str(path))
+    assert config.rope_parameters["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    assert config.rope_parameters["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+    # Google's configs: 168 for 27B parameters, the width of a head for the smaller ones.
+    assert config.query_pre_attn_scalar == (168 if layers == 62 else 256)
 
 
 def trained(tokenizer: Tokenizer) -> LlamaForCausalLM:

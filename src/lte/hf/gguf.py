@@ -12,7 +12,7 @@ import math
 import struct
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -32,8 +32,8 @@ _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 # The first transformers that builds the tokenizer of every family in the table of docs/platforms.md as the files say.
 SOUND_TRANSFORMERS = "5.18"
 _REMEDY = (
-    f"; take transformers {SOUND_TRANSFORMERS} or newer, a folder without another model's tokenizer files, or the model "
-    "in the form of a folder"
+    f"; take transformers {SOUND_TRANSFORMERS} or newer, a folder without another model's tokenizer files, or the "
+    "model in the form of a folder"
 )
 # Byte-level vocabularies whose texts begin with a BOS token where the file does not say, as llama.cpp has it.
 _PRE_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
@@ -70,11 +70,13 @@ class GgufFile:
         path: of the file.
         metadata: by key.
         tensors: shape, in the order of PyTorch, and offset in bytes, by name.
+        sentences: tokens of the plain sentences that its model is tried on, once its tokenizer was built.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, tuple[tuple[int, ...], int]]
+    sentences: list[list[int]] = field(default_factory=list)
 
     def of_architecture(self, key: str) -> Any:
         """The metadata of the architecture, `llama.KEY` say."""
@@ -186,7 +188,7 @@ def _parse(path: Path, data: np.ndarray) -> tuple[GgufFile, int]:
         table.append((name, shape, *take("IQ")))
     alignment = metadata.get("general.alignment", 32)
     start = -(-place // alignment) * alignment
-    tensors, end = {}, start
+    tensors, end = {}, place
     for name, shape, kind, offset in table:
         block, block_bytes = _block_of(path, name, kind, gguf)
         tensors[name] = (shape, start + offset)
@@ -218,7 +220,7 @@ def _block_of(path: Path, name: str, kind: int, gguf: Any) -> tuple[int, int]:
 
 
 def gguf_config(path: str | Path) -> Any:
-    """The config of a GGUF file, with the rotary scaling and the sliding window that transformers leaves out.
+    """The config of a GGUF file, with what transformers leaves out: rotary scaling, sliding window, attention's scale.
 
     Raises:
         ValueError: for a file that cannot be read, an architecture that transformers does not know, or rotary scaling
@@ -237,6 +239,9 @@ def gguf_config(path: str | Path) -> Any:
     window = file.of_architecture("attention.sliding_window")
     if window and config.model_type in ("mistral", "phi3"):
         config.sliding_window = window
+    # llama.cpp has this number in its code: of these, the models of 27B parameters alone have another one.
+    if config.model_type in ("gemma2", "gemma3_text") and config.num_hidden_layers in (46, 62):
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     if scaling := _rope_scaling(file):
         rope = config.rope_parameters
         # Gemma 3 scales its full attention alone.
@@ -304,6 +309,7 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path} must hold a tokenizer that transformers can build: {error}") from error
     tokenizer = _with_own_tokens(tokenizer, file)
     _check_tokenizer(tokenizer, file)
+    file.sentences[:] = [tokenizer(sentence)["input_ids"] for sentence in _SENTENCES]
     return tokenizer
 
 
@@ -344,6 +350,8 @@ def _with_own_tokens(tokenizer: Any, file: GgufFile) -> Any:
     for name, wanted in (("add_bos_token", begins), ("add_eos_token", ends)):
         if wanted is not None and kind in ("llama", "gpt2"):
             setattr(tokenizer, name, wanted)
+    if kind == "llama" and file.of_tokenizer("add_space_prefix") is False:
+        _without_space_prefix_(tokenizer)
     if template := file.metadata.get("tokenizer.chat_template"):
         tokenizer.chat_template = template
     return tokenizer
@@ -355,6 +363,17 @@ def _without_foreign_tokens(tokenizer: Any, count: int) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(parts)), clean_up_tokenization_spaces=False
     )
+
+
+def _without_space_prefix_(tokenizer: Any) -> None:
+    backend = tokenizer.backend_tokenizer
+    before = backend.pre_tokenizer
+    if isinstance(before, pre_tokenizers.Metaspace) and before.prepend_scheme != "never":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(before.replacement, "never", before.split)
+        # A decoder would take the space of a first word for the prefix.
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace(before.replacement, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
 
 
 def _check_tokenizer(tokenizer: Any, file: GgufFile) -> None:
@@ -403,12 +422,6 @@ def _spells(file: GgufFile) -> Callable[[str], bool]:
     return lambda text: set(text.replace(" ", "▁")) <= letters
 
 
-@lru_cache(maxsize=4)
-def _sentence_ids(path: Path, changed_ns: int) -> list[list[int]]:
-    tokenizer = gguf_tokenizer(path)
-    return [tokenizer(sentence)["input_ids"] for sentence in _SENTENCES]
-
-
 def check_gguf_model(model: Any, path: str | Path) -> None:
     """Refuses a causal language model that does not hold all of its GGUF file, or cannot read plain text.
 
@@ -430,7 +443,9 @@ def check_gguf_model(model: Any, path: str | Path) -> None:
         )
     if not file.of_tokenizer("tokens"):
         return
-    scores = [_score(model, ids) for ids in _sentence_ids(file.path, file.path.stat().st_mtime_ns) if len(ids) > 4]
+    if not file.sentences:
+        gguf_tokenizer(path)
+    scores = [_score(model, ids) for ids in file.sentences if len(ids) > 4]
     if not scores:
         return
     losses, entropies = (np.array(values) for values in zip(*scores, strict=True))
