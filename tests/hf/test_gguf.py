@@ -118,6 +118,19 @@ def test_special_tokens_are_those_of_the_metadata(
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(chat)["input_ids"] == found(chat)["input_ids"]
 
 
+def test_special_tokens_of_letters_that_are_no_bytes(
+    tmp_path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer
+) -> None:
+    bar = "\N{FULLWIDTH VERTICAL LINE}"
+    names = {1: f"<{bar}begin▁of▁sentence{bar}>", 2: f"<{bar}end▁of▁sentence{bar}>"}
+    tokens = [names.get(index, tokenizer.id_to_token(index)) for index in range(tokenizer.get_vocab_size())]
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.add_bos_token": True}
+    found = load_tokenizer(write_gguf(tmp_path / "model.gguf", model, tokenizer, metadata))
+    assert len(found) == len(tokens)
+    plain = tokenizer.encode(" the little house").ids
+    assert found(f" the little house{names[2]}")["input_ids"] == [1, *plain, 2]
+
+
 @pytest.mark.parametrize(("pre", "begins"), [("gpt-2", False), ("llama-bpe", True)])
 def test_texts_begin_as_llama_cpp_has_it_where_the_file_is_silent(
     tmp_path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, pre: str, begins: bool

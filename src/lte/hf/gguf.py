@@ -117,7 +117,7 @@ def read_gguf(path: str | Path) -> GgufFile:
     return _read_gguf(path.absolute(), status.st_mtime_ns, status.st_size)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _read_gguf(path: Path, changed_ns: int, size: int) -> GgufFile:
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -264,7 +264,8 @@ def _rope_scaling(file: GgufFile) -> dict[str, Any] | None:
         return None
     if kind == "yarn":
         trained = file.of_architecture("rope.scaling.original_context_length")
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+        known = {"original_max_position_embeddings": trained} if trained else {}
+        return {"rope_type": "yarn", "factor": factor, **known}
     return {"rope_type": "linear", "factor": factor}
 
 
@@ -316,8 +317,7 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def _with_own_tokens(tokenizer: Any, file: GgufFile) -> Any:
     tokens: list[str] = file.of_tokenizer("tokens")
     if len(tokenizer) > len(tokens):
-        # A class of another model of this architecture brought its own tokens, which have no embedding.
-        tokenizer = _without_foreign_tokens(tokenizer, len(tokens))
+        tokenizer = _without_foreign_tokens(tokenizer, file)
     if len(tokenizer) > len(tokens):
         raise ValueError(
             f"{file.path} must give a tokenizer of {len(tokens)} tokens, got {len(tokenizer)} from transformers"
@@ -357,9 +357,19 @@ def _with_own_tokens(tokenizer: Any, file: GgufFile) -> Any:
     return tokenizer
 
 
-def _without_foreign_tokens(tokenizer: Any, count: int) -> PreTrainedTokenizerFast:
+def _without_foreign_tokens(tokenizer: Any, file: GgufFile) -> PreTrainedTokenizerFast:
+    """The tokenizer without tokens that have no embedding.
+
+    They come from a class that is another model's of the same architecture, or are special tokens whose letters are no
+    bytes, DeepSeek's say, which transformers respelled in the vocabulary and then added once more.
+    """
+    tokens: list[str] = file.of_tokenizer("tokens")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < count]
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < len(tokens)]
+    if file.of_tokenizer("model") == "gpt2":
+        kinds, own = file.of_tokenizer("token_type") or (), parts["model"]["vocab"]
+        control = {index for index, kind in enumerate(kinds) if kind == _CONTROL}
+        parts["model"]["vocab"] = {tokens[i] if i in control else token: i for token, i in own.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(parts)), clean_up_tokenization_spaces=False
     )
