@@ -19,6 +19,7 @@ from lte.eval.tasks import TaskResult
 from lte.hf.checkpoints import load_whole, reading, record_checksums
 from lte.hf.dense import load_dense_model, model_location
 from lte.hf.families import family_of
+from lte.hf.gguf import gguf_config, is_gguf
 from lte.hf.loading import is_ours, method_settings
 from lte.methods import METHODS
 from lte.records import ResultRecord, result_record
@@ -31,14 +32,14 @@ def load_config(name_or_path: str) -> Any:
     """The config of a hub name, folder or GGUF file, without its weights.
 
     Raises:
-        ValueError: if a path does not exist, or holds no config that can be read.
+        ValueError: if a path does not exist, or holds no config that can be read, or for a GGUF file that `lte.hf.gguf`
+            refuses.
         OSError: if the hub has no config.
     """
     path = Path(name_or_path).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        with reading(name_or_path):
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    local = path.exists() or name_or_path.startswith((".", "/", "~")) or path.suffix == ".gguf"
+    if is_gguf(path) and path.is_file():
+        return gguf_config(path)
+    local = path.exists() or name_or_path.startswith((".", "/", "~")) or is_gguf(path)
     if local and not path.exists():
         raise ValueError(f"model must be a hub name, folder or GGUF file, got {name_or_path}, which does not exist")
     if path.is_dir() and not (path / "config.json").exists():

@@ -17,6 +17,7 @@ from lte.data.tasks.task import ClassificationTask, GenerationTask, Task
 from lte.hf.checkpoints import load_whole, reading
 from lte.hf.dense import forget_gguf_, model_location
 from lte.hf.families import family_of
+from lte.hf.gguf import check_gguf_model, gguf_config
 
 
 def load_task_model(
@@ -40,20 +41,29 @@ def load_task_model(
         new_head: whether a model without the task's head may get one.
 
     Raises:
-        ValueError: for a model that cannot do the task, a head of another task, no head and `new_head=False`, or files
-            that do not hold the whole model.
+        ValueError: for a model that cannot do the task, a head of another task, no head and `new_head=False`, for files
+            that do not hold the whole model, and for a GGUF file that `lte.hf.gguf` refuses.
     """
     location = model_location(name_or_path)
-    with reading(name_or_path):
-        config = AutoConfig.from_pretrained(**location)
+    from_gguf = "gguf_file" in location
+    if from_gguf:
+        config = gguf_config(name_or_path)
+    else:
+        with reading(name_or_path):
+            config = AutoConfig.from_pretrained(**location)
     auto_class = _auto_class(task, config)
     head: dict[str, Any] = {}
     gets_head = False
     if isinstance(task, ClassificationTask):
         gets_head = _check_head(task, config, name_or_path, new_head)
         head = task.head
+    if from_gguf:
+        config.update(head)
+        head = {"config": config}
     model = load_whole(auto_class, location, new_head=gets_head, dtype=dtype, **head)
     forget_gguf_(model)
+    if from_gguf and auto_class is AutoModelForCausalLM:
+        check_gguf_model(model, name_or_path)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
