@@ -16,6 +16,7 @@ from lte.eval.cost import record_fields
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
+from lte.files import explained_write_errors
 from lte.hf.dense import load_dense_model
 from lte.hf.families import family_of
 from lte.hf.loading import method_settings
@@ -136,5 +137,6 @@ def measurement_summary(
 def save_folder(model: Any, tokenizer: Any, output: Path) -> None:
     """Saves tokenizer and model; the model's `config.json` comes last, so a folder with one is complete."""
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(output)
-    model.save_pretrained(output)
+    with explained_write_errors(output):
+        tokenizer.save_pretrained(output)
+        model.save_pretrained(output)
