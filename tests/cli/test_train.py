@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lte
 from lte.data.config import DataConfig, read_documents
+from lte.train.checkpoints import newest_checkpoint
 from lte.train.trainer import LteTrainer
 from tests.cli.conftest import SHORT
 from tests.processes import run_processes
@@ -99,6 +100,12 @@ def test_of_two_processes_one_writes_the_folder(dense_folder: Path, trained: Any
     mine, theirs = state(tmp_path / "out"), state(trained[0])
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["tokens_trained"] == 12 * 4 * 32
+    newest = newest_checkpoint(tmp_path / "out" / "checkpoints")
+    assert newest is not None
+    files = json.loads((newest / "lte_manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(files)
 
 
 class TestSettingsFile:

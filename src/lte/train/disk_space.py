@@ -15,11 +15,8 @@ def checkpoint_bytes(trainer: Any) -> int:
     trained = [p for p in parameters if p.requires_grad]
     saved = trained if hasattr(trainer.model, "peft_config") else parameters
     # Of weights that the settings will freeze there are none.
-    has_moments = (
-        trainer.routing.trainable == "all"
-        and "adam" in str(trainer.args.optim)
-        and "8bit" not in str(trainer.args.optim)
-    )
+    optim = str(trainer.args.optim).lower()
+    has_moments = trainer.routing.trainable == "all" and "adam" in optim and "8bit" not in optim
     moments = 8 * sum(p.numel() for p in trained) if has_moments and not trainer.args.save_only_model else 0
     return sum(p.numel() * p.element_size() for p in saved) + moments
 
