@@ -24,7 +24,6 @@ from transformers import TrainerCallback
 import lte
 from lte.data.rows import LmCollator, TokenRows
 from lte.train import checkpoints
-from lte.train.arguments import LteTrainingArguments
 from lte.train.checkpoints import (
     LOCK_FILE,
     UNFINISHED_FILE,
@@ -36,29 +35,8 @@ from lte.train.checkpoints import (
     rotate_checkpoints,
 )
 from lte.train.fingerprint import data_fingerprint
-from lte.train.trainer import LteTrainer
 from tests.tiny_models import PAD, tiny_dense_model
-from tests.train.toy import toy_rows
-
-STEPS = 6
-
-
-def trainer_of(folder: Path, rows: Any = None, target: float = 0.5, **options: Any) -> LteTrainer:
-    """A training of 6 steps that writes a checkpoint after every second one."""
-    sizes = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1}
-    tokens = {"router_fit_tokens": 128, "calibration_tokens": 256}
-    saving = {"save_strategy": "steps", "save_steps": 2, "report_to": "none", "use_cpu": True}
-    extra = {name: options.pop(name) for name in ("callbacks", "teacher") if name in options}
-    model = lte.sparsify_(
-        tiny_dense_model(), lte.LteConfig(expert_size=8, grouping="random", target_sparsity=target, seed=1)
-    )
-    return LteTrainer(
-        model,
-        LteTrainingArguments(output_dir=str(folder), **{**sizes, **tokens, **saving, **options}),
-        train_dataset=toy_rows(16, 16) if rows is None else rows,
-        data_collator=LmCollator(PAD),
-        **extra,
-    )
+from tests.train.toy import STEPS, toy_rows, trainer_of
 
 
 def trained(folder: Path, resume: Any = None, **options: Any) -> dict[str, torch.Tensor]:
@@ -379,7 +357,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(size - 1))
     with pytest.raises(ValueError, match=r"must have room for a checkpoint of about .* GB free; delete other"):
         trainer.train()
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2 * size))
     assert "3 checkpoints of about" in said(lambda: trained(tmp_path / "out", save_total_limit=2))[1]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(3 * size))

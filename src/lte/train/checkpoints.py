@@ -6,6 +6,7 @@ checksums are written, and the mark goes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -96,7 +97,8 @@ def complete_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
-    write_json_atomic(folder / MANIFEST_FILE, {"saved_at": now, "files": checksums(folder)})
+    files = checksums(folder)
+    write_json_atomic(folder / MANIFEST_FILE, {"saved_at": now, "files": files, "sha256": _digest(files)})
     (folder / UNFINISHED_FILE).unlink(missing_ok=True)
     sync(folder.parent)
 
@@ -211,11 +213,15 @@ def damage_of(checkpoint: Path) -> list[str]:
     try:
         if is_of_earlier_version(checkpoint):
             return _damage_of_earlier(checkpoint)
-        return damage(checkpoint, _read(checkpoint / MANIFEST_FILE)["files"])
+        manifest = _read(checkpoint / MANIFEST_FILE)
+        if manifest["sha256"] != _digest(manifest["files"]):
+            return [f"{MANIFEST_FILE} has changed since it was written"]
+        return damage(checkpoint, manifest["files"])
     except FileNotFoundError as error:
         return [f"{Path(error.filename).name} is missing"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST_FILE} or {CONTROL_STATE_FILE} cannot be read"]
+    except (ValueError, KeyError, TypeError):
+        unread = MANIFEST_FILE if (checkpoint / MANIFEST_FILE).exists() else CONTROL_STATE_FILE
+        return [f"{unread} cannot be read"]
 
 
 def is_of_earlier_version(checkpoint: Path) -> bool:
@@ -262,7 +268,7 @@ def in_order(folder: Path) -> list[Path]:
 
 def _saved_at(checkpoint: Path) -> float:
     for name in (CONTROL_STATE_FILE, MANIFEST_FILE):
-        with suppress(OSError, ValueError, AttributeError, TypeError):
+        with suppress(OSError, ValueError, TypeError):
             return float(_read(checkpoint / name).get("saved_at", 0.0))
     # Of this one nothing is known, and it is said why it is passed over.
     return math.inf
@@ -274,4 +280,11 @@ def is_finished(checkpoint: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got {type(content).__name__}")
+    return content
+
+
+def _digest(files: Any) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

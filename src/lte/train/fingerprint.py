@@ -34,7 +34,7 @@ _FREE = {"calibration_tokens", "compile_layers", "distillation_weight"}
 _FREE_WORDS = ("num_proc", "num_workers", "log", "report", "hub", "vllm")
 # Of data that is only made when it is asked for, this many rows are looked at.
 SAMPLED_ROWS, STREAMED_ROWS = 1024, 64
-_CHUNK = 8192
+_CHUNK = 1024
 _PLAIN = str | int | float | bool | list | tuple | dict | None
 # Which a resumed run may have otherwise, at the price of other numbers.
 DEVICES = ("processes", "rows_per_pass", "passes_per_step")
