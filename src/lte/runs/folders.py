@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from lte.runs.plan import Run
 from lte.runs.workload import Workload
 
 MADE_FILE, SETTINGS_FILE = "made.json", "settings.json"
+STALE_S = 3600
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,14 @@ class Folders:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def clean_up(self) -> None:
-        """Removes what processes that died while they deleted a model left of it."""
+        """Removes what processes left that died while they deleted a model or, an hour ago, wrote a file."""
         for doomed in self.work.glob("*.deleted-*"):
             shutil.rmtree(doomed, ignore_errors=True)
+        for partial in (*self.work.glob(".*.partial"), *self.output.glob(".*.partial")):
+            # Others may write here now.
+            with suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime > STALE_S:
+                    partial.unlink()
 
     @contextmanager
     def lock(self, run: Run) -> Iterator[bool]:
