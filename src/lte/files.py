@@ -67,10 +67,13 @@ def explained_write_errors(path: str | Path, remedy: Callable[[], str] = lambda:
     try:
         yield
     except Exception as error:
-        # PyTorch's writer raises a RuntimeError, safetensors an error of its own, neither with an `errno`.
+        # PyTorch's writer raises a RuntimeError, safetensors an error of its own, neither with an `errno`. An upload
+        # that fails is an OSError, too, of a kind of its own.
         texts = "PytorchStreamWriter", "inline_container", "file write failed"
         torch_writer = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-        if not (isinstance(error, OSError) or torch_writer or type(error).__name__ == "SafetensorError"):
+        system = isinstance(error, OSError) and type(error).__module__ == "builtins"
+        system = system and not isinstance(error, ConnectionError | TimeoutError)
+        if not (system or torch_writer or type(error).__name__ == "SafetensorError"):
             raise
         number = error.errno if isinstance(error, OSError) else None
         reason = " ".join(str(error).split())

@@ -190,7 +190,7 @@ def test_a_resumed_run_keeps_its_text(dense_folder: Path, run: Callable[..., Any
     write("other text")
     result = run("train", "--resume", "--output", output)
     assert result.exit_code == 1
-    assert "a resumed run must keep its data and settings, got training_data=(" in result.stderr
+    assert "a resumed run must keep its data and settings, got some that differ: training_data=(" in result.stderr
     assert not (output / "config.json").exists()
     write("some text")
     assert run("train", "--resume", "--output", output).exit_code == 0

@@ -35,6 +35,7 @@ from lte.train.checkpoints import (
     rotate_checkpoints,
 )
 from lte.train.fingerprint import data_fingerprint
+from lte.train.trainer import LteTrainer
 from tests.tiny_models import PAD, tiny_dense_model
 from tests.train.toy import STEPS, toy_rows, trainer_of
 
@@ -184,6 +185,7 @@ def test_what_killed_processes_left_goes_and_nothing_else(run: Path) -> None:
     (run / "checkpoint-7").mkdir()
     (run / "checkpoint-7" / "model.safetensors").write_text("of somebody else")
     (run / ".notes").write_text("mine")
+    (run / "checkpoint-9").write_text("no folder")
     clean_up(run)
     names = {path.name for path in run.iterdir()}
     assert names >= {"checkpoint-2", "checkpoint-4", "checkpoint-7", ".notes"}
@@ -203,8 +205,9 @@ def test_a_folder_is_that_of_one_training_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
-    code = "import os, sys, time\nfrom lte.train.checkpoints import folder_lock\n"
-    code += f"with folder_lock({str(tmp_path)!r}):\n"
+    # What `folder_lock` takes, without all that the trainer imports.
+    code = "import filelock, os, time\n"
+    code += f"with filelock.FileLock({str(tmp_path / LOCK_FILE)!r}):\n"
     # A worker of the data loader outlives its parent by moments.
     code += "    if os.fork() == 0: time.sleep(1); os._exit(0)\n    print('held', flush=True); time.sleep(60)\n"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
@@ -247,7 +250,7 @@ def other_rows() -> TokenRows:
 )
 def test_other_data_and_settings_are_refused(run: Path, options: dict[str, Any], message: str) -> None:
     before = sorted(path.name for path in run.rglob("*"))
-    with pytest.raises(ValueError, match=f"a resumed run must keep its data and settings, got .*{message}"):
+    with pytest.raises(ValueError, match=f"must keep its data and settings, got some that differ: .*{message}"):
         trained(run, resume=True, **options)
     assert sorted(path.name for path in run.rglob("*")) == before
 
@@ -257,11 +260,11 @@ def test_a_model_of_other_shapes_or_another_teacher_is_refused(tmp_path: Path) -
     teacher = tiny_dense_model()
     with torch.no_grad():
         teacher.lm_head.weight[0] += 1
-    with pytest.raises(ValueError, match=r"got teacher=\w+ where it began with teacher=\w+ \("):
+    with pytest.raises(ValueError, match=r"differ: teacher=\w+ where it began with teacher=\w+ \("):
         trained(tmp_path, resume=True, teacher=teacher, max_steps=2)
     trainer = trainer_of(tmp_path, teacher=tiny_dense_model(), max_steps=2)
     trainer.model.lm_head.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"got model=\(shapes .* parameters, \w+\) where"):
+    with pytest.raises(ValueError, match=r"differ: model=\(shapes .* parameters, \w+\) where"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -316,6 +319,8 @@ def test_data_that_cannot_be_compared_is_left_alone() -> None:
     state = torch.get_rng_state()
     assert data_fingerprint(Noisy()) is None
     assert torch.equal(torch.get_rng_state(), state)
+    objects = [{"input_ids": [1], "kept": object()}]
+    assert data_fingerprint(objects) == data_fingerprint([{"input_ids": [1], "kept": object()}])
     once = iter([{"input_ids": [1]}, {"input_ids": [2]}])
     assert data_fingerprint(once) is None
     assert len(list(once)) == 2
@@ -362,6 +367,20 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path, monkeyp
     assert "3 checkpoints of about" in said(lambda: trained(tmp_path / "out", save_total_limit=2))[1]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(3 * size))
     assert "checkpoints of about" not in said(lambda: trained(tmp_path / "more", save_total_limit=2))[1]
+
+
+def test_an_upload_that_fails_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(OSError):
+        """As the errors of clients of the hub."""
+
+    def refused(self: LteTrainer, *args: Any) -> None:
+        raise Refused("401 Unauthorized")
+
+    monkeypatch.setattr(LteTrainer, "_save_scaler", refused)
+    with pytest.raises(Refused, match=r"^401 Unauthorized$"):
+        trained(tmp_path)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,8 +190,8 @@ def resume_point(folder: Path, wanted: str | Path | Literal[True], fingerprint: 
     other, devices = differences(before, fingerprint)
     if other:
         raise ValueError(
-            f"a resumed run must keep its data and settings, got {'; '.join(other)} ({checkpoint}); give it what it "
-            "began with, or start a new run with another output folder"
+            f"a resumed run must keep its data and settings, got some that differ: {'; '.join(other)} ({checkpoint}); "
+            "give it what it began with, or start a new run with another output folder"
         )
     if devices:
         warnings.warn(f"the resumed run will not end with the same numbers: it has {'; '.join(devices)}", stacklevel=4)
@@ -263,6 +263,7 @@ def _damage_of_earlier(checkpoint: Path) -> list[str]:
 def in_order(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first: by the time at which they were written, else by their step."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in found if path.is_dir()]
     return sorted(found, key=lambda path: (_saved_at(path), int(path.name.split("-")[-1])), reverse=True)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from lte.data.rows import TokenRows
+from lte.files import json_ready
 from lte.train.config import RecipeSettings
 
 # Of the trainer's own arguments, those that change the weights; steps between logs, checkpoints and evaluations, the
@@ -72,7 +73,8 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
         "rows_per_pass": args.per_device_train_batch_size,
         "passes_per_step": args.gradient_accumulation_steps,
     }
-    return json.loads(json.dumps(found, default=lambda value: str(getattr(value, "value", value)), sort_keys=True))
+    text = json.dumps(found, default=lambda value: str(getattr(value, "value", value)), sort_keys=True)
+    return json_ready(json.loads(text))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -152,9 +154,15 @@ def _row_digest(row: Any) -> bytes:
         if isinstance(value, Tensor):
             value = value.detach().cpu()
             value = (value.float() if value.is_floating_point() else value).numpy()
-        content = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+        content = value.tobytes() if isinstance(value, np.ndarray) else _text(value).encode()
         digest.update(f"{name} {np.shape(value) if isinstance(value, np.ndarray) else ''}".encode() + content)
     return digest.digest()
+
+
+def _text(value: Any) -> str:
+    """A value as text; of objects that say where they lie in memory, which is new each time, their kind alone."""
+    text = repr(value)
+    return type(value).__name__ if " at 0x" in text else text
 
 
 def _add_table(digest: Any, table: Any) -> None:

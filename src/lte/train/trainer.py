@@ -288,9 +288,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
     def _begin(self, wanted: str | bool | None, held: ExitStack) -> Path | None:
         """Takes the folder, cleans it, and looks for what to go on from: the first process does, for all of them."""
         found: list[Any] = [None, None]
-        writes = self.args.save_strategy != "no"
-        if self.is_world_process_zero() and (writes or wanted):
-            folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero():
+            folder, writes = Path(str(self.args.output_dir)), self.args.save_strategy != "no"
             try:
                 if writes:
                     held.enter_context(folder_lock(folder))
@@ -324,9 +323,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     complete_checkpoint(folder, self.control_state())
-        except OSError:
-            # Its bytes may be those that others lack.
-            if self.args.should_save:
+        except OSError as error:
+            # Its bytes may be those that others lack; what could not be uploaded stays.
+            if self.args.should_save and error.errno is not None:
                 discard_checkpoint(folder)
             raise
         finally:
