@@ -28,6 +28,11 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--faults`: how many processes the fault injection kills."""
+    parser.addoption("--faults", type=int, default=60, help="kills of the fault injection (tests/faults)")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def run_processes(count: int, *arguments: object) -> str:
+def run_processes(count: int, *arguments: object, timeout_s: float = 300) -> str:
     """Runs `python -m arguments` in `count` processes that find each other; returns what they print."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launcher, "-m", *map(str, arguments)]
@@ -21,6 +21,6 @@ def run_processes(count: int, *arguments: object) -> str:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < 2:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, or one and two processes would differ in device
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     return done.stdout

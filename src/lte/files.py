@@ -6,11 +6,13 @@ of it is there and as it was.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,42 @@ def replaced_atomically(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained_write_errors(path: str | Path, remedy: Callable[[], str] = lambda: "make room there") -> Iterator[None]:
+    """Turns what any library raises when it cannot write into one sentence.
+
+    Args:
+        path: of what is written in the block.
+        remedy: what to do, asked for when it fails.
+
+    Raises:
+        OSError: it names the path and the free space, says what failed, and what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        # PyTorch's writer raises a RuntimeError, safetensors an error of its own, neither with an `errno`. An upload
+        # that fails is an OSError, too, of a kind of its own.
+        texts = "PytorchStreamWriter", "inline_container", "file write failed"
+        torch_writer = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+        system = isinstance(error, OSError) and type(error).__module__ == "builtins"
+        system = system and not isinstance(error, ConnectionError | TimeoutError)
+        if not (system or torch_writer or type(error).__name__ == "SafetensorError"):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        reason = " ".join(str(error).split())
+        raise OSError(
+            number or errno.EIO,
+            f"{path} could not be written ({free_bytes(path) / 1e6:.1f} MB are free there): {reason}; {remedy()}",
+        ) from error
+
+
+def free_bytes(path: str | Path) -> int:
+    """Free space where a path lies, or will lie."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
 
 
 def sync(path: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lte
 from lte.data.config import DataConfig, read_documents
+from lte.train.checkpoints import folder_lock, newest_checkpoint
 from lte.train.trainer import LteTrainer
 from tests.cli.conftest import SHORT
 from tests.processes import run_processes
@@ -99,6 +101,12 @@ def test_of_two_processes_one_writes_the_folder(dense_folder: Path, trained: Any
     mine, theirs = state(tmp_path / "out"), state(trained[0])
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["tokens_trained"] == 12 * 4 * 32
+    newest = newest_checkpoint(tmp_path / "out" / "checkpoints")
+    assert newest is not None
+    files = json.loads((newest / "lte_manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(files)
 
 
 class TestSettingsFile:
@@ -161,6 +169,54 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     result = run("train", "--resume", "--output", output)
     assert result.exit_code == 0, result.output
     assert same(state(output), state(trained[0]))
+
+
+def make_unfinished(output: Path) -> None:
+    """Takes the model of a run away, as if it had been stopped before it was saved."""
+    for name in ("config.json", "model.safetensors", "result.json"):
+        (output / name).unlink()
+
+
+def test_a_resumed_run_keeps_its_text(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    text, output = tmp_path / "text.jsonl", tmp_path / "out"
+
+    def write(word: str) -> None:
+        text.write_text("\n".join(json.dumps({"text": f"{word} number {i} " * 9}) for i in range(60)))
+
+    write("some text")
+    assert run("train", "--model", dense_folder, "--output", output, *SHORT, "--train", text).exit_code == 0
+    before = state(output)
+    make_unfinished(output)
+    write("other text")
+    result = run("train", "--resume", "--output", output)
+    assert result.exit_code == 1
+    assert "a resumed run must keep its data and settings, got some that differ: training_data=(" in result.stderr
+    assert not (output / "config.json").exists()
+    write("some text")
+    assert run("train", "--resume", "--output", output).exit_code == 0
+    assert same(state(output), before)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(trained[0], output)
+    make_unfinished(output)
+    (output / "checkpoints" / "checkpoint-12" / "optimizer.pt").write_bytes(b"cut")
+    with pytest.warns(UserWarning, match=r"going on from .*checkpoint-9, .*checkpoint-12: optimizer.pt has 3 bytes"):
+        result = run("train", "--resume", "--output", output)
+    assert result.exit_code == 0, result.output
+    assert same(state(output), state(trained[0]))
+
+
+def test_a_folder_in_use_is_refused(dense_folder: Path, run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "out"):
+        result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT)
+        assert result.exit_code == 1
+        assert f"got {tmp_path / 'out'}, into which another one trains now" in result.stderr
+        assert (
+            "into which another one trains now"
+            in run("demo", "--model", dense_folder, "--output", tmp_path / "out").stderr
+        )
 
 
 def test_a_resumed_run_keeps_its_settings(run: Callable[..., Any], trained: Any) -> None:

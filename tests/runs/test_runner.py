@@ -224,6 +224,28 @@ def test_the_lock_of_a_dead_process_is_taken_over(mrpc: Callable[..., Path], tmp
     assert execute_all([first]) == []
 
 
+def test_what_dead_processes_left_goes(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    runner, _ = runner_of(mrpc("cats"), tmp_path)
+    doomed, old, new = (
+        tmp_path / "work" / name for name in ("cats.deleted-12", ".made.json.12.partial", ".x.9.partial")
+    )
+    doomed.mkdir(parents=True)
+    for path in (doomed / "model.safetensors", old, new):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    runner.begin()
+    assert [path.exists() for path in (doomed, old, new)] == [False, False, True]
+
+
+def test_a_model_folder_that_cannot_be_read_is_named(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    runner, _ = runner_of(mrpc("cats"), tmp_path)
+    folder = tmp_path / "work" / "start-seed0"
+    folder.mkdir(parents=True)
+    (folder / "made.json").write_text('{"fingerprint": ')
+    with pytest.raises(ValueError, match=rf"{folder}/made.json must say how .* delete {folder} to make it anew"):
+        execute_all([runner])
+
+
 def test_a_run_of_a_living_process_is_left_to_it(mrpc: Callable[..., Path], tmp_path: Path) -> None:
     first, _ = runner_of(mrpc("cats"), tmp_path)
     (tmp_path / "work").mkdir()

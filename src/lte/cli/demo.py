@@ -33,6 +33,7 @@ from lte.runs.measure import measure_folder
 from lte.runs.memory import peak_memory_bytes
 from lte.runs.pipeline import ModelSettings, Watcher, make_model
 from lte.runs.workload import TextWorkload
+from lte.train.checkpoints import clean_up, folder_lock
 from lte.train.config import TrainConfig
 from lte.train.objective import language_terms
 from lte.train.processes import training_device
@@ -101,7 +102,9 @@ def demo(
     quiet_transformers()
     check_demo_output(output)
     chosen = model or str(find_demo_model())
-    Demo(Console(), budget, chosen, output, target_sparsity, max_steps, seed).execute()
+    with folder_lock(output):
+        clean_up(output)
+        Demo(Console(), budget, chosen, output, target_sparsity, max_steps, seed).execute()
 
 
 def find_demo_model() -> Path:
@@ -128,7 +131,8 @@ def check_demo_output(output: Path) -> None:
     """
     if output.is_file():
         raise ValueError(f"output must be a folder, got output={output}, which is a file")
-    inside = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    # Hidden is what a demo that was stopped leaves.
+    inside = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
     if "report.json" not in inside and not inside <= {"training"}:
         raise ValueError(
             f"output must be a new folder or that of an earlier demo, got output={output}; take another one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -26,10 +27,10 @@ from lte.runs.measure import measure_folder
 from lte.runs.pipeline import ModelSettings, Watcher, make_model
 from lte.runs.workload import Workload, check_no_text, workload_of
 from lte.settings import build, option, read_settings_file, settings_of
+from lte.train.checkpoints import clean_up, folder_lock, newest_checkpoint
 from lte.train.config import TrainConfig
 from lte.train.processes import is_main_process
 from lte.train.summary import TrainingSummary
-from lte.train.trainer import newest_checkpoint
 
 Stages = Literal["both", "1", "2"]
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
@@ -109,15 +110,19 @@ def train(
         changed=frozenset(values),
     )
     data, task, output = build(DataConfig, values), build(TaskConfig, values), Path(run.output).expanduser()
-    if is_main_process():
-        check_output(output, run.resume)
-        write_run_file(output, values)
-    try:
-        execute(run, settings, data, task, output)
-    except KeyboardInterrupt:
-        newest = newest_checkpoint(output / CHECKPOINTS)
-        kept = f"The newest checkpoint is {newest}." if newest else "No checkpoint was written yet (see --save-steps)."
-        raise Interrupted(f"{kept} Go on with: lte train --resume --output {run.output}") from None
+    with folder_lock(output) if is_main_process() else nullcontext():
+        if is_main_process():
+            check_output(output, run.resume)
+            clean_up(output)
+            write_run_file(output, values)
+        try:
+            execute(run, settings, data, task, output)
+        except KeyboardInterrupt:
+            newest = newest_checkpoint(output / CHECKPOINTS)
+            kept = (
+                f"The newest checkpoint is {newest}." if newest else "No checkpoint was written yet (see --save-steps)."
+            )
+            raise Interrupted(f"{kept} Go on with: lte train --resume --output {run.output}") from None
 
 
 def execute(run: RunConfig, settings: ModelSettings, data: DataConfig, task: TaskConfig, output: Path) -> None:

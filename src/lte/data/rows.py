@@ -139,8 +139,9 @@ class PaddingCollator:
 
 
 class PromptsCounted:
-    """Gives the batches of a collator that pads on the right a `token_mask` of all tokens that are not padding, those
-    of prompts included, whose labels are -100.
+    """Gives the batches of a collator a `token_mask` of all tokens that are not padding, those of prompts included,
+    whose labels are -100. Padding is what the batch's `attention_mask` says, on either side; without one it is on the
+    right.
     """
 
     def __init__(self, collator: Any):
@@ -149,6 +150,8 @@ class PromptsCounted:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
         batch = self.collator(rows)
+        if "attention_mask" in batch:
+            return {**batch, "token_mask": batch["attention_mask"].bool()}
         return {**batch, "token_mask": torch.arange(batch["input_ids"].shape[1]) < lengths}
 
 

@@ -16,6 +16,7 @@ from lte.eval.cost import record_fields
 from lte.eval.kernels import KERNELS, use_kernels_
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
+from lte.files import explained_write_errors
 from lte.hf.checkpoints import load_whole, reading, record_checksums
 from lte.hf.dense import load_dense_model, model_location
 from lte.hf.families import family_of
@@ -144,9 +145,10 @@ def save_folder(model: Any, tokenizer: Any, output: Path) -> None:
     The checksums that `lte inspect --verify` compares are of all these files.
     """
     output.mkdir(parents=True, exist_ok=True)
-    files = [Path(file) for file in tokenizer.save_pretrained(output)]
-    record_checksums(output, [file.relative_to(output).as_posix() for file in files if file.is_file()])
-    model.save_pretrained(output)
-    if not is_ours(model):
-        names = [path.name for pattern in ("*config.json", "model*") for path in output.glob(pattern)]
-        record_checksums(output, names)
+    with explained_write_errors(output):
+        files = [Path(file) for file in tokenizer.save_pretrained(output)]
+        record_checksums(output, [file.relative_to(output).as_posix() for file in files if file.is_file()])
+        model.save_pretrained(output)
+        if not is_ours(model):
+            names = [path.name for pattern in ("*config.json", "model*") for path in output.glob(pattern)]
+            record_checksums(output, names)

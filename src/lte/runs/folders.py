@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from lte.runs.plan import Run
 from lte.runs.workload import Workload
 
 MADE_FILE, SETTINGS_FILE = "made.json", "settings.json"
+STALE_S = 3600
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,34 @@ class Folders:
         return self.work / run.name
 
     def made(self, run: Run) -> Made | None:
-        """What is said of a run's model, `None` if it is not there or was made with other settings."""
+        """What is said of a run's model, `None` if it is not there or was made with other settings.
+
+        Raises:
+            ValueError: if that cannot be read.
+        """
+        path = self.model(run) / MADE_FILE
         try:
-            made = Made(**json.loads((self.model(run) / MADE_FILE).read_text()))
+            made = Made(**json.loads(path.read_text(encoding="utf-8")))
         # Another process may delete it at any time.
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} must say how the model was made, got what cannot be read ({error}); delete {path.parent} to "
+                "make it anew"
+            ) from None
         return made if made.fingerprint == run.fingerprint else None
 
     def checkpoints(self, run: Run) -> Path:
         """The folder of a run's checkpoints; those of other settings are dropped."""
         folder = self.work / f"{run.name}.checkpoints"
         settings = folder / SETTINGS_FILE
-        if folder.exists() and not (settings.exists() and json.loads(settings.read_text()) == run.fingerprint):
-            shutil.rmtree(folder)
+        if folder.exists():
+            fingerprint = None
+            with suppress(FileNotFoundError, ValueError):
+                fingerprint = json.loads(settings.read_text(encoding="utf-8"))
+            if fingerprint != run.fingerprint:
+                shutil.rmtree(folder)
         if not folder.exists():
             write_json_atomic(settings, run.fingerprint)
         return folder
@@ -110,7 +126,18 @@ class Folders:
         doomed = self.work / f"{run.name}.deleted-{os.getpid()}"
         with suppress(FileNotFoundError):
             self.model(run).rename(doomed)
-            shutil.rmtree(doomed)
+        # Another process may clean up at the same time.
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def clean_up(self) -> None:
+        """Removes what processes left that died while they deleted a model or, an hour ago, wrote a file."""
+        for doomed in self.work.glob("*.deleted-*"):
+            shutil.rmtree(doomed, ignore_errors=True)
+        for partial in (*self.work.glob(".*.partial"), *self.output.glob(".*.partial")):
+            # Others may write here now.
+            with suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime > STALE_S:
+                    partial.unlink()
 
     @contextmanager
     def lock(self, run: Run) -> Iterator[bool]:

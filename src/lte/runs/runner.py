@@ -71,6 +71,7 @@ class Runner:
         """Makes the folders, and tells of records that were made with other settings."""
         self.folders.output.mkdir(parents=True, exist_ok=True)
         self.folders.work.mkdir(parents=True, exist_ok=True)
+        self.folders.clean_up()
         for run in self.wanted:
             path = self.folders.record(run)
             record = find_record(path)

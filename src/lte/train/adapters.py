@@ -12,6 +12,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from lte.files import explained_write_errors
 from lte.hf.checkpoints import load_whole
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import wrapped_ffns
@@ -133,7 +134,8 @@ def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:
 
     place = folder / ADAPTER
     if is_main_process():
-        adapted.save_pretrained(place)
+        with explained_write_errors(place):
+            adapted.save_pretrained(place)
     PartialState().wait_for_everyone()
     if adapted.get_base_model() is not model:
         # Weights in 4 bits would be rounded once more.

@@ -1,18 +1,14 @@
-"""What a trainer of routing does between its steps: stages, control of the sparsity, complete checkpoints, progress."""
+"""What a trainer of routing does between its steps: stages, control of the sparsity, progress."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-from lte.files import write_json_atomic
-
 if TYPE_CHECKING:
     from lte.train.trainer import RoutingMixin
 
-CONTROL_STATE_FILE = "lte_control.json"
 # What the progress bar shows, and how.
 LOG_NAMES = {
     "task_loss": "task",
@@ -26,7 +22,7 @@ LOG_NAMES = {
 
 
 class RoutingCallback(TrainerCallback):
-    """Switches stages before the steps, controls the sparsity after them, and completes checkpoints."""
+    """Switches stages before the steps, and controls the sparsity after them."""
 
     def __init__(self, trainer: RoutingMixin):
         self.trainer = trainer
@@ -43,12 +39,6 @@ class RoutingCallback(TrainerCallback):
             # An entry of the log is of one stage.
             control.should_log = True
         return control
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            # Written last: a checkpoint without this file is not complete.
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROL_STATE_FILE
-            write_json_atomic(path, self.trainer.control_state())
 
 
 class LteProgress(ProgressCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
-from lte.train.callbacks import CONTROL_STATE_FILE
+from lte.train.checkpoints import control_state_of
 from lte.train.config import Stage
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
@@ -37,6 +36,7 @@ class RoutingControl(AnyTrainer):
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
     _resumed: Path | None
+    _fingerprint: dict[str, Any] | None
     _task_terms: dict[str, Tensor]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -162,11 +162,16 @@ class RoutingControl(AnyTrainer):
 
     def control_state(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond the trainer's own state."""
-        return {"eta": self.eta, "controller": asdict(self.eta_controller), "tokens_trained": self.tokens_trained}
+        return {
+            "eta": self.eta,
+            "controller": asdict(self.eta_controller),
+            "tokens_trained": self.tokens_trained,
+            "fingerprint": self._fingerprint,
+        }
 
     def load_control_state(self, checkpoint: Path) -> None:
         """Restores `control_state` from a checkpoint folder."""
-        state = json.loads((checkpoint / CONTROL_STATE_FILE).read_text(encoding="utf-8"))
+        state = control_state_of(checkpoint)
         state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
         self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
         self.tokens_trained = state["tokens_trained"]

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.config import IGNORED
 from lte.data.rows import routing_masks
+from lte.files import explained_write_errors
 from lte.hf.inputs import check_packing
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
@@ -202,11 +204,17 @@ class RoutingLoss(AnyTrainer):
         if math.isfinite(loss.item()):
             return
         path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}, path)
+        batch = {key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}
+        where = f"is in {path}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with explained_write_errors(path):
+                torch.save(batch, path)
+        except OSError:
+            where = f"could not be written to {path}"
         raise NonFiniteLossError(
             f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
-            f"is in {path}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
+            f"{where}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
         )
 
     def _collect(self, terms: dict[str, Tensor]) -> None:
@@ -236,8 +244,24 @@ class RoutingLoss(AnyTrainer):
 
 
 def num_tokens_of(inputs: dict[str, Any], device: torch.device) -> Tensor:
-    """Tokens of a batch that are no padding, on the device."""
+    """Tokens of a batch that are no padding, on the device.
+
+    Packed rows have no mask. Their padding is a document of its own at the end of a row, of one repeated token and
+    without a label.
+    """
     mask = inputs.get("attention_mask")
     if mask is not None and mask.ndim == 2:
         return mask.sum().to(device)
-    return torch.tensor(inputs["input_ids"].numel() if "input_ids" in inputs else 0, device=device)
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if ids is None:
+        return torch.tensor(0, device=device)
+    shape = ids.shape[:2]
+    count = torch.tensor(shape.numel(), device=device)
+    positions, labels = inputs.get("position_ids"), inputs.get("labels")
+    if "input_ids" not in inputs or any(each is None or each.shape != shape for each in (positions, labels)):
+        return count
+    places = torch.arange(shape[1], device=ids.device)
+    last_start = places.where(torch.as_tensor(positions == 0), 0).amax(1, keepdim=True)
+    is_last = places >= last_start
+    is_padding = (((labels == IGNORED) & (ids == ids[:, -1:])) | ~is_last).all(1)
+    return count - (is_last.sum(1) * is_padding).sum().to(device)

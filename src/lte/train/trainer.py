@@ -8,15 +8,17 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from lte.data.rows import calibration_batches
+from lte.files import explained_write_errors
 from lte.hf.inputs import predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.hf.loading import is_ours
@@ -24,9 +26,20 @@ from lte.nn.losses import active_fraction
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.adapters import train_routers_, with_routers
 from lte.train.arguments import RoutingArguments
-from lte.train.callbacks import CONTROL_STATE_FILE, LteProgress, RoutingCallback
+from lte.train.callbacks import LteProgress, RoutingCallback
+from lte.train.checkpoints import (
+    begin_checkpoint,
+    clean_up,
+    complete_checkpoint,
+    discard_checkpoint,
+    folder_lock,
+    resume_point,
+    rotate_checkpoints,
+)
 from lte.train.compilation import compiled_layers
 from lte.train.config import stages_of
+from lte.train.disk_space import check_space, what_to_delete
+from lte.train.fingerprint import run_fingerprint
 from lte.train.objective import language_terms, routing_terms
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
@@ -112,6 +125,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self._task_terms: dict[str, Tensor] = {}
         self._evaluated: list[tuple[Tensor, Tensor]] | None = None
         self._resumed: Path | None = None
+        self._fingerprint: dict[str, Any] | None = None
         compiled = self.routing.compile_layers
         self._language_terms = torch.compile(language_terms) if compiled else language_terms
         self._routing_terms = torch.compile(routing_terms) if compiled else routing_terms
@@ -166,16 +180,19 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         """Trains both stages and sets the thresholds; arguments and result are those of the trainer.
 
         Raises:
-            ValueError: for data without labels, or a resume without a complete checkpoint.
+            ValueError: for data without labels, a resume without a whole checkpoint, or with other data or settings
+                than those of the checkpoint; and for an `output_dir` into which another process trains.
+            OSError: if a checkpoint cannot be written; training goes on from the one before with a resume.
             NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
         """
-        self._resumed = self._resume_point(resume_from_checkpoint)
         self.check_batch(next(self._spread_batches(self.train_dataset, 1)))
         if self._sets_thresholds and self.calibration_dataset is not None:
             next(self._spread_batches(self.calibration_dataset, 1))
-        if hasattr(self.model.config, "lte_measurement"):
-            self.model.config.lte_measurement = None
-        with self._training():
+        with ExitStack() as held:
+            self._resumed = self._begin(resume_from_checkpoint, held)
+            if hasattr(self.model.config, "lte_measurement"):
+                self.model.config.lte_measurement = None
+            held.enter_context(self._training())
             if self._resumed is None:
                 self._fit_routers()
             resumed = None if self._resumed is None else str(self._resumed)
@@ -268,23 +285,53 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         with self.compute_loss_context_manager():
             calibrate_thresholds_(self.model, batches, self.target_sparsity)
 
-    def _resume_point(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to go on from; `True` takes the newest complete one."""
-        if not wanted:
-            return None
-        if wanted is not True:
-            if not (Path(wanted) / CONTROL_STATE_FILE).is_file():
-                raise ValueError(
-                    f"resume_from_checkpoint must be a complete checkpoint of this trainer, got {wanted}, which has no "
-                    f"{CONTROL_STATE_FILE}; pass True to take the newest complete one"
-                )
-            return Path(wanted)
-        newest = newest_checkpoint(Path(str(self.args.output_dir)))
-        if newest is None:
-            raise ValueError(
-                f"output_dir must hold a complete checkpoint to resume, got none in {self.args.output_dir}"
-            )
-        return newest
+    def _begin(self, wanted: str | bool | None, held: ExitStack) -> Path | None:
+        """Takes the folder, cleans it, and looks for what to go on from: the first process does, for all of them."""
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            folder, writes = Path(str(self.args.output_dir)), self.args.save_strategy != "no"
+            try:
+                if writes:
+                    held.enter_context(folder_lock(folder))
+                    check_space(folder, self)
+                self._fingerprint = run_fingerprint(self)
+                found[0] = resume_point(folder, wanted, self._fingerprint) if wanted else None
+                if writes:
+                    clean_up(folder)
+            except (ValueError, OSError) as error:
+                if self.args.world_size == 1:
+                    raise
+                found[1] = error
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer's, but a checkpoint counts when all of it is on the disk, and older ones go only then."""
+        trial = kwargs.get("trial", args[1] if len(args) > 1 else None)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with explained_write_errors(folder, lambda: what_to_delete(folder)):
+                if self.args.should_save:
+                    begin_checkpoint(folder)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(*args, **kwargs)
+                # Each process has its own files.
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    complete_checkpoint(folder, self.control_state())
+        except OSError as error:
+            # Its bytes may be those that others lack; what could not be uploaded stays.
+            if self.args.should_save and error.errno is not None:
+                discard_checkpoint(folder)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, in hard mode, with the sparsity of the same passes among the metrics."""
@@ -352,12 +399,6 @@ class LteTrainer(RoutingMixin, Trainer):
                 f"batches must hold labels for {type(self.model).__name__}, got {', '.join(batch)}; give the data a "
                 "labels column (for language models a copy of input_ids), or take a data_collator that makes one"
             )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step whose last file was written; a killed process leaves others behind."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CONTROL_STATE_FILE}")]
-    return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 
 def check_recipe(model: nn.Module, recipe: str) -> None:

@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 from lte.data.rows import LmCollator, PromptsCounted, calibration_batches
 from lte.hf.inputs import predicts_next_token
 from lte.train.arguments import LteTrainingArguments
+from lte.train.checkpoints import newest_checkpoint
 from lte.train.compilation import few_widths
 from lte.train.config import RecipeSettings, TrainConfig
 from lte.train.processes import float32_products, num_processes
 from lte.train.router_init import Batch
 from lte.train.summary import TrainingSummary
-from lte.train.trainer import LteTrainer, check_recipe, newest_checkpoint
+from lte.train.trainer import LteTrainer, check_recipe
 
 # Transformers 5.2x gave it a new name.
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
@@ -63,8 +64,8 @@ def train_two_stage(
 
     Raises:
         ValueError: for a model that does not fit the recipe, an `output_dir` that holds another run's checkpoints
-            without `resume`, distillation without a teacher, and `config.count_prompts` for a model that reads no
-            prompts.
+            without `resume`, a `resume` with other data or settings or from damaged checkpoints alone, distillation
+            without a teacher, and `config.count_prompts` for a model that reads no prompts.
         NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
     """
     output = Path(output_dir)
