@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
+from lte.config import IGNORED
 from lte.data.rows import calibration_batches
-from lte.hf.inputs import predicts_next_token, unwrapped
+from lte.hf.inputs import check_next_token, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.nn.losses import active_fraction
@@ -352,6 +353,13 @@ class LteTrainer(RoutingMixin, Trainer):
                 f"batches must hold labels for {type(self.model).__name__}, got {', '.join(batch)}; give the data a "
                 "labels column (for language models a copy of input_ids), or take a data_collator that makes one"
             )
+        if (batch.get("labels", torch.zeros(1)) == IGNORED).all():
+            raise ValueError(
+                f"labels must be other than {IGNORED} somewhere in each batch, got a first batch without any such "
+                "label, in which nothing would train; give data with labels"
+            )
+        if predicts_next_token(self.model):
+            check_next_token(unwrapped(self.model).config)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
