@@ -11,10 +11,7 @@ import typer
 from rich.console import Console
 
 from lte.cli.command import quiet_transformers, reports_errors, takes_settings
-from lte.data.announcement import announce, document_as_read, row_as_seen
 from lte.data.config import DataConfig, read_documents
-from lte.data.encoding import Encoder
-from lte.hf.dense import load_tokenizer
 from lte.settings import build
 
 # What decides how files are read and cut into rows.
@@ -43,7 +40,8 @@ def data(
 
     Example: `lte data chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct`
     """
-    quiet_transformers()
+    from lte.data.announcement import announce, document_as_read, row_as_seen
+
     if chat_template is not None and model is None:
         raise ValueError("chat_template must be given with a model, whose tokenizer it is for; add --model")
     config, console = build(DataConfig, {**given, "train": sources}), Console()
@@ -51,6 +49,10 @@ def data(
     if model is None:
         lines = [announce(documents, document_as_read(documents[0], config))]
     else:
+        from lte.data.encoding import Encoder
+        from lte.hf.dense import load_tokenizer
+
+        quiet_transformers()
         tokenizer = load_tokenizer(model)
         if chat_template is not None:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")

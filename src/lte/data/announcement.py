@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
-import torch
+import numpy as np
 
 from lte.config import IGNORED
 from lte.data.chats import Chat
@@ -48,7 +48,7 @@ def announce_task(name: str, info: Mapping[str, Any], row: Mapping[str, Any], to
         tokenizer: of the model.
     """
     labels = row.get("labels")
-    if isinstance(labels, int | float) or (labels is not None and torch.as_tensor(labels).ndim == 0):
+    if labels is not None and np.ndim(labels) == 0:
         shown = _in_one_line([(tokenizer.decode(row["input_ids"]), False), (f" {labels}", True)])
     elif labels is None or len(labels) != len(row["input_ids"]):
         answer = [] if labels is None else [(tokenizer.decode(labels), True)]
@@ -62,10 +62,17 @@ def announce_task(name: str, info: Mapping[str, Any], row: Mapping[str, Any], to
 
 def row_as_seen(row: Mapping[str, Any], tokenizer: Any) -> str:
     """A row of tokens as text in one line, what trains in double brackets."""
-    ids, labels = (torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels"))
-    stretches = []
-    for trained, group in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
-        stretches.append((tokenizer.decode([token for token, _ in group]), trained))
+    ids, labels = (np.asarray(row[name]).tolist() for name in ("input_ids", "labels"))
+    stretches: list[tuple[str, bool]] = []
+    before, end = "", 0
+    for trained, group in islice(groupby(label != IGNORED for label in labels), MOST_STRETCHES + 1):
+        start, end = end, end + len(list(group))
+        # By what is added: alone, a stretch may lose the space before it.
+        text = tokenizer.decode(ids[:end])
+        stretches.append(
+            (text.removeprefix(before) if text.startswith(before) else tokenizer.decode(ids[start:end]), trained)
+        )
+        before = text
     return _in_one_line(stretches)
 
 

@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 
 from lte.data.chats import REASONING, ROLES
+from lte.data.files import as_text
 
 # The tags in a chat template around what the assistant says, and a private-use character that stands in for them.
 GENERATION_TAG, MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}"), "\ue000"
@@ -54,6 +55,10 @@ class ChatWriter:
             return self._render(messages[:count], origin, {**options, **more}) if count else ""
 
         whole = render(len(messages))
+        try:
+            as_text(whole)
+        except ValueError as error:
+            raise ValueError(f"chats must be text, got {error} in {origin}") from None
         parts = render(len(messages), chat_template=self.marked).split(MARK) if self.marked != self.template else []
         if len(parts) > 1 and "".join(parts) == whole:
             bounds = np.cumsum([len(part) for part in parts]).tolist()
@@ -65,6 +70,10 @@ class ChatWriter:
         spans = []
         for index in (i for i, trains in zip(spoken, trained, strict=True) if trains):
             before, after = render(index, add_generation_prompt=True), render(index + 1)
+            if index == 0:
+                # What opens an answer where nothing was said before: templates write no empty chats.
+                opening = render(1, add_generation_prompt=True).removeprefix(after)
+                before = after[: after.find(opening) + len(opening)] if opening in after else ""
             if not (whole.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     "the chat template must write the beginning of a chat as it writes it in the whole chat, got one "

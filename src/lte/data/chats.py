@@ -6,6 +6,7 @@ in turn; content in parts. What a row says of its turns' training is kept as `we
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,6 +130,9 @@ def _message(turn: Any) -> dict[str, Any]:
     calls = message.pop("tool_calls", None) or message.pop("function_call", None)
     if name in CALLS and calls is None:
         calls, content = content, None
+    if known == "tool" and isinstance(content, Mapping | list) and not _in_parts(content):
+        # What a tool returned, as the text that a model reads.
+        content = json.dumps(content, ensure_ascii=False)
     if content is not None:
         text, reasoning = _content(content)
         found["content"] = text
@@ -145,6 +149,11 @@ def _message(turn: Any) -> dict[str, Any]:
     if not trains(turn) and known == "assistant":
         found["weight"] = 0
     return found
+
+
+def _in_parts(content: Any) -> bool:
+    parts = content if isinstance(content, list) else [content]
+    return all(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in parts)
 
 
 def _content(content: Any) -> tuple[str, str]:

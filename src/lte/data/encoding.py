@@ -60,7 +60,7 @@ class Encoder:
             counts["dropped_tokens"] = max(0, tokens - len(columns["input_ids"]))
         else:
             columns, offsets = self._whole(examples)
-        if documents and counts["unlabelled_documents"] == len(documents):
+        if not examples and counts["unlabelled_documents"]:
             raise ValueError(
                 f"{part} data must hold labels to train on, got {len(documents)} documents without any: chats in which "
                 "no assistant speaks or all turns are marked as untrained, or rows whose labels are all -100"
@@ -154,8 +154,13 @@ class Encoder:
                 raise ValueError(
                     f"input_ids must be of the model's tokenizer, below {size}, got {highest}; tokenise the text anew"
                 )
-            for start in range(0, len(document.ids), length):
-                yield (document.ids[start : start + length], document.labels[start : start + length].copy()), 0
+            starts = range(0, len(document.ids), length)
+            pieces = [
+                (document.ids[start : start + length], document.labels[start : start + length]) for start in starts
+            ]
+            # Pieces with nothing to train go, but that of a document without any tells that there is none.
+            for piece in [piece for piece in pieces if (piece[1][1:] != IGNORED).any()] or pieces[:1]:
+                yield piece, 0
 
     def _chats(self, documents: list[dict[str, Any]]) -> Iterator[tuple[Example, int]]:
         """Chats as the tokenizer's template writes them; labels on the assistant's turns and their closing marks."""

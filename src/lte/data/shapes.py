@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lte.config import IGNORED
 from lte.data.chats import PICTURES, Chat, check_no_image, read_messages, read_tools
 from lte.data.files import Repeated, Row, Table, as_text, parse_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lte.data.config import DataConfig
 
 TEXT_FIELDS = ("text", "content", "document", "body", "article", "story", "completion")
@@ -242,6 +242,8 @@ def _untrained(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(row: Row) -> Tokens | None:
+    import numpy as np  # slow to load, and not needed by the settings
+
     ids = _ints(row, IDS)
     if ids is None or not len(ids):
         return None
@@ -301,6 +303,8 @@ def _ints(row: Row, name: str) -> np.ndarray | None:
         return None
     if not isinstance(value, list | tuple) or not all(type(each) is int and -(2**31) <= each < 2**31 for each in value):
         raise ValueError(f"{name} must be a list of whole numbers, got {value!r:.60}")
+    import numpy as np
+
     return np.array(value, dtype=np.int64)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,7 +34,7 @@ MEASURED_ROWS = 16
 # Settings of text that a task brings along.
 TEXT_SETTINGS = (
     *("train", "validation", "calibration", "format", "name", "kind"),
-    *("text_field", "prompt_field", "completion_field", "messages_field"),
+    *("text_field", "prompt_field", "completion_field", "prompt_template", "messages_field"),
 )
 
 
@@ -74,16 +72,6 @@ class Workload(ABC):
     def __init__(self, data_config: DataConfig, tokenizer: Any, batch_size: int):
         self.data_config, self.tokenizer, self.batch_size = data_config, tokenizer, batch_size
         self.info: dict[str, Any] = {}
-
-    @property
-    def fingerprint(self) -> str:
-        """A checksum of all that trains and of what sets the thresholds, after `load_data`: other rows have another.
-
-        It is of the tokens where they are counted as such, else of the examples before they are tokenised.
-        """
-        parts = {part: self.info[part] for part in ("train", "calibration") if part in self.info}
-        sums = {part: found.get("rows_sha256") or found["sha256"] for part, found in parts.items()}
-        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
     @abstractmethod
     def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:

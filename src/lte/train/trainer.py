@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
 from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
 from lte.train.sparsity_controller import EtaController
+
+# In so many tokens of training data a label is looked for.
+LABEL_TOKENS = 1 << 16
 
 
 class RoutingMixin(RoutingLoss, RoutingControl):
@@ -353,13 +356,18 @@ class LteTrainer(RoutingMixin, Trainer):
                 f"batches must hold labels for {type(self.model).__name__}, got {', '.join(batch)}; give the data a "
                 "labels column (for language models a copy of input_ids), or take a data_collator that makes one"
             )
-        if (batch.get("labels", torch.zeros(1)) == IGNORED).all():
-            raise ValueError(
-                f"labels must be other than {IGNORED} somewhere in each batch, got a first batch without any such "
-                "label, in which nothing would train; give data with labels"
-            )
+        if _nothing_labelled(batch):
+            others = self._spread_batches(self.train_dataset, LABEL_TOKENS)
+            if all(_nothing_labelled(other) for other in others):
+                raise ValueError(
+                    f"train_dataset must have labels other than {IGNORED}, got none in rows spread over it"
+                )
         if predicts_next_token(self.model):
             check_next_token(unwrapped(self.model).config)
+
+
+def _nothing_labelled(batch: Mapping[str, Any]) -> bool:
+    return "labels" in batch and bool((batch["labels"] == IGNORED).all())
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

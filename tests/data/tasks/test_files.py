@@ -173,7 +173,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data_dir must be an existing folder, got data_dir=.*nowhere"):
         read_split(get_task("sst2"), "train", tmp_path / "nowhere")
     (tmp_path / "SST-2").mkdir()
-    message = r"data_dir must hold the train split of sst2, train.tsv \(also with .gz, .bz2, .xz, .zst\), got none in .*/SST-2"
+    message = r"data_dir must hold the train split of sst2, train.tsv \(also with .gz, .*, .zst\), got none in .*/SST-2"
     with pytest.raises(ValueError, match=message):
         read_split(get_task("sst2"), "train", tmp_path)
     with pytest.raises(ValueError, match="data_dir must be given for task=text"):
