@@ -142,7 +142,7 @@ MESSAGE = st.dictionaries(
 )
 
 
-@settings(FUZZ, max_examples=400)
+@settings(FUZZ, max_examples=200)
 @given(
     rows=st.lists(
         st.dictionaries(st.sampled_from(COLUMNS), VALUES | MESSAGE | st.lists(MESSAGE, max_size=3), max_size=5),

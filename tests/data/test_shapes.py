@@ -77,6 +77,9 @@ class TestInstructions:
     def test_rejected_completions_and_pictures_do_not_train(self, tmp_path):
         rows = [{"prompt": "a", "completion": text, "label": text == "good"} for text in ("good", "bad")]
         assert [row["completion"] for row in read(tmp_path / "x.jsonl", *rows)] == ["good"]
+        documents = read_documents(str(tmp_path / "x.jsonl"), DataConfig())
+        assert documents.columns.used["label"] == "which rows train"
+        assert documents.columns.left_out == {"marked label=False": 1}
         # Of plain text a label is another matter.
         assert read(tmp_path / "x.jsonl", {"text": "dull", "label": False}) == ["dull"]
         with pytest.raises(ValueError, match="rows must be text alone, got image"):

@@ -448,7 +448,7 @@ def test_data_that_cannot_train_are_refused(tmp_path):
     rows = toy_rows(16)
     unlabelled = TokenRows(rows.input_ids, [row * 0 - 100 for row in rows.labels])
     options = {"args": arguments(tmp_path), "data_collator": LmCollator(PAD)}
-    with pytest.raises(ValueError, match="train_dataset must have labels other than -100, got none in all"):
+    with pytest.raises(ValueError, match="train_dataset must have labels other than -100, got none in rows"):
         LteTrainer(fresh_model(), train_dataset=unlabelled, **options).train()
     with pytest.raises(ValueError, match=r"must predict the next token from those before it, got model_type=.*bert"):
         LteTrainer(encoder_of_next_tokens(), train_dataset=rows, **options).train()

@@ -89,19 +89,20 @@ def documents_of(table: Table, config: DataConfig, found: Columns) -> list[Any]:
     for number, row in table.read({*shape.columns, *shape.checks}):
         seen |= row.keys()
         try:
-            reason = _not_to_train(row, shape.checks)
-            document = None if reason else shape.make(row)
+            mark = _untrained_by(row, shape.checks)
+            document = None if mark else shape.make(row)
         except ValueError as error:
             raise ValueError(f"{table.name}, {table.unit} {number}: {error}") from None
         if document is None:
-            reason = reason or f"without {next(iter(shape.columns))}"
+            reason = f"marked {mark}={row[mark]}" if mark else f"without {next(iter(shape.columns))}"
+            found.used |= {mark: "which rows train"} if mark else {}
             found.left_out[reason] = found.left_out.get(reason, 0) + 1
             continue
         if isinstance(document, Chat):
             document.origin = f"{table.name}, {table.unit} {number}"
         documents.append(document)
     found.used |= {name: use for name, use in shape.columns.items() if name in seen}
-    found.unused |= seen - shape.columns.keys()
+    found.unused = (found.unused | seen) - found.used.keys()
     return documents
 
 
@@ -308,8 +309,8 @@ def _ints(row: Row, name: str) -> np.ndarray | None:
     return np.array(value, dtype=np.int64)
 
 
-def _not_to_train(row: Row, checks: tuple[str, ...]) -> str | None:
-    """Why a row is left out by its own marks, `None` if it is not.
+def _untrained_by(row: Row, checks: tuple[str, ...]) -> str | None:
+    """The mark by which a row says that it does not train, `None` if none does.
 
     Raises:
         ValueError: for a row with pictures or sound.
@@ -320,7 +321,7 @@ def _not_to_train(row: Row, checks: tuple[str, ...]) -> str | None:
             raise ValueError(f"rows must be text alone, got {name}; lte does not train on pictures or sound")
         text = str(value).strip().lower()
         if name in ROW_MARKS and (text == "false" or (name == "weight" and text in ("0", "0.0"))):
-            return f"marked {name}={value}"
+            return name
     return None
 
 
@@ -330,7 +331,8 @@ def _lacking(table: Table, config: DataConfig, kind: str) -> str:
     if kind == "completion" and name in table.columns:
         name = config.prompt_field
     likely = _likely(table) if kind == "text" else ""
-    shapes = "; chats, prompts with completions and tokens have a kind of their own" if config.kind == "text" else ""
+    shapes = "; or give messages, prompt and completion, instruction and output, or input_ids"
+    shapes = shapes if config.kind in ("auto", "text") else ""
     return (
         f"the data must have a field {name!r} for kind={kind}, got the fields {', '.join(table.columns)}; name yours "
         f"with the matching *_field option{likely}{shapes} ({table.name})"
