@@ -55,10 +55,7 @@ class ChatWriter:
             return self._render(messages[:count], origin, {**options, **more}) if count else ""
 
         whole = render(len(messages))
-        try:
-            as_text(whole)
-        except ValueError as error:
-            raise ValueError(f"chats must be text, got {error} in {origin}") from None
+        as_text(whole, origin)
         parts = render(len(messages), chat_template=self.marked).split(MARK) if self.marked != self.template else []
         if len(parts) > 1 and "".join(parts) == whole:
             bounds = np.cumsum([len(part) for part in parts]).tolist()

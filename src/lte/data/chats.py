@@ -144,7 +144,7 @@ def _message(turn: Any) -> dict[str, Any]:
         raise ValueError(f"it must have role and content, got {', '.join(map(str, turn))} with nothing in content")
     for name in REASONING:
         if name in message:
-            message[name] = as_text(message[name])
+            message[name] = as_text(message[name], name)
     found |= message
     if not trains(turn) and known == "assistant":
         found["weight"] = 0
@@ -163,7 +163,7 @@ def _content(content: Any) -> tuple[str, str]:
     reasoning: list[str] = []
     for part in parts:
         if not isinstance(part, Mapping):
-            text.append(as_text(part) or "")
+            text.append(as_text(part, "content") or "")
             continue
         kind = part.get("type") or "text"
         wanted = text if kind in TEXT_PARTS else reasoning if kind in (*REASONING, "think") else None
@@ -173,7 +173,7 @@ def _content(content: Any) -> tuple[str, str]:
         value = next((part[key] for key in keys if part.get(key) is not None), None)
         if value is None:
             raise ValueError(f"a part of content must have type and text, got {', '.join(map(str, part))}")
-        wanted.append(as_text(value) or "")
+        wanted.append(as_text(value, "content") or "")
     found = "".join(text)
     check_no_image(found)
     return found, "".join(reasoning)

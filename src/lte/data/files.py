@@ -95,8 +95,12 @@ def open_table(path: str | Path, name: str, text_column: str = "text") -> Table:
         return Table(str(path), "line", columns, lambda _: _guarded(path, name, chain(head, rows)))
 
 
-def as_text(value: Any) -> str | None:
+def as_text(value: Any, name: str = "it") -> str | None:
     """A value as it was written: numbers of JSON with all their digits, true and false as in JSON; `None` is none.
+
+    Args:
+        value: of a field.
+        name: what the message calls it.
 
     Raises:
         ValueError: for lists, objects, NaN, bytes that are no UTF-8, and text that is no valid Unicode.
@@ -106,25 +110,25 @@ def as_text(value: Any) -> str | None:
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"text with half a surrogate pair, {value[error.start]!r}") from None
+                raise ValueError(f"{name} must hold text, got half a surrogate pair, {value[error.start]!r}") from None
         return value
     if value is None:
         return None
     if isinstance(value, Repeated):
-        raise ValueError("several columns of that name")
+        raise ValueError(f"{name} must be there once, got several columns of that name")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and not math.isfinite(value) and not isinstance(value, _Written):
-        raise ValueError(f"{value}, which is no text")
+        raise ValueError(f"{name} must hold text, got {value}")
     if isinstance(value, int | float | decimal.Decimal | datetime.date | datetime.time):
         return str(value)
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise ValueError("bytes that are no UTF-8") from None
+            raise ValueError(f"{name} must hold text, got bytes that are no UTF-8") from None
     what = {"dict": "an object", "list": "a list"}.get(type(value).__name__, f"a {type(value).__name__}")
-    raise ValueError(f"{what} ({str(value)[:40]})")
+    raise ValueError(f"{name} must hold text, got {what} ({str(value)[:40]})")
 
 
 class _Written(float):

@@ -280,16 +280,12 @@ def _first(has: set[str], *names: str) -> str | None:
 
 def _value(row: Row, name: str) -> Any:
     if isinstance(row.get(name), Repeated):
-        raise ValueError(f"the column {name!r} must be there once, got several of that name")
+        raise ValueError(f"the field {name!r} must be there once, got several columns of that name")
     return row.get(name)
 
 
 def _text(row: Row, name: str) -> str | None:
-    value = _value(row, name)
-    try:
-        return as_text(value)
-    except ValueError as error:
-        raise ValueError(f"the field {name!r} must hold text, got {error}") from None
+    return as_text(row.get(name), f"the field {name!r}")
 
 
 def _filled(text: str | None) -> str | None:

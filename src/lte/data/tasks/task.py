@@ -153,7 +153,7 @@ class ClassificationTask(Task):
             return self.labels.index(label)
         try:
             number = float(label)
-        except ValueError:
+        except (TypeError, ValueError):
             number = float("nan")
         if not self.labels and number == number:
             return number
