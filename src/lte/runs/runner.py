@@ -178,7 +178,7 @@ class Runner:
         for line in work.announcements:
             if line not in self._announced:
                 self._announced.add(line)
-                self.report(line)
+                self.report(f"Data: {line}")
         made = self.folders.made(run)
         if made is not None and made.data_info["train"]["sha256"] != work.info["train"]["sha256"]:
             raise ValueError(
