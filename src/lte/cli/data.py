@@ -57,7 +57,7 @@ def data(
         if chat_template is not None:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         # As many rows as documents, or more where these are longer.
-        encoder = Encoder(replace(config, kind=documents.kind, pack=False), tokenizer, progress=console.is_terminal)
+        encoder = Encoder(replace(config, pack=False), tokenizer, progress=console.is_terminal)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             rows, found = encoder.rows(documents, "train", None)

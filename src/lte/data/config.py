@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lte.config import check_choice
-from lte.data.chats import Chat
 from lte.data.files import ENDINGS, FORMATS, OPENERS, Row, Table, arrow_rows, open_table
 from lte.data.shapes import Columns, Tokens, documents_of, template_parts
 from lte.settings import option
@@ -148,7 +147,7 @@ def read_documents(source: str | Sequence[str], config: DataConfig, split: str |
     if not documents:
         left_out = "".join(f", {count} rows {reason}" for reason, count in columns.left_out.items())
         raise ValueError(f"data must hold at least one document, got none in {', '.join(sources)}{left_out}")
-    kinds: list[Kind] = sorted({kind_of(document) for document in documents})
+    kinds: list[Kind] = sorted({kind_of(document, config) for document in documents})
     if len(kinds) > 1:
         raise ValueError(
             f"data must be of one kind, got {' and '.join(kinds)} in {', '.join(sources)}; train on them one after the "
@@ -157,10 +156,11 @@ def read_documents(source: str | Sequence[str], config: DataConfig, split: str |
     return Documents(documents, kinds[0], ", ".join(sources), columns)
 
 
-def kind_of(document: Any) -> Kind:
-    """text, completion, chat or tokens."""
-    found: dict[type, Kind] = {str: "text", Chat: "chat", Tokens: "tokens"}
-    return found.get(type(document), "completion")
+def kind_of(document: Any, config: DataConfig) -> Kind:
+    """The kind of a document: text, completion, chat or tokens."""
+    if isinstance(document, dict):
+        return "chat" if config.messages_field in document else "completion"
+    return "text" if isinstance(document, str) else "tokens"
 
 
 def _read(source: str, config: DataConfig, split: str, columns: Columns) -> Iterable[Any]:

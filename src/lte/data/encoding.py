@@ -17,7 +17,7 @@ import numpy as np
 
 from lte.config import IGNORED
 from lte.data.chat_writer import ChatWriter
-from lte.data.config import DataConfig
+from lte.data.config import DataConfig, kind_of
 from lte.data.shapes import Tokens
 
 if TYPE_CHECKING:
@@ -52,8 +52,10 @@ class Encoder:
     def rows(self, documents: list[Any], part: str, limit: int | None) -> tuple[datasets.Dataset, dict[str, Any]]:
         """Rows of the `part` train, validation or calibration, of at most `limit` tokens, and their counts."""
         counts = {"dropped_tokens": 0, "truncated_documents": 0, "unlabelled_documents": 0}
-        text = self.config.kind == "text"
-        examples = list(self._text(documents, limit, part) if text else self._labelled(documents, limit, part, counts))
+        kind = kind_of(documents[0], self.config) if documents else "text"
+        text = kind == "text"
+        labelled = self._text(documents, limit, part) if text else self._labelled(kind, documents, limit, part, counts)
+        examples = list(labelled)
         tokens = sum(len(ids) for ids, _ in examples)
         if text and self.config.pack:
             columns, offsets = self._blocks(examples, keep_rest=part == "validation")
@@ -103,12 +105,12 @@ class Encoder:
                     return
 
     def _labelled(
-        self, documents: list[Any], limit: int | None, part: str, counts: dict[str, int]
+        self, kind: str, documents: list[Any], limit: int | None, part: str, counts: dict[str, int]
     ) -> Iterator[Example]:
         """Documents of at most `sequence_length` tokens each, until the next one would exceed the limit."""
         readers: dict[str, Callable[[list[Any]], Iterator[tuple[Example, int]]]]
         readers = {"completion": self._completions, "chat": self._chats, "tokens": self._tokens}
-        encode = readers[self.config.kind]
+        encode = readers[kind]
         total = 0
         for batch in self._batches(documents, _size, part):
             for (ids, labels), too_long in encode(batch):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -282,10 +282,8 @@ def load_lm_datasets(
     if documents.kind == "completion":
         _warn_of_joins(documents, config)
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
-    rows = {}
-    for part, texts in parts.items():
-        kind = read[part].kind if part in read else documents.kind
-        rows[part] = Encoder(replace(config, kind=kind), tokenizer, progress).rows(texts, part, limits.get(part))
+    encoder = Encoder(config, tokenizer, progress)
+    rows = {part: encoder.rows(texts, part, limits.get(part)) for part, texts in parts.items()}
     for part, texts in {**parts, "train": train}.items():
         info[part] = {"documents": len(texts), **rows[part][1], "sha256": _digest(texts)}
     calibration = rows["calibration"][0] if "calibration" in rows else None
