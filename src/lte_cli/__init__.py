@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "train": "Trains a sparse model in two stages and writes a folder that from_pretrained and the other commands "
     "load.",
+    "data": "Shows what lte reads of files: the columns it uses and how, and a row as the model will see it.",
     "eval": "Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per "
     "token.",
     "generate": "Continues a prompt and says what share of its neurons the model used for this text.",

@@ -142,6 +142,8 @@ class TestChats:
             load(tokenizer, train=chats, kind="chat")
 
     def test_messages_of_another_form_are_a_clear_error(self, tmp_path, tokenizer):
-        rows = [{"messages": [{"from": "human", "value": f"w{i}"}]} for i in range(4)]
-        with pytest.raises(ValueError, match="messages with role and content, got one with from, value"):
-            load(tokenizer, train=write_jsonl(tmp_path / "share.jsonl", rows), kind="chat")
+        rows = [{"messages": [{"who": "human", "says": f"w{i}"}]} for i in range(4)]
+        with pytest.raises(
+            ValueError, match=r"line 1: message 1 of 1: it must have role and content .*, got who, says"
+        ):
+            load(tokenizer, train=write_jsonl(tmp_path / "odd.jsonl", rows), kind="chat")

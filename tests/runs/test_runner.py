@@ -38,7 +38,7 @@ def write_e2e_comparison(folder: Path, model: Path, **content: Any) -> Path:
 
 
 def done(lines: list[str]) -> list[str]:
-    return [line.partition(":")[0] for line in lines]
+    return [line.partition(":")[0] for line in lines if not line.startswith("Data: ")]
 
 
 @pytest.mark.slow
@@ -116,8 +116,11 @@ def test_a_comparison_on_text(tmp_path: Path, llama: Path) -> None:
     file = write_comparison(tmp_path / "text.yaml", model=str(llama), methods=methods, defaults=defaults)
     first, lines = runner_of(file, tmp_path)
     assert execute_all([first]) == []
+    assert lines[0].startswith("Data: pydoc-topics: ")
+    assert " documents of kind text; trained is what stands in [[ ]]: [[" in lines[0]
+    assert not any(line.startswith("Data: ") for line in lines[1:])
     assert done(lines)[:2] == ["start-seed0", "lte-0.5-seed0"]
-    assert "control-seed0: made" in lines[2]
+    assert "control-seed0: made" in lines[3]
     records = records_of(tmp_path)
     tokens = {name: record["tokens_trained"] for name, record in records.items()}
     assert tokens.pop("dense-0-seed0") == 0

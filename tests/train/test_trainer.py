@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertLMHeadModel,
     HfArgumentParser,
     ProgressCallback,
     Trainer,
@@ -441,3 +442,19 @@ def test_a_loader_of_ones_own_serves_without_a_data_set(tmp_path):
     trainer = Loads(fresh_model(0.4), arguments(tmp_path), data_collator=LmCollator(PAD))
     trainer.train()
     assert trainer.evaluate(toy_rows(64))["eval_sparsity"] == pytest.approx(0.4, abs=0.05)
+
+
+def test_data_that_cannot_train_are_refused(tmp_path):
+    rows = toy_rows(16)
+    unlabelled = TokenRows(rows.input_ids, [row * 0 - 100 for row in rows.labels])
+    options = {"args": arguments(tmp_path), "data_collator": LmCollator(PAD)}
+    with pytest.raises(ValueError, match="train_dataset must have labels other than -100, got none in rows"):
+        LteTrainer(fresh_model(), train_dataset=unlabelled, **options).train()
+    with pytest.raises(ValueError, match=r"must predict the next token from those before it, got model_type=.*bert"):
+        LteTrainer(encoder_of_next_tokens(), train_dataset=rows, **options).train()
+
+
+def encoder_of_next_tokens():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertLMHeadModel(BertConfig(vocab_size=VOCAB, **sizes))
+    return lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random"))

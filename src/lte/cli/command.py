@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -84,14 +84,16 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def takes_settings(groups: Mapping[type, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: every setting of `groups` becomes a flag of a command that takes `**given`.
+def takes_settings(
+    groups: Mapping[type, str], only: Collection[str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: every setting of `groups`, or those in `only`, becomes a flag of a command that takes `**given`.
 
     `given` holds the flags that were given and no others, so that a file or a default can fill the rest.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        settings = settings_of(groups)
+        settings = {name: each for name, each in settings_of(groups).items() if only is None or name in only}
 
         def with_flags(*args: Any, **values: Any) -> Any:
             for name, setting in settings.items():

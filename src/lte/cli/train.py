@@ -192,6 +192,8 @@ class _Told(Watcher):
         info = self.work.info
         sizes = f"{info['train']['tokens']} training tokens, {info['validation']['tokens']} held out"
         self.console.print(f"Data: {self.work.name}, {sizes}.", highlight=False)
+        for line in self.work.announcements:
+            self.console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
         if self.work.measures_first:
             found = self.work.measure(model)
             self.before = {f"{found.metric}_before": found.value}

@@ -5,28 +5,21 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from lte.config import check_choice
+from lte.data.files import ENDINGS, FORMATS, OPENERS, Row, Table, arrow_rows, open_table
+from lte.data.shapes import Columns, Tokens, documents_of, template_parts
 from lte.settings import option
 
-Kind = Literal["text", "completion", "chat"]
-Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
-
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# What reading a damaged file raises, or one that nothing here can unpack (ImportError).
-UNREADABLE = (ValueError, StopIteration, OSError, EOFError, lzma.LZMAError, zlib.error, ImportError)
-# What `datasets` calls the reader of each format; its json reader takes lines and lists alike.
-LOADERS = {"text": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
-ENDINGS = {".txt": "text", ".md": "text", **{f".{name}": name for name in LOADERS}}
-TEXT_FIELDS = ("text", "content", "document", "body", "article", "story", "completion")
+Kind = Literal["auto", "text", "completion", "chat", "tokens"]
+Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "hub", "builtin"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +41,21 @@ class DataConfig:
         "Text like that in use, on which the thresholds are set at the end; unset: train. A source or several.",
         affects="routing",
     )
-    format: Format = option(
-        "auto", "auto goes by the file's ending, also before .gz, .bz2, .xz, or .zst (pip install zstandard)."
-    )
+    format: Format = option("auto", "auto goes by the file's ending, also before .gz, .bz2, .xz, or .zst.")
     name: str | None = option(None, "Configuration of a hub data set.")
     split: str = option("train", "Split of a hub data set given as train; of a task, in lte eval the measured one.")
     validation_split: str = option("validation", "Split of a hub data set given as validation, or of a task.")
-    kind: Kind = option("text", "text: every token trains; completion: the completion; chat: the assistant's turns.")
+    kind: Kind = option(
+        "auto",
+        "text: every token trains; completion: the completion; chat: the assistant's turns; tokens: what labels say. "
+        "auto goes by the columns: text-field before messages, prompt with completion, and input_ids.",
+    )
     text_field: str = option("text", "Field that holds the text.")
     prompt_field: str = option("prompt", "Field that holds the prompt of a completion.")
     completion_field: str = option("completion", "Field that holds the completion.")
+    prompt_template: str | None = option(
+        None, "Prompt of a completion made of columns, '{instruction}\\n{input}\\n' say; unset: the prompt field."
+    )
     messages_field: str = option("messages", "Field that holds the list of chat messages.")
     sequence_length: int = option(512, "Tokens per training row.")
     pack: bool = option(True, "Fill rows with several documents; completions and chats do not see each other.")
@@ -71,6 +69,10 @@ class DataConfig:
             raise ValueError(f"train must name a file, glob or data set, got train={self.train!r}")
         check_choice("kind", self.kind, get_args(Kind))
         check_choice("format", self.format, get_args(Format))
+        if self.prompt_template is not None:
+            template_parts(self.prompt_template)
+            if self.kind not in ("auto", "completion"):
+                raise ValueError(f"prompt_template must be given with kind=completion, got kind={self.kind}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got sequence_length={self.sequence_length}")
         if not 0 < self.validation_fraction < 1:
@@ -92,13 +94,6 @@ class DataConfig:
         """`train` as one text, which result records name as their task."""
         return ", ".join(self.sources)
 
-    @property
-    def used_fields(self) -> list[str]:
-        """The fields that documents of this `kind` need."""
-        if self.kind == "completion":
-            return [self.prompt_field, self.completion_field]
-        return [self.text_field if self.kind == "text" else self.messages_field]
-
 
 def check_sequence_length(config: DataConfig, max_position_embeddings: int | None) -> None:
     """Raises a `ValueError` if the rows are longer than the model takes; `None` is a model without such a limit."""
@@ -118,7 +113,21 @@ def _pydoc_topics() -> list[str]:
 BUILTIN_TEXTS: dict[str, Callable[[], list[str]]] = {"pydoc-topics": _pydoc_topics}
 
 
-def read_documents(source: str | Sequence[str], config: DataConfig, split: str | None = None) -> list[Any]:
+class Documents(list[Any]):
+    """Documents of one kind, and what they were made of.
+
+    Attributes:
+        kind: text, completion, chat or tokens.
+        source: what they are from.
+        columns: which were used, and which not.
+    """
+
+    def __init__(self, documents: Iterable[Any], kind: Kind, source: str, columns: Columns):
+        super().__init__(documents)
+        self.kind, self.source, self.columns = kind, source, columns
+
+
+def read_documents(source: str | Sequence[str], config: DataConfig, split: str | None = None) -> Documents:
     """All documents of one or more sources that hold anything, in their order.
 
     Args:
@@ -127,34 +136,58 @@ def read_documents(source: str | Sequence[str], config: DataConfig, split: str |
         split: of hub data sets; `None` takes `config.split`.
 
     Returns:
-        Strings, or for completions and chats dicts with the configured fields.
+        Strings; for completions dicts with the configured fields; `Chat`s with the configured field and what their rows
+        hold beside it; or `Tokens`.
 
     Raises:
-        ValueError: if there is no such source or field, it cannot be read, or it is empty.
+        ValueError: if there is no such source or field, it cannot be read, it is empty, or of several kinds.
     """
-    sources = [source] if isinstance(source, str) else source
-    documents = [document for one in sources for document in _read(one, config, split or config.split)]
+    sources, columns = [source] if isinstance(source, str) else list(source), Columns()
+    documents = [document for one in sources for document in _read(one, config, split or config.split, columns)]
     if not documents:
-        raise ValueError(f"data must hold at least one document, got none in {', '.join(sources)}")
-    return documents
+        left_out = "".join(f", {count} rows {reason}" for reason, count in columns.left_out.items())
+        raise ValueError(f"data must hold at least one document, got none in {', '.join(sources)}{left_out}")
+    kinds: list[Kind] = sorted({kind_of(document, config) for document in documents})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"data must be of one kind, got {' and '.join(kinds)} in {', '.join(sources)}; train on them one after the "
+            "other, or say kind="
+        )
+    return Documents(documents, kinds[0], ", ".join(sources), columns)
 
 
-def _read(source: str, config: DataConfig, split: str) -> list[Any]:
+def kind_of(document: Any, config: DataConfig) -> Kind:
+    """The kind of a document: text, completion, chat or tokens."""
+    if isinstance(document, dict):
+        return "chat" if config.messages_field in document else "completion"
+    return "text" if isinstance(document, str) else "tokens"
+
+
+def _read(source: str, config: DataConfig, split: str, columns: Columns) -> Iterable[Any]:
     if config.format == "builtin":
         check_choice("train", source, BUILTIN_TEXTS)
     if source in BUILTIN_TEXTS and config.format in ("auto", "builtin"):
-        if config.kind != "text":
+        if config.kind not in ("auto", "text"):
             raise ValueError(f"kind must be text for the built-in {source}, got kind={config.kind}")
         return BUILTIN_TEXTS[source]()
     paths = [] if config.format == "hub" else _matching_files(source)
     if paths:
-        by_format: dict[str, list[str]] = {}
-        for path in paths:
-            by_format.setdefault(config.format if config.format != "auto" else _format_of(path), []).append(path)
-        return [row for name, files in by_format.items() for row in _pick_fields(_load_files(name, files), config)]
+        return chain.from_iterable(_tables(paths, config, columns))
     if config.format == "hub" or (config.format == "auto" and _looks_like_hub_name(source)):
-        return _pick_fields(_load_from_hub(source, config, split), config)
+        return documents_of(_load_from_hub(source, config, split), config, columns)
     raise ValueError(_not_found(source))
+
+
+def _tables(paths: list[str], config: DataConfig, columns: Columns) -> Iterator[list[Any]]:
+    filled = [path for path in paths if Path(path).stat().st_size]
+    if not filled:
+        raise ValueError(f"data must hold at least one document, got the empty file {', '.join(paths)}")
+    formats = {path: config.format if config.format != "auto" else _format_of(path) for path in filled}
+    # As ever: files of one format after those of another, whose order in the glob is by name.
+    for name in dict.fromkeys(formats.values()):
+        for path in filled:
+            if formats[path] == name:
+                yield documents_of(open_table(path, name, config.text_field), config, columns)
 
 
 def _matching_files(source: str) -> list[str]:
@@ -167,68 +200,27 @@ def _matching_files(source: str) -> list[str]:
     return paths
 
 
-def _load_files(name: str, paths: list[str]) -> Any:
-    import datasets
-
-    filled = [path for path in paths if Path(path).stat().st_size]
-    if not filled:
-        raise ValueError(f"data must hold at least one document, got the empty file {', '.join(paths)}")
-    # One document per text file; pandas would take a text such as "None" for a missing value.
-    options: dict[str, dict[str, Any]] = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}
-    # `datasets` takes names for patterns, and reads another file for one with brackets.
-    names = [glob.escape(path) for path in filled]
-    try:
-        return datasets.load_dataset(LOADERS[name], data_files=names, split="train", **options.get(name, {}))
-    except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
-        reason = error.__cause__ or error
-        packed = any(path.endswith(".zst") for path in filled)
-        hint = "mend the file, or say format= if it is another one"
-        if packed and (isinstance(reason, ImportError) or "zstd not supported" in str(reason)):
-            hint = "pip install zstandard to unpack .zst, or pack it as .gz, .bz2 or .xz, which need nothing"
-        raise ValueError(f"data must be readable as {name}, got {', '.join(filled)}: {reason}; {hint}") from error
-
-
-def _load_from_hub(source: str, config: DataConfig, split: str) -> Any:
+def _load_from_hub(source: str, config: DataConfig, split: str) -> Table:
     import datasets
 
     try:
-        return datasets.load_dataset(source, config.name, split=split)
+        found = datasets.load_dataset(source, config.name, split=split)
     except (OSError, ValueError) as error:
         where = f"name={config.name}, split={split}"
         raise ValueError(f"{_not_found(source)}, and could not be loaded from the hub with {where}: {error}") from error
 
+    def read(wanted: Collection[str]) -> Iterator[tuple[int, Row]]:
+        # As Arrow has them: pictures are not decoded.
+        table = found.select_columns([name for name in found.column_names if name in wanted]).with_format("arrow")
+        return arrow_rows(table.iter(1000))
 
-def _pick_fields(table: Any, config: DataConfig) -> list[Any]:
-    """The filled documents of a `datasets.Dataset`."""
-    names = config.used_fields
-    for name in names:
-        if name not in table.column_names:
-            raise ValueError(
-                f"the data must have a field {name!r} for kind={config.kind}, got the fields "
-                f"{', '.join(table.column_names)}; name yours with the matching *_field option{_likely(table, config)}"
-            )
-        feature = table.features[name]
-        if config.kind != "chat" and getattr(feature, "dtype", "list") not in ("string", "large_string", "null"):
-            raise ValueError(f"the field {name!r} must hold text for kind={config.kind}, got {feature}")
-    if config.kind == "text":
-        return [text for text in table[names[0]][:] if text and text.strip()]
-    # A row without a completion, or without messages, has nothing to train.
-    return [row for row in table.select_columns(names).to_list() if row[names[-1]]]
-
-
-def _likely(table: Any, config: DataConfig) -> str:
-    """Which field probably holds the text: one of a usual name, or the one with the longest strings."""
-    strings = [name for name in table.column_names if getattr(table.features[name], "dtype", "") == "string"]
-    if config.kind != "text" or not strings:
-        return ""
-    usual = [name for name in TEXT_FIELDS if name in strings]
-    head = table.select(range(min(50, len(table))))
-    best = usual[0] if usual else max(strings, key=lambda name: sum(len(text or "") for text in head[name]))
-    return f", probably text_field={best}"
+    return Table(source, "row", found.column_names, read)
 
 
 def document_key(document: Any) -> str:
     """A string that two documents share only if they are equal."""
+    if isinstance(document, Tokens):
+        return f"{document.ids.tolist()} {document.labels.tolist()}"
     return document if isinstance(document, str) else json.dumps(document)
 
 
@@ -274,18 +266,18 @@ def _split_text(text: str, config: DataConfig) -> tuple[list[str], list[str]]:
 
 def _format_of(path: str) -> str:
     bare = Path(path)
-    while bare.suffix in COMPRESSED:
+    while bare.suffix in OPENERS:
         bare = bare.with_suffix("")
     if bare.suffix not in ENDINGS:
         raise ValueError(
-            f"format must be given for files that end in {bare.suffix or 'nothing'}: one of {', '.join(LOADERS)}, "
-            f"got {path}; packed files may end in {', '.join(COMPRESSED)} after that"
+            f"format must be given for files that end in {bare.suffix or 'nothing'}: one of {', '.join(FORMATS)}, "
+            f"got {path}; packed files may end in {', '.join(OPENERS)} after that"
         )
     return ENDINGS[bare.suffix]
 
 
 def _looks_like_hub_name(source: str) -> bool:
-    if source.startswith((".", "/", "~")) or Path(source).suffix in (*ENDINGS, *COMPRESSED):
+    if source.startswith((".", "/", "~")) or Path(source).suffix in (*ENDINGS, *OPENERS):
         return False
     return source.count("/") == 1 or (source.count("/") == 0 and not Path(source).suffix)
 

@@ -1,4 +1,4 @@
-"""Documents to rows of tokens: tokenising, labelling, packing. Texts, completions, and chats.
+"""Documents to rows of tokens: tokenising, labelling, packing. Texts, completions, chats, and tokens.
 
 Shapes: R rows, T tokens. The label of an ignored token is -100.
 """
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lte.config import IGNORED
-from lte.data.config import DataConfig
+from lte.data.chat_writer import ChatWriter
+from lte.data.config import DataConfig, kind_of
+from lte.data.shapes import Tokens
 
 if TYPE_CHECKING:
     import datasets
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 # documents give all threads work, and batches bound the memory (10 MB of text grew the process by 100 to 230 MB).
 PIECE_CHARS = 1 << 17
 BATCH_CHARS = 1 << 21
-# The tags in a chat template around what the assistant says, and a private-use character that stands in for them.
-GENERATION_TAG, MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}"), "\ue000"
 WORD_GAP = re.compile(r"\S(?= [^\W\d_])")
 # Token ids and labels of one document, int32 [T] each.
 Example = tuple[np.ndarray, np.ndarray]
@@ -38,6 +38,7 @@ class Encoder:
     def __init__(self, config: DataConfig, tokenizer: Any, progress: bool):
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
         self.eos = tokenizer.eos_token_id
+        self.chat_writer: ChatWriter | None = None
         # What the tokenizer puts before a text by itself, for example its begin-of-text token.
         bare, full = self.encode(["a"])[0].tolist(), tokenizer("a")["input_ids"]
         starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
@@ -51,14 +52,21 @@ class Encoder:
     def rows(self, documents: list[Any], part: str, limit: int | None) -> tuple[datasets.Dataset, dict[str, Any]]:
         """Rows of the `part` train, validation or calibration, of at most `limit` tokens, and their counts."""
         counts = {"dropped_tokens": 0, "truncated_documents": 0, "unlabelled_documents": 0}
-        text = self.config.kind == "text"
-        examples = list(self._text(documents, limit, part) if text else self._labelled(documents, limit, part, counts))
+        kind = kind_of(documents[0], self.config) if documents else "text"
+        text = kind == "text"
+        labelled = self._text(documents, limit, part) if text else self._labelled(kind, documents, limit, part, counts)
+        examples = list(labelled)
         tokens = sum(len(ids) for ids, _ in examples)
         if text and self.config.pack:
             columns, offsets = self._blocks(examples, keep_rest=part == "validation")
             counts["dropped_tokens"] = max(0, tokens - len(columns["input_ids"]))
         else:
             columns, offsets = self._whole(examples)
+        if not examples and counts["unlabelled_documents"]:
+            raise ValueError(
+                f"{part} data must hold labels to train on, got {len(documents)} documents without any: chats in which "
+                "no assistant speaks or all turns are marked as untrained, or rows whose labels are all -100"
+            )
         if len(offsets) < 2:
             raise ValueError(
                 f"{part} data must fill at least one row of sequence_length={self.config.sequence_length} tokens, got "
@@ -97,12 +105,14 @@ class Encoder:
                     return
 
     def _labelled(
-        self, documents: list[Any], limit: int | None, part: str, counts: dict[str, int]
+        self, kind: str, documents: list[Any], limit: int | None, part: str, counts: dict[str, int]
     ) -> Iterator[Example]:
-        """Completions or chats of at most `sequence_length` tokens, until the next one would exceed the limit."""
-        encode = self._completions if self.config.kind == "completion" else self._chats
+        """Documents of at most `sequence_length` tokens each, until the next one would exceed the limit."""
+        readers: dict[str, Callable[[list[Any]], Iterator[tuple[Example, int]]]]
+        readers = {"completion": self._completions, "chat": self._chats, "tokens": self._tokens}
+        encode = readers[kind]
         total = 0
-        for batch in self._batches(documents, lambda document: len(json.dumps(document)), part):
+        for batch in self._batches(documents, _size, part):
             for (ids, labels), too_long in encode(batch):
                 if not (labels[1:] != IGNORED).any():
                     counts["unlabelled_documents"] += 1
@@ -137,25 +147,32 @@ class Encoder:
             labels = np.concatenate([np.full(len(head) + len(tail), IGNORED, dtype=np.int32), kept])
             yield (ids, labels), len(self.prefix) + len(prompt) + len(whole) - len(ids)
 
+    def _tokens(self, documents: list[Tokens]) -> Iterator[tuple[Example, int]]:
+        """Tokens as they are; rows that are too long are cut into several."""
+        length, size = self.config.sequence_length, max(len(self.tokenizer), self.tokenizer.vocab_size)
+        for document in documents:
+            highest = int(max(document.ids.max(), document.labels.max()))
+            if highest >= size:
+                raise ValueError(
+                    f"input_ids must be of the model's tokenizer, below {size}, got {highest}; tokenise the text anew"
+                )
+            starts = range(0, len(document.ids), length)
+            pieces = [
+                (document.ids[start : start + length], document.labels[start : start + length]) for start in starts
+            ]
+            # Pieces with nothing to train go, but that of a document without any tells that there is none.
+            for piece in [piece for piece in pieces if (piece[1][1:] != IGNORED).any()] or pieces[:1]:
+                yield piece, 0
+
     def _chats(self, documents: list[dict[str, Any]]) -> Iterator[tuple[Example, int]]:
         """Chats as the tokenizer's template writes them; labels on the assistant's turns and their closing marks."""
-        chats = [self._messages(document) for document in documents]
         length = self.config.sequence_length
-        for ids, trained in zip(*self._assistant_tokens(chats), strict=True):
+        for ids, trained in zip(*self._assistant_tokens(documents), strict=True):
             tokens = np.array(ids, dtype=np.int32)
             labels = np.where(np.array(trained, dtype=bool), tokens, np.int32(IGNORED))
             yield (tokens[-length:], labels[-length:]), max(0, len(tokens) - length)
 
-    def _messages(self, document: dict[str, Any]) -> list[dict[str, Any]]:
-        field = self.config.messages_field
-        # Arrow fills the fields that only some messages have with None.
-        messages = [{k: v for k, v in message.items() if v is not None} for message in document[field]]
-        for message in messages:
-            if "role" not in message or not {"content", "tool_calls"} & set(message):
-                raise ValueError(f"{field} must hold messages with role and content, got one with {', '.join(message)}")
-        return messages
-
-    def _assistant_tokens(self, chats: list[list[dict[str, Any]]]) -> tuple[list[Any], list[Any]]:
+    def _assistant_tokens(self, chats: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
         """Token ids of each chat, and which of them the assistant says."""
         if not self.tokenizer.chat_template:
             raise ValueError(
@@ -164,7 +181,8 @@ class Encoder:
             )
         if not self.tokenizer.is_fast:
             raise ValueError("tokenizer must be a fast one for kind=chat, got a slow one; use kind=completion")
-        rendered = [self._assistant_spans(chat) for chat in chats]
+        self.chat_writer = self.chat_writer or ChatWriter(self.tokenizer, self.config.messages_field)
+        rendered = [self.chat_writer.spans(chat) for chat in chats]
         found = self.tokenizer(
             [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -174,35 +192,6 @@ class Encoder:
             inside = [(starts < end) & (ends > start) for start, end in spans]
             masks.append(np.any(inside, axis=0) if inside else np.zeros(len(starts), dtype=bool))
         return found["input_ids"], masks
-
-    def _assistant_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """A chat as text, and from which character to which the assistant speaks in it.
-
-        Between the template's generation tags if it has them, else what each turn adds to the text before it.
-        """
-
-        def render(count: int, **options: Any) -> str:
-            return self.tokenizer.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
-
-        whole = render(len(messages))
-        # Not by return_assistant_tokens_mask: where a turn ends with a space that no token's offsets hold, its mask
-        # goes on to the end of the chat (transformers 5.23).
-        marked = GENERATION_TAG.sub(rf"{{%\1 if true %}}{MARK}{{% endif \2%}}", self.tokenizer.get_chat_template())
-        parts = render(len(messages), chat_template=marked).split(MARK)
-        if len(parts) > 1 and "".join(parts) == whole:
-            bounds = np.cumsum([len(part) for part in parts]).tolist()
-            return whole, list(zip(bounds[::2], bounds[1::2], strict=False))
-        spans = []
-        for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-            before, after = render(index, add_generation_prompt=True), render(index + 1)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    "the chat template must write the beginning of a chat as it writes it in the whole chat, got one "
-                    f"that changes turn {index + 1} of {len(messages)}; mark the assistant's text in the template with "
-                    "{% generation %}, or give chats with one answer each"
-                )
-            spans.append((len(before), len(after)))
-        return whole, spans
 
     def _blocks(self, examples: list[Example], keep_rest: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """All tokens one after the other in rows of `sequence_length`: columns, and the offsets of the rows [R + 1]."""
@@ -238,6 +227,10 @@ class Encoder:
             if end - offsets[-1] > length:
                 offsets.append(start)
         return columns, np.array([*offsets, ends[-1]])
+
+
+def _size(document: Any) -> int:
+    return len(document.ids) if isinstance(document, Tokens) else len(json.dumps(document))
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
 from lte.config import IGNORED
+from lte.data.announcement import announce, row_as_seen
 from lte.data.config import (
     DataConfig,
     check_sequence_length,
@@ -27,6 +28,7 @@ from lte.data.config import (
     split_documents,
 )
 from lte.data.encoding import Encoder
+from lte.data.shapes import Tokens
 from lte.hf.inputs import padding_masks, predicts_next_token
 
 if TYPE_CHECKING:
@@ -63,12 +65,14 @@ class LmDatasets:
             dropped_tokens (lost to truncation or a last partial row, not to a limit), truncated_documents,
             unlabelled_documents (left out: nothing to train), sha256 of the texts and rows_sha256 of the tokens.
         calibration: rows on which the thresholds are set, as `train`; `None` for those of `train`.
+        announcements: a line on each part: which columns were used and how, and a row as the model will see it.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     info: dict[str, Any]
     calibration: datasets.Dataset | None = None
+    announcements: tuple[str, ...] = ()
 
 
 class LmCollator:
@@ -257,25 +261,37 @@ def load_lm_datasets(
     check_sequence_length(config, max_length)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-text token, got eos_token=None; set tokenizer.eos_token")
-    documents = read_documents(config.sources, config)
-    info: dict[str, Any] = {"train_source": config.train, "validation_source": config.validation, "kind": config.kind}
+    read = {"train": read_documents(config.sources, config)}
+    if config.validation is not None:
+        read["validation"] = read_documents(config.validation, config, config.validation_split)
+    if config.calibration is not None:
+        read["calibration"] = read_documents(config.calibration, config)
+    documents = read["train"]
+    info: dict[str, Any] = {
+        "train_source": config.train,
+        "validation_source": config.validation,
+        "kind": documents.kind,
+    }
     if config.validation is None:
         train, held_out = split_documents(documents, config)
         # A single text that was cut in two counts one more after the split than before.
         info["copies_removed"] = max(0, len(documents) - len(train) - len(held_out))
     else:
-        train, held_out = documents, read_documents(config.validation, config, config.validation_split)
+        train, held_out = documents, read["validation"]
         _warn_of_shared(train, held_out)
     parts = {"train": shuffled(train, config), "validation": held_out}
-    if config.calibration is not None:
-        parts["calibration"] = shuffled(read_documents(config.calibration, config), config)
-    encoder = Encoder(config, tokenizer, progress)
+    if "calibration" in read:
+        parts["calibration"] = shuffled(read["calibration"], config)
+    if documents.kind == "completion":
+        _warn_of_joins(documents, config)
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
+    encoder = Encoder(config, tokenizer, progress)
     rows = {part: encoder.rows(texts, part, limits.get(part)) for part, texts in parts.items()}
     for part, texts in {**parts, "train": train}.items():
         info[part] = {"documents": len(texts), **rows[part][1], "sha256": _digest(texts)}
     calibration = rows["calibration"][0] if "calibration" in rows else None
-    return LmDatasets(rows["train"][0], rows["validation"][0], info, calibration)
+    lines = tuple(announce(found, row_as_seen(rows[part][0][0], tokenizer)) for part, found in read.items())
+    return LmDatasets(rows["train"][0], rows["validation"][0], info, calibration, lines)
 
 
 def shuffled(items: list[Any], config: DataConfig) -> list[Any]:
@@ -286,8 +302,23 @@ def shuffled(items: list[Any], config: DataConfig) -> list[Any]:
 def _digest(documents: list[Any]) -> str:
     digest = hashlib.sha256()
     for index, document in enumerate(documents):
-        digest.update((b"\0" if index else b"") + json.dumps(document).encode())
+        text = document_key(document) if isinstance(document, Tokens) else json.dumps(document)
+        digest.update((b"\0" if index else b"") + text.encode())
     return digest.hexdigest()
+
+
+def _warn_of_joins(documents: list[Any], config: DataConfig) -> None:
+    """Prompts and completions follow each other as they are, and so may run into one word."""
+    ends = [document[config.prompt_field][-1:] + document[config.completion_field][:1] for document in documents]
+    joined = [i for i, pair in enumerate(ends) if len(pair) == 2 and pair.isascii() and pair.isalnum()]
+    if joined:
+        first = documents[joined[0]]
+        shown = first[config.prompt_field][-20:] + first[config.completion_field][:20]
+        warnings.warn(
+            f"{len(joined)} of {len(documents)} prompts run into their completion without a space, {shown!r} say; "
+            f"prompt_template='{{{config.prompt_field}}}\\n' puts a line end between them",
+            stacklevel=3,
+        )
 
 
 def _warn_of_shared(train: list[Any], held_out: list[Any]) -> None:

@@ -129,6 +129,21 @@ def predicts_next_token(model: Any) -> bool:
     return family_of(model.config).models.get("AutoModelForCausalLM") in names
 
 
+def check_next_token(config: Any) -> None:
+    """Refuses an encoder as a model of the next token: it sees the tokens that it is to predict.
+
+    Raises:
+        ValueError: for the config of one, of BERT without `is_decoder`, say.
+    """
+    heads = family_of(config).models
+    if "AutoModelForMaskedLM" in heads and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"model must predict the next token from those before it, got model_type={config.model_type}, an encoder "
+            "that sees all tokens; take a decoder, a task for encoders (lte train --task sst2), or the head for masked "
+            "tokens"
+        )
+
+
 def unwrapped(model: Any) -> Any:
     """The transformers model inside adapters of peft; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -64,6 +64,7 @@ class Runner:
         self.workloads, self.report, self.phase = workloads, report, phase
         self._tries: Counter[str] = Counter()
         self._later: dict[str, float] = {}
+        self._announced: set[str] = set()
         self._has_read = False
         self.wanted = [run for run in runs if run.measured and (not only or run.name in only)]
 
@@ -175,6 +176,10 @@ class Runner:
         """Makes and measures a run; `None` without a record of its own."""
         free_memory(_compiles(run))
         work = self.workloads.of(run)
+        for line in work.announcements:
+            if line not in self._announced:
+                self._announced.add(line)
+                self.report(f"Data: {line}")
         made = self.folders.made(run)
         if made is not None and made.data_info["train"]["sha256"] != work.info["train"]["sha256"]:
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lte.config import check_choice
+from lte.data.announcement import announce_task
 from lte.data.config import DataConfig
 from lte.data.rows import LmCollator, load_lm_datasets
 from lte.data.tasks.data import load_task_data
@@ -24,7 +25,7 @@ from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_confi
 from lte.eval.perplexity import evaluate_model
 from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
 from lte.hf.dense import load_dense_model
-from lte.hf.inputs import check_tokens
+from lte.hf.inputs import check_next_token, check_tokens
 from lte.runs.plan import Run
 from lte.train.processes import is_main_process, training_device
 
@@ -33,7 +34,7 @@ MEASURED_ROWS = 16
 # Settings of text that a task brings along.
 TEXT_SETTINGS = (
     *("train", "validation", "calibration", "format", "name", "kind"),
-    *("text_field", "prompt_field", "completion_field", "messages_field"),
+    *("text_field", "prompt_field", "completion_field", "prompt_template", "messages_field"),
 )
 
 
@@ -55,6 +56,7 @@ class Workload(ABC):
         calibration: rows on which thresholds are set; `None` for those of `train`.
         collator: makes a batch of them.
         info: counts and checksums, see `lte.data.rows.LmDatasets` and `lte.data.tasks.data.TaskData`.
+        announcements: a line on each data set, what was read of it and one row as the model will see it.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Workload(ABC):
     train: Any = None
     calibration: Any = None
     collator: Any = None
+    announcements: tuple[str, ...] = ()
 
     def __init__(self, data_config: DataConfig, tokenizer: Any, batch_size: int):
         self.data_config, self.tokenizer, self.batch_size = data_config, tokenizer, batch_size
@@ -110,6 +113,7 @@ class TextWorkload(Workload):
 
     def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
         """A language model."""
+        check_next_token(load_config(name_or_path))
         return load_any_model(name_or_path, dtype, kernels)
 
     def load_teacher(self, name_or_path: str) -> Any:
@@ -118,9 +122,11 @@ class TextWorkload(Workload):
 
     def load_data(self, model: Any) -> None:
         """Reads and splits the text."""
+        check_next_token(model.config)
         data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
         self.train, self.calibration, self.info = data.train, data.calibration, data.info
         _check_vocabulary(model, self.tokenizer, [data.train, data.validation])
+        self.announcements = data.announcements
         self._held_out = data.validation
 
     def measure(self, model: Any) -> TaskResult:
@@ -195,6 +201,8 @@ class TaskWorkload(Workload):
         )
         self.train, self.collator, self.info = self.data.train, self.data.collator, self.data.info
         _check_vocabulary(model, self.tokenizer, [self.data.train, self.data.measured])
+        part, rows = ("validation", self.data.measured) if self.train is None else ("train", self.train)
+        self.announcements = (announce_task(self.name, self.info[part], rows[0], self.tokenizer),)
 
     def measure(self, model: Any) -> TaskResult:
         """The task's metrics."""

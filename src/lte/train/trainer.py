@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
+from lte.config import IGNORED
 from lte.data.rows import calibration_batches
 from lte.files import explained_write_errors
-from lte.hf.inputs import predicts_next_token, unwrapped
+from lte.hf.inputs import check_next_token, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.nn.losses import active_fraction
@@ -45,6 +46,9 @@ from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
 from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
 from lte.train.sparsity_controller import EtaController
+
+# In so many tokens of training data a label is looked for.
+LABEL_TOKENS = 1 << 16
 
 
 class RoutingMixin(RoutingLoss, RoutingControl):
@@ -399,6 +403,18 @@ class LteTrainer(RoutingMixin, Trainer):
                 f"batches must hold labels for {type(self.model).__name__}, got {', '.join(batch)}; give the data a "
                 "labels column (for language models a copy of input_ids), or take a data_collator that makes one"
             )
+        if _nothing_labelled(batch):
+            others = self._spread_batches(self.train_dataset, LABEL_TOKENS)
+            if all(_nothing_labelled(other) for other in others):
+                raise ValueError(
+                    f"train_dataset must have labels other than {IGNORED}, got none in rows spread over it"
+                )
+        if predicts_next_token(self.model):
+            check_next_token(unwrapped(self.model).config)
+
+
+def _nothing_labelled(batch: Mapping[str, Any]) -> bool:
+    return "labels" in batch and bool((batch["labels"] == IGNORED).all())
 
 
 def check_recipe(model: nn.Module, recipe: str) -> None:

@@ -173,9 +173,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data_dir must be an existing folder, got data_dir=.*nowhere"):
         read_split(get_task("sst2"), "train", tmp_path / "nowhere")
     (tmp_path / "SST-2").mkdir()
-    message = (
-        r"data_dir must hold the train split of sst2, train.tsv \(also with .gz, .bz2, .xz\), got none in .*/SST-2"
-    )
+    message = r"data_dir must hold the train split of sst2, train.tsv \(also with .gz, .*, .zst\), got none in .*/SST-2"
     with pytest.raises(ValueError, match=message):
         read_split(get_task("sst2"), "train", tmp_path)
     with pytest.raises(ValueError, match="data_dir must be given for task=text"):
@@ -194,7 +192,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     ):
         examples("rte", "validation", tmp_path)
     write(tmp_path / "lima.jsonl", "{")
-    with pytest.raises(ValueError, match=r"lima.jsonl must be readable as jsonl, got JSONDecodeError"):
+    with pytest.raises(ValueError, match=r"lima.jsonl must be readable as jsonl, got JSON parse error in line 2"):
         read_split(get_task("lima"), "train", tmp_path)
     write(tmp_path / "dialogsum.dev.jsonl", json.dumps({"dialogue": "Hi", "summary": ""}))
     with pytest.raises(ValueError, match=r"must hold examples of dialogsum, got 1 rows without any"):
@@ -208,3 +206,22 @@ def test_a_wrong_name_is_answered_with_the_nearest() -> None:
         get_task("sst-2")
     with pytest.raises(ValueError, match="split must be one of train, validation, test, got split='dev'"):
         get_task("e2e").check_split("dev")
+
+
+def test_rows_that_shift_or_hold_no_text_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "dev.tsv", "sentence\tlabel", "a fine\tfilm\t1")
+    with pytest.raises(ValueError, match=r"dev.tsv must be readable as tsv, got line 2 has 3 values in 2 columns"):
+        read_split(get_task("sst2"), "validation", tmp_path)
+    # A tab at the end is no value, and a row that ends early has no label.
+    write(tmp_path / "dev.tsv", "sentence\tlabel", "a film\t1\t", "another")
+    assert examples("sst2", "validation", tmp_path) == [{"text": "a film", "text_pair": None, "label": 1}]
+    write(tmp_path / "dialogsum.dev.jsonl", json.dumps({"dialogue": 3.0, "summary": 7}))
+    assert examples("dialogsum", "validation", tmp_path) == [{"source": "3.0", "references": ["7"]}]
+    write(tmp_path / "dialogsum.dev.jsonl", "", json.dumps({"dialogue": "Hi", "summary": {"a": 1}}))
+    with pytest.raises(ValueError, match=r"dialogsum.dev.jsonl, row 1: it must hold text, got an object \({'a': 1}\)"):
+        examples("dialogsum", "validation", tmp_path)
+    write(tmp_path / "lima.jsonl", json.dumps({"messages": [{"role": "user", "content": "a"}, None]}))
+    with pytest.raises(ValueError, match=r"lima.jsonl, row 1: message 2 of 2: it must be an object .*, got null"):
+        examples("lima", "train", tmp_path)
+    with pytest.raises(ValueError, match=r"label must be one of .*, got label=\[1\]"):
+        get_task("sst2").examples([{"sentence": "a", "label": [1]}], "memory")

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
 import hashlib
 import json
-import lzma
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO
 
-from lte.data.config import UNREADABLE
+from lte.data.files import OPENERS, UNREADABLE, csv_rows, json_rows, lines_of
 from lte.data.tasks.task import ChatTask, Row, Task
-
-OPENERS: dict[str, Callable[..., IO[str]]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,8 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Sp
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except UNREADABLE as error:
-        raise ValueError(f"{path} must be readable as {_format(path)}, got {type(error).__name__}: {error}") from error
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} must be readable as {_format(path)}, got {reason}") from error
     return SplitRows(rows, str(path), digest)
 
 
@@ -87,13 +81,13 @@ def find_file(task: Task, split: str, data_dir: Path) -> Path:
             return next(filter(None, [*complete, *by_split[split]]))
     raise ValueError(
         f"data_dir must hold the {split} split of {task.name}, {' or '.join(task.files[split])} (also with "
-        f"{', '.join(filter(None, OPENERS))}), got none in {', '.join(map(str, folders))}"
+        f"{', '.join(OPENERS)}), got none in {', '.join(map(str, folders))}"
         + (f"; folders below it may be called {', '.join(task.folders)}" if task.folders else "")
     )
 
 
 def _packed_or_not(folder: Path, name: str) -> Path | None:
-    paths = (folder / f"{name}{ending}" for ending in OPENERS)
+    paths = (folder / f"{name}{ending}" for ending in ("", *OPENERS))
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -103,18 +97,19 @@ def read_rows(path: Path, header: tuple[str, ...] | None = None) -> list[Row]:
     Args:
         path: a file, also with an ending of `OPENERS`.
         header: column names of a file without a header line.
+
+    Raises:
+        ValueError: for a file that is not of its form, with the line.
     """
-    # utf-8-sig drops the byte-order mark with which the files of MRPC begin.
-    with OPENERS[path.suffix if path.suffix in OPENERS else ""](path, "rt", encoding="utf-8-sig", newline="") as file:
-        kind = _format(path)
-        if kind == "tsv":
-            # GLUE's quotation marks are text: they are neither escaped nor in pairs.
-            return list(csv.DictReader(file, header, delimiter="\t", quoting=csv.QUOTE_NONE))
-        if kind == "csv":
-            return list(csv.DictReader(file, header))
-        if kind == "jsonl":
-            return [json.loads(line) for line in file if line.strip()]
-        return json.load(file) if kind == "json" else [{"text": file.read()}]
+    kind = _format(path)
+    if kind == "text":
+        return [{"text": "".join(lines_of(path, newline=""))}]
+    if kind in ("json", "jsonl"):
+        return [row for _, row in json_rows(lines_of(path))]
+    # GLUE's quotation marks are text: they are neither escaped nor in pairs. Some of its rows end early.
+    options = {"delimiter": "\t", "quoted": False, "cut_off": True} if kind == "tsv" else {"delimiter": ","}
+    rows = csv_rows(lines_of(path, newline=""), header=header, **options)
+    return [row for _, row in islice(rows, 1, None)]
 
 
 def _format(path: Path) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lte.config import check_choice
+from lte.data.chats import Chat, read_messages
+from lte.data.files import as_text
 
 Row = Mapping[str, Any]
 Example = dict[str, Any]
@@ -78,7 +80,16 @@ class Task:
         Raises:
             ValueError: for a missing column, a label that is none, or rows without a single example.
         """
-        found = [example for row in rows if (example := self._example(row, origin)) is not None]
+        found = []
+        for number, row in enumerate(rows, 1):
+            try:
+                example = self._example(row, origin)
+            except ValueError as error:
+                raise error if origin in str(error) else ValueError(f"{origin}, row {number}: {error}") from None
+            if isinstance(example, Chat):
+                example.origin = f"{origin}, row {number}"
+            if example is not None:
+                found.append(example)
         if not found:
             raise ValueError(f"{origin} must hold examples of {self.name}, got {len(rows)} rows without any")
         return found
@@ -123,11 +134,12 @@ class ClassificationTask(Task):
         }
 
     def _example(self, row: Row, origin: str) -> Example | None:
-        text = self.value(row, "text", origin)
-        pair = self.value(row, "text_pair", origin) if "text_pair" in self.columns else None
+        text = as_text(self.value(row, "text", origin))
+        pair = as_text(self.value(row, "text_pair", origin)) if "text_pair" in self.columns else None
         label = self.value(row, "label", origin)
         # "-" is SNLI's mark for rows whose annotators disagree, -1 the hub's for rows without a label.
-        if text is None or label is None or str(label) in ("-", "-1", "-1.0", ""):
+        lacks_pair = "text_pair" in self.columns and pair is None
+        if text is None or lacks_pair or label is None or str(label) in ("-", "-1", "-1.0", ""):
             return None
         return {"text": text, "text_pair": pair, "label": self.parse_label(label, origin)}
 
@@ -141,7 +153,7 @@ class ClassificationTask(Task):
             return self.labels.index(label)
         try:
             number = float(label)
-        except ValueError:
+        except (TypeError, ValueError):
             number = float("nan")
         if not self.labels and number == number:
             return number
@@ -178,10 +190,11 @@ class GenerationTask(Task):
         source = self.value(row, "source", origin)
         found = [self.value(row, name, origin) for name in self.references if self._has(row, name)]
         # SciTLDR has lists of sentences, and of summaries.
-        texts = [text for value in found for text in (value if isinstance(value, list) else [value]) if text]
+        values = [each for value in found for each in (value if isinstance(value, list) else [value])]
+        texts = [text for each in values if (text := as_text(each))]
         if not found:
             self.value(row, "reference", origin)
-        source = " ".join(source) if isinstance(source, list) else source
+        source = " ".join(as_text(each) or "" for each in source) if isinstance(source, list) else as_text(source)
         if not source or not texts:
             return None
         return {"source": source.strip(), "references": [text.strip() for text in texts]}
@@ -208,7 +221,7 @@ class LanguageTask(Task):
         return super().examples(rows, origin)
 
     def _example(self, row: Row, origin: str) -> Example | None:
-        text = self.value(row, "text", origin)
+        text = as_text(self.value(row, "text", origin))
         return {"text": text} if text and text.strip() else None
 
 
@@ -231,14 +244,12 @@ class ChatTask(Task):
 
     def _example(self, row: Row, origin: str) -> Example | None:
         if any(column in row for column in self.columns["messages"]):
-            messages = self.value(row, "messages", origin) or []
-            if messages and isinstance(messages[0], str):
-                roles = ("user", "assistant")
-                messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
+            messages = read_messages(self.value(row, "messages", origin) or [])
         else:
             question, answer = self.value(row, "instruction", origin), self.value(row, "output", origin)
-            extra = row.get("input")
-            question = f"{question}\n\n{extra}" if extra else question
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        return {"messages": messages} if any(answers) else None
+            extra = as_text(row.get("input"))
+            question = f"{as_text(question)}\n\n{extra}" if extra else as_text(question) or ""
+            turns = {"user": question, "assistant": as_text(answer) or ""}
+            messages = [{"role": role, "content": text} for role, text in turns.items()]
+        answers = [message for message in messages if message["role"] == "assistant"]
+        return Chat(messages=messages) if any(a.get("content") or a.get("tool_calls") for a in answers) else None
