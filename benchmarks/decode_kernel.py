@@ -171,7 +171,7 @@ def main() -> None:
         if args.tune:
             tiles = tune(layers, tiles, args.budget_s)
             tuned[tokens] = asdict(tiles)
-            args.tune.write_text(json.dumps(tuned, indent=1))
+            args.tune.write_text(json.dumps(tuned, indent=1), encoding="utf-8")
         dense = dense_rows(layers)
         rows += dense.values()
         best = min(entry["median_ms"] for entry in dense.values())

@@ -69,13 +69,13 @@ def traced_kernel(folder: Path) -> Any:
     Raises:
         RuntimeError: if a place for a stamp is not where it was.
     """
-    source = Path(one_token_kernel.__file__).read_text()
+    source = Path(one_token_kernel.__file__).read_text(encoding="utf-8")
     for before, after in _EDITS:
         if source.count(before) != 1:
             raise RuntimeError(f"the kernel must hold one {before!r}, got {source.count(before)}; adapt _EDITS")
         source = source.replace(before, after)
     path = folder / "traced_kernel.py"  # Triton reads the source of what it compiles
-    path.write_text(source)
+    path.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("traced_kernel", path)
     assert spec is not None
     assert spec.loader is not None

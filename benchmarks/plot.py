@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="JSON file of lte bench")
     parser.add_argument("figure", type=Path, help="PNG file")
     args = parser.parse_args()
-    save_figure(latency_figure(json.loads(args.results.read_text())["rows"]), args.figure)
+    save_figure(latency_figure(json.loads(args.results.read_text(encoding="utf-8"))["rows"]), args.figure)
 
 
 if __name__ == "__main__":

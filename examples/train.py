@@ -37,10 +37,10 @@ args = lte.LteTrainingArguments(
 )
 trainer = lte.LteTrainer(model, args, default_data_collator, parts["train"], parts["test"])
 trainer.train()
-print(trainer.evaluate())
 
 model.save_pretrained(f"{OUTPUT}/model")
 tokenizer.save_pretrained(f"{OUTPUT}/model")
+print(trainer.evaluate())
 loaded = AutoModelForCausalLM.from_pretrained(f"{OUTPUT}/model")
 measured = lte.measure_sparsity(loaded, parts["test"])
 print(f"The saved folder skips {measured.sparsity:.1%} of its FFN neurons.")

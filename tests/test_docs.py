@@ -22,14 +22,14 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 def anchors(document: Path) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
-    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    for link in LINK.findall(document.read_text()):
+    for link in LINK.findall(document.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")
@@ -41,7 +41,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def commands_of(document: Path) -> list[list[str]]:
     """The arguments of every `lte` command in the bash blocks of a page, or in the comments of a settings file."""
-    text = document.read_text()
+    text = document.read_text(encoding="utf-8")
     if document.suffix == ".yaml":
         text = "\n".join(re.findall(r"^#   (lte .*)$", text, re.MULTILINE))
     else:
@@ -63,16 +63,18 @@ def test_commands_have_known_flags_and_files(document: Path) -> None:
             continue
         context = load_command(name).make_context(name, [*arguments])
         assert not context.args
-    for name, rest in re.findall(rf"`lte ({'|'.join(COMMANDS)}) ([^`]*)`", document.read_text()):
+    for name, rest in re.findall(rf"`lte ({'|'.join(COMMANDS)}) ([^`]*)`", document.read_text(encoding="utf-8")):
         known = {flag for one in load_command(name).params for flag in (*one.opts, *one.secondary_opts)}
         assert set(re.findall(r"(?<!\S)--[\w-]+", rest)) <= known, rest
-    for path in re.findall(r"(?:experiments|benchmarks)/[\w/]+\.(?:py|sh|yaml)\b", document.read_text()):
+    for path in re.findall(
+        r"(?:experiments|benchmarks)/[\w/]+\.(?:py|sh|yaml)\b", document.read_text(encoding="utf-8")
+    ):
         assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("document", CURRENT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_that_pages_import_exist(document: Path) -> None:
-    blocks = "\n".join(re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL))
+    blocks = "\n".join(re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL))
     for line in re.findall(r"^from lte\S* import .*$", blocks, re.MULTILINE):
         exec(line, {})
     for name in re.findall(r"\blte\.(\w+)\(", blocks):

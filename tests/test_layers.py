@@ -42,7 +42,7 @@ def test_imports_point_downwards(path: Path) -> None:
     layer = layer_of(path)
     assert layer in RANKS, f"{path} lies in no layer; add it to RANKS"
     package = path.relative_to(ROOT).parts[:-1]
-    for target in imported_layers(ast.parse(path.read_text()), package):
+    for target in imported_layers(ast.parse(path.read_text(encoding="utf-8")), package):
         lower = RANKS[target] < RANKS[layer]
         assert lower or target == layer, f"{layer} must not import from {target}"
 

@@ -83,7 +83,9 @@ def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def settings_of(run: Callable[..., Any], work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The settings that a command trains with, as `lte train` reads them."""
     runs: list[TrainingSettings] = []
-    monkeypatch.setattr("lte.cli.train.execute", lambda *settings: runs.append(TrainingSettings(*settings)))
+    # The folders that earlier commands make, and the data, are not here.
+    monkeypatch.setattr("lte.cli.train.check_inputs", lambda *inputs: None)
+    monkeypatch.setattr("lte.cli.train.execute", lambda *settings: runs.append(TrainingSettings(*settings[:5])))
 
     def read(command: Command, *flags: str) -> TrainingSettings:
         result = run(*command.arguments, *flags)

@@ -46,6 +46,8 @@ def work_folder(tmp_path, monkeypatch):
     save_tiny_model(tmp_path / "tiny")
     lines = [json.dumps({"text": f"the river runs past house number {i} and on to the sea " * 8}) for i in range(64)]
     (tmp_path / "my-text.jsonl").write_text("\n".join(lines))
+    # numba compiles the kernel for most of a minute, and on a busy machine for ten; tests/ops does that.
+    monkeypatch.setattr("lte.ops.cpu._kernel", lambda: None)
     return tmp_path
 
 

@@ -17,6 +17,20 @@ CONFIG_VERSION = 2
 IGNORED = -100
 """The label of a token that no loss counts, as in PyTorch and transformers."""
 
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+"""Of the weights, while a model is measured or used."""
+
+KERNELS = ("auto", "off", "int8")
+"""What computes an LTE model's FFNs, see `lte.eval.kernels.use_kernels_`."""
+
+# Added to the squared distance in the separability loss: bounds it by 1 / POLE_GUARD at G = tau, where Eq. 6
+# is infinite. The steepest slope, 0.65 / POLE_GUARD**1.5, is 650 at 0.01; see docs/method.md for what that
+# means.
+POLE_GUARD = 1e-2
+
+GFLOP = 2**30
+"""The paper's unit of FLOPs."""
+
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises a `ValueError` that names the nearest valid choices when `value` is not one of `choices`."""
@@ -39,6 +53,22 @@ def check_fraction(name: str, value: float, *, upper_closed: bool = False) -> No
     if not inside or math.isnan(value):
         interval = "[0, 1]" if upper_closed else "[0, 1)"
         raise ValueError(f"{name} must lie in {interval}, got {name}={value}")
+
+
+def check_expert_size(num_neurons: int, expert_size: int) -> int:
+    """The number of experts E.
+
+    Raises:
+        ValueError: if `expert_size` does not divide `num_neurons`, naming the nearest sizes that do.
+    """
+    if expert_size < 1 or num_neurons % expert_size:
+        divisors = [size for size in range(1, num_neurons + 1) if num_neurons % size == 0]
+        nearest = sorted(sorted(divisors, key=lambda size: abs(size - expert_size))[:6])
+        raise ValueError(
+            f"expert_size must divide the number of FFN neurons, got expert_size={expert_size} for {num_neurons} "
+            f"neurons; sizes that fit: {', '.join(map(str, nearest))}"
+        )
+    return num_neurons // expert_size
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:

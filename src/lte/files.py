@@ -12,12 +12,53 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 Checksums = dict[str, dict[str, Any]]
+
+
+def check_place(name: str, path: str | Path, *, folder: bool = False) -> None:
+    """Refuses a place where no file, or with `folder` no folder, can be written; makes none.
+
+    Args:
+        name: what the message calls the path.
+        path: of the file or folder, which may not exist yet, nor those above it.
+        folder: whether it is a folder.
+
+    Raises:
+        ValueError: says why not.
+    """
+    try:
+        place = Path(path).expanduser().absolute()
+        above = place.parent if not folder else place
+        while not _exists(above):
+            above = above.parent
+        if not folder and place.is_dir():
+            raise ValueError("is a folder; name a file")
+        if not folder and place.exists() and not place.is_file():
+            raise ValueError("is a device or a pipe; name a file")
+        if not above.is_dir():
+            raise ValueError("is a file; name a folder" if above == place else f"lies below {above}, which is a file")
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name} must be a place that can be written, got {name}={path}: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} must be a place that can be written, got {name}={path}, which {error}") from error
+
+
+def _exists(path: Path) -> bool:
+    """As `Path.exists`, which hides names that are too long and folders that may not be entered."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_json_atomic(path: str | Path, data: Any) -> None:
@@ -33,9 +74,9 @@ def write_json_atomic(path: str | Path, data: Any) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Writes a text as UTF-8 beside `path` and renames it into place."""
+    """Writes a text as UTF-8 beside `path` and renames it into place; what UTF-8 cannot hold is escaped."""
     with replaced_atomically(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

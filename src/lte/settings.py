@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -91,9 +92,10 @@ class Setting:
         if self.type in (int, float) and not isinstance(value, bool):
             try:
                 number = float(value)
-                if self.type is float or number.is_integer():
-                    return self.type(number)
-            except (TypeError, ValueError):
+                if math.isfinite(number) and (self.type is float or number.is_integer()):
+                    # Not of the float: it holds no whole numbers of 17 digits.
+                    return value if self.type is int and isinstance(value, int) else self.type(number)
+            except (TypeError, ValueError, OverflowError):
                 pass
         raise ValueError(f"{self.name} must be {wanted}, got {self.name}={value!r} in {source}")
 
@@ -148,20 +150,70 @@ def read_mapping(path: Path, name: str) -> dict[Any, Any]:
         ValueError: for a missing file, or one that is no mapping.
     """
     if not path.is_file():
-        raise ValueError(f"{name} must be an existing YAML file, got {name}={path}")
-    content = yaml.safe_load(path.read_text()) or {}
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=2)
+        hint = f" (did you mean {' or '.join(str(path.with_name(one)) for one in near)}?)" if near else ""
+        raise ValueError(f"{name} must be an existing YAML file, got {name}={path}{hint}")
+    content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{name} must hold `name: value` lines, got a {type(content).__name__} in {path}")
     return content
 
 
-def parse_settings(content: Mapping[Any, Any], groups: Mapping[type, str], source: str) -> dict[str, Any]:
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return []
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, in UTF-8; a key that is there twice is a mistake.
+
+    Raises:
+        ValueError: for a file that is no YAML or has a key twice, with file and line.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}; save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{path} must be YAML, got an error{where}: {what}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path} must be YAML of a few levels, got one that is nested too deeply") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings hold each key once; PyYAML takes the last one silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                problem = f"the key {key.value} is there twice, first in line {lines[name]}; leave one of them out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = line
+        return node
+
+
+def parse_settings(
+    content: Mapping[Any, Any], groups: Mapping[type, str], source: str, others: Collection[str] = ()
+) -> dict[str, Any]:
     """The settings in a mapping from a YAML file; dashes and underscores are the same.
 
     Args:
         content: keys and values as YAML has them.
         groups: as for `settings_of`.
         source: where they are from, for the messages.
+        others: names that may have been meant where one is unknown.
 
     Raises:
         ValueError: for an unknown key, or a value of the wrong type.
@@ -172,9 +224,13 @@ def parse_settings(content: Mapping[Any, Any], groups: Mapping[type, str], sourc
     for key, value in content.items():
         setting = by_key.get(str(key).replace("-", "_").strip("_"))
         if setting is None:
-            near = difflib.get_close_matches(str(key), by_key, n=3)
+            near = difflib.get_close_matches(str(key), [*by_key, *others], n=3)
             hint = f" (did you mean {' or '.join(near)}?)" if near else "; `lte train --help` lists them all"
             raise ValueError(f"every key of {source} must be a setting, got {key}{hint}")
+        if setting.name in values:
+            raise ValueError(
+                f"{source} must hold every setting once, got {setting.name} twice, with - and _ in its name"
+            )
         values[setting.name] = setting.parse(value, source)
     return values
 

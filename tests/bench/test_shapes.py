@@ -7,7 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lte.bench.settings import BenchSettings, parse_counts, parse_sparsities
 from lte.bench.shapes import SHAPES, random_model, shape_config
 from lte.bench.text import text_ids
-from lte.eval.flops import GFLOP, flops_per_token
+from lte.config import GFLOP
+from lte.eval.flops import flops_per_token
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from lte.cli.inspect import load_inspected_model
+from lte.cli.inspection import load_inspected_model
 from lte.hf.dense import load_tokenizer
 from lte.report.curves import curve_name, curve_name_by
 from lte.report.inputs import load_inputs

@@ -54,7 +54,7 @@ def test_a_bug_is_no_user_error(run: Callable[..., Any], monkeypatch: pytest.Mon
     def broken(name: str) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lte.cli.inspect.describe", broken)
+    monkeypatch.setattr("lte.cli.inspection.describe", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("inspect", "anything")
 

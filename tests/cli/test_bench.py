@@ -52,7 +52,7 @@ def test_own_text(run: Callable[..., Any], trained: Any, tmp_path: Path) -> None
     assert "text must hold at least 16 tokens" in result.stderr
     result = run("bench", trained[0], "--text", tmp_path / "none.txt", *flags)
     assert result.exit_code == 1
-    assert "text must be an existing file" in result.stderr
+    assert "text must be an existing text file" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lte.cli.demo import MIN_STEPS, Budget
+from lte.cli.demo_steps import MIN_STEPS, Budget
 
 
 @pytest.fixture(scope="module")

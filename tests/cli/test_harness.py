@@ -69,10 +69,13 @@ def test_a_dense_model(run: Any, dense_folder: Path, tmp_path: Path) -> None:
     assert (record["method"], record["sparsity"], record["measurement"]) == ("dense", 0.0, None)
 
 
-def test_mistakes_are_a_sentence(evaluate: Any, run: Any, trained: Any) -> None:
+def test_mistakes_are_a_sentence(evaluate: Any, run: Any, trained: Any, tmp_path: Path) -> None:
+    result, _ = evaluate("--harness", "piqa_files", "--harness-data", tmp_path)
+    assert result.exit_code == 1
+    assert "harness_data must be a folder that holds qa/piqa.test.jsonl.gz, got harness_data=" in result.stderr
     result, _ = evaluate("--harness", "piqa_files", "--harness-data", "nowhere")
     assert result.exit_code == 1
-    assert "harness_data must be a folder that holds qa/piqa.test.jsonl.gz, got harness_data=nowhere" in result.stderr
+    assert "harness_data must be an existing folder, got harness_data=nowhere" in result.stderr
     result, _ = evaluate("--harness", "toy_choice", "--train", "my-text.jsonl")
     assert result.exit_code == 1
     assert "train must not be given with --harness, got train=my-text.jsonl" in result.stderr

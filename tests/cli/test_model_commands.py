@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte
-from lte.eval.flops import GFLOP, count_linear_weights
+from lte.config import GFLOP
+from lte.eval.flops import count_linear_weights
 from lte.eval.models import save_folder
 from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.methods.cats import CatsConfig
@@ -103,6 +104,14 @@ class TestGenerate:
         assert result.exit_code == 0, result.output
         assert result.stdout.startswith("with open")
         assert "% of the FFN neurons were used" in result.stderr
+
+    def test_a_chat_template_that_fails(self, run: Callable[..., Any], dense_folder: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(dense_folder, tmp_path / "model")
+        (folder / "chat_template.jinja").write_text("{{ messages.first.of.all }}", encoding="utf-8")
+        result = run("generate", folder, "--prompt", "a", "--chat")
+        assert result.exit_code == 1
+        assert "--chat must have a chat template that works, got one of" in result.stderr
+        assert "that fails with UndefinedError" in result.stderr
 
     def test_sampling_repeats_with_its_seed(self, run: Callable[..., Any], trained: Any) -> None:
         flags = ["--prompt", "with", "--max-new-tokens", 8, "--temperature", 1.0]

@@ -18,8 +18,9 @@ import lte
 from lte.data.config import DataConfig, read_documents
 from lte.train.checkpoints import folder_lock, newest_checkpoint
 from lte.train.trainer import LteTrainer
-from tests.cli.conftest import SHORT
+from tests.cli.conftest import SHORT, save_tiny_model
 from tests.processes import run_processes
+from tests.tiny_models import EXPERT_SIZE
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -122,6 +123,13 @@ class TestSettingsFile:
             ("train:", "train must be text or a list, got train=None in"),
             ("train: [a.jsonl, [b.jsonl]]", "train must be text, got train=['b.jsonl'] in"),
             ("validation: [a.jsonl]", "validation must be text, got validation=['a.jsonl'] in"),
+            ("a: " + "[" * 3000, "nested too deeply"),
+            (
+                "seed: 1\nbf16: true\nseed: 2",
+                "run.yaml must be YAML, got an error in line 3, column 1: the key seed is",
+            ),
+            ("learning_rate: 1\nlearning-rate: 2", "run.yaml must hold every setting once, got learning_rate"),
+            ("learning_rate: .inf", "learning_rate must be a number, got learning_rate=inf"),
         ],
     )
     def test_a_mistake_is_named(self, run: Callable[..., Any], tmp_path: Path, content: str, message: str) -> None:
@@ -293,3 +301,87 @@ def test_an_lte_model_keeps_its_experts(run: Callable[..., Any], trained: Any, t
     result = run("train", "--model", trained[0], "--output", tmp_path / "out", *flags)
     assert result.exit_code == 1
     assert "expert_size must stay 8 for an LTE model, got expert_size=16" in result.stderr
+
+
+class TestWhatFollowsTheSave:
+    """Nothing that fails once the model is trained may cost it."""
+
+    @pytest.mark.parametrize(
+        ("target", "code", "what"),
+        [
+            ("lte.report.figures.save_figure", 0, "drawing its report failed: no room for it"),
+            ("lte.hf.card.model_card", 0, None),
+            ("lte.report.router_health.router_health_table", 0, "printing its numbers failed: no room for it"),
+            ("lte.runs.measure.use_kernels_", 1, "measuring it failed: no room for it"),
+        ],
+    )
+    def test_a_failure_is_a_warning(
+        self,
+        dense_folder: Path,
+        run: Callable[..., Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        target: str,
+        code: int,
+        what: str | None,
+    ) -> None:
+        def fails(*arguments: Any, **settings: Any) -> None:
+            raise OSError("no room for it")
+
+        output = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr(target, fails)
+            result = run("train", "--model", dense_folder, "--output", output, *SHORT)
+        assert result.exit_code == code, result.output
+        assert AutoModelForCausalLM.from_pretrained(output).lte_config.expert_size == EXPERT_SIZE
+        if what is not None:
+            again = f"lte train --resume --output {output}"
+            assert f"Warning: the model is saved in {output}, but {what}; to do that again: {again}" in result.stderr
+        if code == 1:
+            assert not (output / "result.json").exists()
+            assert run("train", "--resume", "--output", output).exit_code == 0
+        assert (output / "result.json").exists()
+
+
+class TestAMistakeBlocksNothing:
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--expert-size", "7"], "expert_size must divide"),
+            (
+                ["--chat-template", "broken.jinja"],
+                "chat_template must be a Jinja template, got chat_template=broken.jinja",
+            ),
+            (["--distill-from", "gemma"], "distill_from must have the vocabulary of the model"),
+        ],
+    )
+    def test_the_corrected_command_runs_in_the_same_folder(
+        self,
+        dense_folder: Path,
+        run: Callable[..., Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        flags: list[str],
+        message: str,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("broken.jinja").write_text("{% for m in messages %}", encoding="utf-8")
+        save_tiny_model(tmp_path / "gemma", vocab_size=310)
+        result = run("train", "--model", dense_folder, "--output", "out", *SHORT, *flags)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert not Path("out/run.yaml").exists()
+        short = [*SHORT, "--stage1-steps", "1", "--stage2-steps", "1"]
+        assert run("train", "--model", dense_folder, "--output", "out", *short).exit_code == 0
+
+    @pytest.mark.parametrize("more", [[], ["--resume"]])
+    def test_what_earlier_versions_left_of_a_failed_start(
+        self, dense_folder: Path, run: Callable[..., Any], tmp_path: Path, more: list[str]
+    ) -> None:
+        output = tmp_path / "out"
+        (output / "checkpoints").mkdir(parents=True)
+        (output / "run.yaml").write_text("model: no/such\nexpert_size: 7\n", encoding="utf-8")
+        short = [*SHORT, "--stage1-steps", "1", "--stage2-steps", "1"]
+        result = run("train", "--model", dense_folder, "--output", output, *short, *more)
+        assert result.exit_code == 0, result.stderr
+        assert yaml.safe_load((output / "run.yaml").read_text())["expert_size"] == EXPERT_SIZE

@@ -21,7 +21,7 @@ CHAT = [("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return str(path)
 
 

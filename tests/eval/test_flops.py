@@ -8,7 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 import lte
-from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_model
+from lte.config import GFLOP
+from lte.eval.flops import count_linear_weights, flops_per_token, meta_model
 from tests.tiny_models import (
     HIDDEN,
     LAYERS,

@@ -406,3 +406,17 @@ def test_without_numba_it_warns_once_and_is_right(
 def test_importing_the_module_does_not_import_numba() -> None:
     code = "import sys, lte.ops.cpu; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("at", ["find", "write"])
+def test_a_cache_that_cannot_be_used_costs_time_alone(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    from lte.ops import cpu_kernel
+
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("no locator available") if at == "find" else OSError("disk full")
+
+    target = {"find": "_impl_class", "write": "_save_overload"}[at]
+    monkeypatch.setattr(cpu_kernel._OptionalCache, target, fails)
+    with pytest.warns(RuntimeWarning, match="compiles the CPU kernel, which takes some seconds; set NUMBA_CACHE_DIR"):
+        assert cpu_kernel._with_cache(numba.njit(lambda x: x + 1))(1) == 2

@@ -6,11 +6,15 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from lte.report import inspector_server
 from lte.report.inspector import Inspector, NamedText
 from lte.report.inspector_server import ADDRESS, MAX_BODY_BYTES, InspectorServer
 from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, sparse_model
@@ -120,6 +124,10 @@ def test_the_size_is_limited_before_anything_is_read(server: InspectorServer) ->
         (b'{"compare": "a"}', "body must be an object with the strings"),
         (b'{"text": "a", "more": "b"}', "body must be an object with the strings"),
         (b'{"text": ""}', "text must hold at least one token, got ''"),
+        (b'{"text": "a\\ud800b"}', "text must be Unicode text, got half of a surrogate pair at character 1"),
+        (b'{"text": "a", "compare": "\\udfff"}', "compare must be Unicode text"),
+        (b"[" * 100_000, "body must be JSON of one level, got one that is nested too deeply"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "body must be JSON, got"),
     ],
 )
 def test_a_wrong_body_is_an_error_with_a_sentence(body: bytes, message: str, server: InspectorServer) -> None:
@@ -139,3 +147,115 @@ def test_a_port_that_is_taken(server: InspectorServer, inspector: Inspector) -> 
         InspectorServer(inspector, server.server_port)
     with pytest.raises(ValueError, match="port must be free, got port=70000: "):
         InspectorServer(inspector, 70000)
+
+
+def send(server: InspectorServer, request: bytes) -> bytes:
+    """All that comes back for the bytes of a request."""
+    with socket.create_connection((ADDRESS, server.server_port), timeout=20) as client:
+        client.sendall(request)
+        client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while part := client.recv(1 << 16):
+            answer += part
+    return answer
+
+
+def head(server: InspectorServer, length: int) -> bytes:
+    """The head of a request of the page."""
+    lines = ("POST /inspect HTTP/1.1", f"Host: 127.0.0.1:{server.server_port}", "Content-Type: application/json")
+    return "\r\n".join((*lines, f"Content-Length: {length}", "", "")).encode()
+
+
+LINES = st.binary(max_size=40).map(lambda line: line.replace(b"\n", b""))
+REQUESTS = st.one_of(
+    LINES.filter(lambda line: bool(line.strip())),
+    st.builds(
+        lambda method, path, version, headers, body: (
+            b" ".join((method, path, version)) + b"\r\n" + b"".join(line + b"\r\n" for line in headers) + b"\r\n" + body
+        ),
+        st.sampled_from([b"GET", b"POST", b"HEAD", b"PUT", b"\xff", b"get"]),
+        st.sampled_from([b"/", b"/inspect", b"//", b"*", b"/%00", b"/" + b"a" * 70_000]),
+        st.sampled_from([b"HTTP/1.1", b"HTTP/1.0", b"HTTP/9.9", b"HTTP/x", b""]),
+        st.lists(LINES | st.sampled_from([b"Content-Length: 5", b"Transfer-Encoding: chunked", b"Host: localhost"])),
+        st.binary(max_size=100),
+    ),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text() | st.text(st.characters(categories=["Cs"]), max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "compare", "x"]), inner),
+    max_leaves=5,
+)
+FUZZING = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@FUZZING
+@given(request_bytes=REQUESTS)
+def test_whatever_comes_gets_an_answer_with_a_status(server: InspectorServer, request_bytes: bytes) -> None:
+    answer = send(server, request_bytes)
+    assert answer.startswith(b"HTTP/1.0 "), (request_bytes, answer)
+    assert answer.split()[1] in {b"200", b"400", b"403", b"404", b"405", b"411", b"414", b"415", b"431", b"501", b"505"}
+
+
+@FUZZING
+@given(content=JSON)
+def test_whatever_json_comes_is_answered_in_json(server: InspectorServer, content: Any) -> None:
+    body = json.dumps(content).encode()
+    start, _, answer = send(server, head(server, len(body)) + body).partition(b"\r\n\r\n")
+    status = int(start.split()[1])
+    assert status in (200, 400), (content, start)
+    assert set(json.loads(answer)) == ({"error"} if status == 400 else {"runs", "served", "max_tokens"})
+
+
+def test_clients_that_go_away_or_send_too_little(
+    server: InspectorServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = b'{"text": "abc"}'
+    for cut in (b"", b"PO", head(server, 5)[:-3], head(server, 50) + body, head(server, len(body)) + body):
+        client = socket.create_connection((ADDRESS, server.server_port))
+        client.sendall(cut)
+        # Resets the connection, as a browser that is closed does.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+    assert send(server, head(server, 50) + body).startswith(b"HTTP/1.0 408 ")
+    assert send(server, head(server, 5) + body).startswith(b"HTTP/1.0 400 ")
+    # Bytes that drip in do not hold a place for good.
+    monkeypatch.setattr(inspector_server, "TIMEOUT_S", 0.5)
+    start = time.monotonic()
+    with socket.create_connection((ADDRESS, server.server_port), timeout=20) as client:
+        client.sendall(head(server, 1000))
+        client.settimeout(0.1)
+        answer = b""
+        while not answer and time.monotonic() < start + 10:
+            client.sendall(b"x")
+            try:
+                answer = client.recv(1000)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.0 408 ")
+    assert post(server, {"text": "a"})[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_too_many_clients_at_once_are_told(server: InspectorServer, capfd: pytest.CaptureFixture[str]) -> None:
+    waiting = [socket.create_connection((ADDRESS, server.server_port)) for _ in range(inspector_server.MAX_CONNECTIONS)]
+    try:
+        deadline = time.monotonic() + 10
+        while server._places._value and time.monotonic() < deadline:
+            time.sleep(0.01)
+        status = send(server, head(server, 0)).split(b"\r\n")[0]
+        assert status == b"HTTP/1.0 503 Service Unavailable"
+    finally:
+        for client in waiting:
+            client.close()
+    while server._places._value != inspector_server.MAX_CONNECTIONS and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert post(server, {"text": "a"})[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_fails_is_an_answer(server: InspectorServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(text: NamedText) -> dict[str, Any]:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(server.inspector, "run", broken)
+    assert post(server, {"text": "a"}) == (500, {"error": "The text failed with RuntimeError: no memory"})

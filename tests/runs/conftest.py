@@ -57,7 +57,7 @@ def write_mrpc(folder: Path) -> Path:
 def write_comparison(path: Path, **content: Any) -> Path:
     """The YAML file of a small comparison."""
     whole = {"seeds": [0], "sparsities": [0.5], "start": BUDGET, "train": BUDGET, **content}
-    path.write_text(yaml.safe_dump({**whole, "defaults": {**SMALL, **content.get("defaults", {})}}))
+    path.write_text(yaml.safe_dump({**whole, "defaults": {**SMALL, **content.get("defaults", {})}}), encoding="utf-8")
     return path
 
 

@@ -142,6 +142,17 @@ def test_a_failed_measurement_leaves_what_needs_the_model(
     first, _ = runner_of(mrpc("dense", "wina"), tmp_path)
     assert execute_all([first]) == ["dense-0-seed0"]
     assert records_of(tmp_path)["wina-0.5-seed0"]["value"] is not None
+    # Its own stays, too: what is measured again need not train again.
+    assert first.folders.made(first.wanted[0]) is not None
+
+
+def test_a_failure_does_not_stand_in_the_way_of_the_corrected_file(mrpc: Callable[..., Path], tmp_path: Path) -> None:
+    first, _ = runner_of(mrpc({"method": "sigma_moe", "expert_size": 7}), tmp_path)
+    assert execute_all([first]) == ["sigma_moe-0.5-seed0"]
+    second, lines = runner_of(mrpc({"method": "sigma_moe", "expert_size": 8}), tmp_path)
+    assert execute_all([second]) == []
+    assert lines[0] == "sigma_moe-0.5-seed0: failed with other settings, done again."
+    assert records_of(tmp_path)["sigma_moe-0.5-seed0"]["failure"] is None
 
 
 def test_a_model_stays_until_it_is_measured(mrpc: Callable[..., Path], tmp_path: Path) -> None:

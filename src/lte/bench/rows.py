@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lte.bench.timing import Times
 from lte.files import write_json_atomic, write_text_atomic
 
 REQUIRED_FIELDS = (
@@ -41,6 +40,8 @@ def timed_row(samples_ms: list[float], size: float, copy_gb_per_s: float, **fiel
         copy_gb_per_s: what this machine reaches when it copies memory.
         fields: what else the row says.
     """
+    from lte.bench.timing import Times  # loads torch, which reading rows does not need
+
     times = Times.of(samples_ms)
     reached = size / times.median_ms / 1e6
     return {

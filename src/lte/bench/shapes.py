@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from typing import TYPE_CHECKING, Any
 
 from lte.config import check_choice
+
+# Loaded where they are used: the names of the shapes are among the flags.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import LlamaConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
@@ -41,33 +43,43 @@ def shape_config(name: str, layers: int | None = None) -> LlamaConfig:
     Raises:
         ValueError: for an unknown shape or more layers than it has.
     """
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**shape_settings(name, layers))
+
+
+def shape_settings(name: str, layers: int | None = None) -> dict[str, Any]:
+    """What the config of a shape holds; the arguments and errors are those of `shape_config`."""
     check_choice("shape", name, SHAPES)
     settings = dict(SHAPES[name])
     if layers is not None:
         if not 1 <= layers <= settings["num_hidden_layers"]:
             raise ValueError(f"layers must lie in [1, {settings['num_hidden_layers']}] for {name}, got layers={layers}")
         settings["num_hidden_layers"] = layers
-    return LlamaConfig(**settings)
+    return settings
 
 
-@torch.no_grad()
 def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
     """A stock causal LM whose matrices are normal with std fan_in**-0.5; norms are 1, biases 0.
 
     Raises:
         ValueError: for a model with buffers other than those of rotary embeddings, whose values are not known here.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            # Embeddings have unit entries, as a hidden state has.
-            std = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
-            parameter.normal_(std=std, generator=generator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                # Embeddings have unit entries, as a hidden state has.
+                std = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
+                parameter.normal_(std=std, generator=generator)
     model.tie_weights()
     for module in model.modules():
         _compute_buffers_(module)

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
-from lte.bench.models import LEAST_FFN_BYTES, ModelPair, model_pair
-from lte.bench.run import run_benchmarks
-from lte.bench.session import Session
 from lte.bench.settings import OWN, BenchSettings, parse_counts, parse_sparsities, split
-from lte.bench.shapes import SHAPES, random_model, shape_config
-from lte.bench.text import random_ids, read_text, text_ids
-from lte.bench.union import BATCHES
-from lte.cli.command import EXIT_ERROR, print_error, quiet_transformers, reports_errors
-from lte.config import check_choice
-from lte.eval.models import DTYPES, load_any_model
-from lte.hf.dense import load_tokenizer
-from lte.hf.install import sparse_ffns
-from lte.report.bench import break_even_report, latency_table, union_report
-from lte.train.processes import training_device
+from lte.bench.shapes import SHAPES, random_model, shape_config, shape_settings
+from lte.cli.command import (
+    EXIT_ERROR,
+    MAX_SEED,
+    after_saving,
+    check_model,
+    print_error,
+    quiet_transformers,
+    read_text_file,
+    reports_errors,
+)
+from lte.config import DTYPE_NAMES, check_choice
+from lte.files import check_place
+
+if TYPE_CHECKING:
+    import torch
+
+    from lte.bench.models import ModelPair
+    from lte.bench.session import Session
 
 DEFAULT_SHAPE = "smollm2-135m"
 # What a run takes when nothing is said, and with --quick; on a CPU a large prompt alone would take minutes.
@@ -46,7 +51,7 @@ def bench(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of the weights; by default bfloat16 on a GPU, else float32.", metavar="|".join(DTYPES)),
+        typer.Option(help="Of the weights; by default bfloat16 on a GPU, else float32.", metavar="|".join(DTYPE_NAMES)),
     ] = None,
     weights: Annotated[
         str, typer.Option(help="What the kernels read; int8 halves the bytes.", metavar="native|int8")
@@ -107,7 +112,9 @@ def bench(
     text: Annotated[
         Path | None, typer.Option(help="Text for the model's own routing; by default Python's help topics.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights, hidden states and routing.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of random weights, hidden states and routing.")
+    ] = 0,
     budget_s: Annotated[
         float | None, typer.Option(help="Begin no further batch or length after so many seconds.")
     ] = None,
@@ -126,29 +133,53 @@ def bench(
     Examples: `lte bench out --output results/bench` for a trained folder;
     `lte bench --shape llama2-7b --dtype bfloat16 --output results/bench_llama2_7b`
     """
-    quiet_transformers()
-    device = training_device()
-    on_gpu = device.type == "cuda"
     if model is not None and shape is not None:
         raise ValueError(f"model must not be given with --shape, got model={model} and shape={shape}")
     check_choice("weights", weights, ("native", "int8"))
-    settings = BenchSettings(
-        benchmarks=tuple(split(benchmarks)),
-        sparsities=parse_sparsities(sparsities or ("0.5,0.9" if quick else "0,0.5,0.8,0.9")),
-        batches=parse_counts("batches", batches or ("1" if quick else _BATCHES[device.type])),
-        lengths=parse_counts("lengths", lengths or ("64" if quick else _LENGTHS[device.type])),
-        routing=routing,  # type: ignore[arg-type]
-        prefill_scope=prefill_scope,  # type: ignore[arg-type]
-        repeats=repeats or (5 if quick else 20),
-        context_length=context_length,
-        compile=on_gpu if compile is None else compile,
-        autotune=autotune and not quick,
-        tunings=tunings,
-        seed=seed,
-        budget_s=budget_s,
-    )
-    found = dtype or ("bfloat16" if on_gpu else "float32")
-    check_choice("dtype", found, tuple(DTYPES))
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPE_NAMES)
+
+    def settings_on(device: str) -> BenchSettings:
+        return BenchSettings(
+            benchmarks=tuple(split(benchmarks)),
+            sparsities=parse_sparsities(sparsities or ("0.5,0.9" if quick else "0,0.5,0.8,0.9")),
+            batches=parse_counts("batches", batches or ("1" if quick else _BATCHES[device])),
+            lengths=parse_counts("lengths", lengths or ("64" if quick else _LENGTHS[device])),
+            routing=routing,  # type: ignore[arg-type]
+            prefill_scope=prefill_scope,  # type: ignore[arg-type]
+            repeats=repeats or (5 if quick else 20),
+            context_length=context_length,
+            compile=device == "cuda" if compile is None else compile,
+            autotune=autotune and not quick,
+            tunings=tunings,
+            seed=seed,
+            budget_s=budget_s,
+        )
+
+    # Whether there is a GPU only torch knows; what is wrong is wrong on both.
+    settings_on("cpu")
+    if text is not None:
+        read_text_file("text", text)
+    if output is not None:
+        check_place("output", output.with_name(f"{output.name}.json"))
+    if model is None:
+        shape_settings(shape or DEFAULT_SHAPE, layers)
+    else:
+        check_model("model", model)
+
+    from lte.bench.models import model_pair
+    from lte.bench.run import run_benchmarks
+    from lte.bench.text import random_ids, read_text, text_ids
+    from lte.bench.union import BATCHES
+    from lte.eval.models import DTYPES, load_any_model
+    from lte.hf.dense import load_tokenizer
+    from lte.hf.install import sparse_ffns
+    from lte.train.processes import training_device
+
+    quiet_transformers()
+    device = training_device()
+    settings = settings_on(device.type)
+    found = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if model is None:
         name = shape or DEFAULT_SHAPE
         pair = _random_pair(name, layers, settings, DTYPES[found], weights, device)
@@ -175,6 +206,8 @@ def _random_pair(
     name: str, layers: int | None, settings: BenchSettings, dtype: torch.dtype, weights: str, device: torch.device
 ) -> ModelPair:
     """A model of a shape; if FFNs alone are timed, only as many layers of it as that takes."""
+    from lte.bench.models import LEAST_FFN_BYTES, model_pair
+
     config = shape_config(name, layers)
     ffn_numbers = 3 * config.hidden_size * config.intermediate_size
     if not settings.needs_model(ffn_numbers * config.num_hidden_layers):
@@ -185,6 +218,8 @@ def _random_pair(
 
 def print_results(console: Console, session: Session) -> None:
     """The tables of a run; the figure beside its result files."""
+    from lte.report.bench import break_even_report, latency_table, union_report
+
     results = session.results
     console.print(latency_table(results.rows, session.copy_gb_per_s))
     if results.header.get("union"):
@@ -193,8 +228,15 @@ def print_results(console: Console, session: Session) -> None:
         console.print(break_even_report(results.header["break_even"]))
     path = results.path("png")
     if path is not None and results.rows:
-        from lte.report.figures import save_figure  # matplotlib is slow to load, and not wanted by other commands
-        from lte.report.model_figures import latency_figure
+        written = ", ".join(str(results.path(ending)) for ending in ("json", "csv", "png"))
+        after_saving(
+            f"the results are in {results.path('json')}", "drawing them", None, lambda: _draw(results.rows, path)
+        )
+        console.print(f"Written: {written}")
 
-        save_figure(latency_figure(results.rows), path)
-        console.print(f"Written: {', '.join(str(results.path(ending)) for ending in ('json', 'csv', 'png'))}")
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from lte.report.figures import save_figure  # matplotlib is slow to load, and not wanted by other commands
+    from lte.report.model_figures import latency_figure
+
+    save_figure(latency_figure(rows), path)

@@ -2,27 +2,39 @@
 
 A user's mistake is one red sentence, a bug is a traceback. Exit codes: 0 success, 1 an error that the message explains,
 2 wrong usage of the command line, 130 interrupted.
+
+Commands check what they are given before they load torch, which takes seconds: the modules of this package import what
+loads it inside functions.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
+import importlib
 import inspect
+import json
+import math
+import os
+import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-import yaml
 from rich.console import Console
-from transformers.utils import logging
 
 from lte.settings import Setting, settings_of
-from lte.train.objective import NonFiniteLossError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 # What a user can cause and mend. A RuntimeError or a KeyError is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, NonFiniteLossError, yaml.YAMLError)
+USER_ERRORS = (ValueError, OSError)
+# The largest that numpy takes.
+MAX_SEED = 2**32 - 1
+# With --debug at either place: lte --debug train, lte train --debug.
+_DEBUG = ContextVar("debug", default=False)
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 KernelsOption = Annotated[
@@ -39,10 +51,10 @@ class Interrupted(Exception):
     """Ctrl-C, with a message that says how to go on."""
 
 
-def print_error(message: str, title: str = "Error") -> None:
+def print_error(message: str, title: str = "Error", style: str = "bold red") -> None:
     """Prints one red sentence to stderr, whatever line breaks `message` has."""
     console = Console(stderr=True, highlight=False)
-    console.print(f"{title}: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True)
+    console.print(f"{title}: {' '.join(message.split())}", style=style, markup=False, soft_wrap=True)
 
 
 def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,21 +62,20 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def guarded(*args: Any, context: typer.Context, debug: bool = False, **kwargs: Any) -> Any:
+        _DEBUG.set(debug or bool(context.obj))
         try:
+            for name, value in kwargs.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name} must be a finite number, got {name}={value}")
             return command(*args, **kwargs)
         except (KeyboardInterrupt, Interrupted) as error:
             print_error(str(error) or "stopped by Ctrl-C", title="Interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except torch.OutOfMemoryError as error:
-            if debug or context.obj:
+        except Exception as error:
+            message = explanation(error)
+            if message is None or _DEBUG.get():
                 raise
-            print_error(f"the GPU is out of memory; lower --batch-size or --sequence-length ({error})")
-            raise typer.Exit(EXIT_ERROR) from None
-        except USER_ERRORS as error:
-            # With --debug at either place: lte --debug train, lte train --debug.
-            if debug or context.obj or not str(error):
-                raise
-            print_error(str(error))
+            print_error(message)
             raise typer.Exit(EXIT_ERROR) from None
 
     parameters = dict(inspect.signature(command, eval_str=True).parameters)
@@ -76,8 +87,124 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def explanation(error: Exception) -> str | None:
+    """What to tell the user of an error that a user can cause and mend, `None` of a bug."""
+    # An error of a module can only come where that is loaded.
+    torch, objective = sys.modules.get("torch"), sys.modules.get("lte.train.objective")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU is out of memory; lower --batch-size or --sequence-length ({error})"
+    known = USER_ERRORS if objective is None else (*USER_ERRORS, objective.NonFiniteLossError)
+    return (str(error) or None) if isinstance(error, known) else None
+
+
+def after_saving(kept: str, what: str, again: str | None, step: Callable[[], Any]) -> Any:
+    """Does what follows once a model is saved; if it fails, a warning says that the model is there.
+
+    Args:
+        kept: what is saved and where, for the message.
+        what: fails, for the message.
+        again: the command that does it again, `None` where there is none.
+        step: does it.
+
+    Returns:
+        What `step` returns, `None` if it failed.
+    """
+    try:
+        return step()
+    except Exception as error:
+        if _DEBUG.get():
+            traceback.print_exc()
+        reason = explanation(error) or f"{type(error).__name__}: {error}"
+        repeat = f"; to do that again: {again}" if again else ""
+        print_error(f"{kept}, but {what} failed: {reason}{repeat}", "Warning", "yellow")
+        return None
+
+
+def check_model(name: str, value: str) -> dict[str, Any]:
+    """Refuses a path of a model that is none, before anything is loaded.
+
+    Args:
+        name: what the message calls it.
+        value: hub name, folder or GGUF file.
+
+    Returns:
+        What the folder's config.json holds, nothing where that is not here or cannot be read, which loading explains.
+
+    Raises:
+        ValueError: if a path does not exist, or is a folder without a config.
+    """
+    path = Path(value).expanduser()
+    if not path.exists():
+        if value.startswith((".", "/", "~")) or path.suffix == ".gguf" or value.count("/") > 1 or not value.strip():
+            beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, beside, n=2)
+            hint = f" (did you mean {' or '.join(str(path.with_name(one)) for one in near)}?)" if near else ""
+            raise ValueError(f"{name} must be a hub name, folder or GGUF file, got {value}, which does not exist{hint}")
+        return {}
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{name} must be a hub name, folder or GGUF file, got the file {value}")
+        return {}
+    if not (path / "config.json").exists():
+        raise ValueError(f"{name} must be a folder with a config.json, got {value}, which has none")
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises a `ValueError` for a seed that a random generator does not take."""
+    if not 0 <= value <= MAX_SEED:
+        raise ValueError(f"{name} must lie in [0, {MAX_SEED}], got {name}={value}")
+
+
+def check_folder(name: str, value: str | None) -> None:
+    """Raises a `ValueError` unless a folder that was given exists."""
+    if value is not None and not Path(value).expanduser().is_dir():
+        raise ValueError(f"{name} must be an existing folder, got {name}={value}")
+
+
+def utf8(name: str, value: str) -> str:
+    """A text of the command line as it was typed, in whatever locale.
+
+    Raises:
+        ValueError: if it is not UTF-8.
+    """
+    try:
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        pass
+    try:
+        # Python keeps bytes that the locale does not know as surrogates.
+        return os.fsencode(value).decode()
+    except UnicodeError:
+        raise ValueError(f"{name} must be UTF-8 text, got {name}={value!a}") from None
+
+
+def read_text_file(name: str, path: str | Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        ValueError: for a file that does not exist or is not UTF-8.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{name} must be an existing text file, got {path}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text, got {path}: {error}") from error
+
+
 def quiet_transformers() -> None:
-    """Leaves the terminal to our own messages and progress bars."""
+    """Loads transformers with our model classes, and leaves the terminal to our own messages and progress bars."""
+    from transformers.utils import logging
+
+    # Registers them, which `import lte` does for everybody but the command.
+    importlib.import_module("lte.methods")
     # Not set_verbosity_error, which makes Trainer print dicts in place of its progress bar.
     logging.set_verbosity_warning()
     logging.get_logger("transformers.trainer_utils").setLevel(logging.ERROR)

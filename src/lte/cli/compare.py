@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lte.cli.command import EXIT_ERROR, print_error, quiet_transformers, reports_errors
+from lte.cli.command import (
+    EXIT_ERROR,
+    check_model,
+    check_seed,
+    print_error,
+    quiet_transformers,
+    reports_errors,
+)
 from lte.config import check_choice
-from lte.hf.dense import load_tokenizer
-from lte.runs.folders import Folders
-from lte.runs.plan import plan_runs
-from lte.runs.runner import PHASES, Estimate, Runner, estimate_run, execute_all
-from lte.runs.settings import read_comparison
-from lte.runs.workload import Workloads
+from lte.files import check_place
+from lte.runs.settings import PHASES, check_comparison, read_comparison
+
+if TYPE_CHECKING:
+    from lte.runs.runner import Estimate
 
 
 @reports_errors
@@ -49,7 +55,6 @@ def compare(
     Example: `lte compare experiments/compare/mrpc.yaml --data-dir glue --output results/mrpc`, or
     `lte compare experiments/ablations/*.yaml --data-dir glue --output results/ablations`
     """
-    quiet_transformers()
     console = Console(highlight=False, soft_wrap=True)
     stems = [file.stem for file in files]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
@@ -57,8 +62,21 @@ def compare(
             f"files must have names of their own, by which their folders are called, got {', '.join(twice)} twice"
         )
     check_choice("phase", phase, PHASES)
-    given = {"model": model, "data_dir": data_dir, "latency": latency}
-    comparisons = [read_comparison(f, **given, seeds=None if seeds is None else _parse_seeds(seeds)) for f in files]
+    given: dict[str, Any] = {"model": model, "data_dir": data_dir, "latency": latency}
+    given |= {"seeds": None if seeds is None else _parse_seeds(seeds)}
+    for file in files:
+        check_model("model", check_comparison(file, **given))
+        for name, place, default in (("output", output, "results/compare"), ("work", work, "runs/compare")):
+            check_place(name, _folder(place, Path(default), file, files), folder=True)
+
+    from lte.hf.dense import load_tokenizer
+    from lte.runs.folders import Folders
+    from lte.runs.plan import plan_runs
+    from lte.runs.runner import Runner, estimate_run, execute_all
+    from lte.runs.workload import Workloads
+
+    quiet_transformers()
+    comparisons = [read_comparison(file, **given) for file in files]
     plans = [plan_runs(comparison) for comparison in comparisons]
     for name in only or ():
         check_choice("only", name, [run.name for runs in plans for run in runs if run.measured])
@@ -110,6 +128,9 @@ def print_plan(console: Console, estimates: list[Estimate]) -> None:
 
 def _parse_seeds(text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
+        found = [int(seed) for seed in text.split(",")]
     except ValueError:
         raise ValueError(f"seeds must be whole numbers, got seeds={text}; separate them with commas") from None
+    for seed in found:
+        check_seed("seeds", seed)
+    return found

@@ -6,23 +6,30 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lte.cli.command import KernelsOption, quiet_transformers, reports_errors, takes_settings
-from lte.data.config import DataConfig
-from lte.data.tasks.registry import TaskConfig
-from lte.eval.flops import GFLOP
-from lte.eval.harness import HarnessResult, evaluate_harness, quiet_harness
-from lte.eval.models import load_any_model, task_record
-from lte.hf.acceleration import describe_kernels
-from lte.hf.dense import load_tokenizer
-from lte.records import ResultRecord, result_record, write_record
-from lte.runs.workload import check_no_text, workload_of
+from lte.cli.command import (
+    KernelsOption,
+    check_folder,
+    check_model,
+    check_seed,
+    quiet_transformers,
+    reports_errors,
+    takes_settings,
+)
+from lte.config import DTYPE_NAMES, GFLOP, KERNELS, check_choice, check_whole_number
+from lte.data.config import DataConfig, check_sources
+from lte.data.tasks.registry import TaskConfig, check_no_text
+from lte.files import check_place
 from lte.settings import build
+
+if TYPE_CHECKING:
+    from lte.eval.harness import HarnessResult
+    from lte.records import ResultRecord
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,14 @@ class HarnessConfig:
     def tasks(self) -> list[str]:
         """The names in `harness`."""
         return [name.strip() for name in (self.harness or "").split(",") if name.strip()]
+
+    def check(self) -> None:
+        """Raises a `ValueError` for numbers out of range, or folders that do not exist."""
+        for name, least in (("num_fewshot", 0), ("limit", 1)):
+            if getattr(self, name) is not None:
+                check_whole_number(name, getattr(self, name), least)
+        check_folder("harness_tasks_dir", self.harness_tasks_dir)
+        check_folder("harness_data", self.harness_data)
 
 
 def check_harness_flags(given: Mapping[str, Any]) -> None:
@@ -86,15 +101,36 @@ def eval_command(
 
     Example: `lte eval out --train my-text.jsonl --json out-eval.json`, or `lte eval out --task sst2 --data-dir glue`
     """
-    quiet_transformers()
     check_harness_flags(given)
-    if "harness" in given:
-        loaded, names = load_any_model(model, dtype, kernels), {"model": model, "dtype": dtype}
-        run_harness(loaded, load_tokenizer(model), build(HarnessConfig, given), batch_size, names, json)
-        return
-    task, data = build(TaskConfig, given), build(DataConfig, given)
-    if task.task is not None:
+    check_choice("dtype", dtype, DTYPE_NAMES)
+    check_choice("kernels", kernels, KERNELS)
+    harness = build(HarnessConfig, given) if "harness" in given else None
+    # `limit` is of the question sets here.
+    task = build(TaskConfig, {} if harness else given)
+    data = build(DataConfig, given)
+    if harness is not None:
+        harness.check()
+    elif task.task is not None:
         check_no_text(given)
+        check_folder("data_dir", task.data_dir)
+    else:
+        check_sources(data)
+    check_seed("data_seed", data.data_seed)
+    if json is not None:
+        check_place("json", json)
+    check_model("model", model)
+
+    from lte.eval.models import load_any_model, task_record
+    from lte.hf.acceleration import describe_kernels
+    from lte.hf.dense import load_tokenizer
+    from lte.records import write_record
+    from lte.runs.workload import workload_of
+
+    quiet_transformers()
+    if harness is not None:
+        loaded, names = load_any_model(model, dtype, kernels), {"model": model, "dtype": dtype}
+        run_harness(loaded, load_tokenizer(model), harness, batch_size, names, json)
+        return
     splits = (None, given.get("split") or given.get("validation_split"))
     work = workload_of(task, data, load_tokenizer(model), batch_size, splits)
     loaded = work.load_model(model, dtype, kernels)
@@ -147,6 +183,10 @@ def run_harness(
         names: what the records say of the network, `model` and `dtype`.
         json: the record's file; of several tasks each has a file with its name before the suffix.
     """
+    from lte.eval.harness import evaluate_harness, quiet_harness
+    from lte.hf.acceleration import describe_kernels
+    from lte.records import result_record, write_record
+
     quiet_harness()
     result = evaluate_harness(
         network,

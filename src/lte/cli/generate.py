@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import Tensor
-from transformers import TextStreamer
 
-from lte.cli.command import KernelsOption, quiet_transformers, reports_errors
-from lte.eval.models import load_any_model
-from lte.eval.sparsity import measure_sparsity
-from lte.hf.dense import load_tokenizer
-from lte.hf.inputs import check_tokens, longest_input
-from lte.hf.install import sparse_ffns
+from lte.cli.command import MAX_SEED, KernelsOption, check_model, quiet_transformers, reports_errors, utf8
+from lte.config import DTYPE_NAMES, KERNELS, check_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @reports_errors
@@ -29,13 +25,27 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="float32|bfloat16|float16")] = "float32",
     kernels: KernelsOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continues a prompt and says what share of its neurons the model used for this text.
 
     Example: `lte generate out --prompt "What is a Python list?" --chat`
     """
+    check_choice("dtype", dtype, DTYPE_NAMES)
+    check_choice("kernels", kernels, KERNELS)
+    if not prompt:
+        raise ValueError("prompt must hold at least one character, got an empty one")
+    prompt = utf8("prompt", prompt)
+    check_model("model", model)
+
+    import torch
+    from transformers import TextStreamer
+
+    from lte.eval.models import load_any_model, load_config
+    from lte.hf.dense import load_tokenizer
+
     quiet_transformers()
+    load_config(model)
     tokenizer = load_tokenizer(model)
     loaded = load_any_model(model, dtype, kernels)
     torch.manual_seed(seed)
@@ -51,16 +61,23 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     """Token ids [1, T] of a prompt.
 
     Raises:
-        ValueError: for an empty prompt, or `chat` without a chat template.
+        ValueError: for a prompt that makes no tokens, or `chat` without a chat template or with one that fails.
     """
     if chat and not tokenizer.chat_template:
         raise ValueError("--chat must have a chat template, and this model's tokenizer has none; leave it out")
-    if not prompt:
-        raise ValueError("prompt must hold at least one character, got an empty one")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")["input_ids"]
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # A template may do anything.
+            raise ValueError(
+                f"--chat must have a chat template that works, got one of {tokenizer.name_or_path} that fails with "
+                f"{type(error).__name__}: {error}; mend it there, or leave --chat out"
+            ) from error
+    ids = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ValueError(f"prompt must make at least one token, got prompt={prompt!r}, which makes none")
+    return ids.long()
 
 
 def generate_ids(
@@ -76,6 +93,10 @@ def generate_ids(
     Raises:
         ValueError: for a prompt that the model cannot read.
     """
+    import torch
+
+    from lte.hf.inputs import check_tokens, longest_input
+
     check_tokens(model, ids)
     longest = longest_input(model)
     if longest is not None and not model.config.is_encoder_decoder:
@@ -100,6 +121,10 @@ def generate_ids(
 
 def describe_use(model: Any, ids: Tensor) -> str:
     """A sentence on the share of FFN neurons that the text `ids` [1, T] took."""
+    from lte.eval.sparsity import measure_sparsity
+    from lte.hf.inputs import longest_input
+    from lte.hf.install import sparse_ffns
+
     if not sparse_ffns(model):
         return f"Dense model: all FFN neurons were used for each of these {ids.shape[1]} tokens."
     ids = ids[:, : longest_input(model)]

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lte.cli.command import quiet_transformers, reports_errors, takes_settings
-from lte.config import LteConfig, check_choice
-from lte.eval.cost import method_name
-from lte.eval.flops import GFLOP, count_linear_weights, flops_per_token, meta_model
-from lte.eval.kernels import KERNELS, use_kernels_
-from lte.eval.models import DTYPES, is_lte, load_config
-from lte.files import write_json_atomic, write_text_atomic
-from lte.hf.checkpoints import load_whole, read_checksums, reading
-from lte.hf.dense import load_tokenizer, model_location
-from lte.hf.families import dense_ffns, family_of, saved_head
-from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
-from lte.hf.verify import loading_fault
-from lte.hf.verify import verify as verify_folder
-from lte.methods import METHODS, config_of
-from lte.report.inspector import MAX_TOKENS, Inspector, NamedText, inspector_data, inspector_page
-from lte.report.inspector_server import InspectorServer
+from lte.cli.command import check_model, quiet_transformers, read_text_file, reports_errors, takes_settings
+from lte.config import DTYPE_NAMES, KERNELS, check_choice, check_whole_number
+from lte.files import check_place, write_json_atomic
+from lte.report.page import MAX_TOKENS
 from lte.settings import build
-from lte.train.processes import training_device
 
 
 @dataclass(frozen=True)
@@ -81,20 +66,29 @@ def inspect(
 
     Example: `lte inspect out`, `lte inspect out --text my-text.txt --html inspect.html`, or `lte inspect out --serve`
     """
-    quiet_transformers()
     config = build(TextConfig, given)
     check_flags(config, given)
+    check_files(config)
+    if json is not None:
+        check_place("json", json)
+    check_model("model", model)
+    if config.compare_model is not None:
+        check_model("compare_model", config.compare_model)
+
+    from lte.cli import inspection
+
+    quiet_transformers()
     if verify:
-        verify_files(model)
-    found = describe(model)
+        inspection.verify_files(model)
+    found = inspection.describe(model)
     if found["fault"] is not None and (config.serve or config.html is not None):
         raise ValueError(found["fault"])
     if config.serve:
-        serve_inspector(model, found["method"], config)
+        inspection.serve_inspector(model, found["method"], config)
     elif config.html is not None:
-        write_inspector(model, found["method"], config)
+        inspection.write_inspector(model, found["method"], config)
     else:
-        print_description(found)
+        inspection.print_description(found)
     if json is not None:
         write_json_atomic(json, found)
     if found["fault"] is not None:
@@ -103,25 +97,6 @@ def inspect(
         if any(Path(model).expanduser().glob("*model*.*")):
             raise ValueError(message)
         typer.echo(message, err=True)
-
-
-def verify_files(name_or_path: str) -> None:
-    """Compares a folder with its checksums and says that it is whole.
-
-    Raises:
-        ValueError: if it is not, naming the files.
-    """
-    found = verify_folder(name_or_path)
-    if found:
-        raise ValueError(f"model must be as it was saved, got {name_or_path}, where {'; '.join(found)}")
-    known = read_checksums(Path(name_or_path).expanduser())
-    if known is None:
-        typer.echo(
-            f"{name_or_path} holds a whole model of finite weights. It has no checksums, since lte 0.1 or another tool "
-            "saved it, so that changed bits stay unknown; saving it again with lte writes them."
-        )
-    else:
-        typer.echo(f"{name_or_path} is as it was saved: {len(known)} files, by their checksums.")
 
 
 def check_flags(config: TextConfig, given: Mapping[str, Any]) -> None:
@@ -148,220 +123,30 @@ def check_flags(config: TextConfig, given: Mapping[str, Any]) -> None:
         raise ValueError(f"--compare-text must {rule}; compare two texts, or two models on one text")
     if "port" in given and not config.serve:
         raise ValueError(f"--port must be given with --serve, got --port {config.port} without it")
-    check_choice("dtype", config.dtype, tuple(DTYPES))
+    check_choice("dtype", config.dtype, DTYPE_NAMES)
     check_choice("kernels", config.kernels, KERNELS)
 
 
-def check_method(name_or_path: str, method: str) -> None:
-    """Refuses a model without routers.
+def check_files(config: TextConfig) -> None:
+    """Refuses texts that cannot be read, places that cannot be written, and a port that is taken.
 
     Raises:
-        ValueError: for a dense model, or one of another method.
+        ValueError: for those.
     """
-    if method not in METHODS:
-        raise ValueError(
-            f"model must be an LTE model to inspect a text, got {name_or_path}, a dense one: every token uses all its "
-            "neurons, so there is nothing to inspect; `lte train` makes it sparse"
-        )
-    if not METHODS[method].sparse_ffns:
-        raise ValueError(
-            f"model must be an LTE model to inspect a text, got {name_or_path} of the method {method}, which has no "
-            f"routers of LTE and skips {METHODS[method].about}; `lte eval` measures what it costs"
-        )
-
-
-def load_inspected_model(name_or_path: str, dtype: str, kernels: str) -> Any:
-    """An LTE model of any kind with the head that its folder holds, on the GPU if there is one."""
-    config = load_config(name_or_path)
-    auto_class = getattr(transformers, saved_head(config) or next(iter(family_of(config).models)))
-    model = load_whole(auto_class, model_location(name_or_path), dtype=DTYPES[dtype])
-    return use_kernels_(model.to(training_device()).eval(), kernels)
-
-
-def read_text(path: str, flag: str) -> NamedText:
-    """The text in a UTF-8 file, under the file's name.
-
-    Raises:
-        ValueError: for a file that does not exist or is no UTF-8.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"{flag} must be an existing text file, got {path}")
-    try:
-        return NamedText(file.name, file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} must be UTF-8 text, got {path}: {error}") from error
-
-
-def write_inspector(model: str, method: str, config: TextConfig) -> None:
-    """Writes the page of a text to a file and says what it holds."""
-    assert config.text is not None
-    assert config.html is not None
-    text = read_text(config.text, "--text")
-    check_method(model, method)
-    texts = [text]
-    if config.compare_text is not None:
-        texts.append(read_text(config.compare_text, "--compare-text"))
-    if config.compare_model is not None:
-        check_method(config.compare_model, describe(config.compare_model)["method"])
-    recorded = _record(model, texts, config)
-    if config.compare_model is not None:
-        recorded += _record(config.compare_model, texts, config)
-    path = Path(config.html).expanduser()
-    write_text_atomic(path, inspector_page(inspector_data(recorded)))
-    for run in recorded:
-        _tell(run)
-    typer.echo(f"Wrote {path}; open it in a browser.")
-
-
-def _record(model: str, texts: list[NamedText], config: TextConfig) -> list[dict[str, Any]]:
-    inspector = _inspector(model, config)
-    return [inspector.run(text) for text in texts]
-
-
-def _inspector(model: str, config: TextConfig) -> Inspector:
-    reference = None if config.reference is None else read_text(config.reference, "--reference")
-    loaded = load_inspected_model(model, config.dtype, config.kernels)
-    # The name alone: a page that is passed on need not tell where the folder was.
-    folder = Path(model).expanduser()
-    name = folder.resolve().name if folder.exists() and config.compare_model is None else model
-    return Inspector(loaded, load_tokenizer(model), name, config.max_tokens, reference)
-
-
-def _tell(run: Mapping[str, Any]) -> None:
-    for shown in (run, run["reference"]):
-        for note in shown["notes"]:
-            typer.echo(f"{shown['text']}: {note}", err=True)
-    used = f"{100 * (1 - run['sparsity']):.1f}% of the FFN neurons were used per token"
-    typer.echo(f"{run['text']} on {run['model']}: {len(run['ids']):,} tokens, {used}.")
-
-
-def serve_inspector(model: str, method: str, config: TextConfig) -> None:
-    """Serves the page until Ctrl-C."""
-    check_method(model, method)
-    given = [(config.text, "--text"), (config.compare_text, "--compare-text")]
-    texts = [read_text(path, flag) for path, flag in given if path is not None]
-    inspector = _inspector(model, config)
-    runs = [inspector.run(text) for text in texts]
-    for run in runs:
-        _tell(run)
-    with InspectorServer(inspector, config.port, runs) as server:
-        typer.echo(f"Open {server.url} in a browser of this machine; Ctrl-C ends it.")
+    for name in ("text", "compare_text", "reference"):
+        path = getattr(config, name)
+        if path is not None:
+            read_text_file(f"--{name.replace('_', '-')}", path)
+    check_whole_number("max_tokens", config.max_tokens, 1)
+    if config.html is not None:
+        check_place("html", config.html)
+    if config.serve:
         try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            typer.echo("Stopped.")
-
-
-def print_description(found: dict[str, Any]) -> None:
-    """Prints what `describe` returned."""
-    console = Console()
-    console.print(_summary_table(found))
-    if found["layers_measured"]:
-        console.print(_layer_table(found["layers_measured"]))
-    elif found["method"] in METHODS:
-        console.print("No sparsity was measured for this folder; `lte eval` measures it.")
-    for ability in found["abilities"]:
-        console.print(f"- {ability}")
-    if found["method"] not in METHODS:
-        console.print("This model is dense: every token uses all its FFN neurons. `lte train` makes it sparse.")
-
-
-def describe(name_or_path: str) -> dict[str, Any]:
-    """Everything that the config of a model tells, JSON-ready.
-
-    `fault` says why the model does not load; it is `None` if it does.
-
-    Raises:
-        ValueError: for an unknown family, or a path that does not exist.
-    """
-    config = load_config(name_or_path)
-    family = family_of(config)
-    with reading(name_or_path):
-        skeleton = meta_model(config)
-    weights = count_linear_weights(skeleton)
-    first = next(iter((wrapped_ffns(skeleton) or dense_ffns(skeleton, family)).values()))
-    found: dict[str, Any] = {
-        "model": name_or_path,
-        "method": method_name(skeleton),
-        "family": family.model_type,
-        "layers": len(weights.ffn),
-        "hidden_size": config.hidden_size,
-        "ffn_neurons": num_neurons(first, family.layout),
-        "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
-        "gflops_per_token_dense": 2 * (weights.attention + sum(weights.ffn)) / GFLOP,
-        "fault": loading_fault(name_or_path),
-        "layers_measured": [],
-    }
-    method = METHODS.get(found["method"])
-    found["abilities"] = [] if method is None else method.abilities()
-    if method is not None:
-        method_config, measured = config_of(skeleton), getattr(config, "lte_measurement", None) or {}
-        found |= {
-            "about": method.about,
-            **({} if method_config is None else method_config.to_dict()),
-            "measured_sparsity": measured.get("sparsity"),
-            "measured_tokens": measured.get("tokens"),
-            "measured_on": measured.get("split"),
-            "layers_measured": _layers(measured),
-        }
-    return {**found, **_describe_experts(config, skeleton)} if is_lte(config) else found
-
-
-def _describe_experts(config: Any, skeleton: Any) -> dict[str, Any]:
-    target = LteConfig.from_dict(config.lte).target_sparsity
-    measured = config.lte_measurement or {}
-    sparsity = [1 - share for share in measured.get("active_fraction", ())] or target
-    ffn = next(iter(sparse_ffns(skeleton).values()))
-    return {
-        "experts_per_layer": ffn.num_experts,
-        "router_parameters": sum(count_linear_weights(skeleton).router),
-        "gflops_per_token_sparse": flops_per_token(skeleton, sparsity) / GFLOP,
-    }
-
-
-def _layers(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    columns = [name for name in ("active_fraction", "dead_experts", "always_on_experts") if name in measured]
-    rows = zip(*(measured[name] for name in columns), strict=True)
-    return [{"layer": i, **dict(zip(columns, row, strict=True))} for i, row in enumerate(rows)]
-
-
-def _summary_table(found: dict[str, Any]) -> Table:
-    table = Table(show_header=False, title=found["model"], title_justify="left")
-    table.add_row("method", found["method"])
-    table.add_row("base family", found["family"])
-    table.add_row("layers x FFN neurons", f"{found['layers']} x {found['ffn_neurons']}")
-    table.add_row("parameters", f"{found['parameters']:,}")
-    if found["fault"] is not None:
-        table.add_row("loads", f"no: {found['fault']}")
-    dense = f"{found['gflops_per_token_dense']:.4f} dense"
-    if found["method"] in METHODS:
-        table.add_row("skips", found["about"])
-    if "experts_per_layer" in found:
-        rank = found["router_rank"] or "full"
-        table.add_row("experts per layer", f"{found['experts_per_layer']} of {found['expert_size']} neurons")
-        table.add_row("grouping", found["grouping"])
-        table.add_row("router", f"rank {rank}, threshold {found['threshold']:g}")
-        table.add_row("router parameters", f"{found['router_parameters']:,}")
-        at = "measured" if found["measured_sparsity"] is not None else "target"
-        dense += f", {found['gflops_per_token_sparse']:.4f} at the {at} sparsity, routers included"
-    if found["method"] in METHODS:
-        table.add_row("target sparsity", f"{100 * found['target_sparsity']:g}%")
-        if not METHODS[found["method"]].leaves_stock:
-            tokens = f"{found['measured_tokens']} {found['measured_on']} tokens"
-            share = found["measured_sparsity"]
-            measured = "not measured" if share is None else f"{100 * share:.2f}% ({tokens}, hard mode)"
-            table.add_row("measured sparsity", measured)
-    table.add_row("GFLOPs per token", f"{dense} (block linears, 1 G = 2^30)")
-    return table
-
-
-def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    table = Table(title="by layer", title_justify="left")
-    for heading in ("layer", "active neurons", "dead experts", "always-on experts"):
-        table.add_column(heading, justify="right")
-    for row in layers:
-        active = f"{100 * row['active_fraction']:.1f}%"
-        experts = [str(row.get(name, "-")) for name in ("dead_experts", "always_on_experts")]
-        table.add_row(str(row["layer"]), active, *experts)
-    return table
+            with socket.socket() as probe:
+                # As the server's own.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", config.port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"port must be free, got port={config.port}: {error}; choose another with --port"
+            ) from error

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from lte.cli.command import reports_errors
 from lte.config import check_choice
-from lte.report.curves import curve_name, curve_name_by
-from lte.report.inputs import Inputs, load_inputs
-from lte.report.methods_report import tradeoff_texts, write_methods_report
-from lte.report.points import find_tradeoffs
-from lte.report.report_page import write_html_report
-from lte.report.tables import TextTable
+from lte.files import check_place
+
+if TYPE_CHECKING:
+    from lte.report.inputs import Inputs
 
 
 @reports_errors
@@ -47,6 +45,18 @@ def report(
 
     Example: `lte report results/compare/mrpc --output report`
     """
+    if output is not None:
+        check_place("output", output, folder=True)
+    if html is not None:
+        check_place("html", html)
+
+    from lte.report.curves import curve_name, curve_name_by
+    from lte.report.inputs import load_inputs
+    from lte.report.methods_report import tradeoff_texts, write_methods_report
+    from lte.report.points import find_tradeoffs
+    from lte.report.report_page import write_html_report
+    from lte.report.tables import TextTable
+
     inputs = load_inputs(results)
     if not inputs.records and not (html and inputs.benches):
         found = [f"{len(inputs.benches)} files of lte bench, which --html shows"] if inputs.benches else []

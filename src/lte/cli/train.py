@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 import yaml
 from rich.console import Console
 
-from lte.cli.command import Interrupted, quiet_transformers, reports_errors, takes_settings
-from lte.config import LteConfig, check_choice
-from lte.data.config import DataConfig
-from lte.data.tasks.registry import TaskConfig
-from lte.eval.models import is_lte, load_config, save_folder
-from lte.eval.sparsity import Measurement
-from lte.files import write_json_atomic, write_text_atomic
-from lte.hf.dense import load_tokenizer
-from lte.records import ResultRecord, write_record
-from lte.report.router_health import router_health_markdown, router_health_table
-from lte.runs.measure import measure_folder
-from lte.runs.pipeline import ModelSettings, Watcher, make_model
-from lte.runs.workload import Workload, check_no_text, workload_of
+from lte.cli.command import (
+    EXIT_ERROR,
+    Interrupted,
+    after_saving,
+    check_folder,
+    check_model,
+    check_seed,
+    print_error,
+    quiet_transformers,
+    read_text_file,
+    reports_errors,
+    takes_settings,
+)
+from lte.config import LteConfig, check_choice, check_expert_size
+from lte.data.config import DataConfig, check_sources
+from lte.data.tasks.registry import TaskConfig, check_no_text
+from lte.files import check_place, write_json_atomic, write_text_atomic
 from lte.settings import build, option, read_settings_file, settings_of
-from lte.train.checkpoints import clean_up, folder_lock, newest_checkpoint
 from lte.train.config import TrainConfig
-from lte.train.processes import is_main_process
-from lte.train.summary import TrainingSummary
+
+if TYPE_CHECKING:
+    from lte.eval.sparsity import Measurement
+    from lte.records import ResultRecord
+    from lte.runs.pipeline import ModelSettings
+    from lte.train.summary import TrainingSummary
 
 Stages = Literal["both", "1", "2"]
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
@@ -96,58 +104,147 @@ def train(
     Without `--train` and `--task` it learns on a small text that comes with Python. After an interruption:
     `lte train --resume --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`
     """
-    quiet_transformers()
     values = merge_settings(given, config)
     run = build(RunConfig, values)
     if values.get("task"):
         check_no_text(values)
+    lte_config, train_config = build(LteConfig, values), build(TrainConfig, values)
+    data, task, output = build(DataConfig, values), build(TaskConfig, values), Path(run.output).expanduser()
+    check_inputs(run, lte_config, train_config, data, task, frozenset(values))
+    check_output(output, run.resume)
+
+    # From here on torch is loaded.
+    from lte.runs.pipeline import ModelSettings
+    from lte.train.checkpoints import clean_up, folder_lock, newest_checkpoint
+    from lte.train.processes import is_main_process
+
+    quiet_transformers()
     settings = ModelSettings(
         start=run.model,
-        config=build(LteConfig, values),
-        train=build(TrainConfig, values),
+        config=lte_config,
+        train=train_config,
         stages=(1, 2) if run.stages == "both" else (int(run.stages),),
         teacher=run.model if run.distill_from == "initial" else run.distill_from,
         changed=frozenset(values),
     )
-    data, task, output = build(DataConfig, values), build(TaskConfig, values), Path(run.output).expanduser()
+    again = f"lte train --resume --output {shlex.quote(run.output)}"
     with folder_lock(output) if is_main_process() else nullcontext():
         if is_main_process():
+            # What another process wrote before it gave the folder free.
             check_output(output, run.resume)
             clean_up(output)
-            write_run_file(output, values)
         try:
-            execute(run, settings, data, task, output)
+            execute(run, settings, data, task, output, values)
         except KeyboardInterrupt:
             newest = newest_checkpoint(output / CHECKPOINTS)
-            kept = (
-                f"The newest checkpoint is {newest}." if newest else "No checkpoint was written yet (see --save-steps)."
+            if (output / "config.json").exists():
+                kept = f"The model is saved in {output}. To measure it again: {again}"
+            elif (output / RUN_FILE).exists():
+                none = "No checkpoint was written yet (see --save-steps)."
+                kept = f"{f'The newest checkpoint is {newest}.' if newest else none} Go on with: {again}"
+            else:
+                kept = "The training had not begun, and nothing was written"
+            raise Interrupted(kept) from None
+        except Exception:
+            newest = newest_checkpoint(output / CHECKPOINTS)
+            if newest is not None and not (output / "config.json").exists() and is_main_process():
+                print_error(f"{newest} holds what was trained; go on with: {again}", "Note", "yellow")
+            raise
+
+
+def check_inputs(
+    run: RunConfig,
+    config: LteConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    task: TaskConfig,
+    changed: frozenset[str],
+) -> None:
+    """Refuses what can be seen to be wrong before anything is loaded.
+
+    Raises:
+        ValueError: says what.
+    """
+    check_seed("seed", train.seed)
+    check_seed("data_seed", data.data_seed)
+    if run.chat_template is not None:
+        if not Path(run.chat_template).expanduser().is_file():
+            given = f"chat_template={run.chat_template}"
+            raise ValueError(f"chat_template must be a file with a Jinja template, got {given}; give its path")
+        read_text_file("chat_template", run.chat_template)
+    if task.task is None:
+        check_sources(data)
+    check_folder("data_dir", task.data_dir)
+    if run.distill_from not in (None, "initial"):
+        check_model("distill_from", str(run.distill_from))
+    found = check_model("model", run.model)
+    if found:
+        settings = found["lte"] if isinstance(found.get("lte"), dict) else {}
+        sparse = bool(settings) and settings.get("name", "lte") == "lte"
+        check_start(run, train, sparse)
+        widths = [found[name] for name in ("intermediate_size", "ffn_dim", "d_ff", "n_inner") if found.get(name)]
+        if not sparse and train.recipe != "dense" and len(widths) == 1 and isinstance(widths[0], int):
+            check_expert_size(widths[0], config.expert_size)
+        if (
+            sparse
+            and "expert_size" in changed
+            and settings.get("expert_size", config.expert_size) != config.expert_size
+        ):
+            raise ValueError(
+                f"expert_size must stay {settings['expert_size']} for an LTE model, got "
+                f"expert_size={config.expert_size}; start from the dense model to change it"
             )
-            raise Interrupted(f"{kept} Go on with: lte train --resume --output {run.output}") from None
 
 
-def execute(run: RunConfig, settings: ModelSettings, data: DataConfig, task: TaskConfig, output: Path) -> None:
+def execute(
+    run: RunConfig,
+    settings: ModelSettings,
+    data: DataConfig,
+    task: TaskConfig,
+    output: Path,
+    values: Mapping[str, Any],
+) -> None:
     """Trains, saves, measures the saved folder, reports. Of several processes the first one saves and measures.
 
     Raises:
         ValueError: if the settings do not fit the model, or each other.
     """
+    from lte.eval.models import is_lte, load_config, save_folder
+    from lte.hf.dense import load_tokenizer
+    from lte.hf.loading import method_settings
+    from lte.records import write_record
+    from lte.report.router_health import router_health_table
+    from lte.runs.measure import measure_folder
+    from lte.runs.pipeline import make_model
+    from lte.runs.workload import workload_of
+    from lte.train.processes import is_main_process
+
     assert settings.config is not None
-    check_start(run, settings)
+    start = load_config(run.model)
+    check_start(run, settings.train, is_lte(start))
+    if method_settings(start) is None and settings.train.recipe != "dense":
+        check_expert_size(_ffn_neurons(start), settings.config.expert_size)  # type: ignore[attr-defined]
     console = Console(quiet=not is_main_process())
     tokenizer = load_tokenizer(run.model)
     if run.chat_template is not None:
         tokenizer.chat_template = _read_template(run.chat_template)
     measured = data.validation_split if "validation_split" in (settings.changed or ()) else None
     work = workload_of(task, data, tokenizer, settings.train.batch_size, (data.split, measured))
-    told = _Told(work, console)
+    begin = partial(write_run_file, output, values) if is_main_process() else lambda: None
+    told = _told(work, console, begin)
     model, summary = make_model(settings, work, output / CHECKPOINTS, resume=run.resume, watcher=told, adapters=output)
     if not is_main_process():
         return
     save_folder(model, tokenizer, output)
-    write_json_atomic(output / "training_log.json", summary.log_history)
+    # Nothing that is lost from here on is worth the model.
+    after = partial(
+        after_saving, f"the model is saved in {output}", again=f"lte train --resume --output {shlex.quote(run.output)}"
+    )
+    after(what="writing its log", step=lambda: write_json_atomic(output / "training_log.json", summary.log_history))
     # Its memory is for the folder that is loaded again.
     del model
-    found = measure_folder(
+    measure = partial(
+        measure_folder,
         output,
         work,
         model=run.model,
@@ -164,51 +261,87 @@ def execute(run: RunConfig, settings: ModelSettings, data: DataConfig, task: Tas
         },
         **told.before,
     )
-    write_record(output / "result.json", found.record)
+    found = after(what="measuring it", step=measure)
+    if found is None:
+        raise typer.Exit(EXIT_ERROR)
+    after(what="writing its record", step=lambda: write_record(output / "result.json", found.record))
     measurement = found.result.measurement
-    save_report(output, summary, measurement)
-    if measurement is not None:
-        console.print(router_health_table(measurement))
-    lines = outcome(output, settings.stages, found.record)
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    after(what="drawing its report", step=lambda: save_report(output, summary, measurement))
+
+    def tell() -> None:
+        if measurement is not None:
+            console.print(router_health_table(measurement))
+        lines = outcome(output, settings.stages, found.record)
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+    after(what="printing its numbers", step=tell)
+
+
+def _ffn_neurons(config: Any) -> int:
+    """The neurons of a model's FFNs, without its weights."""
+    from lte.eval.flops import meta_model
+    from lte.hf.families import dense_ffns, family_of
+    from lte.hf.install import num_neurons
+
+    family = family_of(config)
+    return num_neurons(next(iter(dense_ffns(meta_model(config), family).values())), family.layout)
 
 
 def _read_template(name: str) -> str:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ValueError(f"chat_template must be a file with a Jinja template, got chat_template={name}; give its path")
-    return path.read_text()
+    """A chat template that compiles.
+
+    Raises:
+        ValueError: for a missing file, one that is not UTF-8, and one that is no Jinja template.
+    """
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = read_text_file("chat_template", name)
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"chat_template must be a Jinja template, got chat_template={name} with an error in line {error.lineno}: "
+            f"{error.message}"
+        ) from error
+    return template
 
 
-class _Told(Watcher):
-    """Says what data there is, and measures a model that is worth it before it trains."""
+def _told(work: Any, console: Console, begin: Callable[[], object]) -> Any:
+    """What says what data there is, measures a model that is worth it, and calls `begin` when the training begins."""
+    from lte.runs.pipeline import Watcher
 
-    def __init__(self, work: Workload, console: Console):
-        self.work, self.console = work, console
-        # What a result record says of the model before training.
-        self.before: dict[str, Any] = {}
+    class Told(Watcher):
+        def __init__(self) -> None:
+            # What a result record says of the model before training.
+            self.before: dict[str, Any] = {}
 
-    def loaded(self, model: Any) -> None:
-        info = self.work.info
-        sizes = f"{info['train']['tokens']} training tokens, {info['validation']['tokens']} held out"
-        self.console.print(f"Data: {self.work.name}, {sizes}.", highlight=False)
-        for line in self.work.announcements:
-            self.console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
-        if self.work.measures_first:
-            found = self.work.measure(model)
-            self.before = {f"{found.metric}_before": found.value}
-            text = f"{found.metric.capitalize()} before training: {found.value:.3f}."
-            self.console.print(text, highlight=False)
+        def loaded(self, model: Any) -> None:
+            sizes = f"{work.info['train']['tokens']} training tokens, {work.info['validation']['tokens']} held out"
+            console.print(f"Data: {work.name}, {sizes}.", highlight=False, markup=False)
+            for line in work.announcements:
+                console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
+            if work.measures_first:
+                found = work.measure(model)
+                self.before = {f"{found.metric}_before": found.value}
+                text = f"{found.metric.capitalize()} before training: {found.value:.3f}."
+                console.print(text, highlight=False)
+
+        def before_training(self, model: Any, teacher: Any, train: TrainConfig) -> TrainConfig:
+            # All input is read and fits: a mistake in it leaves nothing in the folder.
+            begin()
+            return train
+
+    return Told()
 
 
-def check_start(run: RunConfig, settings: ModelSettings) -> None:
-    """Refuses settings that do not fit each other, before anything is loaded.
+def check_start(run: RunConfig, train: TrainConfig, sparse: bool) -> None:
+    """Refuses settings that do not fit each other, before anything is loaded; `sparse` is a start from an LTE folder.
 
     Raises:
         ValueError: says which.
     """
-    sparse = is_lte(load_config(run.model))
-    weight, recipe = settings.train.distillation_weight, settings.train.recipe
+    weight, recipe = train.distillation_weight, train.recipe
     if run.stages == "2" and not sparse and recipe != "dense":
         raise ValueError(f"stages=2 must start from an LTE folder (stage 1 trains the routers), got {run.model}")
     if sparse and run.distill_from == "initial":
@@ -225,10 +358,12 @@ def save_report(output: Path, summary: TrainingSummary, measurement: Measurement
     """Draws the training curves and the router health; a folder without them is complete."""
     from lte.report.figures import save_figure  # loads matplotlib
     from lte.report.model_figures import router_health_figure, training_curves_figure
+    from lte.report.router_health import router_health_markdown
 
+    if measurement is not None:
+        write_text_atomic(output / "router_health.md", router_health_markdown(measurement) + "\n")
     save_figure(training_curves_figure(summary.log_history), output / "training.png")
     if measurement is not None:
-        (output / "router_health.md").write_text(router_health_markdown(measurement) + "\n")
         save_figure(router_health_figure(measurement), output / "router_health.png")
 
 
@@ -268,13 +403,15 @@ def merge_settings(given: Mapping[str, Any], config: Path | None) -> dict[str, A
         ValueError: if a resumed run is given other settings than it began with.
     """
     values = {**(read_settings_file(config, GROUPS) if config else {}), **given}
-    saved = Path(values.get("output") or "").expanduser() / RUN_FILE
+    output = Path(values.get("output") or "").expanduser()
+    saved = output / RUN_FILE
     if values.get("resume") and values.get("output") and saved.exists():
         settings = settings_of(GROUPS)
         before = read_settings_file(saved, GROUPS)
         for name, value in values.items():
             earlier = before.get(name, settings[name].default)
-            if name not in FREE_ON_RESUME | {"output"} and value != earlier:
+            # What never trained, because of a mistake say, may begin otherwise.
+            if name not in FREE_ON_RESUME | {"output"} and value != earlier and _what_trained(output):
                 raise ValueError(
                     f"a resumed run must keep its settings, got {name}={value} where it began with {name}={earlier} "
                     f"({saved}); leave {settings[name].flag} out, or start a new run with another --output"
@@ -291,9 +428,8 @@ def check_output(output: Path, resume: bool) -> None:
     Raises:
         ValueError: if it does, or is a file.
     """
-    if output.is_file():
-        raise ValueError(f"output must be a folder, got output={output}, which is a file")
-    used = [name for name in ("config.json", RUN_FILE, CHECKPOINTS) if (output / name).exists()]
+    check_place("output", output, folder=True)
+    used = _what_trained(output)
     earlier = [name for name in ("stage1", "stage2") if (output / name).exists()]
     if earlier and resume:
         raise ValueError(
@@ -305,6 +441,13 @@ def check_output(output: Path, resume: bool) -> None:
             f"output must be a new folder, got output={output}, which holds {(used + earlier)[0]}; take another one, "
             "or go on with an interrupted run by --resume"
         )
+
+
+def _what_trained(output: Path) -> list[str]:
+    """What a training left in a folder; one that failed before its first step leaves nothing that counts."""
+    checkpoint = next((output / CHECKPOINTS).glob("checkpoint-*"), None)
+    found = ["config.json"] if (output / "config.json").exists() else []
+    return found + ([f"{CHECKPOINTS}/{checkpoint.name}"] if checkpoint is not None else [])
 
 
 def write_run_file(output: Path, values: Mapping[str, Any]) -> None:

@@ -11,8 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from lte.config import check_choice
 from lte.data.files import ENDINGS, FORMATS, OPENERS, Row, Table, arrow_rows, open_table
 from lte.data.shapes import Columns, Tokens, documents_of, template_parts
@@ -238,6 +236,8 @@ def split_documents(documents: list[Any], config: DataConfig) -> tuple[list[Any]
     if len(documents) == 1 and isinstance(documents[0], str):
         return _split_text(documents[0], config)
     count = max(1, round(len(documents) * config.validation_fraction))
+    import numpy as np  # slow to load, and not needed by the settings
+
     drawn = set(np.random.default_rng(config.data_seed).permutation(len(documents))[:count].tolist())
     held_out = [documents[i] for i in sorted(drawn)]
     copies = {document_key(document) for document in held_out}
@@ -288,3 +288,18 @@ def _not_found(source: str) -> str:
     near = difflib.get_close_matches(path.name, inside, n=3) + difflib.get_close_matches(source, BUILTIN_TEXTS, n=1)
     hint = f"; near it are {', '.join(near)}" if near else ""
     return f"data must be an existing file, glob or hub data set, got {source}, which matches nothing{hint}"
+
+
+def check_sources(config: DataConfig) -> None:
+    """Refuses files that do not exist, before anything is loaded; names on the hub are looked for when they are read.
+
+    Raises:
+        ValueError: says which.
+    """
+    calibration = config.calibration or []
+    others = [calibration] if isinstance(calibration, str) else calibration
+    for source in (*config.sources, *([config.validation] if config.validation else []), *others):
+        if config.format == "hub" or (source in BUILTIN_TEXTS and config.format in ("auto", "builtin")):
+            continue
+        if not _matching_files(source) and not (config.format == "auto" and _looks_like_hub_name(source)):
+            raise ValueError(_not_found(source))

@@ -26,9 +26,6 @@ from lte.hf.families import block_name, dense_ffns, family_of
 from lte.hf.install import install_sparse_ffns_, sparse_ffns, wrapped_ffns
 from lte.nn.wrapped_ffn import WrappedFfn
 
-GFLOP = 2**30
-"""The paper's unit of FLOPs."""
-
 ModelLike = nn.Module | PreTrainedConfig | str | Path
 
 

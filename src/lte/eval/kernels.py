@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lte.config import check_choice
+from lte.config import KERNELS, check_choice
 from lte.hf.acceleration import accelerate_, decelerate_, describe_kernels
 from lte.hf.install import sparse_ffns
-
-KERNELS = ("auto", "off", "int8")
 
 
 def use_kernels_(model: Any, kernels: str = "auto", *, tell: bool = True) -> Any:

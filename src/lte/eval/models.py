@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lte.config import check_choice
+from lte.config import DTYPE_NAMES, KERNELS, check_choice
 from lte.data.rows import LmCollator, TokenRows
 from lte.eval.cost import record_fields
-from lte.eval.kernels import KERNELS, use_kernels_
+from lte.eval.kernels import use_kernels_
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
 from lte.files import explained_write_errors
@@ -26,7 +26,7 @@ from lte.methods import METHODS
 from lte.records import ResultRecord, result_record
 from lte.train.processes import training_device
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def load_config(name_or_path: str) -> Any:
@@ -71,7 +71,7 @@ def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "of
     Raises:
         ValueError: for an unknown dtype, kernels or family, or a path that does not exist.
     """
-    check_choice("dtype", dtype, tuple(DTYPES))
+    check_choice("dtype", dtype, DTYPE_NAMES)
     check_choice("kernels", kernels, KERNELS)
     config = load_config(name_or_path)
     family_of(config)
@@ -146,9 +146,12 @@ def save_folder(model: Any, tokenizer: Any, output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     with explained_write_errors(output):
-        files = [Path(file) for file in tokenizer.save_pretrained(output)]
-        record_checksums(output, [file.relative_to(output).as_posix() for file in files if file.is_file()])
-        model.save_pretrained(output)
+        try:
+            files = [Path(file) for file in tokenizer.save_pretrained(output)]
+            record_checksums(output, [file.relative_to(output).as_posix() for file in files if file.is_file()])
+        finally:
+            # Tokenizers can be had again; trained weights cannot.
+            model.save_pretrained(output)
         if not is_ours(model):
             names = [path.name for pattern in ("*config.json", "model*") for path in output.glob(pattern)]
             record_checksums(output, names)

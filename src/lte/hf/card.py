@@ -7,6 +7,7 @@ same.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _METHODS = {"lte": "[Learn-To-be-Efficient](https://arxiv.org/abs/2402.06126)"}
 
 
 def write_card(folder: str | Path, config: Any, title: str | None = None) -> None:
-    """Writes `README.md` into a folder, if it has none or one that lte wrote.
+    """Writes `README.md` into a folder, if it has none or one that lte wrote; what goes wrong is a warning.
 
     Args:
         folder: of the model.
@@ -29,9 +30,13 @@ def write_card(folder: str | Path, config: Any, title: str | None = None) -> Non
         title: the model's name; `None` takes the folder's.
     """
     path = Path(folder) / CARD_FILE
-    if path.exists() and MARKER not in path.read_text():
-        return
-    model_card(config, title or Path(folder).resolve().name).save(path)
+    try:
+        if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+            return
+        model_card(config, title or Path(folder).resolve().name).save(path)
+    except Exception as error:
+        # The weights beside it are worth more.
+        warnings.warn(f"the model card {path} could not be written ({type(error).__name__}: {error})", stacklevel=2)
 
 
 def model_card(config: Any, title: str) -> ModelCard:
@@ -72,7 +77,11 @@ def _loaded_from(config: Any) -> str:
     """The dense model that was loaded and converted, as far as the config knows; empty after a reload of our folder."""
     name = getattr(config, "_name_or_path", None) or ""
     file = Path(name).expanduser() / "config.json"
-    if name and file.is_file() and json.loads(file.read_text()).get("model_type", "").startswith("lte_"):
+    if (
+        name
+        and file.is_file()
+        and json.loads(file.read_text(encoding="utf-8")).get("model_type", "").startswith("lte_")
+    ):
         return ""
     return name
 

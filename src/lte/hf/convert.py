@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig
+from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, check_expert_size
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
 from lte.hf.install import check_unchunked, num_neurons, sparse_ffns, wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
-from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons
+from lte.nn.clustering import CoactivationCounts, ContributionProducts, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 

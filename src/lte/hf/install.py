@@ -9,9 +9,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from lte.config import LteConfig
+from lte.config import LteConfig, check_expert_size
 from lte.hf.families import Family, dense_ffns
-from lte.nn.clustering import check_expert_size
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn

@@ -265,7 +265,7 @@ class LteModelMixin:
     def _write_card(self, partial: Path, target: Path) -> None:
         """Writes the model card of `target` among the files that will replace its own."""
         own = target / CARD_FILE
-        if not (own.exists() and MARKER not in own.read_text()):
+        if not (own.exists() and MARKER not in own.read_text(encoding="utf-8", errors="replace")):
             write_card(partial, self.config, target.resolve().name)  # type: ignore[attr-defined]
 
     def _upload_modified_files(
@@ -273,7 +273,7 @@ class LteModelMixin:
     ) -> Any:
         """As the stock method, with our card in place of the empty one that `push_to_hub` makes."""
         card = Path(working_dir) / CARD_FILE
-        ours = not card.exists() or MARKER in card.read_text()
+        ours = not card.exists() or MARKER in card.read_text(encoding="utf-8", errors="replace")
         if ours or not HfApi().file_exists(repo_id, CARD_FILE, token=token):
             card.unlink(missing_ok=True)
             write_card(working_dir, self.config, repo_id.rpartition("/")[2])  # type: ignore[attr-defined]

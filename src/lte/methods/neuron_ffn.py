@@ -9,11 +9,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, MethodConfig, check_choice
+from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, MethodConfig, check_choice, check_expert_size
 from lte.hf.convert import group_experts_
 from lte.hf.install import StockFfn
 from lte.methods.method import Batches
-from lte.nn.clustering import check_expert_size
 from lte.nn.metering import Reading
 from lte.nn.wrapped_ffn import WrappedFfn
 

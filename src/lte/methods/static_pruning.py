@@ -15,14 +15,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lte.config import MethodConfig, check_choice
+from lte.config import MethodConfig, check_choice, check_expert_size
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.install import num_neurons, sparse_ffns
 from lte.hf.loading import own_config_
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.methods.calibration import run_batches
 from lte.methods.method import Method, register
-from lte.nn.clustering import check_expert_size, group_neurons
+from lte.nn.clustering import group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 

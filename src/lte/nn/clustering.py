@@ -13,24 +13,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lte.config import Grouping, check_choice
+from lte.config import Grouping, check_choice, check_expert_size
 from lte.nn.balanced_kmeans import integer_gram, partition
-
-
-def check_expert_size(num_neurons: int, expert_size: int) -> int:
-    """The number of experts E.
-
-    Raises:
-        ValueError: if `expert_size` does not divide `num_neurons`, naming the nearest sizes that do.
-    """
-    if expert_size < 1 or num_neurons % expert_size:
-        divisors = [size for size in range(1, num_neurons + 1) if num_neurons % size == 0]
-        nearest = sorted(sorted(divisors, key=lambda size: abs(size - expert_size))[:6])
-        raise ValueError(
-            f"expert_size must divide the number of FFN neurons, got expert_size={expert_size} for {num_neurons} "
-            f"neurons; sizes that fit: {', '.join(map(str, nearest))}"
-        )
-    return num_neurons // expert_size
 
 
 def group_neurons(

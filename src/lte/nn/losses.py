@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Added to the squared distance in the separability loss: bounds it by 1 / POLE_GUARD at G = tau, where Eq. 6
-# is infinite. The steepest slope, 0.65 / POLE_GUARD**1.5, is 650 at 0.01; see docs/method.md for what that
-# means.
-POLE_GUARD = 1e-2
+from lte.config import POLE_GUARD
 
 
 def masked_mean(values: Tensor, token_mask: Tensor | None, *, layers: bool = False) -> Tensor:

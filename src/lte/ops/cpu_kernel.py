@@ -14,11 +14,13 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import numba
 import numpy as np
 from numba import carray, config, njit, prange, set_num_threads
+from numba.core.caching import FunctionCache
 
 from lte.ops import cpu_intrinsics, cpu_tiles
 from lte.ops.cpu_intrinsics import HAS_FLOAT16, LANES, fma, load, pointer, size_of, store
@@ -131,10 +133,44 @@ def _down(plan, like, item, h, experts, order, counts, sums, out, out_like, firs
             out[token, column] = store(total, out_like)
 
 
+class _OptionalCache(FunctionCache):
+    """numba's cache on disk, whose faults (a full disk, a damaged file) cost the time of compiling and no more."""
+
+    def load_overload(self, sig, target_context):
+        """What is cached, `None` if that cannot be read."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # Damaged pickles raise anything.
+            _warn(error)
+            return None
+
+    def save_overload(self, sig, data):
+        """Caches what was compiled, if that can be written."""
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    text = "numba's cache cannot be used, so every process compiles the CPU kernel, which takes some seconds; set "
+    warnings.warn(f"{text}NUMBA_CACHE_DIR to a folder that can be written ({error})", RuntimeWarning, stacklevel=2)
+
+
+def _with_cache(kernel):
+    try:
+        # As njit(cache=True), which raises where no folder can be written.
+        kernel._cache = _OptionalCache(kernel.py_func)
+    except RuntimeError as error:
+        _warn(error)
+    return kernel
+
+
 def _compile(sources: str):
     """The kernel. numba looks for changes in this file alone, so what it is built from is part of its cache's key."""
 
-    @njit(parallel=True, cache=True)
+    @_with_cache
+    @njit(parallel=True)
     def sparse_ffn(plan, threshold, addresses, tokens, threads, scratch, like, weight_like, router_like):
         """The sparse FFN for T tokens.
 

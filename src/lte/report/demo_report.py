@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lte.eval.flops import GFLOP
+from lte.config import GFLOP
 from lte.eval.sparsity import Measurement
 from lte.files import write_json_atomic, write_text_atomic
 from lte.records import ResultRecord

@@ -11,9 +11,8 @@ import numpy as np
 from lte.eval.text_tokens import TextTokens, encode_text
 from lte.eval.token_routing import TokenRouting, record_routing, strongest_tokens, text_cost
 from lte.hf.families import family_of
-from lte.report.page import pack_base64, read_asset, render_page
+from lte.report.page import MAX_TOKENS, pack_base64, read_asset, render_page
 
-MAX_TOKENS = 2000
 SCRIPTS = ("routing.js", "token_text.js", "maps.js", "expert.js", "costs.js", "inspector.js")
 TITLE = "What a model learned to skip"
 

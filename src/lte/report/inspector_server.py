@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,8 +22,9 @@ from lte.report.inspector import Inspector, NamedText, inspector_data, inspector
 
 ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 1 << 20
-# A client that sends nothing may not hold a thread for good.
+# A client that sends nothing, or a byte now and then, may not hold a thread for good.
 TIMEOUT_S = 30.0
+MAX_CONNECTIONS = 64
 # For what else a refused client sends.
 MAX_DISCARDED_BYTES, DISCARD_S = 1 << 26, 1.0
 _HEADERS = {
@@ -30,6 +34,12 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+
+
+_BUSY = (
+    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    b'{"error": "Too many requests at once; try again."}'
+)
 
 
 class _RefusedError(Exception):
@@ -54,6 +64,7 @@ class InspectorServer(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, inspector: Inspector, port: int = 0, first: list[dict[str, Any]] | None = None):
         try:
@@ -63,6 +74,7 @@ class InspectorServer(ThreadingHTTPServer):
         self.inspector = inspector
         self.page = inspector_page(inspector_data(first or [], served=True)).encode()
         self.busy = threading.Lock()
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     @property
     def url(self) -> str:
@@ -72,6 +84,37 @@ class InspectorServer(ThreadingHTTPServer):
     def hosts(self) -> set[str]:
         """What a request may call this server."""
         return {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answers a client in a thread of its own, as long as there are not too many."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        threading.Thread(target=self._turn_away, args=(request,), daemon=True).start()
+
+    def _turn_away(self, request: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            request.settimeout(DISCARD_S)
+            request.sendall(_BUSY)
+            request.shutdown(socket.SHUT_WR)
+            # A connection that is closed while the client still sends would take the answer from it.
+            for _ in range(MAX_CONNECTIONS):
+                if not request.recv(MAX_BODY_BYTES):
+                    break
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """As the stock method, and gives the place free."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no error; of anything else one line is said."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            print(f"The inspector failed to answer: {type(error).__name__}: {error}", file=sys.stderr)
 
     def record(self, request: dict[str, str]) -> dict[str, Any]:
         """The page's data for a request: a `text`, and one to `compare` it with if that is not empty."""
@@ -86,6 +129,24 @@ class _Handler(BaseHTTPRequestHandler):
     server: InspectorServer
     timeout = TIMEOUT_S
     server_version, sys_version = "lte", ""
+    rfile: Any
+
+    def setup(self) -> None:
+        """Gives a client so many seconds for all that it sends."""
+        super().setup()
+        self.late = threading.Timer(TIMEOUT_S, self._stop_reading)
+        self.late.daemon = True
+        self.late.start()
+
+    def _stop_reading(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
+
+    def finish(self) -> None:
+        """Ends the connection, which the client may have done already."""
+        self.late.cancel()
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def do_GET(self) -> None:
         self._guarded(self._page)
@@ -93,17 +154,35 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._guarded(self._record)
 
+    def send_response_only(self, code: int, message: str | None = None) -> None:
+        """As the stock method, with a status also for those that speak HTTP/0.9, which has none."""
+        if self.request_version == "HTTP/0.9":
+            self.request_version = "HTTP/1.0"
+        super().send_response_only(code, message)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """As the stock method, and reads on."""
+        super().send_error(code, message, explain)
+        self._discard()
+
     def _guarded(self, answer: Callable[[], None]) -> None:
         try:
             if self.headers.get("Host") not in self.server.hosts():
                 raise _RefusedError(HTTPStatus.FORBIDDEN, f"Open this page as {self.server.url}.")
             answer()
         except _RefusedError as refused:
-            self._send_json(refused.status, {"error": str(refused)})
-            if self.command == "POST":
-                self._discard()
+            self._refuse(refused.status, str(refused))
         except ValueError as error:
-            self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except OSError:
+            raise  # The client went away.
+        except Exception as error:
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"The text failed with {type(error).__name__}: {error}")
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self._send_json(status, {"error": message})
+        if self.command == "POST":
+            self._discard()
 
     def _page(self) -> None:
         if self.path != "/":
@@ -128,15 +207,25 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > MAX_BODY_BYTES:
             limit = f"{MAX_BODY_BYTES:,} bytes"
             raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Texts must be at most {limit} together.")
-        return self.rfile.read(int(length))
+        try:
+            found = self.rfile.read(int(length))
+        except TimeoutError:
+            found = b""
+        self.late.cancel()
+        if len(found) < int(length):
+            rule = f"A request must send the {length} bytes that it announces within {TIMEOUT_S:.0f} s."
+            raise _RefusedError(HTTPStatus.REQUEST_TIMEOUT, rule)
+        return found
 
     def _discard(self) -> None:
         """Reads what a refused client goes on sending: a closed connection would take the answer from it."""
-        self.connection.settimeout(DISCARD_S)
         with contextlib.suppress(OSError):
-            for _ in range(MAX_DISCARDED_BYTES // MAX_BODY_BYTES):
-                if len(self.rfile.read(MAX_BODY_BYTES)) < MAX_BODY_BYTES:
-                    return
+            # The answer is complete: a client that waits for the end has it now.
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(DISCARD_S)
+            end, left = time.monotonic() + TIMEOUT_S, MAX_DISCARDED_BYTES
+            while left > 0 and time.monotonic() < end and (found := self.rfile.read1(MAX_BODY_BYTES)):
+                left -= len(found)
 
     def _send_json(self, status: HTTPStatus, content: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(content, allow_nan=False).encode())
@@ -162,7 +251,16 @@ def _parse(body: bytes) -> dict[str, str]:
         found = json.loads(body)
     except ValueError as error:
         raise ValueError(f"body must be JSON, got {error}") from error
+    except RecursionError:
+        raise ValueError("body must be JSON of one level, got one that is nested too deeply") from None
     known = isinstance(found, dict) and {"text"} <= set(found) <= {"text", "compare"}
     if not known or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("body must be an object with the strings text and, if wanted, compare, got something else")
+    for name, text in found.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} must be Unicode text, got half of a surrogate pair at character {error.start}"
+            ) from None
     return found

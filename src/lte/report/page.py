@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+MAX_TOKENS = 2000
+"""Of a text on the inspector's page, unless another number is asked for."""
+
 # In JSON these characters occur in strings alone, where they may be written as escapes.
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 

@@ -8,9 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from lte.report.points import Cheapest, Point, Tradeoff, cheapest_within, interpolate
+from lte.settings import read_yaml
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
 PAPER_SUFFIX = " (paper)"
@@ -53,7 +52,7 @@ class PaperMarker:
 @cache
 def paper_numbers() -> Mapping[str, Any]:
     """What `paper.yaml` holds."""
-    return yaml.safe_load(PAPER_FILE.read_text(encoding="utf-8"))
+    return read_yaml(PAPER_FILE)
 
 
 def paper_rows(tradeoff: Tradeoff, limit: float | None = None) -> list[PaperRow]:

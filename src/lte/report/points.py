@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from lte.eval.flops import GFLOP
+from lte.config import GFLOP
 from lte.records import ResultRecord
 from lte.report.curves import curve_name, told_apart
 from lte.report.metrics import Metric, metric_named

@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from lte.config import check_choice, check_whole_number
-from lte.eval.harness import check_harness_tasks, evaluate_harness, quiet_harness
-from lte.hf.inputs import predicts_next_token
-from lte.runs.memory import others_fill_gpu
 
 # What the record of the run says already; histograms of routing for each set would be most of its bytes.
 _OF_THE_RUN = ("method", "method_config", "target_sparsity", "measurement")
@@ -62,6 +57,8 @@ class HarnessSettings:
         Raises:
             ValueError: as `check_harness_tasks`.
         """
+        from lte.eval.harness import check_harness_tasks, quiet_harness
+
         quiet_harness()
         check_harness_tasks(self.harness, self.harness_tasks_dir, self.harness_data)
 
@@ -103,6 +100,12 @@ def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings) -> d
         `harness`: by task what differs from the record of the run, as `lte eval --harness` writes it; sparsity and work
         per token are those of the task's own passes. `harness_note`: why tasks are missing, `None` if none are.
     """
+    import torch  # not at the top: the keys of the file are checked before it is loaded
+
+    from lte.eval.harness import quiet_harness
+    from lte.hf.inputs import predicts_next_token
+    from lte.runs.memory import others_fill_gpu
+
     if not predicts_next_token(model):
         return unanswered("not run: the model does not predict the next token")
     quiet_harness()
@@ -125,6 +128,8 @@ def unanswered(note: str) -> dict[str, Any]:
 
 
 def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) -> dict[str, Any]:
+    from lte.eval.harness import evaluate_harness
+
     limit = settings.of_task("harness_limit", name)
     result = evaluate_harness(
         model,

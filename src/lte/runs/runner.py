@@ -19,7 +19,7 @@ from lte.runs.folders import Folders, make_run
 from lte.runs.measure import failure_record, measured_record
 from lte.runs.memory import free_memory, others_fill_gpu
 from lte.runs.plan import Run, children_of, parents_of
-from lte.runs.settings import ComparisonSettings
+from lte.runs.settings import PHASES, ComparisonSettings
 from lte.runs.workload import Workloads
 from lte.train.objective import NonFiniteLossError
 
@@ -29,7 +29,6 @@ POLL_S = 1.0
 # A run that other processes leave no room on the GPU is tried again.
 MEMORY_TRIES = 5
 MEMORY_WAIT_S = 30.0
-PHASES = ("both", "train", "measure")
 
 
 class Runner:
@@ -77,6 +76,11 @@ class Runner:
             path = self.folders.record(run)
             record = find_record(path)
             if record is not None and record.config.get("fingerprint") != run.fingerprint:
+                if record.failure and path.exists():
+                    # A mistake that was corrected since must not stand in the way.
+                    path.unlink(missing_ok=True)
+                    self.report(f"{run.name}: failed with other settings, done again.")
+                    continue
                 place = path if path.exists() else f"its line in {path.with_name(PACKED_FILE)}"
                 self.report(f"{run.name}: kept, but made with other settings; delete {place} to do it again.")
 
@@ -216,7 +220,8 @@ class Runner:
 
     def _is_needed(self, run: Run) -> bool:
         """Whether a run of the whole comparison, wanted now or not, is to measure this model or to start from it."""
-        if self._lacks_record(run):
+        # Of a run that failed when it was measured the model is kept: it need not train again.
+        if self._lacks_record(run) or self._failed(run):
             return True
         return any(
             # A model is also measured beside its parents.
@@ -226,6 +231,10 @@ class Runner:
 
     def _lacks_record(self, run: Run) -> bool:
         return run.measured and not self.folders.has_record(run)
+
+    def _failed(self, run: Run) -> bool:
+        record = find_record(self.folders.record(run)) if run.measured else None
+        return record is not None and bool(record.failure)
 
 
 def execute_all(runners: Sequence[Runner]) -> list[str]:

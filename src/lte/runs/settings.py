@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lte.config import LteConfig, check_choice, check_fraction, check_whole_number
-from lte.data.config import BUILTIN_TEXTS, DataConfig
+from lte.config import DTYPE_NAMES, LteConfig, check_choice, check_fraction, check_whole_number
+from lte.data.config import BUILTIN_TEXTS, DataConfig, check_sources
 from lte.data.tasks.registry import TaskConfig
-from lte.eval.models import DTYPES
-from lte.methods import METHODS
 from lte.runs.question_sets import KEYS as HARNESS_KEYS
 from lte.runs.question_sets import HarnessSettings, read_harness
-from lte.settings import build, parse_settings, read_mapping
+from lte.settings import build, parse_settings, read_mapping, settings_of
 from lte.train.config import TrainConfig
 
 Base = Literal["start", "dense"]
 Stages = Literal["both", "1", "2"]
+PHASES = ("both", "train", "measure")
 KEYS = (
     *("task", "model", "data_dir", "seeds", "defaults", "start", "train", "sparsities", "methods"),
     *("dtype", "eval_batch_size", "latency", *HARNESS_KEYS),
@@ -76,10 +77,6 @@ class EntryOptions:
             check_choice("base", self.base, get_args(Base))
         if self.label is not None and (not self.label or set(self.label) & set("/\\ ")):
             raise ValueError(f"label must be part of a file name, got label={self.label!r}; leave out / and spaces")
-        if self.fine_tune and self.method in METHODS and METHODS[self.method].zeroes_weights:
-            raise ValueError(
-                f"fine_tune must be false for method={self.method}, got fine_tune=True; training would fill its zeros"
-            )
 
     @property
     def name(self) -> str:
@@ -91,6 +88,8 @@ class EntryOptions:
         """Whether its runs train after the start."""
         if self.fine_tune is not None:
             return self.fine_tune
+        from lte.methods import METHODS  # with torch, which reading the file does not need
+
         return self.method not in METHODS or METHODS[self.method].trained
 
 
@@ -155,6 +154,47 @@ def read_comparison(path: Path, **overrides: Any) -> ComparisonSettings:
     Raises:
         ValueError: for a missing file, an unknown key or method, or a value that does not fit, saying which.
     """
+    from lte.methods import METHODS
+
+    return _read(path, overrides, METHODS)
+
+
+def check_comparison(path: Path, **overrides: Any) -> str:
+    """Refuses what can be seen to be wrong in the file of a comparison without loading the methods, and torch.
+
+    `read_comparison` sees the rest: values of the methods' own settings, and what does not go together. The arguments
+    and errors are the same.
+
+    Returns:
+        The name of the model.
+    """
+    found = _read(path, overrides, None)
+    task, data = build(TaskConfig, found.defaults), build(DataConfig, found.defaults)
+    if task.task is None:
+        check_sources(data)
+    elif task.data_dir is not None and not Path(task.data_dir).expanduser().is_dir():
+        raise ValueError(f"data_dir must be an existing folder, got data_dir={task.data_dir}; give --data-dir")
+    return found.model
+
+
+@cache
+def _declared_methods() -> tuple[frozenset[str], frozenset[str]]:
+    """The names of the methods in this package, and those of all their settings, by the text of their files."""
+    names, settings = set(), set()
+    for file in Path(__file__).parents[1].joinpath("methods").glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+                continue
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    settings.add(line.target.id)
+                elif isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant):
+                    names.add(str(line.value.value))
+    return frozenset(names | {LteConfig.name}), frozenset(settings)
+
+
+def _read(path: Path, overrides: Mapping[str, Any], methods: Mapping[str, Any] | None) -> ComparisonSettings:
+    """Reads a file; without `methods` their settings are known by name alone, and left out."""
     given = {name: value for name, value in overrides.items() if value is not None}
     content = {**read_mapping(path, "file"), **given}
     for key in content:
@@ -166,7 +206,7 @@ def read_comparison(path: Path, **overrides: Any) -> ComparisonSettings:
         )
     if not content.get("model"):
         raise ValueError(f"model must be given: --model, or model: in {path}")
-    check_choice("dtype", content.get("dtype", "float32"), tuple(DTYPES))
+    check_choice("dtype", content.get("dtype", "float32"), DTYPE_NAMES)
     batch_size = content.get("eval_batch_size")
     if batch_size is not None:
         check_whole_number("eval_batch_size", batch_size, 1)
@@ -175,7 +215,7 @@ def read_comparison(path: Path, **overrides: Any) -> ComparisonSettings:
     return ComparisonSettings(
         file=str(path),
         model=str(content["model"]),
-        entries=_entries(content, path, "seeds" in given),
+        entries=_entries(content, path, "seeds" in given, methods),
         dtype=content.get("dtype", "float32"),
         eval_batch_size=batch_size,
         latency=bool(content.get("latency", False)),
@@ -192,11 +232,13 @@ def _block(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     return _parsed(block, {}, f"{name} of {path}")
 
 
-def _parsed(block: Mapping[str, Any], more: Mapping[type, str], source: str) -> dict[str, Any]:
+def _parsed(
+    block: Mapping[str, Any], more: Mapping[type, str], source: str, others: Collection[str] = ()
+) -> dict[str, Any]:
     for key, place in ELSEWHERE.items():
         if key in block:
             raise ValueError(f"{key} must be left out of {source}, got {key}={block[key]!r}; it is set by {place}")
-    return parse_settings(block, {**more, **SETTINGS}, source)
+    return parse_settings(block, {**more, **SETTINGS}, source, others)
 
 
 def _with_data(defaults: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,37 +274,50 @@ def _flags(given: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _entries(content: Mapping[str, Any], path: Path, seeds_given: bool) -> tuple[Entry, ...]:
-    methods = content.get("methods")
-    if not isinstance(methods, list) or not methods:
-        raise ValueError(f"methods must be a list of methods, got methods={methods!r} in {path}")
+def _entries(
+    content: Mapping[str, Any], path: Path, seeds_given: bool, methods: Mapping[str, Any] | None
+) -> tuple[Entry, ...]:
+    listed = content.get("methods")
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"methods must be a list of methods, got methods={listed!r} in {path}")
     seeds, sparsities = content.get("seeds", [0]), content.get("sparsities", [0.5])
     if seeds_given:
         # Those of the command go before those of single methods, too.
-        methods = [{**e, "seeds": seeds} if isinstance(e, dict) else e for e in methods]
-    return tuple(_entry(entry, seeds, sparsities, f"methods of {path}") for entry in methods)
+        listed = [{**e, "seeds": seeds} if isinstance(e, dict) else e for e in listed]
+    return tuple(_entry(entry, seeds, sparsities, f"methods of {path}", methods) for entry in listed)
 
 
-def _entry(entry: Any, seeds: Any, sparsities: Any, source: str) -> Entry:
+def _entry(entry: Any, seeds: Any, sparsities: Any, source: str, methods: Mapping[str, Any] | None) -> Entry:
     values = {"method": entry} if isinstance(entry, str) else entry
     if not isinstance(values, dict) or "method" not in values:
         raise ValueError(f"methods must hold names, or mappings with a method, got {entry!r} in {source}")
     values = dict(values)
     seeds, sparsities = values.pop("seeds", seeds), values.pop("sparsities", sparsities)
     method = str(values["method"])
-    check_choice("method", method, ("dense", *METHODS))
+    names = sorted(_declared_methods()[0]) if methods is None else methods
+    check_choice("method", method, ("dense", *names))
+    found = None if methods is None else methods.get(method)
     more: dict[type, str] = {EntryOptions: ""}
-    if method in METHODS:
-        more[METHODS[method].config] = ""
-    parsed = _parsed(values, more, source)
+    own: frozenset[str] = frozenset()
+    if found is not None:
+        more[found.config] = ""
+    elif methods is None:
+        known = settings_of(SETTINGS | more)
+        own = _declared_methods()[1] - set(known)
+        values = {key: value for key, value in values.items() if str(key).replace("-", "_") not in own}
+    parsed = _parsed(values, more, source, own)
     options = build(EntryOptions, parsed)
-    if "recipe" in parsed and not (method in METHODS and METHODS[method].sparse_ffns):
+    if options.fine_tune and found is not None and found.zeroes_weights:
+        raise ValueError(
+            f"fine_tune must be false for method={method}, got fine_tune=True; training would fill its zeros"
+        )
+    if "recipe" in parsed and methods is not None and not (found is not None and found.sparse_ffns):
         raise ValueError(f"recipe must be left out for method={method}, got recipe={parsed['recipe']}")
-    own = {name: value for name, value in parsed.items() if name not in EntryOptions.__dataclass_fields__}
+    rest = {name: value for name, value in parsed.items() if name not in EntryOptions.__dataclass_fields__}
     targets = _numbers("sparsities", sparsities, source, float)
     for target in targets:
         check_fraction("sparsities", target)
-    return Entry(options, own, _numbers("seeds", seeds, source, int), (0.0,) if method == "dense" else targets)
+    return Entry(options, rest, _numbers("seeds", seeds, source, int), (0.0,) if method == "dense" else targets)
 
 
 def _numbers(name: str, values: Any, source: str, kind: type) -> tuple[Any, ...]:

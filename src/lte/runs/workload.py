@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.config import check_choice
+from lte.config import KERNELS, check_choice
 from lte.data.announcement import announce_task
 from lte.data.config import DataConfig
 from lte.data.rows import LmCollator, load_lm_datasets
@@ -20,7 +20,7 @@ from lte.data.tasks.models import load_task_model
 from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
 from lte.eval.generation import generate_answers
-from lte.eval.kernels import KERNELS, use_kernels_
+from lte.eval.kernels import use_kernels_
 from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
 from lte.eval.perplexity import evaluate_model
 from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
@@ -31,11 +31,6 @@ from lte.train.processes import is_main_process, training_device
 
 # Among which the text is chosen that a model decodes while it is timed.
 MEASURED_ROWS = 16
-# Settings of text that a task brings along.
-TEXT_SETTINGS = (
-    *("train", "validation", "calibration", "format", "name", "kind"),
-    *("text_field", "prompt_field", "completion_field", "prompt_template", "messages_field"),
-)
 
 
 class Workload(ABC):
@@ -302,13 +297,3 @@ def _start_of_one(rows: Any, length: int) -> tuple[list[int], int]:
     best = max(_first_rows(rows), key=lambda row: _num_labels(row["labels"][length // 4 : length]))
     ids = torch.as_tensor(best["input_ids"][:length]).tolist()
     return ids, max(1, len(ids) // 4)
-
-
-def check_no_text(given: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` for settings of plain text beside a task."""
-    for name in TEXT_SETTINGS:
-        if name in given:
-            raise ValueError(
-                f"{name} must not be given with a task, which has its own data, got {name}={given[name]}; leave it "
-                "out, or give --data-dir"
-            )

@@ -5,8 +5,7 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from lte.config import FfnMode, check_choice, check_fraction
-from lte.nn.losses import POLE_GUARD
+from lte.config import POLE_GUARD, FfnMode, check_choice, check_fraction
 from lte.settings import option
 
 Recipe = Literal["straight_through", "annealed", "paper", "dense", "method"]

@@ -64,7 +64,7 @@ def train_two_stage(
 
     Raises:
         ValueError: for a model that does not fit the recipe, an `output_dir` that holds another run's checkpoints
-            without `resume`, a `resume` with other data or settings or from damaged checkpoints alone, distillation
+            without `resume`, a `resume` with other data or settings or of damaged checkpoints alone, distillation
             without a teacher, and `config.count_prompts` for a model that reads no prompts.
         NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
     """

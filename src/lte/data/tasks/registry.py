@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Any
 
 from lte.config import check_choice
 from lte.data.tasks import sets
 from lte.data.tasks.task import Task
 from lte.settings import option
+
+# Settings of text that a task brings along.
+TEXT_SETTINGS = (
+    *("train", "validation", "calibration", "format", "name", "kind"),
+    *("text_field", "prompt_field", "completion_field", "prompt_template", "messages_field"),
+)
 
 
 def find_tasks(package: ModuleType) -> dict[str, Task]:
@@ -67,3 +75,13 @@ class TaskConfig:
                 raise ValueError(f"task must be given with {name}, got {name}={value} and no task; add --task")
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={value}")
+
+
+def check_no_text(given: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for settings of plain text beside a task."""
+    for name in TEXT_SETTINGS:
+        if name in given:
+            raise ValueError(
+                f"{name} must not be given with a task, which has its own data, got {name}={given[name]}; leave it "
+                "out, or give --data-dir"
+            )
