@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 Checksums = dict[str, dict[str, Any]]
+GGUF_MAGIC = b"GGUF"
 
 
 def check_place(name: str, path: str | Path, *, folder: bool = False) -> None:
@@ -195,3 +196,14 @@ def json_ready(data: Any) -> Any:
     if isinstance(data, Path):
         return str(data)
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def is_gguf(name_or_path: str | Path) -> bool:
+    """Whether this names a GGUF file, by its ending or, where another ending is used, its first bytes."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == GGUF_MAGIC

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from lte.files import is_gguf
 from lte.settings import Setting, settings_of
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -135,15 +136,18 @@ def check_model(name: str, value: str) -> dict[str, Any]:
     """
     path = Path(value).expanduser()
     if not path.exists():
-        if value.startswith((".", "/", "~")) or path.suffix == ".gguf" or value.count("/") > 1 or not value.strip():
+        if value.startswith((".", "/", "~")) or is_gguf(path) or value.count("/") > 1 or not value.strip():
             beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             near = difflib.get_close_matches(path.name, beside, n=2)
             hint = f" (did you mean {' or '.join(str(path.with_name(one)) for one in near)}?)" if near else ""
             raise ValueError(f"{name} must be a hub name, folder or GGUF file, got {value}, which does not exist{hint}")
         return {}
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"{name} must be a hub name, folder or GGUF file, got the file {value}")
+        if not is_gguf(path):
+            raise ValueError(
+                f"{name} must be a hub name, folder or GGUF file, got {value}, a file of another kind; give the folder "
+                "that it lies in"
+            )
         return {}
     if not (path / "config.json").exists():
         raise ValueError(f"{name} must be a folder with a config.json, got {value}, which has none")

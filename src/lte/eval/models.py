@@ -16,11 +16,11 @@ from lte.eval.cost import record_fields
 from lte.eval.kernels import use_kernels_
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult
-from lte.files import explained_write_errors
+from lte.files import explained_write_errors, is_gguf
 from lte.hf.checkpoints import load_whole, reading, record_checksums
 from lte.hf.dense import load_dense_model, model_location
 from lte.hf.families import family_of
-from lte.hf.gguf import gguf_config, is_gguf
+from lte.hf.gguf import gguf_config
 from lte.hf.loading import is_ours, method_settings
 from lte.methods import METHODS
 from lte.records import ResultRecord, result_record

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lte.files import is_gguf
 from lte.hf.checkpoints import load_whole, reading, warn_of_shortened_texts
-from lte.hf.gguf import check_gguf_model, gguf_config, gguf_tokenizer, is_gguf, read_gguf
+from lte.hf.gguf import check_gguf_model, gguf_config, gguf_tokenizer, read_gguf
 
 # One of them is in every folder that a model or a tokenizer is loaded from.
 _KNOWN_FILES = ("config.json", "adapter_config.json", "*token*", "vocab*")

@@ -24,7 +24,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-MAGIC = b"GGUF"
+from lte.files import GGUF_MAGIC
+
 # The metadata's types of values that have a fixed size; 8 is a text, 9 an array.
 _NUMBERS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
@@ -92,17 +93,6 @@ class GgufFile:
         return np.fromfile(self.path, dtype="<f4", count=math.prod(shape), offset=offset)
 
 
-def is_gguf(name_or_path: str | Path) -> bool:
-    """Whether this names a GGUF file, by its ending or, where another ending is used, its first bytes."""
-    path = Path(name_or_path).expanduser()
-    if path.suffix.lower() == ".gguf":
-        return True
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(4) == MAGIC
-
-
 def read_gguf(path: str | Path) -> GgufFile:
     """Metadata and tensor table of a whole model in one GGUF file.
 
@@ -121,7 +111,7 @@ def read_gguf(path: str | Path) -> GgufFile:
 def _read_gguf(path: Path, changed_ns: int, size: int) -> GgufFile:
     with path.open("rb") as stream:
         start = stream.read(8)
-    if start[:4] != MAGIC:
+    if start[:4] != GGUF_MAGIC:
         raise ValueError(f"model must be a GGUF file, got {path}, which does not begin with the letters GGUF")
     version = int.from_bytes(start[4:], "little")
     if version not in (2, 3):
