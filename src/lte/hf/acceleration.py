@@ -43,12 +43,12 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     ffns = require_sparse_ffns(model)
     measured = (getattr(model.config, "lte_measurement", None) or {}).get("active_fraction", [])
     fractions = measured if len(measured) == len(ffns) else [None] * len(ffns)
-    plans = {}
+    plans, told = {}, list[str]()
     for (name, ffn), fraction in zip(ffns.items(), fractions, strict=True):
         if isinstance(ffn, AcceleratedFfn):
             _check_same(name, ffn, weights)
         else:
-            plans[name] = Acceleration(_check_ffn(name, ffn), weights, fraction)
+            plans[name] = Acceleration(_check_ffn(name, ffn), weights, fraction, name, told)
     for name, plan in plans.items():
         AcceleratedFfn.install_(ffns[name], plan)
     return model

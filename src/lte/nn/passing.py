@@ -25,7 +25,7 @@ class PassingUp(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] itself or x W_up [..., F]."""
-        return x if self.ffn[0].takes(x) else super().forward(x)
+        return x if "_is_replica" not in self.__dict__ and self.ffn[0].takes(x) else super().forward(x)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # The FFN refuses as well, but its turn comes after this one's.
