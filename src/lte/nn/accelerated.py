@@ -6,7 +6,7 @@ Shapes: D hidden size, F neurons, E experts.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lte.nn.ffn_parts import ROLES, dequantize_projections_, quantize_projections_, weight_of
 from lte.nn.laid_out import BUFFERS, DECELERATE, Acceleration, LaidOutFfn, WeightFormat, refresh_loaded
@@ -53,7 +53,9 @@ class AcceleratedFfn(LaidOutFfn):
                 self.part(name).weight.requires_grad_(True)
         else:
             for weight in (*(self.part(name).weight for name in self.layout.projections), self.router.weight):
-                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+                # What a quantiser made of a weight is its own.
+                if type(weight) is nn.Parameter:
+                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         if self.block:
             remove_passing_(self)
         self._after_load.remove()

@@ -190,7 +190,7 @@ class LaidOutFfn(SparseFfn):
         return True
 
     def _settle_(self) -> bool:
-        """Looks anew at what was attached, replaced or moved, and says it if the kernels cannot go on; whether they can."""
+        """Looks anew at what was attached, replaced or moved; whether the kernels can go on. If not it says so."""
         obstacle = self._attached() or self._unfit()
         if obstacle is None:
             with _LAYING_OUT:

@@ -63,6 +63,8 @@ def install_passing_(ffn: SparseFfn) -> None:
 def remove_passing_(ffn: SparseFfn) -> None:
     """The inverse of `install_passing_`."""
     for name in ffn.layout.projections:
-        projection = ffn.part(name)
-        projection.__class__ = nn.Linear
-        del projection.ffn
+        # Adapters may have been put around a projection, or another taken its place.
+        for module in ffn.part(name).modules():
+            if isinstance(module, PassingUp | PassingDown):
+                vars(module).pop("ffn", None)
+                module.__class__ = nn.Linear  # type: ignore[assignment]
