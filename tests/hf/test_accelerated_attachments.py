@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import lte
 from lte.nn.accelerated import AcceleratedFfn
+from lte.nn.hooks import before_each_call
 from lte.nn.passing import PassingDown, PassingUp
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
@@ -326,3 +327,16 @@ def test_decelerating_leaves_adapters_as_they_are(model_type: str, tokens: Tenso
     assert torch.allclose(logits_of(adapted, tokens), expected, atol=1e-5)
     passed = {PassingUp: nn.Linear, PassingDown: nn.Linear, AcceleratedFfn: SparseFfn}
     assert [type(module) for module in adapted.modules()] == [passed.get(kind, kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "bert"])
+def test_looking_at_hidden_states_leaves_the_kernels_at_work(model_type: str, tokens: Tensor, calls: list[int]) -> None:
+    seen: list[list[Tensor]] = []
+    for model in (tiny_sparse_model(model_type), lte.accelerate_(tiny_sparse_model(model_type))):
+        found: list[Tensor] = []
+        with before_each_call({"x": first(model).reader}, lambda key, args, found=found: found.append(args[0])):
+            logits_of(model, tokens)
+        seen.append(found)
+    assert len(calls) == 2
+    assert torch.allclose(seen[0][0], seen[1][0], atol=1e-5)
+    assert seen[0][0].shape[-1] == 32

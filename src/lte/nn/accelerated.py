@@ -79,7 +79,7 @@ class AcceleratedFfn(LaidOutFfn):
         else:
             runner = self._runner
             if self._rounds_router:
-                runner.routing.weight.copy_(self.router.weight)  # type: ignore[union-attr]
+                runner.routing.weight.copy_(self.router.weight)
         flat = x.reshape(-1, x.shape[-1])
         logits = None
         if self.router.down is not None:

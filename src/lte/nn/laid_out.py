@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
 from lte.nn.ffn_parts import ROLES, bias_of, weight_of
+from lte.nn.hooks import Look
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import EXPERT_SIZES, FfnWeights, Routing
@@ -79,7 +80,7 @@ class LaidOutFfn(SparseFfn):
     stacked: Tensor | None
     router_rows: Tensor | None
     _after_load: RemovableHandle
-    _runner: FfnRunner
+    _runner: Any
     _seen: tuple[Any, ...]
     _watched: tuple[Any, ...]
     _activation: tuple[Any]
@@ -153,8 +154,9 @@ class LaidOutFfn(SparseFfn):
                 module = owner._modules.get(name)
                 if module is None:  # an activation that is a function
                     break
-                # The hook on the up projection that keeps its input.
-                hooks = int(self._keep_input in module._forward_pre_hooks.values()) if self.block else 0
+                # Hooks before the up projection of a spread FFN get its hidden states from the block in any case.
+                before = list(module._forward_pre_hooks.values()) if self.block and path == layout.up else []
+                hooks = sum(hook == self._keep_input or isinstance(hook, Look) for hook in before)
                 if module is not self or self.block:
                     yield owner._modules, name, module, type(module), hooks
                 owner = module
@@ -194,6 +196,7 @@ class LaidOutFfn(SparseFfn):
         obstacle = self._attached() or self._unfit()
         if obstacle is None:
             with _LAYING_OUT:
+                self._watched = tuple(self._watch())
                 if not self._is_settled():
                     self._lay_out_()
             return True
@@ -251,6 +254,10 @@ class LaidOutFfn(SparseFfn):
             return "the shapes of its weights and router do not fit together"
         return None
 
+    def release_(self) -> None:
+        """Forgets all copies, and how the parameters lay: the next call lays them out anew."""
+        self.stacked, self.router_rows, self._runner, self._seen = None, None, None, _UNSEEN
+
     def refresh_(self) -> None:
         """Lays out anew what somebody moved or replaced since."""
         if not self._is_settled() and self._unfit() is None:
@@ -280,7 +287,8 @@ class LaidOutFfn(SparseFfn):
     def expect_(self, active_fraction: float | None) -> None:
         """Sets the share of active experts by which the path is chosen; graphs that were captured keep theirs."""
         self.acceleration = replace(self.acceleration, active_fraction=active_fraction)
-        self._runner = self._bind()
+        if self._runner is not None:
+            self._runner = self._bind()
 
     def train(self, mode: bool = True) -> LaidOutFfn:
         """As `nn.Module.train`."""
@@ -328,7 +336,7 @@ class LaidOutFfn(SparseFfn):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watched, self._seen = (), _UNSEEN
+        self._watched, self._seen, self._runner = (), _UNSEEN, None
         if not self.block and self._unfit() is None:
             self._lay_out_()
 

@@ -121,6 +121,11 @@ class WrappedFfn(MeteredModule):
         return self.block[0].get_submodule(name) if self.block else self._modules[name]
 
     @property
+    def reader(self) -> nn.Module:
+        """The module whose input is the hidden states [..., D]: the up projection of a spread FFN, else this one."""
+        return self.part(self.layout.up) if self.block else self
+
+    @property
     def activation_function(self) -> Callable[[Tensor], Tensor]:
         """The activation function."""
         return getattr(self, self._activation_name)
