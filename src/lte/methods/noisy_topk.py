@@ -65,7 +65,7 @@ class NoisyTopkFfn(ExpertFfn):
             noisy = clean + torch.randn_like(clean) * scale
         gates = topk_softmax(noisy, self.num_kept_experts)
         if scale is not None:
-            self._of_thread.routing = gates, self._chances(clean, noisy, scale)
+            self._of_thread.left["routing"] = gates, self._chances(clean, noisy, scale)
         return gates * self.num_kept_experts
 
     def _chances(self, clean: Tensor, noisy: Tensor, scale: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class NoisyTopkFfn(ExpertFfn):
 
     def auxiliary_loss(self, token_mask: Tensor) -> Tensor | None:
         """w_importance CV(importance)^2 + w_load CV(load)^2 over the tokens that count (Eq. 6-11)."""
-        routing, self._of_thread.routing = self._of_thread.routing, None
+        routing, self._of_thread.left["routing"] = self._of_thread.left["routing"], None
         if routing is None:
             return None
         keep = token_mask.flatten().to(routing[0].dtype)

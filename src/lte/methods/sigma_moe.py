@@ -71,13 +71,13 @@ class SigmaMoeFfn(ExpertFfn):
         logits = self.router(x)
         scores = torch.sigmoid(logits)
         if self.training:
-            self._of_thread.routing = logits
+            self._of_thread.left["routing"] = logits
             scores = scores * (torch.rand_like(scores) >= self.config.expert_dropout)
         return 2 * scores * keep_largest(scores.detach(), self.num_kept_experts)
 
     def auxiliary_loss(self, token_mask: Tensor) -> Tensor | None:
         """Weight times sum_e p_e log p_e, p the mean of softmax(logits) over the tokens that count."""
-        logits, self._of_thread.routing = self._of_thread.routing, None
+        logits, self._of_thread.left["routing"] = self._of_thread.left["routing"], None
         if logits is None:
             return None
         keep = token_mask.flatten().to(logits.dtype)

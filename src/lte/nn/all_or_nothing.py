@@ -59,7 +59,7 @@ def keep_data(parameters: Iterable[nn.Parameter]) -> None:
 
     The tensors of a GPU are kept in the memory of the host: there they would take what the change is to free.
     """
-    kept = [(p, p.data if p.is_cpu else p.data.cpu(), p.device, p.requires_grad, p.grad) for p in parameters]
+    kept = [(p, p.data.cpu() if p.is_cuda else p.data, p.device, p.requires_grad, p.grad) for p in parameters]
 
     def put_back() -> None:
         for parameter, data, device, trained, grad in kept:

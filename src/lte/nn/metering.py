@@ -36,16 +36,13 @@ class OfThread(threading.local):
 
     Attributes:
         inputs: what the up projection of a spread FFN has read, one place for each call of its block that is not over.
-        reading: see `MeteredModule`.
-        logits: of a router, [..., E].
-        routing: what an FFN makes its auxiliary loss of.
+        left: what the last call has left: `reading`, see `MeteredModule`; `logits` of a router, [..., E]; `routing`, of
+            which an FFN makes its auxiliary loss. A dictionary, as compiled code would not write attributes back.
     """
 
     def __init__(self) -> None:
         self.inputs: list[Tensor | None] = []
-        self.reading: Reading | None = None
-        self.logits: Tensor | None = None
-        self.routing: Any = None
+        self.left: dict[str, Any] = {"reading": None, "logits": None, "routing": None}
 
     def __reduce__(self) -> tuple[type[OfThread], tuple[()]]:
         return OfThread, ()
@@ -72,11 +69,11 @@ class MeteredModule(nn.Module):
 
     @property
     def reading(self) -> Reading | None:
-        return self._of_thread.reading
+        return self._of_thread.left["reading"]
 
     @reading.setter
     def reading(self, reading: Reading | None) -> None:
-        self._of_thread.reading = reading
+        self._of_thread.left["reading"] = reading
 
     @property
     def dense_weights(self) -> int:

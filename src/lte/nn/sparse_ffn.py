@@ -58,11 +58,11 @@ class SparseFfn(WrappedFfn):
     @property
     def logits(self) -> Tensor | None:
         """The router logits [..., E] of the last forward pass in this thread, if `record_logits`."""
-        return self._of_thread.logits
+        return self._of_thread.left["logits"]
 
     @logits.setter
     def logits(self, logits: Tensor | None) -> None:
-        self._of_thread.logits = logits
+        self._of_thread.left["logits"] = logits
 
     @property
     def num_experts(self) -> int:
