@@ -207,3 +207,30 @@ def test_accelerated_rows_under_vmap_without_gradients() -> None:
         expected = ffn(x)
         lte.accelerate_(model)
         assert torch.allclose(torch.func.vmap(ffn)(x), expected, atol=1e-5)
+
+
+def test_compiled_calls_leave_their_logits_in_their_thread() -> None:
+    torch.compiler.reset()
+    model, (ids, other) = tiny_sparse_model("opt"), texts(2)
+    ffns = list(lte.sparse_ffns(model).values())
+    for ffn in ffns:
+        ffn.record_logits = True
+    expected = []
+    for x in (ids, other):
+        logits_of(model, x)
+        expected.append(ffns[0].logits)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    logits_of_step = []
+
+    def call(x: Tensor) -> None:
+        with torch.no_grad():
+            step(x)
+        logits_of_step.append(ffns[0].logits)
+
+    call(ids)
+    thread = threading.Thread(target=call, args=(other,))
+    thread.start()
+    thread.join()
+    logits_of_step.append(ffns[0].logits)
+    for found, wanted in zip(logits_of_step, (expected[0], expected[1], expected[0]), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
