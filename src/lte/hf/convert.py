@@ -194,7 +194,9 @@ def _check_unshared(model: nn.Module, ffns: Mapping[str, nn.Module], family: Fam
             )
     weights: dict[int, str] = {}
     parts: dict[str, Any] = {
-        f"{name}.{part}": ffn.get_submodule(part) for name, ffn in ffns.items() for part in family.layout.projections
+        f"{name}.{part}": base_of(ffn.get_submodule(part))
+        for name, ffn in ffns.items()
+        for part in family.layout.projections
     }
     for name, linear in parts.items():
         pointer = linear.weight.data_ptr()
