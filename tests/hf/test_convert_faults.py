@@ -216,3 +216,49 @@ def test_failing_calibration_leaves_the_model_unchanged(monkeypatch: pytest.Monk
     with refused_unchanged(model, "the text ran out"):
         lte.sparsify_(model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="coactivation"), calibration=batches())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class TestShared:
+    """One FFN, or one weight, in two places."""
+
+    @pytest.mark.parametrize("kind", ["llama", "opt"])
+    def test_one_ffn_in_two_layers(self, kind: str) -> None:
+        model = tiny_dense_model(kind)
+        first, second = list(convert.dense_ffns(model, row_of(kind)))
+        model.set_submodule(second, model.get_submodule(first))
+        with refused_unchanged(model, f"{second} must be an FFN of its own, got that of {first} in both places"):
+            lte.sparsify_(model, CONFIG)
+
+    @pytest.mark.parametrize("part", ["intermediate", "output"])
+    def test_one_half_of_a_block_in_two(self, part: str) -> None:
+        model = tiny_dense_model("bert")
+        layers = model.bert.encoder.layer
+        setattr(layers[1], part, getattr(layers[0], part))
+        message = rf"bert.encoder.layer.1.{part}.dense must hold weights of its own, got those of bert.encoder.layer.0"
+        with refused_unchanged(model, message):
+            lte.sparsify_(model, CONFIG)
+
+    def test_one_weight_in_two_layers(self) -> None:
+        model = tiny_dense_model()
+        layers = model.model.layers
+        layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+        message = r"layers.1.mlp.up_proj must hold weights of its own, got those of model.layers.0.mlp.up_proj"
+        with refused_unchanged(model, message):
+            lte.sparsify_(model, CONFIG)
+
+    def test_a_weight_that_is_read_elsewhere(self) -> None:
+        model = tiny_dense_model()
+        model.probe = nn.Linear(32, 64, bias=False)
+        model.probe.weight = model.model.layers[1].mlp.up_proj.weight
+        with refused_unchanged(model, r"layers.1.mlp.up_proj must hold weights of its own, got those of probe"):
+            lte.sparsify_(model, CONFIG)
+
+    def test_ffns_that_are_shared_later_become_dense_in_all_places(self, tokens: Tensor) -> None:
+        model = tiny_sparse_model(routed=False)
+        layers = model.model.layers
+        layers[1].mlp = layers[0].mlp
+        expected = model(tokens).logits
+        lte.densify_(model)
+        assert layers[1].mlp is layers[0].mlp
+        assert type(layers[0].mlp).__name__ == "LlamaMLP"
+        assert torch.allclose(model(tokens).logits, expected, atol=1e-5)

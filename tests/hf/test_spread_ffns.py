@@ -57,13 +57,23 @@ def test_blocks_are_stock_again_without_hooks(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", SPREAD)
-def test_another_up_projection_is_refused(model_type: str, tokens: Tensor) -> None:
-    model = tiny_sparse_model(model_type)
-    ffn = next(iter(lte.sparse_ffns(model).values()))
-    up = ffn.layout.up
-    ffn.block[0].set_submodule(up, nn.Linear(32, NEURONS))
-    with pytest.raises(ValueError, match=f"{up} must be the up projection that the FFN was built around"):
-        logits_of(model, tokens)
+def test_another_up_projection_is_read(model_type: str, tokens: Tensor) -> None:
+    model, twin = tiny_sparse_model(model_type), tiny_sparse_model(model_type)
+    for network, replaces in ((model, True), (twin, False)):
+        torch.manual_seed(3)
+        ffn = next(iter(lte.sparse_ffns(network).values()))
+        up = nn.Linear(32, NEURONS)
+        if replaces:
+            ffn.block[0].set_submodule(ffn.layout.up, up)
+        else:
+            ffn.part(ffn.layout.up).load_state_dict(up.state_dict())
+    assert torch.equal(logits_of(model, tokens), logits_of(twin, tokens))
+
+
+def test_without_an_up_projection_of_its_own_the_routing_is_refused() -> None:
+    ffn = next(iter(lte.sparse_ffns(tiny_sparse_model("opt")).values()))
+    with pytest.raises(ValueError, match="fc1 must be the up projection that the FFN was built around"):
+        ffn(torch.zeros(1, NEURONS))
 
 
 def adapted(model: Any) -> Any:

@@ -120,7 +120,7 @@ def test_the_balance_loss_reaches_both_routers_and_counts_only_tokens_that_count
     assert ffn.noise_router.weight.grad.any()
     assert ffn.auxiliary_loss(ALL) is None, "a pass is counted once"
     multipliers_of(ffn, x)
-    gates, chances = ffn._routing
+    gates, chances = ffn._of_thread.left["routing"]
     mask = torch.tensor([[True] * 5, [False] * 5])
     expected = 0.1 * squared_variation(gates[0].sum(0)) + 0.1 * squared_variation(chances[0].sum(0))
     torch.testing.assert_close(ffn.auxiliary_loss(mask), expected)
@@ -172,16 +172,16 @@ def test_rows_of_the_sigma_router_start_with_equal_norms() -> None:
 
 def test_the_entropy_loss_is_lowest_for_a_broad_selection_over_the_tokens_that_count() -> None:
     ffn = first_ffn(model_of("sigma_moe", entropy_weight=1.0)).train()
-    ffn._logits = torch.zeros(2, 5, EXPERTS)
+    ffn._of_thread.left["routing"] = torch.zeros(2, 5, EXPERTS)
     assert ffn.auxiliary_loss(ALL).item() == pytest.approx(-math.log(EXPERTS))
     narrow = 100 * torch.eye(EXPERTS)[0].expand(2, 5, EXPERTS)
-    ffn._logits = narrow
+    ffn._of_thread.left["routing"] = narrow
     assert ffn.auxiliary_loss(ALL).item() == pytest.approx(0)
     # Different experts for different tokens are broad as well; the mask leaves one of them.
-    ffn._logits = torch.stack([narrow[0], 100 * torch.eye(EXPERTS)[1].expand(5, EXPERTS)])
-    half = copy.copy(ffn._logits)
+    ffn._of_thread.left["routing"] = torch.stack([narrow[0], 100 * torch.eye(EXPERTS)[1].expand(5, EXPERTS)])
+    half = copy.copy(ffn._of_thread.left["routing"])
     assert ffn.auxiliary_loss(ALL).item() == pytest.approx(-math.log(2))
-    ffn._logits = half
+    ffn._of_thread.left["routing"] = half
     assert ffn.auxiliary_loss(torch.tensor([[True] * 5, [False] * 5])).item() == pytest.approx(0)
 
 

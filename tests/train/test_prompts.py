@@ -66,3 +66,60 @@ def test_models_that_read_no_prompts_are_refused(tmp_path):
     model = lte.sparsify_(tiny_dense_model("bert"), lte.LteConfig(expert_size=8))
     with pytest.raises(ValueError, match="count_prompts must be false for models that read no prompts, got LteBert"):
         train_two_stage(model, toy_rows(), TrainConfig(count_prompts=True), tmp_path)
+
+
+class TestWhichTokensArePadding:
+    rows = ([5, 6, 7, 8], [9, 3], [4, 4, 4])
+
+    def features(self):
+        return [{"input_ids": list(ids), "labels": [IGNORED] * (len(ids) - 1) + [ids[-1]]} for ids in self.rows]
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_on_either_side_with_a_mask_or_without(self, side, masked):
+        def collate(rows):
+            width = 6
+            gaps = [width - len(row["input_ids"]) for row in rows]
+
+            def fill(values, gap, value):
+                return [value] * gap + values if side == "left" else values + [value] * gap
+
+            pairs = list(zip(rows, gaps, strict=True))
+            batch = {
+                "input_ids": torch.tensor([fill(row["input_ids"], gap, PAD) for row, gap in pairs]),
+                "labels": torch.tensor([fill(row["labels"], gap, IGNORED) for row, gap in pairs]),
+            }
+            mask = torch.tensor([fill([1] * len(row["input_ids"]), gap, 0) for row, gap in pairs])
+            return {**batch, "attention_mask": mask} if masked else batch
+
+        found = PromptsCounted(collate)(self.features())["token_mask"].int().tolist()
+        counted = {
+            "left": [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]],
+            "right": [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]],
+        }
+        assert found == counted[side]
+
+    def test_rows_that_are_joined_to_one(self):
+        def flatten(rows):
+            return {name: torch.tensor([[i for row in rows for i in row[name]]]) for name in ("input_ids", "labels")}
+
+        assert PromptsCounted(flatten)(self.features())["token_mask"].tolist() == [[True] * 9]
+
+    def test_batches_that_do_not_tell_are_refused(self):
+        def cut(rows):
+            return {"input_ids": torch.tensor([row["input_ids"][:2] for row in rows])}
+
+        with pytest.raises(ValueError, match="count_prompts must get batches that tell which tokens are padding"):
+            PromptsCounted(cut)(self.features())
+
+
+def test_padding_of_packed_rows_does_not_count():
+    rows = [
+        {"input_ids": [5] * 5, "labels": [IGNORED, 5, IGNORED, 5, 5], "position_ids": [0, 1, 0, 1, 2]},
+        {"input_ids": [6] * 9, "labels": [IGNORED] + [6] * 8, "position_ids": list(range(9))},
+    ]
+    batch = LmCollator(PAD)(rows)
+    masks = routing_masks(tiny_sparse_model(), "ab", batch, skip_ignored_labels=False)
+    # 16 wide: 11 and 7 of padding, the last document of each row.
+    assert [mask.sum(1).tolist() for mask in masks.values()] == [[5, 9]] * 2
+    assert masks["a"][0].tolist() == [True] * 5 + [False] * 11

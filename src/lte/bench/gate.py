@@ -12,6 +12,7 @@ from lte.bench.acceleration import TOLERANCES, routing_of, weights_of
 from lte.bench.dense import Projections
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import SparseFfn
+from lte.nn.wrapped_ffn import WrappedFfn
 from lte.ops.arguments import FfnWeights
 from lte.ops.reference import sparse_ffn_reference
 
@@ -89,11 +90,12 @@ def stock_weights(p: Projections) -> FfnWeights:
 def layer_inputs(ffns: Sequence[nn.Module], run: Callable[[], Any]) -> list[Tensor]:
     """The hidden states that each FFN gets while `run` runs the model eagerly, once."""
     inputs: dict[int, Tensor] = {}
+    readers = {index: ffn.reader if isinstance(ffn, WrappedFfn) else ffn for index, ffn in enumerate(ffns)}
 
     def keep(index: int, args: tuple[Tensor, ...]) -> None:
         inputs[index] = args[0].detach().clone()
 
-    with torch.no_grad(), before_each_call(dict(enumerate(ffns)), keep):
+    with torch.no_grad(), before_each_call(readers, keep):
         run()
     return [inputs[index] for index in range(len(ffns))]
 

@@ -133,7 +133,7 @@ def force_random_(
         router.bias.copy_(ffn.threshold_logit - scale * (centres + _share_below(spread, sparsity)))
         ffn.set_mode(ffn.mode)
 
-    with before_each_call({ffn: ffn for ffn in ffns}, set_bias):
+    with before_each_call({ffn: ffn.reader for ffn in ffns}, set_bias):
         text()
     if steps is not None and 0 < sparsity < 1:
         for _ in range(SHIFTS):
@@ -143,7 +143,7 @@ def force_random_(
 def _shift_biases_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object]) -> None:
     seen: dict[SparseFfn, list[Tensor]] = {ffn: [] for ffn in ffns}
     with before_each_call(
-        {ffn: ffn for ffn in ffns}, lambda ffn, args: seen[ffn].append(ffn.router(args[0]).flatten())
+        {ffn: ffn.reader for ffn in ffns}, lambda ffn, args: seen[ffn].append(ffn.router(args[0]).flatten())
     ):
         run()
     for ffn, logits in seen.items():
@@ -213,7 +213,7 @@ def recorded_masks(ffns: Sequence[SparseFfn]) -> Iterator[list[list[Tensor]]]:
     def record(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
         masks[ffn].append((ffn.router(args[0]) > ffn.threshold_logit).flatten(0, -2))
 
-    with before_each_call({ffn: ffn for ffn in ffns}, record):
+    with before_each_call({ffn: ffn.reader for ffn in ffns}, record):
         yield list(masks.values())
 
 

@@ -143,20 +143,47 @@ class PaddingCollator:
 
 
 class PromptsCounted:
-    """Gives the batches of a collator a `token_mask` of all tokens that are not padding, those of prompts included,
-    whose labels are -100. Padding is what the batch's `attention_mask` says, on either side; without one it is on the
-    right.
+    """Gives the batches of a collator a `token_mask` of all tokens that are not padding, on whichever side that is:
+    those of prompts, too, whose labels are -100.
     """
 
     def __init__(self, collator: Any):
         self.collator = collator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+        # Some collators change their rows.
+        ids = [torch.as_tensor(row["input_ids"]).clone() for row in rows]
         batch = self.collator(rows)
-        if "attention_mask" in batch:
-            return {**batch, "token_mask": batch["attention_mask"].bool()}
-        return {**batch, "token_mask": torch.arange(batch["input_ids"].shape[1]) < lengths}
+        return {**batch, "token_mask": _tokens_of(ids, batch)}
+
+
+def _tokens_of(rows: Sequence[Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens of a batch are those of its rows, bool [B, T].
+
+    Raises:
+        ValueError: for a batch that does not say so and does not hold the rows as they are.
+    """
+    ids, attention = batch["input_ids"], batch.get("attention_mask")
+    if attention is not None and attention.shape == ids.shape:
+        return attention.bool()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if len(ids) != len(rows) and ids.numel() == sum(map(len, rows)):  # one row of all
+        return mask
+    for number, row in enumerate(rows if len(ids) == len(rows) else ()):
+        padding = ids.shape[1] - len(row)
+        if padding >= 0 and torch.equal(ids[number, : len(row)].cpu(), row):
+            mask[number, len(row) :] = False
+        elif padding >= 0 and torch.equal(ids[number, padding:].cpu(), row):
+            mask[number, :padding] = False
+        else:
+            break
+    else:
+        if len(ids) == len(rows):
+            return mask
+    raise ValueError(
+        "count_prompts must get batches that tell which tokens are padding, got one without an attention_mask [B, T] "
+        "and with other tokens than its rows; add the mask in the collator"
+    )
 
 
 def token_mask(batch: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, get_args
 
 import torch
@@ -13,6 +14,7 @@ from lte.hf.install import require_sparse_ffns, sparse_ffns
 from lte.hf.loading import NO_KERNELS, method_settings
 from lte.hf.projections import is_plain_projection, projection_name
 from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
+from lte.nn.all_or_nothing import all_or_nothing, keep_data, on_failure
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import DTYPES, EXPERT_SIZES
@@ -34,7 +36,8 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
 
     Raises:
         ValueError: for a dense model, a method without kernels, an FFN that the kernels cannot compute, a device
-            without kernels, or a model that is accelerated with other `weights`. The model is then unchanged.
+            without kernels, or a model that is accelerated with other `weights`. The model is then unchanged, as after
+            any other failure on the way.
     """
     check_choice("weights", weights, get_args(WeightFormat))
     reason = no_kernels(model)
@@ -43,15 +46,41 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     ffns = require_sparse_ffns(model)
     measured = (getattr(model.config, "lte_measurement", None) or {}).get("active_fraction", [])
     fractions = measured if len(measured) == len(ffns) else [None] * len(ffns)
-    plans = {}
+    plans, told = {}, list[str]()
     for (name, ffn), fraction in zip(ffns.items(), fractions, strict=True):
         if isinstance(ffn, AcceleratedFfn):
             _check_same(name, ffn, weights)
         else:
-            plans[name] = Acceleration(_check_ffn(name, ffn), weights, fraction)
-    for name, plan in plans.items():
-        AcceleratedFfn.install_(ffns[name], plan)
+            plans[name] = Acceleration(_check_ffn(name, ffn), weights, fraction, name, told)
+    if not plans:
+        return model
+    with all_or_nothing(model):
+        if weights == "int8":
+            keep_data(weight for name in plans for weight in _weights(ffns[name]))
+        else:
+            _lay_back_on_failure([weight for name in plans for weight in _weights(ffns[name])])
+        for name, plan in plans.items():
+            AcceleratedFfn.install_(ffns[name], plan)
     return model
+
+
+def _weights(ffn: SparseFfn) -> list[nn.Parameter]:
+    """The parameters that acceleration puts elsewhere."""
+    found = [getattr(ffn.part(name), "weight", None) for name in ffn.layout.projections]
+    return [weight for weight in (*found, ffn.router.weight) if isinstance(weight, nn.Parameter)]
+
+
+def _lay_back_on_failure(weights: list[nn.Parameter]) -> None:
+    before = {weight: weight.data_ptr() for weight in weights}
+
+    def lay_back() -> None:
+        # Without the memory for it they stay where they are, with the same numbers.
+        with suppress(RuntimeError, MemoryError):
+            for weight, pointer in before.items():
+                if weight.data_ptr() != pointer:
+                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+    on_failure(lay_back)
 
 
 def decelerate_(model: nn.Module) -> nn.Module:
@@ -63,8 +92,13 @@ def decelerate_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: for a dense model.
     """
-    for ffn in require_sparse_ffns(model).values():
-        if isinstance(ffn, AcceleratedFfn):
+    accelerated = [ffn for ffn in require_sparse_ffns(model).values() if isinstance(ffn, AcceleratedFfn)]
+    for ffn in accelerated:
+        # What is kept for a failure would hold the copies.
+        ffn.release_()
+    with all_or_nothing(model):
+        keep_data(weight for ffn in accelerated for weight in _weights(ffn) if not weight.is_floating_point())
+        for ffn in accelerated:
             ffn.remove_()
     return model
 

@@ -15,6 +15,7 @@ from lte.hf.inputs import padding_masks, run_without_logits
 from lte.hf.install import check_unchunked, num_neurons, sparse_ffns, wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
+from lte.nn.all_or_nothing import all_or_nothing, on_failure
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
@@ -38,7 +39,9 @@ def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
         for part in family.layout.parts:
             setattr(dense, part, wrapped.part(part))
         dense.train(wrapped.training)
-        model.set_submodule(name, dense)
+        for place, module in list(model.named_modules(remove_duplicate=False)):
+            if module is wrapped:
+                model.set_submodule(place, dense)
 
 
 def require_dense(model: nn.Module) -> Family:
@@ -79,8 +82,39 @@ def group_experts_(
         check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
     calibrated = config.grouping in CALIBRATED_GROUPINGS
     features = _activity_features(model, ffns, family, config.grouping, calibration) if calibrated else {}
-    for ffn, order in zip(ffns.values(), _neuron_orders(ffns, features, family, config), strict=True):
-        permute_neurons_(ffn, family.layout, order)
+    orders = _neuron_orders(ffns, features, family, config)
+    with all_or_nothing(model):
+        permutations = _Permutations(family.layout)
+        on_failure(permutations.undo_)
+        for ffn, order in zip(ffns.values(), orders, strict=True):
+            permutations.apply_(ffn, order)
+
+
+class _Permutations:
+    """Permutes the neurons of FFNs, and undoes it, wherever it was interrupted."""
+
+    def __init__(self, layout: FfnLayout):
+        self.layout = layout
+        self.done: list[tuple[nn.Module, Tensor]] = []
+        self.current: nn.Module | None = None
+        self.numbers: dict[nn.Parameter, Tensor] = {}
+
+    def apply_(self, ffn: nn.Module, order: Tensor) -> None:
+        """As `permute_neurons_`."""
+        self.numbers = {parameter: parameter.detach().clone() for parameter in ffn.parameters()}
+        self.current = ffn
+        permute_neurons_(ffn, self.layout, order)
+        self.done.append((ffn, order))
+        self.current, self.numbers = None, {}
+
+    @torch.no_grad()
+    def undo_(self) -> None:
+        """Puts the neurons of all FFNs where they were."""
+        for ffn, order in self.done:
+            if ffn is not self.current:
+                permute_neurons_(ffn, self.layout, order.argsort())
+        for parameter, numbers in self.numbers.items() if self.current is not None else ():
+            parameter.copy_(numbers)
 
 
 @torch.no_grad()
@@ -135,6 +169,7 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
             f"model must contain {family.ffn_class} modules, got none; lte converts the FFNs of "
             f"{', '.join(family.models.values())}"
         )
+    _check_unshared(model, ffns, family)
     for name, ffn in ffns.items():
         for part in family.layout.projections:
             linear: Any = ffn.get_submodule(part)
@@ -146,6 +181,38 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
                 )
             if linear.weight.is_meta:
                 raise ValueError(f"{name}.{part} must hold its weights, got a meta tensor; load the model first")
+
+
+def _check_unshared(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family) -> None:
+    """Refuses FFNs, or weights of them, that another place of the model uses as well: each FFN routes for itself."""
+    own = {ffn: name for name, ffn in ffns.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in own and own[module] != name:
+            raise ValueError(
+                f"{name} must be an FFN of its own, got that of {own[module]} in both places; give each layer a copy "
+                "(copy.deepcopy) before the conversion"
+            )
+    weights: dict[int, str] = {}
+    parts: dict[str, Any] = {
+        f"{name}.{part}": base_of(ffn.get_submodule(part))
+        for name, ffn in ffns.items()
+        for part in family.layout.projections
+    }
+    for name, linear in parts.items():
+        pointer = linear.weight.data_ptr()
+        if pointer and weights.setdefault(pointer, name) != name:
+            raise ValueError(
+                f"{name} must hold weights of its own, got those of {weights[pointer]}; give each layer a copy before "
+                "the conversion"
+            )
+    inside = set(parts.values())
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values() if module not in inside else ():
+            if parameter is not None and parameter.data_ptr() and parameter.data_ptr() in weights:
+                raise ValueError(
+                    f"{weights[parameter.data_ptr()]} must hold weights of its own, got those of {name}; give one of "
+                    "them a copy before the conversion"
+                )
 
 
 @torch.no_grad()

@@ -149,13 +149,24 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _without_last_unlabelled(positions: Tensor, labels: Tensor) -> Tensor:
+    """True but in the last document of a packed row of several, if it has no label; [B, T]."""
+    place = torch.arange(positions.shape[1], device=positions.device)
+    start = torch.where(positions == 0, place, 0).amax(1, keepdim=True)
+    last = (place >= start) & (start > 0)
+    return ~last | (last & (labels != IGNORED)).any(1, keepdim=True)
+
+
 def padding_masks(model: Any, ffn_names: Iterable[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Which tokens are no padding, bool [B, T], for each FFN by name: in a decoder with an encoder, its own.
 
-    A decoder's tokens without `decoder_attention_mask` are padding where the labels are -100.
+    A decoder's tokens without `decoder_attention_mask` are padding where the labels are -100. Packed rows have no mask:
+    their padding is a last document without a label.
     """
     ids = batch["input_ids"]
     encoder = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+    if "attention_mask" not in batch and {"position_ids", "labels"} <= set(batch):
+        encoder = _without_last_unlabelled(batch["position_ids"], batch["labels"])
     if not _decodes_labels(model):
         return dict.fromkeys(ffn_names, encoder)
     if "decoder_attention_mask" in batch:

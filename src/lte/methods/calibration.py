@@ -5,6 +5,7 @@ Shapes: N counted tokens, D hidden size, F neurons.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -50,7 +51,13 @@ def run_batches(
     """
     device = next(model.parameters()).device
     tokens = dict.fromkeys(names, 0.0)
-    hook = None if last is None else last.register_forward_hook(_end_pass)
+    thread = threading.get_ident()
+
+    def end_pass(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            raise _PassEnds
+
+    hook = None if last is None else last.register_forward_hook(end_pass)
     try:
         with eval_mode(model):
             for batch in batches:
@@ -70,10 +77,6 @@ def run_batches(
 
 class _PassEnds(Exception):
     """Nothing after this module is wanted."""
-
-
-def _end_pass(module: nn.Module, args: Any, output: Any) -> None:
-    raise _PassEnds
 
 
 def observe_(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lte.hf.families import Family, block_name, dense_ffns
-from lte.nn.metering import MeteredModule, Reading, metered_modules
+from lte.nn.metering import MeteredModule, OfThread, Reading, metered_modules
 
 Linears = Literal["ffn", "block"]
 
@@ -72,7 +72,7 @@ def remove_input_sparsity_(model: Any, family: Family, stock_config: Any) -> Non
         stock = next(base for base in type(projection).__mro__ if base in (nn.Linear, Conv1D))
         for name in list(projection._buffers):
             delattr(projection, name)
-        for name in ("target_sparsity", "is_down", "metering", "reading", "observer"):
+        for name in ("target_sparsity", "is_down", "metering", "_of_thread", "observer"):
             vars(projection).pop(name, None)
         projection.__class__ = stock  # type: ignore[assignment]
 
@@ -125,5 +125,5 @@ def make_input_sparse_(
     downs = {ffn.get_submodule(family.layout.down) for ffn in dense_ffns(model, family).values()}
     for projection in projections_of(model, family, linears).values():
         projection.__class__ = classes[type(projection)]
-        projection.is_down = projection in downs
+        projection.is_down, projection._of_thread = projection in downs, OfThread()
         initialise_(projection)

@@ -7,7 +7,7 @@ more; docs/methods.md follows an example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from lte.hf.loading import (
     method_settings,
     own_config_,
 )
+from lte.nn.all_or_nothing import all_or_nothing, keep_numbers, on_failure
+from lte.nn.laid_out import BUFFERS, LaidOutFfn
 from lte.nn.metering import metered_modules
 from lte.nn.wrapped_ffn import WrappedFfn
 
@@ -202,6 +204,19 @@ def sparsify_(
     batches = _on_device(model, calibration)
     if method.needs_calibration(config) and not batches:
         raise ValueError(f"{config.name} must get calibration batches, got none; pass calibration")
+    with all_or_nothing(wrapper):
+        _make_(model, method, family, config, batches)
+        # The model inside has a config of its own now.
+        for outer in (wrapper, getattr(wrapper, "base_model", wrapper)):
+            if hasattr(outer, "peft_config"):
+                outer.config = model.config
+        if method.fit is not None and method.install is not None:
+            method.fit(model, config, batches)
+    return wrapper
+
+
+def _make_(model: Any, method: Method, family: Family, config: Any, batches: Batches) -> None:
+    """Makes a dense model one of a method, but for what is fitted."""
     neurons = num_neurons(next(iter(dense_ffns(model, family).values())), family.layout)
     if method.prepare is not None:
         method.prepare(model, config, batches)
@@ -209,16 +224,9 @@ def sparsify_(
         own: Any = own_config_(model)
         vars(own).pop("lte_method", None)
         own.lte = {**config.to_dict(), "dense_neurons": neurons}
-        return wrapper
-    method.install(model, family, config)
-    become_sparse_(model, family, config)
-    # The model inside has a config of its own now.
-    for outer in (wrapper, getattr(wrapper, "base_model", wrapper)):
-        if hasattr(outer, "peft_config"):
-            outer.config = model.config
-    if method.fit is not None:
-        method.fit(model, config, batches)
-    return wrapper
+    else:
+        method.install(model, family, config)
+        become_sparse_(model, family, config)
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -241,8 +249,13 @@ def densify_(model: nn.Module) -> nn.Module:
             f"model must be an LTE model or one of another method, got {type(model).__name__}, a dense one"
         )
     family = family_of(model.config)
-    stock_config = become_dense_(model, family)
-    method.remove(model, family, stock_config)
+    for module in model.modules():
+        if isinstance(module, LaidOutFfn):
+            # What is kept for a failure would hold the copies.
+            module.release_()
+    with all_or_nothing(model):
+        stock_config = become_dense_(model, family)
+        method.remove(model, family, stock_config)
     return model
 
 
@@ -287,12 +300,24 @@ def calibrate_(
     batches = _on_device(model, rows)
     if not batches:
         raise ValueError(f"{config.name} must get calibration data, got none; pass texts, rows or batches")
-    for module in metered_modules(model).values():
-        module.target_sparsity = config.target_sparsity
-    action(model, config, batches)
-    own: Any = model.config
-    own.lte, own.lte_measurement = config.to_dict(), None
+    with all_or_nothing(model):
+        keep_numbers(tensor for module in metered_modules(model).values() for tensor in _own_tensors(module))
+        for module in metered_modules(model).values():
+            module.target_sparsity = config.target_sparsity
+        action(model, config, batches)
+        own: Any = model.config
+        kept = own.lte, getattr(own, "lte_measurement", None)
+        on_failure(lambda: vars(own).update(lte=kept[0], lte_measurement=kept[1]))
+        own.lte, own.lte_measurement = config.to_dict(), None
     return model
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and saved buffers that a method has added to a model's own projections."""
+    stock = module.layout.parts if isinstance(module, WrappedFfn) else ("weight", "bias")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not name.startswith(tuple(f"{part}." for part in stock)) and name not in (*stock, *BUFFERS):
+            yield tensor
 
 
 def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None) -> Batches:

@@ -50,7 +50,6 @@ class NoisyTopkFfn(ExpertFfn):
         self.config = config
         self.router = LinearSelector(stock, self.num_experts)
         self.noise_router = LinearSelector(stock, self.num_experts)
-        self._routing: tuple[Tensor, Tensor] | None = None
 
     @property
     def selector_weights(self) -> int:
@@ -66,7 +65,7 @@ class NoisyTopkFfn(ExpertFfn):
             noisy = clean + torch.randn_like(clean) * scale
         gates = topk_softmax(noisy, self.num_kept_experts)
         if scale is not None:
-            self._routing = gates, self._chances(clean, noisy, scale)
+            self._of_thread.left["routing"] = gates, self._chances(clean, noisy, scale)
         return gates * self.num_kept_experts
 
     def _chances(self, clean: Tensor, noisy: Tensor, scale: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class NoisyTopkFfn(ExpertFfn):
 
     def auxiliary_loss(self, token_mask: Tensor) -> Tensor | None:
         """w_importance CV(importance)^2 + w_load CV(load)^2 over the tokens that count (Eq. 6-11)."""
-        routing, self._routing = self._routing, None
+        routing, self._of_thread.left["routing"] = self._of_thread.left["routing"], None
         if routing is None:
             return None
         keep = token_mask.flatten().to(routing[0].dtype)

@@ -60,7 +60,6 @@ class SigmaMoeFfn(ExpertFfn):
         with torch.no_grad():
             weight = self.router.weight
             weight.copy_(START_NORM * weight / weight.norm(dim=1, keepdim=True))
-        self._logits: Tensor | None = None
 
     @property
     def selector_weights(self) -> int:
@@ -72,13 +71,13 @@ class SigmaMoeFfn(ExpertFfn):
         logits = self.router(x)
         scores = torch.sigmoid(logits)
         if self.training:
-            self._logits = logits
+            self._of_thread.left["routing"] = logits
             scores = scores * (torch.rand_like(scores) >= self.config.expert_dropout)
         return 2 * scores * keep_largest(scores.detach(), self.num_kept_experts)
 
     def auxiliary_loss(self, token_mask: Tensor) -> Tensor | None:
         """Weight times sum_e p_e log p_e, p the mean of softmax(logits) over the tokens that count."""
-        logits, self._logits = self._logits, None
+        logits, self._of_thread.left["routing"] = self._of_thread.left["routing"], None
         if logits is None:
             return None
         keep = token_mask.flatten().to(logits.dtype)

@@ -22,6 +22,7 @@ from lte.hf.families import block_name, family_of
 from lte.methods.calibration import run_batches
 from lte.methods.input_sparsity import Linears, projections_of
 from lte.methods.method import Batches, Method, register
+from lte.nn.all_or_nothing import keep_numbers
 from lte.nn.hooks import before_each_call
 
 Pattern = Literal["unstructured", "2:4", "4:8"]
@@ -93,6 +94,7 @@ def prune_wanda_(model: Any, config: WandaConfig, batches: Batches) -> None:
     """
     family = family_of(model.config)
     projections = projections_of(model, family, config.linears)
+    keep_numbers(family.layout.matrix(projection) for projection in projections.values())
     groups: dict[str, dict[str, Any]] = {}
     for name, projection in projections.items():
         groups.setdefault(block_name(name) if config.sequential else "", {})[name] = projection

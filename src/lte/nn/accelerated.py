@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from lte.nn.ffn_parts import ROLES, dequantize_projections_, quantize_projections_, weight_of
 from lte.nn.laid_out import BUFFERS, DECELERATE, Acceleration, LaidOutFfn, WeightFormat, refresh_loaded
 from lte.nn.passing import install_passing_, remove_passing_
-from lte.nn.router import Router
-from lte.nn.sparse_ffn import SparseFfn
+from lte.nn.sparse_ffn import SparseFfn, is_transformed
 from lte.ops.arguments import DTYPES
 from lte.ops.reference import router_logits
 
@@ -22,8 +21,6 @@ __all__ = ["AcceleratedFfn", "Acceleration", "WeightFormat"]
 class AcceleratedFfn(LaidOutFfn):
     """What a `SparseFfn` is while it is accelerated: `install_` and `remove_` change its class in place."""
 
-    _names: tuple[str, ...]
-    _kinds: tuple[type[nn.Module], ...]
     _trainable: list[str]
 
     @staticmethod
@@ -36,10 +33,10 @@ class AcceleratedFfn(LaidOutFfn):
         ffn.__class__ = AcceleratedFfn
         assert isinstance(ffn, AcceleratedFfn)
         ffn.acceleration, ffn.dtype = acceleration, dtype
-        ffn._names, ffn._trainable = ffn.layout.projections, trainable
+        ffn._trainable, ffn._activation = trainable, (ffn.activation_function,)
         if ffn.block:
             install_passing_(ffn)
-        ffn._kinds = tuple(type(ffn.part(name)) for name in ffn._names)
+        ffn._kinds = tuple(type(ffn.part(name)) for name in ffn.layout.projections)
         ffn._after_load = ffn.register_load_state_dict_post_hook(refresh_loaded)
         if ffn._is_int8:
             for role, scale in quantize_projections_(ffn).items():
@@ -55,9 +52,10 @@ class AcceleratedFfn(LaidOutFfn):
             for name in self._trainable:
                 self.part(name).weight.requires_grad_(True)
         else:
-            for name in self.layout.projections:
-                weight = self.part(name).weight
-                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+            for weight in (*(self.part(name).weight for name in self.layout.projections), self.router.weight):
+                # What a quantiser made of a weight is its own.
+                if type(weight) is nn.Parameter:
+                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         if self.block:
             remove_passing_(self)
         self._after_load.remove()
@@ -73,15 +71,15 @@ class AcceleratedFfn(LaidOutFfn):
         if self.block:
             if x.shape[-1] != self.hidden_size:
                 return super().forward(x)
-            self._up_input = None
         elif not self.takes(x):
             return super().forward(x)
         if torch.compiler.is_compiling():
             # Graphs must see parameters and buffers, which stay where they are: CUDA graphs copy all other inputs.
             runner = self._bind()
         else:
-            self.refresh_()
             runner = self._runner
+            if self._rounds_router:
+                runner.routing.weight.copy_(self.router.weight)
         flat = x.reshape(-1, x.shape[-1])
         logits = None
         if self.router.down is not None:
@@ -108,36 +106,38 @@ class AcceleratedFfn(LaidOutFfn):
             self.mode == "hard"
             # Dropout is random, and not what the kernels compute.
             and not (self.training and self._drops)
-            and x.dtype == self.dtype
-            and x.dtype in DTYPES
             and x.device.type in ("cpu", "cuda")
             and x.numel() > 0
             and not torch.is_autocast_enabled(x.device.type)
-            and self._is_plain()
+            # Tensors of other classes, and all of them under `torch.func`, hold no numbers that a kernel could read.
+            and (torch.compiler.is_compiling() or (type(x) is Tensor and not is_transformed()))
+            # Neither do copies for `nn.DataParallel`, whose weights are parameters no more.
+            and "_is_replica" not in self.__dict__
             and not self._wants_gradient(x)
+            and (self._is_plain() if torch.compiler.is_compiling() else self._is_settled() or self._settle_())
+            and x.dtype == self.dtype
+            and x.dtype in DTYPES
+            and x.device == self._device
         )
 
     def _is_plain(self) -> bool:
-        """Whether nothing was put around the projections since, LoRA say, that the kernels would leave out."""
-        modules = self._modules  # getattr on a module costs a microsecond, which counts 30 times per token
-        if type(modules["router"]) is not Router:
-            return False
-        if self.block:
-            modules = {name: self.part(name) for name in self._names}
-        return all(type(modules[name]) is kind for name, kind in zip(self._names, self._kinds, strict=True))
+        """As `_is_settled`, in what a graph is made for; it is made anew for modules of other classes."""
+        down = weight_of(self, "down")
+        return down is not None and down.is_contiguous() and self._attached() is None
 
     @property
     def _drops(self) -> bool:
-        return any(self.part(name).p > 0 for name in self.layout.parts[len(self._names) :])
+        return any(self.part(name).p > 0 for name in self.layout.parts[len(self.layout.projections) :])
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.own_parameters()))
 
     def _refuse(self, x: Tensor) -> None:
+        attached = self._attached() or self._unfit()
         raise ValueError(
-            "int8 weights must run in hard mode, in torch.no_grad(), without autocast, dropout and adapters, "
-            f"on {self.dtype}, got mode={self.mode}, x={x.dtype}, grad_enabled={torch.is_grad_enabled()}; otherwise "
-            f"{DECELERATE}"
+            "int8 weights must run in hard mode, in torch.no_grad(), without autocast, dropout, hooks and adapters, "
+            f"on {self.dtype}, got mode={self.mode}, x={x.dtype}, grad_enabled={torch.is_grad_enabled()}"
+            f"{'' if attached is None else f', and {attached}'}; otherwise {DECELERATE}"
         )
 
     def extra_repr(self) -> str:

@@ -5,18 +5,23 @@ Shapes: D hidden size, F neurons, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
 from lte.nn.ffn_parts import ROLES, bias_of, weight_of
+from lte.nn.hooks import Look
+from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
-from lte.ops.arguments import FfnWeights, Routing
+from lte.ops.arguments import EXPERT_SIZES, FfnWeights, Routing
 from lte.ops.dispatch import FfnRunner, prepare
 from lte.ops.layout import by_neuron, stack_inputs
 
@@ -24,6 +29,12 @@ WeightFormat = Literal["native", "int8"]
 SCALES = tuple(f"{role}_scale" for role in ROLES)
 BUFFERS = ("stacked", "router_rows", *SCALES)
 DECELERATE = "call lte.decelerate_(model) first, which rounds them back"
+# What plain PyTorch would call on an FFN, and the kernels compute in its place.
+_METHODS = frozenset({"factors", "intermediate", "gate_values", "activation_function"})
+# Before the parameters have been looked at: no FFN has a parameter of no name.
+_UNSEEN: tuple[Any, ...] = (({}, "", ..., 0, None, None),)
+# Threads that share a model may find at once that its parameters were replaced.
+_LAYING_OUT = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -34,11 +45,15 @@ class Acceleration:
         activation: a key of `lte.ops.activations.ACTIVATIONS`.
         weights: `native` keeps the weights, `int8` rounds them to 8 bits with a scale per row.
         active_fraction: share of active experts that measurements let expect, `None` if unknown.
+        name: of the FFN in its model.
+        told: what was said of the model's FFNs that the kernels leave to PyTorch; all FFNs of a model have one list.
     """
 
     activation: str
     weights: WeightFormat = "native"
     active_fraction: float | None = None
+    name: str = "an FFN"
+    told: list[str] = field(default_factory=list, compare=False)
 
 
 class LaidOutFfn(SparseFfn):
@@ -48,8 +63,12 @@ class LaidOutFfn(SparseFfn):
     projection [D, F] has strides (1, D), so whatever works on a `SparseFfn` goes on working: other modes, gradients,
     saving. Int8 weights are parameters of int8, and hard mode without gradients is all that there is.
 
-    Buffers, none of which is saved: `stacked` (see `lte.ops.layout.stack_inputs`); `router_rows`, the router's weight
-    rounded to the dtype of the weights, `None` for a low-rank router; for int8 `gate_scale`, `up_scale`, `down_scale`.
+    The kernels read the parameters' own memory, so that they see what is written into it by whatever means. Before
+    each call it is looked whether a parameter lies elsewhere, and whether a module was replaced or has hooks.
+
+    Buffers, none of which is saved: `stacked` (see `lte.ops.layout.stack_inputs`); `router_rows`, `None` for a low-rank
+    router, else the router's weight: its own memory if it has the dtype of the weights, or rounded to it anew before
+    each call; for int8 `gate_scale`, `up_scale`, `down_scale`.
 
     Attributes:
         acceleration: how it runs.
@@ -61,31 +80,44 @@ class LaidOutFfn(SparseFfn):
     stacked: Tensor | None
     router_rows: Tensor | None
     _after_load: RemovableHandle
-    _runner: FfnRunner
-    _seen: tuple[int, ...]
+    _runner: Any
+    _seen: tuple[Any, ...]
+    _watched: tuple[Any, ...]
+    _activation: tuple[Any]
+    _kinds: tuple[type[nn.Module], ...]
+    _width: int
+    _device: torch.device
+    _rounds_router: bool
     _arch: int
 
     @property
     def hidden_size(self) -> int:
         """D, the width of the FFN's input and output."""
-        rows = self.router.weight if self.router.down is None else self.router.down
-        return rows.shape[1]
+        return self._width
 
     @property
     def _is_int8(self) -> bool:
         return self.acceleration.weights == "int8"
 
+    # Tensors made in inference mode could not be trained afterwards, nor written to.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _lay_out_(self) -> None:
         """Copies the parameters to where the kernels want them."""
-        layout, full_rank = self.layout, self.router.down is None
+        layout, router, full_rank = self.layout, self.router, self.router.down is None
         if self._is_int8:
-            self.router_rows = self.router.weight.to(self.dtype, copy=True) if full_rank else None
+            shared = router.weight.dtype == self.dtype and router.weight.is_contiguous()
+            rows = router.weight.data if shared else router.weight.to(self.dtype, copy=True)
+            self.router_rows = rows if full_rank else None
         else:
             up, gate = weight_of(self, "up"), weight_of(self, "gate")
             assert up is not None
-            parts = stack_inputs(up, gate, self.router.weight if full_rank else None)
+            parts = stack_inputs(up, gate, router.weight if full_rank else None)
             self.dtype, self.stacked, self.router_rows = up.dtype, parts.stacked, parts.router
+            # Transformers cannot save a transposed weight that shares its memory with another.
+            shared = router.weight.dtype == up.dtype and not layout.transposed
+            if shared and parts.router is not None:
+                router.weight.data = parts.router
             self._place_(layout.up, parts.stacked[: 2 * len(up)] if layout.fused else parts.up)
             if layout.gate is not None:
                 assert parts.gate is not None
@@ -93,42 +125,155 @@ class LaidOutFfn(SparseFfn):
             down = layout.matrix(self.part(layout.down)).data
             if not down.T.is_contiguous():
                 self._place_(layout.down, by_neuron(down))
-        self._arch = prepare(self.router.weight.device)
-        self._runner, self._seen = self._bind(), self._look()
+        self._rounds_router = full_rank and not shared
+        self._width, self._device = layout.matrix(self.part(layout.down)).shape[0], router.weight.device
+        self._arch = prepare(self._device)
+        self._runner, self._watched, self._seen = self._bind(), tuple(self._watch()), tuple(self._look())
 
     def _place_(self, name: str, matrix: Tensor) -> None:
         """Makes a parameter a view of its values [out, in] elsewhere."""
         self.part(name).weight.data = matrix.T if self.layout.transposed else matrix
 
-    def _look(self) -> tuple[int, ...]:
-        """Where the parameters lie, and last the version of the router: whether the layout still holds."""
-        router = self.router.weight
-        version = 0 if router.is_inference() else router._version
+    def _look(self) -> Iterator[tuple[Any, ...]]:
+        """All parameters that the kernels read, and how they lie."""
+        named = [(self.part(part), name) for part in self.layout.projections for name in ("weight", "bias")]
+        for module, name in (*named, *((self.router, name) for name in ("weight", "bias", "down"))):
+            tensor = module._parameters.get(name)
+            plain = type(tensor) is nn.Parameter
+            where = (tensor.data_ptr(), tensor.shape, tensor.stride()) if plain else (0, None, None)
+            yield module._parameters, name, tensor, *where
+
+    def _watch(self) -> Iterator[tuple[Any, ...]]:
+        """All modules that PyTorch would call: where they are registered, their class, and their hooks of ours."""
+        paths: list[tuple[nn.Module, str]] = [(self, name) for name in ("router", self._activation_name)]
+        layout = self.layout
+        paths += [(self.block[0] if self.block else self, name) for name in (*layout.parts, layout.activation)]
+        for root, path in paths:
+            owner: Any = root
+            for name in path.split("."):
+                module = owner._modules.get(name)
+                if module is None:  # an activation that is a function
+                    break
+                # Hooks before the up projection of a spread FFN get its hidden states from the block in any case.
+                before = list(module._forward_pre_hooks.values()) if self.block and path == layout.up else []
+                hooks = sum(hook == self._keep_input or isinstance(hook, Look) for hook in before)
+                if module is not self or self.block:
+                    yield owner._modules, name, module, type(module), hooks
+                owner = module
+
+    def _is_settled(self) -> bool:
+        """Whether all modules and parameters are and lie as the kernels know them; a few microseconds."""
+        for modules, name, module, kind, hooks in self._watched:
+            own = module.__dict__
+            if (
+                modules.get(name) is not module
+                or type(module) is not kind
+                or own["_forward_hooks"]
+                or len(own["_forward_pre_hooks"]) != hooks
+                or ("forward" in own and module is not self)
+            ):
+                return False
         return (
-            *(self.part(name).weight.data_ptr() for name in self.layout.projections),
-            router.data_ptr(),
-            version,
+            self._lies_as_seen()
+            and not _global_forward_hooks
+            and not _global_forward_pre_hooks
+            and _METHODS.isdisjoint(self.__dict__)
+            and self.activation_function is self._activation[0]
+            and self.threshold_logit == self._runner.routing.threshold
         )
 
+    def _lies_as_seen(self) -> bool:
+        for parameters, name, tensor, pointer, shape, stride in self._seen:
+            now = parameters.get(name)
+            if now is not tensor:
+                return False
+            if now is not None and (now.data_ptr() != pointer or now.shape != shape or now.stride() != stride):
+                return False
+        return True
+
+    def _settle_(self) -> bool:
+        """Looks anew at what was attached, replaced or moved; whether the kernels can go on. If not it says so."""
+        obstacle = self._attached() or self._unfit()
+        if obstacle is None:
+            with _LAYING_OUT:
+                self._watched = tuple(self._watch())
+                if not self._is_settled():
+                    self._lay_out_()
+            return True
+        plan = self.acceleration
+        if not plan.told:
+            plan.told.append(obstacle)
+            warnings.warn(
+                f"{plan.name} is computed by plain PyTorch and not by the kernels, as {obstacle}; the same holds for "
+                "other FFNs of the model of which this is true",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return False
+
+    def _attached(self) -> str | None:
+        """What PyTorch would call and the kernels do not, in words; `None` if there is nothing."""
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return "there are hooks on all modules"
+        replaced = sorted(_METHODS.intersection(self.__dict__))
+        if replaced:
+            return f"its {replaced[0]} was replaced"
+        if self.activation_function is not self._activation[0]:
+            return "its activation function was replaced"
+        kinds = dict(zip(self.layout.projections, self._kinds, strict=True))
+        for name, kind in (*kinds.items(), ("router", Router)):
+            module = self.router if name == "router" else self.part(name)
+            if type(module) is not kind:
+                return f"its {name} is a {type(module).__module__}.{type(module).__qualname__}"
+        for _, name, module, _, hooks in self._watch():
+            if module._forward_hooks or len(module._forward_pre_hooks) != hooks:
+                return f"its {name} has hooks"
+            if "forward" in module.__dict__ and module is not self:
+                return f"the forward method of its {name} was replaced"
+        return None
+
+    def _unfit(self) -> str | None:
+        """Which weights the kernels cannot take, in words; `None` if they can take all."""
+        layout, router = self.layout, self.router
+        weights = {name: self.part(name)._parameters.get("weight") for name in layout.projections}
+        for name, weight in {**weights, "router": router._parameters.get("weight")}.items():
+            if type(weight) is not nn.Parameter:
+                return f"the weight of its {name} is a {type(weight).__name__}"
+        tensors: list[Any] = [*weights.values()]
+        if len({weight.dtype for weight in tensors}) > 1:
+            return "its weights are of several dtypes"
+        if len({tensor.device for tensor in (*tensors, *router.parameters())}) > 1:
+            return "its weights and router lie on several devices"
+        if tensors[0].dtype != torch.int8 if self._is_int8 else not tensors[0].is_floating_point():
+            return f"its weights are {tensors[0].dtype}"
+        down, width = layout.matrix(self.part(layout.down)), (router.weight if router.down is None else router.down)
+        up, gate = weight_of(self, "up"), weight_of(self, "gate")
+        shapes = {part.shape for part in (up, gate, down.T) if part is not None}
+        size = down.shape[1] / len(router.weight)
+        if len(shapes) > 1 or width.shape[1] != down.shape[0] or size not in EXPERT_SIZES:
+            return "the shapes of its weights and router do not fit together"
+        return None
+
+    def release_(self) -> None:
+        """Forgets all copies, and how the parameters lay: the next call lays them out anew."""
+        self.stacked, self.router_rows, self._runner, self._seen = None, None, None, _UNSEEN
+
     def refresh_(self) -> None:
-        """Lays out anew what somebody moved, replaced or trained since."""
-        now = self._look()
-        if now == self._seen:
-            return
-        if now[:-1] != self._seen[:-1]:
-            self._lay_out_()
-        else:
-            if self.router_rows is not None:
-                with torch.no_grad():
-                    self.router_rows.copy_(self.router.weight)
-            self._seen = now
+        """Lays out anew what somebody moved or replaced since."""
+        if not self._is_settled() and self._unfit() is None:
+            with _LAYING_OUT:
+                self._lay_out_()
 
     def _bind(self) -> FfnRunner:
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("stacked", *SCALES)}
         for role in ROLES:
             parts[role], parts[f"{role}_bias"] = weight_of(self, role), bias_of(self, role)
-        bias = None if self.router_rows is None else self.router.bias
-        routing = Routing(weight=self.router_rows, bias=bias, threshold=self.threshold_logit)
+        rows = self.router_rows
+        if rows is not None and torch.compiler.is_compiling():
+            # A graph cannot look whether another weight has taken the place of this one.
+            rows = self.router.weight.to(self.dtype)
+        bias = None if rows is None else self.router.bias
+        routing = Routing(weight=rows, bias=bias, threshold=self.threshold_logit)
         plan = self.acceleration
         return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.active_fraction, self._arch)
 
@@ -142,7 +287,8 @@ class LaidOutFfn(SparseFfn):
     def expect_(self, active_fraction: float | None) -> None:
         """Sets the share of active experts by which the path is chosen; graphs that were captured keep theirs."""
         self.acceleration = replace(self.acceleration, active_fraction=active_fraction)
-        self._runner = self._bind()
+        if self._runner is not None:
+            self._runner = self._bind()
 
     def train(self, mode: bool = True) -> LaidOutFfn:
         """As `nn.Module.train`."""
@@ -151,26 +297,21 @@ class LaidOutFfn(SparseFfn):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaidOutFfn:
         """Moves or casts the parameters one by one and lays them out anew; scales stay in fp32."""
-        seen, kept = self._look(), {name: getattr(self, name) for name in BUFFERS}
+        kept, was_settled = {name: getattr(self, name) for name in BUFFERS}, bool(self._seen) and self._lies_as_seen()
         probe = torch.empty(0, dtype=self.dtype, device=self.router.weight.device)
         for name in BUFFERS:
             setattr(self, name, None)
         super()._apply(fn, recurse)
-        if self.block:
-            # The projections are moved on their own, before and after; the last one calls `refresh_`.
-            for name in SCALES:
-                setattr(self, name, None if kept[name] is None else kept[name].to(self.router.weight.device))
-            self.dtype, self._seen = fn(probe).dtype, ()
-            return self
-        unmoved = self._look()[:-1] == seen[:-1]
         device = self.router.weight.device
+        # The projections of a spread FFN are moved on their own, before and after; the last one calls `refresh_`.
+        unmoved = was_settled and self._lies_as_seen() and not self.block
         for name in BUFFERS if unmoved else SCALES:
             setattr(self, name, None if kept[name] is None else kept[name].to(device))
         if unmoved:
-            self.refresh_()
-        else:
-            del kept
-            self.dtype = fn(probe).dtype
+            return self
+        del kept
+        self.dtype, self._seen = fn(probe).dtype, _UNSEEN
+        if not self.block and self._unfit() is None:
             self._lay_out_()
         return self
 
@@ -188,14 +329,15 @@ class LaidOutFfn(SparseFfn):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what is made from the parameters."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_seen")}
+        made = ("_runner", "_seen", "_watched")
+        state = {name: value for name, value in self.__dict__.items() if name not in made}
         state["_buffers"] = {**self._buffers, "stacked": None, "router_rows": None}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._seen = ()
-        if not self.block:
+        self._watched, self._seen, self._runner = (), _UNSEEN, None
+        if not self.block and self._unfit() is None:
             self._lay_out_()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,20 +29,51 @@ class Reading:
     threshold_logit: float = 0.0
 
 
+class OfThread(threading.local):
+    """What the parts of one call hand on to each other, and the last call to who made it: in each thread its own.
+
+    On a module itself, calls in other threads would meet it. Copies of a module, pickled ones included, start without.
+
+    Attributes:
+        inputs: what the up projection of a spread FFN has read, one place for each call of its block that is not over.
+        left: what the last call has left: `reading`, see `MeteredModule`; `logits` of a router, [..., E]; `routing`, of
+            which an FFN makes its auxiliary loss. A dictionary, as compiled code would not write attributes back.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor | None] = []
+        self.left: dict[str, Any] = {"reading": None, "logits": None, "routing": None}
+
+    def __reduce__(self) -> tuple[type[OfThread], tuple[()]]:
+        return OfThread, ()
+
+
 class MeteredModule(nn.Module):
     """A module of a method.
 
     Attributes:
         metering: whether the forward pass keeps a `reading`.
-        reading: of the last forward pass.
+        reading: of the last forward pass in this thread.
         observer: while set, the module computes densely and hands it what it works on; see `lte.methods.calibration`.
         target_sparsity: what the method's config says, for those that keep a fixed share.
     """
 
     metering = False
-    reading: Reading | None = None
     observer: Callable[..., None] | None = None
     target_sparsity = 0.0
+    _of_thread: OfThread
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_thread = OfThread()
+
+    @property
+    def reading(self) -> Reading | None:
+        return self._of_thread.left["reading"]
+
+    @reading.setter
+    def reading(self, reading: Reading | None) -> None:
+        self._of_thread.left["reading"] = reading
 
     @property
     def dense_weights(self) -> int:

@@ -25,7 +25,7 @@ class PassingUp(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] itself or x W_up [..., F]."""
-        return x if self.ffn[0].takes(x) else super().forward(x)
+        return x if "_is_replica" not in self.__dict__ and self.ffn[0].takes(x) else super().forward(x)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # The FFN refuses as well, but its turn comes after this one's.
@@ -63,6 +63,8 @@ def install_passing_(ffn: SparseFfn) -> None:
 def remove_passing_(ffn: SparseFfn) -> None:
     """The inverse of `install_passing_`."""
     for name in ffn.layout.projections:
-        projection = ffn.part(name)
-        projection.__class__ = nn.Linear
-        del projection.ffn
+        # Adapters may have been put around a projection, or another taken its place.
+        for module in ffn.part(name).modules():
+            if isinstance(module, PassingUp | PassingDown):
+                vars(module).pop("ffn", None)
+                module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -20,14 +20,20 @@ class Fp32Linear(torch.autograd.Function):
     bf16.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out_dtype = torch.promote_types(torch.float32, weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(out_dtype)
             return nn.functional.linear(x.to(out_dtype), weight.to(out_dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

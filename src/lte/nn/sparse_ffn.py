@@ -54,7 +54,15 @@ class SparseFfn(WrappedFfn):
         self.threshold_logit = math.log(threshold / (1 - threshold))
         self.mode: FfnMode = "hard"
         self.record_logits = False
-        self.logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The router logits [..., E] of the last forward pass in this thread, if `record_logits`."""
+        return self._of_thread.left["logits"]
+
+    @logits.setter
+    def logits(self, logits: Tensor | None) -> None:
+        self._of_thread.left["logits"] = logits
 
     @property
     def num_experts(self) -> int:
@@ -117,7 +125,6 @@ class SparseFfn(WrappedFfn):
     def _switch(self, projected: Tensor) -> Tensor:
         hidden = self.activation_function(projected)
         if self.mode == "dense":
-            self._up_input = None
             return hidden
         x = self.take_input()
         return scale_experts(hidden, self.gate_values(self._route(x)))
@@ -143,11 +150,17 @@ class _ScaleExperts(torch.autograd.Function):
     widths of SmolLM2-135M, eager. The backward pass forms the product anew.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, gate: Tensor, factor: Tensor | None) -> Tensor:
-        ctx.save_for_backward(hidden, gate, factor)
-        run = _fused_on_gpu(_scale_forward, hidden) if any(ctx.needs_input_grad) else _scale_forward
+    def forward(hidden: Tensor, gate: Tensor, factor: Tensor | None) -> Tensor:
+        wanted = any(tensor is not None and tensor.requires_grad for tensor in (hidden, gate, factor))
+        run = _fused_on_gpu(_scale_forward, hidden) if wanted else _scale_forward
         return run(hidden, gate, factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,15 +191,21 @@ def _scale_backward(
     return grad_hidden, grad_gate, grad_factor
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, `vmap` or `grad` say, is at work: tensors are then wrappers."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 _compiled = functools.cache(functools.partial(torch.compile, dynamic=None))
 
 
 def _fused_on_gpu(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """The function compiled to one kernel on a GPU, where its passes over memory are what soft mode costs.
 
-    Elsewhere, in a layer that is compiled as a whole, and for second derivatives it is the function itself.
+    Elsewhere, in a layer that is compiled as a whole, under the transforms of `torch.func`, and for second derivatives
+    it is the function itself.
     """
-    plain = not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled()
+    plain = not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed()
     return function if plain else _compiled(function)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lte.nn.metering import MeteredModule
 
@@ -75,8 +77,9 @@ class WrappedFfn(MeteredModule):
 
     An FFN that is spread over its block (`FfnLayout.spread`) takes the activation function's place there: the block
     calls its up projection, this module, and its down projection one after the other. A hook keeps the up
-    projection's input for the subclass, whose `forward` maps x W_up to what the down projection shall read, so that
-    all else of the block, dropouts and adapters on the projections included, stays as it is.
+    projection's input, for the call and in its thread alone, for the subclass, whose `forward` maps x W_up to what the
+    down projection shall read, so that all else of the block, dropouts and adapters on the projections included, stays
+    as it is.
 
     Args:
         parts: the family's projections and dropouts by their own names (`FfnLayout.parts`), or the block that holds
@@ -100,9 +103,14 @@ class WrappedFfn(MeteredModule):
         self.layout = layout
         # In a tuple, or it would become a submodule of its own submodule.
         self.block = (parts,) if isinstance(parts, nn.Module) else ()
-        self._up_input: Tensor | None = None
+        self._hooks: list[RemovableHandle] = []
         if isinstance(parts, nn.Module):
-            self._hook = parts.get_submodule(layout.up).register_forward_pre_hook(self._keep_input)
+            self._hooks = [
+                parts.register_forward_pre_hook(self._begin_call),
+                # Also after an exception, so that nothing of a call is left.
+                parts.register_forward_hook(self._end_call, always_call=True),
+                parts.get_submodule(layout.up).register_forward_pre_hook(self._keep_input),
+            ]
         else:
             for name in layout.parts:
                 self.add_module(name, parts[name])
@@ -111,6 +119,11 @@ class WrappedFfn(MeteredModule):
     def part(self, name: str) -> Any:
         """A projection or dropout by the name that the layout gives it."""
         return self.block[0].get_submodule(name) if self.block else self._modules[name]
+
+    @property
+    def reader(self) -> nn.Module:
+        """The module whose input is the hidden states [..., D]: the up projection of a spread FFN, else this one."""
+        return self.part(self.layout.up) if self.block else self
 
     @property
     def activation_function(self) -> Callable[[Tensor], Tensor]:
@@ -129,12 +142,28 @@ class WrappedFfn(MeteredModule):
                 yield from self.part(name).parameters()
 
     def leave_(self) -> None:
-        """Takes the hook off the block, before something else takes the FFN's place in it."""
-        if self.block:
-            self._hook.remove()
+        """Takes the hooks off the block, before something else takes the FFN's place in it."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin_call(self, block: nn.Module, args: Any) -> None:
+        self._of_thread.inputs.append(None)
+        if not torch.compiler.is_compiling():
+            up = block.get_submodule(self.layout.up)
+            # Adapters, quantisers and users put other modules there.
+            if self._keep_input not in up._forward_pre_hooks.values():
+                self._hooks.append(up.register_forward_pre_hook(self._keep_input))
+
+    def _end_call(self, block: nn.Module, args: Any, output: Any) -> None:
+        if self._of_thread.inputs:
+            self._of_thread.inputs.pop()
 
     def _keep_input(self, up: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._up_input = args[0]
+        inputs = self._of_thread.inputs
+        # Nobody has begun a call where the parts of a block are called without it.
+        if not inputs:
+            inputs.append(None)
+        inputs[-1] = args[0]
 
     @property
     def num_neurons(self) -> int:
@@ -170,12 +199,14 @@ class WrappedFfn(MeteredModule):
         Raises:
             ValueError: if it was another module that read them.
         """
-        x, self._up_input = self._up_input, None
+        inputs = self._of_thread.inputs
+        x = inputs[-1] if inputs else None
         if x is None:
             raise ValueError(
                 f"{self.layout.up} must be the up projection that the FFN was built around, got another; take adapters "
                 "and quantisation off, or convert the model anew"
             )
+        inputs[-1] = None
         return x
 
     def auxiliary_loss(self, token_mask: Tensor) -> Tensor | None:
@@ -212,6 +243,7 @@ class WrappedFfn(MeteredModule):
         if layout.inner_dropout is not None:
             hidden = self.part(layout.inner_dropout)(hidden)
         if layout.casts_to_down:
-            hidden = hidden.to(down.weight.dtype)
+            # Quantisers of PyTorch make the weight a method; what they compute is fp32.
+            hidden = hidden if callable(down.weight) else hidden.to(down.weight.dtype)
         out = down(hidden)
         return out if layout.outer_dropout is None else self.part(layout.outer_dropout)(out)
