@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,12 @@ def variants(full: bool) -> Any:
     base |= {"tokens": 1, "router": "own", "size": SIZE, "hidden": HIDDEN, "experts": EXPERTS}
     for arch, tokens in itertools.product((80, 90), (1, 16)):
         changes: list[dict[str, Any]] = [{}, {"gated": False, "bias": True, "activation": "gelu"}, {"int8": True}]
-        changes += [{"router": "given"}, {"router": "wide"}, {"dtype": torch.float32, "activation": "gelu_tanh"}]
+        changes += [
+            {"router": "given"},
+            {"router": "wide"},
+            {"router": "rounded"},
+            {"dtype": torch.float32, "activation": "gelu_tanh"},
+        ]
         changes += [{"dtype": torch.float16, "activation": "relu2"}]
         if full or (arch, tokens) == (80, 1):
             changes += [{"size": 8, "activation": "relu"}, {"size": 64}, {"size": 16}, {"hidden": 100}]
@@ -122,8 +128,10 @@ def launch_variant(v: dict[str, Any]) -> None:
         named |= {f"{name}_scale": empty(sizes[name], dtype=torch.float32) for name in list(named)}
     if v["bias"]:
         named |= {"up_bias": empty(neurons), "down_bias": empty(hidden)}
-    router_dtype = torch.float32 if v["router"] == "wide" else v["dtype"]
+    router_dtype = v["dtype"] if v["router"] == "own" else torch.float32
     routing = Routing(weight=empty(experts, hidden, dtype=router_dtype), bias=empty(experts, dtype=torch.float32))
+    if v["router"] == "rounded":
+        routing = replace(routing, rounded=empty(experts, hidden))
     if v["router"] == "given":
         routing = Routing(logits=empty(v["tokens"], experts, dtype=torch.float32))
     weights = FfnWeights(**named)

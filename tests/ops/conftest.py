@@ -58,6 +58,23 @@ def random_router(x: Tensor, experts: int, sparsity: float, dtype: torch.dtype =
     return Routing(weight=weight, bias=bias, threshold=((near[widest] + near[widest + 1]) / 2).item())
 
 
+def finer_router(x: Tensor, experts: int) -> Routing:
+    """A router in fp32 that counts as rounded to the dtype of x, with which no expert is on for `opposed_states`.
+
+    Unrounded it would switch the first one on.
+    """
+    weight = torch.zeros(experts, x.shape[1], device=DEVICE)
+    weight[0, :2] = torch.tensor([1 + 2**-12, 1.0])
+    return Routing(weight=weight, rounded=torch.full_like(weight, torch.nan, dtype=x.dtype))
+
+
+def opposed_states(tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Hidden states [T, D] of which the first two cancel."""
+    x = torch.zeros(tokens, hidden, device=DEVICE, dtype=dtype)
+    x[:, 0], x[:, 1] = 1, -1
+    return x
+
+
 def masks(tokens: int, experts: int) -> dict[str, Tensor]:
     """Masks [T, E] by name: none, one, some, and all experts active, and others for each token."""
     mask = {name: torch.zeros(tokens, experts, dtype=torch.bool, device=DEVICE) for name in ("none", "one", "some")}

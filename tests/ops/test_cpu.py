@@ -22,7 +22,7 @@ from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins, sparse_ffn_cpu
 from lte.ops.reference import sparse_ffn_reference
 from tests.ops import conftest
-from tests.ops.conftest import BOUNDS, masks, random_ffn, random_router
+from tests.ops.conftest import BOUNDS, finer_router, masks, opposed_states, random_ffn, random_router
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -111,6 +111,14 @@ def test_routers_in_fp32_and_in_the_dtype_of_x(check: Callable, dtype: torch.dty
     weights = random_ffn(100, 9, dtype=dtype)
     for router_dtype in {dtype, torch.float32}:
         check(x, weights, random_router(x, 9, 0.5, router_dtype), note=router_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_finer_router_counts_as_rounded(check: Callable, dtype: torch.dtype) -> None:
+    x = opposed_states(3, 100, dtype)
+    routing = finer_router(x, 6)
+    assert not check(x, random_ffn(100, 6, dtype=dtype), routing).any()
+    assert check(x, random_ffn(100, 6, dtype=dtype), dataclasses.replace(routing, rounded=None)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,7 +18,7 @@ from lte.ops.decode import sparse_ffn_decode
 from lte.ops.launch import ManyTokenTiles, OneTokenTiles
 from lte.ops.reference import sparse_ffn_reference
 from lte.ops.workspace import workspace
-from tests.ops.conftest import DEVICE, masks, random_ffn, random_router
+from tests.ops.conftest import DEVICE, finer_router, masks, opposed_states, random_ffn, random_router
 
 Check = Callable[..., Tensor]
 TOKENS = (1, 2, 7, 16)
@@ -56,6 +56,16 @@ def test_routers(tokens: int, dtype: torch.dtype, assert_matches: Check) -> None
         routing = random_router(x, 19, 0.6, router_dtype)
         assert_matches(x, weights, routing)
         assert_matches(x, weights, replace(routing, bias=None))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("tokens", [1, 7, 16])
+def test_a_finer_router_counts_as_rounded(tokens: int, dtype: torch.dtype, assert_matches: Check) -> None:
+    x = opposed_states(tokens, 100, dtype)
+    routing = finer_router(x, 5)
+    assert not assert_matches(x, random_ffn(100, 5, dtype=dtype), routing).any()
+    unrounded = replace(routing, rounded=None)
+    assert assert_matches(x, random_ffn(100, 5, dtype=dtype), unrounded).any()
 
 
 @pytest.mark.parametrize("tokens", [1, 16])

@@ -19,7 +19,7 @@ from lte.ops.layout import stack_inputs
 from lte.ops.prefill import sparse_ffn_prefill
 from lte.ops.prefill_launch import ActivationTiles, GroupedTiles, SkinnyTiles
 from lte.ops.reference import sparse_ffn_reference
-from tests.ops.conftest import BOUNDS, DEVICE, masks, random_ffn, random_router
+from tests.ops.conftest import BOUNDS, DEVICE, finer_router, masks, opposed_states, random_ffn, random_router
 
 Check = Callable[..., Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -184,6 +184,15 @@ def test_routers(dtype: torch.dtype, assert_equal: Check) -> None:
         routing = random_router(x, 19, 0.6, router_dtype)
         assert_equal(x, weights, routing)
         assert_equal(x, weights, replace(routing, bias=None))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_finer_router_counts_as_rounded(dtype: torch.dtype, assert_equal: Check) -> None:
+    x = opposed_states(9, 100, dtype)
+    routing = finer_router(x, 5)
+    assert not assert_equal(x, random_ffn(100, 5, dtype=dtype), routing).any()
+    unrounded = replace(routing, rounded=None)
+    assert assert_equal(x, random_ffn(100, 5, dtype=dtype), unrounded).any()
 
 
 def test_the_threshold_is_strict_and_not_a_number_is_off(assert_equal: Check) -> None:

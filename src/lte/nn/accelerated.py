@@ -73,13 +73,8 @@ class AcceleratedFfn(LaidOutFfn):
                 return super().forward(x)
         elif not self.takes(x):
             return super().forward(x)
-        if torch.compiler.is_compiling():
-            # Graphs must see parameters and buffers, which stay where they are: CUDA graphs copy all other inputs.
-            runner = self._bind()
-        else:
-            runner = self._runner
-            if self._rounds_router:
-                runner.routing.weight.copy_(self.router.weight)
+        # Graphs must see parameters and buffers, which stay where they are: CUDA graphs copy all other inputs.
+        runner = self._bind() if torch.compiler.is_compiling() else self._runner
         flat = x.reshape(-1, x.shape[-1])
         logits = None
         if self.router.down is not None:

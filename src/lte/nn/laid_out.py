@@ -67,8 +67,8 @@ class LaidOutFfn(SparseFfn):
     each call it is looked whether a parameter lies elsewhere, and whether a module was replaced or has hooks.
 
     Buffers, none of which is saved: `stacked` (see `lte.ops.layout.stack_inputs`); `router_rows`, `None` for a low-rank
-    router, else the router's weight: its own memory if it has the dtype of the weights, or rounded to it anew before
-    each call; for int8 `gate_scale`, `up_scale`, `down_scale`.
+    router, else the router's weight: its own memory if it has the dtype of the weights, or memory to round it into (see
+    `lte.ops.arguments.Routing.rounded`); for int8 `gate_scale`, `up_scale`, `down_scale`.
 
     Attributes:
         acceleration: how it runs.
@@ -268,12 +268,9 @@ class LaidOutFfn(SparseFfn):
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("stacked", *SCALES)}
         for role in ROLES:
             parts[role], parts[f"{role}_bias"] = weight_of(self, role), bias_of(self, role)
-        rows = self.router_rows
-        if rows is not None and torch.compiler.is_compiling():
-            # A graph cannot look whether another weight has taken the place of this one.
-            rows = self.router.weight.to(self.dtype)
-        bias = None if rows is None else self.router.bias
-        routing = Routing(weight=rows, bias=bias, threshold=self.threshold_logit)
+        router, rounded = self.router, self.router_rows if self._rounds_router else None
+        given = (None, None) if router.down is not None else (router.weight, router.bias)
+        routing = Routing(weight=given[0], bias=given[1], threshold=self.threshold_logit, rounded=rounded)
         plan = self.acceleration
         return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.active_fraction, self._arch)
 

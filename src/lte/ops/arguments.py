@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -72,12 +73,35 @@ class Routing:
         bias: b, [E].
         logits: [T, E] fp32, in place of `weight` and `bias`.
         threshold: threshold of the logit.
+        rounded: [E, D], where W counts as rounded to this dtype: memory that a path which needs it so writes it into,
+            anew at each call, so that no edit of W is missed. Other paths round what they read.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     logits: Tensor | None = None
     threshold: float = 0.0
+    rounded: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which W and its products count."""
+        weight = self.weight if self.rounded is None else self.rounded
+        return torch.float32 if weight is None else weight.dtype
+
+    def rounded_weight(self) -> Tensor | None:
+        """W as it counts."""
+        return self.weight if self.rounded is None or self.weight is None else self.rounded.copy_(self.weight)
+
+    def flat(self) -> list[Tensor | None]:
+        """The tensors, as operations take them."""
+        return [self.weight, self.bias, self.logits, self.rounded]
+
+    @staticmethod
+    def from_flat(tensors: Sequence[Tensor | None], threshold: float) -> Routing:
+        """The inverse of `flat`."""
+        weight, bias, logits, rounded = tensors
+        return Routing(weight=weight, bias=bias, logits=logits, threshold=threshold, rounded=rounded)
 
     @staticmethod
     def forced(mask: Tensor) -> Routing:
@@ -138,5 +162,6 @@ def check_arguments(
         if weight is not None:
             _check_weight(name, weight, scale, x)
     _check_tensor("weight", routing.weight, (experts, hidden), x)
+    _check_tensor("rounded", routing.rounded, (experts, hidden), x)
     _check_tensor("bias", routing.bias, (experts,), x)
     _check_tensor("logits", routing.logits, (tokens, experts), x)

@@ -13,7 +13,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -61,8 +61,9 @@ def sparse_ffn_cpu(x: Tensor, weights: FfnWeights, routing: Routing, activation:
         ValueError: if shapes, dtypes, devices or layouts do not fit, or a gradient is wanted.
     """
     if torch.compiler.is_compiling():
-        flat_routing = [routing.weight, routing.bias, routing.logits]
-        return torch.ops.lte.sparse_ffn_cpu(x, weights.flat(), flat_routing, routing.threshold, activation)
+        return torch.ops.lte.sparse_ffn_cpu(x, weights.flat(), routing.flat(), routing.threshold, activation)
+    if routing.rounded is not None and routing.logits is None:
+        routing = replace(routing, weight=routing.rounded_weight(), rounded=None)
     plan = _find_plan(x, weights, routing, activation)
     if not 1 <= x.shape[0] <= MAX_TOKENS or routing.logits is not None:
         _check(x, weights, routing, activation)
@@ -224,7 +225,7 @@ def _cpu_op(
     threshold: float,
     activation: str,
 ) -> Tensor:
-    route = Routing(weight=routing[0], bias=routing[1], logits=routing[2], threshold=threshold)
+    route = Routing.from_flat(routing, threshold)
     with torch.no_grad():
         return sparse_ffn_cpu(x, FfnWeights.from_flat(list(weights)), route, activation)
 

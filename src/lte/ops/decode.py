@@ -51,8 +51,7 @@ def sparse_ffn_decode(x: Tensor, weights: FfnWeights, routing: Routing, activati
     Raises:
         ValueError: if shapes, dtypes or devices do not fit.
     """
-    flat_routing = [routing.weight, routing.bias, routing.logits]
-    return _decode_op(x, weights.flat(), flat_routing, routing.threshold, activation)
+    return _decode_op(x, weights.flat(), routing.flat(), routing.threshold, activation)
 
 
 # Lists, since the operation's schema cannot hold a dataclass.
@@ -66,7 +65,7 @@ def _decode_op(
 ) -> Tensor:
     check_device(x)
     ffn = FfnWeights.from_flat(list(weights))
-    route = Routing(weight=routing[0], bias=routing[1], logits=routing[2], threshold=threshold)
+    route = Routing.from_flat(routing, threshold)
     check_arguments(x, ffn, route, activation)
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
         return run_decode(x.contiguous(), ffn, route, activation)
@@ -193,7 +192,7 @@ class DecodeLaunch:
             "D": self.hidden, "E": self.experts, "S": self.neurons // self.experts, "P": self.programs,
             "R": triton.next_power_of_2(share), "LOCAL": triton.next_power_of_2(share + 1),
             "E_PAD": padded, "AT_ONCE": min(max(padded // (32 * self.tiles.warps), 1), 8),
-            "ACTIVATION": self.activation,
+            "ACTIVATION": self.activation, "ROUTER_AS": _TL_DTYPES[self.routing.dtype],
             "STAGES": self.tiles.stages, "DEPENDENT": self.tiles.dependent, "num_warps": self.tiles.warps,
         }  # fmt: skip
 
@@ -214,8 +213,7 @@ class DecodeLaunch:
         self.splits = max(self.programs // columns, 1)
         common = self._common()
         padded = triton.next_power_of_2(self.tokens)
-        router = self.routing.weight
-        wide = router is None or router.dtype != x.dtype
+        wide = self.routing.dtype != x.dtype
         if padded <= 8:  # the routing keeps 64 partial sums a thread
             block_r = max(min(64 * 32 * tiles.warps // (padded * common["R"]), triton.next_power_of_2(self.hidden)), 16)
         else:  # or uses tensor cores, whose products have sides of 16 or more

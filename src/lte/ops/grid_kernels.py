@@ -104,9 +104,9 @@ def grid_finish(counters, P: tl.constexpr):
 
 
 @triton.jit
-def round_to_weight(products, router):
-    """fp32 products rounded to the dtype of the router's weight, so that they are those of every other path."""
-    return products.to(router.dtype.element_ty).to(tl.float32)
+def rounded(values, ROUTER_AS: tl.constexpr):
+    """The router's weights, or its products, in fp32 rounded to the dtype in which they count on every other path."""
+    return values.to(ROUTER_AS).to(tl.float32)
 
 
 @triton.jit
@@ -153,6 +153,7 @@ def route_one(
     P: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ROUTER_AS: tl.constexpr,
 ):
     """masks [E] of one token, R experts or fewer by each program."""
     experts = tl.program_id(0) + P * tl.arange(0, R)
@@ -165,8 +166,8 @@ def route_one(
         k_mask = k + ks < D
         w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
         values = tl.load(x + k + ks, mask=k_mask, other=0).to(tl.float32)
-        total += w.to(tl.float32) * values[None, :]
-    products = round_to_weight(tl.sum(total, 1)[:, None], router)
+        total += rounded(w, ROUTER_AS) * values[None, :]
+    products = rounded(tl.sum(total, 1)[:, None], ROUTER_AS)
     store_masks(masks, tag, experts, on, products, biases, threshold, 1, 1)
 
 
@@ -185,6 +186,7 @@ def route_few(
     P: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ROUTER_AS: tl.constexpr,
 ):
     """As `route_one` for T tokens, padded to T_ROUTE.
 
@@ -203,8 +205,8 @@ def route_few(
         w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
         mask_x = (ts < T)[:, None] & k_mask[None, :]
         values = tl.load(x + ts[:, None] * D + (k + ks)[None, :], mask=mask_x, other=0)
-        total += w.to(tl.float32)[:, None, :] * values.to(tl.float32)[None, :, :]
-    products = round_to_weight(tl.sum(total, 2), router)
+        total += rounded(w, ROUTER_AS)[:, None, :] * values.to(tl.float32)[None, :, :]
+    products = rounded(tl.sum(total, 2), ROUTER_AS)
     store_masks(masks, tag, experts, on, products, biases, threshold, T, T_ROUTE)
 
 
@@ -223,6 +225,7 @@ def route_many(
     P: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ROUTER_AS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     """As `route_one` for more tokens, on tensor cores; R is at least 16."""
@@ -238,8 +241,8 @@ def route_many(
         w = tl.load(router + rows + (k + ks)[None, :], mask=on[:, None] & k_mask[None, :], other=0)
         mask_x = (ts < T)[None, :] & k_mask[:, None]
         values = tl.load(x + ts[None, :] * D + (k + ks)[:, None], mask=mask_x, other=0)
-        products = tl.dot(w.to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
-    store_masks(masks, tag, experts, on, round_to_weight(products, router), biases, threshold, T, T_PAD)
+        products = tl.dot(w.to(ROUTER_AS).to(DOT_DTYPE), values.to(DOT_DTYPE), products, input_precision="ieee")
+    store_masks(masks, tag, experts, on, rounded(products, ROUTER_AS), biases, threshold, T, T_PAD)
 
 
 @triton.jit

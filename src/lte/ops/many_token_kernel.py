@@ -179,6 +179,7 @@ def decode_many_kernel(
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    ROUTER_AS: tl.constexpr,
     ROUTER_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
     DOWN_STAGES: tl.constexpr,
@@ -197,9 +198,25 @@ def decode_many_kernel(
     if FIRST == 0:
         if logits is None:
             if T_ROUTE <= 8:
-                route_few(x, router, router_bias, masks, tag, threshold, T, D, E, T_ROUTE, P, R, BLOCK_R)
+                route_few(x, router, router_bias, masks, tag, threshold, T, D, E, T_ROUTE, P, R, BLOCK_R, ROUTER_AS)
             else:
-                route_many(x, router, router_bias, masks, tag, threshold, T, D, E, T_PAD, P, R, BLOCK_R, ROUTER_DTYPE)
+                route_many(
+                    x,
+                    router,
+                    router_bias,
+                    masks,
+                    tag,
+                    threshold,
+                    T,
+                    D,
+                    E,
+                    T_PAD,
+                    P,
+                    R,
+                    BLOCK_R,
+                    ROUTER_AS,
+                    ROUTER_DTYPE,
+                )
         else:
             route_given(logits, masks, tag, threshold, T, E, T_PAD, P, R)
     if LAST >= 1:

@@ -116,6 +116,7 @@ def decode_one_kernel(
     R: tl.constexpr,
     LOCAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ROUTER_AS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -132,7 +133,7 @@ def decode_one_kernel(
     tag = tl.load(counters + 2)
     if FIRST == 0:
         if logits is None:
-            route_one(x, router, router_bias, masks, tag, threshold, D, E, P, R, BLOCK_R)
+            route_one(x, router, router_bias, masks, tag, threshold, D, E, P, R, BLOCK_R, ROUTER_AS)
         else:
             route_given(logits, masks, tag, threshold, 1, E, 1, P, R)
     if FIRST <= 1 and LAST >= 1:

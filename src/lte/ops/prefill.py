@@ -64,8 +64,7 @@ def sparse_ffn_prefill(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit, or the path is unknown.
     """
-    flat_routing = [routing.weight, routing.bias, routing.logits]
-    return _prefill_op(x, weights.flat(), flat_routing, routing.threshold, activation, path)
+    return _prefill_op(x, weights.flat(), routing.flat(), routing.threshold, activation, path)
 
 
 # Lists, since the operation's schema cannot hold a dataclass.
@@ -81,7 +80,7 @@ def _prefill_op(
     check_choice("path", path, get_args(PrefillPath))
     check_device(x)
     ffn = FfnWeights.from_flat(list(weights))
-    route = Routing(weight=routing[0], bias=routing[1], logits=routing[2], threshold=threshold)
+    route = Routing.from_flat(routing, threshold)
     check_arguments(x, ffn, route, activation, max_tokens=None)
     run = run_grouped if path == "grouped" else run_masked
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
@@ -183,7 +182,10 @@ def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | 
         products = None if gate is None else functional.linear(x, gate)
         return products, functional.linear(x, up), _logits(x, routing)
     assert weights.stacked is not None
-    with_router = routing.logits is None and _is_at(routing.weight, weights.stacked, rows)
+    own = routing.weight if routing.rounded is None else routing.rounded
+    with_router = routing.logits is None and _is_at(own, weights.stacked, rows)
+    if with_router:
+        routing.rounded_weight()
     products = multiply(x, weights.stacked if with_router else weights.stacked[:rows])
     logits = products[:, rows : rows + routing.num_experts] if with_router else _logits(x, routing)
     return None if weights.gate is None else products[:, :neurons], products[:, rows - neurons : rows], logits
@@ -234,8 +236,8 @@ def _logits(x: Tensor, routing: Routing) -> Tensor:
     if routing.logits is not None:
         return routing.logits
     assert routing.weight is not None
-    dtype = torch.promote_types(x.dtype, routing.weight.dtype)
-    return functional.linear(x.to(dtype), routing.weight.to(dtype)).to(routing.weight.dtype)
+    dtype = torch.promote_types(x.dtype, routing.dtype)
+    return functional.linear(x.to(dtype), routing.weight.to(routing.dtype).to(dtype)).to(routing.dtype)
 
 
 def _router_bias(routing: Routing) -> Tensor | None:

@@ -19,7 +19,7 @@ def router_logits(x: Tensor, routing: Routing) -> Tensor:
         return routing.logits
     assert routing.weight is not None
     dtype = torch.promote_types(torch.float32, x.dtype)
-    products = functional.linear(x.to(dtype), routing.weight.to(dtype)).to(routing.weight.dtype)
+    products = functional.linear(x.to(dtype), routing.weight.to(routing.dtype).to(dtype)).to(routing.dtype)
     return products.to(dtype) if routing.bias is None else products.to(dtype) + routing.bias.to(dtype)
 
 
