@@ -230,3 +230,12 @@ def test_a_teacher_of_another_depth_is_compiled_too(tmp_path):
         compiled = [layer._compiled_call_impl is not None for layer in layers]
     assert compiled == [True] * 3
     assert all(layer._compiled_call_impl is None for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({}, "lora_rank must be given with lora_4bit"), ({"lora_rank": 4, "compile": True}, "compile must be off")],
+)
+def test_settings_that_weights_in_4_bits_cannot_have(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(lora_4bit=True, **settings)

@@ -196,8 +196,10 @@ class LaidOutFfn(SparseFfn):
         obstacle = self._attached() or self._unfit()
         if obstacle is None:
             with _LAYING_OUT:
+                before = {id(module) for _, _, module, _, _ in self._watched}
                 self._watched = tuple(self._watch())
-                if not self._is_settled():
+                replaced = before != {id(module) for _, _, module, _, _ in self._watched}
+                if replaced or not self._is_settled():
                     self._lay_out_()
             return True
         plan = self.acceleration

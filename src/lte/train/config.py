@@ -163,6 +163,11 @@ class TrainConfig(RecipeSettings):
         check_fraction("distillation_weight", self.distillation_weight, upper_closed=True)
         if self.lora_4bit and self.lora_rank is None:
             raise ValueError("lora_rank must be given with lora_4bit, got lora_rank=None")
+        if self.lora_4bit and self.compile:
+            # Bitsandbytes warns that its products have no gradient of their own there, and then fails (0.50).
+            raise ValueError(
+                "compile must be off with lora_4bit, whose layers torch.compile cannot train, got compile=True"
+            )
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
