@@ -110,7 +110,7 @@ def _is_command() -> bool:
     if getattr(sys.modules.get("lte_cli"), "is_running", False):
         return True
     # What Python puts there while it looks for the module of `python -m lte`.
-    return sys.argv[:1] == ["-m"] and ("-m", "lte") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return sys.argv[:1] == ["-m"] and ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
 
 
 if not _is_command():

@@ -77,7 +77,7 @@ def test_a_folder_of_a_method_that_is_not_registered_is_refused(every_other: Met
     model: Any = lte.sparsify_(tiny_dense_model(), EveryOtherConfig())
     model.save_pretrained(tmp_path)
     install = INSTALLERS.pop("every_other")
-    with pytest.raises(ValueError, match=r"must name one of cats, .*, got every_other; import the module"):
+    with pytest.raises(ValueError, match=r"must name one of cats, .*, got name=every_other; import the module"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     INSTALLERS["every_other"] = install
 

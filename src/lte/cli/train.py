@@ -180,7 +180,7 @@ def check_inputs(
     found = check_model("model", run.model)
     if found:
         settings = found["lte"] if isinstance(found.get("lte"), dict) else {}
-        sparse = bool(settings) and settings.get("name", "lte") == "lte"
+        sparse = bool(settings) and settings.get("name", LteConfig.name) == LteConfig.name
         check_start(run, train, sparse)
         widths = [found[name] for name in ("intermediate_size", "ffn_dim", "d_ff", "n_inner") if found.get(name)]
         if not sparse and train.recipe != "dense" and len(widths) == 1 and isinstance(widths[0], int):

@@ -205,9 +205,10 @@ def _check_unshared(model: nn.Module, ffns: Mapping[str, nn.Module], family: Fam
                 f"{name} must hold weights of its own, got those of {weights[pointer]}; give each layer a copy before "
                 "the conversion"
             )
-    inside = set(parts.values())
     for name, module in model.named_modules():
-        for parameter in module._parameters.values() if module not in inside else ():
+        # What lies in a projection, an adapter's base layer say, is not another place.
+        elsewhere = not any(f"{name}.".startswith(f"{part}.") for part in parts)
+        for parameter in module._parameters.values() if elsewhere else ():
             if parameter is not None and parameter.data_ptr() and parameter.data_ptr() in weights:
                 raise ValueError(
                     f"{weights[parameter.data_ptr()]} must hold weights of its own, got those of {name}; give one of "
