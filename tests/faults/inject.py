@@ -406,8 +406,9 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _model_sha256(checkpoint: Path) -> str:
-    return _sha256(checkpoint / "model.safetensors")
+def _model_sha256(checkpoint: Path) -> str | None:
+    path = checkpoint / "model.safetensors"
+    return _sha256(path) if path.exists() else None
 
 
 def main() -> None:

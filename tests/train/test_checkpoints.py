@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections import namedtuple
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,28 @@ def test_settings_that_change_no_weights_are_free(whole: Any, run: Path) -> None
 def test_other_devices_are_told_of(run: Path) -> None:
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     _, text = said(lambda: trained(run, resume=True, **options))
-    assert "will not end with the same numbers: it has rows_per_pass=2 where it began with rows_per_pass=4; " in text
+    assert "may not end with the same numbers: it has rows_per_pass=2 where it began with rows_per_pass=4; " in text
+
+
+@dataclass
+class OwnArguments(lte.LteTrainingArguments):
+    """Arguments with a field of the user's own."""
+
+    note: str = "a"
+
+
+def test_fields_that_users_add_are_told_of(whole: Any, run: Path) -> None:
+    def resumed() -> dict[str, torch.Tensor]:
+        args = trainer_of(run).args
+        own = OwnArguments(**{each.name: getattr(args, each.name) for each in fields(args) if each.init}, note="b")
+        trainer = trainer_of(run)
+        trainer.routing = own
+        trainer.train(resume_from_checkpoint=True)
+        return trainer.model.state_dict()
+
+    weights, text = said(resumed)
+    assert "it has own_settings=(note b) where it began with own_settings=(note None)" in text
+    assert same(weights, whole[1])
 
 
 class Noisy(torch.utils.data.Dataset):

@@ -192,14 +192,14 @@ def resume_point(folder: Path, wanted: str | Path | Literal[True], fingerprint: 
             stacklevel=4,
         )
         return checkpoint
-    other, devices = differences(before, fingerprint)
+    other, doubtful = differences(before, fingerprint)
     if other:
         raise ValueError(
             f"a resumed run must keep its data and settings, got some that differ: {'; '.join(other)} ({checkpoint}); "
             "give it what it began with, or start a new run with another output folder"
         )
-    if devices:
-        warnings.warn(f"the resumed run will not end with the same numbers: it has {'; '.join(devices)}", stacklevel=4)
+    if doubtful:
+        warnings.warn(f"the resumed run may not end with the same numbers: it has {'; '.join(doubtful)}", stacklevel=4)
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         warnings.warn(
             f"{checkpoint} holds weights alone (save_only_model), so training goes on with a new optimiser and ends "

@@ -58,8 +58,13 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
     own = {field.name for field in dataclasses.fields(trainer.routing)} - set(TrainingArguments.__dataclass_fields__)
     recipe = {name for name in own if name in RecipeSettings.__dataclass_fields__ or name == "stage1_ratio"}
     others = {name for name in own - recipe if not any(word in name for word in _FREE_WORDS)}
+    kinds = [each for each in type(trainer.routing).__mro__ if each.__module__.partition(".")[0] == "trl"]
+    of_trl = {name for each in kinds for name in getattr(each, "__dataclass_fields__", ())}
     values = {name: getattr(trainer.routing, name) for name in (recipe | others) - _FREE}
-    found |= {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
+    values = {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
+    found |= {name: value for name, value in values.items() if name in recipe | of_trl}
+    # Which may be a name or a time as well as a weight of a loss.
+    found["own_settings"] = {name: value for name, value in values.items() if name not in recipe | of_trl}
     method = dict(getattr(trainer.model.config, "lte", None) or {})
     method.pop("version", None)
     has_adapters = hasattr(trainer.model, "peft_config")
@@ -82,7 +87,8 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What two runs do not have in common, a phrase for each: what changes the result, and what the devices change.
+    """What two runs do not have in common, a phrase for each: what changes the result, and what may change it, the
+    devices and fields that users added to the arguments.
 
     What one of them does not say, since another version made its fingerprint, is not compared.
     """
@@ -91,6 +97,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     if devices and "processes" not in devices and _rows_per_step(before) != _rows_per_step(now):
         other |= devices
         devices = {}
+    if "own_settings" in other:
+        devices["own_settings"] = other.pop("own_settings")
     return [_phrase(name, before[name], other[name]) for name in other], [
         _phrase(name, before[name], devices[name]) for name in devices
     ]
