@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,12 @@ def checksums(folder: str | Path, names: Iterable[str] | None = None) -> Checksu
     if names is None:
         paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+    names = list(names)
+    sums = _sha256s([folder / name for name in names])
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
+        for name, sha256 in zip(names, sums, strict=True)
+    }
 
 
 def damage(folder: str | Path, expected: Checksums, *, contents: bool = True) -> list[str]:
@@ -168,16 +174,25 @@ def damage(folder: str | Path, expected: Checksums, *, contents: bool = True) ->
         expected: what `checksums` returned.
         contents: whether to read the files; otherwise only their sizes are compared.
     """
-    found = []
-    for name, file in expected.items():
-        path = Path(folder) / name
+    paths = {name: Path(folder) / name for name in expected}
+    found, as_long = {}, []
+    for name, path in paths.items():
         if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != file["bytes"]:
-            found.append(f"{name} has {path.stat().st_size} bytes where {file['bytes']} were written")
-        elif contents and _sha256(path) != file["sha256"]:
-            found.append(f"{name} has changed since it was written (its SHA-256 differs)")
-    return found
+            found[name] = f"{name} is missing"
+        elif path.stat().st_size != expected[name]["bytes"]:
+            found[name] = f"{name} has {path.stat().st_size} bytes where {expected[name]['bytes']} were written"
+        else:
+            as_long.append(name)
+    for name, sha256 in zip(as_long, _sha256s([paths[name] for name in as_long]) if contents else (), strict=False):
+        if sha256 != expected[name]["sha256"]:
+            found[name] = f"{name} has changed since it was written (its SHA-256 differs)"
+    return [found[name] for name in expected if name in found]
+
+
+def _sha256s(paths: list[Path]) -> list[str]:
+    """Of each file, several at once: one core reads 1 to 2 GB/s, and a checkpoint may have tens of GB."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_sha256, paths))
 
 
 def _sha256(path: Path) -> str:

@@ -34,9 +34,10 @@ import torch
 from tqdm import tqdm
 from typer.testing import CliRunner
 
-from lte.cli import train as train_command
+from lte.eval import models
 from lte.files import write_json_atomic
 from lte.records import environment
+from lte.runs import measure
 from lte.train.checkpoints import MANIFEST_FILE, UNFINISHED_FILE, damage_of, newest_sound_checkpoint, resume_point
 from lte.train.trainer import LteTrainer
 from lte_cli import app
@@ -288,9 +289,11 @@ class Faults:
             call_lte(*self.command, "--output", self.work / "timed")
 
         def note(child: int, message: Message) -> None:
-            started.setdefault(message["phase"], time.monotonic())
+            started.setdefault(message.get("phase", "end"), time.monotonic())
 
-        forked(act, note)
+        messages = forked(act, note)
+        if list(started) != list(PHASES):
+            raise RuntimeError(f"lte train must go through {PHASES}, got {list(started)}: {messages[-1]}")
         ends = [*list(started.values())[1:], time.monotonic()]
         return {phase: end - start for (phase, start), end in zip(started.items(), ends, strict=True)}
 
@@ -394,16 +397,18 @@ def tell_phases(send: Send) -> None:
 
     before(LteTrainer, "begin_step", lambda t: f"stage {1 if t.state.global_step < t.schedule.stage1_steps else 2}")
     before(LteTrainer, "_set_thresholds", lambda _: "calibration")
-    before(train_command, "save_folder", lambda _: "saving")
-    before(train_command, "measure_folder", lambda _: "measuring")
+    # The command imports these when it is called.
+    before(models, "save_folder", lambda _: "saving")
+    before(measure, "measure_folder", lambda _: "measuring")
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _model_sha256(checkpoint: Path) -> str:
-    return _sha256(checkpoint / "model.safetensors")
+def _model_sha256(checkpoint: Path) -> str | None:
+    path = checkpoint / "model.safetensors"
+    return _sha256(path) if path.exists() else None
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import sys
 import time
 import warnings
 from collections import namedtuple
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -34,6 +37,7 @@ from lte.train.checkpoints import (
     newest_sound_checkpoint,
     rotate_checkpoints,
 )
+from lte.train.disk_space import checkpoint_bytes
 from lte.train.fingerprint import data_fingerprint
 from lte.train.trainer import LteTrainer
 from tests.tiny_models import PAD, tiny_dense_model
@@ -278,14 +282,28 @@ def test_settings_that_change_no_weights_are_free(whole: Any, run: Path) -> None
 def test_other_devices_are_told_of(run: Path) -> None:
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     _, text = said(lambda: trained(run, resume=True, **options))
-    assert "will not end with the same numbers: it has rows_per_pass=2 where it began with rows_per_pass=4; " in text
+    assert "may not end with the same numbers: it has rows_per_pass=2 where it began with rows_per_pass=4; " in text
 
 
-def test_weights_alone_are_gone_on_from_with_a_warning(tmp_path: Path) -> None:
-    trained(tmp_path, save_only_model=True, max_steps=4)
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    _, text = said(lambda: trained(tmp_path, resume=True, save_only_model=True, max_steps=4))
-    assert "checkpoint-2 holds weights alone (save_only_model)" in text
+@dataclass
+class OwnArguments(lte.LteTrainingArguments):
+    """Arguments with a field of the user's own."""
+
+    note: str = "a"
+
+
+def test_fields_that_users_add_are_told_of(whole: Any, run: Path) -> None:
+    def resumed() -> dict[str, torch.Tensor]:
+        args = trainer_of(run).args
+        own = OwnArguments(**{each.name: getattr(args, each.name) for each in fields(args) if each.init}, note="b")
+        trainer = trainer_of(run)
+        trainer.routing = own
+        trainer.train(resume_from_checkpoint=True)
+        return trainer.model.state_dict()
+
+    weights, text = said(resumed)
+    assert "it has own_settings=(note b) where it began with own_settings=(note None)" in text
+    assert same(weights, whole[1])
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -296,6 +314,40 @@ class Noisy(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.randint(3, 9, (5,))}
+
+
+class Augmented(Noisy):
+    """Rows of which the last alone has noise in it."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return super().__getitem__(index) if index == 3 else {"input_ids": torch.arange(5)}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """A stream that knows its length."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __iter__(self) -> Any:
+        return iter(uneven_rows())
+
+
+@pytest.mark.parametrize("options", [{"lr_scheduler_type": "constant"}, {"recipe": "annealed"}, {"rows": Stream()}])
+def test_a_finished_run_takes_no_step_more(tmp_path: Path, options: dict[str, Any]) -> None:
+    first, second = trainer_of(tmp_path, **options), trainer_of(tmp_path, **options)
+    first.train()
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == STEPS
+    assert second.tokens_trained == first.tokens_trained > 0
+    assert same(first.model.state_dict(), second.model.state_dict())
+
+
+def test_weights_alone_are_gone_on_from_with_a_warning(tmp_path: Path) -> None:
+    trained(tmp_path, save_only_model=True, max_steps=4)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    _, text = said(lambda: trained(tmp_path, resume=True, save_only_model=True, max_steps=4))
+    assert "checkpoint-2 holds weights alone (save_only_model)" in text
 
 
 def test_the_fingerprint_of_data_is_that_of_its_rows() -> None:
@@ -324,6 +376,32 @@ def test_data_that_cannot_be_compared_is_left_alone() -> None:
     once = iter([{"input_ids": [1]}, {"input_ids": [2]}])
     assert data_fingerprint(once) is None
     assert len(list(once)) == 2
+    assert data_fingerprint(Augmented()) is None
+    assert data_fingerprint([]) == {"rows": 0, "sha256": hashlib.sha256().hexdigest()[:16]}
+
+
+def test_rows_of_any_kind_have_a_fingerprint() -> None:
+    texts = [np.array([letter * 9, "b"], dtype=object) for letter in "aa"]
+    arrays = [data_fingerprint([{"kept": text, 3: torch.eye(2).to_sparse()}]) for text in texts]
+    assert arrays[0] == arrays[1]
+    assert arrays[0] != data_fingerprint([{"kept": texts[0][::-1], 3: torch.eye(2).to_sparse()}])
+    # The order of what is in a set is another one in each process.
+    assert data_fingerprint([{"tags": {1, 9, 17}}]) == data_fingerprint([{"tags": {17, 9, 1}}])
+    found = data_fingerprint(Stream())
+    assert found is not None
+    assert found["rows"] is None
+
+
+def test_of_large_files_spread_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"image": [{"bytes": b"x" * 100, "path": str(index)} for index in range(8)]}
+    data = datasets.Dataset.from_dict(rows)
+    monkeypatch.setattr("lte.train.fingerprint._CHUNK", 1)
+    found = data_fingerprint(data)
+    rows["image"][3] = {"bytes": b"x" * 99 + b"y", "path": "3"}
+    changed = datasets.Dataset.from_dict(rows)
+    assert data_fingerprint(changed) != found
+    monkeypatch.setattr("lte.train.fingerprint.READ_BYTES", data.data.nbytes / 2)
+    assert data_fingerprint(changed) == data_fingerprint(data) != found
 
 
 @pytest.mark.parametrize(
@@ -367,6 +445,25 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path, monkeyp
     assert "3 checkpoints of about" in said(lambda: trained(tmp_path / "out", save_total_limit=2))[1]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(3 * size))
     assert "checkpoints of about" not in said(lambda: trained(tmp_path / "more", save_total_limit=2))[1]
+
+
+def test_the_moments_of_narrow_weights_are_narrow(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.model.to(torch.bfloat16)
+    assert checkpoint_bytes(trainer) == 6 * sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    trainer = trainer_of(tmp_path)
+    monkeypatch.setattr("lte.files.tempfile.TemporaryFile", read_only)
+    with pytest.raises(ValueError, match=f"^output_dir must be .* got output_dir={tmp_path}: Read-only file system"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_an_upload_that_fails_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

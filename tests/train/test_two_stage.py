@@ -144,6 +144,21 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
     assert same_weights(model, again)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_unasked(tmp_path):
+    train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,))
+    for path in tmp_path.glob("checkpoint-*"):
+        (path / "lte_control.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"lte_control.json is missing.*; delete its checkpoints to start anew"):
+        train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,), resume=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    for path in tmp_path.glob("checkpoint-*"):
+        (path / ".unfinished").touch()
+        (path / "lte_manifest.json").unlink()
+    summary = train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,), resume=True)
+    assert summary.tokens_trained > 0
+
+
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     train_two_stage(fresh_model(), toy_rows(), config(), tmp_path)
     with pytest.raises(ValueError, match=r"output_dir must hold no earlier run, .* resume"):

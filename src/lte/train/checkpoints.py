@@ -70,10 +70,10 @@ def clean_up(folder: Path) -> None:
     for partial in (*folder.glob(".*.partial"), *folder.glob(".*.partial-*")):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
     for mark in folder.glob(f"checkpoint-*/{UNFINISHED_FILE}"):
-        if (mark.parent / MANIFEST_FILE).exists():
-            mark.unlink()
-        else:
+        if _is_half_written(mark.parent):
             shutil.rmtree(mark.parent)
+        else:
+            mark.unlink()
 
 
 def begin_checkpoint(folder: Path) -> None:
@@ -134,6 +134,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((path for path in in_order(folder) if is_finished(path)), None)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint, damaged or not, other than those that a killed process had begun to write."""
+    return any(not _is_half_written(path) for path in in_order(folder))
+
+
 def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
     """The newest checkpoint of which every file is as it was written.
 
@@ -187,14 +192,14 @@ def resume_point(folder: Path, wanted: str | Path | Literal[True], fingerprint: 
             stacklevel=4,
         )
         return checkpoint
-    other, devices = differences(before, fingerprint)
+    other, doubtful = differences(before, fingerprint)
     if other:
         raise ValueError(
             f"a resumed run must keep its data and settings, got some that differ: {'; '.join(other)} ({checkpoint}); "
             "give it what it began with, or start a new run with another output folder"
         )
-    if devices:
-        warnings.warn(f"the resumed run will not end with the same numbers: it has {'; '.join(devices)}", stacklevel=4)
+    if doubtful:
+        warnings.warn(f"the resumed run may not end with the same numbers: it has {'; '.join(doubtful)}", stacklevel=4)
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         warnings.warn(
             f"{checkpoint} holds weights alone (save_only_model), so training goes on with a new optimiser and ends "
@@ -208,7 +213,7 @@ def damage_of(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a phrase for each file; nothing if a run can go on from it."""
     if not checkpoint.is_dir():
         return ["it is no folder"]
-    if (checkpoint / UNFINISHED_FILE).exists() and not (checkpoint / MANIFEST_FILE).exists():
+    if _is_half_written(checkpoint):
         return ["it was not finished"]
     try:
         if is_of_earlier_version(checkpoint):
@@ -276,8 +281,11 @@ def _saved_at(checkpoint: Path) -> float:
 
 
 def is_finished(checkpoint: Path) -> bool:
-    unfinished = (checkpoint / UNFINISHED_FILE).exists() and not (checkpoint / MANIFEST_FILE).exists()
-    return (checkpoint / CONTROL_STATE_FILE).is_file() and not unfinished
+    return (checkpoint / CONTROL_STATE_FILE).is_file() and not _is_half_written(checkpoint)
+
+
+def _is_half_written(checkpoint: Path) -> bool:
+    return (checkpoint / UNFINISHED_FILE).exists() and not (checkpoint / MANIFEST_FILE).exists()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,15 +10,16 @@ from lte.files import free_bytes
 
 
 def checkpoint_bytes(trainer: Any) -> int:
-    """About the bytes of a checkpoint: the weights, or the adapters, and the two moments of Adam in fp32."""
+    """About the bytes of a checkpoint: the weights, or the adapters, and the two moments of Adam beside them."""
     parameters = list(trainer.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     saved = trained if hasattr(trainer.model, "peft_config") else parameters
     # Of weights that the settings will freeze there are none.
     optim = str(trainer.args.optim).lower()
     has_moments = trainer.routing.trainable == "all" and "adam" in optim and "8bit" not in optim
-    moments = 8 * sum(p.numel() for p in trained) if has_moments and not trainer.args.save_only_model else 0
-    return sum(p.numel() * p.element_size() for p in saved) + moments
+    # Moments have the dtype of their weights.
+    moments = 2 * sum(p.nbytes for p in trained) if has_moments and not trainer.args.save_only_model else 0
+    return sum(p.nbytes for p in saved) + moments
 
 
 def check_space(folder: Path, trainer: Any) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from lte.data.rows import TokenRows
@@ -35,6 +37,8 @@ _FREE = {"calibration_tokens", "compile_layers", "distillation_weight"}
 _FREE_WORDS = ("num_proc", "num_workers", "log", "report", "hub", "vllm")
 # Of data that is only made when it is asked for, this many rows are looked at.
 SAMPLED_ROWS, STREAMED_ROWS = 1024, 64
+# Of larger Arrow files about so much is read, in pieces spread over them: 5 s for tokens, at 1 GB/s.
+READ_BYTES = 5e9
 _CHUNK = 1024
 _PLAIN = str | int | float | bool | list | tuple | dict | None
 # Which a resumed run may have otherwise, at the price of other numbers.
@@ -54,8 +58,13 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
     own = {field.name for field in dataclasses.fields(trainer.routing)} - set(TrainingArguments.__dataclass_fields__)
     recipe = {name for name in own if name in RecipeSettings.__dataclass_fields__ or name == "stage1_ratio"}
     others = {name for name in own - recipe if not any(word in name for word in _FREE_WORDS)}
+    kinds = [each for each in type(trainer.routing).__mro__ if each.__module__.partition(".")[0] == "trl"]
+    of_trl = {name for each in kinds for name in getattr(each, "__dataclass_fields__", ())}
     values = {name: getattr(trainer.routing, name) for name in (recipe | others) - _FREE}
-    found |= {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
+    values = {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
+    found |= {name: value for name, value in values.items() if name in recipe | of_trl}
+    # Which may be a name or a time as well as a weight of a loss.
+    found["own_settings"] = {name: value for name, value in values.items() if name not in recipe | of_trl}
     method = dict(getattr(trainer.model.config, "lte", None) or {})
     method.pop("version", None)
     has_adapters = hasattr(trainer.model, "peft_config")
@@ -78,7 +87,8 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What two runs do not have in common, a phrase for each: what changes the result, and what the devices change.
+    """What two runs do not have in common, a phrase for each: what changes the result, and what may change it, the
+    devices and fields that users added to the arguments.
 
     What one of them does not say, since another version made its fingerprint, is not compared.
     """
@@ -87,6 +97,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     if devices and "processes" not in devices and _rows_per_step(before) != _rows_per_step(now):
         other |= devices
         devices = {}
+    if "own_settings" in other:
+        devices["own_settings"] = other.pop("own_settings")
     return [_phrase(name, before[name], other[name]) for name in other], [
         _phrase(name, before[name], devices[name]) for name in devices
     ]
@@ -111,31 +123,39 @@ def _short(value: Any) -> str:
 
 
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
-    """Number and SHA-256 of the rows of a data set: of all that lie in memory or in Arrow files, of `SAMPLED_ROWS`
-    spread ones where rows are made when asked for, and of the first `STREAMED_ROWS` of a stream.
+    """Number and SHA-256 of the rows of a data set: of all that lie in memory or in Arrow files of up to `READ_BYTES`,
+    of `SAMPLED_ROWS` spread ones where rows are made when asked for, and of the first `STREAMED_ROWS` of a stream.
 
     Returns:
-        `rows` (`None` of a stream) and `sha256`; `None` without a data set, and for one with other rows each time.
+        `rows` (`None` of a stream) and `sha256`; `None` without a data set, and for one with other rows each time it is
+        read, of random augmentations say.
     """
     if dataset is None:
         return None
     digest = hashlib.sha256()
     if isinstance(dataset, datasets.Dataset):
         table = dataset.with_format("arrow")
-        for start in range(0, len(dataset), _CHUNK):
+        every = math.ceil(max(1, dataset.data.nbytes) / READ_BYTES)
+        for start in range(0, len(dataset), every * _CHUNK):
             _add_table(digest, table[start : start + _CHUNK])
         return {"rows": len(dataset), "sha256": digest.hexdigest()[:16]}
+    streams = isinstance(dataset, IterableDataset) or not (
+        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    )
     with _generators_kept():
-        streams = not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
-        if streams and iter(dataset) is dataset:
+        if streams and (iter(dataset) is dataset or iter(dataset) is iter(dataset)):
             return None  # Rows that are read here would be lost to the training.
         digests = [_row_digest(row) for row in _rows(dataset, streams)]
-        again = next(iter(dataset)) if streams else dataset[0]
-        if _row_digest(again) != digests[0]:
+        # Some rows may be made with random numbers, and others not.
+        if not _lies_in_memory(dataset) and [_row_digest(row) for row in _rows(dataset, streams)] != digests:
             return None
     for each in digests:
         digest.update(each)
     return {"rows": None if streams else len(dataset), "sha256": digest.hexdigest()[:16]}
+
+
+def _lies_in_memory(dataset: Any) -> bool:
+    return isinstance(dataset, list | tuple | TokenRows)
 
 
 def _rows(dataset: Any, streams: bool) -> Iterator[Any]:
@@ -143,42 +163,60 @@ def _rows(dataset: Any, streams: bool) -> Iterator[Any]:
         yield from itertools.islice(dataset, STREAMED_ROWS)
         return
     total = len(dataset)
-    wanted = total if isinstance(dataset, list | tuple | TokenRows) else min(total, SAMPLED_ROWS)
+    wanted = total if _lies_in_memory(dataset) else min(total, SAMPLED_ROWS)
     for index in range(wanted):
         yield dataset[index * total // wanted]
 
 
 def _row_digest(row: Any) -> bytes:
     digest = hashlib.sha256()
-    for name, value in sorted(row.items()) if isinstance(row, Mapping) else [("", row)]:
-        if isinstance(value, Tensor):
+    items = sorted(row.items(), key=lambda item: str(item[0])) if isinstance(row, Mapping) else [("", row)]
+    for name, value in items:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
             value = value.detach().cpu()
             value = (value.float() if value.is_floating_point() else value).numpy()
-        content = value.tobytes() if isinstance(value, np.ndarray) else _text(value).encode()
-        digest.update(f"{name} {np.shape(value) if isinstance(value, np.ndarray) else ''}".encode() + content)
+        # An array of objects holds where they lie.
+        as_bytes = isinstance(value, np.ndarray) and value.dtype != object
+        content = value.tobytes() if as_bytes else _text(value).encode(errors="backslashreplace")
+        digest.update(f"{name} {np.shape(value) if as_bytes else ''}".encode(errors="backslashreplace") + content)
     return digest.digest()
 
 
 def _text(value: Any) -> str:
     """A value as text; of objects that say where they lie in memory, which is new each time, their kind alone."""
-    text = repr(value)
+    if isinstance(value, set | frozenset):
+        # Their order is another one in each process.
+        value = sorted(value, key=repr)
+    text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
     return type(value).__name__ if " at 0x" in text else text
 
 
 def _add_table(digest: Any, table: Any) -> None:
-    """Adds an Arrow table: the numbers of lists of numbers as bytes, all else as text."""
+    """Adds the columns of an Arrow table."""
+    for name in sorted(table.column_names):
+        digest.update(name.encode())
+        _add_column(digest, table.column(name).combine_chunks())
+
+
+def _add_column(digest: Any, column: Any) -> None:
+    """Adds an Arrow array: numbers, texts and bytes, also in lists and structs, as they lie there, all else as text."""
     import pyarrow as pa
 
-    for name in sorted(table.column_names):
-        column = table.column(name).combine_chunks()
-        digest.update(name.encode())
-        while isinstance(column, pa.ListArray | pa.LargeListArray):
-            digest.update(np.ascontiguousarray(column.value_lengths().to_numpy(zero_copy_only=False)).tobytes())
-            column = column.flatten()
-        if column.null_count == 0 and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-            digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).tobytes())
-        else:
-            digest.update(repr(column.to_pylist()).encode())
+    kind = column.type
+    is_bytes = str(kind).removeprefix("large_") in ("string", "binary")
+    if isinstance(column, pa.ListArray | pa.LargeListArray):
+        digest.update(np.ascontiguousarray(column.value_lengths().to_numpy(zero_copy_only=False)).tobytes())
+        _add_column(digest, column.flatten())
+    elif isinstance(column, pa.StructArray):
+        for child in column.flatten():
+            _add_column(digest, child)
+    elif column.null_count == 0 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).tobytes())
+    elif column.null_count == 0 and is_bytes:
+        contents = column.cast(pa.large_binary()).to_pylist()
+        digest.update(repr([len(each) for each in contents]).encode() + b"".join(contents))
+    else:
+        digest.update(repr(column.to_pylist()).encode())
 
 
 def _shapes(model: nn.Module) -> str:

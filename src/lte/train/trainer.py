@@ -19,7 +19,7 @@ from transformers import ProgressCallback, Trainer
 
 from lte.config import IGNORED
 from lte.data.rows import calibration_batches
-from lte.files import explained_write_errors
+from lte.files import check_place, explained_write_errors
 from lte.hf.inputs import check_next_token, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.hf.loading import is_ours
@@ -296,6 +296,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             folder, writes = Path(str(self.args.output_dir)), self.args.save_strategy != "no"
             try:
                 if writes:
+                    check_place("output_dir", folder, folder=True)
                     held.enter_context(folder_lock(folder))
                     check_space(folder, self)
                 self._fingerprint = run_fingerprint(self)
@@ -311,6 +312,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         if found[1] is not None:
             raise found[1]
         return found[0]
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
+        """As the trainer's, which takes one step more where a run goes on from its last checkpoint."""
+        found = super()._init_training_state(max_steps, per_epoch, epochs, *args)
+        return (epochs, 0) if self._resumed is not None and self.state.global_step >= max_steps else found
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the trainer's, but a checkpoint counts when all of it is on the disk, and older ones go only then."""

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from lte.data.rows import LmCollator, PromptsCounted, calibration_batches
 from lte.hf.inputs import predicts_next_token
 from lte.train.arguments import LteTrainingArguments
-from lte.train.checkpoints import newest_checkpoint
+from lte.train.checkpoints import has_checkpoint
 from lte.train.compilation import few_widths
 from lte.train.config import RecipeSettings, TrainConfig
 from lte.train.processes import float32_products, num_processes
@@ -85,7 +85,7 @@ def train_two_stage(
             calibration_dataset=calibration_dataset,
         )
         start = time.monotonic()
-        trainer.train(resume_from_checkpoint=resume and newest_checkpoint(output) is not None)
+        trainer.train(resume_from_checkpoint=resume and has_checkpoint(output))
     return TrainingSummary(
         tokens_trained=trainer.tokens_trained,
         wall_time_s=time.monotonic() - start,
