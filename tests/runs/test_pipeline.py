@@ -121,7 +121,7 @@ def test_a_run_whose_pictures_fail_has_saved_its_model(
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("lte.report.figures.save_figure", broken)
-    with pytest.raises(RuntimeError, match="no fonts"):
-        run("train", "--model", llama, "--output", tmp_path / "out", *SHORT)
+    result = run("train", "--model", llama, "--output", tmp_path / "out", *SHORT)
+    assert "no fonts" in " ".join(result.output.split())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.lte_measurement is not None
     assert (tmp_path / "out" / "result.json").exists()

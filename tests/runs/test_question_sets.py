@@ -20,7 +20,6 @@ from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.records import load_record
 from lte.report.inputs import load_inputs
-from lte.runs import question_sets
 from lte.runs.question_sets import HarnessSettings, answer_questions
 from lte.runs.runner import execute_all
 from lte.runs.settings import read_comparison
@@ -131,8 +130,8 @@ def test_a_set_without_room_beside_other_processes_is_no_note(
     def no_room(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(question_sets, "evaluate_harness", no_room)
-    monkeypatch.setattr(question_sets, "others_fill_gpu", lambda: shared)
+    monkeypatch.setattr("lte.eval.harness.evaluate_harness", no_room)
+    monkeypatch.setattr("lte.runs.memory.others_fill_gpu", lambda: shared)
     settings = read_comparison(instruct("lte")).harness
     assert settings is not None
     model, tokenizer = load_any_model(str(llama)), load_tokenizer(llama)
