@@ -44,4 +44,8 @@ def test_faults_of_any_row_are_a_sentence(run: Any, chats: str, dense_folder: Pa
     assert failed.exit_code == 1
     assert "Error: the chat template must write every chat, got UndefinedError for" in failed.stderr
     assert "chats.jsonl, line 1" in failed.stderr
+    (tmp_path / "template.jinja").write_text("{% if %}")
+    failed = run("data", chats, "--model", dense_folder, *template)
+    assert "chat_template must be a Jinja template, got chat_template=" in failed.stderr
+    assert "with an error in line 1" in failed.stderr
     assert "chat_template must be given with a model" in run("data", chats, *template).stderr

@@ -67,7 +67,8 @@ class TestMessages:
             assert read_messages([calls, {"from": "observation", "value": "3"}]) == wanted
         found = read_messages([{"role": "tool", "content": {"degrees": 3}}, {"role": "function", "content": ["a", 1]}])
         assert [message["content"] for message in found] == ['{"degrees": 3}', '["a", 1]']
-        assert read_tools(json.dumps([{"name": "f"}])) == read_tools([json.dumps({"name": "f"})]) == [{"name": "f"}]
+        wrapped = [{"type": "function", "function": {"name": "f"}}]
+        assert read_tools(json.dumps([{"name": "f"}])) == read_tools([json.dumps({"name": "f"})]) == wrapped
 
     def test_reasoning_is_apart_from_the_answer(self):
         parts = [{"type": "reasoning", "value": "so"}, {"type": "text", "value": "w2"}]
@@ -162,7 +163,8 @@ class TestTemplate:
         said = {**SAID, "thinking": "so "}
         row = {"messages": [USER, said], "tools": '[{"name": "f"}]', "chat_template_kwargs": {"mood": "calm"}}
         (chat,) = chats(tmp_path / "x.jsonl", row)
-        assert written(tokenizer, chat, "{{ mood }}" + WHOLE) == 'calm[{"name": "f"}]<user>|w1<assistant>so |w2'
+        tools = '[{"type": "function", "function": {"name": "f"}}]'
+        assert written(tokenizer, chat, "{{ mood }}" + WHOLE) == f"calm{tools}<user>|w1<assistant>so |w2"
 
     def test_says_what_it_does_not_write(self, tokenizer):
         chat = {"messages": [USER, {**SAID, "reasoning": "so"}], "tools": [{"name": "f"}]}
@@ -205,3 +207,13 @@ class TestTemplate:
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=message):
             load(tokenizer, train=path, validation=path)
+
+
+def test_functions_alone_are_tools_and_marks_of_other_tools_count(tmp_path: Path) -> None:
+    function, pair = {"name": "f", "parameters": {}}, {"messages": [USER, SAID]}
+    marked = {**pair, "kto_tag": False}
+    (found,) = chats(tmp_path / "functions.jsonl", {**pair, "functions": [function]}, marked)
+    assert found["tools"] == [{"type": "function", "function": function}]
+    assert read_tools([CALL]) == [CALL]
+    with pytest.raises(ValueError, match=r"message 1 of 1: a turn must train as a whole .* got train_detail"):
+        read_messages([{**SAID, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}])

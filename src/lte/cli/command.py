@@ -203,6 +203,26 @@ def read_text_file(name: str, path: str | Path) -> str:
         raise ValueError(f"{name} must be UTF-8 text, got {path}: {error}") from error
 
 
+def read_template(name: str) -> str:
+    """A chat template that compiles.
+
+    Raises:
+        ValueError: for a missing file, one that is not UTF-8, and one that is no Jinja template.
+    """
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = read_text_file("chat_template", name)
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"chat_template must be a Jinja template, got chat_template={name} with an error in line {error.lineno}: "
+            f"{error.message}"
+        ) from error
+    return template
+
+
 def quiet_transformers() -> None:
     """Loads transformers with our model classes, and leaves the terminal to our own messages and progress bars."""
     from transformers.utils import logging

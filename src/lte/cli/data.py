@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lte.cli.command import quiet_transformers, reports_errors, takes_settings
+from lte.cli.command import quiet_transformers, read_template, reports_errors, takes_settings
 from lte.data.config import DataConfig, read_documents
 from lte.settings import build
 
@@ -55,7 +55,7 @@ def data(
         quiet_transformers()
         tokenizer = load_tokenizer(model)
         if chat_template is not None:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            tokenizer.chat_template = read_template(str(chat_template))
         # As many rows as documents, or more where these are longer.
         encoder = Encoder(replace(config, pack=False), tokenizer, progress=console.is_terminal)
         with warnings.catch_warnings(record=True) as told:

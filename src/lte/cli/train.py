@@ -23,6 +23,7 @@ from lte.cli.command import (
     check_seed,
     print_error,
     quiet_transformers,
+    read_template,
     read_text_file,
     reports_errors,
     takes_settings,
@@ -227,7 +228,7 @@ def execute(
     console = Console(quiet=not is_main_process())
     tokenizer = load_tokenizer(run.model)
     if run.chat_template is not None:
-        tokenizer.chat_template = _read_template(run.chat_template)
+        tokenizer.chat_template = read_template(run.chat_template)
     measured = data.validation_split if "validation_split" in (settings.changed or ()) else None
     work = workload_of(task, data, tokenizer, settings.train.batch_size, (data.split, measured))
     begin = partial(write_run_file, output, values) if is_main_process() else lambda: None
@@ -285,26 +286,6 @@ def _ffn_neurons(config: Any) -> int:
 
     family = family_of(config)
     return num_neurons(next(iter(dense_ffns(meta_model(config), family).values())), family.layout)
-
-
-def _read_template(name: str) -> str:
-    """A chat template that compiles.
-
-    Raises:
-        ValueError: for a missing file, one that is not UTF-8, and one that is no Jinja template.
-    """
-    from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    template = read_text_file("chat_template", name)
-    try:
-        _compile_jinja_template(template)
-    except TemplateSyntaxError as error:
-        raise ValueError(
-            f"chat_template must be a Jinja template, got chat_template={name} with an error in line {error.lineno}: "
-            f"{error.message}"
-        ) from error
-    return template
 
 
 def _told(work: Any, console: Console, begin: Callable[[], object]) -> Any:

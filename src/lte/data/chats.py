@@ -22,6 +22,8 @@ SPEAKERS = {
 }
 # Fields that say whether a message, or a whole row, trains.
 MARKS = ("weight", "train", "training", "label", "loss")
+# By which Axolotl's files say that stretches of a turn train.
+STRETCHES = ("train_detail", "training_detail")
 # What templates call the text in which a model reasons before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -80,7 +82,9 @@ def read_tools(value: Any) -> list[Any]:
     for tool in tools:
         if not isinstance(tool, Mapping):
             raise ValueError(f"tools must be a list of objects, got one that is {_shown(tool)}")
-    return tools
+    # ShareGPT's files and OpenAI's `functions` have the function alone, templates look for it in `function`.
+    alone = [isinstance(tool.get("name"), str) and not {"type", "function"} & set(tool) for tool in tools]
+    return [{"type": "function", "function": tool} if bare else tool for tool, bare in zip(tools, alone, strict=True)]
 
 
 def trains(fields: Mapping[str, Any]) -> bool:
@@ -115,6 +119,9 @@ def _message(turn: Any) -> dict[str, Any]:
     pictures = [name for name in PICTURES if turn.get(name)]
     if pictures:
         raise ValueError(f"it must be text, got {pictures[0]}; lte trains on text alone")
+    stretches = next((name for name in STRETCHES if turn.get(name)), None)
+    if stretches:
+        raise ValueError(f"a turn must train as a whole or not at all, got {stretches}; say weight 0 or 1, or drop it")
     marks = [name for name in MARKS if _mark(turn, name) is not None]
     message = {name: value for name, value in turn.items() if value is not None and name not in marks}
     role = message.pop("role", None) or message.get("from")

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 TEXT_FIELDS = ("text", "content", "document", "body", "article", "story", "completion")
 CONVERSATIONS = ("conversations", "conversation")
 INSTRUCTION, INPUT, OUTPUT, SYSTEM, HISTORY = "instruction", "input", "output", "system", "history"
-TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
-BESIDE_MESSAGES = {TOOLS: "tools", TEMPLATE_OPTIONS: "options of the template"}
+# `functions` is the older name of tools at OpenAI.
+TOOLS, FUNCTIONS, TEMPLATE_OPTIONS = "tools", "functions", "chat_template_kwargs"
+BESIDE_MESSAGES = {TOOLS: "tools", FUNCTIONS: "tools", TEMPLATE_OPTIONS: "options of the template"}
 IDS, LABELS, ATTENTION, POSITIONS = "input_ids", "labels", "attention_mask", "position_ids"
-# Which tokens train, as TRL has it.
-TOKEN_MASKS = ("completion_mask", "assistant_masks")
+# Which tokens train, as TRL and others have it.
+TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
 # By which a row as a whole says that it does not train: the rejected ones of TRL's unpaired preferences, say.
-ROW_MARKS = ("label", "train", "weight")
+ROW_MARKS = ("label", "kto_tag", "train", "weight")
 
 
 class Tokens:
@@ -230,7 +231,7 @@ def _chat(config: DataConfig, row: Row, messages: list[dict[str, Any]]) -> Chat:
     system = _text(row, SYSTEM)
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
-    tools, options = read_tools(_value(row, TOOLS) or []), _value(row, TEMPLATE_OPTIONS) or {}
+    tools, options = read_tools(_value(row, TOOLS) or _value(row, FUNCTIONS) or []), _value(row, TEMPLATE_OPTIONS) or {}
     options = parse_json(options) if isinstance(options, str) else options
     if not isinstance(options, Mapping):
         raise ValueError(f"{TEMPLATE_OPTIONS} must be an object, got {options!r:.60}")
