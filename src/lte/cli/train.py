@@ -398,6 +398,10 @@ def merge_settings(given: Mapping[str, Any], config: Path | None) -> dict[str, A
                     f"({saved}); leave {settings[name].flag} out, or start a new run with another --output"
                 )
         values = {**before, **values}
+    elif values.get("resume") and values.get("output") and "model" not in values:
+        raise ValueError(
+            f"output must hold a run to resume, got output={output}, where none has begun; start it without --resume"
+        )
     if values.get("distill_from"):
         values.setdefault("distillation_weight", 1.0)
     return values

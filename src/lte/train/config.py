@@ -173,7 +173,7 @@ class TrainConfig(RecipeSettings):
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1 or unset, got lora_rank={self.lora_rank}")
-        for name in ("calibration_answers", "dataloader_num_workers", "stage1_epochs", "stage2_epochs"):
+        for name in ("calibration_answers", "dataloader_num_workers", "stage1_epochs", "stage2_epochs", "weight_decay"):
             check_not_negative(name, getattr(self, name))
 
     @property
