@@ -12,12 +12,16 @@ import json
 import math
 import os
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 Checksums = dict[str, dict[str, Any]]
 GGUF_MAGIC = b"GGUF"
@@ -222,3 +226,17 @@ def is_gguf(name_or_path: str | Path) -> bool:
         return False
     with path.open("rb") as stream:
         return stream.read(4) == GGUF_MAGIC
+
+
+def stay_offline_without_hub() -> None:
+    """Has huggingface_hub look in its cache alone where its host has no address: it would try for half a minute.
+
+    To be called before it is imported.
+    """
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    if "HF_HUB_OFFLINE" in os.environ or getproxies() or "huggingface_hub" in sys.modules:
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"

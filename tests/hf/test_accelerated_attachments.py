@@ -12,7 +12,11 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lte
 from lte.nn.accelerated import AcceleratedFfn
@@ -340,3 +344,85 @@ def test_looking_at_hidden_states_leaves_the_kernels_at_work(model_type: str, to
     assert len(calls) == 2
     assert torch.allclose(seen[0][0], seen[1][0], atol=1e-5)
     assert seen[0][0].shape[-1] == 32
+
+
+class Negated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
+
+
+def replace_router(model: Any) -> None:
+    router = Router(first(model).hidden_size, first(model).num_experts)
+    router.weight.data = random_like(router.weight)
+    first(model).router = router
+
+
+def replace_down(model: Any) -> None:
+    down = nn.Linear(NEURONS, first(model).hidden_size)
+    down.weight.data, down.bias.data = random_like(down.weight), random_like(down.bias)
+    ffn = first(model)
+    (ffn.block[0] if ffn.block else ffn).set_submodule(ffn.layout.down, down)
+
+
+def replace_dropout(model: Any) -> None:
+    setattr(first(model), first(model).layout.dropouts[0], Negated())
+
+
+def replace_forward(model: Any) -> None:
+    plain = first(model).forward
+    first(model).forward = lambda x: 2 * plain(x)
+
+
+@pytest.mark.parametrize(
+    ("replace", "model_types"),
+    [
+        (replace_router, ["llama", "gpt2", "bert"]),
+        (replace_down, ["llama", "distilbert", "opt"]),
+        (replace_dropout, ["gpt2", "distilbert", "t5"]),
+        (replace_forward, ["llama", "opt", "bert"]),
+    ],
+)
+def test_what_replaces_a_part_after_calls_is_computed(replace: Change, model_types: list[str], tokens: Tensor) -> None:
+    for model_type in model_types:
+        plain, accelerated = tiny_sparse_model(model_type), lte.accelerate_(tiny_sparse_model(model_type))
+        before = logits_of(accelerated, tokens)
+        for model in (plain, accelerated):
+            replace(model)
+        expected = logits_of(plain, tokens)
+        assert (expected - before).abs().max() > 1e-2
+        torch.testing.assert_close(logits_of(accelerated, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_an_average_of_accelerated_models_is_that_of_plain_ones(model_type: str) -> None:
+    averages = []
+    for prepare in (lambda model: model, lte.accelerate_):
+        model = prepare(tiny_sparse_model(model_type))
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+        for _ in range(2):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.data = parameter.data + 1
+            average.update_parameters(model)
+        averages.append(dict(average.module.named_parameters()))
+    for name, expected in averages[0].items():
+        torch.testing.assert_close(averages[1][name], expected, msg=name)
+
+
+def test_what_follows_operations_sees_those_of_pytorch() -> None:
+    model = lte.accelerate_(tiny_sparse_model().requires_grad_(False))
+    ffn, generator = first(model), torch.Generator().manual_seed(0)
+    x, other, tangent = (torch.randn(1, 3, ffn.hidden_size, generator=generator) for _ in range(3))
+    expected = ffn(other)
+    torch.testing.assert_close(make_fx(ffn)(x)(other), expected)
+    torch.testing.assert_close(torch.jit.trace(ffn, (x,), check_trace=False)(other), expected)
+    with FlopCounterMode(display=False) as counter:
+        ffn(x)
+    assert counter.get_total_flops() >= 3 * 2 * 3 * ffn.hidden_size * NEURONS
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        ffn(forward_ad.make_dual(x, tangent))
+
+
+def test_shared_memory_stays_shared() -> None:
+    model = lte.accelerate_(tiny_sparse_model()).share_memory()
+    assert all(parameter.is_shared() for parameter in model.parameters())

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lte.files import is_gguf
+from lte.files import is_gguf, stay_offline_without_hub
 from lte.settings import Setting, settings_of
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -141,7 +141,7 @@ def check_model(name: str, value: str) -> dict[str, Any]:
             near = difflib.get_close_matches(path.name, beside, n=2)
             hint = f" (did you mean {' or '.join(str(path.with_name(one)) for one in near)}?)" if near else ""
             raise ValueError(f"{name} must be a hub name, folder or GGUF file, got {value}, which does not exist{hint}")
-        _stay_offline_without_hub()
+        stay_offline_without_hub()
         return {}
     if path.is_file():
         if not is_gguf(path):
@@ -157,17 +157,6 @@ def check_model(name: str, value: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _stay_offline_without_hub() -> None:
-    """Has huggingface_hub look in its cache alone where its host has no address: it would try for half a minute."""
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    if "HF_HUB_OFFLINE" in os.environ or getproxies() or "huggingface_hub" in sys.modules:
-        return
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def check_seed(name: str, value: int) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lte.cli.command import quiet_transformers, read_template, reports_errors, takes_settings
-from lte.data.config import DataConfig, read_documents
+from lte.cli.command import check_model, quiet_transformers, read_template, reports_errors, takes_settings
+from lte.data.config import DataConfig, check_sources, read_documents
 from lte.settings import build
 
 # What decides how files are read and cut into rows.
@@ -45,6 +45,9 @@ def data(
     if chat_template is not None and model is None:
         raise ValueError("chat_template must be given with a model, whose tokenizer it is for; add --model")
     config, console = build(DataConfig, {**given, "train": sources}), Console()
+    check_sources(config)
+    if model is not None:
+        check_model("model", model)
     documents = read_documents(sources, config)
     if model is None:
         lines = [announce(documents, document_as_read(documents[0], config))]

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from lte.config import check_choice
 from lte.data.files import ENDINGS, FORMATS, OPENERS, Row, Table, arrow_rows, open_table
 from lte.data.shapes import Columns, Tokens, documents_of, template_parts
+from lte.files import stay_offline_without_hub
 from lte.settings import option
 
 Kind = Literal["auto", "text", "completion", "chat", "tokens"]
@@ -303,3 +304,5 @@ def check_sources(config: DataConfig) -> None:
             continue
         if not _matching_files(source) and not (config.format == "auto" and _looks_like_hub_name(source)):
             raise ValueError(_not_found(source))
+        if not _matching_files(source):
+            stay_offline_without_hub()

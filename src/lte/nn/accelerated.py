@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 
 from lte.nn.ffn_parts import ROLES, dequantize_projections_, quantize_projections_, weight_of
-from lte.nn.laid_out import BUFFERS, DECELERATE, Acceleration, LaidOutFfn, WeightFormat, refresh_loaded
+from lte.nn.laid_out import COPIES, DECELERATE, SCALES, Acceleration, LaidOutFfn, WeightFormat, refresh_loaded
 from lte.nn.passing import install_passing_, remove_passing_
 from lte.nn.sparse_ffn import SparseFfn, is_transformed
 from lte.ops.arguments import DTYPES
 from lte.ops.reference import router_logits
 
 __all__ = ["AcceleratedFfn", "Acceleration", "WeightFormat"]
+
+
+def _is_followed() -> bool:
+    """Whether transforms, traces, modes or tangents follow the operations of PyTorch, which the kernels pass by."""
+    return (
+        is_transformed()
+        or _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 class AcceleratedFfn(LaidOutFfn):
@@ -26,7 +38,8 @@ class AcceleratedFfn(LaidOutFfn):
     @staticmethod
     def install_(ffn: SparseFfn, acceleration: Acceleration) -> None:
         """Makes a `SparseFfn` with plain projections, `nn.Linear` say, an `AcceleratedFfn`."""
-        for name in BUFFERS:
+        vars(ffn).update(dict.fromkeys(COPIES))
+        for name in SCALES:
             ffn.register_buffer(name, None, persistent=False)
         trainable = [name for name in ffn.layout.projections if ffn.part(name).weight.requires_grad]
         dtype = weight_of(ffn, "up").dtype  # type: ignore[union-attr]
@@ -59,7 +72,7 @@ class AcceleratedFfn(LaidOutFfn):
         if self.block:
             remove_passing_(self)
         self._after_load.remove()
-        for name in BUFFERS:
+        for name in SCALES:
             delattr(self, name)
         for name in (*LaidOutFfn.__annotations__, *AcceleratedFfn.__annotations__):
             # A copy that has not run yet has no runner.
@@ -73,7 +86,7 @@ class AcceleratedFfn(LaidOutFfn):
                 return super().forward(x)
         elif not self.takes(x):
             return super().forward(x)
-        # Graphs must see parameters and buffers, which stay where they are: CUDA graphs copy all other inputs.
+        # Graphs must see the parameters, which stay where they are: CUDA graphs copy all other inputs.
         runner = self._bind() if torch.compiler.is_compiling() else self._runner
         flat = x.reshape(-1, x.shape[-1])
         logits = None
@@ -105,7 +118,7 @@ class AcceleratedFfn(LaidOutFfn):
             and x.numel() > 0
             and not torch.is_autocast_enabled(x.device.type)
             # Tensors of other classes, and all of them under `torch.func`, hold no numbers that a kernel could read.
-            and (torch.compiler.is_compiling() or (type(x) is Tensor and not is_transformed()))
+            and (torch.compiler.is_compiling() or (type(x) is Tensor and not _is_followed()))
             # Neither do copies for `nn.DataParallel`, whose weights are parameters no more.
             and "_is_replica" not in self.__dict__
             and not self._wants_gradient(x)
@@ -122,7 +135,7 @@ class AcceleratedFfn(LaidOutFfn):
 
     @property
     def _drops(self) -> bool:
-        return any(self.part(name).p > 0 for name in self.layout.parts[len(self.layout.projections) :])
+        return any(getattr(self.part(name), "p", 0) > 0 for name in self.layout.dropouts)
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.own_parameters()))

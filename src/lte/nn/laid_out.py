@@ -27,10 +27,11 @@ from lte.ops.layout import by_neuron, stack_inputs
 
 WeightFormat = Literal["native", "int8"]
 SCALES = tuple(f"{role}_scale" for role in ROLES)
-BUFFERS = ("stacked", "router_rows", *SCALES)
+COPIES = ("stacked", "router_rows")
+BUFFERS = (*COPIES, *SCALES)
 DECELERATE = "call lte.decelerate_(model) first, which rounds them back"
 # What plain PyTorch would call on an FFN, and the kernels compute in its place.
-_METHODS = frozenset({"factors", "intermediate", "gate_values", "activation_function"})
+_METHODS = ("factors", "intermediate", "gate_values", "activation_function")
 # Before the parameters have been looked at: no FFN has a parameter of no name.
 _UNSEEN: tuple[Any, ...] = (({}, "", ..., 0, None, None),)
 # Threads that share a model may find at once that its parameters were replaced.
@@ -66,9 +67,11 @@ class LaidOutFfn(SparseFfn):
     The kernels read the parameters' own memory, so that they see what is written into it by whatever means. Before
     each call it is looked whether a parameter lies elsewhere, and whether a module was replaced or has hooks.
 
-    Buffers, none of which is saved: `stacked` (see `lte.ops.layout.stack_inputs`); `router_rows`, `None` for a low-rank
-    router, else the router's weight: its own memory if it has the dtype of the weights, or memory to round it into (see
-    `lte.ops.arguments.Routing.rounded`); for int8 `gate_scale`, `up_scale`, `down_scale`.
+    Made from the parameters, and not saved: `stacked` (see `lte.ops.layout.stack_inputs`); `router_rows`, `None` for a
+    low-rank router, else the router's weight: its own memory if it has the dtype of the weights, or memory to round it
+    into (see `lte.ops.arguments.Routing.rounded`); for int8 the buffers `gate_scale`, `up_scale`, `down_scale`. The
+    first two are no buffers: they are the memory of parameters, and what copies the buffers of a model, an EMA say,
+    would write into these again.
 
     Attributes:
         acceleration: how it runs.
@@ -113,6 +116,8 @@ class LaidOutFfn(SparseFfn):
             up, gate = weight_of(self, "up"), weight_of(self, "gate")
             assert up is not None
             parts = stack_inputs(up, gate, router.weight if full_rank else None)
+            if up.is_cpu and up.is_shared():  # with other processes, by `share_memory`
+                parts.stacked.share_memory_()
             self.dtype, self.stacked, self.router_rows = up.dtype, parts.stacked, parts.router
             # Transformers cannot save a transposed weight that shares its memory with another.
             shared = router.weight.dtype == up.dtype and not layout.transposed
@@ -128,6 +133,10 @@ class LaidOutFfn(SparseFfn):
         self._rounds_router = full_rank and not shared
         self._width, self._device = layout.matrix(self.part(layout.down)).shape[0], router.weight.device
         self._arch = prepare(self._device)
+        for name in COPIES:
+            if (copied := getattr(self, name)) is not None and copied.is_cuda:
+                # As for parameters and buffers: CUDA graphs copy all other inputs at each call.
+                torch._dynamo.mark_static_address(copied, guard=False)
         self._runner, self._watched, self._seen = self._bind(), tuple(self._watch()), tuple(self._look())
 
     def _place_(self, name: str, matrix: Tensor) -> None:
@@ -170,14 +179,14 @@ class LaidOutFfn(SparseFfn):
                 or type(module) is not kind
                 or own["_forward_hooks"]
                 or len(own["_forward_pre_hooks"]) != hooks
-                or ("forward" in own and module is not self)
+                or "forward" in own
             ):
                 return False
         return (
             self._lies_as_seen()
             and not _global_forward_hooks
             and not _global_forward_pre_hooks
-            and _METHODS.isdisjoint(self.__dict__)
+            and not any(name in self.__dict__ for name in _METHODS)
             and self.activation_function is self._activation[0]
             and self.threshold_logit == self._runner.routing.threshold
         )
@@ -196,10 +205,10 @@ class LaidOutFfn(SparseFfn):
         obstacle = self._attached() or self._unfit()
         if obstacle is None:
             with _LAYING_OUT:
-                before = {id(module) for _, _, module, _, _ in self._watched}
                 self._watched = tuple(self._watch())
-                replaced = before != {id(module) for _, _, module, _, _ in self._watched}
-                if replaced or not self._is_settled():
+                # The parameters of a module that was replaced lie as before, but are no longer those of the FFN.
+                same = all(new[0] is old[0] for new, old in zip(self._look(), self._seen, strict=False))
+                if not (same and self._is_settled()):
                     self._lay_out_()
             return True
         plan = self.acceleration
@@ -217,7 +226,7 @@ class LaidOutFfn(SparseFfn):
         """What PyTorch would call and the kernels do not, in words; `None` if there is nothing."""
         if _global_forward_hooks or _global_forward_pre_hooks:
             return "there are hooks on all modules"
-        replaced = sorted(_METHODS.intersection(self.__dict__))
+        replaced = [name for name in _METHODS if name in self.__dict__]
         if replaced:
             return f"its {replaced[0]} was replaced"
         if self.activation_function is not self._activation[0]:
@@ -227,10 +236,13 @@ class LaidOutFfn(SparseFfn):
             module = self.router if name == "router" else self.part(name)
             if type(module) is not kind:
                 return f"its {name} is a {type(module).__module__}.{type(module).__qualname__}"
+        for name in self.layout.dropouts:
+            if type(self.part(name)) not in (nn.Dropout, nn.Identity):
+                return f"its {name} is a {type(self.part(name)).__qualname__}"
         for _, name, module, _, hooks in self._watch():
             if module._forward_hooks or len(module._forward_pre_hooks) != hooks:
                 return f"its {name} has hooks"
-            if "forward" in module.__dict__ and module is not self:
+            if "forward" in module.__dict__:
                 return f"the forward method of its {name} was replaced"
         return None
 
@@ -330,8 +342,7 @@ class LaidOutFfn(SparseFfn):
         """Copies and pickles leave out what is made from the parameters."""
         made = ("_runner", "_seen", "_watched")
         state = {name: value for name, value in self.__dict__.items() if name not in made}
-        state["_buffers"] = {**self._buffers, "stacked": None, "router_rows": None}
-        return state
+        return {**state, **dict.fromkeys(COPIES)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -54,7 +54,12 @@ class FfnLayout:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of all submodules with weights or state: the projections, then the dropouts."""
-        return (*self.projections, *(name for name in (self.inner_dropout, self.outer_dropout) if name is not None))
+        return (*self.projections, *self.dropouts)
+
+    @property
+    def dropouts(self) -> tuple[str, ...]:
+        """Names of the dropouts."""
+        return tuple(name for name in (self.inner_dropout, self.outer_dropout) if name is not None)
 
     def matrix(self, projection: Any) -> Tensor:
         """The weight of a projection as [out, in], a view if the family stores it the other way round."""

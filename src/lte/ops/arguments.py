@@ -74,7 +74,8 @@ class Routing:
         logits: [T, E] fp32, in place of `weight` and `bias`.
         threshold: threshold of the logit.
         rounded: [E, D], where W counts as rounded to this dtype: memory that a path which needs it so writes it into,
-            anew at each call, so that no edit of W is missed. Other paths round what they read.
+            anew at each call, so that no edit of W is missed. Other paths round what they read; for them it may be
+            empty.
     """
 
     weight: Tensor | None = None
@@ -162,6 +163,7 @@ def check_arguments(
         if weight is not None:
             _check_weight(name, weight, scale, x)
     _check_tensor("weight", routing.weight, (experts, hidden), x)
-    _check_tensor("rounded", routing.rounded, (experts, hidden), x)
+    if routing.rounded is not None and routing.rounded.numel():
+        _check_tensor("rounded", routing.rounded, (experts, hidden), x)
     _check_tensor("bias", routing.bias, (experts,), x)
     _check_tensor("logits", routing.logits, (tokens, experts), x)

@@ -51,7 +51,11 @@ def sparse_ffn_decode(x: Tensor, weights: FfnWeights, routing: Routing, activati
     Raises:
         ValueError: if shapes, dtypes or devices do not fit.
     """
-    return _decode_op(x, weights.flat(), routing.flat(), routing.threshold, activation)
+    # What products of many tokens need stays out: CUDA graphs might copy it at each call.
+    *ffn, _ = weights.flat()
+    rounded = None if routing.rounded is None else torch.empty(0, dtype=routing.dtype, device=x.device)
+    route = [routing.weight, routing.bias, routing.logits, rounded]
+    return _decode_op(x, [*ffn, None], route, routing.threshold, activation)
 
 
 # Lists, since the operation's schema cannot hold a dataclass.
