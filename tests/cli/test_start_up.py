@@ -145,6 +145,8 @@ def test_a_stream_escapes_what_it_cannot_show_and_outlives_its_reader(monkeypatc
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_while_it_loads_is_one_line() -> None:
     code = "import os, signal, sys, threading\nsys.argv = ['lte', 'generate', 'gpt2', '--prompt', 'a']\n"
+    # A process in the background may have been started with the signal ignored.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "def press():\n    while 'torch' not in sys.modules: pass\n    os.kill(os.getpid(), signal.SIGINT)\n"
     code += "threading.Thread(target=press, daemon=True).start()\nimport lte_cli\nlte_cli.main()"
     found = run_code(code)
