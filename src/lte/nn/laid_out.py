@@ -223,7 +223,10 @@ class LaidOutFfn(SparseFfn):
         return False
 
     def _attached(self) -> str | None:
-        """What PyTorch would call and the kernels do not, in words; `None` if there is nothing."""
+        """What PyTorch would call and the kernels do not, in words; `None` if there is nothing.
+
+        A graph is made by what was seen at the last call without one: dynamo cannot tell hooks apart (torch 2.11).
+        """
         if _global_forward_hooks or _global_forward_pre_hooks:
             return "there are hooks on all modules"
         replaced = [name for name in _METHODS if name in self.__dict__]
@@ -239,7 +242,9 @@ class LaidOutFfn(SparseFfn):
         for name in self.layout.dropouts:
             if type(self.part(name)) not in (nn.Dropout, nn.Identity):
                 return f"its {name} is a {type(self.part(name)).__qualname__}"
-        for _, name, module, _, hooks in self._watch():
+        for modules, name, module, _, hooks in self._watched if torch.compiler.is_compiling() else self._watch():
+            if modules.get(name) is not module:
+                return f"its {name} was replaced"
             if module._forward_hooks or len(module._forward_pre_hooks) != hooks:
                 return f"its {name} has hooks"
             if "forward" in module.__dict__:
