@@ -324,7 +324,7 @@ def test_compiles_as_one_graph(path: str, relative_rms: Callable[[Tensor, Tensor
 
 def test_the_operator_keeps_to_its_declaration() -> None:
     weights, x = random_ffn(64, 6), torch.randn(2, 64)
-    arguments = (x, weights.flat(), [None, None, torch.randn(2, 6)], 0.0, "silu")
+    arguments = (x, weights.flat(), Routing(logits=torch.randn(2, 6)).flat(), 0.0, "silu")
     torch.library.opcheck(
         torch.ops.lte.sparse_ffn_cpu.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

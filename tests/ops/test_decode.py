@@ -222,7 +222,7 @@ def test_the_operation_is_well_formed() -> None:
     x = states(2, 64)
     for weights in (random_ffn(64, 4), random_ffn(64, 4, gated=False, biases=True)):
         routing = random_router(x, 4, 0.5)
-        args = (x, weights.flat(), [routing.weight, routing.bias, None], routing.threshold, "silu")
+        args = (x, weights.flat(), routing.flat(), routing.threshold, "silu")
         torch.library.opcheck(decode._decode_op, args)
 
 

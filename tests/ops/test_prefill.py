@@ -151,7 +151,7 @@ def test_masked_path_with_skinny_products(
 def test_the_operation_with_skinny_products_is_well_formed(skinny: None) -> None:
     x = states(20, 64, torch.float16)
     weights, routing = stack(random_ffn(64, 4, dtype=x.dtype), random_router(x, 4, 0.5, x.dtype))
-    args = (x, weights.flat(), [routing.weight, routing.bias, None], routing.threshold, "silu", "masked")
+    args = (x, weights.flat(), routing.flat(), routing.threshold, "silu", "masked")
     torch.library.opcheck(prefill._prefill_op, args)
 
 
@@ -304,7 +304,7 @@ def test_the_operation_is_well_formed(path: str) -> None:
     x = states(20, 64)
     for weights in (random_ffn(64, 4), random_ffn(64, 4, gated=False, biases=True)):
         weights, routing = stack(weights, random_router(x, 4, 0.5))
-        args = (x, weights.flat(), [routing.weight, routing.bias, None], routing.threshold, "silu", path)
+        args = (x, weights.flat(), routing.flat(), routing.threshold, "silu", path)
         torch.library.opcheck(prefill._prefill_op, args)
 
 

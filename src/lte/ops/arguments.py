@@ -91,7 +91,10 @@ class Routing:
         return torch.float32 if weight is None else weight.dtype
 
     def rounded_weight(self) -> Tensor | None:
-        """W as it counts."""
+        """W as it counts.
+
+        Operations write into `rounded` without saying so to PyTorch: nobody reads what was there before.
+        """
         return self.weight if self.rounded is None or self.weight is None else self.rounded.copy_(self.weight)
 
     def flat(self) -> list[Tensor | None]:
