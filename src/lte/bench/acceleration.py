@@ -61,8 +61,7 @@ def routing_of(ffn: SparseFfn, x: Tensor) -> Routing:
     """What decides on the experts of hidden states x [T, D], rounded as the kernels round it."""
     if ffn.router.down is not None:
         return Routing(logits=ffn.router(x), threshold=ffn.threshold_logit)
-    rows = getattr(ffn, "router_rows", None)  # of an accelerated layer, already rounded
-    weight = ffn.router.weight.detach().to(x.dtype) if rows is None else rows
+    weight = ffn.router.weight.detach().to(x.dtype)
     return Routing(weight=weight, bias=ffn.router.bias.detach(), threshold=ffn.threshold_logit)
 
 

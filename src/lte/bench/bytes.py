@@ -28,11 +28,8 @@ def ffn_bytes(p: Projections, tokens: int, union: float = 1.0, int8: bool = Fals
 
 
 def router_bytes(ffn: SparseFfn) -> int:
-    """Bytes of a layer's router: an accelerated layer reads its weight in the dtype of the model."""
-    rows = getattr(ffn, "router_rows", None)
-    if rows is None:
-        return sum(p.nbytes for p in ffn.router.parameters())
-    return rows.nbytes + ffn.router.bias.nbytes
+    """Bytes of a layer's router, whose parameters the kernels for few tokens read as they are."""
+    return sum(p.nbytes for p in ffn.router.parameters())
 
 
 def other_bytes(pair: ModelPair, batch: int, context: int) -> int:
