@@ -137,13 +137,14 @@ def test_training_and_measuring_by_different_processes(mrpc: Callable[..., Path]
     assert not measuring.advance()
     training, trained = runner_of(file, tmp_path, phase="train")
     assert execute_all([training]) == []
-    assert [line.partition(" (")[0] for line in trained] == [
+    assert trained[0].startswith("Data: mrpc: ")
+    assert [line.partition(" (")[0] for line in trained[1:]] == [
         *("start-seed0: made", "dense-0-seed0: made", "lte-0.5-seed0: made")
     ]
     assert records_of(tmp_path) == {}
     assert execute_all([training]) == []
     # All of it is there.
-    assert len(trained) == 3
+    assert len(trained) == 4
     assert execute_all([measuring]) == []
     assert done(measured) == ["dense-0-seed0", "lte-0.5-seed0", "teal-0.5-seed0"]
     assert not list((tmp_path / "work").iterdir())
