@@ -1,0 +1,165 @@
+"""What one decoding step of a whole decoder computes: all weights by their role, as every engine takes them.
+
+An engine computes, for B sequences that each read one token: embedding, and in each layer norm, queries, keys and
+values, rotary embedding, cache write, attention over the cache, output product, residual, norm, router, sparse FFN,
+residual; then the final norm and the head.
+
+Shapes: B sequences, D hidden size, HQ heads of queries, HKV of keys and values, HD their size, F neurons, E experts of
+S = F / E neurons, V vocabulary, C tokens that a cache holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderLayer:
+    """The weights of one layer; all but the router have one dtype, and the rows of all matrices are contiguous.
+
+    Attributes:
+        norm1: weight of the norm before attention, [D].
+        q: [HQ HD, D].
+        k: [HKV HD, D].
+        v: [HKV HD, D].
+        out: [D, HQ HD].
+        norm2: weight of the norm before the FFN, [D].
+        up: [F, D].
+        down: the down projection transposed, [F, D], so that an expert is S contiguous rows.
+        gate: [F, D]; `None` for a plain FFN act(x W_up) W_down.
+        router: [E, D], in any floating dtype: as in `lte.ops.arguments.Routing`, W and its product with x are rounded
+            to the dtype of the other weights, and the bias is added in fp32. `None` for a dense FFN.
+        router_bias: [E], any floating dtype.
+        threshold: of the router's logits: greater ones are on.
+        q_bias, k_bias, v_bias, out_bias, up_bias, gate_bias, down_bias: of the products; `None` for none.
+        q_norm, k_norm: weights [HD] of a norm of each head of queries and keys, before the rotary embedding.
+        post1, post2: weights [D] of a norm of what attention and the FFN add to the residual.
+        window: how many of the last tokens, itself included, a token sees; 0 for all.
+        rope: which of `DecoderPlan.ropes` turns its queries and keys.
+    """
+
+    norm1: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    norm2: Tensor
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    router: Tensor | None = None
+    router_bias: Tensor | None = None
+    threshold: float = 0.0
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    post1: Tensor | None = None
+    post2: Tensor | None = None
+    window: int = 0
+    rope: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """A rotary embedding of the first 2 len(frequencies) numbers of a head, halves as in GPT-NeoX and Llama.
+
+    Attributes:
+        frequencies: fp32, angle per position; only those that do not change with the length of the text.
+        factor: of cosines and sines (the "attention scaling" of YaRN).
+    """
+
+    frequencies: Tensor
+    factor: float = 1.0
+
+    def table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, fp32 [length, 2 len(frequencies)], by position."""
+        angles = self.frequencies.new_tensor(range(length))[:, None] * self.frequencies
+        angles = angles.repeat(1, 2)
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPlan:
+    """A whole decoder.
+
+    Attributes:
+        layers: in depth order.
+        embedding: [V, D].
+        final_norm: [D].
+        head: [V, D]; the embedding itself where they are tied.
+        head_bias: [V] or `None`.
+        ropes: see `DecoderLayer.rope`.
+        heads: HQ.
+        kv_heads: HKV.
+        head_size: HD.
+        activation: a key of `lte.ops.activations.ACTIVATIONS`.
+        eps: of all norms.
+        norm_plus_one: whether norms multiply by 1 + weight, as Gemma's do; else by the weight.
+        embedding_scale: of embeddings, rounded to their dtype as the family rounds it; the product is rounded too.
+        score_scale: of attention scores.
+        score_cap: c, if scores s become c tanh(s / c); 0 for none.
+        logit_cap: the same for the head's logits.
+    """
+
+    layers: Sequence[DecoderLayer]
+    embedding: Tensor
+    final_norm: Tensor
+    head: Tensor
+    ropes: Sequence[Rope]
+    heads: int
+    kv_heads: int
+    head_size: int
+    activation: str
+    eps: float
+    head_bias: Tensor | None = None
+    norm_plus_one: bool = False
+    embedding_scale: float = 1.0
+    score_scale: float = 1.0
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """Keys and values of one layer, which an engine reads and writes in place.
+
+    The token at position p lies in slot (p + shift) % C; a layer whose window is shorter than the text holds its last
+    C tokens alone, C >= window.
+
+    Attributes:
+        keys: [B, HKV, C, HD], of the weights' dtype, each sequence's [HKV, C, HD] contiguous.
+        values: [B, HKV, C, HD].
+        shift: where position 0 lies or would lie.
+    """
+
+    keys: Tensor
+    values: Tensor
+    shift: int = 0
+
+
+class DecodeStep(Protocol):
+    """An engine that is bound to a plan and the caches of B sequences."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+        """Reads one token of each sequence: writes its keys and values into the caches, and returns its logits.
+
+        Args:
+            tokens: int64 [B].
+            positions: int64 [B]: where each token stands, counted from slot 0 with padding included.
+            starts: int64 [B]: the first position of each sequence that is no padding, 0 without padding on the left.
+                The rotary embedding counts from here, and earlier positions are not seen.
+
+        Returns:
+            fp32 [B, V], in memory that the next call may write anew.
+        """
+        ...
