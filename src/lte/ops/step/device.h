@@ -1,0 +1,125 @@
+// What step.cu needs of a GPU, without CUDA's headers, which a machine that runs PyTorch need not have.
+#define DEVICE __device__ __forceinline__
+#define KERNEL __global__ __launch_bounds__(THREADS + 32 * FETCHERS, 1)
+#define SHARED_MEMORY(type, name)                   \
+  extern __shared__ __align__(128) char _memory[];  \
+  type& name = *reinterpret_cast<type*>(_memory)
+#define INFINITY_ __int_as_float(0x7f800000)
+
+#if LTE_ELEM == 32
+typedef float elem;
+DEVICE float to_float(elem x) { return x; }
+DEVICE elem from_float(float x) { return x; }
+#elif LTE_ELEM == 16
+typedef unsigned short elem;
+DEVICE float to_float(elem x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+DEVICE elem from_float(float x) { elem y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#else  // bf16
+typedef unsigned short elem;
+DEVICE float to_float(elem x) { return __uint_as_float((unsigned)x << 16); }
+DEVICE elem from_float(float x) { elem y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#endif
+
+DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float exp_(float x) { return __expf(x); }
+DEVICE float erf_(float x) { return erff(x); }
+DEVICE float tanh_(float x) { return tanhf(x); }
+DEVICE float rsqrt_(float x) { return rsqrtf(x); }
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+DEVICE unsigned vote(bool x) { return __ballot_sync(~0u, x); }
+DEVICE int popcount(unsigned x) { return __popc(x); }
+DEVICE void warp_sync() { __syncwarp(); }
+DEVICE void block_sync() { __syncthreads(); }
+// All threads but the producer's.
+DEVICE void team_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+DEVICE void spin() {}
+DEVICE long long clock_ns() { long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
+
+// Memory that other multiprocessors write in the same launch is read from the L2 cache.
+DEVICE float load_fresh(const float* p) {
+  float x;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+}
+DEVICE unsigned load_relaxed(const unsigned* p) {
+  unsigned x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+DEVICE unsigned load_fresh(const unsigned* p) { return load_relaxed(p); }
+DEVICE unsigned load_acquire(const unsigned* p) {
+  unsigned x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+DEVICE void store_relaxed(unsigned* p, unsigned x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+DEVICE void store_release(unsigned* p, unsigned x) {
+  asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+DEVICE unsigned add_acq_rel(unsigned* p, unsigned x) {
+  unsigned y;
+  asm volatile("fence.acq_rel.gpu; atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(y) : "l"(p), "r"(x) : "memory");
+  return y;
+}
+DEVICE uint4 load16(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
+  return x;
+}
+
+// Barriers of shared memory, and copies into it that arrive at one.
+typedef unsigned long long Barrier;
+DEVICE unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+DEVICE void start_barrier(Barrier& b, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(count) : "memory");
+}
+DEVICE void arrive(Barrier& b) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(&b)) : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
+DEVICE void wait(Barrier& b, unsigned parity) {
+  asm volatile(
+      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again; }" ::"r"(shared_address(&b)),
+      "r"(parity)
+      : "memory");
+}
+DEVICE void expect(Barrier& b, int bytes) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(shared_address(&b)), "r"(bytes)
+               : "memory");
+}
+DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&b))
+               : "memory");
+}
+#endif
+
+// Tensor cores: C [16, 8] += A [16, 16] B [16, 8]. A lane holds the rows lane / 4 and + 8, and two tokens of C.
+DEVICE void load_matrices(unsigned (&x)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void load_matrices_transposed(unsigned (&x)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if LTE_ELEM == 16
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+#include "tile.h"
