@@ -88,7 +88,7 @@ struct Shared {
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
-  float sums[WARPS][T];
+  float sums[WARPS][T], halves[2][WARPS];
   float q[G][HD];
   float new_key[HD], new_value[HD];
   float stats[WARPS][G][2];   // highest score, sum
@@ -238,38 +238,45 @@ struct Step {
     team_sync();
   }
 
+  // The same of one number; calls in a row have `half` 0 and 1 in turn.
+  DEVICE float team_sum(float x, int half) {
+    x = warp_sum(x);
+    if (lane == 0) s.halves[half][warp] = x;
+    team_sync();
+    x = 0;
+    for (int i = 0; i < WARPS; i++) x += s.halves[half][i];
+    return x;
+  }
+
   // residual = before + delta, before + norm(delta), or the token's embedding; then s.xs = norm(residual).
   DEVICE void add_and_norm(const float* before, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D + THREADS - 1) / THREADS;
     float x[T][N], sums[T], w[N];
 #pragma unroll
     for (int i = 0; i < N; i++) w[i] = i * THREADS + tid < D ? norm_weight(weight[i * THREADS + tid]) : 0;
+    // All loads of a token at once, before anything waits for one.
 #pragma unroll
     for (int t = 0; t < T; t++) {
-      sums[t] = 0;
+      float old[N];
 #pragma unroll
       for (int i = 0; i < N; i++) {
         const int c = i * THREADS + tid;
-        x[t][i] = 0;
+        old[i] = x[t][i] = 0;
         if (c < D && before == nullptr)
           x[t][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
-        else if (c < D) x[t][i] = load_fresh(a.delta + t * D + c);
-        sums[t] += x[t][i] * x[t][i];
+        else if (c < D) x[t][i] = load_fresh(a.delta + t * D + c), old[i] = load_fresh(before + t * D + c);
       }
-    }
-    if (before != nullptr) {
-      if (post != nullptr) team_sums(sums);
+      if (post != nullptr && before != nullptr) {
+        float squares = 0;
 #pragma unroll
-      for (int t = 0; t < T; t++) {
-        const float r = post == nullptr ? 1 : rsqrt_(sums[t] / D + a.eps);
-        sums[t] = 0;
+        for (int i = 0; i < N; i++) squares += x[t][i] * x[t][i];
+        const float r = rsqrt_(team_sum(squares, t & 1) / D + a.eps);
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-          const int c = i * THREADS + tid;
-          if (c < D) x[t][i] = load_fresh(before + t * D + c) + x[t][i] * r * (post == nullptr ? 1 : norm_weight(post[c]));
-          sums[t] += x[t][i] * x[t][i];
-        }
+        for (int i = 0; i < N; i++) x[t][i] *= i * THREADS + tid < D ? r * norm_weight(post[i * THREADS + tid]) : 0;
       }
+      sums[t] = 0;
+#pragma unroll
+      for (int i = 0; i < N; i++) x[t][i] += old[i], sums[t] += x[t][i] * x[t][i];
     }
     team_sums(sums);
 #pragma unroll
