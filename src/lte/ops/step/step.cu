@@ -7,8 +7,8 @@
 //      the cache
 //   3  output product
 //   4  residual += output; x = norm(residual); which experts are on
-//   5  gate, up and down of an equal share of the neurons that any token needs
-//   6  the blocks' shares of the output are added up, each block a slice of the columns
+//   5  gate, up and down of an equal share of the neurons that any token needs; the blocks' shares of the output are
+//      added up in fixed point, so that their order does not matter
 //
 // In a product each block takes an equal share of a matrix's rows, 16 at a time, and its warps share the columns.
 // Weights do not depend on activations, so one warp of each block, the producer, does nothing but fetch what its block
@@ -49,6 +49,9 @@ constexpr int LANES = HD / EPL;               // that share one key
 constexpr int LANES2 = LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32;
 constexpr int PLACES = 32 / LANES2;           // keys that a warp takes at once
 constexpr int KEYS = 4;                       // that a thread takes part in at once
+constexpr int DIRECT = 8;                     // parts of a cache that are combined by whoever reads them
+constexpr int PER_THREAD = (E + THREADS - 1) / THREADS > 0 ? (E + THREADS - 1) / THREADS : 1;   // experts
+constexpr float FIXED = 1.0f / (1 << 30);
 static_assert(D % 32 == 0 && OUT % 32 == 0 && THREADS % 32 == 0 && LANES <= 32 && T <= 8, "shapes");
 
 struct Layer {
@@ -72,11 +75,10 @@ struct Args {
   float *qkv;                 // [T, NQKV]
   float *attended;            // [T, OUT]
   float *delta;               // [T, D] what half a layer adds to the residual
-  float *partial;             // [P, T, D]
+  long long *sums;            // [2, T, D] what FFNs add to the residual, in units of FIXED; two layers in turn
   float *splits;              // [T * HKV, P, G, HD + 2]
   u32 *masks;                 // [E]: the launch's tag, and a bit for each token that the expert is on for
-  u32 *flags;                 // [P] of the barrier, zero at first
-  u32 *counters;              // [2 + T * HKV]: where the flags are, launches; of the splits; zero at first
+  u32 *counters;              // [3 + T * HKV]: barriers so far, launches, arrivals at barriers; of the splits; zero at first
   long long* trace;           // [P, TRACE]
   int num_layers;
   float eps, scaling, embedding_scale, attention_cap, logit_cap;
@@ -87,15 +89,18 @@ struct Shared {
   Barrier full[STAGES], empty[STAGES], routed;
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
+  Layer layers[2];            // this one and the next
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
   float sums[WARPS][T], halves[2][WARPS];
   float q[G][HD];
   float new_key[HD], new_value[HD];
+  alignas(16) elem newest[2][HD];   // the same as the cache holds them
   float stats[WARPS][G][2];   // highest score, sum
+  float factors[T][HQ][DIRECT];
   float values[WARPS][G][HD];
   unsigned short experts[E > 0 ? E : 1];
   unsigned char tokens[E > 0 ? E : 1];  // bits of the experts in the list
-  int counts[WARPS];
+  int counts[PER_THREAD][WARPS];
   int first, count;           // this block's share of the active neurons
   int last;
   int position[T], start[T];
@@ -130,6 +135,7 @@ struct Producer {
   Shared& s;
   int row, stage = 0;   // of a stage
   u32 parity = 1;
+  const unsigned long long policy = read_once();
 
   DEVICE Producer(const Args& a, Shared& s) : a(a), s(s) {
     constexpr int EACH = ROWS / FETCHERS;
@@ -141,7 +147,7 @@ struct Producer {
     wait(s.empty[stage], parity);
     const int bytes = columns * SIZE;
     if (row == 0) expect(s.full[stage], rows * bytes);
-    if (row < rows) bulk_copy(s.ring[stage] + row * PITCH, from, bytes, s.full[stage]);
+    if (row < rows) bulk_copy(s.ring[stage] + row * PITCH, from, bytes, s.full[stage], policy);
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
   DEVICE void tile(const elem* from, int rows, int columns) {
@@ -210,16 +216,22 @@ struct Step {
 #endif
   }
 
-  // Waits until all blocks are here.
-  DEVICE void grid_sync() {
+  // All blocks wait for each other: what a block wrote before `arrive_at_grid`, all read after `wait_for_grid`.
+  DEVICE void arrive_at_grid() {
     goal++;
     team_sync();
-    if (tid == 0) store_release(a.flags + blockIdx.x, goal);
+    if (tid == 0) add_release(a.counters + 2, 1);
     stamp();
-    for (int p = tid; p < (int)gridDim.x; p += THREADS)
-      while ((int)(load_acquire(a.flags + p) - goal) < 0) spin();
+  }
+  DEVICE void wait_for_grid() {
+    if (tid == 0)
+      while ((int)(load_acquire(a.counters + 2) - goal * gridDim.x) < 0) spin();
     team_sync();
     stamp();
+  }
+  DEVICE void grid_sync() {
+    arrive_at_grid();
+    wait_for_grid();
   }
 
   // Sums over the block, one for each token.
@@ -249,7 +261,7 @@ struct Step {
   }
 
   // residual = before + delta, before + norm(delta), or the token's embedding; then s.xs = norm(residual).
-  DEVICE void add_and_norm(const float* before, const elem* post, float* after, const elem* weight) {
+  DEVICE void add_and_norm(const float* before, const long long* sums_of_ffn, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D + THREADS - 1) / THREADS;
     float x[T][N], sums[T], w[N];
 #pragma unroll
@@ -264,6 +276,8 @@ struct Step {
         old[i] = x[t][i] = 0;
         if (c < D && before == nullptr)
           x[t][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
+        else if (c < D && sums_of_ffn != nullptr)
+          x[t][i] = load_fresh(sums_of_ffn + t * D + c) * FIXED, old[i] = load_fresh(before + t * D + c);
         else if (c < D) x[t][i] = load_fresh(a.delta + t * D + c), old[i] = load_fresh(before + t * D + c);
       }
       if (post != nullptr && before != nullptr) {
@@ -328,17 +342,18 @@ struct Step {
     return sum;
   }
 
-  // The product of s.xs with this block's share of a matrix's rows: emit(row, token, sum).
-  template <class Emit>
-  DEVICE void matrix(int n, int columns, Emit emit) {
-    const int end = share_end(n);
+  // The product of s.xs with this block's share of a matrix's rows: emit(row, token, sum + bias(row)).
+  template <class Bias, class Emit>
+  DEVICE void matrix(int n, int columns, Bias bias, Emit emit) {
+    const int end = share_end(n), row = tid / T, t = tid % T;
 #pragma unroll 1
     for (int r = share_begin(n); r < end; r += ROWS) {
+      const bool mine = row < ROWS && r + row < end;
+      const float b = mine ? bias(r + row) : 0;
       Tile sum;
       tile_dot(&s.xs[0][0], XS, columns, sum);
       share_tile(sum);
-      const int row = tid / T, t = tid % T;
-      if (row < ROWS && r + row < end) emit(r + row, t, total(row, t));
+      if (mine) emit(r + row, t, total(row, t) + b);
     }
   }
 
@@ -384,43 +399,87 @@ struct Step {
     return at < l.slots ? at : at % l.slots;
   }
 
-  DEVICE void attention(const Layer& l) {
-    const int parts = gridDim.x / (T * HKV) > 1 ? gridDim.x / (T * HKV) : 1;
-#pragma unroll 1
-    for (int unit = blockIdx.x; unit < T * HKV * parts; unit += gridDim.x) {
-      const int t = unit % T, head = unit / T % HKV, split = unit / (T * HKV);
-      const int start = s.start[t], end = s.position[t] + 1;
-      const int low = l.window > 0 && end - l.window > start ? end - l.window : start, n = end - low;
-      int splits = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
-      if (splits > parts) splits = parts;
-      const int length = (n + splits - 1) / splits;
-      splits = (n + length - 1) / length;
-      if (split >= splits) continue;
-      const int begin = low + split * length;
-      attend(l, t, head, split, splits, begin, begin + length < end ? begin + length : end, end - 1, end - 1 - start);
+  // Keys [begin, end) of the cache of sequence t for one head of keys.
+  struct Part { int t, head, split, splits, begin, end; };
+  struct Chunk { uint4 keys[KEYS], values[KEYS]; };
+
+  DEVICE int first_key(const Layer& l, int t) const {
+    const int start = s.start[t], end = s.position[t] + 1;
+    return l.window > 0 && end - l.window > start ? end - l.window : start;
+  }
+  // How many keys each part of a sequence's cache has; the last may have fewer.
+  DEVICE int part_length(const Layer& l, int t) const {
+    const int n = s.position[t] + 1 - first_key(l, t), most = gridDim.x / (T * HKV) > 1 ? gridDim.x / (T * HKV) : 1;
+    const int wanted = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
+    return wanted <= most ? (n + wanted - 1) / wanted : (n + most - 1) / most;
+  }
+  DEVICE int splits_of(const Layer& l, int t) const {
+    const int length = part_length(l, t);
+    return (s.position[t] + 1 - first_key(l, t) + length - 1) / length;
+  }
+  DEVICE bool part_of(const Layer& l, int unit, Part& p) const {
+    p.t = unit % T, p.head = unit / T % HKV, p.split = unit / (T * HKV), p.splits = splits_of(l, p.t);
+    const int length = part_length(l, p.t), end = s.position[p.t] + 1;
+    p.begin = first_key(l, p.t) + p.split * length;
+    p.end = p.begin + length < end ? p.begin + length : end;
+    return p.split < p.splits;
+  }
+
+  // Where the cache of a part lies, and this thread's share of keys: groups of LANES2 lanes have keys of their own.
+  DEVICE size_t base_of(const Layer& l, const Part& p) const { return (size_t)(p.t * HKV + p.head) * l.slots * HD; }
+  DEVICE void load_chunk(const Layer& l, const Part& p, int from, Chunk& chunk) const {
+    const int part = lane % LANES2, place = warp * PLACES + lane / LANES2;
+    const size_t base = base_of(l, p);
+#pragma unroll
+    for (int u = 0; u < KEYS; u++) {
+      const int j = from + u * WARPS * PLACES + place;
+      chunk.keys[u] = chunk.values[u] = {0, 0, 0, 0};
+      if (part < LANES && j < p.end && j != s.position[p.t]) {
+        const size_t at = base + (size_t)slot_of(l, j) * HD + part * EPL;
+        chunk.keys[u] = load16(l.keys + at);
+        chunk.values[u] = load16(l.values + at);
+      }
     }
   }
 
-  DEVICE void attend(const Layer& l, int t, int head, int split, int splits, int begin, int end, int position, int angle) {
-    const float *cos = l.cos + (size_t)angle * ROTARY, *sin = l.sin + (size_t)angle * ROTARY, *qkv = a.qkv + t * NQKV;
-    const bool newest = end == position + 1;
-    const size_t base = (size_t)(t * HKV + head) * l.slots * HD;
+  // What attention reads besides the new token is on its way before the others have computed that.
+  DEVICE void attention(const Layer& l) {
+    const int units = T * HKV * (gridDim.x / (T * HKV) > 1 ? gridDim.x / (T * HKV) : 1);
+    Part p;
+    Chunk chunk;
+    const bool any = (int)blockIdx.x < units && part_of(l, blockIdx.x, p);
+    if (any) load_chunk(l, p, p.begin, chunk);
+    wait_for_grid();
+    if (any) attend(l, p, chunk);
+#pragma unroll 1
+    for (int unit = blockIdx.x + gridDim.x; unit < units; unit += gridDim.x)
+      if (part_of(l, unit, p)) {
+        load_chunk(l, p, p.begin, chunk);
+        attend(l, p, chunk);
+      }
+  }
+
+  DEVICE void attend(const Layer& l, const Part& p, Chunk& chunk) {
+    const int position = s.position[p.t], angle = position - s.start[p.t];
+    const float *cos = l.cos + (size_t)angle * ROTARY, *sin = l.sin + (size_t)angle * ROTARY, *qkv = a.qkv + p.t * NQKV;
+    const bool newest = p.end == position + 1;
 #pragma unroll 1
     for (int g = warp; g < G + 2; g += WARPS) {
-      if (g < G) rotate(qkv + (head * G + g) * HD, l.q_norm, cos, sin, a.scaling, s.q[g]);
-      else if (g == G && newest) rotate(qkv + OUT + head * HD, l.k_norm, cos, sin, 1, s.new_key);
+      if (g < G) rotate(qkv + (p.head * G + g) * HD, l.q_norm, cos, sin, a.scaling, s.q[g]);
+      else if (g == G && newest) rotate(qkv + OUT + p.head * HD, l.k_norm, cos, sin, 1, s.new_key);
       else if (newest)
-        for (int d = lane; d < HD; d += 32) s.new_value[d] = load_fresh(qkv + OUT + (HKV + head) * HD + d);
+        for (int d = lane; d < HD; d += 32) s.new_value[d] = load_fresh(qkv + OUT + (HKV + p.head) * HD + d);
     }
     team_sync();
-    if (newest)
+    if (newest) {
       for (int d = tid; d < HD; d += THREADS) {
-        const elem k = from_float(s.new_key[d]), v = from_float(s.new_value[d]);
-        l.keys[base + (size_t)slot_of(l, position) * HD + d] = k;
-        l.values[base + (size_t)slot_of(l, position) * HD + d] = v;
+        const size_t at = base_of(l, p) + (size_t)slot_of(l, position) * HD + d;
+        l.keys[at] = s.newest[0][d] = from_float(s.new_key[d]);
+        l.values[at] = s.newest[1][d] = from_float(s.new_value[d]);
       }
+      team_sync();
+    }
 
-    // Each group of LANES2 lanes has keys of its own, and its own sums.
     const int part = lane % LANES2, place = warp * PLACES + lane / LANES2;
     const bool mine = part < LANES;
     float top[G], sum[G], acc[G][EPL];
@@ -431,26 +490,15 @@ struct Step {
       for (int i = 0; i < EPL; i++) acc[g][i] = 0;
     }
 #pragma unroll 1
-    for (int from = begin; from < end; from += WARPS * PLACES * KEYS) {
-      uint4 keys[KEYS], values[KEYS];
+    for (int from = p.begin; from < p.end; from += WARPS * PLACES * KEYS) {
+      if (from > p.begin) load_chunk(l, p, from, chunk);
+      if (newest && mine)
 #pragma unroll
-      for (int u = 0; u < KEYS; u++) {
-        const int j = from + u * WARPS * PLACES + place;
-        keys[u] = values[u] = {0, 0, 0, 0};
-        if (mine && j < end && j != position) {
-          const size_t at = base + (size_t)slot_of(l, j) * HD + part * EPL;
-          keys[u] = load16(l.keys + at);
-          values[u] = load16(l.values + at);
-        }
-        if (mine && j < end && j == position) {
-          // As the cache will hold them.
-#pragma unroll
-          for (int i = 0; i < EPL; i++) {
-            ((elem*)&keys[u])[i] = from_float(s.new_key[part * EPL + i]);
-            ((elem*)&values[u])[i] = from_float(s.new_value[part * EPL + i]);
+        for (int u = 0; u < KEYS; u++)
+          if (from + u * WARPS * PLACES + place == position) {
+            chunk.keys[u] = *(const uint4*)(s.newest[0] + part * EPL);
+            chunk.values[u] = *(const uint4*)(s.newest[1] + part * EPL);
           }
-        }
-      }
 #pragma unroll
       for (int g = 0; g < G; g++) {
         float scores[KEYS], highest = top[g];
@@ -460,10 +508,16 @@ struct Step {
           if (mine)
 #pragma unroll
             for (int i = 0; i < EPL; i++)
-              scores[u] = fma_(to_float(((const elem*)&keys[u])[i]), s.q[g][part * EPL + i], scores[u]);
-          for (int o = LANES2 / 2; o; o >>= 1) scores[u] += shuffle_xor(scores[u], o);
+              scores[u] = fma_(to_float(((const elem*)&chunk.keys[u])[i]), s.q[g][part * EPL + i], scores[u]);
+        }
+#pragma unroll
+        for (int o = LANES2 / 2; o; o >>= 1)
+#pragma unroll
+          for (int u = 0; u < KEYS; u++) scores[u] += shuffle_xor(scores[u], o);
+#pragma unroll
+        for (int u = 0; u < KEYS; u++) {
           if (a.attention_cap > 0) scores[u] = a.attention_cap * tanh_(scores[u] / a.attention_cap);
-          if (from + u * WARPS * PLACES + place >= end) scores[u] = -INFINITY_;
+          if (from + u * WARPS * PLACES + place >= p.end) scores[u] = -INFINITY_;
           highest = scores[u] > highest ? scores[u] : highest;
         }
         if (highest == -INFINITY_) continue;
@@ -474,10 +528,10 @@ struct Step {
         for (int i = 0; i < EPL; i++) acc[g][i] *= factor;
 #pragma unroll
         for (int u = 0; u < KEYS; u++) {
-          const float p = exp_(scores[u] - highest);
-          sum[g] += p;
+          const float weight = exp_(scores[u] - highest);
+          sum[g] += weight;
 #pragma unroll
-          for (int i = 0; i < EPL; i++) acc[g][i] = fma_(p, to_float(((const elem*)&values[u])[i]), acc[g][i]);
+          for (int i = 0; i < EPL; i++) acc[g][i] = fma_(weight, to_float(((const elem*)&chunk.values[u])[i]), acc[g][i]);
         }
       }
     }
@@ -513,54 +567,122 @@ struct Step {
         weight += factor * s.stats[w][g][1];
         value += factor * s.values[w][g][d];
       }
-      if (splits == 1) a.attended[t * OUT + head * G * HD + i] = value / weight;
+      if (p.splits == 1) a.attended[p.t * OUT + p.head * G * HD + i] = value / weight;
       else {
-        float* to = split_of(t * HKV + head, split, g);
+        float* to = split_of(p.t * HKV + p.head, p.split, g);
         to[d] = value;
         if (d == 0) to[HD] = highest, to[HD + 1] = weight;
       }
     }
     team_sync();
-    if (splits > 1) {
+    if (p.splits > DIRECT) {
       // The block that comes last adds up the parts, always in the same order.
+      const int unit = p.t * HKV + p.head;
       if (tid == 0) {
-        s.last = add_acq_rel(a.counters + 2 + t * HKV + head, 1) == (u32)splits - 1;
-        if (s.last) store_relaxed(a.counters + 2 + t * HKV + head, 0);
+        s.last = add_acq_rel(a.counters + 3 + unit, 1) == (u32)p.splits - 1;
+        if (s.last) store_relaxed(a.counters + 3 + unit, 0);
       }
       team_sync();
-      if (s.last) combine(t, head, splits);
+      if (s.last) combine(p);
       team_sync();
     }
   }
 
   DEVICE float* split_of(int unit, int split, int g) const {
-    return a.splits + (((size_t)unit * gridDim.x + split) * G + g) * (HD + 2);
+    return a.splits + (((size_t)unit * gridDim.x + split) * G + g) * (HD + 4);
   }
 
-  DEVICE void combine(int t, int head, int splits) {
+  DEVICE void combine(const Part& p) {
+    const int unit = p.t * HKV + p.head;
+#pragma unroll 1
     for (int i = tid; i < G * HD; i += THREADS) {
       const int g = i / HD, d = i % HD;
       float top = -INFINITY_, sum = 0, weight = 0;
-      for (int p = 0; p < splits; p++) {
-        const float m = load_fresh(split_of(t * HKV + head, p, g) + HD);
-        top = m > top ? m : top;
+#pragma unroll 1
+      for (int from = 0; from < p.splits; from += 16) {
+        float highest[16], weights[16], values[16], most = top;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+          const bool there = from + j < p.splits;
+          const float* part = split_of(unit, there ? from + j : 0, g);
+          highest[j] = there ? load_fresh(part + HD) : -INFINITY_;
+          weights[j] = load_fresh(part + HD + 1);
+          values[j] = load_fresh(part + d);
+        }
+#pragma unroll
+        for (int j = 0; j < 16; j++) most = highest[j] > most ? highest[j] : most;
+        const float before = exp_(top - most);
+        sum *= before, weight *= before, top = most;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+          const float factor = exp_(highest[j] - most);
+          weight += factor * weights[j];
+          sum += factor * values[j];
+        }
       }
-      for (int p = 0; p < splits; p++) {
-        const float* from = split_of(t * HKV + head, p, g);
-        const float f = exp_(load_fresh(from + HD) - top);
-        weight += f * load_fresh(from + HD + 1);
-        sum += f * load_fresh(from + d);
-      }
-      a.attended[t * OUT + (head * G + g) * HD + d] = sum / weight;
+      a.attended[p.t * OUT + p.head * G * HD + i] = sum / weight;
     }
   }
 
-  DEVICE void output(const Layer& l) {
-    for (int i = tid; i < T * OUT; i += THREADS) s.xs[i / OUT][i % OUT] = from_float(load_fresh(a.attended + i));
+  // The attended values of all heads into s.xs, few parts of a cache combined on the way.
+  DEVICE void gather(const Layer& l) {
+    bool parts = false;
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+      const int splits = splits_of(l, t);
+      parts |= splits > 1 && splits <= DIRECT;
+    }
+    if (parts) {
+#pragma unroll 1
+      for (int i = tid; i < T * HQ; i += THREADS) {
+        const int t = i / HQ, head = i % HQ, splits = splits_of(l, t);
+        if (splits == 1 || splits > DIRECT) continue;
+        float highest[DIRECT], weights[DIRECT], top = -INFINITY_, sum = 0;
+#pragma unroll
+        for (int p = 0; p < DIRECT; p++) {
+          const float* part = split_of(t * HKV + head / G, p < splits ? p : 0, head % G);
+          highest[p] = p < splits ? load_fresh(part + HD) : -INFINITY_;
+          weights[p] = load_fresh(part + HD + 1);
+        }
+#pragma unroll
+        for (int p = 0; p < DIRECT; p++) top = highest[p] > top ? highest[p] : top;
+#pragma unroll
+        for (int p = 0; p < DIRECT; p++) sum += weights[p] *= exp_(highest[p] - top);
+#pragma unroll
+        for (int p = 0; p < DIRECT; p++) s.factors[t][head][p] = weights[p] == 0 ? 0 : exp_(highest[p] - top) / sum;
+      }
+      team_sync();
+    }
+    constexpr int N = (OUT + THREADS - 1) / THREADS;
+#pragma unroll 1
+    for (int t = 0; t < T; t++) {
+      const int splits = splits_of(l, t);
+      float x[N];
+      if (splits == 1 || splits > DIRECT) {
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = i * THREADS + tid < OUT ? load_fresh(a.attended + t * OUT + i * THREADS + tid) : 0;
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = 0;
+#pragma unroll 2
+        for (int p = 0; p < splits; p++)
+#pragma unroll
+          for (int i = 0; i < N; i++) {
+            const int c = i * THREADS + tid, head = c / HD;
+            if (c < OUT) x[i] = fma_(s.factors[t][head][p], load_fresh(split_of(t * HKV + head / G, p, head % G) + c % HD), x[i]);
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        if (i * THREADS + tid < OUT) s.xs[t][i * THREADS + tid] = from_float(x[i]);
+    }
     team_sync();
-    matrix(D, OUT, [&](int r, int t, float sum) {
-      a.delta[t * D + r] = sum + (l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]));
-    });
+  }
+
+  DEVICE void output(const Layer& l) {
+    gather(l);
+    matrix(D, OUT, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
+           [&](int r, int t, float sum) { a.delta[t * D + r] = sum; });
   }
 
   // Publishes which experts are on, finds this block's share of their neurons, and lets the producer go on.
@@ -570,41 +692,54 @@ struct Step {
     const int end = share_end(E);
 #pragma unroll 1
     for (int r = share_begin(E); r < end; r += ROWS) {
+      const bool mine = tid < ROWS && r + tid < end;
+      const float bias = mine && l.router_bias != nullptr ? l.router_bias[r + tid] : 0;
       Tile sum;
       tile_dot(&s.xs[0][0], XS, D, sum);
       share_tile(sum);
-      if (tid < ROWS && r + tid < end) {
+      if (mine) {
         u32 on = 0;
-        const float bias = l.router_bias == nullptr ? 0 : l.router_bias[r + tid];
         // Rounded as every other path rounds it, so that all decide alike.
         for (int t = 0; t < T; t++) on |= (u32)(to_float(from_float(total(tid, t))) + bias > l.threshold) << t;
         store_relaxed(a.masks + r + tid, mark | on);
       }
     }
     // In ascending order: a prefix sum over the masks, each of which arrives in its own time.
-    int active = 0;
-#pragma unroll 1
-    for (int e0 = 0; e0 < E; e0 += THREADS) {
-      const int e = e0 + tid;
-      u32 word = mark;
-      if (e < E)
-        while (((word = load_relaxed(a.masks + e)) & ~255u) != mark) spin();
-      const bool on = (word & 255) != 0;
-      const u32 votes = vote(on);
-      if (lane == 0) s.counts[warp] = popcount(votes);
-      team_sync();
-      int before = active;
-      for (int w = 0; w < WARPS; w++) {
-        if (w < warp) before += s.counts[w];
-        active += s.counts[w];
+    u32 words[PER_THREAD], votes[PER_THREAD];
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int k = 0; k < PER_THREAD; k++) {
+        const int e = k * THREADS + tid;
+        words[k] = e < E ? load_relaxed(a.masks + e) : mark;
+        all &= (words[k] & ~255u) == mark;
       }
-      if (on) {
-        const int i = before + popcount(votes & ((1u << lane) - 1));
-        s.experts[i] = (unsigned short)e;
-        s.tokens[i] = (unsigned char)word;
-      }
-      team_sync();
+      spin();
+    } while (!all);
+    warp_sync();
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+      votes[k] = vote((words[k] & 255) != 0);
+      if (lane == 0) s.counts[k][warp] = popcount(votes[k]);
     }
+    team_sync();
+    int active = 0;
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+      int before = active;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        if (w < warp) before += s.counts[k][w];
+        active += s.counts[k][w];
+      }
+      if (words[k] & 255) {
+        const int i = before + popcount(votes[k] & ((1u << lane) - 1));
+        s.experts[i] = (unsigned short)(k * THREADS + tid);
+        s.tokens[i] = (unsigned char)words[k];
+      }
+    }
+    team_sync();
     if (tid == 0) {
       s.first = share_begin(active * S);
       s.count = share_end(active * S) - s.first;
@@ -613,7 +748,7 @@ struct Step {
     team_sync();
   }
 
-  DEVICE void neurons(const Layer& l) {
+  DEVICE void neurons(const Layer& l, int layer) {
     const int n = s.count, padded = (n + 15) / 16 * 16;
     for (int i = tid; i < T * (padded - n); i += THREADS) s.h[i % T][n + i / T] = from_float(0);
 #pragma unroll 1
@@ -639,7 +774,7 @@ struct Step {
       }
     }
     team_sync();
-    float* to = a.partial + (size_t)blockIdx.x * T * D;
+    long long* to = a.sums + (size_t)(layer & 1) * T * D;
 #pragma unroll 1
     for (int c = 0; c < D; c += SLAB) {
       Columns<SLICE> sum;
@@ -651,70 +786,69 @@ struct Step {
         if (mine) columns_product<SLICE, PITCH>(sum, weights + warp * SLICE * SIZE, &s.h[0][j], HS, n - j);
         release();
       }
-      if (mine) store_columns<SLICE, T>(sum, to + c + warp * SLICE, D, D - c - warp * SLICE);
+      if (mine)
+        each_column<SLICE, T>(sum, D - c - warp * SLICE, [&](int column, int t, float y) {
+          const int i = c + warp * SLICE + column;
+          if (blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
+          add_relaxed(to + t * D + i, to_fixed(y * (1 / FIXED)));
+        });
     }
   }
 
-  // delta for this block's columns, 32 at a time.
-  DEVICE void add_partials(const Layer& l) {
-    float* red = &s.red[0][0][0][0];
-    const int end = share_end(D);
-    int half = 0;
-#pragma unroll 1
-    for (int c0 = share_begin(D); c0 < end; c0 += 32)
-#pragma unroll 1
-      for (int t = 0; t < T; t++) {
-        const int c = c0 + lane;
-        float sum = 0;
-        if (c < end)
-#pragma unroll 9
-          for (int p = warp; p < (int)gridDim.x; p += WARPS) sum += load_fresh(a.partial + ((size_t)p * T + t) * D + c);
-        half ^= 1;
-        red[(half * WARPS + warp) * 32 + lane] = sum;
-        team_sync();
-        if (warp == 0 && c < end) {
-          float all = l.down_bias == nullptr ? 0 : to_float(l.down_bias[c]);
-          for (int w = 0; w < WARPS; w++) all += red[(half * WARPS + w) * 32 + lane];
-          a.delta[t * D + c] = all;
-        }
-      }
+  DEVICE void clear_sums(int layer) {
+    long long* to = a.sums + (size_t)(layer & 1) * T * D;
+    const int end = share_end(T * D);
+    for (int i = share_begin(T * D) + tid; i < end; i += THREADS) to[i] = 0;
+  }
+  DEVICE void fetch_layer(int layer) {
+    constexpr int WORDS = sizeof(Layer) / 4;
+    if (layer < a.num_layers && tid < WORDS) ((u32*)&s.layers[layer & 1])[tid] = ((const u32*)(a.layers + layer))[tid];
   }
 
   DEVICE void run() {
     int at = 1;  // which half of the residual is the newest
     float* halves[2] = {a.residual, a.residual + T * D};
     stamp();
+    fetch_layer(0);
+    clear_sums(0);
+    clear_sums(1);
+    team_sync();
 #pragma unroll 1
     for (int i = 0; i < a.num_layers; i++) {
-      const Layer& l = a.layers[i];
-      add_and_norm(i > 0 ? halves[at] : nullptr, i > 0 ? a.layers[i - 1].post2 : nullptr, halves[1 - at], l.norm1);
+      const Layer& l = s.layers[i & 1];
+      const long long* sums = a.sums + (size_t)((i - 1) & 1) * T * D;
+      add_and_norm(i > 0 ? halves[at] : nullptr, sums, i > 0 ? s.layers[(i - 1) & 1].post2 : nullptr, halves[1 - at], l.norm1);
       at = 1 - at;
       stamp();
-      matrix(NQKV, D, [&](int r, int t, float sum) {
-        const elem* bias = r < OUT ? l.q_bias : r < OUT + HKV * HD ? l.k_bias : l.v_bias;
-        const int i = r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD;
-        a.qkv[t * NQKV + r] = sum + (bias == nullptr ? 0 : to_float(bias[i]));
-      });
-      grid_sync();
+      matrix(NQKV, D,
+             [&](int r) {
+               const elem* bias = r < OUT ? l.q_bias : r < OUT + HKV * HD ? l.k_bias : l.v_bias;
+               const int i = r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD;
+               return bias == nullptr ? 0 : to_float(bias[i]);
+             },
+             [&](int r, int t, float sum) { a.qkv[t * NQKV + r] = sum; });
+      arrive_at_grid();
       attention(l);
+      // All have read what the last layer added.
+      if (i > 0) clear_sums(i - 1);
       grid_sync();
       output(l);
+      fetch_layer(i + 1);
       grid_sync();
-      add_and_norm(halves[at], l.post1, halves[1 - at], l.norm2);
+      add_and_norm(halves[at], nullptr, l.post1, halves[1 - at], l.norm2);
       at = 1 - at;
       stamp();
       route(l, i);
       stamp();
-      neurons(l);
-      grid_sync();
-      add_partials(l);
+      neurons(l, i);
       grid_sync();
     }
-    add_and_norm(halves[at], a.layers[a.num_layers - 1].post2, nullptr, a.final_norm);
-    matrix(V, D, [&](int r, int t, float sum) {
-      const float y = sum + (a.head_bias == nullptr ? 0 : to_float(a.head_bias[r]));
-      a.logits[(size_t)t * V + r] = a.logit_cap > 0 ? a.logit_cap * tanh_(y / a.logit_cap) : y;
-    });
+    const int last = a.num_layers - 1;
+    add_and_norm(halves[at], a.sums + (size_t)(last & 1) * T * D, s.layers[last & 1].post2, nullptr, a.final_norm);
+    matrix(V, D, [&](int r) { return a.head_bias == nullptr ? 0 : to_float(a.head_bias[r]); },
+           [&](int r, int t, float y) {
+             a.logits[(size_t)t * V + r] = a.logit_cap > 0 ? a.logit_cap * tanh_(y / a.logit_cap) : y;
+           });
     stamp();
     if (blockIdx.x == 0 && tid == 0) {
       store_relaxed(a.counters, goal);

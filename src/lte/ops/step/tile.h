@@ -23,14 +23,15 @@ template <int TOKENS, int PITCH> DEVICE void store_tile(const Tile& tile, float*
   }
 }
 
-template <int WIDTH, int TOKENS> DEVICE void store_columns(const Columns<WIDTH>& columns, float* to, int pitch, int width) {
+// Calls emit(column, token, sum) for the `width` columns that count.
+template <int WIDTH, int TOKENS, class Emit> DEVICE void each_column(const Columns<WIDTH>& columns, int width, Emit emit) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < (WIDTH + 15) / 16; k++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int column = k * 16 + lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
-      if (token < TOKENS && column < width) to[(size_t)token * pitch + column] = columns.c[k][i];
+      if (token < TOKENS && column < WIDTH && column < width) emit(column, token, columns.c[k][i]);
     }
 }
 
