@@ -67,7 +67,7 @@ struct Index { int x; };
   type& name = *reinterpret_cast<type*>(((uintptr_t)machine.now->block->memory.data() + 127) / 128 * 128)
 
 inline void yield() { swapcontext(&machine.now->context, &machine.scheduler); }
-inline void spin() { yield(); }
+inline void spin(unsigned&) { yield(); }
 inline void got_on() { machine.idle = 0; }
 inline void meet(Meeting& meeting, int count) {
   const unsigned mine = meeting.generation;
@@ -105,6 +105,8 @@ inline float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp_(float x) { return std::exp(x); }
 inline float erf_(float x) { return std::erf(x); }
 inline float tanh_(float x) { return std::tanh(x); }
+inline float cos_(float x) { return std::cos(x); }
+inline float sin_(float x) { return std::sin(x); }
 inline float rsqrt_(float x) { return 1 / std::sqrt(x); }
 template <class N> inline N load_fresh(const N* p) { return *p; }
 inline unsigned load_relaxed(const unsigned* p) { return *p; }

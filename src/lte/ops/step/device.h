@@ -24,6 +24,8 @@ DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float exp_(float x) { return __expf(x); }
 DEVICE float erf_(float x) { return erff(x); }
 DEVICE float tanh_(float x) { return tanhf(x); }
+DEVICE float cos_(float x) { return cosf(x); }
+DEVICE float sin_(float x) { return sinf(x); }
 DEVICE float rsqrt_(float x) { return rsqrtf(x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE unsigned vote(bool x) { return __ballot_sync(~0u, x); }
@@ -32,7 +34,16 @@ DEVICE void warp_sync() { __syncwarp(); }
 DEVICE void block_sync() { __syncthreads(); }
 // All threads but the producer's.
 DEVICE void team_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-DEVICE void spin() {}
+// A turn of a wait for other blocks, about 0.3 us. After some ten seconds the launch ends with an error instead.
+DEVICE void spin(unsigned& turns) {
+  if (++turns == 1u << 25) asm volatile("trap;");
+}
+// A random time of up to `most` ns for each warp, so that tests meet other orders of events.
+DEVICE void delay(unsigned most) {
+  unsigned x = (unsigned)clock64() + threadIdx.x / 32 * 0x9e3779b9u + blockIdx.x * 0x85ebca6bu;
+  x = (x ^ x >> 15) * 0x2c1b3c6du;
+  __nanosleep((x ^ x >> 12) % most);
+}
 DEVICE long long clock_ns() { long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
 
 // Memory that other multiprocessors write in the same launch is read from the L2 cache.

@@ -20,7 +20,7 @@
 // (0: a dense model), S neurons of an expert, V vocabulary. P = gridDim.x blocks.
 
 constexpr int T = LTE_T, D = LTE_D, HQ = LTE_HQ, HKV = LTE_HKV, HD = LTE_HD, F = LTE_F, E = LTE_E, S = LTE_S, V = LTE_V;
-constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_THREADS, STAGES = LTE_STAGES;
+constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_THREADS;
 constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS;
 constexpr bool GATED = LTE_GATED, NORM_PLUS_ONE = LTE_NORM_PLUS_ONE;
 
@@ -49,6 +49,7 @@ constexpr int LANES = HD / EPL;               // that share one key
 constexpr int LANES2 = LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32;
 constexpr int PLACES = 32 / LANES2;           // keys that a warp takes at once
 constexpr int KEYS = 4;                       // that a thread takes part in at once
+constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
 static_assert(D % 32 == 0 && OUT % 32 == 0 && THREADS % 32 == 0 && LANES <= 32 && T <= 8, "shapes");
 
 struct Layer {
@@ -56,9 +57,9 @@ struct Layer {
   const elem *norm2, *router, *gate, *up, *down, *gate_bias, *up_bias, *down_bias, *post2;
   const float* router_bias;
   elem *keys, *values;      // [T, HKV, slots, HD]
-  const float *cos, *sin;   // [positions, ROTARY]
   float threshold;          // of the logits
   int window;               // tokens that see each other, 0 for all
+  int rope;
   int slots, shift;         // of the cache: position p lies in slot (p + shift) % slots
 };
 
@@ -66,8 +67,10 @@ struct Args {
   const Layer* layers;
   const long long *token, *position, *start;  // [T]; position in the cache; start: the first that is no padding
   const elem *embedding, *final_norm, *head, *head_bias;
+  const float* ropes;         // [num_ropes, 1 + HALF]: a factor of cosines and sines, and an angle per position
   float* logits;              // [T, V]
   // Scratch: of any content.
+  float *turns;               // [num_ropes, T, 2, HALF] cosines and sines
   float *residual;            // [2, T, D]
   float *qkv;                 // [T, NQKV]
   float *attended;            // [T, OUT]
@@ -78,13 +81,12 @@ struct Args {
   u32 *flags;                 // [P] of the barrier, zero at first
   u32 *counters;              // [2 + T * HKV]: where the flags are, launches; of the splits; zero at first
   long long* trace;           // [P, TRACE]
-  int num_layers;
+  int num_layers, num_ropes;
   float eps, scaling, embedding_scale, attention_cap, logit_cap;
 };
 
-struct Shared {
-  char ring[STAGES][ROWS * PITCH];
-  Barrier full[STAGES], empty[STAGES], routed;
+struct Working {
+  Barrier routed;
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
@@ -100,6 +102,15 @@ struct Shared {
   int last;
   int position[T], start[T];
 };
+
+constexpr int STAGES = (LTE_SHARED_BYTES - (int)sizeof(Working) - 128) / (ROWS * PITCH + 2 * (int)sizeof(Barrier));
+static_assert(STAGES >= 2, "shared memory is too small");
+struct Shared : Working {
+  alignas(128) char ring[STAGES][ROWS * PITCH];
+  Barrier full[STAGES], empty[STAGES];
+};
+static_assert(sizeof(Shared) <= LTE_SHARED_BYTES, "shared memory");
+static_assert(sizeof(Layer) == LTE_LAYER_BYTES && sizeof(Args) == LTE_ARGS_BYTES, "as the host fills them");
 
 DEVICE float activate(float x) {
   if (ACTIVATION == 0) return x > 0 ? x : 0;
@@ -212,12 +223,15 @@ struct Step {
 
   // Waits until all blocks are here.
   DEVICE void grid_sync() {
+#ifdef LTE_DELAY
+    delay(LTE_DELAY);
+#endif
     goal++;
     team_sync();
     if (tid == 0) store_release(a.flags + blockIdx.x, goal);
     stamp();
     for (int p = tid; p < (int)gridDim.x; p += THREADS)
-      while ((int)(load_acquire(a.flags + p) - goal) < 0) spin();
+      for (u32 turns = 0; (int)(load_acquire(a.flags + p) - goal) < 0;) spin(turns);
     team_sync();
     stamp();
   }
@@ -336,7 +350,7 @@ struct Step {
   }
 
   // A head of queries or keys of the new token into `to`, by one warp: its norm, if there is one, and its rotation.
-  DEVICE void rotate(const float* from, const elem* norm, const float* cos, const float* sin, float scale, float* to) {
+  DEVICE void rotate(const float* from, const elem* norm, const float* turn, float scale, float* to) {
     constexpr int N = (HD + 31) / 32;
     float x[N], squares = 0;
 #pragma unroll
@@ -361,8 +375,8 @@ struct Step {
     for (int i = 0; i < N; i++) {
       const int d = i * 32 + lane;
       if (d < ROTARY) {
-        const float other = d < ROTARY / 2 ? -to[d + ROTARY / 2] : to[d - ROTARY / 2];
-        x[i] = x[i] * cos[d] + other * sin[d];
+        const float other = d < HALF ? -to[d + HALF] : to[d - HALF];
+        x[i] = x[i] * load_fresh(turn + d % HALF) + other * load_fresh(turn + HALF + d % HALF);
       }
       x[i] *= scale;
     }
@@ -390,18 +404,18 @@ struct Step {
       splits = (n + length - 1) / length;
       if (split >= splits) continue;
       const int begin = low + split * length;
-      attend(l, t, head, split, splits, begin, begin + length < end ? begin + length : end, end - 1, end - 1 - start);
+      attend(l, t, head, split, splits, begin, begin + length < end ? begin + length : end, end - 1);
     }
   }
 
-  DEVICE void attend(const Layer& l, int t, int head, int split, int splits, int begin, int end, int position, int angle) {
-    const float *cos = l.cos + (size_t)angle * ROTARY, *sin = l.sin + (size_t)angle * ROTARY, *qkv = a.qkv + t * NQKV;
+  DEVICE void attend(const Layer& l, int t, int head, int split, int splits, int begin, int end, int position) {
+    const float *turn = a.turns + (l.rope * T + t) * 2 * HALF, *qkv = a.qkv + t * NQKV;
     const bool newest = end == position + 1;
     const size_t base = (size_t)(t * HKV + head) * l.slots * HD;
 #pragma unroll 1
     for (int g = warp; g < G + 2; g += WARPS) {
-      if (g < G) rotate(qkv + (head * G + g) * HD, l.q_norm, cos, sin, a.scaling, s.q[g]);
-      else if (g == G && newest) rotate(qkv + OUT + head * HD, l.k_norm, cos, sin, 1, s.new_key);
+      if (g < G) rotate(qkv + (head * G + g) * HD, l.q_norm, turn, a.scaling, s.q[g]);
+      else if (g == G && newest) rotate(qkv + OUT + head * HD, l.k_norm, turn, 1, s.new_key);
       else if (newest)
         for (int d = lane; d < HD; d += 32) s.new_value[d] = load_fresh(qkv + OUT + (HKV + head) * HD + d);
     }
@@ -581,7 +595,7 @@ struct Step {
       const int e = e0 + tid;
       u32 word = mark;
       if (e < E)
-        while (((word = load_relaxed(a.masks + e)) & ~255u) != mark) spin();
+        for (u32 turns = 0; ((word = load_relaxed(a.masks + e)) & ~255u) != mark;) spin(turns);
       const bool on = (word & 255) != 0;
       const u32 votes = vote(on);
       if (lane == 0) s.counts[warp] = popcount(votes);
@@ -673,7 +687,20 @@ struct Step {
       }
   }
 
+  // The new tokens' angles, for the attention of all layers.
+  DEVICE void turn() {
+    for (int i = blockIdx.x * THREADS + tid; i < a.num_ropes * T * HALF; i += gridDim.x * THREADS) {
+      const int t = i / HALF % T;
+      const float* rope = a.ropes + i / (T * HALF) * (1 + HALF);
+      const float angle = (s.position[t] - s.start[t]) * rope[1 + i % HALF];
+      float* to = a.turns + i / HALF * 2 * HALF + i % HALF;
+      to[0] = cos_(angle) * rope[0];
+      to[HALF] = sin_(angle) * rope[0];
+    }
+  }
+
   DEVICE void run() {
+    turn();
     int at = 1;  // which half of the residual is the newest
     float* halves[2] = {a.residual, a.residual + T * D};
     stamp();
@@ -715,10 +742,6 @@ struct Step {
     }
   }
 };
-
-#ifndef LTE_ON_CPU
-extern "C" __device__ int shared_bytes = sizeof(Shared);
-#endif
 
 extern "C" KERNEL void decode_step(const Args a) {
   SHARED_MEMORY(Shared, s);
