@@ -775,6 +775,7 @@ inline void start_fiber() {
   decode_step(*launched);
   machine.now->done = true;
   got_on();
+  yield();
 }
 extern "C" int launch(const Args* a, int grid, unsigned seed) {
   launched = a;
