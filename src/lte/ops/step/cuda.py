@@ -26,7 +26,7 @@ from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache
 MAX_BATCH = 8
 MAX_EXPERTS = 65535
 HEAD_SIZES = (16, 32, 64, 96, 128, 256)
-ACTIVATION_NUMBERS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+ACTIVATION_NUMBERS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
 ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
 OLDEST = 90  # compute capability
 THREADS = 256  # that compute
@@ -181,8 +181,8 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
         f"the dtype of the weights is {dtype}": dtype in ELEMENTS,
         f"the activation is {plan.activation}": plan.activation in ACTIVATION_NUMBERS,
         f"the batch is {batch}, above {MAX_BATCH}": batch <= MAX_BATCH,
-        f"the head size is {size} in {dtype}": size in HEAD_SIZES and size * dtype.itemsize <= 512,
-        f"{heads} heads of queries are no multiple of {plan.kv_heads} of keys": heads % plan.kv_heads == 0,
+        f"the head size is {size}": size in HEAD_SIZES,
+        f"{heads} heads of queries share {plan.kv_heads} of keys": heads in (plan.kv_heads * n for n in range(1, 9)),
         f"the hidden size {hidden} is no multiple of 32": hidden % 32 == 0,
         f"the heads' size in all, {heads * size}, is no multiple of 32": heads * size % 32 == 0,
         "the rotary embeddings turn different shares of a head": len(turned) <= 1,
@@ -309,7 +309,7 @@ class CudaStep:
             "splits": empty(batch * m["HKV"], blocks, m["HQ"] // m["HKV"], m["HD"] + 2),
             "masks": zeros(max(m["E"], 1)),
             "flags": zeros(blocks),
-            "counters": zeros(2 + batch * m["HKV"]),
+            "counters": zeros(2),
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),
         }
 

@@ -39,9 +39,17 @@ inline elem from_float(float x) {
 }
 #endif
 
+#ifndef LTE_BULK
+#define LTE_BULK 1
+#endif
+
 struct Meeting { int arrived = 0; unsigned generation = 0; };
 struct Warp { Meeting meeting; float values[32]; bool votes[32]; const char* rows[32]; unsigned a[32][4], b[32][2]; };
 struct Block { Meeting meeting, team; std::vector<Warp> warps; std::vector<char> memory; int index; };
+struct Barrier;
+struct Copy { void* to; const void* from; int bytes; };
+// Copies that arrive together, and then at a barrier: their bytes, or as a thread.
+struct Copies { std::vector<Copy> list; Barrier* barrier; bool as_thread; };
 struct Fiber {
   ucontext_t context;
   jmp_buf place;              // where it goes on; a jump, unlike a swap of contexts, asks nothing of the system
@@ -50,6 +58,7 @@ struct Fiber {
   Block* block;
   int thread;
   bool done = false;
+  std::vector<Copy> asked;   // for copies that will arrive as this thread
 };
 struct Machine {
   std::vector<Block> blocks;
@@ -72,6 +81,7 @@ struct Index { int x; };
 
 inline void yield() { if (!_setjmp(machine.now->place)) _longjmp(machine.scheduler, 1); }
 inline void spin(unsigned&) { yield(); }
+inline void delay(unsigned) {}
 inline void got_on() { machine.idle = 0; }
 inline void meet(Meeting& meeting, int count) {
   const unsigned mine = meeting.generation;
@@ -104,6 +114,14 @@ inline unsigned vote(bool x) {
   warp_sync();
   return bits;
 }
+inline const char* shuffle(const char* x, int from) {
+  Warp& warp = warp_now();
+  warp.rows[machine.now->thread % 32] = x;
+  warp_sync();
+  const char* y = warp.rows[from];
+  warp_sync();
+  return y;
+}
 inline int popcount(unsigned x) { return __builtin_popcount(x); }
 inline float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp_(float x) { return std::exp(x); }
@@ -122,8 +140,7 @@ inline uint4 load16(const void* p) { uint4 x; std::memcpy(&x, p, 16); return x; 
 
 // A barrier of shared memory: complete when all have arrived and all bytes are there.
 struct Barrier { int count = 0, left = 0, bytes = 0; unsigned phase = 0; };
-struct Copy { void* to; const void* from; int bytes; Barrier* barrier; };
-static std::vector<Copy> copies;   // on their way
+static std::vector<Copies> copies;   // on their way
 inline void settle(Barrier& b) {
   if (b.left == 0 && b.bytes == 0) b.left = b.count, b.phase ^= 1, got_on();
 }
@@ -134,18 +151,29 @@ inline void expect(Barrier& b, int bytes) { b.bytes += bytes; b.left--; settle(b
 inline void wait(Barrier& b, unsigned parity) { while (b.phase == parity) yield(); }
 inline void bulk_copy(void* to, const void* from, int bytes, Barrier& b) {
   std::memset(to, 0xff, bytes);
-  copies.push_back({to, from, bytes, &b});
+  copies.push_back({{{to, from, bytes}}, &b, false});
+}
+inline void copy16(void* to, const void* from) {
+  std::memset(to, 0xff, 16);
+  machine.now->asked.push_back({to, from, 16});
+}
+inline void arrive_when_copied(Barrier& b) {
+  copies.push_back({std::move(machine.now->asked), &b, true});
+  machine.now->asked.clear();
 }
 // Some of the copies arrive, in any order.
 inline void deliver() {
   std::shuffle(copies.begin(), copies.end(), machine.random);
   size_t some = copies.size() / 2 + 1;
   for (; some > 0 && !copies.empty(); some--) {
-    const Copy c = copies.back();
+    const Copies some_copies = std::move(copies.back());
     copies.pop_back();
-    std::memcpy(c.to, c.from, c.bytes);
-    c.barrier->bytes -= c.bytes;
-    settle(*c.barrier);
+    for (const Copy& c : some_copies.list) {
+      std::memcpy(c.to, c.from, c.bytes);
+      if (!some_copies.as_thread) some_copies.barrier->bytes -= c.bytes;
+    }
+    if (some_copies.as_thread) some_copies.barrier->left--;
+    settle(*some_copies.barrier);
   }
 }
 

@@ -34,17 +34,24 @@ DEVICE void warp_sync() { __syncwarp(); }
 DEVICE void block_sync() { __syncthreads(); }
 // All threads but the producer's.
 DEVICE void team_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-// A turn of a wait for other blocks, about 0.3 us. After some ten seconds the launch ends with an error instead.
-DEVICE void spin(unsigned& turns) {
-  if (++turns == 1u << 25) asm volatile("trap;");
+DEVICE const char* shuffle(const char* x, int lane) {
+  return (const char*)__shfl_sync(~0u, (unsigned long long)x, lane);
 }
-// A random time of up to `most` ns for each warp, so that tests meet other orders of events.
-DEVICE void delay(unsigned most) {
-  unsigned x = (unsigned)clock64() + threadIdx.x / 32 * 0x9e3779b9u + blockIdx.x * 0x85ebca6bu;
-  x = (x ^ x >> 15) * 0x2c1b3c6du;
-  __nanosleep((x ^ x >> 12) % most);
+// Between two looks at memory that another block writes. A launch whose blocks do not all run at once would wait for
+// ever: it ends with an error after about ten seconds instead, half a microsecond or more for each look.
+DEVICE void spin(unsigned& tries) {
+  if (++tries == 1u << 24) asm volatile("trap;");
 }
 DEVICE long long clock_ns() { long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
+// For tests of races: up to LTE_DELAY nanoseconds, other ones for each block and each time.
+DEVICE void delay(unsigned time) {
+#ifdef LTE_DELAY
+  unsigned x = (time * 2654435761u) ^ (blockIdx.x * 2246822519u);
+  x = (x ^ x >> 15) * 2246822519u;
+  x = (x ^ x >> 13) * 3266489917u;
+  asm volatile("nanosleep.u32 %0;" ::"r"((x >> 8) % LTE_DELAY));
+#endif
+}
 
 // Memory that other multiprocessors write in the same launch is read from the L2 cache.
 DEVICE float load_fresh(const float* p) {
@@ -89,14 +96,21 @@ DEVICE void start_barrier(Barrier& b, int count) {
 DEVICE void arrive(Barrier& b) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(&b)) : "memory");
 }
+// Rows come by bulk copies, which one lane asks for, or else 16 bytes for each lane.
+#ifndef LTE_BULK
+#define LTE_BULK (__CUDA_ARCH__ >= 900)
+#endif
 #if __CUDA_ARCH__ >= 900
-DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
+#define LOOK "mbarrier.try_wait.parity.shared.b64"   // sleeps a little
+#else
+#define LOOK "mbarrier.test_wait.parity.shared.b64"
+#endif
 DEVICE void wait(Barrier& b, unsigned parity) {
-  asm volatile(
-      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again; }" ::"r"(shared_address(&b)),
-      "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred p; again: " LOOK " p, [%0], %1; @!p bra again; }" ::"r"(shared_address(&b)), "r"(parity)
+               : "memory");
 }
+#if LTE_BULK
+DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
 DEVICE void expect(Barrier& b, int bytes) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(shared_address(&b)), "r"(bytes)
                : "memory");
@@ -106,6 +120,15 @@ DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& b) {
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(&b))
                : "memory");
+}
+#else
+DEVICE void publish_barriers() {}
+DEVICE void copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+// Once this thread's copies are there.
+DEVICE void arrive_when_copied(Barrier& b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&b)) : "memory");
 }
 #endif
 

@@ -44,13 +44,24 @@ constexpr int G = HQ / HKV;                   // heads of queries for each head 
 constexpr int PER_TILE = GATED ? 8 : 16;      // neurons in a tile of gate and up
 constexpr int XS = (D > OUT ? D : OUT) + 16 / SIZE;      // pitch of the inputs of a product
 constexpr int HS = (MAX_SHARE + 15) / 16 * 16 + 16 / SIZE;
-constexpr int EPL = 16 / SIZE;                // elements in 16 bytes
+constexpr int EPL = 8;                        // elements of a key that a lane takes
 constexpr int LANES = HD / EPL;               // that share one key
 constexpr int LANES2 = LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32;
 constexpr int PLACES = 32 / LANES2;           // keys that a warp takes at once
-constexpr int KEYS = 4;                       // that a thread takes part in at once
+constexpr int KEYS = G <= 4 ? 4 : G <= 6 ? 3 : 2; // that a thread takes part in at once, as registers allow
 constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
-static_assert(D % 32 == 0 && OUT % 32 == 0 && THREADS % 32 == 0 && LANES <= 32 && T <= 8, "shapes");
+constexpr int NORM_REGISTERS = 32;            // for the residual of the tokens that a norm takes at once
+static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % EPL == 0 && LANES <= 32 && ROTARY <= HD, "shapes");
+static_assert(HQ % HKV == 0 && G <= 8 && T >= 1 && T <= 8 && (E == 0 || F == E * S) && E < 65536, "shapes");
+static_assert(THREADS % 32 == 0 && THREADS >= ROWS * T && ROWS % FETCHERS == 0, "threads");
+
+struct alignas(16) Numbers { elem x[EPL]; };
+DEVICE Numbers load_numbers(const elem* p) {
+  union { Numbers numbers; uint4 words[EPL * SIZE / 16]; } x;
+#pragma unroll
+  for (int i = 0; i < EPL * SIZE / 16; i++) x.words[i] = load16(p + i * 16 / SIZE);
+  return x.numbers;
+}
 
 struct Layer {
   const elem *norm1, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *out, *out_bias, *post1;
@@ -79,7 +90,7 @@ struct Args {
   float *splits;              // [T * HKV, P, G, HD + 2]
   u32 *masks;                 // [E]: the launch's tag, and a bit for each token that the expert is on for
   u32 *flags;                 // [P] of the barrier, zero at first
-  u32 *counters;              // [2 + T * HKV]: where the flags are, launches; of the splits; zero at first
+  u32 *counters;              // [2]: where the flags are, and launches; zero at first
   long long* trace;           // [P, TRACE]
   int num_layers, num_ropes;
   float eps, scaling, embedding_scale, attention_cap, logit_cap;
@@ -99,7 +110,6 @@ struct Working {
   unsigned char tokens[E > 0 ? E : 1];  // bits of the experts in the list
   int counts[WARPS];
   int first, count;           // this block's share of the active neurons
-  int last;
   int position[T], start[T];
 };
 
@@ -116,6 +126,7 @@ DEVICE float activate(float x) {
   if (ACTIVATION == 0) return x > 0 ? x : 0;
   if (ACTIVATION == 1) return x / (1 + exp_(-x));                                 // silu
   if (ACTIVATION == 2) return 0.5f * x * (1 + erf_(x * 0.70710678f));             // gelu
+  if (ACTIVATION == 4) return x > 0 ? x * x : 0;                                  // squared relu
   return 0.5f * x * (1 + tanh_(0.79788456f * (x + 0.044715f * x * x * x)));       // its tanh form
 }
 
@@ -137,13 +148,13 @@ DEVICE int neuron_of(const Shared& s, int i) {
 
 // A warp that fetches. Its first lanes have a row each.
 struct Producer {
+  static constexpr int EACH = ROWS / FETCHERS;
   const Args& a;
   Shared& s;
-  int row, stage = 0;   // of a stage
+  int row, stage = 0;   // row of a stage
   u32 parity = 1;
 
   DEVICE Producer(const Args& a, Shared& s) : a(a), s(s) {
-    constexpr int EACH = ROWS / FETCHERS;
     const int lane = threadIdx.x % 32;
     row = lane < EACH ? (threadIdx.x - THREADS) / 32 * EACH + lane : ROWS;
   }
@@ -151,8 +162,20 @@ struct Producer {
   DEVICE void fetch(const elem* from, int rows, int columns) {
     wait(s.empty[stage], parity);
     const int bytes = columns * SIZE;
+#if LTE_BULK
     if (row == 0) expect(s.full[stage], rows * bytes);
     if (row < rows) bulk_copy(s.ring[stage] + row * PITCH, from, bytes, s.full[stage]);
+#else
+    // All lanes share the warp's rows, 16 bytes at a time.
+    const int lane = threadIdx.x % 32, first = (threadIdx.x - THREADS) / 32 * EACH;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const char* line = shuffle((const char*)from, i);
+      if (first + i >= rows) continue;
+      for (int at = lane * 16; at < bytes; at += 32 * 16) copy16(s.ring[stage] + (first + i) * PITCH + at, line + at);
+    }
+    arrive_when_copied(s.full[stage]);
+#endif
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
   DEVICE void tile(const elem* from, int rows, int columns) {
@@ -221,31 +244,35 @@ struct Step {
 #endif
   }
 
-  // Waits until all blocks are here.
-  DEVICE void grid_sync() {
-#ifdef LTE_DELAY
-    delay(LTE_DELAY);
-#endif
-    goal++;
+  // Waits until `n` blocks are here, `first` and each `apart` from the one before; this block is one of them.
+  DEVICE void sync(int first, int apart, int n) {
     team_sync();
-    if (tid == 0) store_release(a.flags + blockIdx.x, goal);
+    if (tid == 0) {
+      delay(goal);
+      store_release(a.flags + blockIdx.x, goal);
+    }
     stamp();
-    for (int p = tid; p < (int)gridDim.x; p += THREADS)
-      for (u32 turns = 0; (int)(load_acquire(a.flags + p) - goal) < 0;) spin(turns);
+    for (int p = tid; p < n; p += THREADS)
+      for (u32 tries = 0; (int)(load_acquire(a.flags + first + p * apart) - goal) < 0;) spin(tries);
+    if (tid == 0) delay(~goal);
     team_sync();
     stamp();
   }
+  DEVICE void grid_sync() {
+    goal++;
+    sync(0, 1, gridDim.x);
+  }
 
-  // Sums over the block, one for each token.
-  DEVICE void team_sums(float (&x)[T]) {
+  // Sums over the block.
+  template <int N> DEVICE void team_sums(float (&x)[N]) {
 #pragma unroll
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < N; t++) {
       x[t] = warp_sum(x[t]);
       if (lane == 0) s.sums[warp][t] = x[t];
     }
     team_sync();
 #pragma unroll
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < N; t++) {
       x[t] = 0;
       for (int i = 0; i < WARPS; i++) x[t] += s.sums[i][t];
     }
@@ -255,47 +282,56 @@ struct Step {
   // residual = before + delta, before + norm(delta), or the token's embedding; then s.xs = norm(residual).
   DEVICE void add_and_norm(const float* before, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D + THREADS - 1) / THREADS;
-    float x[T][N], sums[T], w[N];
+    constexpr int AT_ONCE = N * T <= NORM_REGISTERS ? T : N * 2 <= NORM_REGISTERS ? NORM_REGISTERS / N : 1;   // tokens
+    float w[N];
 #pragma unroll
     for (int i = 0; i < N; i++) w[i] = i * THREADS + tid < D ? norm_weight(weight[i * THREADS + tid]) : 0;
+#pragma unroll 1
+    for (int t0 = 0; t0 < T; t0 += AT_ONCE) {
+      float x[AT_ONCE][N], sums[AT_ONCE];
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-      sums[t] = 0;
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int c = i * THREADS + tid;
-        x[t][i] = 0;
-        if (c < D && before == nullptr)
-          x[t][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
-        else if (c < D) x[t][i] = load_fresh(a.delta + t * D + c);
-        sums[t] += x[t][i] * x[t][i];
-      }
-    }
-    if (before != nullptr) {
-      if (post != nullptr) team_sums(sums);
-#pragma unroll
-      for (int t = 0; t < T; t++) {
-        const float r = post == nullptr ? 1 : rsqrt_(sums[t] / D + a.eps);
-        sums[t] = 0;
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int t = t0 + k;
+        sums[k] = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {
           const int c = i * THREADS + tid;
-          if (c < D) x[t][i] = load_fresh(before + t * D + c) + x[t][i] * r * (post == nullptr ? 1 : norm_weight(post[c]));
-          sums[t] += x[t][i] * x[t][i];
+          x[k][i] = 0;
+          if (t < T && c < D && before == nullptr)
+            x[k][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
+          else if (t < T && c < D) x[k][i] = load_fresh(a.delta + t * D + c);
+          sums[k] += x[k][i] * x[k][i];
         }
       }
-    }
-    team_sums(sums);
+      if (before != nullptr) {
+        if (post != nullptr) team_sums(sums);
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-      const float r = rsqrt_(sums[t] / D + a.eps);
+        for (int k = 0; k < AT_ONCE; k++) {
+          const int t = t0 + k;
+          const float r = post == nullptr ? 1 : rsqrt_(sums[k] / D + a.eps);
+          sums[k] = 0;
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int c = i * THREADS + tid;
-        if (c >= D) continue;
-        // The other buffer: others still read this one.
-        if (after != nullptr && (int)(c % gridDim.x) == (int)blockIdx.x) after[t * D + c] = x[t][i];
-        s.xs[t][c] = from_float(x[t][i] * r * w[i]);
+          for (int i = 0; i < N; i++) {
+            const int c = i * THREADS + tid;
+            if (t < T && c < D)
+              x[k][i] = load_fresh(before + t * D + c) + x[k][i] * r * (post == nullptr ? 1 : norm_weight(post[c]));
+            sums[k] += x[k][i] * x[k][i];
+          }
+        }
+      }
+      team_sums(sums);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int t = t0 + k;
+        const float r = rsqrt_(sums[k] / D + a.eps);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+          const int c = i * THREADS + tid;
+          if (t >= T || c >= D) continue;
+          // The other buffer: others still read this one.
+          if (after != nullptr && (int)(c % gridDim.x) == (int)blockIdx.x) after[t * D + c] = x[k][i];
+          s.xs[t][c] = from_float(x[k][i] * r * w[i]);
+        }
       }
     }
     team_sync();
@@ -392,7 +428,9 @@ struct Step {
   }
 
   DEVICE void attention(const Layer& l) {
+    // More than one only where each block has one unit at most, so that blocks can wait for each other.
     const int parts = gridDim.x / (T * HKV) > 1 ? gridDim.x / (T * HKV) : 1;
+    goal++;
 #pragma unroll 1
     for (int unit = blockIdx.x; unit < T * HKV * parts; unit += gridDim.x) {
       const int t = unit % T, head = unit / T % HKV, split = unit / (T * HKV);
@@ -439,22 +477,22 @@ struct Step {
     }
 #pragma unroll 1
     for (int from = begin; from < end; from += WARPS * PLACES * KEYS) {
-      uint4 keys[KEYS], values[KEYS];
+      Numbers keys[KEYS], values[KEYS];
 #pragma unroll
       for (int u = 0; u < KEYS; u++) {
         const int j = from + u * WARPS * PLACES + place;
-        keys[u] = values[u] = {0, 0, 0, 0};
+        keys[u] = values[u] = {};
         if (mine && j < end && j != position) {
           const size_t at = base + (size_t)slot_of(l, j) * HD + part * EPL;
-          keys[u] = load16(l.keys + at);
-          values[u] = load16(l.values + at);
+          keys[u] = load_numbers(l.keys + at);
+          values[u] = load_numbers(l.values + at);
         }
         if (mine && j < end && j == position) {
           // As the cache will hold them.
 #pragma unroll
           for (int i = 0; i < EPL; i++) {
-            ((elem*)&keys[u])[i] = from_float(s.new_key[part * EPL + i]);
-            ((elem*)&values[u])[i] = from_float(s.new_value[part * EPL + i]);
+            keys[u].x[i] = from_float(s.new_key[part * EPL + i]);
+            values[u].x[i] = from_float(s.new_value[part * EPL + i]);
           }
         }
       }
@@ -467,7 +505,7 @@ struct Step {
           if (mine)
 #pragma unroll
             for (int i = 0; i < EPL; i++)
-              scores[u] = fma_(to_float(((const elem*)&keys[u])[i]), s.q[g][part * EPL + i], scores[u]);
+              scores[u] = fma_(to_float(keys[u].x[i]), s.q[g][part * EPL + i], scores[u]);
           for (int o = LANES2 / 2; o; o >>= 1) scores[u] += shuffle_xor(scores[u], o);
           if (a.attention_cap > 0) scores[u] = a.attention_cap * tanh_(scores[u] / a.attention_cap);
           if (from + u * WARPS * PLACES + place >= end) scores[u] = -INFINITY_;
@@ -484,7 +522,7 @@ struct Step {
           const float p = exp_(scores[u] - highest);
           sum[g] += p;
 #pragma unroll
-          for (int i = 0; i < EPL; i++) acc[g][i] = fma_(p, to_float(((const elem*)&values[u])[i]), acc[g][i]);
+          for (int i = 0; i < EPL; i++) acc[g][i] = fma_(p, to_float(values[u].x[i]), acc[g][i]);
         }
       }
     }
@@ -529,14 +567,8 @@ struct Step {
     }
     team_sync();
     if (splits > 1) {
-      // The block that comes last adds up the parts, always in the same order.
-      if (tid == 0) {
-        s.last = add_acq_rel(a.counters + 2 + t * HKV + head, 1) == (u32)splits - 1;
-        if (s.last) store_relaxed(a.counters + 2 + t * HKV + head, 0);
-      }
-      team_sync();
-      if (s.last) combine(t, head, splits);
-      team_sync();
+      sync(t + T * head, T * HKV, splits);
+      combine(t, head, split, splits);
     }
   }
 
@@ -544,22 +576,44 @@ struct Step {
     return a.splits + (((size_t)unit * gridDim.x + split) * G + g) * (HD + 2);
   }
 
-  DEVICE void combine(int t, int head, int splits) {
-    for (int i = tid; i < G * HD; i += THREADS) {
-      const int g = i / HD, d = i % HD;
-      float top = -INFINITY_, sum = 0, weight = 0;
-      for (int p = 0; p < splits; p++) {
-        const float m = load_fresh(split_of(t * HKV + head, p, g) + HD);
-        top = m > top ? m : top;
+  // Adds up all parts of a head's attention, each block for its share of the numbers, some lanes for each number.
+  DEVICE void combine(int t, int head, int split, int splits) {
+    constexpr int AT_ONCE = 4;
+    int lanes = 1;
+    while (lanes < splits && lanes < 32) lanes *= 2;
+    const int begin = G * HD * split / splits, end = G * HD * (split + 1) / splits;
+#pragma unroll 1
+    for (int from = begin; from < end; from += THREADS / lanes) {
+      const int i = from + tid / lanes, at = i < end ? i : begin;
+      float top = -INFINITY_, weight = 0, value = 0;
+#pragma unroll 1
+      for (int p0 = tid % lanes; p0 < splits; p0 += AT_ONCE * lanes) {
+        float tops[AT_ONCE], weights[AT_ONCE], values[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+          const int p = p0 + k * lanes;
+          const float* part = split_of(t * HKV + head, p < splits ? p : p0, at / HD);
+          tops[k] = load_fresh(part + HD);
+          weights[k] = load_fresh(part + HD + 1);
+          values[k] = load_fresh(part + at % HD);
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          if (p0 + k * lanes < splits) merge(top, weight, value, tops[k], weights[k], values[k]);
       }
-      for (int p = 0; p < splits; p++) {
-        const float* from = split_of(t * HKV + head, p, g);
-        const float f = exp_(load_fresh(from + HD) - top);
-        weight += f * load_fresh(from + HD + 1);
-        sum += f * load_fresh(from + d);
-      }
-      a.attended[t * OUT + (head * G + g) * HD + d] = sum / weight;
+#pragma unroll 1
+      for (int o = lanes / 2; o; o >>= 1)
+        merge(top, weight, value, shuffle_xor(top, o), shuffle_xor(weight, o), shuffle_xor(value, o));
+      if (i < end && tid % lanes == 0) a.attended[t * OUT + head * G * HD + i] = value / weight;
     }
+  }
+  DEVICE static void merge(float& top, float& weight, float& value, float top2, float weight2, float value2) {
+    const float highest = top2 > top ? top2 : top;
+    if (highest == -INFINITY_) return;
+    const float factor = exp_(top - highest), factor2 = exp_(top2 - highest);
+    weight = weight * factor + weight2 * factor2;
+    value = value * factor + value2 * factor2;
+    top = highest;
   }
 
   DEVICE void output(const Layer& l) {
@@ -595,7 +649,7 @@ struct Step {
       const int e = e0 + tid;
       u32 word = mark;
       if (e < E)
-        for (u32 turns = 0; ((word = load_relaxed(a.masks + e)) & ~255u) != mark;) spin(turns);
+        for (u32 tries = 0; ((word = load_relaxed(a.masks + e)) & ~255u) != mark;) spin(tries);
       const bool on = (word & 255) != 0;
       const u32 votes = vote(on);
       if (lane == 0) s.counts[warp] = popcount(votes);
@@ -747,7 +801,7 @@ extern "C" KERNEL void decode_step(const Args a) {
   SHARED_MEMORY(Shared, s);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      start_barrier(s.full[i], 1);
+      start_barrier(s.full[i], LTE_BULK ? 1 : 32 * FETCHERS);
       start_barrier(s.empty[i], WARPS);
     }
     start_barrier(s.routed, 1);
