@@ -171,7 +171,7 @@ class Engine(Protocol):
     A module of engines, `lte.ops.step.cpu` and `lte.ops.step.cuda`, has the class (`CpuEngine`, `CudaEngine`) and a
     function `unfit(plan, caches) -> str | None`: quickly, what in the plan, the caches or the machine the engine
     cannot compute, in words that go on from "as ..."; `lte.ops.step.engines` asks it first, and only then for the
-    class.
+    class. These caches may lie on the meta device: their shapes and dtype count alone.
 
     The engine reads the plan's tensors where they lie: numbers may be written into them between steps. It holds no
     reference to a model, and nothing of one `bind` is needed by another.
