@@ -101,7 +101,7 @@ struct Working {
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
-  float sums[WARPS][T];
+  float sums[WARPS][T], halves[2][WARPS];
   float q[G][HD];
   float new_key[HD], new_value[HD];
   float stats[WARPS][G][2];   // highest score, sum
@@ -279,6 +279,16 @@ struct Step {
     team_sync();
   }
 
+  // The same of one number; calls in a row have `half` 0 and 1 in turn.
+  DEVICE float team_sum(float x, int half) {
+    x = warp_sum(x);
+    if (lane == 0) s.halves[half][warp] = x;
+    team_sync();
+    x = 0;
+    for (int i = 0; i < WARPS; i++) x += s.halves[half][i];
+    return x;
+  }
+
   // residual = before + delta, before + norm(delta), or the token's embedding; then s.xs = norm(residual).
   DEVICE void add_and_norm(const float* before, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D + THREADS - 1) / THREADS;
@@ -289,35 +299,31 @@ struct Step {
 #pragma unroll 1
     for (int t0 = 0; t0 < T; t0 += AT_ONCE) {
       float x[AT_ONCE][N], sums[AT_ONCE];
+      // All loads of a token at once, before anything waits for one.
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         const int t = t0 + k;
-        sums[k] = 0;
+        float old[N];
 #pragma unroll
         for (int i = 0; i < N; i++) {
           const int c = i * THREADS + tid;
-          x[k][i] = 0;
-          if (t < T && c < D && before == nullptr)
+          old[i] = x[k][i] = 0;
+          if (t >= T || c >= D) continue;
+          if (before == nullptr)
             x[k][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
-          else if (t < T && c < D) x[k][i] = load_fresh(a.delta + t * D + c);
-          sums[k] += x[k][i] * x[k][i];
+          else x[k][i] = load_fresh(a.delta + t * D + c), old[i] = load_fresh(before + t * D + c);
         }
-      }
-      if (before != nullptr) {
-        if (post != nullptr) team_sums(sums);
+        if (post != nullptr && before != nullptr) {
+          float squares = 0;
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-          const int t = t0 + k;
-          const float r = post == nullptr ? 1 : rsqrt_(sums[k] / D + a.eps);
-          sums[k] = 0;
+          for (int i = 0; i < N; i++) squares += x[k][i] * x[k][i];
+          const float r = rsqrt_(team_sum(squares, t & 1) / D + a.eps);
 #pragma unroll
-          for (int i = 0; i < N; i++) {
-            const int c = i * THREADS + tid;
-            if (t < T && c < D)
-              x[k][i] = load_fresh(before + t * D + c) + x[k][i] * r * (post == nullptr ? 1 : norm_weight(post[c]));
-            sums[k] += x[k][i] * x[k][i];
-          }
+          for (int i = 0; i < N; i++) x[k][i] *= i * THREADS + tid < D ? r * norm_weight(post[i * THREADS + tid]) : 0;
         }
+        sums[k] = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) x[k][i] += old[i], sums[k] += x[k][i] * x[k][i];
       }
       team_sums(sums);
 #pragma unroll
