@@ -198,14 +198,15 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
     needed = _needed_bytes(macros(plan, batch, machine), dtype.itemsize)
     if needed > machine.shared_bytes:
         return f"a batch of {batch} needs {needed} bytes of shared memory, above {machine.shared_bytes}"
-    for name, tensor in _weights(plan, caches):
+    for name, tensor in _weights(plan):
         if tensor.device != device:
             return f"{name} lies on {tensor.device}, not on {device}"
         if tensor.dtype != dtype:
             return f"{name} is {tensor.dtype}, not {dtype}"
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             return f"{name} does not lie in one piece that begins at 16 bytes"
-    return None
+    found = {tensor.dtype for cache in caches for tensor in (cache.keys, cache.values)}
+    return None if found == {dtype} else f"the cache is {', '.join(map(str, found))}, not {dtype}"
 
 
 def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
@@ -222,17 +223,15 @@ def _kind(layer: DecoderLayer) -> list[Any]:
     return [None if tensor is None else tensor.shape for tensor in tensors]
 
 
-def _weights(plan: DecoderPlan, caches: Sequence[LayerCache]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that the kernel reads as they are."""
+def _weights(plan: DecoderPlan) -> Iterator[tuple[str, Tensor]]:
+    """All that the kernel reads as they are."""
     for name in ("embedding", "final_norm", "head", "head_bias"):
         if getattr(plan, name) is not None:
             yield name, getattr(plan, name)
-    for i, (layer, cache) in enumerate(zip(plan.layers, caches, strict=True)):
+    for i, layer in enumerate(plan.layers):
         for name, value in vars(layer).items():
             if isinstance(value, Tensor) and not name.startswith("router"):
                 yield f"{name} of layer {i}", value
-        yield f"the cache of keys of layer {i}", cache.keys
-        yield f"the cache of values of layer {i}", cache.values
 
 
 class CudaEngine:
@@ -325,7 +324,14 @@ class CudaStep:
                 if values[name] is not None:
                     self._owned.append(getattr(layer, name).detach().to(dtype).contiguous())
                     values[name] = _pointer(self._owned[-1])
-            values |= {"keys": _pointer(cache.keys), "values": _pointer(cache.values)}
+            for name in ("keys", "values"):
+                tensor = getattr(cache, name)
+                if tensor.device != self.device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                    raise ValueError(
+                        f"{name} must lie in one piece on {self.device} and begin at 16 bytes, got {name} on "
+                        f"{tensor.device} with strides {tensor.stride()} at {tensor.data_ptr()}"
+                    )
+                values[name] = _pointer(tensor)
             _fill(to, values | {"slots": cache.keys.shape[2], "shift": cache.shift})
         self._owned.append(torch.frombuffer(bytearray(array), dtype=torch.uint8).to(self.device))
         return self._owned[-1]
