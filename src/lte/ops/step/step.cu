@@ -4,24 +4,27 @@
 //
 //   1  x = norm(residual); queries, keys and values
 //   2  rotary embedding, new keys and values into the cache, attention: a block per sequence, head of keys and part of
-//      the cache
+//      the cache, the heads of queries that share the keys as the tokens of a product
 //   3  output product
 //   4  residual += output; x = norm(residual); which experts are on
 //   5  gate, up and down of an equal share of the neurons that any token needs; the blocks' shares of the output are
-//      added up in fixed point, so that their order does not matter
+//      added up in fixed point, where their order does not matter
 //
 // In a product each block takes an equal share of a matrix's rows, 16 at a time, and its warps share the columns.
 // Weights do not depend on activations, so one warp of each block, the producer, does nothing but fetch what its block
 // will read next, in the order of use, across phases and layers, through a ring of stages in shared memory. It runs
 // ahead as far as the ring is long, also while the block waits for others, and stops only before the neurons of a layer
-// whose routing is not known.
+// whose routing is not known. Keys and values of earlier tokens come the same way.
+//
+// A multiprocessor keeps little more than 100 kB of instructions at hand, and each layer runs through all of the code:
+// loops that are not rolled out where it does not pay are faster.
 //
 // Shapes, as macros that begin with LTE_: T sequences, D hidden size, HQ heads of queries, HKV of keys, HD their size, F neurons, E experts
-// (0: a dense model), S neurons of an expert, V vocabulary. P = gridDim.x blocks.
+// (0: a dense model), S neurons of an expert, V vocabulary, P blocks.
 
 constexpr int T = LTE_T, D = LTE_D, HQ = LTE_HQ, HKV = LTE_HKV, HD = LTE_HD, F = LTE_F, E = LTE_E, S = LTE_S, V = LTE_V;
-constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_THREADS, STAGES = LTE_STAGES;
-constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS;
+constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_THREADS;
+constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS, P = LTE_BLOCKS;
 constexpr bool GATED = LTE_GATED, NORM_PLUS_ONE = LTE_NORM_PLUS_ONE;
 
 #ifdef LTE_ON_CPU
@@ -44,24 +47,30 @@ constexpr int G = HQ / HKV;                   // heads of queries for each head 
 constexpr int PER_TILE = GATED ? 8 : 16;      // neurons in a tile of gate and up
 constexpr int XS = (D > OUT ? D : OUT) + 16 / SIZE;      // pitch of the inputs of a product
 constexpr int HS = (MAX_SHARE + 15) / 16 * 16 + 16 / SIZE;
-constexpr int EPL = 16 / SIZE;                // elements in 16 bytes
-constexpr int LANES = HD / EPL;               // that share one key
-constexpr int LANES2 = LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32;
-constexpr int PLACES = 32 / LANES2;           // keys that a warp takes at once
-constexpr int KEYS = 4;                       // that a thread takes part in at once
-constexpr int DIRECT = 8;                     // parts of a cache that are combined by whoever reads them
+constexpr int HEAD_BYTES = HD * SIZE, HEAD_PITCH = HEAD_BYTES + 16;   // of a key in a stage
+constexpr int QS = HD + 16 / SIZE, WS = 16 + 16 / SIZE;                // pitches of queries, and of the weights of keys
+constexpr int KEYS_THAT_FIT = ROWS * PITCH / HEAD_PITCH / 16 * 16;
+constexpr int MOST_KEYS = 16 * WARPS < 32 * FETCHERS ? 16 * WARPS : 32 * FETCHERS;
+// Of a stage: a tile of 16 for each warp and a key for each lane that fetches, at most.
+constexpr int KEYS = KEYS_THAT_FIT < MOST_KEYS ? KEYS_THAT_FIT : MOST_KEYS;
+constexpr int PARTS = P / (T * HKV) > 1 ? P / (T * HKV) : 1;          // of a cache, at most
+constexpr int UNITS = T * HKV * PARTS;
 constexpr int PER_THREAD = (E + THREADS - 1) / THREADS > 0 ? (E + THREADS - 1) / THREADS : 1;   // experts
-constexpr float FIXED = 1.0f / (1 << 30);
-static_assert(D % 32 == 0 && OUT % 32 == 0 && THREADS % 32 == 0 && LANES <= 32 && T <= 8, "shapes");
+constexpr float FIXED = 1 << 30;                                      // sums in fixed point are in units of 1 / FIXED
+constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
+constexpr int NORM_REGISTERS = 32;            // for the residual of the tokens that a norm takes at once
+static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % 16 == 0 && HD <= 256 && ROTARY <= HD, "shapes");
+static_assert(HQ % HKV == 0 && G <= 8 && T >= 1 && T <= 8 && (E == 0 || F == E * S) && E < 65536, "shapes");
+static_assert(THREADS % 32 == 0 && THREADS >= ROWS * T && ROWS % FETCHERS == 0, "threads");
 
 struct Layer {
   const elem *norm1, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *out, *out_bias, *post1;
   const elem *norm2, *router, *gate, *up, *down, *gate_bias, *up_bias, *down_bias, *post2;
   const float* router_bias;
   elem *keys, *values;      // [T, HKV, slots, HD]
-  const float *cos, *sin;   // [positions, ROTARY]
   float threshold;          // of the logits
   int window;               // tokens that see each other, 0 for all
+  int rope;
   int slots, shift;         // of the cache: position p lies in slot (p + shift) % slots
 };
 
@@ -69,47 +78,58 @@ struct Args {
   const Layer* layers;
   const long long *token, *position, *start;  // [T]; position in the cache; start: the first that is no padding
   const elem *embedding, *final_norm, *head, *head_bias;
+  const float* ropes;         // [num_ropes, 1 + HALF]: a factor of cosines and sines, and an angle per position
   float* logits;              // [T, V]
   // Scratch: of any content.
+  float *turns;               // [num_ropes, T, 2, HALF] cosines and sines
   float *residual;            // [2, T, D]
   float *qkv;                 // [T, NQKV]
   float *attended;            // [T, OUT]
   float *delta;               // [T, D] what half a layer adds to the residual
-  long long *sums;            // [2, T, D] what FFNs add to the residual, in units of FIXED; two layers in turn
+  long long *sums;            // [2, T, D] what FFNs add to the residual, in fixed point; two layers in turn
   float *splits;              // [T * HKV, P, G, HD + 2]
   u32 *masks;                 // [E]: the launch's tag, and a bit for each token that the expert is on for
-  u32 *counters;              // [3 + T * HKV]: barriers so far, launches, arrivals at barriers; of the splits; zero at first
+  u32 *flags;                 // [P] of the barriers of a few blocks, zero at first
+  u32 *counters;              // [3]: barriers, launches, and arrivals at barriers of all blocks; zero at first
   long long* trace;           // [P, TRACE]
-  int num_layers;
+  int num_layers, num_ropes;
   float eps, scaling, embedding_scale, attention_cap, logit_cap;
 };
 
-struct Shared {
-  char ring[STAGES][ROWS * PITCH];
-  Barrier full[STAGES], empty[STAGES], routed;
+struct Working {
+  Barrier routed;
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
-  Layer layers[2];            // this one and the next
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
   float sums[WARPS][T], halves[2][WARPS];
-  float q[G][HD];
-  float new_key[HD], new_value[HD];
-  alignas(16) elem newest[2][HD];   // the same as the cache holds them
-  float stats[WARPS][G][2];   // highest score, sum
-  float factors[T][HQ][DIRECT];
+  Layer layers[2];            // this one and the next
+  alignas(16) elem q[G][QS];
+  alignas(16) elem weights[WARPS][8][WS];   // of keys, for each head of queries
+  alignas(16) char newest[2][16][HEAD_PITCH];   // the new token's key and value, as a tile of which one row counts
+  float turned[WARPS][HD];
+  float stats[2][WARPS][8];   // highest score, sum
   float values[WARPS][G][HD];
   unsigned short experts[E > 0 ? E : 1];
   unsigned char tokens[E > 0 ? E : 1];  // bits of the experts in the list
   int counts[PER_THREAD][WARPS];
   int first, count;           // this block's share of the active neurons
-  int last;
   int position[T], start[T];
 };
+
+constexpr int STAGES = (LTE_SHARED_BYTES - (int)sizeof(Working) - 128) / (ROWS * PITCH + 2 * (int)sizeof(Barrier));
+static_assert(STAGES >= 2, "shared memory is too small");
+struct Shared : Working {
+  alignas(128) char ring[STAGES][ROWS * PITCH];
+  Barrier full[STAGES], empty[STAGES];
+};
+static_assert(sizeof(Shared) <= LTE_SHARED_BYTES, "shared memory");
+static_assert(sizeof(Layer) == LTE_LAYER_BYTES && sizeof(Args) == LTE_ARGS_BYTES, "as the host fills them");
 
 DEVICE float activate(float x) {
   if (ACTIVATION == 0) return x > 0 ? x : 0;
   if (ACTIVATION == 1) return x / (1 + exp_(-x));                                 // silu
   if (ACTIVATION == 2) return 0.5f * x * (1 + erf_(x * 0.70710678f));             // gelu
+  if (ACTIVATION == 4) return x > 0 ? x * x : 0;                                  // squared relu
   return 0.5f * x * (1 + tanh_(0.79788456f * (x + 0.044715f * x * x * x)));       // its tanh form
 }
 
@@ -121,8 +141,32 @@ DEVICE float warp_sum(float x) {
 }
 
 // A share of n things for this block.
-DEVICE int share_begin(int n) { return (int)((long long)n * blockIdx.x / gridDim.x); }
-DEVICE int share_end(int n) { return (int)((long long)n * (blockIdx.x + 1) / gridDim.x); }
+DEVICE int share_begin(int n) {
+  const int b = blockIdx.x, more = n % P;
+  return n / P * b + (b < more ? b : more);
+}
+DEVICE int share_end(int n) { return share_begin(n) + n / P + ((int)blockIdx.x < n % P); }
+
+// Keys [begin, end) of the cache of sequence t for one head of keys, and which of how many parts that is.
+struct Part { int t, head, split, splits, begin, end; };
+
+// False if there are fewer parts.
+DEVICE bool part_of(const Shared& s, const Layer& l, int unit, Part& p) {
+  p.t = unit % T, p.head = unit / T % HKV, p.split = unit / (T * HKV);
+  const int start = s.start[p.t], end = s.position[p.t] + 1;
+  const int low = l.window > 0 && end - l.window > start ? end - l.window : start, n = end - low;
+  int splits = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
+  if (splits > PARTS) splits = PARTS;
+  const int length = (n + splits - 1) / splits;
+  p.splits = (n + length - 1) / length;
+  p.begin = low + p.split * length;
+  p.end = p.begin + length < end ? p.begin + length : end;
+  return p.split < p.splits;
+}
+DEVICE int slot_of(const Layer& l, int position) {
+  const int at = position + l.shift;
+  return at < l.slots ? at : at % l.slots;
+}
 
 DEVICE int neuron_of(const Shared& s, int i) {
   const int rank = s.first + i;
@@ -133,22 +177,37 @@ DEVICE int neuron_of(const Shared& s, int i) {
 struct Producer {
   const Args& a;
   Shared& s;
-  int row, stage = 0;   // of a stage
+  int warp, lane, row, stage = 0;   // row of a stage
   u32 parity = 1;
-  const unsigned long long policy = read_once();
+#if LTE_BULK
+  const unsigned long long once = read_once();
+#endif
 
-  DEVICE Producer(const Args& a, Shared& s) : a(a), s(s) {
-    constexpr int EACH = ROWS / FETCHERS;
-    const int lane = threadIdx.x % 32;
-    row = lane < EACH ? (threadIdx.x - THREADS) / 32 * EACH + lane : ROWS;
+  DEVICE Producer(const Args& a, Shared& s) : a(a), s(s), warp((threadIdx.x - THREADS) / 32), lane(threadIdx.x % 32) {
+    row = row_of<ROWS / FETCHERS>();
   }
+  template <int EACH> DEVICE int row_of() const { return lane < EACH ? warp * EACH + lane : EACH * FETCHERS; }
 
-  DEVICE void fetch(const elem* from, int rows, int columns) {
+  // Rows of a stage, EACH for each warp; lanes below EACH know where theirs comes `from`.
+  template <int EACH, int TO_PITCH, bool KEEP> DEVICE void fetch(const elem* from, int rows, int bytes) {
     wait(s.empty[stage], parity);
-    const int bytes = columns * SIZE;
-    if (row == 0) expect(s.full[stage], rows * bytes);
-    if (row < rows) bulk_copy(s.ring[stage] + row * PITCH, from, bytes, s.full[stage], policy);
+#if LTE_BULK
+    const int mine = row_of<EACH>();
+    if (mine == 0) expect(s.full[stage], rows * bytes);
+    if (mine < rows) bulk_copy<KEEP>(s.ring[stage] + mine * TO_PITCH, from, bytes, s.full[stage], once);
+#else
+    // All lanes share the warp's rows, 16 bytes at a time.
+#pragma unroll 1
+    for (int i = 0; i < EACH && warp * EACH + i < rows; i++) {
+      const char* line = shuffle((const char*)from, i);
+      for (int at = lane * 16; at < bytes; at += 32 * 16) copy16(s.ring[stage] + (warp * EACH + i) * TO_PITCH + at, line + at);
+    }
+    arrive_when_copied(s.full[stage]);
+#endif
     if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+  DEVICE void fetch(const elem* from, int rows, int columns) {
+    fetch<ROWS / FETCHERS, PITCH, false>(from, rows, columns * SIZE);
   }
   DEVICE void tile(const elem* from, int rows, int columns) {
 #pragma unroll 1
@@ -170,12 +229,31 @@ struct Producer {
       tile(from, end - r < ROWS ? end - r : ROWS, D);
     }
   }
+  // Keys and values of the tokens before the new one, a stage of each in turn.
+  DEVICE void cache(const Layer& l) {
+    constexpr int EACH = (KEYS + FETCHERS - 1) / FETCHERS;
+    Part p;
+#pragma unroll 1
+    for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) {
+      const int position = s.position[p.t], end = p.end > position ? position : p.end;
+      const size_t base = (size_t)(p.t * HKV + p.head) * l.slots * HD;
+#pragma unroll 1
+      for (int from = p.begin; from < end; from += KEYS) {
+        const int n = end - from < KEYS ? end - from : KEYS, mine = row_of<EACH>();
+        const size_t at = base + (size_t)slot_of(l, from + (mine < n ? mine : 0)) * HD;
+        fetch<EACH, HEAD_PITCH, true>(l.keys + at, n, HEAD_BYTES);
+        fetch<EACH, HEAD_PITCH, true>(l.values + at, n, HEAD_BYTES);
+      }
+    }
+  }
   DEVICE void run() {
 #pragma unroll 1
     for (int i = 0; i < a.num_layers; i++) {
       const Layer& l = a.layers[i];
       queries_keys_values(l);
+      cache(l);
       matrix(l.out, D, OUT);
+      const elem *gate = l.gate, *up = l.up, *down = l.down;
       if (E > 0) {
         matrix(l.router, E, D);
         wait(s.routed, i & 1);
@@ -185,14 +263,14 @@ struct Producer {
       for (int j = 0; j < n; j += PER_TILE) {
         // Gate and up of eight neurons, or up of sixteen.
         const int left = n - j < PER_TILE ? n - j : PER_TILE, k = row % PER_TILE;
-        const elem* from = (GATED && row < PER_TILE ? l.gate : l.up) + (size_t)neuron_of(s, j + (k < left ? k : 0)) * D;
+        const elem* from = (GATED && row < PER_TILE ? gate : up) + (size_t)neuron_of(s, j + (k < left ? k : 0)) * D;
         tile(from, GATED ? ROWS : left, D);
       }
 #pragma unroll 1
       for (int c = 0; c < D; c += SLAB)
         for (int j = 0; j < n; j += ROWS) {
           const int left = n - j < ROWS ? n - j : ROWS;
-          fetch(l.down + (size_t)neuron_of(s, j + (row < left ? row : 0)) * D + c, left, D - c < SLAB ? D - c : SLAB);
+          fetch(down + (size_t)neuron_of(s, j + (row < left ? row : 0)) * D + c, left, D - c < SLAB ? D - c : SLAB);
         }
     }
     matrix(a.head, V, D);
@@ -216,34 +294,42 @@ struct Step {
 #endif
   }
 
-  // All blocks wait for each other: what a block wrote before `arrive_at_grid`, all read after `wait_for_grid`.
-  DEVICE void arrive_at_grid() {
+  // All blocks wait for each other: what a block wrote before, all read afterwards.
+  DEVICE void grid_sync() {
     goal++;
     team_sync();
-    if (tid == 0) add_release(a.counters + 2, 1);
-    stamp();
-  }
-  DEVICE void wait_for_grid() {
-    if (tid == 0)
-      while ((int)(load_acquire(a.counters + 2) - goal * gridDim.x) < 0) spin();
+    if (tid == 0) {
+      delay(goal);
+      add_release(a.counters + 2, 1);
+      stamp();
+      for (u32 tries = 0; (int)(load_acquire(a.counters + 2) - goal * P) < 0;) spin(tries);
+      delay(~goal);
+    }
     team_sync();
     stamp();
   }
-  DEVICE void grid_sync() {
-    arrive_at_grid();
-    wait_for_grid();
+  // The same for `n` blocks, `first` and each `apart` from the one before; this block is one of them.
+  DEVICE void sync(int first, int apart, int n) {
+    team_sync();
+    if (tid == 0) {
+      delay(goal);
+      store_release(a.flags + blockIdx.x, goal + 1);
+    }
+    for (int p = tid; p < n; p += THREADS)
+      for (u32 tries = 0; (int)(load_acquire(a.flags + first + p * apart) - goal - 1) < 0;) spin(tries);
+    team_sync();
   }
 
-  // Sums over the block, one for each token.
-  DEVICE void team_sums(float (&x)[T]) {
+  // Sums over the block.
+  template <int N> DEVICE void team_sums(float (&x)[N]) {
 #pragma unroll
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < N; t++) {
       x[t] = warp_sum(x[t]);
       if (lane == 0) s.sums[warp][t] = x[t];
     }
     team_sync();
 #pragma unroll
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < N; t++) {
       x[t] = 0;
       for (int i = 0; i < WARPS; i++) x[t] += s.sums[i][t];
     }
@@ -260,49 +346,59 @@ struct Step {
     return x;
   }
 
-  // residual = before + delta, before + norm(delta), or the token's embedding; then s.xs = norm(residual).
+  // residual = before + addend, before + norm(addend), or the token's embedding; then s.xs = norm(residual). The addend is
+  // `delta`, or `sums` in fixed point.
   DEVICE void add_and_norm(const float* before, const long long* sums_of_ffn, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D + THREADS - 1) / THREADS;
-    float x[T][N], sums[T], w[N];
+    constexpr int AT_ONCE = N * T <= NORM_REGISTERS ? T : N * 2 <= NORM_REGISTERS ? NORM_REGISTERS / N : 1;   // tokens
+    float w[N];
 #pragma unroll
     for (int i = 0; i < N; i++) w[i] = i * THREADS + tid < D ? norm_weight(weight[i * THREADS + tid]) : 0;
-    // All loads of a token at once, before anything waits for one.
+#pragma unroll 1
+    for (int t0 = 0; t0 < T; t0 += AT_ONCE) {
+      float x[AT_ONCE][N], sums[AT_ONCE];
+      // All loads of a token at once, before anything waits for one.
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-      float old[N];
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int t = t0 + k;
+        float old[N];
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int c = i * THREADS + tid;
-        old[i] = x[t][i] = 0;
-        if (c < D && before == nullptr)
-          x[t][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
-        else if (c < D && sums_of_ffn != nullptr)
-          x[t][i] = load_fresh(sums_of_ffn + t * D + c) * FIXED, old[i] = load_fresh(before + t * D + c);
-        else if (c < D) x[t][i] = load_fresh(a.delta + t * D + c), old[i] = load_fresh(before + t * D + c);
+        for (int i = 0; i < N; i++) {
+          const int c = i * THREADS + tid;
+          old[i] = x[k][i] = 0;
+          if (t >= T || c >= D) continue;
+          if (before == nullptr)
+            x[k][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
+          else {
+            x[k][i] = sums_of_ffn == nullptr ? load_fresh(a.delta + t * D + c) : load_fresh(sums_of_ffn + t * D + c) * (1 / FIXED);
+            old[i] = load_fresh(before + t * D + c);
+          }
+        }
+        if (post != nullptr && before != nullptr) {
+          float squares = 0;
+#pragma unroll
+          for (int i = 0; i < N; i++) squares += x[k][i] * x[k][i];
+          const float r = rsqrt_(team_sum(squares, t & 1) / D + a.eps);
+#pragma unroll
+          for (int i = 0; i < N; i++) x[k][i] *= i * THREADS + tid < D ? r * norm_weight(post[i * THREADS + tid]) : 0;
+        }
+        sums[k] = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) x[k][i] += old[i], sums[k] += x[k][i] * x[k][i];
       }
-      if (post != nullptr && before != nullptr) {
-        float squares = 0;
+      team_sums(sums);
 #pragma unroll
-        for (int i = 0; i < N; i++) squares += x[t][i] * x[t][i];
-        const float r = rsqrt_(team_sum(squares, t & 1) / D + a.eps);
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int t = t0 + k;
+        const float r = rsqrt_(sums[k] / D + a.eps);
 #pragma unroll
-        for (int i = 0; i < N; i++) x[t][i] *= i * THREADS + tid < D ? r * norm_weight(post[i * THREADS + tid]) : 0;
-      }
-      sums[t] = 0;
-#pragma unroll
-      for (int i = 0; i < N; i++) x[t][i] += old[i], sums[t] += x[t][i] * x[t][i];
-    }
-    team_sums(sums);
-#pragma unroll
-    for (int t = 0; t < T; t++) {
-      const float r = rsqrt_(sums[t] / D + a.eps);
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int c = i * THREADS + tid;
-        if (c >= D) continue;
-        // The other buffer: others still read this one.
-        if (after != nullptr && (int)(c % gridDim.x) == (int)blockIdx.x) after[t * D + c] = x[t][i];
-        s.xs[t][c] = from_float(x[t][i] * r * w[i]);
+        for (int i = 0; i < N; i++) {
+          const int c = i * THREADS + tid;
+          if (t >= T || c >= D) continue;
+          // The other buffer: others still read this one.
+          if (after != nullptr && c % P == (int)blockIdx.x) after[t * D + c] = x[k][i];
+          s.xs[t][c] = from_float(x[k][i] * r * w[i]);
+        }
       }
     }
     team_sync();
@@ -357,214 +453,103 @@ struct Step {
     }
   }
 
-  // A head of queries or keys of the new token into `to`, by one warp: its norm, if there is one, and its rotation.
-  DEVICE void rotate(const float* from, const elem* norm, const float* cos, const float* sin, float scale, float* to) {
+  // A head of queries, keys or values of the new token into `to`, by one warp: its norm and its rotation, if there are.
+  DEVICE void turn_head(const float* from, const elem* norm, const float* turn, elem* to) {
     constexpr int N = (HD + 31) / 32;
-    float x[N], squares = 0;
+    float x[N], cosine[N], sine[N], squares = 0, *staged = s.turned[warp];
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const int d = i * 32 + lane;
+      const bool turns = turn != nullptr && d < ROTARY;
       x[i] = d < HD ? load_fresh(from + d) : 0;
-      squares += x[i] * x[i];
-    }
-    if (norm != nullptr) {
-      const float r = rsqrt_(warp_sum(squares) / HD + a.eps);
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int d = i * 32 + lane;
-        if (d < HD) x[i] *= r * norm_weight(norm[d]);
-      }
+      cosine[i] = turns ? load_fresh(turn + d % HALF) : 1;
+      sine[i] = turns ? load_fresh(turn + HALF + d % HALF) : 0;
     }
 #pragma unroll
-    for (int i = 0; i < N; i++)
-      if (i * 32 + lane < HD) to[i * 32 + lane] = x[i];
+    for (int i = 0; i < N; i++) squares += x[i] * x[i];
+    const float r = norm == nullptr ? 1 : rsqrt_(warp_sum(squares) / HD + a.eps);
     warp_sync();
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const int d = i * 32 + lane;
-      if (d < ROTARY) {
-        const float other = d < ROTARY / 2 ? -to[d + ROTARY / 2] : to[d - ROTARY / 2];
-        x[i] = x[i] * cos[d] + other * sin[d];
-      }
-      x[i] *= scale;
+      if (norm != nullptr && d < HD) x[i] *= r * norm_weight(norm[d]);
+      if (d < HD) staged[d] = x[i];
     }
     warp_sync();
 #pragma unroll
-    for (int i = 0; i < N; i++)
-      if (i * 32 + lane < HD) to[i * 32 + lane] = x[i];
-  }
-
-  DEVICE static int slot_of(const Layer& l, int position) {
-    const int at = position + l.shift;
-    return at < l.slots ? at : at % l.slots;
-  }
-
-  // Keys [begin, end) of the cache of sequence t for one head of keys.
-  struct Part { int t, head, split, splits, begin, end; };
-  struct Chunk { uint4 keys[KEYS], values[KEYS]; };
-
-  DEVICE int first_key(const Layer& l, int t) const {
-    const int start = s.start[t], end = s.position[t] + 1;
-    return l.window > 0 && end - l.window > start ? end - l.window : start;
-  }
-  // How many keys each part of a sequence's cache has; the last may have fewer.
-  DEVICE int part_length(const Layer& l, int t) const {
-    const int n = s.position[t] + 1 - first_key(l, t), most = gridDim.x / (T * HKV) > 1 ? gridDim.x / (T * HKV) : 1;
-    const int wanted = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
-    return wanted <= most ? (n + wanted - 1) / wanted : (n + most - 1) / most;
-  }
-  DEVICE int splits_of(const Layer& l, int t) const {
-    const int length = part_length(l, t);
-    return (s.position[t] + 1 - first_key(l, t) + length - 1) / length;
-  }
-  DEVICE bool part_of(const Layer& l, int unit, Part& p) const {
-    p.t = unit % T, p.head = unit / T % HKV, p.split = unit / (T * HKV), p.splits = splits_of(l, p.t);
-    const int length = part_length(l, p.t), end = s.position[p.t] + 1;
-    p.begin = first_key(l, p.t) + p.split * length;
-    p.end = p.begin + length < end ? p.begin + length : end;
-    return p.split < p.splits;
-  }
-
-  // Where the cache of a part lies, and this thread's share of keys: groups of LANES2 lanes have keys of their own.
-  DEVICE size_t base_of(const Layer& l, const Part& p) const { return (size_t)(p.t * HKV + p.head) * l.slots * HD; }
-  DEVICE void load_chunk(const Layer& l, const Part& p, int from, Chunk& chunk) const {
-    const int part = lane % LANES2, place = warp * PLACES + lane / LANES2;
-    const size_t base = base_of(l, p);
-#pragma unroll
-    for (int u = 0; u < KEYS; u++) {
-      const int j = from + u * WARPS * PLACES + place;
-      chunk.keys[u] = chunk.values[u] = {0, 0, 0, 0};
-      if (part < LANES && j < p.end && j != s.position[p.t]) {
-        const size_t at = base + (size_t)slot_of(l, j) * HD + part * EPL;
-        chunk.keys[u] = load16(l.keys + at);
-        chunk.values[u] = load16(l.values + at);
-      }
+    for (int i = 0; i < N; i++) {
+      const int d = i * 32 + lane;
+      const float other = d >= ROTARY ? 0 : d < HALF ? -staged[d + HALF] : staged[d - HALF];
+      if (d < HD) to[d] = from_float(x[i] * cosine[i] + other * sine[i]);
     }
   }
 
-  // What attention reads besides the new token is on its way before the others have computed that.
   DEVICE void attention(const Layer& l) {
-    const int units = T * HKV * (gridDim.x / (T * HKV) > 1 ? gridDim.x / (T * HKV) : 1);
     Part p;
-    Chunk chunk;
-    const bool any = (int)blockIdx.x < units && part_of(l, blockIdx.x, p);
-    if (any) load_chunk(l, p, p.begin, chunk);
-    wait_for_grid();
-    if (any) attend(l, p, chunk);
 #pragma unroll 1
-    for (int unit = blockIdx.x + gridDim.x; unit < units; unit += gridDim.x)
-      if (part_of(l, unit, p)) {
-        load_chunk(l, p, p.begin, chunk);
-        attend(l, p, chunk);
-      }
+    for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) attend(l, p);
   }
 
-  DEVICE void attend(const Layer& l, const Part& p, Chunk& chunk) {
-    const int position = s.position[p.t], angle = position - s.start[p.t];
-    const float *cos = l.cos + (size_t)angle * ROTARY, *sin = l.sin + (size_t)angle * ROTARY, *qkv = a.qkv + p.t * NQKV;
+  // What a warp knows of the heads lane % 4 * 2 and + 1 of queries: the highest score, the sum of weights in this lane,
+  // and the values so far.
+  struct Attended { float top[2], sum[2]; Columns<HD> values; };
+
+  DEVICE void attend(const Layer& l, const Part& p) {
+    const float *turn = ROTARY > 0 ? a.turns + (l.rope * T + p.t) * 2 * HALF : nullptr, *qkv = a.qkv + p.t * NQKV;
+    const int position = s.position[p.t], end = p.end > position ? position : p.end;
     const bool newest = p.end == position + 1;
 #pragma unroll 1
-    for (int g = warp; g < G + 2; g += WARPS) {
-      if (g < G) rotate(qkv + (p.head * G + g) * HD, l.q_norm, cos, sin, a.scaling, s.q[g]);
-      else if (g == G && newest) rotate(qkv + OUT + p.head * HD, l.k_norm, cos, sin, 1, s.new_key);
-      else if (newest)
-        for (int d = lane; d < HD; d += 32) s.new_value[d] = load_fresh(qkv + OUT + (HKV + p.head) * HD + d);
-    }
+    for (int g = warp; g < G + 2; g += WARPS)
+      if (g < G || newest) {
+        const bool query = g < G, value = g == G + 1;
+        const float* from = qkv + (query ? p.head * G + g : HQ + (value ? HKV : 0) + p.head) * HD;
+        turn_head(from, query ? l.q_norm : value ? nullptr : l.k_norm, value ? nullptr : turn,
+                  query ? s.q[g] : (elem*)s.newest[value][0]);
+      }
     team_sync();
-    if (newest) {
-      for (int d = tid; d < HD; d += THREADS) {
-        const size_t at = base_of(l, p) + (size_t)slot_of(l, position) * HD + d;
-        l.keys[at] = s.newest[0][d] = from_float(s.new_key[d]);
-        l.values[at] = s.newest[1][d] = from_float(s.new_value[d]);
+    if (newest)
+      for (int i = tid; i < 2 * HD; i += THREADS) {
+        const int d = i % HD;
+        elem* to = i < HD ? l.keys : l.values;
+        to[((size_t)(p.t * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d] = ((const elem*)s.newest[i / HD][0])[d];
       }
-      team_sync();
-    }
 
-    const int part = lane % LANES2, place = warp * PLACES + lane / LANES2;
-    const bool mine = part < LANES;
-    float top[G], sum[G], acc[G][EPL];
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-      top[g] = -INFINITY_, sum[g] = 0;
-#pragma unroll
-      for (int i = 0; i < EPL; i++) acc[g][i] = 0;
-    }
+    Attended x;
+    x.top[0] = x.top[1] = -INFINITY_, x.sum[0] = x.sum[1] = 0;
+    clear(x.values);
+    // The tiles of a stage go to the warps in turn, and the new token is a tile of its own.
+    const int stages = (end - p.begin + KEYS - 1) / KEYS;
+    int first = 0;
 #pragma unroll 1
-    for (int from = p.begin; from < p.end; from += WARPS * PLACES * KEYS) {
-      if (from > p.begin) load_chunk(l, p, from, chunk);
-      if (newest && mine)
-#pragma unroll
-        for (int u = 0; u < KEYS; u++)
-          if (from + u * WARPS * PLACES + place == position) {
-            chunk.keys[u] = *(const uint4*)(s.newest[0] + part * EPL);
-            chunk.values[u] = *(const uint4*)(s.newest[1] + part * EPL);
-          }
-#pragma unroll
-      for (int g = 0; g < G; g++) {
-        float scores[KEYS], highest = top[g];
-#pragma unroll
-        for (int u = 0; u < KEYS; u++) {
-          scores[u] = 0;
-          if (mine)
-#pragma unroll
-            for (int i = 0; i < EPL; i++)
-              scores[u] = fma_(to_float(((const elem*)&chunk.keys[u])[i]), s.q[g][part * EPL + i], scores[u]);
-        }
-#pragma unroll
-        for (int o = LANES2 / 2; o; o >>= 1)
-#pragma unroll
-          for (int u = 0; u < KEYS; u++) scores[u] += shuffle_xor(scores[u], o);
-#pragma unroll
-        for (int u = 0; u < KEYS; u++) {
-          if (a.attention_cap > 0) scores[u] = a.attention_cap * tanh_(scores[u] / a.attention_cap);
-          if (from + u * WARPS * PLACES + place >= p.end) scores[u] = -INFINITY_;
-          highest = scores[u] > highest ? scores[u] : highest;
-        }
-        if (highest == -INFINITY_) continue;
-        const float factor = exp_(top[g] - highest);
-        top[g] = highest;
-        sum[g] *= factor;
-#pragma unroll
-        for (int i = 0; i < EPL; i++) acc[g][i] *= factor;
-#pragma unroll
-        for (int u = 0; u < KEYS; u++) {
-          const float weight = exp_(scores[u] - highest);
-          sum[g] += weight;
-#pragma unroll
-          for (int i = 0; i < EPL; i++) acc[g][i] = fma_(weight, to_float(((const elem*)&chunk.values[u])[i]), acc[g][i]);
-        }
-      }
+    for (int k = 0; k < stages + newest; k++) {
+      const bool fetched = k < stages;
+      const int left = end - p.begin - k * KEYS, n = !fetched ? 1 : left < KEYS ? left : KEYS;
+      const int at = (warp + WARPS - first) % WARPS * 16, mine = n - at < 16 ? n - at : 16;
+      const char* keys = fetched ? next_stage() : s.newest[0][0];
+      if (mine > 0) weigh(keys + at * HEAD_PITCH, mine, x);
+      if (fetched) release();
+      const char* values = fetched ? next_stage() : s.newest[1][0];
+      if (mine > 0) columns_product<HD, HEAD_PITCH, 8>(x.values, values + at * HEAD_PITCH, s.weights[warp][0], WS, mine);
+      if (fetched) release();
+      first = (first + (n + 15) / 16) % WARPS;
     }
-    // Over the groups of a warp, then over the warps.
 #pragma unroll
-    for (int g = 0; g < G; g++) {
-      float highest = top[g];
-      for (int o = LANES2; o < 32; o <<= 1) {
-        const float other = shuffle_xor(highest, o);
-        highest = other > highest ? other : highest;
-      }
-      const float factor = highest == -INFINITY_ ? 0 : exp_(top[g] - highest);
-      sum[g] *= factor;
-      for (int o = LANES2; o < 32; o <<= 1) sum[g] += shuffle_xor(sum[g], o);
-#pragma unroll
-      for (int i = 0; i < EPL; i++) {
-        acc[g][i] *= factor;
-        for (int o = LANES2; o < 32; o <<= 1) acc[g][i] += shuffle_xor(acc[g][i], o);
-        if (lane < LANES) s.values[warp][g][lane * EPL + i] = acc[g][i];
-      }
-      if (lane == 0) s.stats[warp][g][0] = highest, s.stats[warp][g][1] = sum[g];
+    for (int h = 0; h < 2; h++) {
+      for (int o = 4; o < 32; o <<= 1) x.sum[h] += shuffle_xor(x.sum[h], o);
+      if (lane < 4) s.stats[0][warp][lane * 2 + h] = x.top[h], s.stats[1][warp][lane * 2 + h] = x.sum[h];
     }
+    each_column<HD, G>(x.values, HD, [&](int d, int g, float y) { s.values[warp][g][d] = y; });
     team_sync();
 #pragma unroll 1
     for (int i = tid; i < G * HD; i += THREADS) {
       const int g = i / HD, d = i % HD;
       float highest = -INFINITY_, weight = 0, value = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) highest = s.stats[w][g][0] > highest ? s.stats[w][g][0] : highest;
+      for (int w = 0; w < WARPS; w++) highest = s.stats[0][w][g] > highest ? s.stats[0][w][g] : highest;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
-        const float factor = exp_(s.stats[w][g][0] - highest);
-        weight += factor * s.stats[w][g][1];
+        const float factor = exp_(s.stats[0][w][g] - highest);
+        weight += factor * s.stats[1][w][g];
         value += factor * s.values[w][g][d];
       }
       if (p.splits == 1) a.attended[p.t * OUT + p.head * G * HD + i] = value / weight;
@@ -574,113 +559,99 @@ struct Step {
         if (d == 0) to[HD] = highest, to[HD + 1] = weight;
       }
     }
+    // Another unit, or nothing, but the other blocks' parts of this head.
     team_sync();
-    if (p.splits > DIRECT) {
-      // The block that comes last adds up the parts, always in the same order.
-      const int unit = p.t * HKV + p.head;
-      if (tid == 0) {
-        s.last = add_acq_rel(a.counters + 3 + unit, 1) == (u32)p.splits - 1;
-        if (s.last) store_relaxed(a.counters + 3 + unit, 0);
-      }
-      team_sync();
-      if (s.last) combine(p);
-      team_sync();
+    if (p.splits > 1) {
+      sync(p.t + T * p.head, T * HKV, p.splits);
+      combine(p.t, p.head, p.split, p.splits);
     }
+  }
+
+  // The weights of a tile of keys of which n count, for all heads: s.weights, and what was there before is scaled.
+  DEVICE void weigh(const char* keys, int n, Attended& x) {
+    Tile scores;
+    clear(scores);
+    tile_product<HD, HEAD_PITCH, G>(scores, keys, s.q[0], QS, HD);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float& y = scores.c[i];
+      y *= a.scaling;
+      if (a.attention_cap > 0) y = a.attention_cap * tanh_(y / a.attention_cap);
+      if (lane / 4 + i / 2 * 8 >= n) y = -INFINITY_;
+    }
+    float factor[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float highest = scores.c[h] > scores.c[2 + h] ? scores.c[h] : scores.c[2 + h];
+      for (int o = 4; o < 32; o <<= 1) {
+        const float other = shuffle_xor(highest, o);
+        highest = other > highest ? other : highest;
+      }
+      highest = x.top[h] > highest ? x.top[h] : highest;
+      factor[h] = exp_(x.top[h] - highest);
+      x.top[h] = highest, x.sum[h] *= factor[h];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float weight = exp_(scores.c[i] - x.top[i % 2]);
+      x.sum[i % 2] += weight;
+      s.weights[warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = from_float(weight);
+    }
+#pragma unroll
+    for (int k = 0; k < (HD + 15) / 16; k++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) x.values.c[k][i] *= factor[i % 2];
+    warp_sync();
   }
 
   DEVICE float* split_of(int unit, int split, int g) const {
-    return a.splits + (((size_t)unit * gridDim.x + split) * G + g) * (HD + 4);
+    return a.splits + (((size_t)unit * P + split) * G + g) * (HD + 2);
   }
 
-  DEVICE void combine(const Part& p) {
-    const int unit = p.t * HKV + p.head;
+  // Adds up all parts of a head's attention, each block for its share of the numbers, some lanes for each number.
+  DEVICE void combine(int t, int head, int split, int splits) {
+    constexpr int AT_ONCE = 4;
+    int lanes = 1;
+    while (lanes < splits && lanes < 32) lanes *= 2;
+    const int begin = G * HD * split / splits, end = G * HD * (split + 1) / splits;
 #pragma unroll 1
-    for (int i = tid; i < G * HD; i += THREADS) {
-      const int g = i / HD, d = i % HD;
-      float top = -INFINITY_, sum = 0, weight = 0;
+    for (int from = begin; from < end; from += THREADS / lanes) {
+      const int i = from + tid / lanes, at = i < end ? i : begin;
+      float top = -INFINITY_, weight = 0, value = 0;
 #pragma unroll 1
-      for (int from = 0; from < p.splits; from += 16) {
-        float highest[16], weights[16], values[16], most = top;
+      for (int p0 = tid % lanes; p0 < splits; p0 += AT_ONCE * lanes) {
+        float tops[AT_ONCE], weights[AT_ONCE], values[AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
-          const bool there = from + j < p.splits;
-          const float* part = split_of(unit, there ? from + j : 0, g);
-          highest[j] = there ? load_fresh(part + HD) : -INFINITY_;
-          weights[j] = load_fresh(part + HD + 1);
-          values[j] = load_fresh(part + d);
+        for (int k = 0; k < AT_ONCE; k++) {
+          const int p = p0 + k * lanes;
+          const float* part = split_of(t * HKV + head, p < splits ? p : p0, at / HD);
+          tops[k] = load_fresh(part + HD);
+          weights[k] = load_fresh(part + HD + 1);
+          values[k] = load_fresh(part + at % HD);
         }
 #pragma unroll
-        for (int j = 0; j < 16; j++) most = highest[j] > most ? highest[j] : most;
-        const float before = exp_(top - most);
-        sum *= before, weight *= before, top = most;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-          const float factor = exp_(highest[j] - most);
-          weight += factor * weights[j];
-          sum += factor * values[j];
-        }
+        for (int k = 0; k < AT_ONCE; k++)
+          if (p0 + k * lanes < splits) merge(top, weight, value, tops[k], weights[k], values[k]);
       }
-      a.attended[p.t * OUT + p.head * G * HD + i] = sum / weight;
+#pragma unroll 1
+      for (int o = lanes / 2; o; o >>= 1)
+        merge(top, weight, value, shuffle_xor(top, o), shuffle_xor(weight, o), shuffle_xor(value, o));
+      if (i < end && tid % lanes == 0) a.attended[t * OUT + head * G * HD + i] = value / weight;
     }
   }
-
-  // The attended values of all heads into s.xs, few parts of a cache combined on the way.
-  DEVICE void gather(const Layer& l) {
-    bool parts = false;
-#pragma unroll
-    for (int t = 0; t < T; t++) {
-      const int splits = splits_of(l, t);
-      parts |= splits > 1 && splits <= DIRECT;
-    }
-    if (parts) {
-#pragma unroll 1
-      for (int i = tid; i < T * HQ; i += THREADS) {
-        const int t = i / HQ, head = i % HQ, splits = splits_of(l, t);
-        if (splits == 1 || splits > DIRECT) continue;
-        float highest[DIRECT], weights[DIRECT], top = -INFINITY_, sum = 0;
-#pragma unroll
-        for (int p = 0; p < DIRECT; p++) {
-          const float* part = split_of(t * HKV + head / G, p < splits ? p : 0, head % G);
-          highest[p] = p < splits ? load_fresh(part + HD) : -INFINITY_;
-          weights[p] = load_fresh(part + HD + 1);
-        }
-#pragma unroll
-        for (int p = 0; p < DIRECT; p++) top = highest[p] > top ? highest[p] : top;
-#pragma unroll
-        for (int p = 0; p < DIRECT; p++) sum += weights[p] *= exp_(highest[p] - top);
-#pragma unroll
-        for (int p = 0; p < DIRECT; p++) s.factors[t][head][p] = weights[p] == 0 ? 0 : exp_(highest[p] - top) / sum;
-      }
-      team_sync();
-    }
-    constexpr int N = (OUT + THREADS - 1) / THREADS;
-#pragma unroll 1
-    for (int t = 0; t < T; t++) {
-      const int splits = splits_of(l, t);
-      float x[N];
-      if (splits == 1 || splits > DIRECT) {
-#pragma unroll
-        for (int i = 0; i < N; i++) x[i] = i * THREADS + tid < OUT ? load_fresh(a.attended + t * OUT + i * THREADS + tid) : 0;
-      } else {
-#pragma unroll
-        for (int i = 0; i < N; i++) x[i] = 0;
-#pragma unroll 2
-        for (int p = 0; p < splits; p++)
-#pragma unroll
-          for (int i = 0; i < N; i++) {
-            const int c = i * THREADS + tid, head = c / HD;
-            if (c < OUT) x[i] = fma_(s.factors[t][head][p], load_fresh(split_of(t * HKV + head / G, p, head % G) + c % HD), x[i]);
-          }
-      }
-#pragma unroll
-      for (int i = 0; i < N; i++)
-        if (i * THREADS + tid < OUT) s.xs[t][i * THREADS + tid] = from_float(x[i]);
-    }
-    team_sync();
+  DEVICE static void merge(float& top, float& weight, float& value, float top2, float weight2, float value2) {
+    const float highest = top2 > top ? top2 : top;
+    if (highest == -INFINITY_) return;
+    const float factor = exp_(top - highest), factor2 = exp_(top2 - highest);
+    weight = weight * factor + weight2 * factor2;
+    value = value * factor + value2 * factor2;
+    top = highest;
   }
 
   DEVICE void output(const Layer& l) {
-    gather(l);
+#pragma unroll 6
+    for (int i = tid; i < T * OUT; i += THREADS) s.xs[i / OUT][i % OUT] = from_float(load_fresh(a.attended + i));
+    team_sync();
     matrix(D, OUT, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
            [&](int r, int t, float sum) { a.delta[t * D + r] = sum; });
   }
@@ -689,6 +660,7 @@ struct Step {
   DEVICE void route(const Layer& l, int layer) {
     if (E == 0) return;
     const u32 mark = (tag * a.num_layers + layer) << 8;
+    // Rounded as every other path rounds it, so that all decide alike.
     const int end = share_end(E);
 #pragma unroll 1
     for (int r = share_begin(E); r < end; r += ROWS) {
@@ -699,15 +671,14 @@ struct Step {
       share_tile(sum);
       if (mine) {
         u32 on = 0;
-        // Rounded as every other path rounds it, so that all decide alike.
         for (int t = 0; t < T; t++) on |= (u32)(to_float(from_float(total(tid, t))) + bias > l.threshold) << t;
         store_relaxed(a.masks + r + tid, mark | on);
       }
     }
     // In ascending order: a prefix sum over the masks, each of which arrives in its own time.
     u32 words[PER_THREAD], votes[PER_THREAD];
-    bool all;
-    do {
+    bool all = false;
+    for (u32 tries = 0; !all; spin(tries)) {
       all = true;
 #pragma unroll
       for (int k = 0; k < PER_THREAD; k++) {
@@ -715,8 +686,7 @@ struct Step {
         words[k] = e < E ? load_relaxed(a.masks + e) : mark;
         all &= (words[k] & ~255u) == mark;
       }
-      spin();
-    } while (!all);
+    }
     warp_sync();
 #pragma unroll
     for (int k = 0; k < PER_THREAD; k++) {
@@ -790,7 +760,7 @@ struct Step {
         each_column<SLICE, T>(sum, D - c - warp * SLICE, [&](int column, int t, float y) {
           const int i = c + warp * SLICE + column;
           if (blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
-          add_relaxed(to + t * D + i, to_fixed(y * (1 / FIXED)));
+          add_relaxed(to + t * D + i, to_fixed(y * FIXED));
         });
     }
   }
@@ -802,49 +772,64 @@ struct Step {
   }
   DEVICE void fetch_layer(int layer) {
     constexpr int WORDS = sizeof(Layer) / 4;
+    static_assert(WORDS <= 64 && WORDS <= THREADS, "a layer's arguments");
     if (layer < a.num_layers && tid < WORDS) ((u32*)&s.layers[layer & 1])[tid] = ((const u32*)(a.layers + layer))[tid];
   }
 
+  // The new tokens' angles, for the attention of all layers.
+  DEVICE void turn() {
+    for (int i = blockIdx.x * THREADS + tid; i < a.num_ropes * T * HALF; i += P * THREADS) {
+      const int t = i / HALF % T;
+      const float* rope = a.ropes + i / (T * HALF) * (1 + HALF);
+      const float angle = (s.position[t] - s.start[t]) * rope[1 + i % HALF];
+      float* to = a.turns + i / HALF * 2 * HALF + i % HALF;
+      to[0] = cos_(angle) * rope[0];
+      to[HALF] = sin_(angle) * rope[0];
+    }
+  }
+
   DEVICE void run() {
-    int at = 1;  // which half of the residual is the newest
-    float* halves[2] = {a.residual, a.residual + T * D};
-    stamp();
+    turn();
     fetch_layer(0);
     clear_sums(0);
     clear_sums(1);
     team_sync();
+    int at = 1;  // which half of the residual is the newest
+    float* halves[2] = {a.residual, a.residual + T * D};
+    stamp();
+    // The first half of each layer is attention, the second the FFN; the last norm has neither.
 #pragma unroll 1
-    for (int i = 0; i < a.num_layers; i++) {
-      const Layer& l = s.layers[i & 1];
-      const long long* sums = a.sums + (size_t)((i - 1) & 1) * T * D;
-      add_and_norm(i > 0 ? halves[at] : nullptr, sums, i > 0 ? s.layers[(i - 1) & 1].post2 : nullptr, halves[1 - at], l.norm1);
+    for (int half = 0;; half++) {
+      const int i = half / 2;
+      const bool ffn = half % 2 != 0, last = i == a.num_layers;
+      const Layer &l = s.layers[i & 1], &before = s.layers[(i & 1) ^ 1];
+      add_and_norm(half > 0 ? halves[at] : nullptr, ffn ? nullptr : a.sums + (size_t)((i & 1) ^ 1) * T * D,
+                   ffn ? l.post1 : half > 0 ? before.post2 : nullptr, last ? nullptr : halves[1 - at],
+                   last ? a.final_norm : ffn ? l.norm2 : l.norm1);
       at = 1 - at;
       stamp();
-      matrix(NQKV, D,
-             [&](int r) {
-               const elem* bias = r < OUT ? l.q_bias : r < OUT + HKV * HD ? l.k_bias : l.v_bias;
-               const int i = r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD;
-               return bias == nullptr ? 0 : to_float(bias[i]);
-             },
-             [&](int r, int t, float sum) { a.qkv[t * NQKV + r] = sum; });
-      arrive_at_grid();
-      attention(l);
-      // All have read what the last layer added.
-      if (i > 0) clear_sums(i - 1);
-      grid_sync();
-      output(l);
-      fetch_layer(i + 1);
-      grid_sync();
-      add_and_norm(halves[at], nullptr, l.post1, halves[1 - at], l.norm2);
-      at = 1 - at;
-      stamp();
-      route(l, i);
-      stamp();
-      neurons(l, i);
+      if (last) break;
+      if (ffn) {
+        route(l, i);
+        stamp();
+        neurons(l, i);
+      } else {
+        matrix(NQKV, D,
+               [&](int r) {
+                 const elem* bias = r < OUT ? l.q_bias : r < OUT + HKV * HD ? l.k_bias : l.v_bias;
+                 return bias == nullptr ? 0 : to_float(bias[r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD]);
+               },
+               [&](int r, int t, float sum) { a.qkv[t * NQKV + r] = sum; });
+        grid_sync();
+        attention(l);
+        // All have read what the last layer added.
+        if (i > 0) clear_sums(i - 1);
+        grid_sync();
+        output(l);
+        fetch_layer(i + 1);
+      }
       grid_sync();
     }
-    const int last = a.num_layers - 1;
-    add_and_norm(halves[at], a.sums + (size_t)(last & 1) * T * D, s.layers[last & 1].post2, nullptr, a.final_norm);
     matrix(V, D, [&](int r) { return a.head_bias == nullptr ? 0 : to_float(a.head_bias[r]); },
            [&](int r, int t, float y) {
              a.logits[(size_t)t * V + r] = a.logit_cap > 0 ? a.logit_cap * tanh_(y / a.logit_cap) : y;
@@ -857,15 +842,11 @@ struct Step {
   }
 };
 
-#ifndef LTE_ON_CPU
-extern "C" __device__ int shared_bytes = sizeof(Shared);
-#endif
-
 extern "C" KERNEL void decode_step(const Args a) {
   SHARED_MEMORY(Shared, s);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      start_barrier(s.full[i], 1);
+      start_barrier(s.full[i], LTE_BULK ? 1 : 32 * FETCHERS);
       start_barrier(s.empty[i], WARPS);
     }
     start_barrier(s.routed, 1);
@@ -893,6 +874,7 @@ inline void start_fiber() {
   decode_step(*launched);
   machine.now->done = true;
   got_on();
+  yield();
 }
 extern "C" int launch(const Args* a, int grid, unsigned seed) {
   launched = a;
