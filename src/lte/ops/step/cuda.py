@@ -31,7 +31,6 @@ ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
 OLDEST = 90  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
-WIDE = 160 << 10  # bytes of shared memory from which on larger pieces of rows are fetched
 SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
 
 Launch = Callable[[ctypes.Structure], None]
@@ -158,7 +157,6 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "MAX_SHARE": -(-neurons // machine.blocks),
         "SHARED_BYTES": machine.shared_bytes,
         "BLOCKS": machine.blocks,
-        "SLAB_BYTES": 2048 if machine.shared_bytes >= WIDE else 1024,
     }
 
 
@@ -217,7 +215,7 @@ def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
     pitch = m["HD"] * itemsize + 16
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
     sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + (group + 1) * m["HD"] + 18) + itemsize * warps * 8 * 24
-    return inputs + sums + (group + 32) * pitch + 3 * m["E"] + 2 * 16 * (m["SLAB_BYTES"] + 16) + 2048
+    return inputs + sums + (group + 32) * pitch + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
