@@ -314,7 +314,7 @@ class TestFallBack:
     def test_padding_that_is_not_on_the_left(self, gap: str, count: Counting) -> None:
         model, inputs = accelerated(), prompt()
         if gap == "positions":
-            inputs["position_ids"] = torch.arange(3, PROMPT + 3).expand(3, -1)
+            inputs["position_ids"] = torch.arange(PROMPT) + torch.tensor([[0], [0], [3]])
         else:
             inputs["attention_mask"][1, 5 if gap == "right" else 2] = 0
         assert torch.equal(model.generate(**inputs, **GREEDY), plain(model, **inputs, **GREEDY))
@@ -348,6 +348,8 @@ class TestFallBack:
 class TestStateOfTheModel:
     def test_changes_between_calls(self, count: Counting) -> None:
         model, arguments = accelerated("qwen2"), {**prompt(), **GREEDY}
+        # The plan then holds copies of its frequencies.
+        model.model.rotary_emb.double()
 
         def check(made: int) -> Tensor:
             actual = model.generate(**arguments)
@@ -362,6 +364,8 @@ class TestStateOfTheModel:
             model.model.layers[1].mlp.router.bias.sub_(0.5)
         texts.append(check(1))
         model.load_state_dict(randomise_routers_(step_model("qwen2"), seed=9).state_dict())
+        texts.append(check(1))
+        model.model.rotary_emb.inv_freq.mul_(-7)
         texts.append(check(1))
         model.model.layers[0].self_attn.v_proj.weight.data = torch.randn(16, 32)
         texts.append(check(2))
@@ -394,12 +398,13 @@ class TestStateOfTheModel:
         model = accelerated()
         model.generate(**prompt(), **GREEDY)
         kept = [weakref.ref(model), weakref.ref(stepping._KEPT[model].engine)]
-        lte.decelerate_(model)
-        gc.collect()
-        assert kept[1]() is None
-        lte.accelerate_(model)
-        model.generate(**prompt(), **GREEDY)
-        kept[1] = weakref.ref(stepping._KEPT[model].engine)
+        for change in (lte.decelerate_, lambda model: model.double().float()):
+            change(model)
+            gc.collect()
+            assert kept[1]() is None
+            lte.accelerate_(model)
+            model.generate(**prompt(), **GREEDY)
+            kept[1] = weakref.ref(stepping._KEPT[model].engine)
         del model
         gc.collect()
         assert [reference() for reference in kept] == [None, None]
