@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import pickle
 import threading
 import warnings
@@ -26,6 +27,12 @@ from lte.ops.step.plan import DecoderPlan
 from lte.ops.step.reference import ReferenceEngine, ReferenceStep
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model
 from tests.tiny_models import randomise_routers_, tiny_sparse_model
+
+
+def is_there(module: str) -> bool:
+    """Whether a module and numba are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in (module, "numba"))
+
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 PROMPT = 6
@@ -140,6 +147,33 @@ class TestTokens:
             first = model.generate(**arguments)
         assert torch.equal(model.generate(**arguments), first)
         assert (count.steps, count.made) == (46, 1)
+
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not is_there("lte.ops.step.cpu"), reason="needs the CPU engine")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+    ),
+]
+
+
+class TestOwnEngine:
+    """By the engine of the device in the place of the reference."""
+
+    @pytest.mark.parametrize("cache", [None, "static"])
+    @pytest.mark.parametrize("model_type", STEP_TYPES)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_greedy(self, device: str, model_type: str, cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        model = lte.accelerate_(step_model(model_type, head_dim=64).to(device))
+        inputs = {name: tensor.to(device) for name, tensor in prompt(padded=True).items()}
+        arguments = {**inputs, **GREEDY, "cache_implementation": cache, "disable_compile": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            actual = model.generate(**arguments)
+        assert model in stepping._KEPT
+        assert torch.equal(actual, plain(model, **arguments))
 
 
 class Recording(BaseStreamer):
