@@ -65,7 +65,12 @@ def upcast(value: Any) -> Any:
 
 
 def assert_steps_match(
-    machine: Machine, plan: DecoderPlan, batch: int, bound: float, relative_rms: Callable[[Tensor, Tensor], float]
+    machine: Machine,
+    plan: DecoderPlan,
+    batch: int,
+    bound: float,
+    relative_rms: Callable[[Tensor, Tensor], float],
+    **extra: int,
 ) -> None:
     """All logits and caches of a text, of sequences that begin at different places."""
     starts, shift = torch.randint(0, 6, (batch,)).tolist(), int(torch.randint(0, 9, ()))
@@ -73,7 +78,7 @@ def assert_steps_match(
     exact = upcast(plan)
     expected = [upcast(cache) for cache in copied(caches)]
     assert unfit_shapes(plan, caches, machine) is None
-    step, reference = CudaEngine(plan, machine).bind(caches), ReferenceEngine(exact).bind(expected)
+    step, reference = CudaEngine(plan, machine).bind(caches, **extra), ReferenceEngine(exact).bind(expected)
     for index in range(STEPS):
         inputs = step_inputs(plan, batch, index, starts)
         step.logits.fill_(torch.nan)
@@ -90,8 +95,9 @@ def test_fp32_matches_the_reference(
 ) -> None:
     index = list(FAMILIES).index(family)
     torch.manual_seed(index)
-    machine = emulator(blocks=9 - index)
-    assert_steps_match(machine, random_plan(FAMILIES[family], torch.float32), 1 + index % 4, 1e-5, relative_rms)
+    plan, machine = random_plan(FAMILIES[family], torch.float32), emulator(blocks=9 - index)
+    # Every other one fetches as GPUs before compute capability 9.0 do.
+    assert_steps_match(machine, plan, 1 + index % 4, 1e-5, relative_rms, BULK=index % 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

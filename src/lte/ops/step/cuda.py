@@ -28,7 +28,7 @@ MAX_EXPERTS = 65535
 HEAD_SIZES = (16, 32, 64, 96, 128, 256)
 ACTIVATION_NUMBERS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
 ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
-OLDEST = 90  # compute capability
+OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
 SPLIT_KEYS = 64  # of a part of the cache that one block takes, at least
@@ -213,7 +213,7 @@ def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
     warps, group = m["THREADS"] // 32, m["HQ"] // m["HKV"]
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
     sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + group * (m["HD"] + 2))
-    return inputs + sums + 4 * (group + 2) * m["HD"] + 3 * m["E"] + 2 * 16 * (1024 + 16) + 1024
+    return inputs + sums + 4 * (group + 2) * m["HD"] + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
@@ -271,6 +271,7 @@ class CudaStep:
         self._launch: Launch = machine.load(constants)
         self._engine, self._caches, self._inputs = engine, caches, list[Tensor]()
         scratch = self._scratch(constants, machine.blocks)
+        scratch = {name: scratch[name] for name in scratch if name in dict(structures()["Args"]._fields_)}
         self.logits, self.trace = scratch["logits"], scratch["trace"]
         self._owned = list(scratch.values())
         scratch["layers"] = self._layers(plan, caches)
@@ -308,7 +309,8 @@ class CudaStep:
             "splits": empty(batch * m["HKV"], blocks, m["HQ"] // m["HKV"], m["HD"] + 2),
             "masks": zeros(max(m["E"], 1)),
             "flags": zeros(blocks),
-            "counters": zeros(2),
+            "sums": zeros(2, batch, m["D"], dtype=torch.int64),
+            "counters": zeros(3 + batch * m["HKV"]),
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),
         }
 
