@@ -34,21 +34,7 @@ SHAPES = {
 SIZE, REPEATS, ROOM, CHECKED_LAYERS = 32, 30, 16, 2
 STAMPS = 600  # of a traced launch, at most
 # What a layer's stamps end, in order.
-PHASES = [
-    "norm",
-    "qkv",
-    "wait",
-    "attention",
-    "wait",
-    "output",
-    "wait",
-    "norm 2",
-    "route",
-    "neurons",
-    "wait",
-    "add",
-    "wait",
-]
+PHASES = ["norm", "qkv", "wait", "attention", "wait", "output", "wait", "norm 2", "route", "neurons", "wait"]
 
 
 @dataclass

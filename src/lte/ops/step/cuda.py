@@ -156,6 +156,7 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "SPLIT_KEYS": SPLIT_KEYS,
         "MAX_SHARE": -(-neurons // machine.blocks),
         "SHARED_BYTES": machine.shared_bytes,
+        "BLOCKS": machine.blocks,
     }
 
 
@@ -211,9 +212,10 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
 def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
     """Shared memory with the two stages that the kernel needs at least, a little more than it is."""
     warps, group = m["THREADS"] // 32, m["HQ"] // m["HKV"]
+    pitch = m["HD"] * itemsize + 16
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
-    sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + group * (m["HD"] + 2))
-    return inputs + sums + 4 * (group + 2) * m["HD"] + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
+    sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + (group + 1) * m["HD"] + 18) + itemsize * warps * 8 * 24
+    return inputs + sums + (group + 32) * pitch + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
@@ -271,7 +273,6 @@ class CudaStep:
         self._launch: Launch = machine.load(constants)
         self._engine, self._caches, self._inputs = engine, caches, list[Tensor]()
         scratch = self._scratch(constants, machine.blocks)
-        scratch = {name: scratch[name] for name in scratch if name in dict(structures()["Args"]._fields_)}
         self.logits, self.trace = scratch["logits"], scratch["trace"]
         self._owned = list(scratch.values())
         scratch["layers"] = self._layers(plan, caches)
@@ -305,12 +306,11 @@ class CudaStep:
             "qkv": empty(batch, (m["HQ"] + 2 * m["HKV"]) * m["HD"]),
             "attended": empty(batch, m["HQ"] * m["HD"]),
             "delta": empty(batch, m["D"]),
-            "partial": empty(blocks, batch, m["D"]),
+            "sums": zeros(2, batch, m["D"], dtype=torch.int64),
             "splits": empty(batch * m["HKV"], blocks, m["HQ"] // m["HKV"], m["HD"] + 2),
             "masks": zeros(max(m["E"], 1)),
             "flags": zeros(blocks),
-            "sums": zeros(2, batch, m["D"], dtype=torch.int64),
-            "counters": zeros(3 + batch * m["HKV"]),
+            "counters": zeros(3),
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),
         }
 
