@@ -235,10 +235,7 @@ def test_the_kernel_compiles_for_all_architectures(qwen: DecoderPlan) -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         said = list(pool.map(compiled, [constants(qwen, *case) for case in cases], [arch for arch, _ in cases]))
     for case, text in zip(cases, said, strict=True):
-        spilled = re.findall(r"(\d+) bytes spill", text)
-        # Of some ten thousand instructions, few may read what did not fit into the registers.
-        assert len(spilled) == 2, (case, text)
-        assert max(map(int, spilled)) <= 256, (case, text)
+        assert re.findall(r"(\d+) bytes spill", text) == ["0", "0"], (case, text)
 
 
 @needs_nvrtc
