@@ -31,7 +31,8 @@ ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
 OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
-SPLIT_KEYS = 64  # of a part of the cache that one block takes, at least
+FORESEE_BYTES = 24 << 20  # of a layer's FFN that the L2 cache may hold before it is known what is wanted
+SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
 
 Launch = Callable[[ctypes.Structure], None]
 
@@ -157,6 +158,7 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "MAX_SHARE": -(-neurons // machine.blocks),
         "SHARED_BYTES": machine.shared_bytes,
         "BLOCKS": machine.blocks,
+        "FORESEE": FORESEE_BYTES,
     }
 
 
@@ -305,10 +307,9 @@ class CudaStep:
             "residual": empty(2, batch, m["D"]),
             "qkv": empty(batch, (m["HQ"] + 2 * m["HKV"]) * m["HD"]),
             "attended": empty(batch, m["HQ"] * m["HD"]),
-            "delta": empty(batch, m["D"]),
-            "sums": zeros(2, batch, m["D"], dtype=torch.int64),
+            "sums": zeros(3, batch, m["D"], dtype=torch.int64),
             "splits": empty(batch * m["HKV"], blocks, m["HQ"] // m["HKV"], m["HD"] + 2),
-            "masks": zeros(max(m["E"], 1)),
+            "masks": zeros(len(self._engine.plan.layers), max(m["E"], 1)),
             "flags": zeros(blocks),
             "counters": zeros(3),
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),

@@ -151,6 +151,7 @@ inline void arrive(Barrier& b) { b.left--; settle(b); }
 inline void expect(Barrier& b, int bytes) { b.bytes += bytes; b.left--; settle(b); }
 inline void wait(Barrier& b, unsigned parity) { while (b.phase == parity) yield(); }
 inline unsigned long long read_once() { return 0; }
+inline void prefetch(const void*, int) {}
 template <bool> inline void bulk_copy(void* to, const void* from, int bytes, Barrier& b, unsigned long long) {
   std::memset(to, 0xff, bytes);
   copies.push_back({{{to, from, bytes}}, &b, false});

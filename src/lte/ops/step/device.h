@@ -123,6 +123,9 @@ DEVICE unsigned long long read_once() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+DEVICE void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 template <bool KEEP> DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& b, unsigned long long once) {
   if (KEEP)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

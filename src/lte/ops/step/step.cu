@@ -85,10 +85,9 @@ struct Args {
   float *residual;            // [2, T, D]
   float *qkv;                 // [T, NQKV]
   float *attended;            // [T, OUT]
-  float *delta;               // [T, D] what half a layer adds to the residual
-  long long *sums;            // [2, T, D] what FFNs add to the residual, in fixed point; two layers in turn
+  long long *sums;            // [3, T, D] what half a layer adds to the residual, in fixed point: attention, FFNs in turn
   float *splits;              // [T * HKV, P, G, HD + 2]
-  u32 *masks;                 // [E]: the launch's tag, and a bit for each token that the expert is on for
+  u32 *masks;                 // [layers, E]: the launch's tag, and a bit for each token that the expert is on for
   u32 *flags;                 // [P] of the barriers of a few blocks, zero at first
   u32 *counters;              // [3]: barriers, launches, and arrivals at barriers of all blocks; zero at first
   long long* trace;           // [P, TRACE]
@@ -101,7 +100,7 @@ struct Working {
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
-  float sums[WARPS][T], halves[2][WARPS];
+  float sums[WARPS][T];
   Layer layers[2];            // this one and the next
   alignas(16) elem q[G][QS];
   alignas(16) elem weights[WARPS][8][WS];   // of keys, for each head of queries
@@ -246,6 +245,28 @@ struct Producer {
       }
     }
   }
+  // Neurons that will likely be wanted come into the L2 cache while memory has nothing else to do: those of the last
+  // token, as far as there is room.
+  DEVICE void foresee(const elem* gate, const elem* up, const elem* down, int layer) {
+#if LTE_BULK
+    constexpr int N = E > 0 ? S : 32, BYTES = N * D * SIZE, MOST = LTE_FORESEE / (BYTES * (GATED ? 3 : 2));
+    if (warp != 0) return;
+    int rank = 0;
+#pragma unroll 1
+    for (int from = 0; from < F / N && rank < MOST; from += 32) {
+      const int e = from + lane;
+      const bool on = e < F / N && (E == 0 || (load_relaxed(a.masks + layer * E + e) & 255));
+      const u32 votes = vote(on);
+      const int mine = rank + popcount(votes & ((1u << lane) - 1));
+      rank += popcount(votes);
+      if (!on || mine >= MOST || mine % P != (int)blockIdx.x) continue;
+      const size_t at = (size_t)e * N * D;
+      if (GATED) prefetch(gate + at, BYTES);
+      prefetch(up + at, BYTES);
+      prefetch(down + at, BYTES);
+    }
+#endif
+  }
   DEVICE void run() {
 #pragma unroll 1
     for (int i = 0; i < a.num_layers; i++) {
@@ -254,10 +275,9 @@ struct Producer {
       cache(l);
       matrix(l.out, D, OUT);
       const elem *gate = l.gate, *up = l.up, *down = l.down;
-      if (E > 0) {
-        matrix(l.router, E, D);
-        wait(s.routed, i & 1);
-      }
+      if (E > 0) matrix(l.router, E, D);
+      foresee(gate, up, down, i);
+      if (E > 0) wait(s.routed, i & 1);
       const int n = s.count;
 #pragma unroll 1
       for (int j = 0; j < n; j += PER_TILE) {
@@ -336,19 +356,9 @@ struct Step {
     team_sync();
   }
 
-  // The same of one number; calls in a row have `half` 0 and 1 in turn.
-  DEVICE float team_sum(float x, int half) {
-    x = warp_sum(x);
-    if (lane == 0) s.halves[half][warp] = x;
-    team_sync();
-    x = 0;
-    for (int i = 0; i < WARPS; i++) x += s.halves[half][i];
-    return x;
-  }
-
   // residual = before + addend, before + norm(addend), or the token's embedding; then s.xs = norm(residual). The addend is
-  // `delta`, or `sums` in fixed point.
-  DEVICE void add_and_norm(const float* before, const long long* sums_of_ffn, const elem* post, float* after, const elem* weight) {
+  // in fixed point.
+  DEVICE void add_and_norm(const float* before, const long long* sums_of_half, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D + THREADS - 1) / THREADS;
     constexpr int AT_ONCE = N * T <= NORM_REGISTERS ? T : N * 2 <= NORM_REGISTERS ? NORM_REGISTERS / N : 1;   // tokens
     float w[N];
@@ -356,35 +366,56 @@ struct Step {
     for (int i = 0; i < N; i++) w[i] = i * THREADS + tid < D ? norm_weight(weight[i * THREADS + tid]) : 0;
 #pragma unroll 1
     for (int t0 = 0; t0 < T; t0 += AT_ONCE) {
-      float x[AT_ONCE][N], sums[AT_ONCE];
-      // All loads of a token at once, before anything waits for one.
+      float x[AT_ONCE][N], old[AT_ONCE][N], sums[AT_ONCE];
+      // All loads at once, before anything waits for one.
+      if (before == nullptr) {
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; k++) {
-        const int t = t0 + k;
-        float old[N];
+        for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-          const int c = i * THREADS + tid;
-          old[i] = x[k][i] = 0;
-          if (t >= T || c >= D) continue;
-          if (before == nullptr)
-            x[k][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
-          else {
-            x[k][i] = sums_of_ffn == nullptr ? load_fresh(a.delta + t * D + c) : load_fresh(sums_of_ffn + t * D + c) * (1 / FIXED);
-            old[i] = load_fresh(before + t * D + c);
+          for (int i = 0; i < N; i++) {
+            const int t = t0 + k, c = i * THREADS + tid;
+            const float y = t < T && c < D ? to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale : 0;
+            x[k][i] = to_float(from_float(y)), old[k][i] = 0;
+          }
+      } else {
+        long long fixed[AT_ONCE][N];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+          for (int i = 0; i < N; i++) {
+            const int t = t0 + k, c = i * THREADS + tid, at = (t < T ? t : 0) * D + (c < D ? c : 0);
+            old[k][i] = load_fresh(before + at);
+            fixed[k][i] = load_fresh(sums_of_half + at);
+          }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+          for (int i = 0; i < N; i++) {
+            const bool mine = t0 + k < T && i * THREADS + tid < D;
+            x[k][i] = mine ? fixed[k][i] * (1 / FIXED) : 0;
+            old[k][i] = mine ? old[k][i] : 0;
+          }
+        if (post != nullptr) {
+#pragma unroll
+          for (int k = 0; k < AT_ONCE; k++) {
+            sums[k] = 0;
+#pragma unroll
+            for (int i = 0; i < N; i++) sums[k] += x[k][i] * x[k][i];
+          }
+          team_sums(sums);
+#pragma unroll
+          for (int i = 0; i < N; i++) {
+            const float factor = i * THREADS + tid < D ? norm_weight(post[i * THREADS + tid]) : 0;
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) x[k][i] *= rsqrt_(sums[k] / D + a.eps) * factor;
           }
         }
-        if (post != nullptr && before != nullptr) {
-          float squares = 0;
+      }
 #pragma unroll
-          for (int i = 0; i < N; i++) squares += x[k][i] * x[k][i];
-          const float r = rsqrt_(team_sum(squares, t & 1) / D + a.eps);
-#pragma unroll
-          for (int i = 0; i < N; i++) x[k][i] *= i * THREADS + tid < D ? r * norm_weight(post[i * THREADS + tid]) : 0;
-        }
+      for (int k = 0; k < AT_ONCE; k++) {
         sums[k] = 0;
 #pragma unroll
-        for (int i = 0; i < N; i++) x[k][i] += old[i], sums[k] += x[k][i] * x[k][i];
+        for (int i = 0; i < N; i++) x[k][i] += old[k][i], sums[k] += x[k][i] * x[k][i];
       }
       team_sums(sums);
 #pragma unroll
@@ -486,8 +517,15 @@ struct Step {
 
   DEVICE void attention(const Layer& l) {
     Part p;
+    int unit = blockIdx.x;
+    bool any = unit < UNITS && part_of(s, l, unit, p);
+    grid_sync();
 #pragma unroll 1
-    for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) attend(l, p);
+    while (any) {
+      attend(l, p);
+      unit += P;
+      any = unit < UNITS && part_of(s, l, unit, p);
+    }
   }
 
   // What a warp knows of the heads lane % 4 * 2 and + 1 of queries: the highest score, the sum of weights in this lane,
@@ -649,17 +687,28 @@ struct Step {
   }
 
   DEVICE void output(const Layer& l) {
-#pragma unroll 6
-    for (int i = tid; i < T * OUT; i += THREADS) s.xs[i / OUT][i % OUT] = from_float(load_fresh(a.attended + i));
+    constexpr int AT_ONCE = 8;
+#pragma unroll 1
+    for (int from = tid; from < T * OUT; from += AT_ONCE * THREADS) {
+      float x[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) x[k] = load_fresh(a.attended + (from + k * THREADS < T * OUT ? from + k * THREADS : 0));
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int i = from + k * THREADS;
+        if (i < T * OUT) s.xs[i / OUT][i % OUT] = from_float(x[k]);
+      }
+    }
     team_sync();
     matrix(D, OUT, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
-           [&](int r, int t, float sum) { a.delta[t * D + r] = sum; });
+           [&](int r, int t, float sum) { a.sums[t * D + r] = to_fixed(sum * FIXED); });
   }
 
   // Publishes which experts are on, finds this block's share of their neurons, and lets the producer go on.
   DEVICE void route(const Layer& l, int layer) {
     if (E == 0) return;
-    const u32 mark = (tag * a.num_layers + layer) << 8;
+    const u32 mark = tag << 8;
+    u32* masks = a.masks + layer * E;
     // Rounded as every other path rounds it, so that all decide alike.
     const int end = share_end(E);
 #pragma unroll 1
@@ -672,7 +721,7 @@ struct Step {
       if (mine) {
         u32 on = 0;
         for (int t = 0; t < T; t++) on |= (u32)(to_float(from_float(total(tid, t))) + bias > l.threshold) << t;
-        store_relaxed(a.masks + r + tid, mark | on);
+        store_relaxed(masks + r + tid, mark | on);
       }
     }
     // In ascending order: a prefix sum over the masks, each of which arrives in its own time.
@@ -683,7 +732,7 @@ struct Step {
 #pragma unroll
       for (int k = 0; k < PER_THREAD; k++) {
         const int e = k * THREADS + tid;
-        words[k] = e < E ? load_relaxed(a.masks + e) : mark;
+        words[k] = e < E ? load_relaxed(masks + e) : mark;
         all &= (words[k] & ~255u) == mark;
       }
     }
@@ -744,7 +793,7 @@ struct Step {
       }
     }
     team_sync();
-    long long* to = a.sums + (size_t)(layer & 1) * T * D;
+    long long* to = sums_of(layer);
 #pragma unroll 1
     for (int c = 0; c < D; c += SLAB) {
       Columns<SLICE> sum;
@@ -765,8 +814,9 @@ struct Step {
     }
   }
 
+  DEVICE long long* sums_of(int layer) const { return a.sums + (1 + (layer & 1)) * T * D; }
   DEVICE void clear_sums(int layer) {
-    long long* to = a.sums + (size_t)(layer & 1) * T * D;
+    long long* to = sums_of(layer);
     const int end = share_end(T * D);
     for (int i = share_begin(T * D) + tid; i < end; i += THREADS) to[i] = 0;
   }
@@ -803,7 +853,7 @@ struct Step {
       const int i = half / 2;
       const bool ffn = half % 2 != 0, last = i == a.num_layers;
       const Layer &l = s.layers[i & 1], &before = s.layers[(i & 1) ^ 1];
-      add_and_norm(half > 0 ? halves[at] : nullptr, ffn ? nullptr : a.sums + (size_t)((i & 1) ^ 1) * T * D,
+      add_and_norm(half > 0 ? halves[at] : nullptr, ffn ? a.sums : sums_of(i - 1),
                    ffn ? l.post1 : half > 0 ? before.post2 : nullptr, last ? nullptr : halves[1 - at],
                    last ? a.final_norm : ffn ? l.norm2 : l.norm1);
       at = 1 - at;
@@ -820,7 +870,6 @@ struct Step {
                  return bias == nullptr ? 0 : to_float(bias[r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD]);
                },
                [&](int r, int t, float sum) { a.qkv[t * NQKV + r] = sum; });
-        grid_sync();
         attention(l);
         // All have read what the last layer added.
         if (i > 0) clear_sums(i - 1);
