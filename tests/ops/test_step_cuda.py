@@ -277,6 +277,7 @@ def test_what_does_not_compile_says_why(qwen: DecoderPlan) -> None:
 @needs_nvrtc
 def test_what_fits_by_the_estimate_compiles() -> None:
     """The least shared memory that `unfit` lets pass is enough."""
-    for batch, shape in ((1, Shape(hidden=256, experts=16)), (8, Shape(heads=8, kv_heads=1, head_size=32, experts=0))):
-        values = constants(random_plan(shape, torch.bfloat16), 90, batch)
-        compile_cubin({**values, "SHARED_BYTES": cuda._needed_bytes(values, 2)}, 90)
+    narrow, wide = Shape(hidden=256, experts=64), Shape(heads=8, kv_heads=1, head_size=256, experts=0)
+    for batch, shape, dtype in ((1, narrow, torch.bfloat16), (8, wide, torch.float32)):
+        values = constants(random_plan(shape, dtype), 90, batch)
+        compile_cubin({**values, "SHARED_BYTES": cuda._needed_bytes(values, dtype.itemsize)}, 90)

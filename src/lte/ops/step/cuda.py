@@ -212,12 +212,12 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
 
 
 def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
-    """Shared memory with the two stages that the kernel needs at least, a little more than it is."""
+    """Shared memory with the two stages that the kernel needs at least, some kilobytes more than it is."""
     warps, group = m["THREADS"] // 32, m["HQ"] // m["HKV"]
-    pitch = m["HD"] * itemsize + 16
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
-    sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + (group + 1) * m["HD"] + 18) + itemsize * warps * 8 * 24
-    return inputs + sums + (group + 32) * pitch + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
+    sums = 4 * warps * (33 * max(m["T"], 2) + (group + 1) * (m["HD"] + 2) + 128)
+    heads = (group + 32) * (m["HD"] + 16) * itemsize
+    return inputs + sums + heads + 4 * m["E"] + 2 * 16 * (1024 + 16) + 4096
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
