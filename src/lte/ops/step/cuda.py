@@ -266,6 +266,10 @@ class CudaStep:
     A call costs the host one launch; it does not wait for the device and can be captured in a CUDA graph. Calls on
     different streams follow each other, as the later one waits for the earlier stream; replays of a graph do not know
     of other streams, so whoever replays one while a step may run elsewhere must order them.
+
+    The kernel counts barriers and launches in memory of this step, and writes the counts back as its last act. A launch
+    that was refused changed nothing, and one that ended with an error took the device's context with it, this memory
+    and the caches included, so no step meets counts that do not fit.
     """
 
     def __init__(self, engine: CudaEngine, caches: Sequence[LayerCache], extra: Mapping[str, int]):
