@@ -31,7 +31,7 @@ ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
 OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
-FORESEE_BYTES = 24 << 20  # of a layer's FFN that the L2 cache may hold before it is known what is wanted
+WIDE = 160 << 10  # bytes of shared memory from which on larger pieces of rows are fetched
 SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
 
 Launch = Callable[[ctypes.Structure], None]
@@ -158,7 +158,7 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "MAX_SHARE": -(-neurons // machine.blocks),
         "SHARED_BYTES": machine.shared_bytes,
         "BLOCKS": machine.blocks,
-        "FORESEE": FORESEE_BYTES,
+        "SLAB_BYTES": 2048 if machine.shared_bytes >= WIDE else 1024,
     }
 
 
@@ -217,7 +217,7 @@ def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
     sums = 4 * warps * (33 * max(m["T"], 2) + (group + 1) * (m["HD"] + 2) + 128)
     heads = (group + 32) * (m["HD"] + 16) * itemsize
-    return inputs + sums + heads + 4 * m["E"] + 2 * 16 * (1024 + 16) + 4096
+    return inputs + sums + heads + 4 * m["E"] + 2 * 16 * (m["SLAB_BYTES"] + 16) + 4096
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
@@ -313,7 +313,7 @@ class CudaStep:
             "attended": empty(batch, m["HQ"] * m["HD"]),
             "sums": zeros(3, batch, m["D"], dtype=torch.int64),
             "splits": empty(batch * m["HKV"], blocks, m["HQ"] // m["HKV"], m["HD"] + 2),
-            "masks": zeros(len(self._engine.plan.layers), max(m["E"], 1)),
+            "masks": zeros(max(m["E"], 1)),
             "flags": zeros(blocks),
             "counters": zeros(3),
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),

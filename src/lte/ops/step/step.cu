@@ -38,8 +38,8 @@ typedef unsigned int u32;
 constexpr int WARPS = THREADS / 32;           // that compute; FETCHERS more fetch
 constexpr int SIZE = sizeof(elem);
 constexpr int ROWS = 16;                      // of a stage; each fetching warp asks for four, one after the other
-constexpr int SLAB = 1024 / SIZE;             // columns of a stage
-constexpr int PITCH = 1024 + 16;              // bytes from row to row: eight rows lie in eight different banks
+constexpr int SLAB = LTE_SLAB_BYTES / SIZE;   // columns of a stage
+constexpr int PITCH = LTE_SLAB_BYTES + 16;    // bytes from row to row: eight rows lie in eight different banks
 constexpr int SLICE = SLAB / WARPS;           // columns of one warp
 constexpr int NQKV = (HQ + 2 * HKV) * HD;
 constexpr int OUT = HQ * HD;
@@ -87,7 +87,7 @@ struct Args {
   float *attended;            // [T, OUT]
   long long *sums;            // [3, T, D] what half a layer adds to the residual, in fixed point: attention, FFNs in turn
   float *splits;              // [T * HKV, P, G, HD + 2]
-  u32 *masks;                 // [layers, E]: the launch's tag, and a bit for each token that the expert is on for
+  u32 *masks;                 // [E]: the launch's tag, and a bit for each token that the expert is on for
   u32 *flags;                 // [P] of the barriers of a few blocks, zero at first
   u32 *counters;              // [3]: barriers, launches, and arrivals at barriers of all blocks; zero at first
   long long* trace;           // [P, TRACE]
@@ -145,6 +145,10 @@ DEVICE int share_begin(int n) {
   return n / P * b + (b < more ? b : more);
 }
 DEVICE int share_end(int n) { return share_begin(n) + n / P + ((int)blockIdx.x < n % P); }
+
+// Blocks add their shares of the output in different orders of columns, as each number is added to by one at a time.
+DEVICE int first_slab() { return (int)blockIdx.x % ((D + SLAB - 1) / SLAB) * SLAB; }
+DEVICE int next_slab(int c) { return c + SLAB < D ? c + SLAB : 0; }
 
 // Keys [begin, end) of the cache of sequence t for one head of keys, and which of how many parts that is.
 struct Part { int t, head, split, splits, begin, end; };
@@ -245,28 +249,6 @@ struct Producer {
       }
     }
   }
-  // Neurons that will likely be wanted come into the L2 cache while memory has nothing else to do: those of the last
-  // token, as far as there is room.
-  DEVICE void foresee(const elem* gate, const elem* up, const elem* down, int layer) {
-#if LTE_BULK
-    constexpr int N = E > 0 ? S : 32, BYTES = N * D * SIZE, MOST = LTE_FORESEE / (BYTES * (GATED ? 3 : 2));
-    if (warp != 0) return;
-    int rank = 0;
-#pragma unroll 1
-    for (int from = 0; from < F / N && rank < MOST; from += 32) {
-      const int e = from + lane;
-      const bool on = e < F / N && (E == 0 || (load_relaxed(a.masks + layer * E + e) & 255));
-      const u32 votes = vote(on);
-      const int mine = rank + popcount(votes & ((1u << lane) - 1));
-      rank += popcount(votes);
-      if (!on || mine >= MOST || mine % P != (int)blockIdx.x) continue;
-      const size_t at = (size_t)e * N * D;
-      if (GATED) prefetch(gate + at, BYTES);
-      prefetch(up + at, BYTES);
-      prefetch(down + at, BYTES);
-    }
-#endif
-  }
   DEVICE void run() {
 #pragma unroll 1
     for (int i = 0; i < a.num_layers; i++) {
@@ -275,9 +257,10 @@ struct Producer {
       cache(l);
       matrix(l.out, D, OUT);
       const elem *gate = l.gate, *up = l.up, *down = l.down;
-      if (E > 0) matrix(l.router, E, D);
-      foresee(gate, up, down, i);
-      if (E > 0) wait(s.routed, i & 1);
+      if (E > 0) {
+        matrix(l.router, E, D);
+        wait(s.routed, i & 1);
+      }
       const int n = s.count;
 #pragma unroll 1
       for (int j = 0; j < n; j += PER_TILE) {
@@ -287,7 +270,7 @@ struct Producer {
         tile(from, GATED ? ROWS : left, D);
       }
 #pragma unroll 1
-      for (int c = 0; c < D; c += SLAB)
+      for (int k = 0, c = first_slab(); k < D; k += SLAB, c = next_slab(c))
         for (int j = 0; j < n; j += ROWS) {
           const int left = n - j < ROWS ? n - j : ROWS;
           fetch(down + (size_t)neuron_of(s, j + (row < left ? row : 0)) * D + c, left, D - c < SLAB ? D - c : SLAB);
@@ -359,80 +342,84 @@ struct Step {
   // residual = before + addend, before + norm(addend), or the token's embedding; then s.xs = norm(residual). The addend is
   // in fixed point.
   DEVICE void add_and_norm(const float* before, const long long* sums_of_half, const elem* post, float* after, const elem* weight) {
-    constexpr int N = (D + THREADS - 1) / THREADS;
-    constexpr int AT_ONCE = N * T <= NORM_REGISTERS ? T : N * 2 <= NORM_REGISTERS ? NORM_REGISTERS / N : 1;   // tokens
-    float w[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) w[i] = i * THREADS + tid < D ? norm_weight(weight[i * THREADS + tid]) : 0;
+    constexpr int N = (D / 4 + THREADS - 1) / THREADS;   // fours of columns of a thread
+    constexpr int AT_ONCE = 4 * N * T <= NORM_REGISTERS ? T : 8 * N <= NORM_REGISTERS ? NORM_REGISTERS / (4 * N) : 1;   // tokens
 #pragma unroll 1
     for (int t0 = 0; t0 < T; t0 += AT_ONCE) {
-      float x[AT_ONCE][N], old[AT_ONCE][N], sums[AT_ONCE];
+      float x[AT_ONCE][N][4], sums[AT_ONCE];
+      Four<elem> w[N];
       // All loads at once, before anything waits for one.
-      if (before == nullptr) {
+      Four<float> old[AT_ONCE][N];
+      Four<long long> fixed[AT_ONCE][N];
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
+      for (int i = 0; i < N; i++) {
+        const int c = column_of(i) < D ? column_of(i) : 0;
+        w[i] = load_four(weight + c);
 #pragma unroll
-          for (int i = 0; i < N; i++) {
-            const int t = t0 + k, c = i * THREADS + tid;
-            const float y = t < T && c < D ? to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale : 0;
-            x[k][i] = to_float(from_float(y)), old[k][i] = 0;
-          }
-      } else {
-        long long fixed[AT_ONCE][N];
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
-#pragma unroll
-          for (int i = 0; i < N; i++) {
-            const int t = t0 + k, c = i * THREADS + tid, at = (t < T ? t : 0) * D + (c < D ? c : 0);
-            old[k][i] = load_fresh(before + at);
-            fixed[k][i] = load_fresh(sums_of_half + at);
-          }
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
-#pragma unroll
-          for (int i = 0; i < N; i++) {
-            const bool mine = t0 + k < T && i * THREADS + tid < D;
-            x[k][i] = mine ? fixed[k][i] * (1 / FIXED) : 0;
-            old[k][i] = mine ? old[k][i] : 0;
-          }
-        if (post != nullptr) {
-#pragma unroll
-          for (int k = 0; k < AT_ONCE; k++) {
-            sums[k] = 0;
-#pragma unroll
-            for (int i = 0; i < N; i++) sums[k] += x[k][i] * x[k][i];
-          }
-          team_sums(sums);
-#pragma unroll
-          for (int i = 0; i < N; i++) {
-            const float factor = i * THREADS + tid < D ? norm_weight(post[i * THREADS + tid]) : 0;
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) x[k][i] *= rsqrt_(sums[k] / D + a.eps) * factor;
-          }
+        for (int k = 0; k < AT_ONCE; k++) {
+          const int t = t0 + k < T ? t0 + k : 0;
+          if (before != nullptr) old[k][i] = load_four(before + t * D + c), fixed[k][i] = load_four(sums_of_half + t * D + c);
         }
       }
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; k++) {
-        sums[k] = 0;
+      for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
-        for (int i = 0; i < N; i++) x[k][i] += old[k][i], sums[k] += x[k][i] * x[k][i];
+        for (int i = 0; i < N; i++) {
+          const bool mine = t0 + k < T && column_of(i) < D;
+          if (before == nullptr) {
+            const elem* row = a.embedding + (mine ? (size_t)a.token[t0 + k] * D + column_of(i) : 0);
+            for (int j = 0; j < 4; j++) old[k][i].x[j] = 0, x[k][i][j] = to_float(from_float(to_float(row[j]) * a.embedding_scale));
+          } else {
+            for (int j = 0; j < 4; j++) x[k][i][j] = fixed[k][i].x[j] * (1 / FIXED);
+          }
+          for (int j = 0; j < 4; j++)
+            if (!mine) x[k][i][j] = old[k][i].x[j] = 0;
+        }
+      if (post != nullptr) {
+        square_sums<AT_ONCE, N>(x, sums);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+          if (column_of(i) < D) {
+            const Four<elem> factor = load_four(post + column_of(i));
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++)
+              for (int j = 0; j < 4; j++) x[k][i][j] *= rsqrt_(sums[k] / D + a.eps) * norm_weight(factor.x[j]);
+          }
       }
-      team_sums(sums);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+        for (int i = 0; i < N; i++)
+          for (int j = 0; j < 4; j++) x[k][i][j] += old[k][i].x[j];
+      square_sums<AT_ONCE, N>(x, sums);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
-        const int t = t0 + k;
         const float r = rsqrt_(sums[k] / D + a.eps);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-          const int c = i * THREADS + tid;
+          const int t = t0 + k, c = column_of(i);
           if (t >= T || c >= D) continue;
           // The other buffer: others still read this one.
-          if (after != nullptr && c % P == (int)blockIdx.x) after[t * D + c] = x[k][i];
-          s.xs[t][c] = from_float(x[k][i] * r * w[i]);
+          if (after != nullptr && c / 4 % P == (int)blockIdx.x)
+            for (int j = 0; j < 4; j++) after[t * D + c + j] = x[k][i][j];
+          Four<elem> y;
+          for (int j = 0; j < 4; j++) y.x[j] = from_float(x[k][i][j] * r * norm_weight(w[i].x[j]));
+          *(Four<elem>*)&s.xs[t][c] = y;
         }
       }
     }
     team_sync();
+  }
+  DEVICE int column_of(int i) const { return (i * THREADS + tid) * 4; }
+  template <int K, int N> DEVICE void square_sums(const float (&x)[K][N][4], float (&sums)[K]) {
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      sums[k] = 0;
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        for (int j = 0; j < 4; j++) sums[k] += x[k][i][j] * x[k][i][j];
+    }
+    team_sums(sums);
   }
 
   DEVICE const char* next_stage() {
@@ -546,10 +533,10 @@ struct Step {
       }
     team_sync();
     if (newest)
-      for (int i = tid; i < 2 * HD; i += THREADS) {
-        const int d = i % HD;
-        elem* to = i < HD ? l.keys : l.values;
-        to[((size_t)(p.t * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d] = ((const elem*)s.newest[i / HD][0])[d];
+      for (int d = tid; d < HD; d += THREADS) {
+        const size_t at = ((size_t)(p.t * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d;
+        l.keys[at] = ((const elem*)s.newest[0][0])[d];
+        l.values[at] = ((const elem*)s.newest[1][0])[d];
       }
 
     Attended x;
@@ -707,8 +694,7 @@ struct Step {
   // Publishes which experts are on, finds this block's share of their neurons, and lets the producer go on.
   DEVICE void route(const Layer& l, int layer) {
     if (E == 0) return;
-    const u32 mark = tag << 8;
-    u32* masks = a.masks + layer * E;
+    const u32 mark = (tag * a.num_layers + layer) << 8;
     // Rounded as every other path rounds it, so that all decide alike.
     const int end = share_end(E);
 #pragma unroll 1
@@ -721,7 +707,7 @@ struct Step {
       if (mine) {
         u32 on = 0;
         for (int t = 0; t < T; t++) on |= (u32)(to_float(from_float(total(tid, t))) + bias > l.threshold) << t;
-        store_relaxed(masks + r + tid, mark | on);
+        store_relaxed(a.masks + r + tid, mark | on);
       }
     }
     // In ascending order: a prefix sum over the masks, each of which arrives in its own time.
@@ -732,7 +718,7 @@ struct Step {
 #pragma unroll
       for (int k = 0; k < PER_THREAD; k++) {
         const int e = k * THREADS + tid;
-        words[k] = e < E ? load_relaxed(masks + e) : mark;
+        words[k] = e < E ? load_relaxed(a.masks + e) : mark;
         all &= (words[k] & ~255u) == mark;
       }
     }
@@ -795,7 +781,7 @@ struct Step {
     team_sync();
     long long* to = sums_of(layer);
 #pragma unroll 1
-    for (int c = 0; c < D; c += SLAB) {
+    for (int k = 0, c = first_slab(); k < D; k += SLAB, c = next_slab(c)) {
       Columns<SLICE> sum;
       clear(sum);
       const bool mine = c + warp * SLICE < D;
@@ -845,7 +831,6 @@ struct Step {
     clear_sums(1);
     team_sync();
     int at = 1;  // which half of the residual is the newest
-    float* halves[2] = {a.residual, a.residual + T * D};
     stamp();
     // The first half of each layer is attention, the second the FFN; the last norm has neither.
 #pragma unroll 1
@@ -853,8 +838,8 @@ struct Step {
       const int i = half / 2;
       const bool ffn = half % 2 != 0, last = i == a.num_layers;
       const Layer &l = s.layers[i & 1], &before = s.layers[(i & 1) ^ 1];
-      add_and_norm(half > 0 ? halves[at] : nullptr, ffn ? a.sums : sums_of(i - 1),
-                   ffn ? l.post1 : half > 0 ? before.post2 : nullptr, last ? nullptr : halves[1 - at],
+      add_and_norm(half > 0 ? a.residual + at * T * D : nullptr, ffn ? a.sums : sums_of(i - 1),
+                   ffn ? l.post1 : half > 0 ? before.post2 : nullptr, last ? nullptr : a.residual + (1 - at) * T * D,
                    last ? a.final_norm : ffn ? l.norm2 : l.norm1);
       at = 1 - at;
       stamp();
