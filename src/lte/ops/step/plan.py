@@ -163,3 +163,28 @@ class DecodeStep(Protocol):
             fp32 [B, V], in memory that the next call may write anew.
         """
         ...
+
+
+class Engine(Protocol):
+    """What computes the steps of one plan; making it may take long, so that it is kept as long as the plan holds.
+
+    A module of engines, `lte.ops.step.cpu` and `lte.ops.step.cuda`, has the class (`CpuEngine`, `CudaEngine`) and a
+    function `unfit(plan, caches) -> str | None`: quickly, what in the plan, the caches or the machine the engine
+    cannot compute, in words that go on from "as ..."; `lte.ops.step.engines` asks it first, and only then for the
+    class. These caches may lie on the meta device: their shapes and dtype count alone.
+
+    The engine reads the plan's tensors where they lie: numbers may be written into them between steps. It holds no
+    reference to a model, and nothing of one `bind` is needed by another.
+    """
+
+    def __init__(self, plan: DecoderPlan) -> None: ...
+
+    def bind(self, caches: Sequence[LayerCache]) -> DecodeStep:
+        """A step on these caches, one for each layer; quick, as each generation has caches of its own.
+
+        Called anew at the start of each generation: what an engine copied from the weights, tables or a rounded router
+        say, it copies anew here. Scratch belongs to the step, not to the engine: steps of one engine may run at the
+        same time, each in a thread and a stream of its own, and a step that an exception interrupted leaves nothing
+        behind for the next.
+        """
+        ...
