@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lte.bench.gate import check_logits
-from lte.hf.decoder import NoPlanError, decoder_plan
+from lte.hf.decoder import NoPlanError, decoder_plan, same_memory
 from lte.ops.step import engines
 from lte.ops.step.plan import DecoderPlan, DecodeStep, LayerCache
 
@@ -61,7 +61,9 @@ class WholeStep:
 
     def bind_(self) -> None:
         """Takes over what the routers hold now: an engine may copy it when it is bound."""
-        self.make_plan()  # which rounds the routers anew, in place
+        plan = self.make_plan()  # which rounds the routers anew, in place
+        if not same_memory(self.plan, plan):
+            self.plan, self.engine = plan, engines.make_engine(plan)
         self.step = self.engine.bind(self.caches)
 
     def __call__(self) -> Tensor:
