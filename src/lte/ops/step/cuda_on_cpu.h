@@ -2,6 +2,8 @@
 //
 // The order of the threads is random by a seed, a copy into shared memory arrives when it is waited for and not before,
 // and memory starts as NaN, so a missing barrier or wait gives a wrong result. A kernel that hangs ends with an error.
+#undef _FORTIFY_SOURCE  // which takes a jump between stacks for an error
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -37,21 +39,32 @@ inline elem from_float(float x) {
 }
 #endif
 
+#ifndef LTE_BULK
+#define LTE_BULK 1
+#endif
+
 struct Meeting { int arrived = 0; unsigned generation = 0; };
 struct Warp { Meeting meeting; float values[32]; bool votes[32]; const char* rows[32]; unsigned a[32][4], b[32][2]; };
 struct Block { Meeting meeting, team; std::vector<Warp> warps; std::vector<char> memory; int index; };
+struct Barrier;
+struct Copy { void* to; const void* from; int bytes; };
+// Copies that arrive together, and then at a barrier: their bytes, or as a thread.
+struct Copies { std::vector<Copy> list; Barrier* barrier; bool as_thread; };
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;              // where it goes on; a jump, unlike a swap of contexts, asks nothing of the system
+  bool started = false;
   std::unique_ptr<char[]> stack;
   Block* block;
   int thread;
   bool done = false;
+  std::vector<Copy> asked;   // for copies that will arrive as this thread
 };
 struct Machine {
   std::vector<Block> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   Fiber* now = nullptr;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::mt19937 random;
   long long idle = 0;         // turns since any thread got on
   bool hangs = false;
@@ -66,8 +79,9 @@ struct Index { int x; };
   if (machine.now->block->memory.empty()) machine.now->block->memory.assign(sizeof(type) + 128, (char)0xff); \
   type& name = *reinterpret_cast<type*>(((uintptr_t)machine.now->block->memory.data() + 127) / 128 * 128)
 
-inline void yield() { swapcontext(&machine.now->context, &machine.scheduler); }
-inline void spin() { yield(); }
+inline void yield() { if (!_setjmp(machine.now->place)) _longjmp(machine.scheduler, 1); }
+inline void spin(unsigned&) { yield(); }
+inline void delay(unsigned) {}
 inline void got_on() { machine.idle = 0; }
 inline void meet(Meeting& meeting, int count) {
   const unsigned mine = meeting.generation;
@@ -100,24 +114,34 @@ inline unsigned vote(bool x) {
   warp_sync();
   return bits;
 }
+inline const char* shuffle(const char* x, int from) {
+  Warp& warp = warp_now();
+  warp.rows[machine.now->thread % 32] = x;
+  warp_sync();
+  const char* y = warp.rows[from];
+  warp_sync();
+  return y;
+}
 inline int popcount(unsigned x) { return __builtin_popcount(x); }
 inline float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp_(float x) { return std::exp(x); }
 inline float erf_(float x) { return std::erf(x); }
 inline float tanh_(float x) { return std::tanh(x); }
+inline float cos_(float x) { return std::cos(x); }
+inline float sin_(float x) { return std::sin(x); }
 inline float rsqrt_(float x) { return 1 / std::sqrt(x); }
 template <class N> inline N load_fresh(const N* p) { return *p; }
 inline unsigned load_relaxed(const unsigned* p) { return *p; }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline void store_relaxed(unsigned* p, unsigned x) { *p = x; got_on(); }
 inline void store_release(unsigned* p, unsigned x) { *p = x; got_on(); }
-inline unsigned add_acq_rel(unsigned* p, unsigned x) { const unsigned y = *p; *p += x; got_on(); return y; }
-inline uint4 load16(const void* p) { uint4 x; std::memcpy(&x, p, 16); return x; }
+inline void add_release(unsigned* p, unsigned x) { *p += x; got_on(); }
+inline void add_relaxed(long long* p, long long x) { *p += x; }
+inline long long to_fixed(float x) { return std::llrint(x); }
 
 // A barrier of shared memory: complete when all have arrived and all bytes are there.
 struct Barrier { int count = 0, left = 0, bytes = 0; unsigned phase = 0; };
-struct Copy { void* to; const void* from; int bytes; Barrier* barrier; };
-static std::vector<Copy> copies;   // on their way
+static std::vector<Copies> copies;   // on their way
 inline void settle(Barrier& b) {
   if (b.left == 0 && b.bytes == 0) b.left = b.count, b.phase ^= 1, got_on();
 }
@@ -126,20 +150,32 @@ inline void publish_barriers() {}
 inline void arrive(Barrier& b) { b.left--; settle(b); }
 inline void expect(Barrier& b, int bytes) { b.bytes += bytes; b.left--; settle(b); }
 inline void wait(Barrier& b, unsigned parity) { while (b.phase == parity) yield(); }
-inline void bulk_copy(void* to, const void* from, int bytes, Barrier& b) {
+inline unsigned long long read_once() { return 0; }
+template <bool> inline void bulk_copy(void* to, const void* from, int bytes, Barrier& b, unsigned long long) {
   std::memset(to, 0xff, bytes);
-  copies.push_back({to, from, bytes, &b});
+  copies.push_back({{{to, from, bytes}}, &b, false});
+}
+inline void copy16(void* to, const void* from) {
+  std::memset(to, 0xff, 16);
+  machine.now->asked.push_back({to, from, 16});
+}
+inline void arrive_when_copied(Barrier& b) {
+  copies.push_back({std::move(machine.now->asked), &b, true});
+  machine.now->asked.clear();
 }
 // Some of the copies arrive, in any order.
 inline void deliver() {
   std::shuffle(copies.begin(), copies.end(), machine.random);
   size_t some = copies.size() / 2 + 1;
   for (; some > 0 && !copies.empty(); some--) {
-    const Copy c = copies.back();
+    const Copies some_copies = std::move(copies.back());
     copies.pop_back();
-    std::memcpy(c.to, c.from, c.bytes);
-    c.barrier->bytes -= c.bytes;
-    settle(*c.barrier);
+    for (const Copy& c : some_copies.list) {
+      std::memcpy(c.to, c.from, c.bytes);
+      if (!some_copies.as_thread) some_copies.barrier->bytes -= c.bytes;
+    }
+    if (some_copies.as_thread) some_copies.barrier->left--;
+    settle(*some_copies.barrier);
   }
 }
 
@@ -198,7 +234,7 @@ inline bool run_grid(int grid, int threads, int team, unsigned seed) {
       fiber->stack.reset(new char[size]);
       getcontext(&fiber->context);
       fiber->context.uc_stack.ss_sp = fiber->stack.get(), fiber->context.uc_stack.ss_size = size;
-      fiber->context.uc_link = &machine.scheduler;
+      fiber->context.uc_link = nullptr;
       makecontext(&fiber->context, (void (*)())start_fiber, 0);
       machine.fibers.push_back(std::move(fiber));
     }
@@ -212,8 +248,12 @@ inline bool run_grid(int grid, int threads, int team, unsigned seed) {
       Fiber& fiber = *machine.fibers[i];
       if (fiber.done) continue;
       machine.now = &fiber;
-      swapcontext(&machine.scheduler, &fiber.context);
-      left -= fiber.done;
+      if (!_setjmp(machine.scheduler)) {
+        if (fiber.started) _longjmp(fiber.place, 1);
+        fiber.started = true;
+        setcontext(&fiber.context);
+      }
+      left -= machine.now->done;
     }
     deliver();
     if (++machine.idle > 1000) return false;

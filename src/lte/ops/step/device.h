@@ -24,6 +24,8 @@ DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float exp_(float x) { return __expf(x); }
 DEVICE float erf_(float x) { return erff(x); }
 DEVICE float tanh_(float x) { return tanhf(x); }
+DEVICE float cos_(float x) { return cosf(x); }
+DEVICE float sin_(float x) { return sinf(x); }
 DEVICE float rsqrt_(float x) { return rsqrtf(x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE unsigned vote(bool x) { return __ballot_sync(~0u, x); }
@@ -32,8 +34,24 @@ DEVICE void warp_sync() { __syncwarp(); }
 DEVICE void block_sync() { __syncthreads(); }
 // All threads but the producer's.
 DEVICE void team_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-DEVICE void spin() {}
+DEVICE const char* shuffle(const char* x, int lane) {
+  return (const char*)__shfl_sync(~0u, (unsigned long long)x, lane);
+}
+// Between two looks at memory that another block writes. A launch whose blocks do not all run at once would wait for
+// ever: it ends with an error after about ten seconds instead, half a microsecond or more for each look.
+DEVICE void spin(unsigned& tries) {
+  if (++tries == 1u << 24) asm volatile("trap;");
+}
 DEVICE long long clock_ns() { long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
+// For tests of races: up to LTE_DELAY nanoseconds, other ones for each block and each time.
+DEVICE void delay(unsigned time) {
+#ifdef LTE_DELAY
+  unsigned x = (time * 2654435761u) ^ (blockIdx.x * 2246822519u);
+  x = (x ^ x >> 15) * 2246822519u;
+  x = (x ^ x >> 13) * 3266489917u;
+  asm volatile("nanosleep.u32 %0;" ::"r"((x >> 8) % LTE_DELAY));
+#endif
+}
 
 // Memory that other multiprocessors write in the same launch is read from the L2 cache.
 DEVICE float load_fresh(const float* p) {
@@ -47,6 +65,11 @@ DEVICE unsigned load_relaxed(const unsigned* p) {
   return x;
 }
 DEVICE unsigned load_fresh(const unsigned* p) { return load_relaxed(p); }
+DEVICE long long load_fresh(const long long* p) {
+  long long x;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
 DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned x;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -58,16 +81,13 @@ DEVICE void store_relaxed(unsigned* p, unsigned x) {
 DEVICE void store_release(unsigned* p, unsigned x) {
   asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
-DEVICE unsigned add_acq_rel(unsigned* p, unsigned x) {
-  unsigned y;
-  asm volatile("fence.acq_rel.gpu; atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(y) : "l"(p), "r"(x) : "memory");
-  return y;
+DEVICE void add_release(unsigned* p, unsigned x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
-DEVICE uint4 load16(const void* p) {
-  uint4 x;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
-  return x;
+DEVICE void add_relaxed(long long* p, long long x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
+DEVICE long long to_fixed(float x) { return __float2ll_rn(x); }
 
 // Barriers of shared memory, and copies into it that arrive at one.
 typedef unsigned long long Barrier;
@@ -78,23 +98,52 @@ DEVICE void start_barrier(Barrier& b, int count) {
 DEVICE void arrive(Barrier& b) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(&b)) : "memory");
 }
+// Rows come by bulk copies, which one lane asks for, or else 16 bytes for each lane.
+#ifndef LTE_BULK
+#define LTE_BULK (__CUDA_ARCH__ >= 900)
+#endif
 #if __CUDA_ARCH__ >= 900
-DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
+#define LOOK "mbarrier.try_wait.parity.shared.b64"   // sleeps a little
+#else
+#define LOOK "mbarrier.test_wait.parity.shared.b64"
+#endif
 DEVICE void wait(Barrier& b, unsigned parity) {
-  asm volatile(
-      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again; }" ::"r"(shared_address(&b)),
-      "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred p; again: " LOOK " p, [%0], %1; @!p bra again; }" ::"r"(shared_address(&b)), "r"(parity)
+               : "memory");
 }
+#if LTE_BULK
+DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
 DEVICE void expect(Barrier& b, int bytes) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(shared_address(&b)), "r"(bytes)
                : "memory");
 }
-DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(&b))
-               : "memory");
+// What is read once a step leaves the L2 cache first, so that all else stays there.
+DEVICE unsigned long long read_once() {
+  unsigned long long policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+template <bool KEEP> DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& b, unsigned long long once) {
+  if (KEEP)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(&b))
+                 : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(&b)), "l"(once)
+        : "memory");
+}
+#else
+DEVICE void publish_barriers() {}
+DEVICE void copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+// Once this thread's copies are there.
+DEVICE void arrive_when_copied(Barrier& b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&b)) : "memory");
 }
 #endif
 

@@ -1,0 +1,382 @@
+"""The whole decoding step on a GPU: one persistent launch of step.cu, which NVRTC compiles for the plan's shapes.
+
+Every multiprocessor runs one block, which takes all of its shared memory. A launch is cooperative: the driver starts
+all blocks together or refuses, so blocks that wait for each other all run, also beside other work, and a launch that is
+too large for the device (one that shares it, say) is an error before anything ran. If a block still waits for another
+for some ten seconds, the kernel ends with an error.
+
+Shapes: B sequences (T in the kernel), D hidden size, HQ heads of queries, HKV of keys and values, HD their size, F
+neurons, E experts of S = F / E neurons, V vocabulary, C tokens that a cache holds, P blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte.ops.step.compile import cached_cubin, missing, structures
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache
+
+MAX_BATCH = 8
+MAX_EXPERTS = 65535
+HEAD_SIZES = (16, 32, 64, 96, 128, 256)
+ACTIVATION_NUMBERS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
+ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
+OLDEST = 80  # compute capability
+THREADS = 256  # that compute
+FETCHERS = 4  # warps that fetch weights
+SPLIT_KEYS = 64  # of a part of the cache that one block takes, at least
+
+Launch = Callable[[ctypes.Structure], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the kernel runs on.
+
+    Attributes:
+        blocks: P, that run at once.
+        threads: of a block that compute, a multiple of 32 and at least 16 B.
+        shared_bytes: shared memory of a block.
+    """
+
+    blocks: int
+    threads: int = THREADS
+    shared_bytes: int
+
+    def load(self, macros: Mapping[str, int]) -> Launch:
+        """Compiles the kernel; the function launches it, on a GPU on the current stream."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu(Machine):
+    """A GPU, or the part of it that this process sees.
+
+    Attributes:
+        index: of the device.
+        arch: compute capability as one number.
+    """
+
+    index: int
+    arch: int
+
+    @staticmethod
+    def of(device: torch.device) -> Gpu:
+        """The GPU of a tensor."""
+        found: Any = torch.cuda.get_device_properties(device)
+        return Gpu(
+            blocks=found.multi_processor_count,
+            shared_bytes=found.shared_memory_per_block_optin,
+            index=torch.cuda.current_device() if device.index is None else device.index,
+            arch=10 * found.major + found.minor,
+        )
+
+    def load(self, macros: Mapping[str, int]) -> Launch:
+        """See `Machine`; what was loaded once is kept until the process ends."""
+        return _load(self, tuple(sorted(macros.items())))
+
+
+@functools.cache
+def _load(gpu: Gpu, macros: tuple[tuple[str, int], ...]) -> Launch:
+    constants = dict(macros)
+    cubin = cached_cubin(constants, gpu.arch)
+    with torch.cuda.device(gpu.index):
+        return _Kernel(gpu, cubin, constants["THREADS"] + 32 * constants["FETCHERS"])
+
+
+class _Kernel:
+    """A loaded kernel."""
+
+    def __init__(self, gpu: Gpu, cubin: bytes, threads: int):
+        from cuda.bindings import driver
+
+        self.driver, self.index = driver, gpu.index
+        device = self._checked(driver.cuDeviceGet(gpu.index))
+        self.context = self._checked(driver.cuDevicePrimaryCtxRetain(device))
+        self._checked(driver.cuCtxSetCurrent(self.context))
+        module = self._checked(driver.cuModuleLoadData(cubin))
+        self.function = self._checked(driver.cuModuleGetFunction(module, b"decode_step"))
+        kind = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._checked(driver.cuFuncSetAttribute(self.function, kind, gpu.shared_bytes))
+        self.shape = gpu.blocks, 1, 1, threads, 1, 1, gpu.shared_bytes
+        fitting = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, gpu.shared_bytes)
+        cooperative = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+        if self._checked(fitting) < 1 or not self._checked(driver.cuDeviceGetAttribute(cooperative, device)):
+            raise RuntimeError(f"cuda:{gpu.index} cannot run a block of the kernel on each multiprocessor at once")
+
+    def _checked(self, result: tuple[Any, ...]) -> Any:
+        if result[0] != self.driver.CUresult.CUDA_SUCCESS:
+            name = self.driver.cuGetErrorName(result[0])[1].decode()
+            text = self.driver.cuGetErrorString(result[0])[1].decode()
+            raise RuntimeError(f"the kernel of a decoding step cannot run on cuda:{self.index}: {text} ({name})")
+        return result[1] if len(result) == 2 else None
+
+    def __call__(self, args: ctypes.Structure) -> None:
+        if torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):
+                return self(args)
+        pointers = ctypes.c_void_p(ctypes.addressof(args))
+        arguments = *self.shape, torch._C._cuda_getCurrentRawStream(self.index), ctypes.addressof(pointers)
+        result = self.driver.cuLaunchCooperativeKernel(self.function, *arguments)
+        if result[0] == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread's first call
+            self._checked(self.driver.cuCtxSetCurrent(self.context))
+            result = self.driver.cuLaunchCooperativeKernel(self.function, *arguments)
+        self._checked(result)
+
+
+def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
+    """The constants of step.cu, without their prefix."""
+    layer = plan.layers[0]
+    neurons, hidden = layer.up.shape
+    experts = 0 if layer.router is None else len(layer.router)
+    return {
+        "T": batch,
+        "D": hidden,
+        "HQ": plan.heads,
+        "HKV": plan.kv_heads,
+        "HD": plan.head_size,
+        "F": neurons,
+        "E": experts,
+        "S": neurons // max(experts, 1),
+        "V": len(plan.head),
+        "ROTARY": 2 * len(plan.ropes[0].frequencies) if plan.ropes else 0,
+        "ACTIVATION": ACTIVATION_NUMBERS[plan.activation],
+        "GATED": int(layer.gate is not None),
+        "NORM_PLUS_ONE": int(plan.norm_plus_one),
+        "ELEM": ELEMENTS[plan.embedding.dtype],
+        "THREADS": machine.threads,
+        "FETCHERS": FETCHERS,
+        "SPLIT_KEYS": SPLIT_KEYS,
+        "MAX_SHARE": -(-neurons // machine.blocks),
+        "SHARED_BYTES": machine.shared_bytes,
+        "BLOCKS": machine.blocks,
+    }
+
+
+def unfit(plan: DecoderPlan, caches: Sequence[LayerCache]) -> str | None:
+    """What in the plan, the caches or the machine the engine cannot compute; see `lte.ops.step.plan.Engine`."""
+    device = plan.embedding.device
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the weights lie on {device}, not on an NVIDIA GPU"
+    machine = Gpu.of(device)
+    if machine.arch < OLDEST:
+        return f"the GPU's compute capability is {machine.arch / 10}, below {OLDEST / 10}"
+    return missing() or unfit_shapes(plan, caches, machine)
+
+
+def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machine) -> str | None:
+    """As `unfit`, on any machine."""
+    first, dtype, device = plan.layers[0], plan.embedding.dtype, plan.embedding.device
+    hidden, batch = plan.embedding.shape[1], len(caches[0].keys)
+    heads, size, neurons = plan.heads, plan.head_size, len(first.up)
+    experts = 1 if first.router is None else len(first.router)
+    turned = {len(rope.frequencies) for rope in plan.ropes}
+    checks = {
+        f"the dtype of the weights is {dtype}": dtype in ELEMENTS,
+        f"the activation is {plan.activation}": plan.activation in ACTIVATION_NUMBERS,
+        f"the batch is {batch}, above {MAX_BATCH}": batch <= MAX_BATCH,
+        f"the head size is {size}": size in HEAD_SIZES,
+        f"{heads} heads of queries share {plan.kv_heads} of keys": heads in (plan.kv_heads * n for n in range(1, 9)),
+        f"the hidden size {hidden} is no multiple of 32": hidden % 32 == 0,
+        f"the heads' size in all, {heads * size}, is no multiple of 32": heads * size % 32 == 0,
+        "the rotary embeddings turn different shares of a head": len(turned) <= 1,
+        "the layers differ in shape or kind": all(_kind(layer) == _kind(first) for layer in plan.layers),
+        "not all layers have a cache": len(caches) == len(plan.layers),
+        f"{experts} experts do not divide {neurons} neurons": neurons % experts == 0,
+        f"there are {experts} experts, above {MAX_EXPERTS}": experts <= MAX_EXPERTS,
+    }
+    reason = next((reason for reason, holds in checks.items() if not holds), None)
+    if reason is not None:
+        return reason
+    needed = _needed_bytes(macros(plan, batch, machine), dtype.itemsize)
+    if needed > machine.shared_bytes:
+        return f"a batch of {batch} needs {needed} bytes of shared memory, above {machine.shared_bytes}"
+    for name, tensor in _weights(plan):
+        if tensor.device != device:
+            return f"{name} lies on {tensor.device}, not on {device}"
+        if tensor.dtype != dtype:
+            return f"{name} is {tensor.dtype}, not {dtype}"
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            return f"{name} does not lie in one piece that begins at 16 bytes"
+    found = {tensor.dtype for cache in caches for tensor in (cache.keys, cache.values)}
+    return None if found == {dtype} else f"the cache is {', '.join(map(str, found))}, not {dtype}"
+
+
+def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
+    """Shared memory with the two stages that the kernel needs at least, a little more than it is."""
+    warps, group = m["THREADS"] // 32, m["HQ"] // m["HKV"]
+    pitch = m["HD"] * itemsize + 16
+    inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
+    sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + (group + 1) * m["HD"] + 18) + itemsize * warps * 8 * 24
+    return inputs + sums + (group + 32) * pitch + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
+
+
+def _kind(layer: DecoderLayer) -> list[Any]:
+    tensors = layer.q, layer.k, layer.up, layer.gate, layer.router
+    return [None if tensor is None else tensor.shape for tensor in tensors]
+
+
+def _weights(plan: DecoderPlan) -> Iterator[tuple[str, Tensor]]:
+    """All that the kernel reads as they are."""
+    for name in ("embedding", "final_norm", "head", "head_bias"):
+        if getattr(plan, name) is not None:
+            yield name, getattr(plan, name)
+    for i, layer in enumerate(plan.layers):
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and not name.startswith("router"):
+                yield f"{name} of layer {i}", value
+
+
+class CudaEngine:
+    """The steps of one plan; see `lte.ops.step.plan.Engine`.
+
+    Args:
+        plan: one that `unfit` finds nothing in.
+        machine: the GPU on which the weights lie unless given.
+    """
+
+    def __init__(self, plan: DecoderPlan, machine: Machine | None = None):
+        device = plan.embedding.device
+        self.plan, self.machine = plan, Gpu.of(device) if machine is None else machine
+        ropes = [torch.cat((rope.frequencies.new_tensor([rope.factor]), rope.frequencies)) for rope in plan.ropes]
+        self.ropes = torch.stack(ropes).to(device, torch.float32) if ropes else torch.zeros(1, 2, device=device)
+
+    def bind(self, caches: Sequence[LayerCache], **extra: int) -> CudaStep:
+        """A step on these caches; quick once a kernel for their batch is compiled.
+
+        Args:
+            caches: of all layers.
+            extra: macros for checks: `TRACE` times that each block notes, `DELAY` ns at most of random delays.
+        """
+        return CudaStep(self, caches, extra)
+
+
+class CudaStep:
+    """One token of each sequence; see `lte.ops.step.plan.DecodeStep`.
+
+    A call costs the host one launch; it does not wait for the device and can be captured in a CUDA graph. Calls on
+    different streams follow each other, as the later one waits for the earlier stream; replays of a graph do not know
+    of other streams, so whoever replays one while a step may run elsewhere must order them.
+    """
+
+    def __init__(self, engine: CudaEngine, caches: Sequence[LayerCache], extra: Mapping[str, int]):
+        plan, machine = engine.plan, engine.machine
+        self.batch, self.device = len(caches[0].keys), plan.embedding.device
+        constants = {**macros(plan, self.batch, machine), **extra}
+        self._launch: Launch = machine.load(constants)
+        self._engine, self._caches, self._inputs = engine, caches, list[Tensor]()
+        scratch = self._scratch(constants, machine.blocks)
+        self.logits, self.trace = scratch["logits"], scratch["trace"]
+        self._owned = list(scratch.values())
+        scratch["layers"] = self._layers(plan, caches)
+        read = {name: getattr(plan, name) for name in ("embedding", "final_norm", "head", "head_bias")}
+        self._args = structures()["Args"]()
+        _fill(
+            self._args,
+            {name: _pointer(tensor) for name, tensor in {**read, **scratch, "ropes": engine.ropes}.items()}
+            | dict.fromkeys(("token", "position", "start"))  # set by each call
+            | {"num_layers": len(plan.layers), "num_ropes": len(plan.ropes), "eps": plan.eps}
+            | {"scaling": plan.score_scale, "attention_cap": plan.score_cap, "logit_cap": plan.logit_cap}
+            | {"embedding_scale": plan.embedding_scale},
+        )
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self.device)
+
+    def _scratch(self, m: Mapping[str, int], blocks: int) -> dict[str, Tensor]:
+        """What the kernel writes, by the names of its arguments."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=torch.float32, device=self.device)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        batch = m["T"]
+        return {
+            "logits": empty(batch, m["V"]),
+            "turns": empty(len(self._engine.ropes), batch, 2, max(m["ROTARY"] // 2, 1)),
+            "residual": empty(2, batch, m["D"]),
+            "qkv": empty(batch, (m["HQ"] + 2 * m["HKV"]) * m["HD"]),
+            "attended": empty(batch, m["HQ"] * m["HD"]),
+            "delta": empty(batch, m["D"]),
+            "sums": zeros(2, batch, m["D"], dtype=torch.int64),
+            "splits": empty(batch * m["HKV"], blocks, m["HQ"] // m["HKV"], m["HD"] + 2),
+            "masks": zeros(max(m["E"], 1)),
+            "flags": zeros(blocks),
+            "counters": zeros(3),
+            "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),
+        }
+
+    def _layers(self, plan: DecoderPlan, caches: Sequence[LayerCache]) -> Tensor:
+        """The array of `Layer` in the device's memory."""
+        array = (structures()["Layer"] * len(plan.layers))()
+        for to, layer, cache in zip(array, plan.layers, caches, strict=True):
+            values = {name: _pointer(value) for name, value in vars(layer).items()}
+            # The router counts as rounded to the other weights' dtype; its bias does not.
+            for name, dtype in (("router", plan.embedding.dtype), ("router_bias", torch.float32)):
+                if values[name] is not None:
+                    self._owned.append(getattr(layer, name).detach().to(dtype).contiguous())
+                    values[name] = _pointer(self._owned[-1])
+            for name in ("keys", "values"):
+                tensor = getattr(cache, name)
+                if tensor.device != self.device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                    raise ValueError(
+                        f"{name} must lie in one piece on {self.device} and begin at 16 bytes, got {name} on "
+                        f"{tensor.device} with strides {tensor.stride()} at {tensor.data_ptr()}"
+                    )
+                values[name] = _pointer(tensor)
+            _fill(to, values | {"slots": cache.keys.shape[2], "shift": cache.shift})
+        self._owned.append(torch.frombuffer(bytearray(array), dtype=torch.uint8).to(self.device))
+        return self._owned[-1]
+
+    def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+        """See `lte.ops.step.plan.DecodeStep`.
+
+        Raises:
+            ValueError: an argument is no int64 [B] on the device of the weights.
+            RuntimeError: the launch was refused; the caches are as they were.
+        """
+        args, self._inputs = self._args, []
+        for name, tensor in (("token", tokens), ("position", positions), ("start", starts)):
+            if tensor.dtype != torch.int64 or tensor.shape != (self.batch,) or tensor.device != self.device:
+                raise ValueError(
+                    f"{name}s must be int64 [{self.batch}] on {self.device}, "
+                    f"got {name}s={tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                )
+            self._inputs.append(tensor.contiguous())
+            setattr(args, name, self._inputs[-1].data_ptr())
+        if self.device.type == "cuda":
+            self._follow()
+        self._launch(args)
+        return self.logits
+
+    def _follow(self) -> None:
+        """Lets the current stream wait for the last one, as both would write the same memory."""
+        if torch._C._cuda_getCurrentRawStream(self.device.index) == self._stream.cuda_stream:
+            return
+        if not torch.cuda.is_current_stream_capturing():
+            last, self._stream = self._stream, torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(last)
+            for tensor in self._owned:
+                tensor.record_stream(self._stream)
+
+
+def _pointer(value: Any) -> Any:
+    """Where a tensor lies; other things as they are."""
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _fill(to: ctypes.Structure, values: Mapping[str, Any]) -> None:
+    """Sets all fields of a structure, no more and no less."""
+    names = [field[0] for field in to._fields_]
+    if set(names) != set(values):
+        raise TypeError(f"{type(to).__name__} has other fields: {sorted(set(names) ^ set(values))}")
+    for name in names:
+        setattr(to, name, values[name])

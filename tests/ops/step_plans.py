@@ -1,0 +1,139 @@
+"""Random decoders for the tests of the engines of whole decoding steps, and the comparison with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder's shape and features; the defaults are a small Llama."""
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 16
+    neurons: int = 128
+    experts: int = 8
+    vocabulary: int = 50
+    rotary: float = 1.0
+    activation: str = "silu"
+    gated: bool = True
+    biases: bool = False
+    head_norms: bool = False
+    post_norms: bool = False
+    norm_plus_one: bool = False
+    windows: tuple[int, ...] = (0,)
+    caps: bool = False
+    router_dtype: torch.dtype | None = None
+
+
+# What the families need, between them.
+FAMILIES = {
+    "llama": Shape(),
+    "qwen2": Shape(biases=True, hidden=96, heads=6),
+    "qwen3": Shape(head_norms=True, head_size=32, router_dtype=torch.float32),
+    "mistral": Shape(windows=(12,)),
+    "gemma2": Shape(activation="gelu_tanh", post_norms=True, norm_plus_one=True, windows=(12, 0), caps=True),
+    "gemma3": Shape(activation="gelu_tanh", head_norms=True, post_norms=True, norm_plus_one=True, windows=(12, 12, 0)),
+    "phi": Shape(rotary=0.5, gated=False, biases=True, activation="gelu"),
+    "dense": Shape(experts=0, heads=2, activation="relu"),
+}
+
+
+def random_plan(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> DecoderPlan:
+    """Weights scaled by fan_in**-0.5; routers that switch about half of the experts on."""
+    s = shape
+
+    def matrix(rows: int, columns: int, fan_in: int | None = None) -> Tensor:
+        return (torch.randn(rows, columns) * (fan_in or columns) ** -0.5).to(device, dtype)
+
+    def vector(size: int, use: bool = True, center: float = 0.0) -> Tensor | None:
+        return (center + torch.randn(size) / 5).to(device, dtype) if use else None
+
+    def norm(size: int, use: bool = True) -> Any:
+        return vector(size, use, 0.0 if s.norm_plus_one else 1.0)
+
+    def layer(i: int) -> DecoderLayer:
+        window = s.windows[i % len(s.windows)]
+        router = matrix(s.experts, s.hidden).to(s.router_dtype or dtype) if s.experts else None
+        return DecoderLayer(
+            norm1=norm(s.hidden),
+            q=matrix(s.heads * s.head_size, s.hidden),
+            k=matrix(s.kv_heads * s.head_size, s.hidden),
+            v=matrix(s.kv_heads * s.head_size, s.hidden),
+            out=matrix(s.hidden, s.heads * s.head_size),
+            norm2=norm(s.hidden),
+            up=matrix(s.neurons, s.hidden),
+            down=matrix(s.neurons, s.hidden, s.neurons),
+            gate=matrix(s.neurons, s.hidden) if s.gated else None,
+            router=router,
+            router_bias=vector(s.experts, s.experts > 0),
+            threshold=0.03,
+            q_bias=vector(s.heads * s.head_size, s.biases),
+            k_bias=vector(s.kv_heads * s.head_size, s.biases),
+            v_bias=vector(s.kv_heads * s.head_size, s.biases),
+            out_bias=vector(s.hidden, s.biases),
+            up_bias=vector(s.neurons, s.biases),
+            gate_bias=vector(s.neurons, s.biases and s.gated),
+            down_bias=vector(s.hidden, s.biases),
+            q_norm=norm(s.head_size, s.head_norms),
+            k_norm=norm(s.head_size, s.head_norms),
+            post1=norm(s.hidden, s.post_norms),
+            post2=norm(s.hidden, s.post_norms),
+            window=window,
+            rope=int(window > 0),
+        )
+
+    embedding, half = matrix(s.vocabulary, s.hidden, 1), int(s.head_size * s.rotary) // 2
+    powers = torch.arange(half) / half
+    return DecoderPlan(
+        layers=[layer(i) for i in range(s.layers)],
+        embedding=embedding,
+        final_norm=norm(s.hidden),
+        head=matrix(s.vocabulary, s.hidden) if s.biases else embedding * s.hidden**-0.5,
+        head_bias=vector(s.vocabulary, s.biases),
+        ropes=[Rope(frequencies=(base**-powers).to(device), factor=f) for base, f in ((1e4, 1.0), (1e3, 1.1))],
+        heads=s.heads,
+        kv_heads=s.kv_heads,
+        head_size=s.head_size,
+        activation=s.activation,
+        eps=1e-5,
+        norm_plus_one=s.norm_plus_one,
+        embedding_scale=s.hidden**0.5 if s.norm_plus_one else 1.0,
+        score_scale=s.head_size**-0.5,
+        score_cap=2.0 if s.caps else 0.0,
+        logit_cap=1.0 if s.caps else 0.0,
+    )
+
+
+def new_caches(plan: DecoderPlan, batch: int, length: int, shift: int = 0) -> list[LayerCache]:
+    """Caches full of NaN for texts of `length` tokens; layers with a window keep only so many."""
+
+    def cache(layer: DecoderLayer) -> LayerCache:
+        slots = min(layer.window or length, length)
+        keys = plan.embedding.new_full((batch, plan.kv_heads, slots, plan.head_size), torch.nan)
+        return LayerCache(keys=keys, values=keys.clone(), shift=shift % slots)
+
+    return [cache(layer) for layer in plan.layers]
+
+
+def copied(caches: Sequence[LayerCache]) -> list[LayerCache]:
+    """Caches of the same content."""
+    return [replace(cache, keys=cache.keys.clone(), values=cache.values.clone()) for cache in caches]
+
+
+def step_inputs(plan: DecoderPlan, batch: int, index: int, starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and starts of the step `index` of sequences that begin at `starts`."""
+    device = plan.embedding.device
+    tokens = torch.randint(0, len(plan.embedding), (batch,)).to(device)
+    first = torch.tensor(starts, device=device)
+    return tokens, first + index, first
