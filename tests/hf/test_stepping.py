@@ -80,6 +80,14 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
     return counting
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a step begins before it is known that the text goes on."""
+    found = request.param == "as on a GPU"
+    monkeypatch.setattr(stepping, "_runs_ahead", lambda device: found)
+    return found
+
+
 def prompt(batch: int = 3, *, padded: bool = False, length: int = PROMPT) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 99, (batch, length), generator=generator)
@@ -132,14 +140,14 @@ class TestTokens:
         assert torch.equal(model.generate(**arguments), plain(model, **arguments))
         assert (count.steps, count.made) == (23, 1)
 
-    def test_ends_and_padding(self, count: Counting) -> None:
+    def test_ends_and_padding(self, ahead: bool, count: Counting) -> None:
         model = accelerated()
         free = plain(model, **prompt(), **GREEDY)[:, PROMPT:]
         arguments = {**prompt(), **GREEDY, "eos_token_id": [int(free[0, 4]), int(free[1, 9]), int(free[2, 2])]}
         expected = plain(model, **arguments)
         assert torch.equal(model.generate(**arguments), expected)
         assert expected.shape[1] < PROMPT + 24
-        assert count.steps == expected.shape[1] - PROMPT - 1
+        assert count.steps == expected.shape[1] - PROMPT - (not ahead)
 
     def test_inference_mode_and_after(self, count: Counting) -> None:
         model, arguments = accelerated("gemma2"), {**prompt(), **GREEDY}
@@ -196,8 +204,18 @@ class RowsStop(StoppingCriteria):
         return new >= 3 + 4 * torch.arange(len(input_ids))
 
 
+class Stop(StoppingCriteria):
+    """Stops all rows after so many tokens."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= PROMPT + self.tokens)
+
+
 class TestCalls:
-    def test_streamer(self, count: Counting) -> None:
+    def test_streamer(self, ahead: bool, count: Counting) -> None:
         model, streamers = accelerated(), [Recording(), Recording()]
         plain(model, **prompt(1), **GREEDY, streamer=streamers[0])
         model.generate(**prompt(1), **GREEDY, streamer=streamers[1])
@@ -243,12 +261,12 @@ class TestCachesOfTheCaller:
     @pytest.mark.parametrize("first_tokens", [1, 5, 12])
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-    def test_conversations(self, model_type: str, kind: str, first_tokens: int, count: Counting) -> None:
+    def test_conversations(self, model_type: str, kind: str, first_tokens: int, ahead: bool, count: Counting) -> None:
         model, texts, caches = accelerated(model_type), list[Tensor](), list[Any]()
         for generate in (model.generate, lambda **arguments: plain(model, **arguments)):
             cache = given_cache(kind, model)
             arguments = {**prompt(2), **GREEDY, "past_key_values": cache}
-            ids = generate(**{**arguments, "max_new_tokens": first_tokens})
+            ids = generate(**{**arguments, "max_new_tokens": 20, "stopping_criteria": [Stop(first_tokens)]})
             # Further tokens of the user, then of the model; the last answer by steps or not.
             ids = torch.cat([ids, torch.full((2, 3), 5)], dim=1)
             arguments |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 9}
@@ -259,7 +277,7 @@ class TestCachesOfTheCaller:
             caches.append(cache)
         assert torch.equal(*texts)
         assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length())
-        assert count.steps == first_tokens - 1 + 8
+        assert count.steps == first_tokens - (not ahead) + 8
 
     def test_returned(self, count: Counting) -> None:
         model = accelerated("gemma3_text")
@@ -272,7 +290,7 @@ class TestCachesOfTheCaller:
             torch.testing.assert_close(one.values, other.values)
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
-    def test_after_an_exception(self, kind: str, count: Counting) -> None:
+    def test_after_an_exception(self, kind: str, ahead: bool, count: Counting) -> None:
         model = accelerated("gemma2")
         cache, expected = given_cache(kind, model), plain(model, **prompt(), **GREEDY)
         count.fail_at = 10
