@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ from lte.ops.step.plan import DecoderPlan
 from lte.ops.step.reference import ReferenceEngine, ReferenceStep
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model
 from tests.tiny_models import randomise_routers_, tiny_sparse_model
+
+
+def is_there(module: str) -> bool:
+    """Whether a module and numba are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in (module, "numba"))
+
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 PROMPT = 6
@@ -65,11 +73,11 @@ class _CountingEngine(ReferenceEngine):
 
 
 @pytest.fixture(autouse=True)
-def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
     counting = Counting()
     monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
     monkeypatch.setattr(engines, "make_engine", counting.make)
-    yield counting
+    return counting
 
 
 def prompt(batch: int = 3, *, padded: bool = False, length: int = PROMPT) -> dict[str, Tensor]:
@@ -139,6 +147,33 @@ class TestTokens:
             first = model.generate(**arguments)
         assert torch.equal(model.generate(**arguments), first)
         assert (count.steps, count.made) == (46, 1)
+
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not is_there("lte.ops.step.cpu"), reason="needs the CPU engine")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+    ),
+]
+
+
+class TestOwnEngine:
+    """By the engine of the device in the place of the reference."""
+
+    @pytest.mark.parametrize("cache", [None, "static"])
+    @pytest.mark.parametrize("model_type", STEP_TYPES)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_greedy(self, device: str, model_type: str, cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        model = lte.accelerate_(step_model(model_type, head_dim=64).to(device))
+        inputs = {name: tensor.to(device) for name, tensor in prompt(padded=True).items()}
+        arguments = {**inputs, **GREEDY, "cache_implementation": cache, "disable_compile": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            actual = model.generate(**arguments)
+        assert model in stepping._KEPT
+        assert torch.equal(actual, plain(model, **arguments))
 
 
 class Recording(BaseStreamer):
@@ -313,7 +348,7 @@ class TestFallBack:
     def test_padding_that_is_not_on_the_left(self, gap: str, count: Counting) -> None:
         model, inputs = accelerated(), prompt()
         if gap == "positions":
-            inputs["position_ids"] = torch.arange(3, PROMPT + 3).expand(3, -1)
+            inputs["position_ids"] = torch.arange(PROMPT) + torch.tensor([[0], [0], [3]])
         else:
             inputs["attention_mask"][1, 5 if gap == "right" else 2] = 0
         assert torch.equal(model.generate(**inputs, **GREEDY), plain(model, **inputs, **GREEDY))
@@ -347,6 +382,8 @@ class TestFallBack:
 class TestStateOfTheModel:
     def test_changes_between_calls(self, count: Counting) -> None:
         model, arguments = accelerated("qwen2"), {**prompt(), **GREEDY}
+        # The plan then holds copies of its frequencies.
+        model.model.rotary_emb.double()
 
         def check(made: int) -> Tensor:
             actual = model.generate(**arguments)
@@ -362,6 +399,8 @@ class TestStateOfTheModel:
         texts.append(check(1))
         model.load_state_dict(randomise_routers_(step_model("qwen2"), seed=9).state_dict())
         texts.append(check(1))
+        model.model.rotary_emb.inv_freq.mul_(-7)
+        texts.append(check(1))
         model.model.layers[0].self_attn.v_proj.weight.data = torch.randn(16, 32)
         texts.append(check(2))
         model.model.layers[1].mlp.threshold_logit = 0.3
@@ -374,7 +413,7 @@ class TestStateOfTheModel:
         lte.accelerate_(model)
         check(5)
         # Each change was one that the tokens show.
-        assert all(not torch.equal(one, other) for one, other in zip(texts[1:], texts[2:], strict=False))
+        assert all(not torch.equal(one, other) for one, other in pairwise(texts[1:]))
 
     def test_copies_pickles_and_folders(self, tmp_path: Path, count: Counting) -> None:
         model, arguments = accelerated(), {**prompt(), **GREEDY}
@@ -393,12 +432,13 @@ class TestStateOfTheModel:
         model = accelerated()
         model.generate(**prompt(), **GREEDY)
         kept = [weakref.ref(model), weakref.ref(stepping._KEPT[model].engine)]
-        lte.decelerate_(model)
-        gc.collect()
-        assert kept[1]() is None
-        lte.accelerate_(model)
-        model.generate(**prompt(), **GREEDY)
-        kept[1] = weakref.ref(stepping._KEPT[model].engine)
+        for change in (lte.decelerate_, lambda model: model.double().float()):
+            change(model)
+            gc.collect()
+            assert kept[1]() is None
+            lte.accelerate_(model)
+            model.generate(**prompt(), **GREEDY)
+            kept[1] = weakref.ref(stepping._KEPT[model].engine)
         del model
         gc.collect()
         assert [reference() for reference in kept] == [None, None]

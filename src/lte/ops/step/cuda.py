@@ -31,7 +31,6 @@ ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
 OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
-WIDE = 160 << 10  # bytes of shared memory from which on larger pieces of rows are fetched
 SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
 
 Launch = Callable[[ctypes.Structure], None]
@@ -158,7 +157,6 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "MAX_SHARE": -(-neurons // machine.blocks),
         "SHARED_BYTES": machine.shared_bytes,
         "BLOCKS": machine.blocks,
-        "SLAB_BYTES": 2048 if machine.shared_bytes >= WIDE else 1024,
     }
 
 
@@ -217,7 +215,7 @@ def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
     sums = 4 * warps * (33 * max(m["T"], 2) + (group + 1) * (m["HD"] + 2) + 128)
     heads = (group + 32) * (m["HD"] + 16) * itemsize
-    return inputs + sums + heads + 4 * m["E"] + 2 * 16 * (m["SLAB_BYTES"] + 16) + 4096
+    return inputs + sums + heads + 4 * m["E"] + 2 * 16 * (1024 + 16) + 4096
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:

@@ -38,8 +38,8 @@ typedef unsigned int u32;
 constexpr int WARPS = THREADS / 32;           // that compute; FETCHERS more fetch
 constexpr int SIZE = sizeof(elem);
 constexpr int ROWS = 16;                      // of a stage; each fetching warp asks for four, one after the other
-constexpr int SLAB = LTE_SLAB_BYTES / SIZE;   // columns of a stage
-constexpr int PITCH = LTE_SLAB_BYTES + 16;    // bytes from row to row: eight rows lie in eight different banks
+constexpr int SLAB = 1024 / SIZE;             // columns of a stage
+constexpr int PITCH = 1024 + 16;              // bytes from row to row: eight rows lie in eight different banks
 constexpr int SLICE = SLAB / WARPS;           // columns of one warp
 constexpr int NQKV = (HQ + 2 * HKV) * HD;
 constexpr int OUT = HQ * HD;
