@@ -236,8 +236,8 @@ def test_the_kernel_compiles_for_all_architectures(qwen: DecoderPlan) -> None:
         said = list(pool.map(compiled, [constants(qwen, *case) for case in cases], [arch for arch, _ in cases]))
     for case, text in zip(cases, said, strict=True):
         stores, loads = map(int, re.findall(r"(\d+) bytes spill", text))
-        # Of a thread's 672 bytes of registers, once for each norm.
-        assert max(stores, loads) <= (128 if case[1] == 1 else 512), (case, text)
+        # For several tokens, in norms alone, a few of 672 bytes of registers.
+        assert max(stores, loads) <= (0 if case[1] == 1 else 512), (case, text)
 
 
 @needs_nvrtc
