@@ -48,7 +48,7 @@ constexpr int EPL = 8;                        // elements of a key that a lane t
 constexpr int LANES = HD / EPL;               // that share one key
 constexpr int LANES2 = LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32;
 constexpr int PLACES = 32 / LANES2;           // keys that a warp takes at once
-constexpr int KEYS = G <= 4 ? 4 : G <= 6 ? 3 : 2; // that a thread takes part in at once, as registers allow
+constexpr int KEYS = G <= 2 ? 4 : 2;       // that a thread takes part in at once, as registers allow
 constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
 constexpr int NORM_REGISTERS = 32;            // for the residual of the tokens that a norm takes at once
 static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % EPL == 0 && LANES <= 32 && ROTARY <= HD, "shapes");
