@@ -13,6 +13,7 @@ from lte.hf.activations import activation_name
 from lte.hf.install import require_sparse_ffns, sparse_ffns
 from lte.hf.loading import NO_KERNELS, method_settings
 from lte.hf.projections import is_plain_projection, projection_name
+from lte.hf.stepping import forget_engine
 from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
 from lte.nn.all_or_nothing import all_or_nothing, keep_data, on_failure
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn
@@ -96,6 +97,7 @@ def decelerate_(model: nn.Module) -> nn.Module:
     for ffn in accelerated:
         # What is kept for a failure would hold the copies.
         ffn.release_()
+    forget_engine(model)
     with all_or_nothing(model):
         keep_data(weight for ffn in accelerated for weight in _weights(ffn) if not weight.is_floating_point())
         for ffn in accelerated:

@@ -26,6 +26,30 @@ _T5 = FfnLayout(up="wi", gate=None, down="wo", activation="act", inner_dropout="
 
 
 @dataclass(frozen=True)
+class BlockLayout:
+    """Which submodules of a decoder's block do what around its FFN, by the family's names; see `lte.hf.decoder`.
+
+    Attributes:
+        queries_keys_values: of the attention: the three projections, or one that stacks them.
+        out: of the attention: its output projection.
+        norm1: of the block: the norm before attention.
+        norm2: the norm before the FFN.
+        post1, post2: the norms of what attention and the FFN add to the residual, if the family has them.
+        norm_plus_one: whether norms multiply by 1 + weight.
+        caps_scores: whether attention takes `config.attn_logit_softcapping`.
+    """
+
+    queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    norm1: str = "input_layernorm"
+    norm2: str = "post_attention_layernorm"
+    post1: str | None = None
+    post2: str | None = None
+    norm_plus_one: bool = False
+    caps_scores: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """What lte must know of one `model_type` of transformers.
 
@@ -41,6 +65,7 @@ class Family:
         separates_packed: whether `position_ids` that start anew keep attention within each document of a packed row.
         takes_neurons: whether the FFN class takes the number of neurons before the config.
         gated: the row for configs whose `is_gated_act` is true, for a family that has both kinds of FFN.
+        block: what whole decoding steps must know of the family's blocks; `None` if no engine has such steps.
     """
 
     model_type: str
@@ -54,6 +79,7 @@ class Family:
     separates_packed: bool = True
     takes_neurons: bool = False
     gated: Family | None = None
+    block: BlockLayout | None = None
 
     @property
     def sparse_model_type(self) -> str:
@@ -86,6 +112,16 @@ class Family:
     def new_ffn(self, config: Any, neurons: int) -> nn.Module:
         """A stock FFN with random weights."""
         return self.stock_class(self.ffn_class)(*((neurons,) if self.takes_neurons else ()), config)
+
+
+_LLAMA_BLOCK = BlockLayout()
+_PHI3_BLOCK = BlockLayout(queries_keys_values=("qkv_proj",))
+_GEMMA_BLOCK = BlockLayout(
+    norm2="pre_feedforward_layernorm",
+    post1="post_attention_layernorm",
+    post2="post_feedforward_layernorm",
+    norm_plus_one=True,
+)
 
 
 def _decoder(model_type: str, prefix: str, module: str | None = None, **row: Any) -> Family:
@@ -148,11 +184,16 @@ def _bert(model_type: str, prefix: str, *heads: str, **classes: str) -> Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        _decoder("llama", "Llama"),
-        _decoder("mistral", "Mistral"),
-        _decoder("qwen2", "Qwen2"),
-        _decoder("qwen3", "Qwen3"),
-        _decoder("gemma2", "Gemma2", activation_field="hidden_activation"),
+        _decoder("llama", "Llama", block=_LLAMA_BLOCK),
+        _decoder("mistral", "Mistral", block=_LLAMA_BLOCK),
+        _decoder("qwen2", "Qwen2", block=_LLAMA_BLOCK),
+        _decoder("qwen3", "Qwen3", block=_LLAMA_BLOCK),
+        _decoder(
+            "gemma2",
+            "Gemma2",
+            activation_field="hidden_activation",
+            block=replace(_GEMMA_BLOCK, caps_scores=True),
+        ),
         _decoder(
             "gemma3_text",
             "Gemma3",
@@ -160,8 +201,9 @@ FAMILIES: dict[str, Family] = {
             config_class="Gemma3TextConfig",
             activation_field="hidden_activation",
             models=_heads("Gemma3Text", "CausalLM", "SequenceClassification", CausalLM="Gemma3ForCausalLM"),
+            block=_GEMMA_BLOCK,
         ),
-        _decoder("phi3", "Phi3", layout=FUSED_GATED),
+        _decoder("phi3", "Phi3", layout=FUSED_GATED, block=_PHI3_BLOCK),
         _decoder(
             "phi",
             "Phi",

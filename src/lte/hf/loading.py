@@ -37,6 +37,7 @@ from lte.hf.checkpoints import reading, record_checksums, require_whole
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
 from lte.hf.install import sparse_ffns
+from lte.hf.stepping import SteppingMixin
 
 INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
 """What builds the modules of each method around a model's FFNs, by the method's name.
@@ -137,7 +138,7 @@ class LteConfigMixin:
         return out
 
 
-class LteModelMixin:
+class LteModelMixin(SteppingMixin):
     """What a family's model class gains: wrapped FFNs made from the config, checked loading, atomic saving."""
 
     stock_class: type[Any]

@@ -99,6 +99,11 @@ class LaidOutFfn(SparseFfn):
         return self._width
 
     @property
+    def routing(self) -> Routing:
+        """The router as the kernels read it, once `takes` has said that they do."""
+        return self._runner.routing
+
+    @property
     def _is_int8(self) -> bool:
         return self.acceleration.weights == "int8"
 

@@ -156,6 +156,7 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "SPLIT_KEYS": SPLIT_KEYS,
         "MAX_SHARE": -(-neurons // machine.blocks),
         "SHARED_BYTES": machine.shared_bytes,
+        "BLOCKS": machine.blocks,
     }
 
 
@@ -197,22 +198,24 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
     needed = _needed_bytes(macros(plan, batch, machine), dtype.itemsize)
     if needed > machine.shared_bytes:
         return f"a batch of {batch} needs {needed} bytes of shared memory, above {machine.shared_bytes}"
-    for name, tensor in _weights(plan, caches):
+    for name, tensor in _weights(plan):
         if tensor.device != device:
             return f"{name} lies on {tensor.device}, not on {device}"
         if tensor.dtype != dtype:
             return f"{name} is {tensor.dtype}, not {dtype}"
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             return f"{name} does not lie in one piece that begins at 16 bytes"
-    return None
+    found = {tensor.dtype for cache in caches for tensor in (cache.keys, cache.values)}
+    return None if found == {dtype} else f"the cache is {', '.join(map(str, found))}, not {dtype}"
 
 
 def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
     """Shared memory with the two stages that the kernel needs at least, a little more than it is."""
     warps, group = m["THREADS"] // 32, m["HQ"] // m["HKV"]
+    pitch = m["HD"] * itemsize + 16
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
-    sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + group * (m["HD"] + 2))
-    return inputs + sums + 4 * (group + 2) * m["HD"] + 3 * m["E"] + 2 * 16 * (1024 + 16) + 1024
+    sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + (group + 1) * m["HD"] + 18) + itemsize * warps * 8 * 24
+    return inputs + sums + (group + 32) * pitch + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
@@ -220,17 +223,15 @@ def _kind(layer: DecoderLayer) -> list[Any]:
     return [None if tensor is None else tensor.shape for tensor in tensors]
 
 
-def _weights(plan: DecoderPlan, caches: Sequence[LayerCache]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that the kernel reads as they are."""
+def _weights(plan: DecoderPlan) -> Iterator[tuple[str, Tensor]]:
+    """All that the kernel reads as they are."""
     for name in ("embedding", "final_norm", "head", "head_bias"):
         if getattr(plan, name) is not None:
             yield name, getattr(plan, name)
-    for i, (layer, cache) in enumerate(zip(plan.layers, caches, strict=True)):
+    for i, layer in enumerate(plan.layers):
         for name, value in vars(layer).items():
             if isinstance(value, Tensor) and not name.startswith("router"):
                 yield f"{name} of layer {i}", value
-        yield f"the cache of keys of layer {i}", cache.keys
-        yield f"the cache of values of layer {i}", cache.values
 
 
 class CudaEngine:
@@ -305,11 +306,11 @@ class CudaStep:
             "qkv": empty(batch, (m["HQ"] + 2 * m["HKV"]) * m["HD"]),
             "attended": empty(batch, m["HQ"] * m["HD"]),
             "delta": empty(batch, m["D"]),
-            "partial": empty(blocks, batch, m["D"]),
+            "sums": zeros(2, batch, m["D"], dtype=torch.int64),
             "splits": empty(batch * m["HKV"], blocks, m["HQ"] // m["HKV"], m["HD"] + 2),
             "masks": zeros(max(m["E"], 1)),
             "flags": zeros(blocks),
-            "counters": zeros(2),
+            "counters": zeros(3),
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),
         }
 
@@ -323,7 +324,14 @@ class CudaStep:
                 if values[name] is not None:
                     self._owned.append(getattr(layer, name).detach().to(dtype).contiguous())
                     values[name] = _pointer(self._owned[-1])
-            values |= {"keys": _pointer(cache.keys), "values": _pointer(cache.values)}
+            for name in ("keys", "values"):
+                tensor = getattr(cache, name)
+                if tensor.device != self.device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                    raise ValueError(
+                        f"{name} must lie in one piece on {self.device} and begin at 16 bytes, got {name} on "
+                        f"{tensor.device} with strides {tensor.stride()} at {tensor.data_ptr()}"
+                    )
+                values[name] = _pointer(tensor)
             _fill(to, values | {"slots": cache.keys.shape[2], "shift": cache.shift})
         self._owned.append(torch.frombuffer(bytearray(array), dtype=torch.uint8).to(self.device))
         return self._owned[-1]

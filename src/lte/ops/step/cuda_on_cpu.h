@@ -135,8 +135,9 @@ inline unsigned load_relaxed(const unsigned* p) { return *p; }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline void store_relaxed(unsigned* p, unsigned x) { *p = x; got_on(); }
 inline void store_release(unsigned* p, unsigned x) { *p = x; got_on(); }
-inline unsigned add_acq_rel(unsigned* p, unsigned x) { const unsigned y = *p; *p += x; got_on(); return y; }
-inline uint4 load16(const void* p) { uint4 x; std::memcpy(&x, p, 16); return x; }
+inline void add_release(unsigned* p, unsigned x) { *p += x; got_on(); }
+inline void add_relaxed(long long* p, long long x) { *p += x; }
+inline long long to_fixed(float x) { return std::llrint(x); }
 
 // A barrier of shared memory: complete when all have arrived and all bytes are there.
 struct Barrier { int count = 0, left = 0, bytes = 0; unsigned phase = 0; };
@@ -149,7 +150,8 @@ inline void publish_barriers() {}
 inline void arrive(Barrier& b) { b.left--; settle(b); }
 inline void expect(Barrier& b, int bytes) { b.bytes += bytes; b.left--; settle(b); }
 inline void wait(Barrier& b, unsigned parity) { while (b.phase == parity) yield(); }
-inline void bulk_copy(void* to, const void* from, int bytes, Barrier& b) {
+inline unsigned long long read_once() { return 0; }
+template <bool> inline void bulk_copy(void* to, const void* from, int bytes, Barrier& b, unsigned long long) {
   std::memset(to, 0xff, bytes);
   copies.push_back({{{to, from, bytes}}, &b, false});
 }

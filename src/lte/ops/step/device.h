@@ -65,6 +65,11 @@ DEVICE unsigned load_relaxed(const unsigned* p) {
   return x;
 }
 DEVICE unsigned load_fresh(const unsigned* p) { return load_relaxed(p); }
+DEVICE long long load_fresh(const long long* p) {
+  long long x;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
 DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned x;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -76,16 +81,13 @@ DEVICE void store_relaxed(unsigned* p, unsigned x) {
 DEVICE void store_release(unsigned* p, unsigned x) {
   asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
-DEVICE unsigned add_acq_rel(unsigned* p, unsigned x) {
-  unsigned y;
-  asm volatile("fence.acq_rel.gpu; atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(y) : "l"(p), "r"(x) : "memory");
-  return y;
+DEVICE void add_release(unsigned* p, unsigned x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
-DEVICE uint4 load16(const void* p) {
-  uint4 x;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
-  return x;
+DEVICE void add_relaxed(long long* p, long long x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
+DEVICE long long to_fixed(float x) { return __float2ll_rn(x); }
 
 // Barriers of shared memory, and copies into it that arrive at one.
 typedef unsigned long long Barrier;
@@ -115,11 +117,24 @@ DEVICE void expect(Barrier& b, int bytes) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(shared_address(&b)), "r"(bytes)
                : "memory");
 }
-DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(&b))
-               : "memory");
+// What is read once a step leaves the L2 cache first, so that all else stays there.
+DEVICE unsigned long long read_once() {
+  unsigned long long policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+template <bool KEEP> DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& b, unsigned long long once) {
+  if (KEEP)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(&b))
+                 : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(&b)), "l"(once)
+        : "memory");
 }
 #else
 DEVICE void publish_barriers() {}

@@ -4,24 +4,27 @@
 //
 //   1  x = norm(residual); queries, keys and values
 //   2  rotary embedding, new keys and values into the cache, attention: a block per sequence, head of keys and part of
-//      the cache
+//      the cache, the heads of queries that share the keys as the tokens of a product
 //   3  output product
 //   4  residual += output; x = norm(residual); which experts are on
-//   5  gate, up and down of an equal share of the neurons that any token needs
-//   6  the blocks' shares of the output are added up, each block a slice of the columns
+//   5  gate, up and down of an equal share of the neurons that any token needs; the blocks' shares of the output are
+//      added up in fixed point, where their order does not matter
 //
 // In a product each block takes an equal share of a matrix's rows, 16 at a time, and its warps share the columns.
 // Weights do not depend on activations, so one warp of each block, the producer, does nothing but fetch what its block
 // will read next, in the order of use, across phases and layers, through a ring of stages in shared memory. It runs
 // ahead as far as the ring is long, also while the block waits for others, and stops only before the neurons of a layer
-// whose routing is not known.
+// whose routing is not known. Keys and values of earlier tokens come the same way.
+//
+// A multiprocessor keeps little more than 100 kB of instructions at hand, and each layer runs through all of the code:
+// loops that are not rolled out where it does not pay are faster.
 //
 // Shapes, as macros that begin with LTE_: T sequences, D hidden size, HQ heads of queries, HKV of keys, HD their size, F neurons, E experts
-// (0: a dense model), S neurons of an expert, V vocabulary. P = gridDim.x blocks.
+// (0: a dense model), S neurons of an expert, V vocabulary, P blocks.
 
 constexpr int T = LTE_T, D = LTE_D, HQ = LTE_HQ, HKV = LTE_HKV, HD = LTE_HD, F = LTE_F, E = LTE_E, S = LTE_S, V = LTE_V;
 constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_THREADS;
-constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS;
+constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS, P = LTE_BLOCKS;
 constexpr bool GATED = LTE_GATED, NORM_PLUS_ONE = LTE_NORM_PLUS_ONE;
 
 #ifdef LTE_ON_CPU
@@ -44,24 +47,21 @@ constexpr int G = HQ / HKV;                   // heads of queries for each head 
 constexpr int PER_TILE = GATED ? 8 : 16;      // neurons in a tile of gate and up
 constexpr int XS = (D > OUT ? D : OUT) + 16 / SIZE;      // pitch of the inputs of a product
 constexpr int HS = (MAX_SHARE + 15) / 16 * 16 + 16 / SIZE;
-constexpr int EPL = 8;                        // elements of a key that a lane takes
-constexpr int LANES = HD / EPL;               // that share one key
-constexpr int LANES2 = LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32;
-constexpr int PLACES = 32 / LANES2;           // keys that a warp takes at once
-constexpr int KEYS = G <= 2 ? 4 : 2;       // that a thread takes part in at once, as registers allow
+constexpr int HEAD_BYTES = HD * SIZE, HEAD_PITCH = HEAD_BYTES + 16;   // of a key in a stage
+constexpr int QS = HD + 16 / SIZE, WS = 16 + 16 / SIZE;                // pitches of queries, and of the weights of keys
+constexpr int KEYS_THAT_FIT = ROWS * PITCH / HEAD_PITCH / 16 * 16;
+constexpr int MOST_KEYS = 16 * WARPS < 32 * FETCHERS ? 16 * WARPS : 32 * FETCHERS;
+// Of a stage: a tile of 16 for each warp and a key for each lane that fetches, at most.
+constexpr int KEYS = KEYS_THAT_FIT < MOST_KEYS ? KEYS_THAT_FIT : MOST_KEYS;
+constexpr int PARTS = P / (T * HKV) > 1 ? P / (T * HKV) : 1;          // of a cache, at most
+constexpr int UNITS = T * HKV * PARTS;
+constexpr int PER_THREAD = (E + THREADS - 1) / THREADS > 0 ? (E + THREADS - 1) / THREADS : 1;   // experts
+constexpr float FIXED = 1 << 30;                                      // sums in fixed point are in units of 1 / FIXED
 constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
 constexpr int NORM_REGISTERS = 32;            // for the residual of the tokens that a norm takes at once
-static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % EPL == 0 && LANES <= 32 && ROTARY <= HD, "shapes");
+static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % 16 == 0 && HD <= 256 && ROTARY <= HD, "shapes");
 static_assert(HQ % HKV == 0 && G <= 8 && T >= 1 && T <= 8 && (E == 0 || F == E * S) && E < 65536, "shapes");
 static_assert(THREADS % 32 == 0 && THREADS >= ROWS * T && ROWS % FETCHERS == 0, "threads");
-
-struct alignas(16) Numbers { elem x[EPL]; };
-DEVICE Numbers load_numbers(const elem* p) {
-  union { Numbers numbers; uint4 words[EPL * SIZE / 16]; } x;
-#pragma unroll
-  for (int i = 0; i < EPL * SIZE / 16; i++) x.words[i] = load16(p + i * 16 / SIZE);
-  return x.numbers;
-}
 
 struct Layer {
   const elem *norm1, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *out, *out_bias, *post1;
@@ -86,11 +86,11 @@ struct Args {
   float *qkv;                 // [T, NQKV]
   float *attended;            // [T, OUT]
   float *delta;               // [T, D] what half a layer adds to the residual
-  float *partial;             // [P, T, D]
+  long long *sums;            // [2, T, D] what FFNs add to the residual, in fixed point; two layers in turn
   float *splits;              // [T * HKV, P, G, HD + 2]
   u32 *masks;                 // [E]: the launch's tag, and a bit for each token that the expert is on for
-  u32 *flags;                 // [P] of the barrier, zero at first
-  u32 *counters;              // [2]: where the flags are, and launches; zero at first
+  u32 *flags;                 // [P] of the barriers of a few blocks, zero at first
+  u32 *counters;              // [3]: barriers, launches, and arrivals at barriers of all blocks; zero at first
   long long* trace;           // [P, TRACE]
   int num_layers, num_ropes;
   float eps, scaling, embedding_scale, attention_cap, logit_cap;
@@ -102,13 +102,16 @@ struct Working {
   alignas(16) elem h[T][HS];
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
   float sums[WARPS][T], halves[2][WARPS];
-  float q[G][HD];
-  float new_key[HD], new_value[HD];
-  float stats[WARPS][G][2];   // highest score, sum
+  Layer layers[2];            // this one and the next
+  alignas(16) elem q[G][QS];
+  alignas(16) elem weights[WARPS][8][WS];   // of keys, for each head of queries
+  alignas(16) char newest[2][16][HEAD_PITCH];   // the new token's key and value, as a tile of which one row counts
+  float turned[WARPS][HD];
+  float stats[2][WARPS][8];   // highest score, sum
   float values[WARPS][G][HD];
   unsigned short experts[E > 0 ? E : 1];
   unsigned char tokens[E > 0 ? E : 1];  // bits of the experts in the list
-  int counts[WARPS];
+  int counts[PER_THREAD][WARPS];
   int first, count;           // this block's share of the active neurons
   int position[T], start[T];
 };
@@ -138,8 +141,32 @@ DEVICE float warp_sum(float x) {
 }
 
 // A share of n things for this block.
-DEVICE int share_begin(int n) { return (int)((long long)n * blockIdx.x / gridDim.x); }
-DEVICE int share_end(int n) { return (int)((long long)n * (blockIdx.x + 1) / gridDim.x); }
+DEVICE int share_begin(int n) {
+  const int b = blockIdx.x, more = n % P;
+  return n / P * b + (b < more ? b : more);
+}
+DEVICE int share_end(int n) { return share_begin(n) + n / P + ((int)blockIdx.x < n % P); }
+
+// Keys [begin, end) of the cache of sequence t for one head of keys, and which of how many parts that is.
+struct Part { int t, head, split, splits, begin, end; };
+
+// False if there are fewer parts.
+DEVICE bool part_of(const Shared& s, const Layer& l, int unit, Part& p) {
+  p.t = unit % T, p.head = unit / T % HKV, p.split = unit / (T * HKV);
+  const int start = s.start[p.t], end = s.position[p.t] + 1;
+  const int low = l.window > 0 && end - l.window > start ? end - l.window : start, n = end - low;
+  int splits = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
+  if (splits > PARTS) splits = PARTS;
+  const int length = (n + splits - 1) / splits;
+  p.splits = (n + length - 1) / length;
+  p.begin = low + p.split * length;
+  p.end = p.begin + length < end ? p.begin + length : end;
+  return p.split < p.splits;
+}
+DEVICE int slot_of(const Layer& l, int position) {
+  const int at = position + l.shift;
+  return at < l.slots ? at : at % l.slots;
+}
 
 DEVICE int neuron_of(const Shared& s, int i) {
   const int rank = s.first + i;
@@ -148,35 +175,39 @@ DEVICE int neuron_of(const Shared& s, int i) {
 
 // A warp that fetches. Its first lanes have a row each.
 struct Producer {
-  static constexpr int EACH = ROWS / FETCHERS;
   const Args& a;
   Shared& s;
-  int row, stage = 0;   // row of a stage
+  int warp, lane, row, stage = 0;   // row of a stage
   u32 parity = 1;
-
-  DEVICE Producer(const Args& a, Shared& s) : a(a), s(s) {
-    const int lane = threadIdx.x % 32;
-    row = lane < EACH ? (threadIdx.x - THREADS) / 32 * EACH + lane : ROWS;
-  }
-
-  DEVICE void fetch(const elem* from, int rows, int columns) {
-    wait(s.empty[stage], parity);
-    const int bytes = columns * SIZE;
 #if LTE_BULK
-    if (row == 0) expect(s.full[stage], rows * bytes);
-    if (row < rows) bulk_copy(s.ring[stage] + row * PITCH, from, bytes, s.full[stage]);
+  const unsigned long long once = read_once();
+#endif
+
+  DEVICE Producer(const Args& a, Shared& s) : a(a), s(s), warp((threadIdx.x - THREADS) / 32), lane(threadIdx.x % 32) {
+    row = row_of<ROWS / FETCHERS>();
+  }
+  template <int EACH> DEVICE int row_of() const { return lane < EACH ? warp * EACH + lane : EACH * FETCHERS; }
+
+  // Rows of a stage, EACH for each warp; lanes below EACH know where theirs comes `from`.
+  template <int EACH, int TO_PITCH, bool KEEP> DEVICE void fetch(const elem* from, int rows, int bytes) {
+    wait(s.empty[stage], parity);
+#if LTE_BULK
+    const int mine = row_of<EACH>();
+    if (mine == 0) expect(s.full[stage], rows * bytes);
+    if (mine < rows) bulk_copy<KEEP>(s.ring[stage] + mine * TO_PITCH, from, bytes, s.full[stage], once);
 #else
     // All lanes share the warp's rows, 16 bytes at a time.
-    const int lane = threadIdx.x % 32, first = (threadIdx.x - THREADS) / 32 * EACH;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
+#pragma unroll 1
+    for (int i = 0; i < EACH && warp * EACH + i < rows; i++) {
       const char* line = shuffle((const char*)from, i);
-      if (first + i >= rows) continue;
-      for (int at = lane * 16; at < bytes; at += 32 * 16) copy16(s.ring[stage] + (first + i) * PITCH + at, line + at);
+      for (int at = lane * 16; at < bytes; at += 32 * 16) copy16(s.ring[stage] + (warp * EACH + i) * TO_PITCH + at, line + at);
     }
     arrive_when_copied(s.full[stage]);
 #endif
     if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+  DEVICE void fetch(const elem* from, int rows, int columns) {
+    fetch<ROWS / FETCHERS, PITCH, false>(from, rows, columns * SIZE);
   }
   DEVICE void tile(const elem* from, int rows, int columns) {
 #pragma unroll 1
@@ -198,12 +229,31 @@ struct Producer {
       tile(from, end - r < ROWS ? end - r : ROWS, D);
     }
   }
+  // Keys and values of the tokens before the new one, a stage of each in turn.
+  DEVICE void cache(const Layer& l) {
+    constexpr int EACH = (KEYS + FETCHERS - 1) / FETCHERS;
+    Part p;
+#pragma unroll 1
+    for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) {
+      const int position = s.position[p.t], end = p.end > position ? position : p.end;
+      const size_t base = (size_t)(p.t * HKV + p.head) * l.slots * HD;
+#pragma unroll 1
+      for (int from = p.begin; from < end; from += KEYS) {
+        const int n = end - from < KEYS ? end - from : KEYS, mine = row_of<EACH>();
+        const size_t at = base + (size_t)slot_of(l, from + (mine < n ? mine : 0)) * HD;
+        fetch<EACH, HEAD_PITCH, true>(l.keys + at, n, HEAD_BYTES);
+        fetch<EACH, HEAD_PITCH, true>(l.values + at, n, HEAD_BYTES);
+      }
+    }
+  }
   DEVICE void run() {
 #pragma unroll 1
     for (int i = 0; i < a.num_layers; i++) {
       const Layer& l = a.layers[i];
       queries_keys_values(l);
+      cache(l);
       matrix(l.out, D, OUT);
+      const elem *gate = l.gate, *up = l.up, *down = l.down;
       if (E > 0) {
         matrix(l.router, E, D);
         wait(s.routed, i & 1);
@@ -213,14 +263,14 @@ struct Producer {
       for (int j = 0; j < n; j += PER_TILE) {
         // Gate and up of eight neurons, or up of sixteen.
         const int left = n - j < PER_TILE ? n - j : PER_TILE, k = row % PER_TILE;
-        const elem* from = (GATED && row < PER_TILE ? l.gate : l.up) + (size_t)neuron_of(s, j + (k < left ? k : 0)) * D;
+        const elem* from = (GATED && row < PER_TILE ? gate : up) + (size_t)neuron_of(s, j + (k < left ? k : 0)) * D;
         tile(from, GATED ? ROWS : left, D);
       }
 #pragma unroll 1
       for (int c = 0; c < D; c += SLAB)
         for (int j = 0; j < n; j += ROWS) {
           const int left = n - j < ROWS ? n - j : ROWS;
-          fetch(l.down + (size_t)neuron_of(s, j + (row < left ? row : 0)) * D + c, left, D - c < SLAB ? D - c : SLAB);
+          fetch(down + (size_t)neuron_of(s, j + (row < left ? row : 0)) * D + c, left, D - c < SLAB ? D - c : SLAB);
         }
     }
     matrix(a.head, V, D);
@@ -244,23 +294,30 @@ struct Step {
 #endif
   }
 
-  // Waits until `n` blocks are here, `first` and each `apart` from the one before; this block is one of them.
+  // All blocks wait for each other: what a block wrote before, all read afterwards.
+  DEVICE void grid_sync() {
+    goal++;
+    team_sync();
+    if (tid == 0) {
+      delay(goal);
+      add_release(a.counters + 2, 1);
+      stamp();
+      for (u32 tries = 0; (int)(load_acquire(a.counters + 2) - goal * P) < 0;) spin(tries);
+      delay(~goal);
+    }
+    team_sync();
+    stamp();
+  }
+  // The same for `n` blocks, `first` and each `apart` from the one before; this block is one of them.
   DEVICE void sync(int first, int apart, int n) {
     team_sync();
     if (tid == 0) {
       delay(goal);
-      store_release(a.flags + blockIdx.x, goal);
+      store_release(a.flags + blockIdx.x, goal + 1);
     }
-    stamp();
     for (int p = tid; p < n; p += THREADS)
-      for (u32 tries = 0; (int)(load_acquire(a.flags + first + p * apart) - goal) < 0;) spin(tries);
-    if (tid == 0) delay(~goal);
+      for (u32 tries = 0; (int)(load_acquire(a.flags + first + p * apart) - goal - 1) < 0;) spin(tries);
     team_sync();
-    stamp();
-  }
-  DEVICE void grid_sync() {
-    goal++;
-    sync(0, 1, gridDim.x);
   }
 
   // Sums over the block.
@@ -289,8 +346,9 @@ struct Step {
     return x;
   }
 
-  // residual = before + delta, before + norm(delta), or the token's embedding; then s.xs = norm(residual).
-  DEVICE void add_and_norm(const float* before, const elem* post, float* after, const elem* weight) {
+  // residual = before + addend, before + norm(addend), or the token's embedding; then s.xs = norm(residual). The addend is
+  // `delta`, or `sums` in fixed point.
+  DEVICE void add_and_norm(const float* before, const long long* sums_of_ffn, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D + THREADS - 1) / THREADS;
     constexpr int AT_ONCE = N * T <= NORM_REGISTERS ? T : N * 2 <= NORM_REGISTERS ? NORM_REGISTERS / N : 1;   // tokens
     float w[N];
@@ -311,7 +369,10 @@ struct Step {
           if (t >= T || c >= D) continue;
           if (before == nullptr)
             x[k][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
-          else x[k][i] = load_fresh(a.delta + t * D + c), old[i] = load_fresh(before + t * D + c);
+          else {
+            x[k][i] = sums_of_ffn == nullptr ? load_fresh(a.delta + t * D + c) : load_fresh(sums_of_ffn + t * D + c) * (1 / FIXED);
+            old[i] = load_fresh(before + t * D + c);
+          }
         }
         if (post != nullptr && before != nullptr) {
           float squares = 0;
@@ -335,7 +396,7 @@ struct Step {
           const int c = i * THREADS + tid;
           if (t >= T || c >= D) continue;
           // The other buffer: others still read this one.
-          if (after != nullptr && (int)(c % gridDim.x) == (int)blockIdx.x) after[t * D + c] = x[k][i];
+          if (after != nullptr && c % P == (int)blockIdx.x) after[t * D + c] = x[k][i];
           s.xs[t][c] = from_float(x[k][i] * r * w[i]);
         }
       }
@@ -377,209 +438,174 @@ struct Step {
     return sum;
   }
 
-  // The product of s.xs with this block's share of a matrix's rows: emit(row, token, sum).
-  template <class Emit>
-  DEVICE void matrix(int n, int columns, Emit emit) {
-    const int end = share_end(n);
+  // The product of s.xs with this block's share of a matrix's rows: emit(row, token, sum + bias(row)).
+  template <class Bias, class Emit>
+  DEVICE void matrix(int n, int columns, Bias bias, Emit emit) {
+    const int end = share_end(n), row = tid / T, t = tid % T;
 #pragma unroll 1
     for (int r = share_begin(n); r < end; r += ROWS) {
+      const bool mine = row < ROWS && r + row < end;
+      const float b = mine ? bias(r + row) : 0;
       Tile sum;
       tile_dot(&s.xs[0][0], XS, columns, sum);
       share_tile(sum);
-      const int row = tid / T, t = tid % T;
-      if (row < ROWS && r + row < end) emit(r + row, t, total(row, t));
+      if (mine) emit(r + row, t, total(row, t) + b);
     }
   }
 
-  // A head of queries or keys of the new token into `to`, by one warp: its norm, if there is one, and its rotation.
-  DEVICE void rotate(const float* from, const elem* norm, const float* turn, float scale, float* to) {
+  // A head of queries, keys or values of the new token into `to`, by one warp: its norm and its rotation, if there are.
+  DEVICE void turn_head(const float* from, const elem* norm, const float* turn, elem* to) {
     constexpr int N = (HD + 31) / 32;
-    float x[N], squares = 0;
+    float x[N], cosine[N], sine[N], squares = 0, *staged = s.turned[warp];
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const int d = i * 32 + lane;
+      const bool turns = turn != nullptr && d < ROTARY;
       x[i] = d < HD ? load_fresh(from + d) : 0;
-      squares += x[i] * x[i];
-    }
-    if (norm != nullptr) {
-      const float r = rsqrt_(warp_sum(squares) / HD + a.eps);
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int d = i * 32 + lane;
-        if (d < HD) x[i] *= r * norm_weight(norm[d]);
-      }
+      cosine[i] = turns ? load_fresh(turn + d % HALF) : 1;
+      sine[i] = turns ? load_fresh(turn + HALF + d % HALF) : 0;
     }
 #pragma unroll
-    for (int i = 0; i < N; i++)
-      if (i * 32 + lane < HD) to[i * 32 + lane] = x[i];
+    for (int i = 0; i < N; i++) squares += x[i] * x[i];
+    const float r = norm == nullptr ? 1 : rsqrt_(warp_sum(squares) / HD + a.eps);
     warp_sync();
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const int d = i * 32 + lane;
-      if (d < ROTARY) {
-        const float other = d < HALF ? -to[d + HALF] : to[d - HALF];
-        x[i] = x[i] * load_fresh(turn + d % HALF) + other * load_fresh(turn + HALF + d % HALF);
-      }
-      x[i] *= scale;
+      if (norm != nullptr && d < HD) x[i] *= r * norm_weight(norm[d]);
+      if (d < HD) staged[d] = x[i];
     }
     warp_sync();
 #pragma unroll
-    for (int i = 0; i < N; i++)
-      if (i * 32 + lane < HD) to[i * 32 + lane] = x[i];
-  }
-
-  DEVICE static int slot_of(const Layer& l, int position) {
-    const int at = position + l.shift;
-    return at < l.slots ? at : at % l.slots;
+    for (int i = 0; i < N; i++) {
+      const int d = i * 32 + lane;
+      const float other = d >= ROTARY ? 0 : d < HALF ? -staged[d + HALF] : staged[d - HALF];
+      if (d < HD) to[d] = from_float(x[i] * cosine[i] + other * sine[i]);
+    }
   }
 
   DEVICE void attention(const Layer& l) {
-    // More than one only where each block has one unit at most, so that blocks can wait for each other.
-    const int parts = gridDim.x / (T * HKV) > 1 ? gridDim.x / (T * HKV) : 1;
-    goal++;
+    Part p;
 #pragma unroll 1
-    for (int unit = blockIdx.x; unit < T * HKV * parts; unit += gridDim.x) {
-      const int t = unit % T, head = unit / T % HKV, split = unit / (T * HKV);
-      const int start = s.start[t], end = s.position[t] + 1;
-      const int low = l.window > 0 && end - l.window > start ? end - l.window : start, n = end - low;
-      int splits = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
-      if (splits > parts) splits = parts;
-      const int length = (n + splits - 1) / splits;
-      splits = (n + length - 1) / length;
-      if (split >= splits) continue;
-      const int begin = low + split * length;
-      attend(l, t, head, split, splits, begin, begin + length < end ? begin + length : end, end - 1);
-    }
+    for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) attend(l, p);
   }
 
-  DEVICE void attend(const Layer& l, int t, int head, int split, int splits, int begin, int end, int position) {
-    const float *turn = a.turns + (l.rope * T + t) * 2 * HALF, *qkv = a.qkv + t * NQKV;
-    const bool newest = end == position + 1;
-    const size_t base = (size_t)(t * HKV + head) * l.slots * HD;
+  // What a warp knows of the heads lane % 4 * 2 and + 1 of queries: the highest score, the sum of weights in this lane,
+  // and the values so far.
+  struct Attended { float top[2], sum[2]; Columns<HD> values; };
+
+  DEVICE void attend(const Layer& l, const Part& p) {
+    const float *turn = ROTARY > 0 ? a.turns + (l.rope * T + p.t) * 2 * HALF : nullptr, *qkv = a.qkv + p.t * NQKV;
+    const int position = s.position[p.t], end = p.end > position ? position : p.end;
+    const bool newest = p.end == position + 1;
 #pragma unroll 1
-    for (int g = warp; g < G + 2; g += WARPS) {
-      if (g < G) rotate(qkv + (head * G + g) * HD, l.q_norm, turn, a.scaling, s.q[g]);
-      else if (g == G && newest) rotate(qkv + OUT + head * HD, l.k_norm, turn, 1, s.new_key);
-      else if (newest)
-        for (int d = lane; d < HD; d += 32) s.new_value[d] = load_fresh(qkv + OUT + (HKV + head) * HD + d);
-    }
+    for (int g = warp; g < G + 2; g += WARPS)
+      if (g < G || newest) {
+        const bool query = g < G, value = g == G + 1;
+        const float* from = qkv + (query ? p.head * G + g : HQ + (value ? HKV : 0) + p.head) * HD;
+        turn_head(from, query ? l.q_norm : value ? nullptr : l.k_norm, value ? nullptr : turn,
+                  query ? s.q[g] : (elem*)s.newest[value][0]);
+      }
     team_sync();
     if (newest)
-      for (int d = tid; d < HD; d += THREADS) {
-        const elem k = from_float(s.new_key[d]), v = from_float(s.new_value[d]);
-        l.keys[base + (size_t)slot_of(l, position) * HD + d] = k;
-        l.values[base + (size_t)slot_of(l, position) * HD + d] = v;
+      for (int i = tid; i < 2 * HD; i += THREADS) {
+        const int d = i % HD;
+        elem* to = i < HD ? l.keys : l.values;
+        to[((size_t)(p.t * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d] = ((const elem*)s.newest[i / HD][0])[d];
       }
 
-    // Each group of LANES2 lanes has keys of its own, and its own sums.
-    const int part = lane % LANES2, place = warp * PLACES + lane / LANES2;
-    const bool mine = part < LANES;
-    float top[G], sum[G], acc[G][EPL];
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-      top[g] = -INFINITY_, sum[g] = 0;
-#pragma unroll
-      for (int i = 0; i < EPL; i++) acc[g][i] = 0;
-    }
+    Attended x;
+    x.top[0] = x.top[1] = -INFINITY_, x.sum[0] = x.sum[1] = 0;
+    clear(x.values);
+    // The tiles of a stage go to the warps in turn, and the new token is a tile of its own.
+    const int stages = (end - p.begin + KEYS - 1) / KEYS;
+    int first = 0;
 #pragma unroll 1
-    for (int from = begin; from < end; from += WARPS * PLACES * KEYS) {
-      Numbers keys[KEYS], values[KEYS];
-#pragma unroll
-      for (int u = 0; u < KEYS; u++) {
-        const int j = from + u * WARPS * PLACES + place;
-        keys[u] = values[u] = {};
-        if (mine && j < end && j != position) {
-          const size_t at = base + (size_t)slot_of(l, j) * HD + part * EPL;
-          keys[u] = load_numbers(l.keys + at);
-          values[u] = load_numbers(l.values + at);
-        }
-        if (mine && j < end && j == position) {
-          // As the cache will hold them.
-#pragma unroll
-          for (int i = 0; i < EPL; i++) {
-            keys[u].x[i] = from_float(s.new_key[part * EPL + i]);
-            values[u].x[i] = from_float(s.new_value[part * EPL + i]);
-          }
-        }
-      }
-#pragma unroll
-      for (int g = 0; g < G; g++) {
-        float scores[KEYS], highest = top[g];
-#pragma unroll
-        for (int u = 0; u < KEYS; u++) {
-          scores[u] = 0;
-          if (mine)
-#pragma unroll
-            for (int i = 0; i < EPL; i++)
-              scores[u] = fma_(to_float(keys[u].x[i]), s.q[g][part * EPL + i], scores[u]);
-          for (int o = LANES2 / 2; o; o >>= 1) scores[u] += shuffle_xor(scores[u], o);
-          if (a.attention_cap > 0) scores[u] = a.attention_cap * tanh_(scores[u] / a.attention_cap);
-          if (from + u * WARPS * PLACES + place >= end) scores[u] = -INFINITY_;
-          highest = scores[u] > highest ? scores[u] : highest;
-        }
-        if (highest == -INFINITY_) continue;
-        const float factor = exp_(top[g] - highest);
-        top[g] = highest;
-        sum[g] *= factor;
-#pragma unroll
-        for (int i = 0; i < EPL; i++) acc[g][i] *= factor;
-#pragma unroll
-        for (int u = 0; u < KEYS; u++) {
-          const float p = exp_(scores[u] - highest);
-          sum[g] += p;
-#pragma unroll
-          for (int i = 0; i < EPL; i++) acc[g][i] = fma_(p, to_float(values[u].x[i]), acc[g][i]);
-        }
-      }
+    for (int k = 0; k < stages + newest; k++) {
+      const bool fetched = k < stages;
+      const int left = end - p.begin - k * KEYS, n = !fetched ? 1 : left < KEYS ? left : KEYS;
+      const int at = (warp + WARPS - first) % WARPS * 16, mine = n - at < 16 ? n - at : 16;
+      const char* keys = fetched ? next_stage() : s.newest[0][0];
+      if (mine > 0) weigh(keys + at * HEAD_PITCH, mine, x);
+      if (fetched) release();
+      const char* values = fetched ? next_stage() : s.newest[1][0];
+      if (mine > 0) columns_product<HD, HEAD_PITCH, 8>(x.values, values + at * HEAD_PITCH, s.weights[warp][0], WS, mine);
+      if (fetched) release();
+      first = (first + (n + 15) / 16) % WARPS;
     }
-    // Over the groups of a warp, then over the warps.
 #pragma unroll
-    for (int g = 0; g < G; g++) {
-      float highest = top[g];
-      for (int o = LANES2; o < 32; o <<= 1) {
-        const float other = shuffle_xor(highest, o);
-        highest = other > highest ? other : highest;
-      }
-      const float factor = highest == -INFINITY_ ? 0 : exp_(top[g] - highest);
-      sum[g] *= factor;
-      for (int o = LANES2; o < 32; o <<= 1) sum[g] += shuffle_xor(sum[g], o);
-#pragma unroll
-      for (int i = 0; i < EPL; i++) {
-        acc[g][i] *= factor;
-        for (int o = LANES2; o < 32; o <<= 1) acc[g][i] += shuffle_xor(acc[g][i], o);
-        if (lane < LANES) s.values[warp][g][lane * EPL + i] = acc[g][i];
-      }
-      if (lane == 0) s.stats[warp][g][0] = highest, s.stats[warp][g][1] = sum[g];
+    for (int h = 0; h < 2; h++) {
+      for (int o = 4; o < 32; o <<= 1) x.sum[h] += shuffle_xor(x.sum[h], o);
+      if (lane < 4) s.stats[0][warp][lane * 2 + h] = x.top[h], s.stats[1][warp][lane * 2 + h] = x.sum[h];
     }
+    each_column<HD, G>(x.values, HD, [&](int d, int g, float y) { s.values[warp][g][d] = y; });
     team_sync();
 #pragma unroll 1
     for (int i = tid; i < G * HD; i += THREADS) {
       const int g = i / HD, d = i % HD;
       float highest = -INFINITY_, weight = 0, value = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) highest = s.stats[w][g][0] > highest ? s.stats[w][g][0] : highest;
+      for (int w = 0; w < WARPS; w++) highest = s.stats[0][w][g] > highest ? s.stats[0][w][g] : highest;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
-        const float factor = exp_(s.stats[w][g][0] - highest);
-        weight += factor * s.stats[w][g][1];
+        const float factor = exp_(s.stats[0][w][g] - highest);
+        weight += factor * s.stats[1][w][g];
         value += factor * s.values[w][g][d];
       }
-      if (splits == 1) a.attended[t * OUT + head * G * HD + i] = value / weight;
+      if (p.splits == 1) a.attended[p.t * OUT + p.head * G * HD + i] = value / weight;
       else {
-        float* to = split_of(t * HKV + head, split, g);
+        float* to = split_of(p.t * HKV + p.head, p.split, g);
         to[d] = value;
         if (d == 0) to[HD] = highest, to[HD + 1] = weight;
       }
     }
+    // Another unit, or nothing, but the other blocks' parts of this head.
     team_sync();
-    if (splits > 1) {
-      sync(t + T * head, T * HKV, splits);
-      combine(t, head, split, splits);
+    if (p.splits > 1) {
+      sync(p.t + T * p.head, T * HKV, p.splits);
+      combine(p.t, p.head, p.split, p.splits);
     }
   }
 
+  // The weights of a tile of keys of which n count, for all heads: s.weights, and what was there before is scaled.
+  DEVICE void weigh(const char* keys, int n, Attended& x) {
+    Tile scores;
+    clear(scores);
+    tile_product<HD, HEAD_PITCH, G>(scores, keys, s.q[0], QS, HD);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float& y = scores.c[i];
+      y *= a.scaling;
+      if (a.attention_cap > 0) y = a.attention_cap * tanh_(y / a.attention_cap);
+      if (lane / 4 + i / 2 * 8 >= n) y = -INFINITY_;
+    }
+    float factor[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float highest = scores.c[h] > scores.c[2 + h] ? scores.c[h] : scores.c[2 + h];
+      for (int o = 4; o < 32; o <<= 1) {
+        const float other = shuffle_xor(highest, o);
+        highest = other > highest ? other : highest;
+      }
+      highest = x.top[h] > highest ? x.top[h] : highest;
+      factor[h] = exp_(x.top[h] - highest);
+      x.top[h] = highest, x.sum[h] *= factor[h];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float weight = exp_(scores.c[i] - x.top[i % 2]);
+      x.sum[i % 2] += weight;
+      s.weights[warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = from_float(weight);
+    }
+#pragma unroll
+    for (int k = 0; k < (HD + 15) / 16; k++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) x.values.c[k][i] *= factor[i % 2];
+    warp_sync();
+  }
+
   DEVICE float* split_of(int unit, int split, int g) const {
-    return a.splits + (((size_t)unit * gridDim.x + split) * G + g) * (HD + 2);
+    return a.splits + (((size_t)unit * P + split) * G + g) * (HD + 2);
   }
 
   // Adds up all parts of a head's attention, each block for its share of the numbers, some lanes for each number.
@@ -623,55 +649,67 @@ struct Step {
   }
 
   DEVICE void output(const Layer& l) {
+#pragma unroll 6
     for (int i = tid; i < T * OUT; i += THREADS) s.xs[i / OUT][i % OUT] = from_float(load_fresh(a.attended + i));
     team_sync();
-    matrix(D, OUT, [&](int r, int t, float sum) {
-      a.delta[t * D + r] = sum + (l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]));
-    });
+    matrix(D, OUT, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
+           [&](int r, int t, float sum) { a.delta[t * D + r] = sum; });
   }
 
   // Publishes which experts are on, finds this block's share of their neurons, and lets the producer go on.
   DEVICE void route(const Layer& l, int layer) {
     if (E == 0) return;
     const u32 mark = (tag * a.num_layers + layer) << 8;
+    // Rounded as every other path rounds it, so that all decide alike.
     const int end = share_end(E);
 #pragma unroll 1
     for (int r = share_begin(E); r < end; r += ROWS) {
+      const bool mine = tid < ROWS && r + tid < end;
+      const float bias = mine && l.router_bias != nullptr ? l.router_bias[r + tid] : 0;
       Tile sum;
       tile_dot(&s.xs[0][0], XS, D, sum);
       share_tile(sum);
-      if (tid < ROWS && r + tid < end) {
+      if (mine) {
         u32 on = 0;
-        const float bias = l.router_bias == nullptr ? 0 : l.router_bias[r + tid];
-        // Rounded as every other path rounds it, so that all decide alike.
         for (int t = 0; t < T; t++) on |= (u32)(to_float(from_float(total(tid, t))) + bias > l.threshold) << t;
         store_relaxed(a.masks + r + tid, mark | on);
       }
     }
     // In ascending order: a prefix sum over the masks, each of which arrives in its own time.
-    int active = 0;
-#pragma unroll 1
-    for (int e0 = 0; e0 < E; e0 += THREADS) {
-      const int e = e0 + tid;
-      u32 word = mark;
-      if (e < E)
-        for (u32 tries = 0; ((word = load_relaxed(a.masks + e)) & ~255u) != mark;) spin(tries);
-      const bool on = (word & 255) != 0;
-      const u32 votes = vote(on);
-      if (lane == 0) s.counts[warp] = popcount(votes);
-      team_sync();
-      int before = active;
-      for (int w = 0; w < WARPS; w++) {
-        if (w < warp) before += s.counts[w];
-        active += s.counts[w];
+    u32 words[PER_THREAD], votes[PER_THREAD];
+    bool all = false;
+    for (u32 tries = 0; !all; spin(tries)) {
+      all = true;
+#pragma unroll
+      for (int k = 0; k < PER_THREAD; k++) {
+        const int e = k * THREADS + tid;
+        words[k] = e < E ? load_relaxed(a.masks + e) : mark;
+        all &= (words[k] & ~255u) == mark;
       }
-      if (on) {
-        const int i = before + popcount(votes & ((1u << lane) - 1));
-        s.experts[i] = (unsigned short)e;
-        s.tokens[i] = (unsigned char)word;
-      }
-      team_sync();
     }
+    warp_sync();
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+      votes[k] = vote((words[k] & 255) != 0);
+      if (lane == 0) s.counts[k][warp] = popcount(votes[k]);
+    }
+    team_sync();
+    int active = 0;
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+      int before = active;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        if (w < warp) before += s.counts[k][w];
+        active += s.counts[k][w];
+      }
+      if (words[k] & 255) {
+        const int i = before + popcount(votes[k] & ((1u << lane) - 1));
+        s.experts[i] = (unsigned short)(k * THREADS + tid);
+        s.tokens[i] = (unsigned char)words[k];
+      }
+    }
+    team_sync();
     if (tid == 0) {
       s.first = share_begin(active * S);
       s.count = share_end(active * S) - s.first;
@@ -680,7 +718,7 @@ struct Step {
     team_sync();
   }
 
-  DEVICE void neurons(const Layer& l) {
+  DEVICE void neurons(const Layer& l, int layer) {
     const int n = s.count, padded = (n + 15) / 16 * 16;
     for (int i = tid; i < T * (padded - n); i += THREADS) s.h[i % T][n + i / T] = from_float(0);
 #pragma unroll 1
@@ -706,7 +744,7 @@ struct Step {
       }
     }
     team_sync();
-    float* to = a.partial + (size_t)blockIdx.x * T * D;
+    long long* to = a.sums + (size_t)(layer & 1) * T * D;
 #pragma unroll 1
     for (int c = 0; c < D; c += SLAB) {
       Columns<SLICE> sum;
@@ -718,38 +756,29 @@ struct Step {
         if (mine) columns_product<SLICE, PITCH>(sum, weights + warp * SLICE * SIZE, &s.h[0][j], HS, n - j);
         release();
       }
-      if (mine) store_columns<SLICE, T>(sum, to + c + warp * SLICE, D, D - c - warp * SLICE);
+      if (mine)
+        each_column<SLICE, T>(sum, D - c - warp * SLICE, [&](int column, int t, float y) {
+          const int i = c + warp * SLICE + column;
+          if (blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
+          add_relaxed(to + t * D + i, to_fixed(y * FIXED));
+        });
     }
   }
 
-  // delta for this block's columns, 32 at a time.
-  DEVICE void add_partials(const Layer& l) {
-    float* red = &s.red[0][0][0][0];
-    const int end = share_end(D);
-    int half = 0;
-#pragma unroll 1
-    for (int c0 = share_begin(D); c0 < end; c0 += 32)
-#pragma unroll 1
-      for (int t = 0; t < T; t++) {
-        const int c = c0 + lane;
-        float sum = 0;
-        if (c < end)
-#pragma unroll 9
-          for (int p = warp; p < (int)gridDim.x; p += WARPS) sum += load_fresh(a.partial + ((size_t)p * T + t) * D + c);
-        half ^= 1;
-        red[(half * WARPS + warp) * 32 + lane] = sum;
-        team_sync();
-        if (warp == 0 && c < end) {
-          float all = l.down_bias == nullptr ? 0 : to_float(l.down_bias[c]);
-          for (int w = 0; w < WARPS; w++) all += red[(half * WARPS + w) * 32 + lane];
-          a.delta[t * D + c] = all;
-        }
-      }
+  DEVICE void clear_sums(int layer) {
+    long long* to = a.sums + (size_t)(layer & 1) * T * D;
+    const int end = share_end(T * D);
+    for (int i = share_begin(T * D) + tid; i < end; i += THREADS) to[i] = 0;
+  }
+  DEVICE void fetch_layer(int layer) {
+    constexpr int WORDS = sizeof(Layer) / 4;
+    static_assert(WORDS <= 64 && WORDS <= THREADS, "a layer's arguments");
+    if (layer < a.num_layers && tid < WORDS) ((u32*)&s.layers[layer & 1])[tid] = ((const u32*)(a.layers + layer))[tid];
   }
 
   // The new tokens' angles, for the attention of all layers.
   DEVICE void turn() {
-    for (int i = blockIdx.x * THREADS + tid; i < a.num_ropes * T * HALF; i += gridDim.x * THREADS) {
+    for (int i = blockIdx.x * THREADS + tid; i < a.num_ropes * T * HALF; i += P * THREADS) {
       const int t = i / HALF % T;
       const float* rope = a.ropes + i / (T * HALF) * (1 + HALF);
       const float angle = (s.position[t] - s.start[t]) * rope[1 + i % HALF];
@@ -761,40 +790,50 @@ struct Step {
 
   DEVICE void run() {
     turn();
+    fetch_layer(0);
+    clear_sums(0);
+    clear_sums(1);
+    team_sync();
     int at = 1;  // which half of the residual is the newest
     float* halves[2] = {a.residual, a.residual + T * D};
     stamp();
+    // The first half of each layer is attention, the second the FFN; the last norm has neither.
 #pragma unroll 1
-    for (int i = 0; i < a.num_layers; i++) {
-      const Layer& l = a.layers[i];
-      add_and_norm(i > 0 ? halves[at] : nullptr, i > 0 ? a.layers[i - 1].post2 : nullptr, halves[1 - at], l.norm1);
+    for (int half = 0;; half++) {
+      const int i = half / 2;
+      const bool ffn = half % 2 != 0, last = i == a.num_layers;
+      const Layer &l = s.layers[i & 1], &before = s.layers[(i & 1) ^ 1];
+      add_and_norm(half > 0 ? halves[at] : nullptr, ffn ? nullptr : a.sums + (size_t)((i & 1) ^ 1) * T * D,
+                   ffn ? l.post1 : half > 0 ? before.post2 : nullptr, last ? nullptr : halves[1 - at],
+                   last ? a.final_norm : ffn ? l.norm2 : l.norm1);
       at = 1 - at;
       stamp();
-      matrix(NQKV, D, [&](int r, int t, float sum) {
-        const elem* bias = r < OUT ? l.q_bias : r < OUT + HKV * HD ? l.k_bias : l.v_bias;
-        const int i = r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD;
-        a.qkv[t * NQKV + r] = sum + (bias == nullptr ? 0 : to_float(bias[i]));
-      });
-      grid_sync();
-      attention(l);
-      grid_sync();
-      output(l);
-      grid_sync();
-      add_and_norm(halves[at], l.post1, halves[1 - at], l.norm2);
-      at = 1 - at;
-      stamp();
-      route(l, i);
-      stamp();
-      neurons(l);
-      grid_sync();
-      add_partials(l);
+      if (last) break;
+      if (ffn) {
+        route(l, i);
+        stamp();
+        neurons(l, i);
+      } else {
+        matrix(NQKV, D,
+               [&](int r) {
+                 const elem* bias = r < OUT ? l.q_bias : r < OUT + HKV * HD ? l.k_bias : l.v_bias;
+                 return bias == nullptr ? 0 : to_float(bias[r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD]);
+               },
+               [&](int r, int t, float sum) { a.qkv[t * NQKV + r] = sum; });
+        grid_sync();
+        attention(l);
+        // All have read what the last layer added.
+        if (i > 0) clear_sums(i - 1);
+        grid_sync();
+        output(l);
+        fetch_layer(i + 1);
+      }
       grid_sync();
     }
-    add_and_norm(halves[at], a.layers[a.num_layers - 1].post2, nullptr, a.final_norm);
-    matrix(V, D, [&](int r, int t, float sum) {
-      const float y = sum + (a.head_bias == nullptr ? 0 : to_float(a.head_bias[r]));
-      a.logits[(size_t)t * V + r] = a.logit_cap > 0 ? a.logit_cap * tanh_(y / a.logit_cap) : y;
-    });
+    matrix(V, D, [&](int r) { return a.head_bias == nullptr ? 0 : to_float(a.head_bias[r]); },
+           [&](int r, int t, float y) {
+             a.logits[(size_t)t * V + r] = a.logit_cap > 0 ? a.logit_cap * tanh_(y / a.logit_cap) : y;
+           });
     stamp();
     if (blockIdx.x == 0 && tid == 0) {
       store_relaxed(a.counters, goal);

@@ -23,35 +23,37 @@ template <int TOKENS, int PITCH> DEVICE void store_tile(const Tile& tile, float*
   }
 }
 
-template <int WIDTH, int TOKENS> DEVICE void store_columns(const Columns<WIDTH>& columns, float* to, int pitch, int width) {
+// Calls emit(column, token, sum) for the `width` columns that count.
+template <int WIDTH, int TOKENS, class Emit> DEVICE void each_column(const Columns<WIDTH>& columns, int width, Emit emit) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < (WIDTH + 15) / 16; k++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int column = k * 16 + lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
-      if (token < TOKENS && column < width) to[(size_t)token * pitch + column] = columns.c[k][i];
+      if (token < TOKENS && column < WIDTH && column < width) emit(column, token, columns.c[k][i]);
     }
 }
 
 #if LTE_ELEM != 32
-DEVICE const elem* token_row(const elem* inputs, int pitch) {
+template <int TOKENS> DEVICE const elem* token_row(const elem* inputs, int pitch) {
   const int lane = threadIdx.x % 32, token = lane % 8;
-  return inputs + (token < T ? token : 0) * pitch + lane / 8 * 8;
+  return inputs + (token < TOKENS ? token : 0) * pitch + lane / 8 * 8;
 }
 
 // tile += rows [16, WIDTH] at `weights` times inputs [T, WIDTH], of which `width` columns count, a multiple of 32.
-template <int WIDTH, int PITCH>
+template <int WIDTH, int PITCH, int TOKENS = T>
 DEVICE void tile_product(Tile& tile, const char* weights, const elem* inputs, int pitch, int width) {
-  static_assert(WIDTH % 32 == 0, "two products of 16 columns share a load of the inputs");
+  // Two products of 16 columns share a load of the inputs.
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < WIDTH; k += 32) {
     if (k >= width) break;
     unsigned b[4], a[4];
-    load_matrices(b, token_row(inputs + k, pitch));
+    load_matrices(b, token_row<TOKENS>(inputs + k, pitch));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+      if (k + half * 16 >= WIDTH) break;
       load_matrices(a, weights + lane % 16 * PITCH + (k + half * 16 + lane / 16 * 8) * sizeof(elem));
       multiply(tile.c, a, b[2 * half], b[2 * half + 1]);
     }
@@ -59,12 +61,12 @@ DEVICE void tile_product(Tile& tile, const char* weights, const elem* inputs, in
 }
 
 // columns += transposed rows [16, WIDTH] at `weights`, of which `rows` count, times inputs [T, 16].
-template <int WIDTH, int PITCH>
+template <int WIDTH, int PITCH, int TOKENS = T>
 DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const elem* inputs, int pitch, int rows) {
   const int lane = threadIdx.x % 32;
   unsigned b[4];
   // The lanes from 16 on ask for what is not used.
-  load_matrices(b, token_row(inputs, pitch) - lane / 16 * 16);
+  load_matrices(b, token_row<TOKENS>(inputs, pitch) - lane / 16 * 16);
   // Rows that were not fetched hold anything, NaN too.
   unsigned keep[2];
 #pragma unroll
@@ -84,17 +86,17 @@ DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const 
 }
 #else
 // The same in fp32 without tensor cores, for checks: each lane computes its own elements.
-template <int WIDTH, int PITCH>
+template <int WIDTH, int PITCH, int TOKENS = T>
 DEVICE void tile_product(Tile& tile, const char* weights, const elem* inputs, int pitch, int width) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
-    const float *w = (const float*)(weights + row * PITCH), *x = inputs + (token < T ? token : 0) * pitch;
+    const float *w = (const float*)(weights + row * PITCH), *x = inputs + (token < TOKENS ? token : 0) * pitch;
     for (int k = 0; k < WIDTH && k < width; k++) tile.c[i] = fma_(w[k], x[k], tile.c[i]);
   }
 }
-template <int WIDTH, int PITCH>
+template <int WIDTH, int PITCH, int TOKENS = T>
 DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const elem* inputs, int pitch, int rows) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -104,7 +106,7 @@ DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const 
       const int column = k * 16 + lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
       if (column < WIDTH)
         for (int r = 0; r < 16 && r < rows; r++)
-          columns.c[k][i] = fma_(((const float*)(weights + r * PITCH))[column], inputs[(token < T ? token : 0) * pitch + r], columns.c[k][i]);
+          columns.c[k][i] = fma_(((const float*)(weights + r * PITCH))[column], inputs[(token < TOKENS ? token : 0) * pitch + r], columns.c[k][i]);
     }
 }
 #endif

@@ -1,0 +1,373 @@
+"""`generate` of accelerated LTE models by whole decoding steps: one call of an engine for each token.
+
+The prompt is read as ever, into the cache that the caller chose. Where an engine computes the model, the tokens after
+it go through the engine, on the memory of a static cache itself; a dynamic cache is copied into memory with room for
+more tokens. Logits processors, stopping criteria, streamers and sampling are those of transformers. Whatever an engine
+does not do, other caches, hooks, attentions as outputs and so on, goes to transformers as a whole.
+
+Shapes: B sequences, L tokens in the cache after the prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from lte.hf.decoder import NoPlanError, NotNowError, decoder_plan, same_memory, take_frequencies_
+from lte.hf.install import sparse_ffns
+from lte.nn.accelerated import AcceleratedFfn
+from lte.ops.step import engines
+from lte.ops.step.plan import DecoderPlan, DecodeStep, Engine, LayerCache
+
+# What transformers hands to a plain decoder.
+_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+# Room for further tokens that a dynamic cache gets at least: it then grows by doubling.
+ROOM = 1024
+
+
+@dataclass
+class _Kept:
+    """The engine of a model, as long as its weights lie where the plan has them."""
+
+    plan: DecoderPlan
+    engine: Engine
+
+
+# Not on the models: there copies, pickles and saved folders would meet them.
+_KEPT: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+_TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
+_LOCK = threading.RLock()
+
+
+def forget_engine(model: Any) -> None:
+    """Drops what is kept for a model: it would hold the memory of weights that are about to lie elsewhere."""
+    with _LOCK:
+        _KEPT.pop(model, None)
+
+
+def engine_of(model: Any, plan: DecoderPlan) -> Engine:
+    """The engine of a plan that is not `engines.unfit`: the model's last one if its weights lie where they did."""
+    with _LOCK:
+        kept = _KEPT.get(model)
+        if kept is not None and same_memory(kept.plan, plan):
+            take_frequencies_(kept.plan, plan)
+            return kept.engine
+        forget_engine(model)
+        # What is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            kept = _KEPT[model] = _Kept(plan, engines.make_engine(plan))
+        return kept.engine
+
+
+class SteppingMixin:
+    """What a model class gains: `generate` by whole decoding steps where an engine computes them."""
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """As the stock method, which greedy decoding and sampling call."""
+        call = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not synced_gpus and _is_plain(self, generation_config, model_kwargs):
+            generation = _begin(self, input_ids, stopping_criteria, generation_config, model_kwargs)
+            if generation is not None:
+                return generation.run(*call, streamer, model_kwargs)
+        return super()._sample(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        forget_engine(self)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+
+def _is_plain(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for nothing but tokens, scores and logits of a model that can give them by steps."""
+    given = {name for name, value in model_kwargs.items() if value is not None}
+    asked = ("output_attentions", "output_hidden_states", "compile_config", "is_assistant")
+    return (
+        given <= _INPUTS
+        and bool(model_kwargs.get("use_cache"))
+        and not any(getattr(generation_config, name, None) for name in asked)
+        and hasattr(model, "_prefill")
+        and not model.training
+        and not torch.is_grad_enabled()
+        and any(isinstance(ffn, AcceleratedFfn) for ffn in sparse_ffns(model).values())
+    )
+
+
+def _begin(
+    model: Any, input_ids: Tensor, stopping_criteria: Any, generation_config: Any, model_kwargs: dict[str, Any]
+) -> _Generation | None:
+    """What runs the call, `None` if that is left to transformers."""
+    cache: Any = model_kwargs.get("past_key_values")
+    mask = model_kwargs.get("attention_mask")
+    try:
+        plan = decoder_plan(model)
+    except NotNowError:
+        return None
+    except NoPlanError as error:
+        _tell(model, str(error))
+        return None
+    if input_ids.device != plan.embedding.device or not _is_known(cache, plan):
+        return None
+    past, written = int(cache.get_seq_length()), input_ids.shape[1]
+    masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+    # As transformers takes it: the tokens of the cache may be among those that are given, or not.
+    length = written if past and masked == written else past + written
+    steps = (stopping_criteria.max_length or 0) - written - 1
+    if steps < 1:
+        return None
+    starts = _starts(input_ids, mask, model_kwargs.get("position_ids"), length)
+    if starts is None:
+        return None
+    rooms = [_room(layer, plan, index, length + steps) for index, layer in enumerate(cache.layers)]
+    if any(room is None for room in rooms):
+        return None
+    shapes = [(len(input_ids), plan.kv_heads, room, plan.head_size) for room in rooms]
+    empty = [torch.empty(shape, dtype=plan.embedding.dtype, device="meta") for shape in shapes]  # type: ignore[arg-type]
+    reason = engines.unfit(plan, [LayerCache(keys=tensor, values=tensor) for tensor in empty])
+    if reason is not None:
+        _tell(model, reason)
+        return None
+    visible = bool(generation_config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
+    return _Generation(model, plan, engine_of(model, plan), cache, length, length + steps, starts, visible)
+
+
+def _tell(model: Any, reason: str) -> None:
+    if model not in _TOLD:
+        _TOLD.add(model)
+        warnings.warn(
+            "generate runs the model module by module and not by whole decoding steps, which are faster, as " + reason,
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _is_known(cache: Any, plan: DecoderPlan) -> bool:
+    """Whether a cache is of transformers' own kinds and lies on the device."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+    return (
+        type(cache) in (DynamicCache, StaticCache)
+        and not cache.offloading
+        and len(cache.layers) == len(plan.layers)
+        and all(type(layer) in kinds and not getattr(layer, "record_past", False) for layer in cache.layers)
+    )
+
+
+def _starts(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, length: int) -> Tensor | None:
+    """The first tokens [B] that are no padding; `None` if there is padding elsewhere, or positions of the caller's."""
+    starts = input_ids.new_zeros(len(input_ids))
+    fits = torch.ones((), dtype=torch.bool, device=input_ids.device)
+    if mask is not None:
+        if mask.shape != (len(input_ids), length):
+            return None
+        kept = mask.bool()
+        starts = (~kept).sum(1)
+        fits = (kept.sum(1) > 0).all() & (kept[:, 1:] >= kept[:, :-1]).all()
+    if position_ids is not None:
+        if position_ids.ndim != 2:
+            return None
+        fits = fits & (position_ids[:, -1] == length - 1 - starts).all()
+    return starts if bool(fits) else None
+
+
+def _is_static(layer: Any) -> bool:
+    return isinstance(layer, StaticLayer)
+
+
+def _room(layer: Any, plan: DecoderPlan, index: int, longest: int) -> int | None:
+    """How many tokens a layer of a cache has or gets room for; `None` if that is too few."""
+    window = plan.layers[index].window
+    needed = min(window, longest) if window else longest
+    if _is_static(layer):
+        return layer.max_cache_len if layer.max_cache_len >= needed else None
+    sliding = isinstance(layer, DynamicSlidingWindowLayer)
+    return None if sliding and layer.sliding_window != window else needed
+
+
+@dataclass
+class _Generation:
+    """One call of `generate`.
+
+    Attributes:
+        length: L.
+        longest: tokens that the cache will hold at most.
+        visible: whether the cache goes to the caller.
+    """
+
+    model: Any
+    plan: DecoderPlan
+    engine: Engine
+    cache: Any
+    length: int
+    longest: int
+    starts: Tensor
+    visible: bool
+
+    def run(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """As `_sample` of transformers."""
+        logits = self.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True).logits[:, -1]
+        returned, scores, raw_logits = generation_config.return_dict_in_generate, list[Tensor](), list[Tensor]()
+        ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+        pad: Any = generation_config._pad_token_tensor
+        pad = None if pad is None else pad.to(input_ids.device)
+        unfinished = input_ids.new_ones(len(input_ids))
+        caches = _Caches(self)
+        try:
+            while True:
+                # Processors write into them, and the next step, too.
+                raw = logits.to(dtype=torch.float32, copy=True)
+                found = logits_processor(input_ids, raw)
+                if returned and generation_config.output_scores:
+                    scores.append(found)
+                if returned and generation_config.output_logits:
+                    raw_logits.append(raw)
+                if generation_config.do_sample:
+                    tokens = torch.multinomial(functional.softmax(found, dim=-1), num_samples=1).squeeze(1)
+                else:
+                    tokens = found.argmax(-1)
+                if ends:
+                    tokens = tokens * unfinished + pad * (1 - unfinished)
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+                unfinished = unfinished & ~stopping_criteria(
+                    input_ids, tuple(scores) if returned and generation_config.output_scores else None
+                )
+                if streamer is not None:
+                    streamer.put(tokens.cpu())
+                if not unfinished.any():
+                    break
+                logits = caches.step(tokens)
+        finally:
+            caches.give_back()
+        if streamer is not None:
+            streamer.end()
+        if not returned:
+            return input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=input_ids,  # type: ignore[arg-type]
+            scores=tuple(scores) if generation_config.output_scores else None,  # type: ignore[arg-type]
+            logits=tuple(raw_logits) if generation_config.output_logits else None,  # type: ignore[arg-type]
+            past_key_values=self.cache,
+        )
+
+
+class _Caches:
+    """The layers of a generation's cache as the engine takes them, and what they hold.
+
+    Attributes:
+        length: tokens that they hold.
+    """
+
+    def __init__(self, generation: _Generation):
+        self.generation, self.length = generation, generation.length
+        self.layers: list[LayerCache] = []
+        grows = any(type(layer) is DynamicLayer for layer in generation.cache.layers)
+        self.room = min(generation.longest, self.length + max(self.length, ROOM)) if grows else generation.longest
+        self.run: DecodeStep | None = None
+        self.positions = torch.full_like(generation.starts, self.length)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The logits [B, V] after one more token [B] of each sequence."""
+        if not self.layers:
+            self._take()
+        if self.length >= self.room:
+            self._grow()
+        if self.run is None:
+            self.run = self.generation.engine.bind(self.layers)
+        logits = self.run(tokens, self.positions, self.generation.starts)
+        self.positions += 1
+        self.length += 1
+        return logits
+
+    def _take(self) -> None:
+        """Makes the caches of the model's, whose dynamic layers are copied."""
+        generation = self.generation
+        layers: list[Any] = generation.cache.layers
+        for layer, planned in zip(layers, generation.plan.layers, strict=True):
+            if _is_static(layer):
+                # A sliding layer that is full holds its last tokens in order.
+                full = self.length > layer.max_cache_len
+                shift = -self.length % layer.max_cache_len if full else 0
+                self.layers.append(LayerCache(keys=layer.keys, values=layer.values, shift=shift))
+                continue
+            held = layer.keys.shape[2]
+            ring = isinstance(layer, DynamicSlidingWindowLayer)
+            size = min(planned.window, generation.longest) if ring else self.room
+            taken = LayerCache(
+                keys=_with_room(layer.keys, held, size),
+                values=_with_room(layer.values, held, size),
+                shift=-(self.length - held) % size,
+            )
+            self.layers.append(taken)
+            if not generation.visible:
+                layer.keys = layer.values = None
+
+    def _grow(self) -> None:
+        """Doubles the copies of dynamic layers without a window."""
+        generation = self.generation
+        self.room = min(generation.longest, 2 * self.room)
+        for index, layer in enumerate(generation.cache.layers):
+            if type(layer) is DynamicLayer:
+                taken = self.layers[index]
+                keys, values = (_with_room(tensor, self.length, self.room) for tensor in (taken.keys, taken.values))
+                self.layers[index] = replace(taken, keys=keys, values=values)
+        self.run = None
+
+    def give_back(self) -> None:
+        """Leaves the cache as transformers would, if anybody can see it."""
+        if not self.generation.visible or not self.layers:
+            return
+        layers: list[Any] = self.generation.cache.layers
+        for layer, taken, planned in zip(layers, self.layers, self.generation.plan.layers, strict=True):
+            size = taken.keys.shape[2]
+            if _is_static(layer):
+                first = (self.length + taken.shift) % size
+                if self.length > size and first:
+                    for tensor in (layer.keys, layer.values):
+                        tensor.copy_(tensor.roll(-first, dims=2))
+                layer.cumulative_length.fill_(min(self.length, size))
+                if isinstance(layer, StaticSlidingWindowLayer):
+                    layer.cumulative_length_int = self.length
+                continue
+            held = self.length
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                held = min(held, planned.window - 1)
+                layer.cumulative_length = self.length
+            slots = (torch.arange(self.length - held, self.length) + taken.shift).to(taken.keys.device) % size
+            layer.keys, layer.values = taken.keys[:, :, slots], taken.values[:, :, slots]
+
+
+def _with_room(tensor: Tensor, held: int, size: int) -> Tensor:
+    """A copy of the first `held` tokens of [B, HKV, C, HD] with room for `size`."""
+    made = tensor.new_empty(*tensor.shape[:2], size, tensor.shape[3])
+    made[:, :, :held] = tensor[:, :, :held]
+    return made

@@ -1,0 +1,267 @@
+"""The CUDA kernel of a decoding step without a GPU: its source runs on the CPU, and NVRTC compiles it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lte.ops.step import compile as compiling
+from lte.ops.step import cuda
+from lte.ops.step.compile import cached_cubin, compile_cubin, missing
+from lte.ops.step.cuda import CudaEngine, Machine, macros, unfit_shapes
+from lte.ops.step.plan import DecoderPlan
+from lte.ops.step.reference import ReferenceEngine
+from tests.ops.step_emulator import Emulator
+from tests.ops.step_plans import FAMILIES, Shape, copied, new_caches, random_plan, step_inputs
+
+STEPS = 14
+# Shared memory of a block by compute capability, and multiprocessors of a GPU.
+GPUS = {
+    80: (166912, 108),
+    86: (101376, 82),
+    89: (101376, 128),
+    90: (232448, 132),
+    100: (232448, 148),
+    120: (101376, 170),
+}
+QWEN = {"D": 1536, "HQ": 12, "HKV": 2, "HD": 128, "F": 8960, "E": 280, "S": 32, "V": 151936, "ROTARY": 128}
+QWEN |= {"ACTIVATION": 1, "GATED": 1, "NORM_PLUS_ONE": 0, "ELEM": 0, "THREADS": cuda.THREADS, "SPLIT_KEYS": 64}
+QWEN |= {"FETCHERS": cuda.FETCHERS}
+
+needs_nvrtc = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Callable[..., Emulator]:
+    """Machines of few blocks, among which also short texts are split."""
+    monkeypatch.setattr(cuda, "SPLIT_KEYS", 4)
+    return lambda blocks=5, threads=64: Emulator(blocks=blocks, threads=threads, shared_bytes=80000, folder=folder)
+
+
+def upcast(value: Any) -> Any:
+    """A plan or what it holds, in fp32."""
+    if isinstance(value, Tensor):
+        return value.float()
+    if dataclasses.is_dataclass(value):
+        return replace(value, **{key: upcast(each) for key, each in vars(value).items()})  # type: ignore[type-var]
+    return [upcast(each) for each in value] if isinstance(value, list) else value
+
+
+def assert_steps_match(
+    machine: Machine, plan: DecoderPlan, batch: int, bound: float, relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    """All logits and caches of a text, of sequences that begin at different places."""
+    starts, shift = torch.randint(0, 6, (batch,)).tolist(), int(torch.randint(0, 9, ()))
+    caches = new_caches(plan, batch, STEPS + 6, shift)
+    exact = upcast(plan)
+    expected = [upcast(cache) for cache in copied(caches)]
+    assert unfit_shapes(plan, caches, machine) is None
+    step, reference = CudaEngine(plan, machine).bind(caches), ReferenceEngine(exact).bind(expected)
+    for index in range(STEPS):
+        inputs = step_inputs(plan, batch, index, starts)
+        step.logits.fill_(torch.nan)
+        assert relative_rms(step(*inputs), reference(*inputs)) <= bound
+    for cache, other in zip(caches, expected, strict=True):
+        for mine, theirs in ((cache.keys, other.keys), (cache.values, other.values)):
+            assert torch.equal(mine.isnan(), theirs.isnan())
+            assert relative_rms(mine.nan_to_num(), theirs.nan_to_num()) <= bound
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_matches_the_reference(
+    family: str, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    index = list(FAMILIES).index(family)
+    torch.manual_seed(index)
+    machine = emulator(blocks=9 - index)
+    assert_steps_match(machine, random_plan(FAMILIES[family], torch.float32), 1 + index % 4, 1e-5, relative_rms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_16_bits_match_the_reference(
+    dtype: torch.dtype, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    plan = with_forced_experts(random_plan(Shape(biases=True, head_norms=True), dtype))
+    assert_steps_match(emulator(), plan, 4, {torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype], relative_rms)
+
+
+def with_forced_experts(plan: DecoderPlan) -> DecoderPlan:
+    """Experts that rounding cannot switch: half of them, others in each layer."""
+    layers = []
+    for layer in plan.layers:
+        assert layer.router is not None
+        bias = torch.where(torch.randperm(len(layer.router)) % 2 == 0, 100.0, -100.0)
+        layers.append(replace(layer, router_bias=bias.to(layer.router)))
+    return replace(plan, layers=layers)
+
+
+@pytest.mark.parametrize("mask", ["none", "one", "all"])
+def test_any_number_of_experts(
+    mask: str, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    plan = random_plan(FAMILIES["llama"], torch.float32)
+    bias = torch.full((8,), 100.0 if mask == "all" else -100.0)
+    bias[5] = 100.0 if mask == "one" else bias[5]
+    plan = replace(plan, layers=[replace(layer, router_bias=bias) for layer in plan.layers])
+    assert_steps_match(emulator(), plan, 1, 1e-5, relative_rms)
+
+
+def test_batches_shrink_and_take_turns(
+    emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    plan, machine = random_plan(FAMILIES["llama"], torch.float32), emulator()
+    engine = CudaEngine(plan, machine)
+    caches = [new_caches(plan, batch, STEPS) for batch in (3, 1, 3)]
+    steps = [engine.bind(each) for each in caches]
+    references = [ReferenceEngine(plan).bind(copied(each)) for each in caches]
+    for index in range(4):
+        for batch, step, reference in zip((3, 1, 3), steps, references, strict=True):
+            inputs = step_inputs(plan, batch, index, [0] * batch)
+            assert relative_rms(step(*inputs), reference(*inputs)) <= 1e-5
+    # A cache that was used goes on in a new step, as the next generation's does.
+    again = engine.bind(caches[1])
+    inputs = step_inputs(plan, 1, 4, [0])
+    assert relative_rms(again(*inputs), references[1](*inputs)) <= 1e-5
+
+
+def test_a_router_in_fp32_counts_as_rounded_and_is_read_anew(
+    emulator: Callable[..., Emulator],
+) -> None:
+    plan = random_plan(Shape(layers=1, router_dtype=torch.float32), torch.bfloat16)
+    (layer,) = plan.layers
+    assert layer.router is not None
+    layer.router.copy_(torch.randn_like(layer.router) * 0.1)
+    caches = new_caches(plan, 1, STEPS)
+    engine, inputs = CudaEngine(plan, emulator()), step_inputs(plan, 1, 0, [0])
+    before = engine.bind(caches)(*inputs).clone()
+    rounded = replace(plan, layers=[replace(layer, router=layer.router.bfloat16())])
+    assert torch.equal(CudaEngine(rounded, emulator()).bind(caches)(*inputs), before)
+    layer.router.zero_()
+    assert layer.router_bias is not None
+    layer.router_bias.fill_(-1)
+    dense = replace(plan, layers=[replace(layer, router=None, router_bias=None)])
+    after = engine.bind(caches)(*inputs).clone()
+    assert not torch.equal(after, before)
+    assert not torch.equal(after, CudaEngine(dense, emulator()).bind(caches)(*inputs))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    machine = Machine(blocks=5, shared_bytes=101376)
+    plan = random_plan(Shape(), torch.float32)
+    caches = new_caches(plan, 2, 8)
+    assert unfit_shapes(plan, caches, machine) is None
+
+    def reason(**changes: Any) -> str | None:
+        return unfit_shapes(replace(plan, **changes), caches, machine)
+
+    first, second = plan.layers
+    assert reason(activation="tanh") == "the activation is tanh"
+    assert reason(head_size=24) == "the head size is 24"
+    assert reason(kv_heads=3) == "4 heads of queries share 3 of keys"
+    assert reason(layers=[first, replace(second, gate=None)]) == "the layers differ in shape or kind"
+    assert reason(layers=[first]) == "not all layers have a cache"
+    assert reason(layers=[first, replace(second, up=second.up.half())]) == (
+        "up of layer 1 is torch.float16, not torch.float32"
+    )
+    assert reason(head=plan.head.T.contiguous().T) == "head does not lie in one piece that begins at 16 bytes"
+    assert unfit_shapes(plan, new_caches(plan, 9, 8), machine) == "the batch is 9, above 8"
+    half = [replace(cache, keys=cache.keys.half()) for cache in caches]
+    assert "the cache is" in str(unfit_shapes(plan, half, machine))
+    odd = random_plan(Shape(hidden=48), torch.float32)
+    assert unfit_shapes(odd, new_caches(odd, 1, 8), machine) == "the hidden size 48 is no multiple of 32"
+    wide = random_plan(Shape(hidden=4096, layers=1), torch.float32)
+    assert "bytes of shared memory, above 101376" in str(unfit_shapes(wide, new_caches(wide, 8, 8), machine))
+    assert "not on an NVIDIA GPU" in str(cuda.unfit(plan, caches))
+
+
+def test_wrong_inputs_are_refused(emulator: Callable[..., Emulator]) -> None:
+    plan = random_plan(FAMILIES["llama"], torch.float32)
+    caches = new_caches(plan, 1, STEPS)
+    step = CudaEngine(plan, emulator()).bind(caches)
+    tokens, positions, starts = step_inputs(plan, 1, 0, [0])
+    with pytest.raises(ValueError, match=r"positions must be int64 \[1\] on cpu, got positions=torch.int32 \[1\]"):
+        step(tokens, positions.int(), starts)
+    with pytest.raises(ValueError, match=r"tokens must be int64 \[1\] on cpu, got tokens=torch.int64 \[2\]"):
+        step(tokens.repeat(2), positions, starts)
+    turned = [replace(cache, keys=cache.keys.transpose(2, 3)) for cache in caches]
+    with pytest.raises(ValueError, match="keys must lie in one piece on cpu"):
+        CudaEngine(plan, emulator()).bind(turned)
+
+
+def compiled(arch: int, batch: int) -> str:
+    """What the compiler says of the kernel for Qwen2.5-1.5B."""
+    shared, blocks = GPUS[arch]
+    constants = {**QWEN, "T": batch, "MAX_SHARE": -(-QWEN["F"] // blocks), "SHARED_BYTES": shared}
+    cubin, said = compile_cubin(constants, arch, ("--ptxas-options=-v",))
+    assert cubin[:4] == b"\x7fELF"
+    return said
+
+
+@needs_nvrtc
+def test_the_kernel_compiles_for_all_architectures() -> None:
+    cases = [(90, 8), *((arch, 1) for arch in GPUS)]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        said = dict(zip(cases, pool.map(compiled, *zip(*cases, strict=True)), strict=True))
+    for case, text in said.items():
+        assert "registers" in text, case
+        assert "spill stores" in text, case
+
+
+@needs_nvrtc
+def test_machine_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def compile_once(constants: Any, arch: int) -> tuple[bytes, str]:
+        calls.append(arch)
+        return b"code", ""
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "compile_cubin", compile_once)
+    assert [cached_cubin(QWEN, 90), cached_cubin(QWEN, 90)] == [b"code"] * 2
+    assert calls == [90]
+    cached_cubin({**QWEN, "D": 64}, 90)
+    cached_cubin(QWEN, 80)
+    assert calls == [90, 90, 80]
+    kept = compiling.cubin_path(QWEN, 90)
+    for damage in (b"", kept.read_bytes()[:-1], kept.read_bytes() + b"x"):
+        kept.write_bytes(damage)
+        assert cached_cubin(QWEN, 90) == b"code"
+    assert len(calls) == 6
+    assert cached_cubin(QWEN, 90) == b"code"
+    assert len(calls) == 6
+    # Where nothing can be kept it is compiled each time.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert [cached_cubin(QWEN, 90), cached_cubin(QWEN, 90)] == [b"code"] * 2
+    assert len(calls) == 8
+
+
+@needs_nvrtc
+def test_what_does_not_compile_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)does not compile for sm_90: .*shared memory is too small"):
+        compile_cubin({**QWEN, "T": 1, "MAX_SHARE": 68, "SHARED_BYTES": 20000}, 90)
+
+
+@needs_nvrtc
+def test_what_fits_by_the_estimate_compiles() -> None:
+    """The least shared memory that `unfit` lets pass is enough."""
+    for batch, shape in ((1, Shape(hidden=256, experts=16)), (8, Shape(heads=8, kv_heads=1, head_size=32, experts=0))):
+        constants = macros(random_plan(shape, torch.bfloat16), batch, Machine(blocks=132, shared_bytes=1 << 20))
+        compile_cubin({**constants, "SHARED_BYTES": cuda._needed_bytes(constants, 2)}, 90)
