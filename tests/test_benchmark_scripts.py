@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from lte.bench import timing
 from lte.bench.bytes import router_bytes
 from lte.bench.models import model_pair
 from lte.bench.routing import active_count
 from lte.bench.rows import REQUIRED_FIELDS
+from lte.eval.models import load_any_model
 from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
+from tests.hf.gguf_files import tiny_llama, train_tokenizer, write_gguf
 from tests.tiny_models import tiny_dense_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -70,3 +77,47 @@ def test_tracked_rows_say_where_they_were_measured(name: str) -> None:
     for row in content["rows"]:
         assert set(REQUIRED_FIELDS) <= set(row)
         assert all(row[field] == content[field] for field in ("hardware", "versions", "git_commit"))
+
+
+class TestCpuStep:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        tokenizer = train_tokenizer()
+        model = tiny_llama(tokenizer.get_vocab_size(), max_position_embeddings=256)
+        return write_gguf(tmp_path / "model.gguf", model, tokenizer)
+
+    def test_a_gguf_file_in_another_format_holds_the_same_weights(self, script: Any, file: Path) -> None:
+        copy = file.with_name("copy.gguf")
+        script("cpu_step").write_gguf(file, copy, "bfloat16")
+        assert copy.stat().st_size < 0.8 * file.stat().st_size
+        found, expected = (load_any_model(str(path), "bfloat16").state_dict() for path in (copy, file))
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+    def test_rows_of_ours_and_of_llama_cpp(
+        self, script: Any, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Server:
+            def __init__(self, params: Any):
+                assert params.cpuparams.n_threads == 1
+                assert Path(params.model.path).is_file()
+
+            def handle_completions(self, request: dict[str, Any]) -> dict[str, Any]:
+                assert len(request["prompt"]) == 64
+                return {"timings": {"predicted_per_token_ms": 2.5}}
+
+        package = types.ModuleType("xllamacpp")
+        package.__spec__ = importlib.machinery.ModuleSpec("xllamacpp", None)
+        parameters = SimpleNamespace(
+            model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+        )
+        package.CommonParams, package.Server = lambda: parameters, Server  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "xllamacpp", package)
+        monkeypatch.setattr(timing, "SWEEP_BYTES", 1 << 12)
+        flags = ["--threads", "1", "--repeats", "1", "--sparsities", "0.5"]
+        script("cpu_step").main(["--smollm2", str(file), "--output", str(tmp_path / "out"), *flags])
+        rows = {row["provider"]: row for row in read_json(tmp_path / "out_smollm2_135m.json")["rows"]}
+        assert list(rows)[-1] == "llama.cpp"
+        assert set(rows) >= {"dense eager", "lte eager", "llama.cpp"}
+        assert rows["llama.cpp"]["median_ms"] == 2.5
+        assert rows["llama.cpp"]["ratio_to_dense"] == 2.5 / rows["dense eager"]["median_ms"]
+        assert load_inputs([tmp_path / "out_smollm2_135m.json"]).benches

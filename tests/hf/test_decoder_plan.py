@@ -158,6 +158,10 @@ def _meta(model: Any) -> None:
     model.lm_head.to("meta")
 
 
+def _own_attention(model: Any) -> None:
+    model.config._attn_implementation = "mine"
+
+
 def _soften(model: Any) -> None:
     model.model.layers[0].mlp.set_mode("soft")
 

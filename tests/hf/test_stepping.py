@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ from lte.ops.step.plan import DecoderPlan
 from lte.ops.step.reference import ReferenceEngine, ReferenceStep
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model
 from tests.tiny_models import randomise_routers_, tiny_sparse_model
+
+
+def is_there(module: str) -> bool:
+    """Whether a module and numba are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in (module, "numba"))
+
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 PROMPT = 6
@@ -65,11 +73,19 @@ class _CountingEngine(ReferenceEngine):
 
 
 @pytest.fixture(autouse=True)
-def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
     counting = Counting()
     monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
     monkeypatch.setattr(engines, "make_engine", counting.make)
-    yield counting
+    return counting
+
+
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a step begins before it is known that the text goes on."""
+    found = request.param == "as on a GPU"
+    monkeypatch.setattr(stepping, "_runs_ahead", lambda device: found)
+    return found
 
 
 def prompt(batch: int = 3, *, padded: bool = False, length: int = PROMPT) -> dict[str, Tensor]:
@@ -124,14 +140,14 @@ class TestTokens:
         assert torch.equal(model.generate(**arguments), plain(model, **arguments))
         assert (count.steps, count.made) == (23, 1)
 
-    def test_ends_and_padding(self, count: Counting) -> None:
+    def test_ends_and_padding(self, ahead: bool, count: Counting) -> None:
         model = accelerated()
         free = plain(model, **prompt(), **GREEDY)[:, PROMPT:]
         arguments = {**prompt(), **GREEDY, "eos_token_id": [int(free[0, 4]), int(free[1, 9]), int(free[2, 2])]}
         expected = plain(model, **arguments)
         assert torch.equal(model.generate(**arguments), expected)
         assert expected.shape[1] < PROMPT + 24
-        assert count.steps == expected.shape[1] - PROMPT - 1
+        assert count.steps == expected.shape[1] - PROMPT - (not ahead)
 
     def test_inference_mode_and_after(self, count: Counting) -> None:
         model, arguments = accelerated("gemma2"), {**prompt(), **GREEDY}
@@ -139,6 +155,33 @@ class TestTokens:
             first = model.generate(**arguments)
         assert torch.equal(model.generate(**arguments), first)
         assert (count.steps, count.made) == (46, 1)
+
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not is_there("lte.ops.step.cpu"), reason="needs the CPU engine")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+    ),
+]
+
+
+class TestOwnEngine:
+    """By the engine of the device in the place of the reference."""
+
+    @pytest.mark.parametrize("cache", [None, "static"])
+    @pytest.mark.parametrize("model_type", STEP_TYPES)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_greedy(self, device: str, model_type: str, cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        model = lte.accelerate_(step_model(model_type, head_dim=64).to(device))
+        inputs = {name: tensor.to(device) for name, tensor in prompt(padded=True).items()}
+        arguments = {**inputs, **GREEDY, "cache_implementation": cache, "disable_compile": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            actual = model.generate(**arguments)
+        assert model in stepping._KEPT
+        assert torch.equal(actual, plain(model, **arguments))
 
 
 class Recording(BaseStreamer):
@@ -161,8 +204,18 @@ class RowsStop(StoppingCriteria):
         return new >= 3 + 4 * torch.arange(len(input_ids))
 
 
+class Stop(StoppingCriteria):
+    """Stops all rows after so many tokens."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= PROMPT + self.tokens)
+
+
 class TestCalls:
-    def test_streamer(self, count: Counting) -> None:
+    def test_streamer(self, ahead: bool, count: Counting) -> None:
         model, streamers = accelerated(), [Recording(), Recording()]
         plain(model, **prompt(1), **GREEDY, streamer=streamers[0])
         model.generate(**prompt(1), **GREEDY, streamer=streamers[1])
@@ -208,12 +261,12 @@ class TestCachesOfTheCaller:
     @pytest.mark.parametrize("first_tokens", [1, 5, 12])
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-    def test_conversations(self, model_type: str, kind: str, first_tokens: int, count: Counting) -> None:
+    def test_conversations(self, model_type: str, kind: str, first_tokens: int, ahead: bool, count: Counting) -> None:
         model, texts, caches = accelerated(model_type), list[Tensor](), list[Any]()
         for generate in (model.generate, lambda **arguments: plain(model, **arguments)):
             cache = given_cache(kind, model)
             arguments = {**prompt(2), **GREEDY, "past_key_values": cache}
-            ids = generate(**{**arguments, "max_new_tokens": first_tokens})
+            ids = generate(**{**arguments, "max_new_tokens": 20, "stopping_criteria": [Stop(first_tokens)]})
             # Further tokens of the user, then of the model; the last answer by steps or not.
             ids = torch.cat([ids, torch.full((2, 3), 5)], dim=1)
             arguments |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 9}
@@ -224,7 +277,7 @@ class TestCachesOfTheCaller:
             caches.append(cache)
         assert torch.equal(*texts)
         assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length())
-        assert count.steps == first_tokens - 1 + 8
+        assert count.steps == first_tokens - (not ahead) + 8
 
     def test_returned(self, count: Counting) -> None:
         model = accelerated("gemma3_text")
@@ -237,7 +290,7 @@ class TestCachesOfTheCaller:
             torch.testing.assert_close(one.values, other.values)
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
-    def test_after_an_exception(self, kind: str, count: Counting) -> None:
+    def test_after_an_exception(self, kind: str, ahead: bool, count: Counting) -> None:
         model = accelerated("gemma2")
         cache, expected = given_cache(kind, model), plain(model, **prompt(), **GREEDY)
         count.fail_at = 10
@@ -313,7 +366,7 @@ class TestFallBack:
     def test_padding_that_is_not_on_the_left(self, gap: str, count: Counting) -> None:
         model, inputs = accelerated(), prompt()
         if gap == "positions":
-            inputs["position_ids"] = torch.arange(3, PROMPT + 3).expand(3, -1)
+            inputs["position_ids"] = torch.arange(PROMPT) + torch.tensor([[0], [0], [3]])
         else:
             inputs["attention_mask"][1, 5 if gap == "right" else 2] = 0
         assert torch.equal(model.generate(**inputs, **GREEDY), plain(model, **inputs, **GREEDY))
@@ -347,6 +400,8 @@ class TestFallBack:
 class TestStateOfTheModel:
     def test_changes_between_calls(self, count: Counting) -> None:
         model, arguments = accelerated("qwen2"), {**prompt(), **GREEDY}
+        # The plan then holds copies of its frequencies.
+        model.model.rotary_emb.double()
 
         def check(made: int) -> Tensor:
             actual = model.generate(**arguments)
@@ -362,6 +417,8 @@ class TestStateOfTheModel:
         texts.append(check(1))
         model.load_state_dict(randomise_routers_(step_model("qwen2"), seed=9).state_dict())
         texts.append(check(1))
+        model.model.rotary_emb.inv_freq.mul_(-7)
+        texts.append(check(1))
         model.model.layers[0].self_attn.v_proj.weight.data = torch.randn(16, 32)
         texts.append(check(2))
         model.model.layers[1].mlp.threshold_logit = 0.3
@@ -374,7 +431,7 @@ class TestStateOfTheModel:
         lte.accelerate_(model)
         check(5)
         # Each change was one that the tokens show.
-        assert all(not torch.equal(one, other) for one, other in zip(texts[1:], texts[2:], strict=False))
+        assert all(not torch.equal(one, other) for one, other in pairwise(texts[1:]))
 
     def test_copies_pickles_and_folders(self, tmp_path: Path, count: Counting) -> None:
         model, arguments = accelerated(), {**prompt(), **GREEDY}
@@ -393,12 +450,13 @@ class TestStateOfTheModel:
         model = accelerated()
         model.generate(**prompt(), **GREEDY)
         kept = [weakref.ref(model), weakref.ref(stepping._KEPT[model].engine)]
-        lte.decelerate_(model)
-        gc.collect()
-        assert kept[1]() is None
-        lte.accelerate_(model)
-        model.generate(**prompt(), **GREEDY)
-        kept[1] = weakref.ref(stepping._KEPT[model].engine)
+        for change in (lte.decelerate_, lambda model: model.double().float()):
+            change(model)
+            gc.collect()
+            assert kept[1]() is None
+            lte.accelerate_(model)
+            model.generate(**prompt(), **GREEDY)
+            kept[1] = weakref.ref(stepping._KEPT[model].engine)
         del model
         gc.collect()
         assert [reference() for reference in kept] == [None, None]

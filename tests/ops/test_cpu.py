@@ -427,4 +427,4 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(at: str, monkeypatch: pyte
     target = {"find": "_impl_class", "write": "_save_overload"}[at]
     monkeypatch.setattr(cpu_kernel._OptionalCache, target, fails)
     with pytest.warns(RuntimeWarning, match="compiles the CPU kernel, which takes some seconds; set NUMBA_CACHE_DIR"):
-        assert cpu_kernel._with_cache(numba.njit(lambda x: x + 1))(1) == 2
+        assert cpu_kernel.with_cache(numba.njit(lambda x: x + 1))(1) == 2

@@ -1,8 +1,8 @@
 """`generate` of accelerated LTE models by whole decoding steps: one call of an engine for each token.
 
 The prompt is read as ever, into the cache that the caller chose. Where an engine computes the model, the tokens after
-it go through the engine, on the memory of a static cache itself; a dynamic cache is copied into memory with room for
-more tokens. Logits processors, stopping criteria, streamers and sampling are those of transformers. Whatever an engine
+it go through the engine, on the memory of a static cache itself; a dynamic cache moves into memory with room for more
+tokens. Logits processors, stopping criteria, streamers and sampling are those of transformers. Whatever an engine
 does not do, other caches, hooks, attentions as outputs and so on, goes to transformers as a whole.
 
 Shapes: B sequences, L tokens in the cache after the prompt.
@@ -59,6 +59,11 @@ def forget_engine(model: Any) -> None:
     """Drops what is kept for a model: it would hold the memory of weights that are about to lie elsewhere."""
     with _LOCK:
         _KEPT.pop(model, None)
+
+
+def has_engine(model: Any) -> bool:
+    """Whether the last call of `generate` that could take whole decoding steps took them."""
+    return model in _KEPT
 
 
 def engine_of(model: Any, plan: DecoderPlan) -> Engine:
@@ -150,8 +155,7 @@ def _begin(
     if reason is not None:
         _tell(model, reason)
         return None
-    visible = bool(generation_config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
-    return _Generation(model, plan, engine_of(model, plan), cache, length, length + steps, starts, visible)
+    return _Generation(model, plan, engine_of(model, plan), cache, length, length + steps, starts)
 
 
 def _tell(model: Any, reason: str) -> None:
@@ -206,6 +210,34 @@ def _room(layer: Any, plan: DecoderPlan, index: int, longest: int) -> int | None
     return None if sliding and layer.sliding_window != window else needed
 
 
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether the next step begins before the host knows if there is one: GPUs would wait for it, CPUs compute it."""
+    return device.type == "cuda"
+
+
+class _Told:
+    """What the host gets to know of each token [B]: which it is, for streamers, and whether any sequence goes on.
+
+    A GPU copies it before the step that follows, so that the host does not wait for that step.
+    """
+
+    def __init__(self, like: Tensor):
+        self.stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
+        self.event = torch.cuda.Event() if like.is_cuda else None
+        self.memory = torch.empty(len(like) + 1, dtype=torch.int64, pin_memory=like.is_cuda)
+
+    def tell(self, tokens: Tensor, unfinished: Tensor) -> None:
+        self.memory.copy_(torch.cat([tokens, unfinished.any()[None]]), non_blocking=True)
+        if self.event is not None:
+            self.event.record(self.stream)
+
+    def wait(self) -> tuple[bool, Tensor]:
+        """Whether any sequence goes on, and the tokens in memory of their own."""
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.memory[-1]), self.memory[:-1].clone()
+
+
 @dataclass
 class _Generation:
     """One call of `generate`.
@@ -213,7 +245,6 @@ class _Generation:
     Attributes:
         length: L.
         longest: tokens that the cache will hold at most.
-        visible: whether the cache goes to the caller.
     """
 
     model: Any
@@ -223,7 +254,6 @@ class _Generation:
     length: int
     longest: int
     starts: Tensor
-    visible: bool
 
     def run(
         self,
@@ -241,7 +271,7 @@ class _Generation:
         pad: Any = generation_config._pad_token_tensor
         pad = None if pad is None else pad.to(input_ids.device)
         unfinished = input_ids.new_ones(len(input_ids))
-        caches = _Caches(self)
+        caches, told, ahead = _Caches(self), _Told(input_ids), _runs_ahead(input_ids.device)
         try:
             while True:
                 # Processors write into them, and the next step, too.
@@ -261,11 +291,18 @@ class _Generation:
                 unfinished = unfinished & ~stopping_criteria(
                     input_ids, tuple(scores) if returned and generation_config.output_scores else None
                 )
+                told.tell(tokens, unfinished)
+                launched = ahead and input_ids.shape[1] < stopping_criteria.max_length
+                if launched:
+                    logits = caches.step(tokens)
+                goes_on, on_host = told.wait()
                 if streamer is not None:
-                    streamer.put(tokens.cpu())
-                if not unfinished.any():
+                    streamer.put(on_host)
+                if not goes_on:
                     break
-                logits = caches.step(tokens)
+                if not launched:
+                    logits = caches.step(tokens)
+                caches.count()
         finally:
             caches.give_back()
         if streamer is not None:
@@ -296,17 +333,19 @@ class _Caches:
         self.positions = torch.full_like(generation.starts, self.length)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The logits [B, V] after one more token [B] of each sequence."""
+        """The logits [B, V] after one more token [B] of each sequence, which is in the cache once it is counted."""
         if not self.layers:
             self._take()
         if self.length >= self.room:
             self._grow()
         if self.run is None:
             self.run = self.generation.engine.bind(self.layers)
-        logits = self.run(tokens, self.positions, self.generation.starts)
+        return self.run(tokens, self.positions, self.generation.starts)
+
+    def count(self) -> None:
+        """Says that the token of the last step stays."""
         self.positions += 1
         self.length += 1
-        return logits
 
     def _take(self) -> None:
         """Makes the caches of the model's, whose dynamic layers are copied."""
@@ -328,26 +367,26 @@ class _Caches:
                 shift=-(self.length - held) % size,
             )
             self.layers.append(taken)
-            if not generation.visible:
-                layer.keys = layer.values = None
+            # The copied ones are given free.
+            layer.keys, layer.values = taken.keys[:, :, :held], taken.values[:, :, :held]
 
     def _grow(self) -> None:
         """Doubles the copies of dynamic layers without a window."""
         generation = self.generation
         self.room = min(generation.longest, 2 * self.room)
-        for index, layer in enumerate(generation.cache.layers):
+        layers: list[Any] = generation.cache.layers
+        for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 taken = self.layers[index]
                 keys, values = (_with_room(tensor, self.length, self.room) for tensor in (taken.keys, taken.values))
                 self.layers[index] = replace(taken, keys=keys, values=values)
+                layer.keys, layer.values = keys[:, :, : self.length], values[:, :, : self.length]
         self.run = None
 
     def give_back(self) -> None:
-        """Leaves the cache as transformers would, if anybody can see it."""
-        if not self.generation.visible or not self.layers:
-            return
+        """Leaves the cache as transformers would: the caller may hold it, or get it."""
         layers: list[Any] = self.generation.cache.layers
-        for layer, taken, planned in zip(layers, self.layers, self.generation.plan.layers, strict=True):
+        for layer, taken, planned in zip(layers, self.layers, self.generation.plan.layers, strict=False):
             size = taken.keys.shape[2]
             if _is_static(layer):
                 first = (self.length + taken.shift) % size
@@ -357,13 +396,13 @@ class _Caches:
                 layer.cumulative_length.fill_(min(self.length, size))
                 if isinstance(layer, StaticSlidingWindowLayer):
                     layer.cumulative_length_int = self.length
-                continue
-            held = self.length
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                held = min(held, planned.window - 1)
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                held = min(self.length, planned.window - 1)
+                slots = (torch.arange(self.length - held, self.length) + taken.shift).to(taken.keys.device) % size
+                layer.keys, layer.values = taken.keys[:, :, slots], taken.values[:, :, slots]
                 layer.cumulative_length = self.length
-            slots = (torch.arange(self.length - held, self.length) + taken.shift).to(taken.keys.device) % size
-            layer.keys, layer.values = taken.keys[:, :, slots], taken.values[:, :, slots]
+            else:
+                layer.keys, layer.values = (tensor[:, :, : self.length] for tensor in (taken.keys, taken.values))
 
 
 def _with_room(tensor: Tensor, held: int, size: int) -> Tensor:

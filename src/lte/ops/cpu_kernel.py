@@ -34,6 +34,7 @@ __all__ = ["HAS_FLOAT16", "LIKE", "scratch_per_token", "sparse_ffn", "threading_
     GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS, GATE_SCALE, UP_SCALE, DOWN_SCALE, ROUTER, ROUTER_BIAS,
     HIDDEN, NEURONS, EXPERTS, ACTIVATION, GATE_BIAS_TYPE, UP_BIAS_TYPE, DOWN_BIAS_TYPE, ROUTER_BIAS_TYPE,
 ) = range(19)  # fmt: skip
+FFN_SLOTS = 19
 # What the kernel takes for its type alone: fp32, bf16, fp16, int8.
 LIKE = np.float32(0), np.uint16(0), np.int16(0), np.int8(0)
 _FP32, _BF16, _FP16, _ = LIKE
@@ -42,7 +43,7 @@ LEAST_COLUMNS = 64
 
 
 @njit
-def _number(address, kind, index, missing):
+def number(address, kind, index, missing):
     """Number `index` of a vector whose type is number `kind` of `LIKE`; `missing` if there is no such vector."""
     if address == 0:
         return np.float32(missing)
@@ -64,13 +65,13 @@ def _project(plan, slot, like, item, neuron, x, order, tokens, values):
     if scale != 0 or bias != 0:
         kind = plan[slot + GATE_BIAS_TYPE]
         for i in range(UNIT):
-            factor, term = _number(scale, 0, neuron + i, 1), _number(bias, kind, neuron + i, 0)
+            factor, term = number(scale, 0, neuron + i, 1), number(bias, kind, neuron + i, 0)
             for token in range(tokens):
                 values[token, i] = fma(values[token, i], factor, term)
 
 
 @njit
-def _intermediate(plan, like, item, x, neuron, order, tokens, h, values):
+def intermediate(plan, like, item, x, neuron, order, tokens, h, values):
     """Writes h of UNIT neurons for the tokens of `order`."""
     gated = plan[GATE] != 0
     _project(plan, UP, like, item, neuron, x, order.ctypes.data, tokens, values[0])
@@ -85,19 +86,19 @@ def _intermediate(plan, like, item, x, neuron, order, tokens, h, values):
 
 
 @njit
-def _route(plan, like, item, x, tokens, logits, order, first, last):
+def route(plan, like, item, x, tokens, logits, order, first, last):
     """Writes the logits [T, first:last]; the product is rounded to the router's type before the bias is added."""
     hidden, experts = plan[HIDDEN], plan[EXPERTS]
     start, to = plan[ROUTER] + first * item * hidden, logits.ctypes.data + 4 * first
     dot_rows(like, start, item * hidden, last - first, x, order.ctypes.data, tokens, hidden, to, experts)
     for token in range(tokens):
         for expert in range(first, last):
-            bias = _number(plan[ROUTER_BIAS], plan[ROUTER_BIAS_TYPE], expert, 0)
+            bias = number(plan[ROUTER_BIAS], plan[ROUTER_BIAS_TYPE], expert, 0)
             logits[token, expert] = load(store(logits[token, expert], like)) + bias
 
 
 @njit
-def _select(logits, threshold, experts, order, counts):
+def select(logits, threshold, experts, order, counts):
     """Fills the active experts, the tokens `order` [E, T] of each and how many those are; returns how many experts."""
     found = 0
     for expert in range(logits.shape[1]):
@@ -112,7 +113,7 @@ def _select(logits, threshold, experts, order, counts):
 
 
 @njit
-def _down(plan, like, item, h, experts, order, counts, sums, out, out_like, first, last):
+def add_down(plan, like, item, h, experts, order, counts, sums, out, out_like, first, last):
     """Writes the columns first to last of the output [T, D]."""
     hidden, neurons = plan[HIDDEN], plan[NEURONS]
     size = neurons // plan[EXPERTS]
@@ -127,9 +128,9 @@ def _down(plan, like, item, h, experts, order, counts, sums, out, out_like, firs
         for column in range(first, last):
             total = sums[token, column]
             if scaled:
-                total *= _number(plan[DOWN_SCALE], 0, column, 1)
+                total *= number(plan[DOWN_SCALE], 0, column, 1)
             if biased:
-                total += _number(plan[DOWN_BIAS], plan[DOWN_BIAS_TYPE], column, 0)
+                total += number(plan[DOWN_BIAS], plan[DOWN_BIAS_TYPE], column, 0)
             out[token, column] = store(total, out_like)
 
 
@@ -157,10 +158,11 @@ def _warn(error: Exception) -> None:
     warnings.warn(f"{text}NUMBA_CACHE_DIR to a folder that can be written ({error})", RuntimeWarning, stacklevel=2)
 
 
-def _with_cache(kernel):
+def with_cache(kernel):
+    """Gives a function of numba, not yet compiled, a cache on disk."""
     try:
         # As njit(cache=True), which raises where no folder can be written.
-        kernel._cache = _OptionalCache(kernel.py_func)
+        kernel._cache = _OptionalCache(kernel.__wrapped__)
     except RuntimeError as error:
         _warn(error)
     return kernel
@@ -169,7 +171,7 @@ def _with_cache(kernel):
 def _compile(sources: str):
     """The kernel. numba looks for changes in this file alone, so what it is built from is part of its cache's key."""
 
-    @_with_cache
+    @with_cache
     @njit(parallel=True)
     def sparse_ffn(plan, threshold, addresses, tokens, threads, scratch, like, weight_like, router_like):
         """The sparse FFN for T tokens.
@@ -202,25 +204,25 @@ def _compile(sources: str):
             everyone = np.arange(tokens)
             for part in prange(threads):
                 first, last = experts * part // threads, experts * (part + 1) // threads
-                _route(plan, router_like, size_of(router_like), x_at, tokens, logits, everyone, first, last)
+                route(plan, router_like, size_of(router_like), x_at, tokens, logits, everyone, first, last)
         else:
             logits[:] = carray(pointer(addresses[1], _FP32), (tokens, experts))
         active, counts = np.empty(experts + 1, np.int64), np.empty(experts + 1, np.int64)
         order = np.empty((experts + 1, tokens), np.int64)
-        found = _select(logits, threshold, active, order, counts)
+        found = select(logits, threshold, active, order, counts)
         units = neurons // experts // UNIT
         for part in prange(threads):
             values = np.empty((2, tokens, UNIT), np.float32)
             for unit in range(found * units * part // threads, found * units * (part + 1) // threads):
                 i = unit // units
                 neuron = (active[i] * units + unit % units) * UNIT
-                _intermediate(plan, weight_like, item, x_at, neuron, order[i], counts[i], h, values)
+                intermediate(plan, weight_like, item, x_at, neuron, order[i], counts[i], h, values)
         parts = max(min(threads, hidden // LEAST_COLUMNS), 1)
         chunks = (hidden + LANES - 1) // LANES
         for part in prange(parts):
             first = chunks * part // parts * LANES
             last = min(chunks * (part + 1) // parts * LANES, hidden)
-            _down(plan, weight_like, item, h, active[:found], order, counts, sums, out, like, first, last)
+            add_down(plan, weight_like, item, h, active[:found], order, counts, sums, out, like, first, last)
 
     return sparse_ffn
 

@@ -132,6 +132,8 @@ inline float cos_(float x) { return std::cos(x); }
 inline float sin_(float x) { return std::sin(x); }
 inline float rsqrt_(float x) { return 1 / std::sqrt(x); }
 template <class N> inline N load_fresh(const N* p) { return *p; }
+template <class N> struct Four { N x[4]; };
+template <class N> inline Four<N> load_four(const N* p) { Four<N> x; std::memcpy(&x, p, sizeof x); return x; }
 inline unsigned load_relaxed(const unsigned* p) { return *p; }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline void store_relaxed(unsigned* p, unsigned x) { *p = x; got_on(); }
@@ -152,6 +154,7 @@ inline void arrive(Barrier& b) { b.left--; settle(b); }
 inline void expect(Barrier& b, int bytes) { b.bytes += bytes; b.left--; settle(b); }
 inline void wait(Barrier& b, unsigned parity) { while (b.phase == parity) yield(); }
 inline unsigned long long read_once() { return 0; }
+
 template <bool> inline void bulk_copy(void* to, const void* from, int bytes, Barrier& b, unsigned long long) {
   std::memset(to, 0xff, bytes);
   copies.push_back({{{to, from, bytes}}, &b, false});

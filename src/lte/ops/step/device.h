@@ -56,20 +56,37 @@ DEVICE void delay(unsigned time) {
 // Memory that other multiprocessors write in the same launch is read from the L2 cache.
 DEVICE float load_fresh(const float* p) {
   float x;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
   return x;
 }
+template <class N> struct alignas(4 * sizeof(N)) Four { N x[4]; };
+template <> struct alignas(16) Four<long long> { long long x[4]; };
+DEVICE Four<float> load_four(const float* p) {
+  Four<float> y;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(y.x[0]), "=f"(y.x[1]), "=f"(y.x[2]), "=f"(y.x[3]) : "l"(p) : "memory");
+  return y;
+}
+DEVICE Four<long long> load_four(const long long* p) {
+  Four<long long> y;
+  asm volatile("ld.global.cg.v2.s64 {%0, %1}, [%4]; ld.global.cg.v2.s64 {%2, %3}, [%4+16];"
+               : "=l"(y.x[0]), "=l"(y.x[1]), "=l"(y.x[2]), "=l"(y.x[3])
+               : "l"(p)
+               : "memory");
+  return y;
+}
+#if LTE_ELEM != 32
+DEVICE Four<elem> load_four(const elem* p) {
+  Four<elem> y;
+  asm volatile("ld.global.v4.u16 {%0, %1, %2, %3}, [%4];" : "=h"(y.x[0]), "=h"(y.x[1]), "=h"(y.x[2]), "=h"(y.x[3]) : "l"(p));
+  return y;
+}
+#endif
 DEVICE unsigned load_relaxed(const unsigned* p) {
   unsigned x;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
 DEVICE unsigned load_fresh(const unsigned* p) { return load_relaxed(p); }
-DEVICE long long load_fresh(const long long* p) {
-  long long x;
-  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
-  return x;
-}
 DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned x;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");

@@ -64,6 +64,7 @@ DEVICE constexpr int row_bytes(int bits, int columns) {
   return columns / slab_of(bits) * slab_bytes(bits, slab_of(bits)) + slab_bytes(bits, columns % slab_of(bits));
 }
 constexpr int PAIRS_BYTES = (D + 511) / 512 * 512 * 2 * SIZE;    // of all columns, as whole rows of a stage
+constexpr int DOWN_SLAB = slab_of(FFN_BITS);
 constexpr int UNIT = FFN_BITS == 4 ? 2 : 1;   // neurons that stay together: two half bytes of a pair share their scale
 constexpr int NQKV = (HQ + 2 * HKV) * HD;
 constexpr int OUT = HQ * HD;
@@ -82,7 +83,7 @@ constexpr int UNITS = T * HKV * PARTS;
 constexpr int PER_THREAD = (E + THREADS - 1) / THREADS > 0 ? (E + THREADS - 1) / THREADS : 1;   // experts
 constexpr float FIXED = 1 << 30;                                      // sums in fixed point are in units of 1 / FIXED
 constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
-constexpr int NORM_REGISTERS = 32;            // for the residual of the tokens that a norm takes at once
+constexpr int NORM_REGISTERS = 16;            // for the residual of the tokens that a norm takes at once
 static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % 16 == 0 && HD <= 256 && ROTARY <= HD, "shapes");
 static_assert(HQ % HKV == 0 && G <= 8 && T >= 1 && T <= 8 && (E == 0 || F == E * S) && E < 65536, "shapes");
 static_assert(FFN_BITS != 4 || (S % UNIT == 0 && F % GROUP == 0 && D % GROUP == 0), "groups");
@@ -117,8 +118,7 @@ struct Args {
   float *residual;            // [2, T, D]
   float *qkv;                 // [T, NQKV]
   float *attended;            // [T, OUT]
-  float *delta;               // [T, D] what half a layer adds to the residual
-  long long *sums;            // [2, T, D] what FFNs add to the residual, in fixed point; two layers in turn
+  long long *sums;            // [3, T, D] what half a layer adds to the residual, in fixed point: attention, FFNs in turn
   float *splits;              // [T * HKV, P, G, HD + 2]
   u32 *masks;                 // [E]: the launch's tag, and a bit for each token that the expert is on for
   u32 *flags;                 // [P] of the barriers of a few blocks, zero at first
@@ -133,7 +133,7 @@ struct Working {
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
-  float sums[WARPS][T], halves[2][WARPS];
+  float sums[WARPS][T];
   Layer layers[2];            // this one and the next
   alignas(16) elem q[G][QS];
   alignas(16) elem weights[WARPS][8][WS];   // of keys, for each head of queries
@@ -178,6 +178,10 @@ DEVICE int share_begin(int n) {
   return n / P * b + (b < more ? b : more);
 }
 DEVICE int share_end(int n) { return share_begin(n) + n / P + ((int)blockIdx.x < n % P); }
+
+// Blocks add their shares of the output in different orders of columns, as each number is added to by one at a time.
+DEVICE int first_slab() { return (int)blockIdx.x % ((D + DOWN_SLAB - 1) / DOWN_SLAB) * DOWN_SLAB; }
+DEVICE int next_slab(int c) { return c + DOWN_SLAB < D ? c + DOWN_SLAB : 0; }
 
 // Keys [begin, end) of the cache of sequence t for one head of keys, and which of how many parts that is.
 struct Part { int t, head, split, splits, begin, end; };
@@ -313,9 +317,9 @@ struct Producer {
                        GATED ? ROWS : left, D);
       }
       // Rows of the down projection have no pairs of their own.
-      constexpr int SLAB = slab_of(FFN_BITS);
+      constexpr int SLAB = DOWN_SLAB;
 #pragma unroll 1
-      for (int c = 0; c < D; c += SLAB) {
+      for (int k = 0, c = first_slab(); k < D; k += SLAB, c = next_slab(c)) {
         const int columns = D - c < SLAB ? D - c : SLAB;
         int group = -1;
         for (int j = 0, left; j < n; j += left) {
@@ -396,72 +400,87 @@ struct Step {
     team_sync();
   }
 
-  // The same of one number; calls in a row have `half` 0 and 1 in turn.
-  DEVICE float team_sum(float x, int half) {
-    x = warp_sum(x);
-    if (lane == 0) s.halves[half][warp] = x;
-    team_sync();
-    x = 0;
-    for (int i = 0; i < WARPS; i++) x += s.halves[half][i];
-    return x;
-  }
-
   // residual = before + addend, before + norm(addend), or the token's embedding; then s.xs = norm(residual). The addend is
-  // `delta`, or `sums` in fixed point.
-  DEVICE void add_and_norm(const float* before, const long long* sums_of_ffn, const elem* post, float* after, const elem* weight) {
-    constexpr int N = (D + THREADS - 1) / THREADS;
-    constexpr int AT_ONCE = N * T <= NORM_REGISTERS ? T : N * 2 <= NORM_REGISTERS ? NORM_REGISTERS / N : 1;   // tokens
-    float w[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) w[i] = i * THREADS + tid < D ? norm_weight(weight[i * THREADS + tid]) : 0;
+  // in fixed point.
+  DEVICE void add_and_norm(const float* before, const long long* sums_of_half, const elem* post, float* after, const elem* weight) {
+    constexpr int N = (D / 4 + THREADS - 1) / THREADS;   // fours of columns of a thread
+    constexpr int AT_ONCE = 4 * N * T <= NORM_REGISTERS ? T : 8 * N <= NORM_REGISTERS ? NORM_REGISTERS / (4 * N) : 1;   // tokens
 #pragma unroll 1
     for (int t0 = 0; t0 < T; t0 += AT_ONCE) {
-      float x[AT_ONCE][N], sums[AT_ONCE];
-      // All loads of a token at once, before anything waits for one.
+      float x[AT_ONCE][N][4], sums[AT_ONCE];
+      Four<elem> w[N];
+      // All loads at once, before anything waits for one.
+      Four<float> old[AT_ONCE][N];
+      Four<long long> fixed[AT_ONCE][N];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; k++) {
-        const int t = t0 + k;
-        float old[N];
+      for (int i = 0; i < N; i++) {
+        const int c = column_of(i) < D ? column_of(i) : 0;
+        w[i] = load_four(weight + c);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+          const int t = t0 + k < T ? t0 + k : 0;
+          if (before != nullptr) old[k][i] = load_four(before + t * D + c), fixed[k][i] = load_four(sums_of_half + t * D + c);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
         for (int i = 0; i < N; i++) {
-          const int c = i * THREADS + tid;
-          old[i] = x[k][i] = 0;
-          if (t >= T || c >= D) continue;
-          if (before == nullptr)
-            x[k][i] = to_float(from_float(to_float(a.embedding[(size_t)a.token[t] * D + c]) * a.embedding_scale));
-          else {
-            x[k][i] = sums_of_ffn == nullptr ? load_fresh(a.delta + t * D + c) : load_fresh(sums_of_ffn + t * D + c) * (1 / FIXED);
-            old[i] = load_fresh(before + t * D + c);
+          const bool mine = t0 + k < T && column_of(i) < D;
+          if (before == nullptr) {
+            const elem* row = a.embedding + (mine ? (size_t)a.token[t0 + k] * D + column_of(i) : 0);
+            for (int j = 0; j < 4; j++) old[k][i].x[j] = 0, x[k][i][j] = to_float(from_float(to_float(row[j]) * a.embedding_scale));
+          } else {
+            for (int j = 0; j < 4; j++) x[k][i][j] = fixed[k][i].x[j] * (1 / FIXED);
           }
+          for (int j = 0; j < 4; j++)
+            if (!mine) x[k][i][j] = old[k][i].x[j] = 0;
         }
-        if (post != nullptr && before != nullptr) {
-          float squares = 0;
+      if (post != nullptr) {
+        square_sums<AT_ONCE, N>(x, sums);
 #pragma unroll
-          for (int i = 0; i < N; i++) squares += x[k][i] * x[k][i];
-          const float r = rsqrt_(team_sum(squares, t & 1) / D + a.eps);
+        for (int i = 0; i < N; i++)
+          if (column_of(i) < D) {
+            const Four<elem> factor = load_four(post + column_of(i));
 #pragma unroll
-          for (int i = 0; i < N; i++) x[k][i] *= i * THREADS + tid < D ? r * norm_weight(post[i * THREADS + tid]) : 0;
-        }
-        sums[k] = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) x[k][i] += old[i], sums[k] += x[k][i] * x[k][i];
+            for (int k = 0; k < AT_ONCE; k++)
+              for (int j = 0; j < 4; j++) x[k][i][j] *= rsqrt_(sums[k] / D + a.eps) * norm_weight(factor.x[j]);
+          }
       }
-      team_sums(sums);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+        for (int i = 0; i < N; i++)
+          for (int j = 0; j < 4; j++) x[k][i][j] += old[k][i].x[j];
+      square_sums<AT_ONCE, N>(x, sums);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
-        const int t = t0 + k;
         const float r = rsqrt_(sums[k] / D + a.eps);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-          const int c = i * THREADS + tid;
+          const int t = t0 + k, c = column_of(i);
           if (t >= T || c >= D) continue;
           // The other buffer: others still read this one.
-          if (after != nullptr && c % P == (int)blockIdx.x) after[t * D + c] = x[k][i];
-          s.xs[t][c] = from_float(x[k][i] * r * w[i]);
+          if (after != nullptr && c / 4 % P == (int)blockIdx.x)
+            for (int j = 0; j < 4; j++) after[t * D + c + j] = x[k][i][j];
+          Four<elem> y;
+          for (int j = 0; j < 4; j++) y.x[j] = from_float(x[k][i][j] * r * norm_weight(w[i].x[j]));
+          *(Four<elem>*)&s.xs[t][c] = y;
         }
       }
     }
     team_sync();
+  }
+  DEVICE int column_of(int i) const { return (i * THREADS + tid) * 4; }
+  template <int K, int N> DEVICE void square_sums(const float (&x)[K][N][4], float (&sums)[K]) {
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      sums[k] = 0;
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        for (int j = 0; j < 4; j++) sums[k] += x[k][i][j] * x[k][i][j];
+    }
+    team_sums(sums);
   }
 
   DEVICE const char* next_stage() {
@@ -555,8 +574,15 @@ struct Step {
 
   DEVICE void attention(const Layer& l) {
     Part p;
+    int unit = blockIdx.x;
+    bool any = unit < UNITS && part_of(s, l, unit, p);
+    grid_sync();
 #pragma unroll 1
-    for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) attend(l, p);
+    while (any) {
+      attend(l, p);
+      unit += P;
+      any = unit < UNITS && part_of(s, l, unit, p);
+    }
   }
 
   // What a warp knows of the heads lane % 4 * 2 and + 1 of queries: the highest score, the sum of weights in this lane,
@@ -577,10 +603,10 @@ struct Step {
       }
     team_sync();
     if (newest)
-      for (int i = tid; i < 2 * HD; i += THREADS) {
-        const int d = i % HD;
-        elem* to = i < HD ? l.keys : l.values;
-        to[((size_t)(p.t * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d] = ((const elem*)s.newest[i / HD][0])[d];
+      for (int d = tid; d < HD; d += THREADS) {
+        const size_t at = ((size_t)(p.t * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d;
+        l.keys[at] = ((const elem*)s.newest[0][0])[d];
+        l.values[at] = ((const elem*)s.newest[1][0])[d];
       }
 
     Attended x;
@@ -718,11 +744,21 @@ struct Step {
   }
 
   DEVICE void output(const Layer& l) {
-#pragma unroll 6
-    for (int i = tid; i < T * OUT; i += THREADS) s.xs[i / OUT][i % OUT] = from_float(load_fresh(a.attended + i));
+    constexpr int AT_ONCE = 8;
+#pragma unroll 1
+    for (int from = tid; from < T * OUT; from += AT_ONCE * THREADS) {
+      float x[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) x[k] = load_fresh(a.attended + (from + k * THREADS < T * OUT ? from + k * THREADS : 0));
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int i = from + k * THREADS;
+        if (i < T * OUT) s.xs[i / OUT][i % OUT] = from_float(x[k]);
+      }
+    }
     team_sync();
     matrix<ATTENTION_BITS>(D, OUT, l.scales + NQKV, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
-           [&](int r, int t, float sum) { a.delta[t * D + r] = sum; });
+           [&](int r, int t, float sum) { a.sums[t * D + r] = to_fixed(sum * FIXED); });
   }
 
   // Publishes which experts are on, finds this block's share of their neurons, and lets the producer go on.
@@ -822,11 +858,11 @@ struct Step {
       }
     }
     team_sync();
-    long long* to = a.sums + (size_t)(layer & 1) * T * D;
-    constexpr int SLAB = slab_of(FFN_BITS), SLICE = SLAB / WARPS;
+    long long* to = sums_of(layer);
+    constexpr int SLAB = DOWN_SLAB, SLICE = SLAB / WARPS;
     Pair pairs[FFN_BITS == 4 ? SLICE / 8 : 1];   // of this lane's columns
 #pragma unroll 1
-    for (int c = 0; c < D; c += SLAB) {
+    for (int k = 0, c = first_slab(); k < D; k += SLAB, c = next_slab(c)) {
       Columns<SLICE> sum;
       clear(sum);
       const int first = warp * SLICE;
@@ -862,8 +898,9 @@ struct Step {
     }
   }
 
+  DEVICE long long* sums_of(int layer) const { return a.sums + (1 + (layer & 1)) * T * D; }
   DEVICE void clear_sums(int layer) {
-    long long* to = a.sums + (size_t)(layer & 1) * T * D;
+    long long* to = sums_of(layer);
     const int end = share_end(T * D);
     for (int i = share_begin(T * D) + tid; i < end; i += THREADS) to[i] = 0;
   }
@@ -892,7 +929,6 @@ struct Step {
     clear_sums(1);
     team_sync();
     int at = 1;  // which half of the residual is the newest
-    float* halves[2] = {a.residual, a.residual + T * D};
     stamp();
     // The first half of each layer is attention, the second the FFN; the last norm has neither.
 #pragma unroll 1
@@ -900,8 +936,8 @@ struct Step {
       const int i = half / 2;
       const bool ffn = half % 2 != 0, last = i == a.num_layers;
       const Layer &l = s.layers[i & 1], &before = s.layers[(i & 1) ^ 1];
-      add_and_norm(half > 0 ? halves[at] : nullptr, ffn ? nullptr : a.sums + (size_t)((i & 1) ^ 1) * T * D,
-                   ffn ? l.post1 : half > 0 ? before.post2 : nullptr, last ? nullptr : halves[1 - at],
+      add_and_norm(half > 0 ? a.residual + at * T * D : nullptr, ffn ? a.sums : sums_of(i - 1),
+                   ffn ? l.post1 : half > 0 ? before.post2 : nullptr, last ? nullptr : a.residual + (1 - at) * T * D,
                    last ? a.final_norm : ffn ? l.norm2 : l.norm1);
       at = 1 - at;
       stamp();
@@ -917,7 +953,6 @@ struct Step {
                  return bias == nullptr ? 0 : to_float(bias[r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD]);
                },
                [&](int r, int t, float sum) { a.qkv[t * NQKV + r] = sum; });
-        grid_sync();
         attention(l);
         // All have read what the last layer added.
         if (i > 0) clear_sums(i - 1);
