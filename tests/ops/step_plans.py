@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Rope
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized, Rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,42 @@ def random_plan(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Decode
         score_cap=2.0 if s.caps else 0.0,
         logit_cap=1.0 if s.caps else 0.0,
     )
+
+
+def quantized(matrix: Matrix, bits: int, group: int = 32, transposed: bool = False) -> Matrix:
+    """A matrix rounded to 8 bits with a scale for each output, to 4 bits with zeros, or as it is for 0 bits."""
+    assert isinstance(matrix, Tensor)
+    if bits == 0:
+        return matrix
+    weight = matrix.float().T if transposed else matrix.float()
+    groups = weight.unflatten(1, (-1, weight.shape[1] if bits == 8 else group))
+    low, high = groups.aminmax(dim=-1)
+    # Both ends are values, the lowest of all among them.
+    scales, middle = (high - low) / (2**bits - 1), 2 ** (bits - 1)
+    zeros = low + middle * scales
+    if bits == 8:
+        scales, zeros = torch.maximum(high / (middle - 1), -low / middle), torch.zeros_like(low)
+    else:
+        scales, zeros = scales.to(matrix.dtype), zeros.to(matrix.dtype)
+    values = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round().clamp(-middle, middle - 1)
+    parts = [values.flatten(1).to(torch.int8), scales, zeros]
+    values, scales, zeros = (part.T.contiguous() if transposed else part for part in parts)
+    return Quantized(values=values, scales=scales, zeros=None if bits == 8 else zeros, bits=bits)
+
+
+def with_quantized(plan: DecoderPlan, attention: int, ffn: int, head: int, group: int = 32) -> DecoderPlan:
+    """The plan with matrices of so many bits, 0 for as they are."""
+
+    def rounded(layer: DecoderLayer) -> DecoderLayer:
+        matrices = {name: quantized(getattr(layer, name), attention, group) for name in ("q", "k", "v", "out")}
+        matrices |= {
+            name: quantized(getattr(layer, name), ffn, group)
+            for name in ("gate", "up")
+            if getattr(layer, name) is not None
+        }
+        return replace(layer, **matrices, down=quantized(layer.down, ffn, group, transposed=True))
+
+    return replace(plan, layers=[rounded(layer) for layer in plan.layers], head=quantized(plan.head, head, group))
 
 
 def new_caches(plan: DecoderPlan, batch: int, length: int, shift: int = 0) -> list[LayerCache]:

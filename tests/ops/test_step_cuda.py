@@ -20,10 +20,19 @@ from lte.ops.step import compile as compiling
 from lte.ops.step import cuda
 from lte.ops.step.compile import cached_cubin, compile_cubin, missing
 from lte.ops.step.cuda import CudaEngine, Machine, macros, unfit_shapes
-from lte.ops.step.plan import DecoderPlan
+from lte.ops.step.plan import DecoderPlan, Quantized
 from lte.ops.step.reference import ReferenceEngine
 from tests.ops.step_emulator import Emulator
-from tests.ops.step_plans import FAMILIES, Shape, copied, new_caches, random_plan, step_inputs
+from tests.ops.step_plans import (
+    FAMILIES,
+    Shape,
+    copied,
+    new_caches,
+    quantized,
+    random_plan,
+    step_inputs,
+    with_quantized,
+)
 
 STEPS = 14
 # Shared memory of a block by compute capability, and multiprocessors of a GPU.
@@ -106,6 +115,70 @@ def test_16_bits_match_the_reference(
 ) -> None:
     plan = with_forced_experts(random_plan(Shape(biases=True, head_norms=True), dtype))
     assert_steps_match(emulator(), plan, 4, {torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype], relative_rms)
+
+
+# Bits of attention, FFN and head, the numbers of a group, and a shape: with two slabs, groups of more and of fewer
+# neurons than an expert, rows whose pairs are no 16 bytes.
+QUANTIZED = {
+    "bytes": (8, 8, 8, 32, Shape(biases=True, hidden=96, heads=6)),
+    "int8 FFN": (0, 8, 0, 32, Shape(layers=1, hidden=1056)),
+    "groups of 32": (4, 4, 4, 32, Shape(hidden=96, heads=6, gated=False, biases=True)),
+    "groups of 64": (8, 4, 4, 64, Shape(experts=16, neurons=256)),
+    "two slabs": (4, 4, 8, 128, Shape(layers=1, hidden=1152, heads=8, kv_heads=2, experts=4, neurons=256)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_fp32_matches_the_reference(
+    name: str, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    index, (*bits, group, shape) = list(QUANTIZED).index(name), QUANTIZED[name]
+    plan = with_quantized(random_plan(shape, torch.float32), *bits, group)
+    assert_steps_match(emulator(blocks=7 - index), plan, 1 + index % 3, 1e-5, relative_rms)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_quantized_16_bits_match_the_reference(
+    bits: int, dtype: torch.dtype, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    plan = with_forced_experts(random_plan(Shape(hidden=96, heads=6, biases=True, head_norms=True), dtype))
+    plan = with_quantized(plan, bits, bits, bits)
+    assert_steps_match(emulator(), plan, 3, {torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype], relative_rms)
+
+
+def test_what_does_not_fit_of_quantized_weights_is_told(emulator: Callable[..., Emulator]) -> None:
+    plan = random_plan(Shape(), torch.bfloat16)
+    caches, machine = new_caches(plan, 1, STEPS), emulator()
+
+    def told(changed: DecoderPlan) -> str | None:
+        return unfit_shapes(changed, caches, machine)
+
+    def first(**changes: Any) -> DecoderPlan:
+        return replace(plan, layers=[replace(layer, **changes) for layer in plan.layers])
+
+    q, down = plan.layers[0].q, plan.layers[0].down
+    assert told(with_quantized(plan, 8, 4, 0)) is None
+    assert "some matrices of attention" in str(told(first(q=quantized(q, 8))))
+    assert "groups of 4-bit weights have [16]" in str(told(with_quantized(plan, 4, 0, 0, 16)))
+    assert "the scales of down" in str(
+        told(
+            replace(
+                with_quantized(plan, 0, 8, 0),
+                layers=[replace(layer, down=quantized(down, 8)) for layer in with_quantized(plan, 0, 8, 0).layers],
+            )
+        )
+    )
+
+
+def test_quantized_refuses_scales_that_do_not_fit() -> None:
+    values = torch.zeros(4, 64, dtype=torch.int8)
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got bits=3"):
+        Quantized(values=values, scales=torch.ones(4, 1), bits=3)
+    with pytest.raises(ValueError, match=r"scales must be .* got scales=\(3, 1\)"):
+        Quantized(values=values, scales=torch.ones(3, 1))
+    with pytest.raises(ValueError, match="zeros must be of 4 bits"):
+        Quantized(values=values, scales=torch.ones(4, 1), zeros=torch.ones(4, 1))
 
 
 def with_forced_experts(plan: DecoderPlan) -> DecoderPlan:

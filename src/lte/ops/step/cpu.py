@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.cpu import cpu_kernel_available
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Quantized
 
 MAX_SEQUENCES = 8
 # In the order of `LIKE` of the kernel.
@@ -46,7 +46,11 @@ def unfit(plan: DecoderPlan, caches: Sequence[LayerCache]) -> str | None:
         experts = 1 if layer.router is None else len(layer.router)
         if len(layer.up) % (8 * experts):
             return "the CPU kernel takes experts of a multiple of 8 neurons"
-    if not all(t is None or (t.is_cpu and t.dtype == dtype and t.is_contiguous()) for t in tensors):
+    if any(isinstance(t, Quantized) for t in tensors):
+        return "the CPU kernel takes no quantised weights"
+    if not all(
+        t is None or (isinstance(t, Tensor) and t.is_cpu and t.dtype == dtype and t.is_contiguous()) for t in tensors
+    ):
         return "the CPU kernel takes contiguous weights of one dtype on the CPU"
     # These caches may lie anywhere, or be no more than shapes.
     if not all(t[0].is_contiguous() and t.dtype == dtype for cache in caches for t in (cache.keys, cache.values)):
@@ -100,12 +104,14 @@ class CpuStep:
         self._logits = torch.empty(batch, len(plan.head))
         self._frame = np.zeros(kernel.FRAME_SLOTS, np.int64)
         self._keep += [layers, table, frequencies, ropes, numbers]
+        head = plan.head
+        assert isinstance(head, Tensor)
         bias = 0 if plan.head_bias is None else plan.head_bias.data_ptr()
         for slot, value in {
             "LAYERS": layers.ctypes.data, "CACHES": table.ctypes.data, "ROPES": ropes.ctypes.data,
             "NUMBERS": numbers.ctypes.data, "LOGITS": self._logits.data_ptr(),
             "EMBEDDING": plan.embedding.data_ptr(), "FINAL_NORM": plan.final_norm.data_ptr(),
-            "HEAD": plan.head.data_ptr(), "HEAD_BIAS": bias, "NUM_LAYERS": len(layers), "NUM_ROPES": len(ropes),
+            "HEAD": head.data_ptr(), "HEAD_BIAS": bias, "NUM_LAYERS": len(layers), "NUM_ROPES": len(ropes),
             "VOCABULARY": len(plan.head), "HEADS": plan.heads, "KV_HEADS": plan.kv_heads,
             "HEAD_SIZE": plan.head_size, "PLUS_ONE": plan.norm_plus_one, "BATCH": batch,
         }.items():  # fmt: skip
@@ -119,7 +125,7 @@ class CpuStep:
 
     def _layer(self, layer: DecoderLayer) -> list[int]:
         """The kernel's row of a layer."""
-        dtype = layer.up.dtype
+        dtype = layer.norm1.dtype
         # As `lte.ops.arguments.Routing` rounds it; the bias is added in fp32.
         router = None if layer.router is None else layer.router.to(dtype).contiguous()
         bias = None if layer.router_bias is None else layer.router_bias.float().contiguous()

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lte.ops.step.compile import cached_cubin, missing, structures
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized
+from lte.ops.step.quantized import as_read, matrix_as_read
 
 MAX_BATCH = 8
 MAX_EXPERTS = 65535
@@ -32,6 +33,8 @@ OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
 SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
+
+GROUPS = (32, 64, 128)  # of weights in 4 bits
 
 Launch = Callable[[ctypes.Structure], None]
 
@@ -151,6 +154,10 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "GATED": int(layer.gate is not None),
         "NORM_PLUS_ONE": int(plan.norm_plus_one),
         "ELEM": ELEMENTS[plan.embedding.dtype],
+        "ATTENTION_BITS": _bits(layer.q),
+        "FFN_BITS": _bits(layer.up),
+        "HEAD_BITS": _bits(plan.head),
+        "GROUP": next((matrix.group for _, matrix in _quantized(plan) if matrix.bits == 4), GROUPS[0]),
         "THREADS": machine.threads,
         "FETCHERS": FETCHERS,
         "SPLIT_KEYS": SPLIT_KEYS,
@@ -192,7 +199,7 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
         f"{experts} experts do not divide {neurons} neurons": neurons % experts == 0,
         f"there are {experts} experts, above {MAX_EXPERTS}": experts <= MAX_EXPERTS,
     }
-    reason = next((reason for reason, holds in checks.items() if not holds), None)
+    reason = next((reason for reason, holds in checks.items() if not holds), None) or _unfit_quantized(plan)
     if reason is not None:
         return reason
     needed = _needed_bytes(macros(plan, batch, machine), dtype.itemsize)
@@ -219,14 +226,54 @@ def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
-    tensors = layer.q, layer.k, layer.up, layer.gate, layer.router
-    return [None if tensor is None else tensor.shape for tensor in tensors]
+    matrices = layer.q, layer.k, layer.v, layer.out, layer.up, layer.down, layer.gate, layer.router
+    return [None if matrix is None else (matrix.shape, _bits(matrix)) for matrix in matrices]
+
+
+def _bits(matrix: Matrix | None) -> int:
+    """Of a quantised matrix; 0 of others."""
+    return matrix.bits if isinstance(matrix, Quantized) else 0
+
+
+def _quantized(plan: DecoderPlan) -> Iterator[tuple[str, Quantized]]:
+    """All quantised matrices and their names."""
+    if isinstance(plan.head, Quantized):
+        yield "head", plan.head
+    for layer in plan.layers:
+        yield from ((name, value) for name, value in vars(layer).items() if isinstance(value, Quantized))
+
+
+def _unfit_quantized(plan: DecoderPlan) -> str | None:
+    """What the kernel does not take of quantised matrices."""
+    first, groups = plan.layers[0], set()
+    attention, ffn = (
+        (first.q, first.k, first.v, first.out),
+        (first.up, first.down, first.up if first.gate is None else first.gate),
+    )
+    if any(len({_bits(matrix) for matrix in matrices}) > 1 for matrices in (attention, ffn)):
+        return "some matrices of attention or of the FFN are quantised and others are not"
+    for name, matrix in _quantized(plan):
+        outputs, inputs = reversed(matrix.shape) if name == "down" else matrix.shape
+        if matrix.bits == 4:
+            groups.add(matrix.group)
+            if matrix.scales.dtype != plan.embedding.dtype:
+                return f"the scales of {name} are {matrix.scales.dtype}, not {plan.embedding.dtype}"
+        along = 0 if name == "down" else 1
+        if matrix.scales.shape[1 - along] != outputs or (matrix.bits == 8 and matrix.group != inputs):
+            return f"the scales of {name} are {list(matrix.scales.shape)} for {list(matrix.shape)}"
+        if matrix.values.dtype != torch.int8 or matrix.values.device != plan.embedding.device:
+            return f"{name} is {matrix.values.dtype} on {matrix.values.device}"
+    if len(groups) > 1 or not groups <= set(GROUPS):
+        return f"groups of 4-bit weights have {sorted(groups)} numbers"
+    if _bits(first.up) == 4 and first.router is not None and len(first.up) // len(first.router) % 2:
+        return "experts of 4-bit weights have an odd number of neurons"
+    return None
 
 
 def _weights(plan: DecoderPlan) -> Iterator[tuple[str, Tensor]]:
     """All that the kernel reads as they are."""
     for name in ("embedding", "final_norm", "head", "head_bias"):
-        if getattr(plan, name) is not None:
+        if isinstance(getattr(plan, name), Tensor):
             yield name, getattr(plan, name)
     for i, layer in enumerate(plan.layers):
         for name, value in vars(layer).items():
@@ -246,6 +293,12 @@ class CudaEngine:
         device = plan.embedding.device
         self.plan, self.machine = plan, Gpu.of(device) if machine is None else machine
         ropes = [torch.cat((rope.frequencies.new_tensor([rope.factor]), rope.frequencies)) for rope in plan.ropes]
+        # Weights in 4 bits are copied into the kernel's own order, and so are scales.
+        self.read = [as_read(layer) for layer in plan.layers]
+        self.head, self.head_scales = plan.head, None
+        if isinstance(plan.head, Quantized):
+            self.head, _ = matrix_as_read(plan.head)
+            self.head_scales = plan.head.scales.float().flatten() if plan.head.bits == 8 else None
         self.ropes = torch.stack(ropes).to(device, torch.float32) if ropes else torch.zeros(1, 2, device=device)
 
     def bind(self, caches: Sequence[LayerCache], **extra: int) -> CudaStep:
@@ -280,7 +333,8 @@ class CudaStep:
         self.logits, self.trace = scratch["logits"], scratch["trace"]
         self._owned = list(scratch.values())
         scratch["layers"] = self._layers(plan, caches)
-        read = {name: getattr(plan, name) for name in ("embedding", "final_norm", "head", "head_bias")}
+        read = {name: getattr(plan, name) for name in ("embedding", "final_norm", "head_bias")}
+        read |= {"head": engine.head, "head_scales": engine.head_scales}
         self._args = structures()["Args"]()
         _fill(
             self._args,
@@ -320,8 +374,8 @@ class CudaStep:
     def _layers(self, plan: DecoderPlan, caches: Sequence[LayerCache]) -> Tensor:
         """The array of `Layer` in the device's memory."""
         array = (structures()["Layer"] * len(plan.layers))()
-        for to, layer, cache in zip(array, plan.layers, caches, strict=True):
-            values = {name: _pointer(value) for name, value in vars(layer).items()}
+        for to, layer, quantized, cache in zip(array, plan.layers, self._engine.read, caches, strict=True):
+            values = {name: _pointer(value) for name, value in {**vars(layer), **quantized}.items()}
             # The router counts as rounded to the other weights' dtype; its bias does not.
             for name, dtype in (("router", plan.embedding.dtype), ("router_bias", torch.float32)):
                 if values[name] is not None:

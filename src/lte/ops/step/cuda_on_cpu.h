@@ -19,6 +19,7 @@
 #define KERNEL
 #define INFINITY_ __builtin_inff()
 using std::size_t;
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 
 #if LTE_ELEM == 32
@@ -186,6 +187,14 @@ inline void deliver() {
 
 #if LTE_ELEM != 32
 inline elem element(unsigned pair, int i) { const unsigned short half = pair >> 16 * i; elem x; std::memcpy(&x, &half, 2); return x; }
+inline unsigned x_bits(elem x) { unsigned short bits; std::memcpy(&bits, &x, 2); return bits; }
+inline unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+  unsigned x = 0;
+  for (int i = 0; i < 2; i++)
+    x |= x_bits(from_float(std::fma(to_float(element(a, i)), to_float(element(b, i)), to_float(element(c, i))))) << 16 * i;
+  return x;
+}
+inline unsigned spread(unsigned x, int first) { return (x >> 8 * first & 255) | (x >> (8 * first + 8) & 255) << 16; }
 inline void load_squares(unsigned (&x)[4], const void* row, bool transposed) {
   Warp& warp = warp_now();
   const int lane = machine.now->thread % 32;

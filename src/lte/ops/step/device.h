@@ -188,4 +188,17 @@ DEVICE void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
+// a b + c of two numbers each, rounded once.
+DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+  unsigned x;
+#if LTE_ELEM == 16
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+#endif
+  return x;
+}
+// The bytes `first` and first + 1 in the low bytes of the halves.
+DEVICE unsigned spread(unsigned x, int first) { return __byte_perm(x, 0, first == 0 ? 0x4140 : 0x4342); }
+DEVICE unsigned x_bits(unsigned short x) { return x; }
 #include "tile.h"

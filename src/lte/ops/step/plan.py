@@ -14,12 +14,77 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """A matrix W of whole numbers: W[n, k] = values[n, k] scales[.] + zeros[.].
+
+    Scales are shared by groups of the input of the product: [N, 1] (8 bits) or [N, K / g] (4 bits), and [1, K] or
+    [N / g, K] for the transposed down projection, whose rows are inputs.
+
+    Attributes:
+        values: int8 [N, K]; from -8 to 7 if they have 4 bits.
+        scales: fp32 for 8 bits; the dtype of the other weights for 4 bits.
+        zeros: as the scales; `None` for none. Only of 4 bits.
+        bits: 8 or 4.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        shape, few = tuple(self.values.shape), tuple(self.scales.shape)
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, got bits={self.bits}")
+        fits = len(shape) == len(few) == 2 and all(m > 0 and n % m == 0 for n, m in zip(shape, few, strict=True))
+        if not fits or (shape[0] != few[0] and shape[1] != few[1]):
+            raise ValueError(f"scales must be [N, K / g] or [N / g, K] of values {shape}, got scales={few}")
+        if self.zeros is not None and (self.bits == 8 or self.zeros.shape != self.scales.shape):
+            raise ValueError(f"zeros must be of 4 bits and as scales {few}, got zeros={tuple(self.zeros.shape)}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K]."""
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def group(self) -> int:
+        """g: how many numbers along the input share a scale."""
+        (rows, columns), (few_rows, few_columns) = self.shape, self.scales.shape
+        return max(rows // few_rows, columns // few_columns)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W [N, K], computed in fp32 and rounded once."""
+
+        def spread(some: Tensor) -> Tensor:
+            rows, columns = (whole // part for whole, part in zip(self.shape, some.shape, strict=True))
+            return some.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+        weight = self.values * spread(self.scales)
+        return (weight if self.zeros is None else weight + spread(self.zeros)).to(dtype)
+
+
+Matrix = Tensor | Quantized
+
+
+def dense(weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """A matrix as it is, or if it is quantised in `dtype`."""
+    return weight.dense(dtype) if isinstance(weight, Quantized) else weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderLayer:
     """The weights of one layer; all but the router have one dtype, and the rows of all matrices are contiguous.
+
+    Matrices may be `Quantized`, all of attention alike and all of the FFN alike.
 
     Attributes:
         norm1: weight of the norm before attention, [D].
@@ -43,14 +108,14 @@ class DecoderLayer:
     """
 
     norm1: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    out: Matrix
     norm2: Tensor
-    up: Tensor
-    down: Tensor
-    gate: Tensor | None = None
+    up: Matrix
+    down: Matrix
+    gate: Matrix | None = None
     router: Tensor | None = None
     router_bias: Tensor | None = None
     threshold: float = 0.0
@@ -96,7 +161,7 @@ class DecoderPlan:
         layers: in depth order.
         embedding: [V, D].
         final_norm: [D].
-        head: [V, D]; the embedding itself where they are tied.
+        head: [V, D]; the embedding itself where they are tied. It may be `Quantized`.
         head_bias: [V] or `None`.
         ropes: see `DecoderLayer.rope`.
         heads: HQ.
@@ -114,7 +179,7 @@ class DecoderPlan:
     layers: Sequence[DecoderLayer]
     embedding: Tensor
     final_norm: Tensor
-    head: Tensor
+    head: Matrix
     ropes: Sequence[Rope]
     heads: int
     kv_heads: int

@@ -17,7 +17,7 @@ from torch.nn import functional
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import Routing
 from lte.ops.reference import active_experts
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, dense
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ReferenceStep:
             x = x + (attended if layer.post1 is None else self._norm(attended, layer.post1))
             out = self._ffn(self._norm(x, layer.norm2), layer)
             x = x + (out if layer.post2 is None else self._norm(out, layer.post2))
-        logits = functional.linear(self._norm(x, plan.final_norm), plan.head, plan.head_bias)
+        logits = functional.linear(self._norm(x, plan.final_norm), dense(plan.head, x.dtype), plan.head_bias)
         return _cap(logits, plan.logit_cap).float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class ReferenceStep:
     def _attend(self, x: Tensor, layer: DecoderLayer, cache: LayerCache, positions: Tensor, starts: Tensor) -> Tensor:
         plan, batch = self.plan, torch.arange(len(x), device=x.device)
 
-        def heads(weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
-            found = functional.linear(x, weight, bias).view(len(x), -1, plan.head_size)
+        def heads(weight: Matrix, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+            found = functional.linear(x, dense(weight, x.dtype), bias).view(len(x), -1, plan.head_size)
             return found if norm is None else self._norm(found, norm)
 
         queries = self._rotate(heads(layer.q, layer.q_bias, layer.q_norm), layer, positions - starts)
@@ -93,20 +93,20 @@ class ReferenceStep:
         shares = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(x.dtype)
         # What nobody sees may be anything, NaN too.
         values = cache.values.masked_fill(~seen.transpose(2, 3), 0)
-        return functional.linear((shares @ values).flatten(1), layer.out, layer.out_bias)
+        return functional.linear((shares @ values).flatten(1), dense(layer.out, x.dtype), layer.out_bias)
 
     def _ffn(self, x: Tensor, layer: DecoderLayer) -> Tensor:
         activate = ACTIVATIONS[self.plan.activation]
-        hidden = functional.linear(x, layer.up, layer.up_bias)
+        hidden = functional.linear(x, dense(layer.up, x.dtype), layer.up_bias)
         if layer.gate is None:
             hidden = activate(hidden)
         else:
-            hidden = activate(functional.linear(x, layer.gate, layer.gate_bias)) * hidden
+            hidden = activate(functional.linear(x, dense(layer.gate, x.dtype), layer.gate_bias)) * hidden
         if layer.router is not None:
             routing = Routing(weight=layer.router.to(x.dtype), bias=layer.router_bias, threshold=layer.threshold)
             mask = active_experts(x, routing)
             hidden = (hidden.unflatten(-1, (mask.shape[-1], -1)) * mask.unsqueeze(-1)).flatten(-2)
-        return functional.linear(hidden, layer.down.T, layer.down_bias)
+        return functional.linear(hidden, dense(layer.down, x.dtype).T, layer.down_bias)
 
 
 def _cap(x: Tensor, cap: float) -> Tensor:

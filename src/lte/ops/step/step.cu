@@ -21,11 +21,23 @@
 //
 // Shapes, as macros that begin with LTE_: T sequences, D hidden size, HQ heads of queries, HKV of keys, HD their size, F neurons, E experts
 // (0: a dense model), S neurons of an expert, V vocabulary, P blocks.
+//
+// Weights, of attention, FFN and head each, are elements, or have 8 bits and a scale for each output, or 4 bits in groups
+// of GROUP along the input (BITS of 8 and 4). They lie in shared memory as they lie in global memory: rows of slabs, which
+// fill a stage; behind the half bytes of a slab follow its pairs of scale and zero. For the transposed down projection
+// groups run along the neurons: a stage of pairs comes before the tiles of each group.
 
 constexpr int T = LTE_T, D = LTE_D, HQ = LTE_HQ, HKV = LTE_HKV, HD = LTE_HD, F = LTE_F, E = LTE_E, S = LTE_S, V = LTE_V;
 constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_THREADS;
 constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS, P = LTE_BLOCKS;
 constexpr bool GATED = LTE_GATED, NORM_PLUS_ONE = LTE_NORM_PLUS_ONE;
+
+#ifndef LTE_FFN_BITS   // all weights are elements
+#define LTE_ATTENTION_BITS 0
+#define LTE_FFN_BITS 0
+#define LTE_HEAD_BITS 0
+#define LTE_GROUP 32
+#endif
 
 #ifdef LTE_ON_CPU
 #include "cuda_on_cpu.h"
@@ -38,9 +50,22 @@ typedef unsigned int u32;
 constexpr int WARPS = THREADS / 32;           // that compute; FETCHERS more fetch
 constexpr int SIZE = sizeof(elem);
 constexpr int ROWS = 16;                      // of a stage; each fetching warp asks for four, one after the other
-constexpr int SLAB = 1024 / SIZE;             // columns of a stage
+constexpr int NATIVE = 8 * SIZE;              // bits
+constexpr int ATTENTION_BITS = LTE_ATTENTION_BITS > 0 ? LTE_ATTENTION_BITS : NATIVE;
+constexpr int FFN_BITS = LTE_FFN_BITS > 0 ? LTE_FFN_BITS : NATIVE, HEAD_BITS = LTE_HEAD_BITS > 0 ? LTE_HEAD_BITS : NATIVE;
+constexpr int GROUP = LTE_GROUP;
 constexpr int PITCH = 1024 + 16;              // bytes from row to row: eight rows lie in eight different banks
-constexpr int SLICE = SLAB / WARPS;           // columns of one warp
+DEVICE constexpr int slab_of(int bits) { return bits == NATIVE ? 1024 / SIZE : 1024; }   // columns of a stage
+// Of the first columns of a slab, and of a whole row.
+DEVICE constexpr int slab_bytes(int bits, int columns) {
+  return columns * bits / 8 + (bits == 4 ? (columns / GROUP * 2 * SIZE + 15) / 16 * 16 : 0);
+}
+DEVICE constexpr int row_bytes(int bits, int columns) {
+  return columns / slab_of(bits) * slab_bytes(bits, slab_of(bits)) + slab_bytes(bits, columns % slab_of(bits));
+}
+constexpr int PAIRS_BYTES = (D + 511) / 512 * 512 * 2 * SIZE;    // of all columns, as whole rows of a stage
+constexpr int DOWN_SLAB = slab_of(FFN_BITS);
+constexpr int UNIT = FFN_BITS == 4 ? 2 : 1;   // neurons that stay together: two half bytes of a pair share their scale
 constexpr int NQKV = (HQ + 2 * HKV) * HD;
 constexpr int OUT = HQ * HD;
 constexpr int G = HQ / HKV;                   // heads of queries for each head of keys
@@ -61,12 +86,18 @@ constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
 constexpr int NORM_REGISTERS = 16;            // for the residual of the tokens that a norm takes at once
 static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % 16 == 0 && HD <= 256 && ROTARY <= HD, "shapes");
 static_assert(HQ % HKV == 0 && G <= 8 && T >= 1 && T <= 8 && (E == 0 || F == E * S) && E < 65536, "shapes");
+static_assert(FFN_BITS != 4 || (S % UNIT == 0 && F % GROUP == 0 && D % GROUP == 0), "groups");
+static_assert(ATTENTION_BITS != 4 || (D % GROUP == 0 && OUT % GROUP == 0), "groups");
+static_assert(GROUP % 32 == 0 && 1024 % GROUP == 0 && (1024 / WARPS % GROUP == 0 || GROUP % (1024 / WARPS) == 0), "groups");
 static_assert(THREADS % 32 == 0 && THREADS >= ROWS * T && ROWS % FETCHERS == 0, "threads");
 
 struct Layer {
-  const elem *norm1, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *out, *out_bias, *post1;
-  const elem *norm2, *router, *gate, *up, *down, *gate_bias, *up_bias, *down_bias, *post2;
+  const void *q, *k, *v, *out, *gate, *up, *down;
+  const elem *norm1, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *out_bias, *post1;
+  const elem *norm2, *router, *gate_bias, *up_bias, *down_bias, *post2;
   const float* router_bias;
+  const float* scales;      // of 8 bits: of the outputs of q, k, v, out, gate, up and down in turn, as far as they have any
+  const void* down_pairs;   // of 4 bits: [F / GROUP, PAIRS_BYTES]
   elem *keys, *values;      // [T, HKV, slots, HD]
   float threshold;          // of the logits
   int window;               // tokens that see each other, 0 for all
@@ -77,7 +108,9 @@ struct Layer {
 struct Args {
   const Layer* layers;
   const long long *token, *position, *start;  // [T]; position in the cache; start: the first that is no padding
-  const elem *embedding, *final_norm, *head, *head_bias;
+  const elem *embedding, *final_norm, *head_bias;
+  const void* head;
+  const float* head_scales;   // [V], of 8 bits
   const float* ropes;         // [num_ropes, 1 + HALF]: a factor of cosines and sines, and an angle per position
   float* logits;              // [T, V]
   // Scratch: of any content.
@@ -147,8 +180,8 @@ DEVICE int share_begin(int n) {
 DEVICE int share_end(int n) { return share_begin(n) + n / P + ((int)blockIdx.x < n % P); }
 
 // Blocks add their shares of the output in different orders of columns, as each number is added to by one at a time.
-DEVICE int first_slab() { return (int)blockIdx.x % ((D + SLAB - 1) / SLAB) * SLAB; }
-DEVICE int next_slab(int c) { return c + SLAB < D ? c + SLAB : 0; }
+DEVICE int first_slab() { return (int)blockIdx.x % ((D + DOWN_SLAB - 1) / DOWN_SLAB) * DOWN_SLAB; }
+DEVICE int next_slab(int c) { return c + DOWN_SLAB < D ? c + DOWN_SLAB : 0; }
 
 // Keys [begin, end) of the cache of sequence t for one head of keys, and which of how many parts that is.
 struct Part { int t, head, split, splits, begin, end; };
@@ -171,9 +204,20 @@ DEVICE int slot_of(const Layer& l, int position) {
   return at < l.slots ? at : at % l.slots;
 }
 
+// This block's share of the neurons that any token needs.
+DEVICE void share_neurons(Shared& s, int n) {
+  s.first = share_begin(n / UNIT) * UNIT;
+  s.count = share_end(n / UNIT) * UNIT - s.first;
+}
 DEVICE int neuron_of(const Shared& s, int i) {
   const int rank = s.first + i;
   return E == 0 ? rank : s.experts[rank / S] * S + rank % S;
+}
+
+// How many of the next neurons, 16 at most, belong to the same group as the first; of a warp's lanes each looks at one.
+DEVICE int run_of_group(const Shared& s, int j, int group) {
+  const int i = threadIdx.x % 32;
+  return popcount(vote(i < ROWS && j + i < s.count && neuron_of(s, j + i) / GROUP == group));
 }
 
 // A warp that fetches. Its first lanes have a row each.
@@ -192,7 +236,7 @@ struct Producer {
   template <int EACH> DEVICE int row_of() const { return lane < EACH ? warp * EACH + lane : EACH * FETCHERS; }
 
   // Rows of a stage, EACH for each warp; lanes below EACH know where theirs comes `from`.
-  template <int EACH, int TO_PITCH, bool KEEP> DEVICE void fetch(const elem* from, int rows, int bytes) {
+  template <int EACH, int TO_PITCH, bool KEEP> DEVICE void fetch(const void* from, int rows, int bytes) {
     wait(s.empty[stage], parity);
 #if LTE_BULK
     const int mine = row_of<EACH>();
@@ -209,27 +253,29 @@ struct Producer {
 #endif
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
-  DEVICE void fetch(const elem* from, int rows, int columns) {
-    fetch<ROWS / FETCHERS, PITCH, false>(from, rows, columns * SIZE);
-  }
-  DEVICE void tile(const elem* from, int rows, int columns) {
+  DEVICE void fetch(const void* from, int rows, int bytes) { fetch<ROWS / FETCHERS, PITCH, false>(from, rows, bytes); }
+  template <int BITS> DEVICE void tile(const char* from, int rows, int columns) {
+    constexpr int SLAB = slab_of(BITS);
 #pragma unroll 1
-    for (int c = 0; c < columns; c += SLAB) fetch(from + c, rows, columns - c < SLAB ? columns - c : SLAB);
+    for (int c = 0; c < columns; c += SLAB, from += slab_bytes(BITS, SLAB))
+      fetch(from, rows, slab_bytes(BITS, columns - c < SLAB ? columns - c : SLAB));
   }
-  DEVICE void matrix(const elem* base, int n, int columns) {
+  template <int BITS> DEVICE void matrix(const void* base, int n, int columns) {
     const int end = share_end(n);
 #pragma unroll 1
     for (int r = share_begin(n); r < end; r += ROWS)
-      tile(base + (size_t)(r + row) * columns, end - r < ROWS ? end - r : ROWS, columns);
+      tile<BITS>((const char*)base + (size_t)(r + row) * row_bytes(BITS, columns), end - r < ROWS ? end - r : ROWS, columns);
   }
   DEVICE void queries_keys_values(const Layer& l) {
+    constexpr int BYTES = row_bytes(ATTENTION_BITS, D);
     const int end = share_end(NQKV);
 #pragma unroll 1
     for (int r = share_begin(NQKV); r < end; r += ROWS) {
       const int i = r + row;
-      const elem* from = i < OUT ? l.q + (size_t)i * D
-                         : i < OUT + HKV * HD ? l.k + (size_t)(i - OUT) * D : l.v + (size_t)(i - OUT - HKV * HD) * D;
-      tile(from, end - r < ROWS ? end - r : ROWS, D);
+      const char* from = i < OUT ? (const char*)l.q + (size_t)i * BYTES
+                         : i < OUT + HKV * HD ? (const char*)l.k + (size_t)(i - OUT) * BYTES
+                                              : (const char*)l.v + (size_t)(i - OUT - HKV * HD) * BYTES;
+      tile<ATTENTION_BITS>(from, end - r < ROWS ? end - r : ROWS, D);
     }
   }
   // Keys and values of the tokens before the new one, a stage of each in turn.
@@ -255,10 +301,11 @@ struct Producer {
       const Layer& l = a.layers[i];
       queries_keys_values(l);
       cache(l);
-      matrix(l.out, D, OUT);
-      const elem *gate = l.gate, *up = l.up, *down = l.down;
+      matrix<ATTENTION_BITS>(l.out, D, OUT);
+      const char *gate = (const char*)l.gate, *up = (const char*)l.up, *down = (const char*)l.down;
+      const char* pairs = (const char*)l.down_pairs;
       if (E > 0) {
-        matrix(l.router, E, D);
+        matrix<NATIVE>(l.router, E, D);
         wait(s.routed, i & 1);
       }
       const int n = s.count;
@@ -266,17 +313,31 @@ struct Producer {
       for (int j = 0; j < n; j += PER_TILE) {
         // Gate and up of eight neurons, or up of sixteen.
         const int left = n - j < PER_TILE ? n - j : PER_TILE, k = row % PER_TILE;
-        const elem* from = (GATED && row < PER_TILE ? gate : up) + (size_t)neuron_of(s, j + (k < left ? k : 0)) * D;
-        tile(from, GATED ? ROWS : left, D);
+        tile<FFN_BITS>((GATED && row < PER_TILE ? gate : up) + (size_t)neuron_of(s, j + (k < left ? k : 0)) * row_bytes(FFN_BITS, D),
+                       GATED ? ROWS : left, D);
       }
+      // Rows of the down projection have no pairs of their own.
+      constexpr int SLAB = DOWN_SLAB;
 #pragma unroll 1
-      for (int k = 0, c = first_slab(); k < D; k += SLAB, c = next_slab(c))
-        for (int j = 0; j < n; j += ROWS) {
-          const int left = n - j < ROWS ? n - j : ROWS;
-          fetch(down + (size_t)neuron_of(s, j + (row < left ? row : 0)) * D + c, left, D - c < SLAB ? D - c : SLAB);
+      for (int k = 0, c = first_slab(); k < D; k += SLAB, c = next_slab(c)) {
+        const int columns = D - c < SLAB ? D - c : SLAB;
+        int group = -1;
+        for (int j = 0, left; j < n; j += left) {
+          left = n - j < ROWS ? n - j : ROWS;
+          if (FFN_BITS == 4) {
+            if (neuron_of(s, j) / GROUP != group) {
+              group = neuron_of(s, j) / GROUP;
+              const char* from = pairs + (size_t)group * PAIRS_BYTES + c * 2 * SIZE;
+              fetch(from + row * 1024, (columns * 2 * SIZE + 1023) / 1024, 1024);
+            }
+            left = run_of_group(s, j, group);
+          }
+          const size_t at = (size_t)neuron_of(s, j + (row < left ? row : 0)) * D + c;
+          fetch(down + at * FFN_BITS / 8, left, columns * FFN_BITS / 8);
         }
+      }
     }
-    matrix(a.head, V, D);
+    matrix<HEAD_BITS>(a.head, V, D);
   }
 };
 
@@ -433,13 +494,22 @@ struct Step {
   }
 
   // Sixteen rows of weights times the inputs [T][pitch], the sum over this warp's columns of each slab.
-  DEVICE void tile_dot(const elem* inputs, int pitch, int columns, Tile& sum) {
+  template <int BITS> DEVICE void tile_dot(const elem* inputs, int pitch, int columns, Tile& sum) {
+    constexpr int SLAB = slab_of(BITS), SLICE = SLAB / WARPS;
     clear(sum);
 #pragma unroll 1
     for (int c = 0; c < columns; c += SLAB) {
       const char* weights = next_stage();
-      if (c + warp * SLICE < columns)
-        tile_product<SLICE, PITCH>(sum, weights + warp * SLICE * SIZE, inputs + c + warp * SLICE, pitch, columns - c - warp * SLICE);
+      const int first = warp * SLICE, width = columns - c - first;
+      const elem* x = inputs + c + first;
+      if (width > 0) {
+        if constexpr (BITS == NATIVE) tile_product<SLICE, PITCH>(sum, weights + first * SIZE, x, pitch, width);
+        else if constexpr (BITS == 8) bytes_product<SLICE, PITCH>(sum, weights + first, x, pitch, width);
+        else {
+          const char* pairs = weights + (columns - c < SLAB ? columns - c : SLAB) / 2 + first / GROUP * sizeof(Pair);
+          half_bytes_product<SLICE, PITCH, GROUP>(sum, weights + first / 2, pairs, x, pitch, width);
+        }
+      }
       release();
     }
   }
@@ -457,17 +527,17 @@ struct Step {
   }
 
   // The product of s.xs with this block's share of a matrix's rows: emit(row, token, sum + bias(row)).
-  template <class Bias, class Emit>
-  DEVICE void matrix(int n, int columns, Bias bias, Emit emit) {
+  template <int BITS, class Bias, class Emit>
+  DEVICE void matrix(int n, int columns, const float* scales, Bias bias, Emit emit) {
     const int end = share_end(n), row = tid / T, t = tid % T;
 #pragma unroll 1
     for (int r = share_begin(n); r < end; r += ROWS) {
       const bool mine = row < ROWS && r + row < end;
-      const float b = mine ? bias(r + row) : 0;
+      const float b = mine ? bias(r + row) : 0, scale = BITS == 8 && mine ? scales[r + row] : 1;
       Tile sum;
-      tile_dot(&s.xs[0][0], XS, columns, sum);
+      tile_dot<BITS>(&s.xs[0][0], XS, columns, sum);
       share_tile(sum);
-      if (mine) emit(r + row, t, total(row, t) + b);
+      if (mine) emit(r + row, t, total(row, t) * scale + b);
     }
   }
 
@@ -687,7 +757,7 @@ struct Step {
       }
     }
     team_sync();
-    matrix(D, OUT, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
+    matrix<ATTENTION_BITS>(D, OUT, l.scales + NQKV, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
            [&](int r, int t, float sum) { a.sums[t * D + r] = to_fixed(sum * FIXED); });
   }
 
@@ -702,7 +772,7 @@ struct Step {
       const bool mine = tid < ROWS && r + tid < end;
       const float bias = mine && l.router_bias != nullptr ? l.router_bias[r + tid] : 0;
       Tile sum;
-      tile_dot(&s.xs[0][0], XS, D, sum);
+      tile_dot<NATIVE>(&s.xs[0][0], XS, D, sum);
       share_tile(sum);
       if (mine) {
         u32 on = 0;
@@ -746,29 +816,38 @@ struct Step {
     }
     team_sync();
     if (tid == 0) {
-      s.first = share_begin(active * S);
-      s.count = share_end(active * S) - s.first;
+      share_neurons(s, active * S);
       arrive(s.routed);
     }
     team_sync();
   }
 
+  template <int BITS, int WIDTH, int N>
+  DEVICE void add_rows(Columns<WIDTH>& sum, const char* weights, const Pair (&pairs)[N], const elem* h, int rows) {
+    if constexpr (BITS == NATIVE) columns_product<WIDTH, PITCH>(sum, weights, h, HS, rows);
+    else if constexpr (BITS == 8) bytes_columns<WIDTH, PITCH>(sum, weights, h, HS);
+    else half_bytes_columns<WIDTH, PITCH>(sum, weights, pairs, h, HS, rows);
+  }
+
   DEVICE void neurons(const Layer& l, int layer) {
     const int n = s.count, padded = (n + 15) / 16 * 16;
+    const float *scales = l.scales + NQKV + D, *down_scales = scales + (GATED ? 2 : 1) * F;
     for (int i = tid; i < T * (padded - n); i += THREADS) s.h[i % T][n + i / T] = from_float(0);
 #pragma unroll 1
     for (int j = 0; j < n; j += PER_TILE) {
       Tile sum;
-      tile_dot(&s.xs[0][0], XS, D, sum);
+      tile_dot<FFN_BITS>(&s.xs[0][0], XS, D, sum);
       share_tile(sum);
       const int i = j + tid / T, t = tid % T;
       if (tid / T < PER_TILE && i < n) {
         const int neuron = neuron_of(s, i);
         float up = total(GATED ? tid / T + PER_TILE : tid / T, t);
+        if (FFN_BITS == 8) up *= scales[(GATED ? F : 0) + neuron];
         if (l.up_bias != nullptr) up += to_float(l.up_bias[neuron]);
         float h;
         if (GATED) {
           float gate = total(tid / T, t);
+          if (FFN_BITS == 8) gate *= scales[neuron];
           if (l.gate_bias != nullptr) gate += to_float(l.gate_bias[neuron]);
           h = activate(gate) * up;
         } else {
@@ -780,20 +859,39 @@ struct Step {
     }
     team_sync();
     long long* to = sums_of(layer);
+    constexpr int SLAB = DOWN_SLAB, SLICE = SLAB / WARPS;
+    Pair pairs[FFN_BITS == 4 ? SLICE / 8 : 1];   // of this lane's columns
 #pragma unroll 1
     for (int k = 0, c = first_slab(); k < D; k += SLAB, c = next_slab(c)) {
       Columns<SLICE> sum;
       clear(sum);
-      const bool mine = c + warp * SLICE < D;
+      const int first = warp * SLICE;
+      const bool mine = c + first < D;
+      int group = -1;
 #pragma unroll 1
-      for (int j = 0; j < n; j += ROWS) {
+      for (int j = 0, left; j < n; j += left) {
+        left = ROWS;
+        if (FFN_BITS == 4) {
+          if (neuron_of(s, j) / GROUP != group) {
+            group = neuron_of(s, j) / GROUP;
+            const char* weights = next_stage();
+#pragma unroll
+            for (int i = 0; i < SLICE / 8; i++) {
+              const int at = (first + i / 4 * 32 + lane / 4 * 4 + i % 4) * sizeof(Pair);
+              pairs[i] = *(const Pair*)(weights + at / 1024 * PITCH + at % 1024);
+            }
+            release();
+          }
+          left = run_of_group(s, j, group);
+        }
         const char* weights = next_stage();
-        if (mine) columns_product<SLICE, PITCH>(sum, weights + warp * SLICE * SIZE, &s.h[0][j], HS, n - j);
+        if (mine) add_rows<FFN_BITS>(sum, weights + first * FFN_BITS / 8, pairs, &s.h[0][j], FFN_BITS == 4 ? left : n - j);
         release();
       }
       if (mine)
-        each_column<SLICE, T>(sum, D - c - warp * SLICE, [&](int column, int t, float y) {
-          const int i = c + warp * SLICE + column;
+        each_column<SLICE, T, FFN_BITS>(sum, D - c - first, [&](int column, int t, float y) {
+          const int i = c + first + column;
+          if (FFN_BITS == 8) y *= down_scales[i];
           if (blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
           add_relaxed(to + t * D + i, to_fixed(y * FIXED));
         });
@@ -849,7 +947,7 @@ struct Step {
         stamp();
         neurons(l, i);
       } else {
-        matrix(NQKV, D,
+        matrix<ATTENTION_BITS>(NQKV, D, l.scales,
                [&](int r) {
                  const elem* bias = r < OUT ? l.q_bias : r < OUT + HKV * HD ? l.k_bias : l.v_bias;
                  return bias == nullptr ? 0 : to_float(bias[r < OUT ? r : r < OUT + HKV * HD ? r - OUT : r - OUT - HKV * HD]);
@@ -864,7 +962,7 @@ struct Step {
       }
       grid_sync();
     }
-    matrix(V, D, [&](int r) { return a.head_bias == nullptr ? 0 : to_float(a.head_bias[r]); },
+    matrix<HEAD_BITS>(V, D, a.head_scales, [&](int r) { return a.head_bias == nullptr ? 0 : to_float(a.head_bias[r]); },
            [&](int r, int t, float y) {
              a.logits[(size_t)t * V + r] = a.logit_cap > 0 ? a.logit_cap * tanh_(y / a.logit_cap) : y;
            });
@@ -884,8 +982,7 @@ extern "C" KERNEL void decode_step(const Args a) {
       start_barrier(s.empty[i], WARPS);
     }
     start_barrier(s.routed, 1);
-    s.first = share_begin(F);
-    s.count = share_end(F) - s.first;
+    share_neurons(s, F);
     publish_barriers();
   }
   if (threadIdx.x < T) {
