@@ -3,9 +3,11 @@
 #
 #     bash benchmarks/reproduce.sh OUTPUT STEP...
 #
-# Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, and trained,
-# which needs MODEL (SmolLM2-135M-Instruct as a GGUF file), TRAIN and HELD_OUT (articles, two JSONL files) in the
-# environment. Every step writes its result files as it goes on.
+# Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, whole_step, and
+# two that need TRAIN and HELD_OUT (articles, two JSONL files) in the environment: trained, which also needs MODEL
+# (SmolLM2-135M-Instruct as a GGUF file), and step, which trains and times those models of experiments/step whose GGUF
+# files are in SMOLLM2_135M, QWEN_CODER_0_5B and QWEN_CODER_1_5B, at each of TARGETS (0.5 0.8). Every step writes its
+# result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -75,10 +77,51 @@ trained() {
     python3 -m lte eval "$folder" --train "$HELD_OUT" --validation "$HELD_OUT" --sequence-length 1024 --dtype bfloat16 \
       --batch-size 16 --kernels $kernels --json "$output/smollm2_$kernels.json"
   done
-  local text=$output/held_out.txt
-  python3 -c 'import json, sys; print("\n\n".join(json.loads(line)["text"] for line in sys.stdin))' <"$HELD_OUT" >"$text"
+  local text
+  text=$(held_out_text)
   bench smollm2 "$folder" --text "$text" --benchmarks ffn,decode --batches 1,4 --tunings 0
   bench smollm2_int8 "$folder" --text "$text" --weights int8 --benchmarks ffn --batches 1 --no-autotune
+}
+
+whole_step() { # 7B with forced routing, and with contexts that are full but for their last tokens
+  llama llama2_7b_step --dtype bfloat16 --benchmarks decode --batches 1,4,8 --sparsities 0,0.5,0.8,0.9
+  local batch context
+  for context in 8192 32768; do
+    for batch in 1 4; do
+      llama "llama2_7b_step_${context}_batch_$batch" --dtype bfloat16 --benchmarks decode --batches "$batch" \
+        --sparsities 0,0.5,0.8 --tunings 0 --context-length "$context" --prompt-length "$((context - 64))"
+    done
+  done
+}
+
+held_out_text() { # the articles of HELD_OUT as a text; prints its path
+  python3 - "$HELD_OUT" "$output/held_out.txt" <<'END'
+import json, lzma, sys
+with (lzma.open if sys.argv[1].endswith(".xz") else open)(sys.argv[1], "rt", encoding="utf-8") as lines:
+    text = "\n\n".join(json.loads(line)["text"] for line in lines)
+open(sys.argv[2], "w", encoding="utf-8").write(text)
+END
+  echo "$output/held_out.txt"
+}
+
+step() {
+  local name file target folder text
+  text=$(held_out_text)
+  for name in smollm2_135m qwen_coder_0_5b qwen_coder_1_5b; do
+    file=${name^^}
+    file=${!file:-}
+    [ -n "$file" ] || continue
+    for target in ${TARGETS:-0.5 0.8}; do
+      folder=$output/runs/${name}_${target#0.}0
+      # A folder that is whole is only timed.
+      [ -e "$folder/result.json" ] || python3 -m lte train --config "experiments/step/$name.yaml" --model "$file" \
+        --train "$TRAIN" --validation "$HELD_OUT" --target-sparsity "$target" --output "$folder"
+      cp "$folder/result.json" "$output/${name}_${target#0.}0_result.json"
+      rm -rf "$folder"/*/checkpoint-*
+      bench "${name}_${target#0.}0" "$folder" --text "$text" --dtype bfloat16 --benchmarks decode \
+        --batches "${BATCHES:-1,4,8}" --tunings "${TUNINGS:-1}"
+    done
+  done
 }
 
 for step in "$@"; do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,22 @@ def test_it_writes_the_model_and_the_report(demo: Any) -> None:
     assert records["sparse"]["tokens_trained"] == 4 * 4 * 256
     assert "bit-equal logits" in (output / "report.md").read_text()
     assert "bit-equal logits" in text
+
+
+def test_it_ends_with_the_speed_of_both_models(demo: Any) -> None:
+    output, text, _ = demo
+    record = json.loads((output / "report.json").read_text())["sparse"]
+    assert 0 < record["latency_p20_ms"] <= record["latency_ms"] <= record["latency_p80_ms"]
+    note = r"a token of generate, batch 1, torch\.float32, .*; dense: transformers, (dynamic|static) cache"
+    assert re.fullmatch(note, record["latency_note"])
+    ratio = f"a token takes {record['latency_ms'] / record['latency_dense_ms']:.2f} of the dense time"
+    rates = [f"{1e3 / record[name]:.1f}" for name in ("latency_ms", "latency_dense_ms")]
+    # On the console it is wrapped.
+    for place in (" ".join(text.split()), (output / "report.md").read_text()):
+        assert f"{rates[0]} tokens per second sparse" in place
+        assert f"{rates[1]} dense (plain transformers" in place
+        assert ratio in place
+    assert ratio in " ".join(text.split()).partition("6/6 Report")[2]
 
 
 def test_a_second_run_replaces_the_first(demo: Any, run: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import lte
 from lte.eval.kernels import use_kernels_
 from lte.ops import dispatch
 from lte.ops.dispatch import kernel_names
+from lte.ops.step import engines
+from lte.ops.step.reference import ReferenceEngine
 from lte.train.processes import training_device
 from tests.cli.conftest import SHORT, save_tiny_model
 from tests.tiny_models import tiny_dense_model, tiny_sparse_model
@@ -82,6 +85,33 @@ class TestGenerate:
         assert fast.stdout == plain.stdout
         assert SAYS in fast.stderr
         assert "Kernels" not in plain.stderr
+
+    def test_whole_decoding_steps(self, run: Callable[..., Any], trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        command = ["generate", trained[0], "--prompt", "with open", "--max-new-tokens", 8]
+        monkeypatch.setattr(engines, "unfit", lambda plan, caches: "these are left out")
+        plain = run(*command)
+        monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
+        monkeypatch.setattr(engines, "make_engine", ReferenceEngine)
+        stepped = run(*command, "--compare-dense")
+        assert plain.exit_code == stepped.exit_code == 0, stepped.output
+        assert plain.stdout == stepped.stdout
+        rate = r"\d+\.\d tokens per second"
+        assert re.search(rate + r" \(median of 7 after the first\)\.", plain.stderr)
+        assert re.search(rate + r" \(median of 7 after the first, by whole decoding steps\)\.", stepped.stderr)
+        assert "with all neurons on" not in plain.stderr
+        dense = rate + r" with all neurons on, the same weights in plain transformers; the sparse model takes \d+\.\d\d"
+        assert re.search(dense, stepped.stderr)
+
+    def test_only_an_lte_model_can_be_compared(self, run: Callable[..., Any], dense_folder: Path) -> None:
+        result = run("generate", dense_folder, "--prompt", "with", "--compare-dense")
+        assert result.exit_code == 1
+        assert f"--compare-dense must be given with an LTE model, got model={dense_folder}" in result.stderr
+        assert not result.stdout
+
+    def test_a_dense_model_and_a_single_token(self, run: Callable[..., Any], dense_folder: Path) -> None:
+        command = ["generate", dense_folder, "--prompt", "with", "--max-new-tokens"]
+        assert "(median of 3 after the first)" in run(*command, 4).stderr
+        assert "tokens per second" not in run(*command, 1).stderr
 
     def test_int8(self, run: Callable[..., Any], trained: Any) -> None:
         result = run("generate", trained[0], "--prompt", "with", "--max-new-tokens", 3, "--kernels", "int8")

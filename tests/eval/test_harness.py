@@ -20,6 +20,8 @@ from lte.eval.inference import hard_inference
 from lte.eval.sparsity import measure_sparsity
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops import dispatch
+from lte.ops.step import engines
+from lte.ops.step.reference import ReferenceEngine, ReferenceStep
 from tests.eval.harness_toys import toy_model, toy_tokenizer, write_tasks
 from tests.tiny_models import LAYERS, tiny_dense_model
 
@@ -183,7 +185,10 @@ class TestThePath:
         monkeypatch.setattr(SparseFfn, "forward", plain)
         return found
 
-    def test_log_likelihoods_and_generation(self, evaluate: Any, calls: list[tuple[str, int, int]]) -> None:
+    def test_log_likelihoods_and_generation(
+        self, evaluate: Any, calls: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engines, "unfit", lambda plan, caches: "whole steps are not what is tested here")
         pair = model_pair(toy_model())
         runners = [id(ffn._runner) for ffn in pair.sparse_ffns]  # type: ignore[attr-defined]
         evaluate(pair.sparse, "toy_choice", batch_size=4)
@@ -191,9 +196,36 @@ class TestThePath:
         calls.clear()
         evaluate(pair.sparse, "toy_generation", batch_size=1)
         assert [runner for _, runner, _ in calls] == runners * (len(calls) // LAYERS)
-        assert len(calls) == LAYERS * 4 * 8
+        # 8 tokens for each of 4 prompts, and each text once more to be counted.
+        assert len(calls) == LAYERS * 4 * (8 + 1)
         few = {name for name, _, tokens in calls if tokens <= 16}
         assert few == {"sparse_ffn_cpu" if dispatch.HAS_NUMBA else "masked_ffn"}
+
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    def test_generation_takes_whole_steps(
+        self, evaluate: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[Tensor] = []
+
+        class Counting(ReferenceStep):
+            def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+                steps.append(starts)
+                return super().__call__(tokens, positions, starts)
+
+        monkeypatch.setattr(ReferenceEngine, "bind", lambda engine, caches: Counting(engine.plan, caches))
+        monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
+        monkeypatch.setattr(engines, "make_engine", ReferenceEngine)
+        (plain,) = evaluate(model_of("off"), "toy_generation", batch_size=batch_size)
+        assert not steps
+        (score,) = evaluate(model_of("native"), "toy_generation", batch_size=batch_size)
+        # The prompt gives the first of 8 tokens.
+        assert len(steps) == 7 * 4 // batch_size
+        assert any(bool(starts.any()) for starts in steps) == (batch_size > 1)
+        for found, expected in zip(score.samples["toy_generation"], plain.samples["toy_generation"], strict=True):
+            assert found["resps"] == expected["resps"]
+        assert score.measurement is not None
+        assert plain.measurement is not None
+        assert score.measurement.expert_use == plain.measurement.expert_use
 
 
 class TestScores:

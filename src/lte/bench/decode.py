@@ -2,7 +2,8 @@
 
 Dense baselines are Hugging Face eager, `torch.compile(mode="reduce-overhead")`, which runs a step as one CUDA graph,
 and the same with coordinate descent tuning of its kernels, the class of gpt-fast. The sparse model runs eagerly and
-with the last of these settings.
+with the last of these settings. Where an engine of `lte.ops.step` computes the model, its whole step and the same step
+with all experts on and no router are two providers more.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from transformers import StaticCache
 
 from lte.bench.gate import check_logits
 from lte.bench.routing import Use
-from lte.bench.rows import Row
+from lte.bench.rows import DENSE_STEP, Row
 from lte.bench.session import Session
+from lte.bench.step import WholeStep, whole_steps
 from lte.bench.sweep import ModelGroup, is_dense_name
 from lte.bench.timing import interleaved_times
+from lte.hf.decoder import NoPlanError
 
 EAGER, REDUCED, TUNED = "dense eager", "dense compiled", "dense compiled, tuned"
 # What mode="reduce-overhead" sets, and the search over block sizes of the generated kernels, from the best of several
@@ -47,29 +50,50 @@ class Decoder:
             again if there are few.
         prompt: tokens of the prompt, fewer than `context`.
         context: tokens that the cache holds.
+        beside: another decoder of the same texts whose cache it shares; `None` makes one.
+
+    Attributes:
+        token: the next token of each text, [B, 1].
+        positions: where it stands, [B]; set for whole steps alone.
     """
 
-    def __init__(self, model: Any, ids: Tensor, prompt: int, context: int):
+    def __init__(self, model: Any, ids: Tensor, prompt: int, context: int, beside: Decoder | None = None):
         self.model, self.ids, self.prompt = model, ids, prompt
         self.steps = min(context, ids.shape[1]) - prompt
         if self.steps < 1:
             raise ValueError(f"context must be longer than the prompt of {prompt} tokens, got context={context}")
-        self.cache = StaticCache(config=model.config, max_cache_len=context)
-        model(input_ids=ids[:, :prompt].contiguous(), past_key_values=self.cache)
+        if beside is None:
+            self.cache, self.counted = StaticCache(config=model.config, max_cache_len=context), [prompt]
+            model(input_ids=ids[:, :prompt].contiguous(), past_key_values=self.cache, logits_to_keep=1)
+        else:
+            self.cache, self.counted = beside.cache, beside.counted
         self.token = ids[:, prompt : prompt + 1].clone()
+        self.positions = torch.full_like(ids[:, 0], prompt)
         self.step = 0
 
-    def next_token(self) -> None:
-        """Puts the next token of the texts in place; at the end of the cache it starts after the prompt again."""
-        position = self.step % self.steps
-        if position == 0:
+    def next_token(self, whole_step: bool = False) -> None:
+        """Puts the next token of the texts in place; at the end of the cache it starts after the prompt again.
+
+        Args:
+            whole_step: whether an engine reads the token, which does not count in the cache.
+        """
+        position = self.prompt + self.step % self.steps
+        if whole_step:
+            self.positions.fill_(position)
+        else:
+            self._count_from(position)
+        self.token.copy_(self.ids[:, position : position + 1])
+        self.step += 1
+
+    def _count_from(self, position: int) -> None:
+        """Lets the model write to a position, and the cache count on from there."""
+        if self.counted != [position]:
             layers: Any = self.cache.layers
             for layer in layers:
-                layer.cumulative_length.fill_(self.prompt)
+                layer.cumulative_length.fill_(position)
                 if hasattr(layer, "cumulative_length_int"):  # of sliding windows
-                    layer.cumulative_length_int = self.prompt
-        self.token.copy_(self.ids[:, self.prompt + position : self.prompt + position + 1])
-        self.step += 1
+                    layer.cumulative_length_int = position
+        self.counted[0] = position + 1
 
     def restart(self) -> None:
         """Starts after the prompt with the next call of `next_token`."""
@@ -128,6 +152,15 @@ def benchmark_decode(session: Session, batch: int, full: bool) -> None:
         _DecodeGroup(session, batch, full).measure()
 
 
+def _fills_the_device(cache: StaticCache, device: torch.device) -> bool:
+    """Whether there is no room for a second cache beside the first, and for what models need to run."""
+    if device.type != "cuda":
+        return False
+    layers: Any = cache.layers
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return 2 * size > torch.cuda.mem_get_info(device)[0]
+
+
 def _unlike_others(options: dict[str, Any], tuning: int) -> dict[str, Any]:
     """The same settings for another tuning: dynamo keeps what it compiled as long as they are equal."""
     return {**options, "triton.cudagraph_dynamic_shape_warn_limit": 8 + tuning} if options else options
@@ -140,16 +173,46 @@ class _DecodeGroup(ModelGroup):
         context, prompt = session.settings.context_length, session.settings.prompt
         super().__init__(session, "decode", batch, batch, context)
         self.full, self.ids = full, session.texts(batch)
-        self.dense = Decoder(session.pair.dense, self.ids, prompt, context)
         self.sparse = Decoder(session.pair.sparse, self.ids, prompt, context)
+        shared = self.sparse if _fills_the_device(self.sparse.cache, session.device) else None
+        self.dense = Decoder(session.pair.dense, self.ids, prompt, context, shared)
         self.check_pass = functools.partial(self._eager_steps, 1)
         self.steps = functools.partial(self._eager_steps, USE_STEPS)
         self.text_pass = functools.partial(session.pair.sparse, input_ids=self.ids, use_cache=False, logits_to_keep=1)
         self.tunings_ms: dict[str, list[float]] = {}
+        self.whole_steps: dict[str, WholeStep] = {}
+        if session.settings.whole_step:
+            self.whole_steps = session.attempt(f"decode, batch {batch}, whole steps", self._whole_steps) or {}
 
     def before(self, provider: str) -> None:
         """Puts the next token of the provider's model in place."""
-        (self.dense if is_dense_name(provider) else self.sparse).next_token()
+        decoder = self.dense if is_dense_name(provider) else self.sparse
+        decoder.next_token(provider in self.whole_steps)
+
+    def _whole_steps(self) -> dict[str, WholeStep]:
+        """The whole steps by the names of the providers; none, and a note, where no engine computes the model."""
+        session, context = self.session, self.session.settings.context_length
+        try:
+            sparse, dense = whole_steps(session.pair.sparse, self.sparse, self.dense, context)
+        except NoPlanError as error:
+            note = f"batch {self.batch}: whole steps are not timed, as {error}"
+            session.results.note(whole_step=[*session.results.header.get("whole_step", []), note])
+            session.say(note)
+            return {}
+        return {DENSE_STEP: dense, f"{session.pair.provider} whole step": sparse}
+
+    def _check(self, sparsity: float | str) -> None:
+        super()._check(sparsity)
+        for name, step in [*self.whole_steps.items()]:
+            check = functools.partial(step.check, f"the logits of {name}")
+            if self.session.attempt(f"decode, batch {self.batch}, {name}", check) is None:
+                del self.whole_steps[name]
+                self.runs.pop(name, None)
+
+    def _route(self, sparsity: float | str) -> None:
+        super()._route(sparsity)
+        for step in self.whole_steps.values():
+            step.bind_()
 
     def _eager_steps(self, count: int) -> None:
         self.sparse.restart()
@@ -159,6 +222,10 @@ class _DecodeGroup(ModelGroup):
 
     def prepare(self) -> None:
         """Compiles the providers; each compiled one is checked against the eager model."""
+        self._prepare_models()
+        self.runs |= self.whole_steps
+
+    def _prepare_models(self) -> None:
         full, name, compile_models = self.full, self.session.pair.provider, self.session.settings.compile
         if full or not compile_models:
             self.runs[EAGER] = self.dense.eager
@@ -196,4 +263,8 @@ class _DecodeGroup(ModelGroup):
     def row(self, name: str, samples: list[float], sparsity: float | str | None, use: Use, **extra: Any) -> Row:
         """A provider's row."""
         context, tunings_ms = self.session.settings.context_length, self.tunings_ms.get(name)
-        return super().row(name, samples, sparsity, use, context_length=context, tunings_ms=tunings_ms, **extra)
+        step = self.whole_steps.get(name)
+        if step is not None:
+            extra |= {"phase_ms": step.phase_ms()}
+        row = super().row(name, samples, sparsity, use, context_length=context, tunings_ms=tunings_ms, **extra)
+        return row if step is None else row | {"path": "whole step"}

@@ -98,9 +98,11 @@ class Session:
 
 def describe(row: Row) -> str:
     """One row as a line of progress."""
-    ratio = row.get("ratio_to_dense")
+    ratio, to_step = row.get("ratio_to_dense"), row.get("ratio_to_dense_step")
     return (
         f"{row['benchmark']:>7} batch {row['batch']:<3} tokens {row['tokens']:<5} {row['provider']:<36} "
         f"sparsity {row['sparsity']:.2f}  {row['median_ms']:9.4f} ms [{row['p20_ms']:.4f}, {row['p80_ms']:.4f}]  "
-        f"{row['gb_per_s']:7.1f} GB/s" + ("" if ratio is None else f"  {ratio:.3f} of dense")
+        f"{row['gb_per_s']:7.1f} GB/s"
+        + ("" if ratio is None else f"  {ratio:.3f} of dense")
+        + ("" if to_step is None else f", {to_step:.3f} of the dense whole step")
     )

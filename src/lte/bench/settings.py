@@ -31,6 +31,7 @@ class BenchSettings:
         prompt_length: tokens of these before the first decoding step; `None` takes a quarter.
         compile: whether to time dense baselines and the sparse model under `torch.compile`.
         autotune: whether to time the dense FFN under max-autotune, too.
+        whole_step: whether to time whole decoding steps, too.
         tunings: how often decoding models are compiled and tuned, the fastest outcome being timed; 0 for no tuning.
         seed: of weights, hidden states and routing.
         budget_s: no batch or length is begun after so many seconds; `None` measures everything.
@@ -47,6 +48,7 @@ class BenchSettings:
     prompt_length: int | None = None
     compile: bool = True
     autotune: bool = True
+    whole_step: bool = True
     tunings: int = 1
     seed: int = 0
     budget_s: float | None = None

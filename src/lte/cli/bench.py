@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DEFAULT_SHAPE = "smollm2-135m"
 # What a run takes when nothing is said, and with --quick; on a CPU a large prompt alone would take minutes.
 _LENGTHS = {"cuda": "16,64,256,1024,4096,8192", "cpu": "16,128"}
-_BATCHES = {"cuda": "1,4,16", "cpu": "1,4"}
+_BATCHES = {"cuda": "1,4,8", "cpu": "1,4"}
 
 
 @reports_errors
@@ -89,9 +89,10 @@ def bench(
         ),
     ] = "auto",
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed calls of each provider. Default: 20.")] = None,
-    context_length: Annotated[
-        int, typer.Option(help="Tokens that the static key-value cache holds; a quarter of them are the prompt.")
-    ] = 256,
+    context_length: Annotated[int, typer.Option(help="Tokens that the static key-value cache holds.")] = 256,
+    prompt_length: Annotated[
+        int | None, typer.Option(help="Tokens of these before the first decoding step. Default: a quarter.")
+    ] = None,
     compile: Annotated[
         bool | None,
         typer.Option(
@@ -108,6 +109,13 @@ def bench(
             min=0, help="How often decoding models are compiled and tuned; the fastest is timed. 0 compiles without."
         ),
     ] = 1,
+    whole_step: Annotated[
+        bool,
+        typer.Option(
+            "--whole-step/--no-whole-step",
+            help="Time whole decoding steps, too: the sparse model's, and the same with all experts on.",
+        ),
+    ] = True,
     layers: Annotated[int | None, typer.Option(min=1, help="With --shape: layers of the model, if fewer.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text for the model's own routing; by default Python's help topics.")
@@ -149,8 +157,10 @@ def bench(
             prefill_scope=prefill_scope,  # type: ignore[arg-type]
             repeats=repeats or (5 if quick else 20),
             context_length=context_length,
+            prompt_length=prompt_length,
             compile=device == "cuda" if compile is None else compile,
             autotune=autotune and not quick,
+            whole_step=whole_step,
             tunings=tunings,
             seed=seed,
             budget_s=budget_s,
@@ -209,6 +219,8 @@ def _random_pair(
     from lte.bench.models import LEAST_FFN_BYTES, model_pair
 
     config = shape_config(name, layers)
+    # Random weights know no longest text.
+    config.max_position_embeddings = max(config.max_position_embeddings, settings.context_length)
     ffn_numbers = 3 * config.hidden_size * config.intermediate_size
     if not settings.needs_model(ffn_numbers * config.num_hidden_layers):
         needed = max(4, -(-LEAST_FFN_BYTES // (ffn_numbers * dtype.itemsize)))

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,18 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor
 
+from lte.bench.timing import Times
 from lte.cli.command import EXIT_ERROR, after_saving
 from lte.cli.generate import describe_use, encode_prompt, generate_ids
 from lte.config import GFLOP, LteConfig
 from lte.data.config import DataConfig
+from lte.eval.kernels import use_kernels_
 from lte.eval.models import load_config, max_positions, save_folder, task_record
+from lte.eval.speed import SECONDS, TokenClock, interleaved_token_s
 from lte.hf.dense import load_tokenizer
 from lte.hf.install import sparse_ffns
+from lte.hf.stepping import has_engine
+from lte.methods import densify_
 from lte.records import ResultRecord
 from lte.report.demo_report import write_demo_report
 from lte.runs.measure import measure_folder
@@ -42,7 +48,7 @@ from lte.train.two_stage import device_batches
 # 1024 tokens a step: more would not fit the memory, and not be faster on a CPU.
 BATCH_SIZE, SEQUENCE_LENGTH, HELD_OUT_TOKENS = 4, 256, 8192
 FIT_TOKENS, CALIBRATION_TOKENS = 8192, 8192
-GENERATED_TOKENS = 40
+GENERATED_TOKENS, TIMED_TOKENS = 40, 24
 
 
 # 30 to 100 steps are too few for routers that ramp up from zero sparsity. They start at the target, fitted.
@@ -195,6 +201,7 @@ class Demo(Watcher):
         self.say("5/6 Compare the folder with the model")
         self.check(trained, found.model)
         self.samples["sparse"] = self.write(found.model)
+        self.time(found.model, densify_(trained))
         self.say("6/6 Report")
         self.report(summary, found.result.measurement)
         return True
@@ -232,8 +239,8 @@ class Demo(Watcher):
             name: value.to(training_device()) for name, value in collator([rows[i] for i in range(BATCH_SIZE)]).items()
         }
         step_s = time_step(model, teacher, batch)
-        # After training: up to 4 rounds of calibration, 2 evaluations, writing, saving, pictures.
-        steps = self.budget.steps(step_s, 6 * self.eval_s + 15, self.max_steps)
+        # After training: up to 4 rounds of calibration, 2 evaluations, writing, timing, saving, pictures.
+        steps = self.budget.steps(step_s, 6 * self.eval_s + SECONDS + 25, self.max_steps)
         self.facts |= {"steps": steps, "step_s": step_s, "max_steps": self.max_steps}
         self.console.print(f"One step takes {step_s:.1f} s here: {steps[0]} + {steps[1]} steps.", highlight=False)
         return replace(train, stage1_steps=steps[0], stage2_steps=steps[1], logging_steps=max(1, sum(steps) // 24))
@@ -286,6 +293,45 @@ class Demo(Watcher):
         ]
         self.console.print(f"{'; '.join(self.facts['checks']).capitalize()}.", highlight=False)
 
+    def time(self, sparse: Any, dense: Any) -> None:
+        """Times both models as `generate` runs them, in turn, and puts it into the sparse model's record.
+
+        Args:
+            sparse: becomes accelerated.
+            dense: a stock model, which runs in plain transformers with the faster one of its two kinds of caches.
+        """
+        use_kernels_(sparse, tell=False)
+        ids = encode_prompt(self.tokenizer, PROMPT, chat=False).to(sparse.device)
+
+        def run(model: Any, clock: TokenClock, **settings: Any) -> None:
+            count = {"max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS}
+            generate_ids(model, self.tokenizer, ids, streamer=clock, **count, **settings)
+
+        samples = interleaved_token_s(
+            {
+                "sparse": partial(run, sparse),
+                "dynamic": partial(run, dense),
+                "static": partial(run, dense, cache_implementation="static"),
+            }
+        )
+        times = {name: Times.of([1e3 * seconds for seconds in found]) for name, found in samples.items()}
+        cache = min("dynamic", "static", key=lambda name: times[name].median_ms)
+        found, other = times["sparse"], times[cache]
+        how = "whole decoding steps" if has_engine(sparse) else "module by module"
+        self.records["sparse"] = self.records["sparse"].with_fields(
+            latency_ms=found.median_ms,
+            latency_p20_ms=found.p20_ms,
+            latency_p80_ms=found.p80_ms,
+            latency_dense_ms=other.median_ms,
+            latency_note=f"a token of generate, batch 1, {sparse.dtype}, {how}; dense: transformers, {cache} cache",
+        )
+        self.facts["speed"] = (
+            f"generate on this machine: {1e3 / found.median_ms:.1f} tokens per second sparse ({how}), "
+            f"{1e3 / other.median_ms:.1f} dense (plain transformers, {cache} cache): a token takes "
+            f"{found.median_ms / other.median_ms:.2f} of the dense time"
+        )
+        self.console.print(f"{self.facts['speed']}.", highlight=False)
+
     def report(self, summary: TrainingSummary, measurement: Any) -> None:
         """Writes the report and prints its numbers."""
         self.facts |= {"total_s": self.budget.elapsed_s(), "peak_gb": peak_memory_bytes() / 1e9}
@@ -301,6 +347,7 @@ class Demo(Watcher):
         self.console.print(
             f"Target sparsity {100 * self.target_sparsity:g}%, measured {100 * measurement.sparsity:.2f}%. "
             f"{self.facts['total_s'] / 60:.1f} minutes, {self.facts['peak_gb']:.1f} GB. Report: {path}\n"
+            f"Speed of {self.facts['speed']}.\n"
             f"Try: lte inspect {self.output}; lte generate {self.output} --prompt 'A list is'",
             highlight=False,
             soft_wrap=True,
@@ -324,7 +371,7 @@ def report_notes(records: Mapping[str, ResultRecord], facts: Mapping[str, Any]) 
 
     Args:
         records: result records by name.
-        facts: steps, tokens, step_s, max_steps, checks, total_s, peak_gb of the run.
+        facts: steps, tokens, step_s, max_steps, checks, speed, total_s, peak_gb of the run.
     """
     sparse = records["sparse"]
     measured, target = sparse["sparsity"], sparse["target_sparsity"]
@@ -341,8 +388,9 @@ def report_notes(records: Mapping[str, ResultRecord], facts: Mapping[str, Any]) 
         f"Training: {first} steps of stage 1 and {second} of stage 2, {facts['tokens']} tokens in all, chosen from a "
         f"measured {facts['step_s']:.1f} s per step and at most {facts['max_steps']} on any machine.{cut}",
         f"Checks: {'; '.join(facts['checks'])}.",
+        f"Speed of {facts['speed']}. That is the median of tokens written one by one, the models in turn.",
         f"The run took {facts['total_s'] / 60:.1f} minutes and {facts['peak_gb']:.1f} GB of memory.",
         "**What this does not show.** A hundred thousand tokens are a thousandth of what a model needs to get used to "
         "skipping half of its neurons or more: that takes a GPU and about a hundred million tokens (`lte train`). And "
-        "FLOPs are counted, not timed: training runs all experts and masks them.",
+        "training itself is not faster: it runs all experts and masks them.",
     ]

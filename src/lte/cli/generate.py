@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +14,8 @@ from lte.config import DTYPE_NAMES, KERNELS, check_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+COMPARED_TOKENS = 32
 
 
 @reports_errors
@@ -26,8 +30,16 @@ def generate(
     dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="float32|bfloat16|float16")] = "float32",
     kernels: KernelsOption = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
+    compare_dense: Annotated[
+        bool,
+        typer.Option(
+            "--compare-dense",
+            help="Afterwards also time the same weights with all neurons on, as plain transformers runs them, for at "
+            f"most {COMPARED_TOKENS} tokens.",
+        ),
+    ] = False,
 ) -> None:
-    """Continues a prompt and says what share of its neurons the model used for this text.
+    """Continues a prompt and says how fast, and what share of its neurons the model used for this text.
 
     Example: `lte generate out --prompt "What is a Python list?" --chat`
     """
@@ -41,20 +53,62 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from lte.eval.models import load_any_model, load_config
+    from lte.eval.models import is_lte, load_any_model, load_config
+    from lte.eval.speed import TokenClock
     from lte.hf.dense import load_tokenizer
 
     quiet_transformers()
-    load_config(model)
+    config = load_config(model)
+    if compare_dense and not is_lte(config):
+        raise ValueError(f"--compare-dense must be given with an LTE model, got model={model}; leave it out")
     tokenizer = load_tokenizer(model)
     loaded = load_any_model(model, dtype, kernels)
     torch.manual_seed(seed)
     ids = encode_prompt(tokenizer, prompt, chat).to(loaded.device)
     if not chat:
         typer.echo(prompt, nl=False)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = generate_ids(loaded, tokenizer, ids, max_new_tokens, temperature, streamer)
-    Console(stderr=True).print(describe_use(loaded, output), style="dim", highlight=False)
+    clock = TokenClock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    output = generate_ids(loaded, tokenizer, ids, max_new_tokens, temperature, clock)
+    console = Console(stderr=True, style="dim", highlight=False, soft_wrap=True)
+    if clock.token_s:
+        console.print(describe_speed(loaded, clock.token_s))
+    console.print(describe_use(loaded, output))
+    if compare_dense and clock.token_s:
+        console.print(dense_speed(loaded, tokenizer, ids, clock.token_s))
+
+
+def describe_speed(model: Any, token_s: Sequence[float]) -> str:
+    """A sentence on how fast an answer came.
+
+    Args:
+        model: that wrote it.
+        token_s: seconds from each token to the next.
+    """
+    from lte.hf.stepping import has_engine
+
+    steps = ", by whole decoding steps" if has_engine(model) else ""
+    return f"{1 / median(token_s):.1f} tokens per second (median of {len(token_s)} after the first{steps})."
+
+
+def dense_speed(model: Any, tokenizer: Any, ids: Tensor, token_s: Sequence[float]) -> str:
+    """A sentence on how fast an LTE model's weights are with all neurons on in plain transformers.
+
+    Args:
+        model: which becomes that dense model.
+        tokenizer: its tokenizer.
+        ids: the prompt [1, T].
+        token_s: seconds from each token to the next of the sparse model.
+    """
+    from lte.eval.speed import TokenClock
+    from lte.methods import densify_
+
+    clock, count = TokenClock(), min(len(token_s) + 1, COMPARED_TOKENS)
+    generate_ids(densify_(model), tokenizer, ids, count, streamer=clock, min_new_tokens=count)
+    ratio = median(token_s) / median(clock.token_s)
+    return (
+        f"{1 / median(clock.token_s):.1f} tokens per second with all neurons on, the same weights in plain "
+        f"transformers; the sparse model takes {ratio:.2f} of that time."
+    )
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
@@ -87,8 +141,18 @@ def generate_ids(
     max_new_tokens: int,
     temperature: float = 0.0,
     streamer: Any = None,
+    **settings: Any,
 ) -> Tensor:
     """Prompt and continuation [1, T] together; it ends where the model has no further position.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        ids: the prompt [1, T].
+        max_new_tokens: of the continuation.
+        temperature: of the sampling; 0 takes the likeliest token.
+        streamer: gets the tokens as they come.
+        settings: further ones of `generate`.
 
     Raises:
         ValueError: for a prompt that the model cannot read.
@@ -115,6 +179,7 @@ def generate_ids(
             num_beams=1,  # Several, which a checkpoint may ask for, write nothing before the end.
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
+            **settings,
             **({"do_sample": True, "temperature": temperature} if temperature > 0 else greedy),
         )
 

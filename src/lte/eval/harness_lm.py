@@ -6,14 +6,17 @@ Shapes: B sequences, T tokens. Importing this needs the package lm-eval.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lte.eval.sparsity import SparsityCounter
-from lte.hf.inputs import unwrapped
+from lte.hf.inputs import run_without_logits
 
 
 class CountingLm(HFLM):
@@ -21,7 +24,8 @@ class CountingLm(HFLM):
 
     Log likelihoods are of rows that HFLM pads on the right without an attention mask; it tells the length of each row
     when it takes the logits of the row's answer. Generation pads prompts on the left, and goes on with rows that have
-    ended while others of the batch have not: an end-of-text token and what follows it are not counted.
+    ended while others of the batch have not: an end-of-text token and what follows it are not counted. What was written
+    is counted afterwards, in a forward pass over the texts.
 
     Args:
         model: a causal LM, dense or LTE, in hard mode while requests run.
@@ -67,49 +71,47 @@ class CountingLm(HFLM):
         return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-        text = _GeneratedText(kwargs["attention_mask"].bool(), self._end_tokens())
+        """Counts nothing while the model writes: what watches it would keep it from whole decoding steps.
 
-        def count_step(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
-            self._count(text.mask_of(inputs["input_ids"]))
-
-        hook = unwrapped(self.model).register_forward_hook(count_step, with_kwargs=True)
-        try:
-            return super()._model_generate(context, max_length, stop, **kwargs)
-        finally:
-            hook.remove()
-
-    def _end_tokens(self) -> Tensor:
-        ends = self.model.generation_config.eos_token_id
-        return torch.tensor([] if ends is None else ends, dtype=torch.long, device=self.device).reshape(-1)
-
-
-class _GeneratedText:
-    """Which tokens of the steps of one call of `generate` are text.
-
-    Args:
-        prompts: where the prompts are text, bool [B, T].
-        ends: tokens that end a row.
-    """
-
-    def __init__(self, prompts: Tensor, ends: Tensor):
-        self.prompts, self.ends = prompts, ends
-        self.running = torch.ones_like(prompts[:, 0])
-        self.seen = 0
-
-    def mask_of(self, input_ids: Tensor) -> Tensor:
-        """The mask [B, T] of the next step's tokens.
+        Afterwards the text runs through the model once more, if there is anything to count.
 
         Raises:
-            ValueError: if there is more than one sequence for each prompt.
+            ValueError: if there is to be more than one sequence for each prompt.
         """
-        rows, width = input_ids.shape
-        if rows != len(self.prompts):
+        self._check_sequences(len(context), kwargs)
+        with nullcontext() if self.counter is None else self.counter.paused():
+            output = super()._model_generate(context, max_length, stop, **kwargs)
+        self._count_texts(self._texts(output, kwargs["attention_mask"].bool()))
+        return output
+
+    def _check_sequences(self, prompts: int, kwargs: Mapping[str, Any]) -> None:
+        defaults = self.model.generation_config
+        names = ("num_beams", "num_return_sequences")
+        rows = prompts * max(kwargs.get(name, getattr(defaults, name, None)) or 1 for name in names)
+        if rows != prompts:
             raise ValueError(
-                f"generation must be of one sequence per prompt, got {rows} for {len(self.prompts)}; take num_beams "
-                "and num_return_sequences out of the task's generation_kwargs"
+                f"generation must be of one sequence per prompt, got {rows} for {prompts}; take num_beams and "
+                "num_return_sequences out of the task's generation_kwargs"
             )
-        start, self.seen = self.seen, self.seen + width
-        if start < self.prompts.shape[1]:
-            return self.prompts[:, start : self.seen]
-        self.running = self.running & ~torch.isin(input_ids[:, -1], self.ends)
-        return self.running.unsqueeze(1)
+
+    def _texts(self, output: Tensor, prompts: Tensor) -> list[Tensor]:
+        """The tokens of each row that the model read: the prompt, and of the answer what comes before its last token.
+
+        Args:
+            output: prompts and answers [B, T].
+            prompts: where the prompts are text, bool [B, shorter than T].
+        """
+        found = self.model.generation_config.eos_token_id
+        ends = torch.tensor([] if found is None else found, dtype=torch.long, device=output.device).reshape(-1)
+        answers = output[:, prompts.shape[1] : -1]
+        running = ~torch.isin(answers, ends).cumsum(1).bool()
+        keep = torch.cat([prompts.to(output.device), running], dim=1)
+        return [row[kept] for row, kept in zip(output[:, :-1], keep, strict=True)]
+
+    def _count_texts(self, texts: list[Tensor]) -> None:
+        """Counts the tokens of some rows, and their routing in one forward pass, padded on the right."""
+        if self.counter is None:
+            self.tokens += sum(map(len, texts))
+            return
+        run_without_logits(self.model, {"input_ids": pad_sequence(texts, batch_first=True)})
+        self._count(pad_sequence([torch.ones_like(text, dtype=torch.bool) for text in texts], batch_first=True))

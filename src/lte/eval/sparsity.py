@@ -8,8 +8,8 @@ Shapes: L layers, E experts, K histogram bins, N tokens of a batch; a token coun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -204,6 +204,15 @@ class SparsityCounter:
     def __exit__(self, *error: object) -> None:
         for layer, metering in zip(self.layers.values(), self._metering, strict=True):
             layer.module.metering, layer.module.reading = metering, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets the model run without being watched, inside the context."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     @torch.no_grad()
     def update(self, mask: Tensor | Mapping[str, Tensor]) -> None:

@@ -61,6 +61,11 @@ def forget_engine(model: Any) -> None:
         _KEPT.pop(model, None)
 
 
+def has_engine(model: Any) -> bool:
+    """Whether the last call of `generate` that could take whole decoding steps took them."""
+    return model in _KEPT
+
+
 def engine_of(model: Any, plan: DecoderPlan) -> Engine:
     """The engine of a plan that is not `engines.unfit`: the model's last one if its weights lie where they did."""
     with _LOCK:

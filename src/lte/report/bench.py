@@ -22,13 +22,14 @@ def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
     """All result rows; a line between groups of the same benchmark, batch and number of tokens."""
     table = Table(
         title=f"{rows[0].get('model', 'model')}, {rows[0]['dtype']}, {rows[0]['hardware']}" if rows else "no rows",
-        caption="x dense: over the fastest dense provider timed beside it; of copy: share of the "
+        caption="x dense: over the fastest dense PyTorch provider timed beside it; x step: over the dense whole step; "
+        "of copy: share of the "
         f"{copy_gb_per_s:.0f} GB/s at which this machine copies memory; FFN times are per layer",
         title_justify="left",
         caption_justify="left",
     )
     texts = ("benchmark", "provider", "path", "time split")
-    timed = ("benchmark", "batch", "tokens", "provider", "sparsity", "ms", "p20 - p80", "x dense")
+    timed = ("benchmark", "batch", "tokens", "provider", "sparsity", "ms", "p20 - p80", "x dense", "x step")
     for name in (*timed, "MB", "GB/s", "of copy", "path", "time split"):
         table.add_column(name, justify="left" if name in texts else "right", no_wrap=name != "time split")
     for _, group in groupby(rows, itemgetter("benchmark", "batch", "tokens")):
@@ -39,7 +40,8 @@ def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    ratio, phases = row.get("ratio_to_dense"), row.get("phase_ms") or {}
+    phases = row.get("phase_ms") or {}
+    ratios = (row.get("ratio_to_dense"), row.get("ratio_to_dense_step"))
     dense = row.get("setting") is None
     own = " own" if row.get("setting") == "own" else ""
     return [
@@ -50,7 +52,7 @@ def _cells(row: Row) -> list[str]:
         "-" if dense else f"{100 * row['sparsity']:.1f}%{own}",
         f"{row['median_ms']:.4f}",
         f"{row['p20_ms']:.4f} - {row['p80_ms']:.4f}",
-        "" if ratio is None else f"{ratio:.3f}",
+        *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
         f"{row['bytes'] / 1e6:.1f}",
         f"{row['gb_per_s']:.0f}",
         f"{100 * row['share_of_copy']:.0f}%",

@@ -185,7 +185,7 @@ def _mark_stages(axis: Axes, boundary: int, last: int) -> None:
 
 
 Row = dict[str, Any]
-_OURS = ((BLUE, "o"), (GREEN, "s"))
+_OURS = ((BLUE, "o"), (GREEN, "s"), (SKY, "D"))
 _OTHERS = ((PINK, "^"), (YELLOW, "v"))
 _DENSE = ((ORANGE, "-"), (ORANGE, "--"), (ORANGE, ":"), (YELLOW, "-."))
 _SETTINGS = (BLUE, GREEN, SKY, PINK, YELLOW, BLACK)

@@ -98,6 +98,7 @@ def _decoding_rows(folder: Path, text: Sequence[int], prompt_length: int, say: A
         context_length=min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT)),
         prompt_length=prompt_length,
         compile=on_gpu,
+        whole_step=False,
         tunings=0,
     )
     session = run_benchmarks(folder.name, model_pair(model), settings, torch.tensor([text]), None, say)

@@ -28,7 +28,7 @@ MAX_EXPERTS = 65535
 HEAD_SIZES = (16, 32, 64, 96, 128, 256)
 ACTIVATION_NUMBERS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
 ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
-OLDEST = 90  # compute capability
+OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
 SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
@@ -210,12 +210,12 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
 
 
 def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
-    """Shared memory with the two stages that the kernel needs at least, a little more than it is."""
+    """Shared memory with the two stages that the kernel needs at least, some kilobytes more than it is."""
     warps, group = m["THREADS"] // 32, m["HQ"] // m["HKV"]
-    pitch = m["HD"] * itemsize + 16
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
-    sums = 4 * warps * (32 * max(m["T"], 2) + m["T"] + (group + 1) * m["HD"] + 18) + itemsize * warps * 8 * 24
-    return inputs + sums + (group + 32) * pitch + 3 * m["E"] + 2 * 16 * (1024 + 16) + 2048
+    sums = 4 * warps * (33 * max(m["T"], 2) + (group + 1) * (m["HD"] + 2) + 128)
+    heads = (group + 32) * (m["HD"] + 16) * itemsize
+    return inputs + sums + heads + 4 * m["E"] + 2 * 16 * (1024 + 16) + 4096
 
 
 def _kind(layer: DecoderLayer) -> list[Any]:
@@ -264,6 +264,10 @@ class CudaStep:
     A call costs the host one launch; it does not wait for the device and can be captured in a CUDA graph. Calls on
     different streams follow each other, as the later one waits for the earlier stream; replays of a graph do not know
     of other streams, so whoever replays one while a step may run elsewhere must order them.
+
+    The kernel counts barriers and launches in memory of this step, and writes the counts back as its last act. A launch
+    that was refused changed nothing, and one that ended with an error took the device's context with it, this memory
+    and the caches included, so no step meets counts that do not fit.
     """
 
     def __init__(self, engine: CudaEngine, caches: Sequence[LayerCache], extra: Mapping[str, int]):

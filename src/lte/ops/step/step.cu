@@ -58,7 +58,7 @@ constexpr int UNITS = T * HKV * PARTS;
 constexpr int PER_THREAD = (E + THREADS - 1) / THREADS > 0 ? (E + THREADS - 1) / THREADS : 1;   // experts
 constexpr float FIXED = 1 << 30;                                      // sums in fixed point are in units of 1 / FIXED
 constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
-constexpr int NORM_REGISTERS = 32;            // for the residual of the tokens that a norm takes at once
+constexpr int NORM_REGISTERS = 16;            // for the residual of the tokens that a norm takes at once
 static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % 16 == 0 && HD <= 256 && ROTARY <= HD, "shapes");
 static_assert(HQ % HKV == 0 && G <= 8 && T >= 1 && T <= 8 && (E == 0 || F == E * S) && E < 65536, "shapes");
 static_assert(THREADS % 32 == 0 && THREADS >= ROWS * T && ROWS % FETCHERS == 0, "threads");

@@ -1,0 +1,78 @@
+"""The settings files of experiments/step and the step of benchmarks/reproduce.sh that trains and times by them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cli.conftest import run, save_tiny_model
+
+__all__ = ["run"]
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "experiments" / "step").glob("*.yaml"))
+# What a CPU and a tiny model need otherwise; the rest is as the file has it.
+TINY = ["--sequence-length", 32, "--expert-size", 8, "--batch-size", 2, "--no-compile", "--no-bf16"]
+SHORT = ["--stage1-steps", 1, "--stage2-steps", 1, "--router-fit-tokens", 64, "--calibration-tokens", 64]
+
+
+def write_articles(path: Path) -> Path:
+    text = "A cat sat on a mat while it rained, and nobody knew with whom it had come. " * 4
+    path.write_text("".join(json.dumps({"text": f"{number}. {text}"}) + "\n" for number in range(8)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_is_the_recipe_of_six_and_a_half_million_tokens(config: Path) -> None:
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    steps = settings["stage1_steps"] + settings["stage2_steps"]
+    assert steps * settings["batch_size"] * settings["sequence_length"] == 400 * 16 * 1024
+    common = {"distill_from": "initial", "grouping": "contribution", "router_learning_rate": 1e-3, "bf16": True}
+    assert common.items() <= settings.items()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_trains_a_folder(run: Callable[..., Any], config: Path, tmp_path: Path) -> None:
+    articles = write_articles(tmp_path / "articles.jsonl")
+    model = save_tiny_model(tmp_path / "dense", "llama" if "smollm" in config.stem else "qwen2")
+    flags = ["--model", model, "--train", articles, "--validation", articles, "--target-sparsity", 0.8]
+    result = run("train", "--config", config, "--output", tmp_path / "out", *flags, *TINY, *SHORT)
+    assert result.exit_code == 0, result.output + result.stderr
+    record = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert record["target_sparsity"] == 0.8
+    assert record["config"]["train"]["distillation_weight"] == 1
+
+
+def test_the_script_trains_and_times_the_models_that_are_there(tmp_path: Path) -> None:
+    """Its commands are printed in place of running them."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\necho "$@" >>{tmp_path}/commands\n'
+        'while [ $# -gt 1 ]; do [ "$1" = --output ] && out=$2; shift; done\n'
+        'mkdir -p "$out" && touch "$out/result.json"\n',
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    articles = write_articles(tmp_path / "articles.jsonl")
+    values = {"QWEN_CODER_0_5B": "coder.gguf", "TRAIN": "train.jsonl.xz", "HELD_OUT": str(articles)}
+    path = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "benchmarks" / "reproduce.sh"), str(tmp_path / "out"), "step"]
+    subprocess.run(command, env={**os.environ, **path, **values}, check=True, stdout=subprocess.PIPE)
+    lines = (tmp_path / "commands").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[2] for line in lines] == ["train", "bench"] * 2
+    for line, target in zip(lines[::2], ("0.5", "0.8"), strict=True):
+        assert "--config experiments/step/qwen_coder_0_5b.yaml --model coder.gguf --train train.jsonl.xz" in line
+        assert f"--target-sparsity {target} " in line
+        assert (tmp_path / "out" / f"qwen_coder_0_5b_{target[2:]}0_result.json").exists()
+    text = tmp_path / "out" / "held_out.txt"
+    assert text.read_text(encoding="utf-8").count("A cat sat") == 8 * 4
+    assert f"--text {text}" in lines[1]
