@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import lte
 from lte.hf import stepping
+from lte.ops.dispatch import FfnRunner
 from lte.ops.step import engines
 from lte.ops.step.plan import DecoderPlan
 from lte.ops.step.reference import ReferenceEngine, ReferenceStep
@@ -72,9 +73,15 @@ class _CountingEngine(ReferenceEngine):
         return run
 
 
+def leave_ffns_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, and all tokens of the plain path, do without the threads of numba, for which busy cores wait."""
+    monkeypatch.setattr(FfnRunner, "_cpu_kernel_takes", lambda self, x: False)
+
+
 @pytest.fixture(autouse=True)
 def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
     counting = Counting()
+    leave_ffns_to_pytorch(monkeypatch)
     monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
     monkeypatch.setattr(engines, "make_engine", counting.make)
     return counting
@@ -174,6 +181,7 @@ class TestOwnEngine:
     @pytest.mark.parametrize("device", DEVICES)
     def test_greedy(self, device: str, model_type: str, cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
+        leave_ffns_to_pytorch(monkeypatch)
         model = lte.accelerate_(step_model(model_type, head_dim=64).to(device))
         inputs = {name: tensor.to(device) for name, tensor in prompt(padded=True).items()}
         arguments = {**inputs, **GREEDY, "cache_implementation": cache, "disable_compile": True}
