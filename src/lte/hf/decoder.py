@@ -113,6 +113,8 @@ def _check_modules(model: nn.Module, family: Family) -> None:
         plain = module is model or kind in _PLAIN or activation_name(module) is not None
         if not plain and (kind.__module__ != own or kind.forward.__module__ != own):
             raise NoPlanError(f"{place} is a {kind.__module__}.{kind.__qualname__}")
+        if module.training:
+            raise NotNowError(f"{place} is in training mode")
 
 
 @dataclass(frozen=True)
