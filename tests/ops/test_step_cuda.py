@@ -324,8 +324,8 @@ def test_the_kernel_compiles_for_all_architectures(qwen: DecoderPlan) -> None:
         said = list(pool.map(compiled, values, [arch for arch, *_ in cases]))
     for case, text in zip(cases, said, strict=True):
         stores, loads = map(int, re.findall(r"(\d+) bytes spill", text))
-        # For several tokens a few of 672 bytes of registers, once for each norm.
-        assert max(stores, loads) <= (0 if case[1] == 1 else 64), (case, text)
+        # For several tokens and 4 bits a few of 672 bytes of registers.
+        assert max(stores, loads) <= (0 if case[1:] in {(1, 0), (1, 8)} else 64), (case, text)
 
 
 @needs_nvrtc
