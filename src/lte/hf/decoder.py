@@ -41,7 +41,7 @@ def decoder_plan(model: nn.Module, *, lay_out_dense: bool = False) -> DecoderPla
 
     Its tensors are views of the parameters: what is written into these later counts, but for a router in fp32 of a
     model in 16 bits, which is rounded here (see `lte.ops.arguments.Routing`), and for frequencies that are not in fp32.
-    What is moved or replaced later does not count: make the plan anew, which takes about a millisecond.
+    What is moved or replaced later does not count: make the plan anew, which takes some milliseconds.
 
     Args:
         model: with the head that predicts the next token.
