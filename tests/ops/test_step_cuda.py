@@ -315,13 +315,17 @@ def compiled(values: dict[str, int], arch: int) -> str:
 
 @needs_nvrtc
 def test_the_kernel_compiles_for_all_architectures(qwen: DecoderPlan) -> None:
-    cases = [(90, 8), *((arch, 1) for arch in GPUS)]
+    cases = [(90, 8, 0), (90, 1, 4), (80, 1, 8), *((arch, 1, 0) for arch in GPUS)]
+    values = [
+        constants(qwen, arch, batch) | {f"{part}_BITS": bits for part in ("ATTENTION", "FFN", "HEAD")}
+        for arch, batch, bits in cases
+    ]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        said = list(pool.map(compiled, [constants(qwen, *case) for case in cases], [arch for arch, _ in cases]))
+        said = list(pool.map(compiled, values, [arch for arch, *_ in cases]))
     for case, text in zip(cases, said, strict=True):
         stores, loads = map(int, re.findall(r"(\d+) bytes spill", text))
-        # For several tokens, in norms alone, a few of 672 bytes of registers.
-        assert max(stores, loads) <= (0 if case[1] == 1 else 512), (case, text)
+        # For several tokens a few of 672 bytes of registers, once for each norm.
+        assert max(stores, loads) <= (0 if case[1] == 1 else 64), (case, text)
 
 
 @needs_nvrtc
