@@ -3,8 +3,8 @@
 #
 #     bash benchmarks/reproduce.sh OUTPUT STEP...
 #
-# Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, whole_step, and
-# two that need TRAIN and HELD_OUT (articles, two JSONL files) in the environment: trained, which also needs MODEL
+# Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, one_launch,
+# sanitize, whole_step, and two that need TRAIN and HELD_OUT (articles, two JSONL files) in the environment: trained, which also needs MODEL
 # (SmolLM2-135M-Instruct as a GGUF file), and step, which trains and times those models of experiments/step whose GGUF
 # files are in SMOLLM2_135M, QWEN_CODER_0_5B and QWEN_CODER_1_5B, at each of TARGETS (0.5 0.8). Every step writes its
 # result files as it goes on.
@@ -81,6 +81,21 @@ trained() {
   text=$(held_out_text)
   bench smollm2 "$folder" --text "$text" --benchmarks ffn,decode --batches 1,4 --tunings 0
   bench smollm2_int8 "$folder" --text "$text" --weights int8 --benchmarks ffn --batches 1 --no-autotune
+}
+
+one_launch() { # the kernel of a whole step by itself, at forced sparsities
+  python3 benchmarks/step.py --trace --contexts 100 --output "$output/step.json"
+  python3 benchmarks/step.py --contexts 4000 --output "$output/step_4000.json"
+  python3 benchmarks/step.py --batches 4 8 --contexts 100 --output "$output/step_batches.json"
+}
+
+sanitize() { # that kernel on small models under compute-sanitizer, once for each of two tools
+  local tool
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool $tool --log-file "$output/step_$tool.txt" \
+      python3 -m pytest -q -p no:xdist -p no:cacheprovider tests/ops/test_step_gpu.py -k "families_in_fp32 and (llama or gemma3)"
+    tail -n 1 "$output/step_$tool.txt"
+  done
 }
 
 whole_step() { # 7B with forced routing, and with contexts that are full but for their last tokens

@@ -10,7 +10,7 @@ Random weights, bf16; `dense` is the same kernel without routers.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lte.bench.timing import copy_gb_per_s, interleaved_times
 from lte.ops.step.compile import cached_cubin
-from lte.ops.step.cuda import CudaEngine, CudaStep, Machine, macros, unfit
+from lte.ops.step.cuda import CudaEngine, Machine, macros, unfit
+from lte.ops.step.phases import STAMPS, phase_us
 from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Rope
 from lte.ops.step.reference import ReferenceEngine
 
@@ -32,9 +33,6 @@ SHAPES = {
     "smollm2-135m": (30, 576, 9, 3, 64, 1536, 49152, True),
 }
 SIZE, REPEATS, ROOM, CHECKED_LAYERS = 32, 30, 16, 2
-STAMPS = 600  # of a traced launch, at most
-# What a layer's stamps end, in order.
-PHASES = ["norm", "qkv", "wait", "attention", "wait", "output", "wait", "norm 2", "route", "neurons", "wait"]
 
 
 @dataclass
@@ -184,23 +182,12 @@ def measure(name: str, model: Model, batch: int, context: int, args: argparse.Na
         yield each
 
 
-def phases(step: CudaStep, inputs: Sequence[Tensor], layers: int) -> dict[str, list[float]]:
-    """Microseconds of each phase of a layer: the mean over blocks, and the slowest block, both means over layers."""
-    for _ in range(3):
-        step(*inputs)
-    stamps = step.trace.cpu().double()
-    spans = stamps[:, : 1 + len(PHASES) * layers].diff(dim=1).unflatten(1, (layers, len(PHASES)))[:, 1:] / 1e3
-    assert (spans >= 0).all(), "a layer has other phases than this script knows"
-    pairs = zip(spans.mean((0, 1)).tolist(), spans.amax(0).mean(0).tolist(), strict=True)
-    return {f"{i} {name}": list(pair) for i, (name, pair) in enumerate(zip(PHASES, pairs, strict=True))}
-
-
 def trace(name: str, model: Model, batch: int, context: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Prints and returns the time by phase at each sparsity."""
     step = CudaEngine(model.plan).bind(random_caches(model.plan, batch, context + ROOM), TRACE=STAMPS, **args.set)
     for sparsity in args.sparsities:
         mask(model, sparsity)
-        found = phases(step, inputs_at(model.plan, batch, context), len(model.plan.layers))
+        found = phase_us(step, inputs_at(model.plan, batch, context), len(model.plan.layers))
         text = ", ".join(f"{phase} {mean:.1f} ({most:.1f})" for phase, (mean, most) in found.items())
         print(f"{name} batch {batch} context {context} {sparsity:.0%} off, us by phase (slowest block): {text}")
         yield {"shape": name, "batch": batch, "context": context, "sparsity": sparsity, "us_by_phase": found}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lte_cli import load_command
 from tests.cli.conftest import run, save_tiny_model
 
 __all__ = ["run"]
@@ -65,11 +66,15 @@ def test_the_script_trains_and_times_the_models_that_are_there(tmp_path: Path) -
     articles = write_articles(tmp_path / "articles.jsonl")
     values = {"QWEN_CODER_0_5B": "coder.gguf", "TRAIN": "train.jsonl.xz", "HELD_OUT": str(articles)}
     path = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
-    command = ["bash", str(ROOT / "benchmarks" / "reproduce.sh"), str(tmp_path / "out"), "step"]
+    command = ["bash", str(ROOT / "benchmarks" / "reproduce.sh"), str(tmp_path / "out"), "step", "whole_step"]
     subprocess.run(command, env={**os.environ, **path, **values}, check=True, stdout=subprocess.PIPE)
     lines = (tmp_path / "commands").read_text(encoding="utf-8").splitlines()
-    assert [line.split()[2] for line in lines] == ["train", "bench"] * 2
-    for line, target in zip(lines[::2], ("0.5", "0.8"), strict=True):
+    for line in lines:
+        name, *arguments = line.split()[2:]
+        assert not load_command(name).make_context(name, arguments).args
+    assert [line.split()[2] for line in lines] == ["train", "bench"] * 2 + ["bench"] * 5
+    assert "--context-length 32768 --prompt-length 32704" in lines[-1]
+    for line, target in zip(lines[:4:2], ("0.5", "0.8"), strict=True):
         assert "--config experiments/step/qwen_coder_0_5b.yaml --model coder.gguf --train train.jsonl.xz" in line
         assert f"--target-sparsity {target} " in line
         assert (tmp_path / "out" / f"qwen_coder_0_5b_{target[2:]}0_result.json").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lte.bench import step as whole_step
-from lte.bench.decode import Decoder
+from lte.bench.decode import Decoder, _fills_the_device
 from lte.bench.gate import GateError
 from lte.bench.rows import DENSE_STEP, with_ratios
 from lte.bench.session import Session
@@ -30,14 +30,7 @@ class CopyingEngine(ReferenceEngine):
     """Knows of the routers what they held when it was bound, as engines may."""
 
     def bind(self, caches: Sequence[LayerCache]) -> ReferenceStep:
-        return TracedStep(copy.deepcopy(self.plan), caches)
-
-
-class TracedStep(ReferenceStep):
-    """Tells its time by phase."""
-
-    def phase_ms(self) -> dict[str, float]:
-        return {"ffn": 0.5}
+        return ReferenceStep(copy.deepcopy(self.plan), caches)
 
 
 class WrongEngine(ReferenceEngine):
@@ -58,7 +51,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str | None], None]:
     return set_engine
 
 
-def test_rows_of_both_steps(run: Start) -> None:
+def test_rows_of_both_steps(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WholeStep, "phase_ms", lambda step: {"ffn": 0.5})
     sparsities = ("own", 0.75)
     session = run(trained_pair(), benchmarks=("decode",), sparsities=sparsities, batches=(3,))
     assert session.failures == []
@@ -129,6 +123,16 @@ def test_the_dense_step_is_checked_too() -> None:
 
     with pytest.raises(GateError, match=r"relative RMS of the step must be at most 0\.0001, got"):
         WholeStep(shifted, decoder, CONTEXT).check("the step")
+
+
+def test_a_cache_is_shared_where_two_would_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, free = Decoder(dense_pair().dense, random_texts(1), 4, CONTEXT).cache, [0]
+    layers: Any = cache.layers
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 2 * free[0]))
+    for free[0], shared in ((2 * size, False), (2 * size - 1, True)):
+        assert _fills_the_device(cache, torch.device("cuda")) is shared
+    assert not _fills_the_device(cache, torch.device("cpu"))
 
 
 def test_where_no_engine_fits_a_note_says_why(run: Start, use: Any) -> None:

@@ -138,7 +138,7 @@ def test_a_stock_training_says_once_what_drifts_and_calibration_puts_it_back(tmp
     fit_routers_(model, batches)
     lte.calibrate_(model, batches)
     start = lte.measure_sparsity(model, batches).sparsity
-    arguments = {"max_steps": 200, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "save_strategy": "no"}
+    arguments = {"max_steps": 80, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
     stock = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **arguments)
     with pytest.warns(UserWarning, match="without lte.LteTrainer: its routers get no gradient") as caught:
         Trainer(model, stock, train_dataset=rows, data_collator=LmCollator(PAD)).train()

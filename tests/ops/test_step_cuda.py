@@ -109,6 +109,17 @@ def test_fp32_matches_the_reference(
     assert_steps_match(machine, plan, 1 + index % 4, 1e-5, relative_rms, BULK=index % 2)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["down", "out"])
+def test_what_is_no_finite_number_reaches_the_logits(
+    name: str, number: float, emulator: Callable[..., Emulator]
+) -> None:
+    plan, machine = random_plan(Shape(experts=0), torch.float32), emulator()
+    getattr(plan.layers[0], name)[3, 5] = number
+    step = CudaEngine(plan, machine).bind(new_caches(plan, 1, 4, 0))
+    assert step(*step_inputs(plan, 1, 0, [0])).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_16_bits_match_the_reference(
     dtype: torch.dtype, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]

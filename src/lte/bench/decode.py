@@ -199,7 +199,9 @@ class _DecodeGroup(ModelGroup):
             session.results.note(whole_step=[*session.results.header.get("whole_step", []), note])
             session.say(note)
             return {}
-        return {DENSE_STEP: dense, f"{session.pair.provider} whole step": sparse}
+        found = {f"{session.pair.provider} whole step": sparse}
+        # With all experts on, int8 weights are no baseline: the dense model holds others.
+        return found if session.int8 else {DENSE_STEP: dense, **found}
 
     def _check(self, sparsity: float | str) -> None:
         super()._check(sparsity)
@@ -265,6 +267,6 @@ class _DecodeGroup(ModelGroup):
         context, tunings_ms = self.session.settings.context_length, self.tunings_ms.get(name)
         step = self.whole_steps.get(name)
         if step is not None:
-            extra |= {"phase_ms": step.phase_ms()}
+            extra |= {"phase_ms": self.session.attempt(f"the phases of {name}", step.phase_ms)}
         row = super().row(name, samples, sparsity, use, context_length=context, tunings_ms=tunings_ms, **extra)
         return row if step is None else row | {"path": "whole step"}

@@ -57,10 +57,12 @@ class WholeStep:
             raise NoPlanError(reason)
         self.engine = engines.make_engine(self.plan)
         self.step: DecodeStep = self.engine.bind(self.caches)
+        self._phases: dict[str, float] | None = None
         self.starts = torch.zeros_like(decoder.positions)
 
     def bind_(self) -> None:
         """Takes over what the routers hold now: an engine may copy it when it is bound."""
+        self._phases = None
         plan = self.make_plan()  # which rounds the routers anew, in place
         if not same_memory(self.plan, plan):
             self.plan, self.engine = plan, engines.make_engine(plan)
@@ -86,9 +88,16 @@ class WholeStep:
         return check_logits(self(), expected, what)
 
     def phase_ms(self) -> dict[str, float] | None:
-        """Milliseconds of the last step by phase, mean over blocks, if the engine can tell."""
-        trace = getattr(self.step, "phase_ms", None)
-        return None if trace is None else trace()
+        """Milliseconds of a step in each phase, all layers together and the mean over blocks; `None` on a CPU."""
+        if self.starts.device.type == "cuda" and self._phases is None:
+            from lte.ops.step.phases import STAMPS, phase_us
+
+            engine: Any = self.engine
+            layers = len(self.plan.layers)
+            inputs = (self.decoder.token[:, 0], self.decoder.positions, self.starts)
+            found = phase_us(engine.bind(self.caches, TRACE=STAMPS), inputs, layers)
+            self._phases = {name: mean * layers / 1e3 for name, (mean, _) in found.items()}
+        return self._phases
 
 
 def whole_steps(model: Any, sparse: Any, dense: Any, context: int) -> Sequence[WholeStep]:

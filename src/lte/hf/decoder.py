@@ -41,7 +41,7 @@ def decoder_plan(model: nn.Module, *, lay_out_dense: bool = False) -> DecoderPla
 
     Its tensors are views of the parameters: what is written into these later counts, but for a router in fp32 of a
     model in 16 bits, which is rounded here (see `lte.ops.arguments.Routing`), and for frequencies that are not in fp32.
-    What is moved or replaced later does not count: make the plan anew, which takes about a millisecond.
+    What is moved or replaced later does not count: make the plan anew, which takes some milliseconds.
 
     Args:
         model: with the head that predicts the next token.
@@ -116,6 +116,8 @@ def _check_modules(model: nn.Module, family: Family) -> None:
         plain = module is model or kind in _PLAIN or activation_name(module) is not None
         if not plain and (kind.__module__ != own or kind.forward.__module__ != own):
             raise NoPlanError(f"{place} is a {kind.__module__}.{kind.__qualname__}")
+        if module.training:
+            raise NotNowError(f"{place} is in training mode")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from lte.ops.step.plan import DecoderPlan, DecodeStep, Engine, LayerCache
 
 # What transformers hands to a plain decoder.
 _INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+# What the loop of transformers calls for each token, and what reads the prompt.
+_LOOP = ("_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 # Room for further tokens that a dynamic cache gets at least: it then grows by doubling.
 ROOM = 1024
 
@@ -114,10 +116,19 @@ def _is_plain(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) 
         given <= _INPUTS
         and bool(model_kwargs.get("use_cache"))
         and not any(getattr(generation_config, name, None) for name in asked)
-        and hasattr(model, "_prefill")
-        and not model.training
+        and _generates_as_stock(model)
         and not torch.is_grad_enabled()
         and any(isinstance(ffn, AcceleratedFfn) for ffn in sparse_ffns(model).values())
+    )
+
+
+def _generates_as_stock(model: Any) -> bool:
+    """Whether a class of the user's own, or the user, leaves alone what the loop calls or takes the place of."""
+    # What a class of the user's does in the place of `_sample` is behind ours.
+    found = [(type(model), name) for name in _LOOP] + [(model.stock_class, "_sample")]
+    return all(
+        hasattr(kind, name) and getattr(kind, name).__module__.startswith("transformers.") and name not in vars(model)
+        for kind, name in found
     )
 
 
@@ -203,10 +214,10 @@ def _is_static(layer: Any) -> bool:
 def _room(layer: Any, plan: DecoderPlan, index: int, longest: int) -> int | None:
     """How many tokens a layer of a cache has or gets room for; `None` if that is too few."""
     window = plan.layers[index].window
-    needed = min(window, longest) if window else longest
+    sliding = isinstance(layer, DynamicSlidingWindowLayer | StaticSlidingWindowLayer)
+    needed = min(window, longest) if sliding else longest
     if _is_static(layer):
         return layer.max_cache_len if layer.max_cache_len >= needed else None
-    sliding = isinstance(layer, DynamicSlidingWindowLayer)
     return None if sliding and layer.sliding_window != window else needed
 
 

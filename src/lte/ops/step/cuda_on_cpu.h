@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -123,6 +124,7 @@ inline const char* shuffle(const char* x, int from) {
   warp_sync();
   return y;
 }
+inline long long clock_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 inline int popcount(unsigned x) { return __builtin_popcount(x); }
 inline float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp_(float x) { return std::exp(x); }

@@ -81,7 +81,10 @@ constexpr int KEYS = KEYS_THAT_FIT < MOST_KEYS ? KEYS_THAT_FIT : MOST_KEYS;
 constexpr int PARTS = P / (T * HKV) > 1 ? P / (T * HKV) : 1;          // of a cache, at most
 constexpr int UNITS = T * HKV * PARTS;
 constexpr int PER_THREAD = (E + THREADS - 1) / THREADS > 0 ? (E + THREADS - 1) / THREADS : 1;   // experts
-constexpr float FIXED = 1 << 30;                                      // sums in fixed point are in units of 1 / FIXED
+// Sums in fixed point are in units of 1 / FIXED, and what a block adds is MOST at most: the sum of all then fits. A sum that
+// is half of that or more was no finite number.
+constexpr float FIXED = 4294967296.0f, MOST = 1 << 23;
+static_assert(P <= 256, "sums in fixed point");
 constexpr int HALF = ROTARY / 2 > 0 ? ROTARY / 2 : 1;
 constexpr int NORM_REGISTERS = 16;            // for the residual of the tokens that a norm takes at once
 static_assert(D % 32 == 0 && OUT % 32 == 0 && HD % 16 == 0 && HD <= 256 && ROTARY <= HD, "shapes");
@@ -163,6 +166,12 @@ DEVICE float activate(float x) {
   if (ACTIVATION == 2) return 0.5f * x * (1 + erf_(x * 0.70710678f));             // gelu
   if (ACTIVATION == 4) return x > 0 ? x * x : 0;                                  // squared relu
   return 0.5f * x * (1 + tanh_(0.79788456f * (x + 0.044715f * x * x * x)));       // its tanh form
+}
+
+DEVICE long long fixed_of(float x) { return to_fixed((x < MOST ? x > -MOST ? x : -MOST : MOST) * FIXED); }   // of NaN: MOST
+DEVICE float from_fixed(long long sum) {
+  const float x = sum * (1 / FIXED);
+  return x < MOST / 2 && x > -MOST / 2 ? x : INFINITY_ - INFINITY_;
 }
 
 DEVICE float norm_weight(elem w) { return NORM_PLUS_ONE ? 1 + to_float(w) : to_float(w); }
@@ -431,7 +440,7 @@ struct Step {
             const elem* row = a.embedding + (mine ? (size_t)a.token[t0 + k] * D + column_of(i) : 0);
             for (int j = 0; j < 4; j++) old[k][i].x[j] = 0, x[k][i][j] = to_float(from_float(to_float(row[j]) * a.embedding_scale));
           } else {
-            for (int j = 0; j < 4; j++) x[k][i][j] = fixed[k][i].x[j] * (1 / FIXED);
+            for (int j = 0; j < 4; j++) x[k][i][j] = from_fixed(fixed[k][i].x[j]);
           }
           for (int j = 0; j < 4; j++)
             if (!mine) x[k][i][j] = old[k][i].x[j] = 0;
@@ -758,7 +767,7 @@ struct Step {
     }
     team_sync();
     matrix<ATTENTION_BITS>(D, OUT, l.scales + NQKV, [&](int r) { return l.out_bias == nullptr ? 0 : to_float(l.out_bias[r]); },
-           [&](int r, int t, float sum) { a.sums[t * D + r] = to_fixed(sum * FIXED); });
+           [&](int r, int t, float sum) { a.sums[t * D + r] = fixed_of(sum); });
   }
 
   // Publishes which experts are on, finds this block's share of their neurons, and lets the producer go on.
@@ -893,7 +902,7 @@ struct Step {
           const int i = c + first + column;
           if (FFN_BITS == 8) y *= down_scales[i];
           if (blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
-          add_relaxed(to + t * D + i, to_fixed(y * FIXED));
+          add_relaxed(to + t * D + i, fixed_of(y));
         });
     }
   }
