@@ -4,12 +4,13 @@
     python benchmarks/step.py --trace --shapes qwen2.5-1.5b
     python benchmarks/step.py --compile 90 132 232448   # for an H200, without one: the machine code is kept
 
-Random weights, bf16; `dense` is the same kernel without routers.
+Random weights, bf16, or with `--bits 8 4` in so many bits; `dense` is the same kernel without routers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from lte.bench.timing import copy_gb_per_s, interleaved_times
 from lte.ops.step.compile import cached_cubin
 from lte.ops.step.cuda import CudaEngine, Machine, macros, unfit
 from lte.ops.step.phases import STAMPS, phase_us
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Rope
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Quantized, Rope
 from lte.ops.step.reference import ReferenceEngine
 
 # Layers, D, HQ, HKV, HD, F, V, and whether the head is the embedding.
@@ -99,6 +100,31 @@ def random_model(name: str, device: str) -> Model:
     return Model(plan, biases)
 
 
+def quantized(model: Model, bits: int) -> Model:
+    """The same with random matrices of so many bits in the place of all; itself for 0 bits."""
+
+    def matrix(weight: Any, transposed: bool = False) -> Quantized:
+        (rows, columns), half = weight.shape, 2 ** (bits - 1)
+        inputs = rows if transposed else columns
+        groups = 1 if bits == 8 else inputs // group
+        shape = (groups, columns) if transposed else (rows, groups)
+        values = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=weight.device)
+        dtype = torch.float32 if bits == 8 else weight.dtype
+        scales = torch.full(shape, (12 / inputs) ** 0.5 / 2**bits, dtype=dtype, device=weight.device)
+        return Quantized(values=values, scales=scales, zeros=None if bits == 8 else scales / 2, bits=bits)
+
+    def layer(old: DecoderLayer) -> DecoderLayer:
+        rows = {name: matrix(getattr(old, name)) for name in ("q", "k", "v", "out", "gate", "up")}
+        return replace(old, **rows, down=matrix(old.down, transposed=True))
+
+    if not bits:
+        return model
+    sizes = model.plan.layers[0].up.shape
+    group = next(group for group in (128, 64, 32) if all(size % group == 0 for size in sizes))
+    plan = replace(model.plan, layers=[layer(old) for old in model.plan.layers], head=matrix(model.plan.head))
+    return Model(plan, model.biases)
+
+
 def random_caches(plan: DecoderPlan, batch: int, length: int) -> list[LayerCache]:
     """Full ones."""
     shape = batch, plan.kv_heads, length, plan.head_size
@@ -109,19 +135,28 @@ def random_caches(plan: DecoderPlan, batch: int, length: int) -> list[LayerCache
 
 def step_bytes(plan: DecoderPlan, batch: int, context: int, active: float) -> int:
     """Bytes that a step must read: all weights, of FFNs the active share, and the caches."""
-    size = plan.head.nbytes + batch * context * 2 * 2 * plan.kv_heads * plan.head_size * len(plan.layers)
+
+    def bytes_of(matrix: Any) -> float:
+        if isinstance(matrix, Tensor):
+            return matrix.nbytes
+        per_scale = matrix.scales.itemsize * (2 if matrix.bits == 4 else 1)  # 4 bits have zeros, too
+        return matrix.values.numel() * matrix.bits / 8 + matrix.scales.numel() * per_scale
+
+    size = bytes_of(plan.head) + batch * context * 2 * 2 * plan.kv_heads * plan.head_size * len(plan.layers)
     for layer in plan.layers:
         for field in fields(layer):
             weight = getattr(layer, field.name)
-            if isinstance(weight, Tensor):
-                size += round(weight.nbytes * (active if field.name in ("gate", "up", "down") else 1))
-    return size
+            if isinstance(weight, Tensor | Quantized):
+                size += bytes_of(weight) * (active if field.name in ("gate", "up", "down") else 1)
+    return round(size)
 
 
 def upcast(value: Any) -> Any:
     """A plan or what it holds, in fp32."""
     if isinstance(value, Tensor):
         return value.float()
+    if isinstance(value, Quantized):
+        return value.dense(torch.float32)
     if is_dataclass(value):
         return replace(value, **{key: upcast(each) for key, each in vars(value).items()})  # type: ignore[type-var]
     return [upcast(each) for each in value] if isinstance(value, list) else value
@@ -152,7 +187,9 @@ def mask(model: Model, sparsity: float) -> None:
     model.biases.copy_(torch.where(off, -1.0, 1.0))
 
 
-def measure(name: str, model: Model, batch: int, context: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(
+    name: str, model: Model, bits: int, batch: int, context: int, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """A row for the dense step and one for each sparsity."""
     caches = random_caches(model.plan, batch, context + ROOM)
     inputs = inputs_at(model.plan, batch, context)
@@ -173,8 +210,9 @@ def measure(name: str, model: Model, batch: int, context: int, args: argparse.Na
         each = row("step", "step dense" if sparsity is None else "step", batch, sparsity or 0.0, times[run], size)
         dense = dense or each["median_ms"]
         each |= {"shape": name, "context": context, "copy_gb_per_s": copied, "ratio": each["median_ms"] / dense}
+        each["dtype"] = f"int{bits}" if bits else each["dtype"]
         print(
-            f"{name:<13} batch {batch} context {context:>5} {run:>8} {each['median_ms']:7.3f} ms "
+            f"{name:<13} {each['dtype']} batch {batch} context {context:>5} {run:>8} {each['median_ms']:7.3f} ms "
             f"({each['p20_ms']:.3f}-{each['p80_ms']:.3f}), bytes alone {size / copied / 1e6:6.3f} ms "
             f"({each['gb_per_s'] / copied:4.0%}), {each['ratio']:.3f} of dense",
             flush=True,
@@ -197,16 +235,18 @@ def compile_all(args: argparse.Namespace) -> None:
     """Keeps the machine code of everything that a run would launch."""
     arch, blocks, shared_bytes = args.compile
     for name in args.shapes:
-        model, machine = random_model(name, "meta"), Machine(blocks=blocks, shared_bytes=shared_bytes)
-        for batch in args.batches:
+        machine = Machine(blocks=blocks, shared_bytes=shared_bytes)
+        for bits, batch in itertools.product(args.bits, args.batches):
+            model = quantized(random_model(name, "meta"), bits)
             for plan, extra in ((model.plan, {}), (model.dense, {}), *([(model.plan, {"TRACE": STAMPS})] * args.trace)):
                 cubin = cached_cubin({**macros(plan, batch, machine), **extra, **args.set}, arch)
-                print(f"{name} batch {batch} {extra}: {len(cubin)} bytes for sm_{arch}", flush=True)
+                print(f"{name} {bits} bits batch {batch} {extra}: {len(cubin)} bytes for sm_{arch}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--bits", type=int, nargs="+", default=[0], choices=[0, 4, 8], help="of weights; 0 for bf16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--contexts", type=int, nargs="+", default=[100, 4000])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
@@ -221,21 +261,21 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     traces: list[dict[str, Any]] = []
     for name in args.shapes:
-        model = random_model(name, "cuda")
-        for batch in args.batches:
+        for bits, batch in itertools.product(args.bits, args.batches):
+            model = quantized(random_model(name, "cuda"), bits)
             reason = unfit(model.plan, random_caches(model.plan, batch, 1))
             if reason is not None:
-                print(f"{name} batch {batch} is left out, as {reason}")
+                print(f"{name} {bits} bits batch {batch} is left out, as {reason}")
                 continue
             for context in args.contexts:
                 mask(model, 0.5)
                 off = error(model.plan, batch, context, args.set)
-                assert off <= 1e-2, f"{name} batch {batch} context {context}: the logits are off by {off}"
-                rows += measure(name, model, batch, context, args)
+                assert off <= 1e-2, f"{name} {bits} bits batch {batch} context {context}: the logits are off by {off}"
+                rows += measure(name, model, bits, batch, context, args)
                 if args.trace:
                     traces += trace(name, model, batch, context, args)
                 write_rows(args.output, rows, traces=traces)
-        del model
+            del model
 
 
 if __name__ == "__main__":

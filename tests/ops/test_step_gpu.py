@@ -14,7 +14,7 @@ from lte.ops.step.cuda import CudaEngine, Gpu, unfit
 from lte.ops.step.plan import DecoderPlan, LayerCache
 from lte.ops.step.reference import ReferenceEngine
 from tests.ops.conftest import BOUNDS
-from tests.ops.step_plans import FAMILIES, Shape, copied, new_caches, random_plan, step_inputs
+from tests.ops.step_plans import FAMILIES, Shape, copied, new_caches, random_plan, step_inputs, with_quantized
 from tests.ops.test_step_cuda import upcast, with_forced_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -62,19 +62,23 @@ def test_families_in_fp32(family: str, relative_rms: Rms, poisoned: None) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "batch"),
+    ("name", "dtype", "batch", "bits"),
     [
-        ("qwen", torch.bfloat16, 1),
-        ("qwen", torch.float16, 3),
-        ("smollm", torch.bfloat16, 8),
-        ("smollm", torch.float32, 2),
-        ("llama", torch.bfloat16, 2),
-        ("gemma", torch.bfloat16, 1),
+        ("qwen", torch.bfloat16, 1, 0),
+        ("qwen", torch.float16, 3, 0),
+        ("smollm", torch.bfloat16, 8, 0),
+        ("smollm", torch.float32, 2, 0),
+        ("llama", torch.bfloat16, 2, 0),
+        ("gemma", torch.bfloat16, 1, 0),
+        ("qwen", torch.bfloat16, 1, 8),
+        ("qwen", torch.bfloat16, 4, 4),
+        ("llama", torch.float16, 1, 4),
     ],
 )
-def test_real_shapes(name: str, dtype: torch.dtype, batch: int, relative_rms: Rms, poisoned: None) -> None:
+def test_real_shapes(name: str, dtype: torch.dtype, batch: int, bits: int, relative_rms: Rms, poisoned: None) -> None:
     plan = random_plan(REAL[name], dtype, "cuda")
     plan = with_forced_experts(plan) if REAL[name].experts else plan
+    plan = with_quantized(plan, bits, bits, bits) if bits else plan
     for at in (0, 100, 4000):
         assert_steps_match(plan, batch, relative_rms, steps=3, length=at + 16, at=at)
 
