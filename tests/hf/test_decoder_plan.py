@@ -69,6 +69,18 @@ class TestReference:
         actual = read_by_steps(decoder_plan(model), ids, starts)
         assert relative_rms(actual, expected) <= {torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
 
+    @pytest.mark.parametrize("model_type", ["gemma2", "phi3"])
+    def test_int8(self, model_type: str, relative_rms: Measure) -> None:
+        model = lte.accelerate_(step_model(model_type), "int8")
+        ids, starts = torch.randint(3, 99, (1, 8)), torch.zeros(1, dtype=torch.int64)
+        with torch.no_grad():
+            expected = model(ids).logits
+        plan = decoder_plan(model)
+        assert relative_rms(read_by_steps(plan, ids, starts), expected) <= 1e-5
+        assert same_memory(plan, decoder_plan(model))
+        model.model.layers[1].mlp.down_scale = model.model.layers[1].mlp.down_scale.clone()
+        assert not same_memory(plan, decoder_plan(model))
+
     def test_sequences_at_different_positions(self, relative_rms: Measure) -> None:
         plan = decoder_plan(accelerated("mistral"))
         ids, starts, rows = torch.randint(3, 99, (2, 20)), torch.zeros(2, dtype=torch.int64), torch.arange(2)
@@ -200,9 +212,7 @@ class TestRefusals:
         with pytest.raises(NoPlanError, match=reason), torch.no_grad():
             decoder_plan(model)
 
-    def test_int8_and_low_rank(self) -> None:
-        with pytest.raises(NoPlanError, match="int8"):
-            decoder_plan(lte.accelerate_(tiny_sparse_model(), "int8"))
+    def test_low_rank(self) -> None:
         model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8, router_rank=4, grouping="random"))
         with pytest.raises(NoPlanError, match="SparseFfn"):
             decoder_plan(model)

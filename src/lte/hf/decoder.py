@@ -18,7 +18,7 @@ from lte.nn.ffn_parts import ROLES, bias_of, weight_of
 from lte.nn.wrapped_ffn import FfnLayout
 from lte.ops.arguments import DTYPES
 from lte.ops.layout import by_neuron
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, Rope
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, Quantized, Rope
 
 # Those whose frequencies do not depend on how long the text is.
 _ROPES = ("default", "linear", "llama3", "yarn")
@@ -41,7 +41,7 @@ def decoder_plan(model: nn.Module, *, lay_out_dense: bool = False) -> DecoderPla
 
     Its tensors are views of the parameters: what is written into these later counts, but for a router in fp32 of a
     model in 16 bits, which is rounded here (see `lte.ops.arguments.Routing`), and for frequencies that are not in fp32.
-    What is moved or replaced later does not count: make the plan anew, which takes about a millisecond.
+    What is moved or replaced later does not count: make the plan anew, which takes some milliseconds.
 
     Args:
         model: with the head that predicts the next token.
@@ -49,8 +49,9 @@ def decoder_plan(model: nn.Module, *, lay_out_dense: bool = False) -> DecoderPla
             parameter, which keeps its shape and its values; else it has no plan unless they lie so already.
 
     Raises:
-        NoPlanError: for a family or a setting that no engine knows, modules with hooks, adapters, quantised weights,
-            weights of several dtypes or on several devices, and FFNs that are not accelerated or not in hard mode.
+        NoPlanError: for a family or a setting that no engine knows, modules with hooks, adapters, weights that others
+            quantised, weights of several dtypes or on several devices, and FFNs that are not accelerated or not in
+            hard mode.
     """
     config: Any = getattr(model, "config", None)
     try:
@@ -83,7 +84,9 @@ def _signature(plan: DecoderPlan) -> list[Any]:
     for part in parts:
         for field in fields(part):
             value = getattr(part, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Quantized):
+                parts.append(value)
+            elif isinstance(value, Tensor):
                 places.append((value.data_ptr(), value.shape, value.stride(), value.dtype, value.device))
             elif not isinstance(value, Sequence) or isinstance(value, str):
                 places.append(value)
@@ -240,8 +243,6 @@ class _PlanMaker:
     def _ffn(self, ffn: Any, where: str) -> dict[str, Any]:
         if not isinstance(ffn, AcceleratedFfn):
             return self._parts(self._dense_ffn(ffn, where))
-        if ffn.acceleration.weights != "native":
-            raise NoPlanError(f"its FFNs hold {ffn.acceleration.weights} weights")
         if ffn.router.down is not None:
             raise NoPlanError("its routers are of low rank")
         if ffn.record_logits:
@@ -255,6 +256,10 @@ class _PlanMaker:
 
     def _parts(self, ffn: Any) -> dict[str, Any]:
         found: dict[str, Any] = {role: self._view(weight_of(ffn, role)) for role in ROLES}
+        for role, weight in found.items():
+            scale = getattr(ffn, f"{role}_scale", None)
+            if weight is not None and scale is not None:
+                found[role] = Quantized(values=weight, scales=scale[None] if role == "down" else scale[:, None])
         return {**found, **{f"{role}_bias": self._view(bias_of(ffn, role)) for role in ROLES}}
 
     @staticmethod

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lte.ops.step.compile import cached_cubin, missing, structures
 from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized
-from lte.ops.step.quantized import as_read, matrix_as_read
+from lte.ops.step.quantized import output_scales, packed, packed_layer
 
 MAX_BATCH = 8
 MAX_EXPERTS = 65535
@@ -293,12 +293,9 @@ class CudaEngine:
         device = plan.embedding.device
         self.plan, self.machine = plan, Gpu.of(device) if machine is None else machine
         ropes = [torch.cat((rope.frequencies.new_tensor([rope.factor]), rope.frequencies)) for rope in plan.ropes]
-        # Weights in 4 bits are copied into the kernel's own order, and so are scales.
-        self.read = [as_read(layer) for layer in plan.layers]
-        self.head, self.head_scales = plan.head, None
-        if isinstance(plan.head, Quantized):
-            self.head, _ = matrix_as_read(plan.head)
-            self.head_scales = plan.head.scales.float().flatten() if plan.head.bits == 8 else None
+        # Weights in 4 bits are copied, once, into the kernel's own order.
+        self.packed = [packed_layer(layer) for layer in plan.layers]
+        self.head = packed(plan.head)[0] if isinstance(plan.head, Quantized) else plan.head
         self.ropes = torch.stack(ropes).to(device, torch.float32) if ropes else torch.zeros(1, 2, device=device)
 
     def bind(self, caches: Sequence[LayerCache], **extra: int) -> CudaStep:
@@ -334,7 +331,11 @@ class CudaStep:
         self._owned = list(scratch.values())
         scratch["layers"] = self._layers(plan, caches)
         read = {name: getattr(plan, name) for name in ("embedding", "final_norm", "head_bias")}
-        read |= {"head": engine.head, "head_scales": engine.head_scales}
+        head_scales = None
+        if isinstance(plan.head, Quantized) and plan.head.bits == 8:
+            head_scales = plan.head.scales.float().flatten()
+            self._owned.append(head_scales)
+        read |= {"head": engine.head, "head_scales": head_scales}
         self._args = structures()["Args"]()
         _fill(
             self._args,
@@ -374,8 +375,10 @@ class CudaStep:
     def _layers(self, plan: DecoderPlan, caches: Sequence[LayerCache]) -> Tensor:
         """The array of `Layer` in the device's memory."""
         array = (structures()["Layer"] * len(plan.layers))()
-        for to, layer, quantized, cache in zip(array, plan.layers, self._engine.read, caches, strict=True):
-            values = {name: _pointer(value) for name, value in {**vars(layer), **quantized}.items()}
+        for to, layer, halves, cache in zip(array, plan.layers, self._engine.packed, caches, strict=True):
+            scales = output_scales(layer)
+            self._owned += [] if scales is None else [scales]
+            values = {name: _pointer(value) for name, value in {**vars(layer), **halves, "scales": scales}.items()}
             # The router counts as rounded to the other weights' dtype; its bias does not.
             for name, dtype in (("router", plan.embedding.dtype), ("router_bias", torch.float32)):
                 if values[name] is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lte.ops.step.plan import DecoderLayer, Matrix, Quantized
+from lte.ops.step.plan import DecoderLayer, Quantized
 
 SLAB = 1024  # columns of a stage
 # Where the columns of a word of eight lie, the lowest four bits first: a shift and a mask give a pair of neighbours.
@@ -56,30 +56,31 @@ def packed_down(values: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, 
     return values[:, ::2] | values[:, 1::2] << 4, functional.pad(pairs, (0, 0, 0, -values.shape[1] % 512))
 
 
-def as_read(layer: DecoderLayer) -> dict[str, Tensor | None]:
-    """What the kernel reads of a layer in place of its quantised matrices, and `scales` and `down_pairs`."""
-    read: dict[str, Tensor | None] = {"scales": None, "down_pairs": None}
-    if not any(isinstance(value, Quantized) for value in vars(layer).values()):
-        return read
-    scales = []
-    for name in ("q", "k", "v", "out", "gate", "up", "down"):
-        matrix: Matrix | None = getattr(layer, name)
-        # Scales of 8 bits have places of their own, whether attention has such or not.
-        outputs = 0 if matrix is None else matrix.shape[1] if name == "down" else len(matrix)
+def packed_layer(layer: DecoderLayer) -> dict[str, Tensor | None]:
+    """What the kernel reads of a layer in place of its quantised matrices, and `down_pairs`."""
+    read: dict[str, Tensor | None] = {"down_pairs": None}
+    for name, matrix in vars(layer).items():
         if isinstance(matrix, Quantized):
-            read[name], pairs = matrix_as_read(matrix, name == "down")
-            read["down_pairs"] = pairs if name == "down" else None
-        if isinstance(matrix, Quantized) and matrix.bits == 8:
-            scales.append(matrix.scales.float().flatten())
-            read["scales"] = scales[-1]
-        else:
-            scales.append(torch.zeros(outputs, device=layer.norm1.device))
-    if read["scales"] is not None:
-        read["scales"] = torch.cat(scales)
+            read[name], pairs = packed(matrix, name == "down")
+            read["down_pairs"] = pairs if name == "down" else read["down_pairs"]
     return read
 
 
-def matrix_as_read(matrix: Quantized, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
+def output_scales(layer: DecoderLayer) -> Tensor | None:
+    """The scales of all outputs of a layer in turn, fp32; matrices that have none hold places of zeros."""
+    matrices = {name: getattr(layer, name) for name in ("q", "k", "v", "out", "gate", "up", "down")}
+    if not any(isinstance(matrix, Quantized) and matrix.bits == 8 for matrix in matrices.values()):
+        return None
+    scales = []
+    for name, matrix in matrices.items():
+        if isinstance(matrix, Quantized) and matrix.bits == 8:
+            scales.append(matrix.scales.float().flatten())
+        elif matrix is not None:
+            scales.append(torch.zeros(matrix.shape[name == "down"], device=layer.norm1.device))
+    return torch.cat(scales)
+
+
+def packed(matrix: Quantized, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
     """The memory of one matrix, and the pairs of a transposed one of 4 bits."""
     if matrix.bits == 8:
         return matrix.values.contiguous(), None
