@@ -4,8 +4,8 @@
 #     bash benchmarks/reproduce.sh OUTPUT STEP...
 #
 # Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, one_launch,
-# sanitize, whole_step, and two that need TRAIN and HELD_OUT (articles, two JSONL files) in the environment: trained, which also needs MODEL
-# (SmolLM2-135M-Instruct as a GGUF file), and step, which trains and times those models of experiments/step whose GGUF
+# sanitize, whole_step, and two that need TRAIN and HELD_OUT (articles, two JSONL files) in the environment: trained,
+# which also needs MODEL (SmolLM2-135M-Instruct as a GGUF file), and step, which trains and times those models of experiments/step whose GGUF
 # files are in SMOLLM2_135M, QWEN_CODER_0_5B and QWEN_CODER_1_5B, at each of TARGETS (0.5 0.8). Every step writes its
 # result files as it goes on.
 set -euo pipefail
@@ -85,14 +85,15 @@ trained() {
 
 one_launch() { # the kernel of a whole step by itself, at forced sparsities
   python3 benchmarks/step.py --trace --contexts 100 --output "$output/step.json"
-  python3 benchmarks/step.py --contexts 4000 --output "$output/step_4000.json"
-  python3 benchmarks/step.py --batches 4 8 --contexts 100 --output "$output/step_batches.json"
+  python3 benchmarks/step.py --contexts 4000 --sparsities 0.5 --output "$output/step_4000.json"
+  python3 benchmarks/step.py --batches 4 8 --contexts 100 --sparsities 0.5 0.9 --output "$output/step_batches.json"
+  python3 benchmarks/step.py --shapes llama2-7b --bits 8 4 --contexts 100 --sparsities 0.5 0.9 --output "$output/step_bits.json"
 }
 
 sanitize() { # that kernel on small models under compute-sanitizer, once for each of two tools
   local tool
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool $tool --log-file "$output/step_$tool.txt" \
+    compute-sanitizer --tool $tool --report-api-errors no --log-file "$output/step_$tool.txt" \
       python3 -m pytest -q -p no:xdist -p no:cacheprovider tests/ops/test_step_gpu.py -k "families_in_fp32 and (llama or gemma3)"
     tail -n 1 "$output/step_$tool.txt"
   done
