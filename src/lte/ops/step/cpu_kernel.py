@@ -40,6 +40,7 @@ from lte.ops.cpu_kernel import (
     NEURONS,
     ROUTER,
     add_down,
+    address,
     intermediate,
     route,
     select,
@@ -228,7 +229,8 @@ def _turn_tables(frame, numbers, like, thread, threads):
 def _turn(frame, layer, token, numbers, like, norm, source, head):
     """Writes a head [HD] of queries or keys after its norm and its rotary embedding."""
     if norm == 0:
-        head[:] = source
+        for i in range(len(head)):
+            head[i] = source[i]
     else:
         _normalise(source, norm, frame[PLUS_ONE] != 0, np.float32(numbers[EPS]), like, head)
     ropes = _integers(frame[ROPES], 2 * frame[NUM_ROPES])
@@ -304,7 +306,7 @@ def _attend_piece(frame, layer, cache, token, head, piece, numbers, like, own, e
     until = min(length, capacity - slot)
     keys = cache[KEYS] + token * cache[KEY_STRIDE] + head * capacity * size * item
     values = cache[VALUES] + token * cache[VALUE_STRIDE] + head * capacity * size * item
-    q, s = queries.ctypes.data, scores.ctypes.data
+    q, s = address(queries), address(scores)
     dot_rows(like, keys + slot * size * item, size * item, until, q, everyone, group, size, s, length)
     dot_rows(like, keys, size * item, length - until, q, everyone, group, size, s + 4 * until, length)
     first = (token * frame[HEADS] + head * group) * frame[MOST_PIECES] + piece
@@ -400,11 +402,12 @@ def _choose(frame, layer, threshold, like, x, everyone, integers, thread, thread
     batch, experts = frame[BATCH], layer[EXPERTS]
     if layer[ROUTER] == 0:
         integers[0], integers[experts + 1] = 0, batch
-        integers[2 * experts + 2 : 2 * experts + 2 + batch] = everyone
+        for token in range(batch):
+            integers[2 * experts + 2 + token] = token
         return 1
     logits = _matrix(frame[SCORES_OF_EXPERTS], batch, experts)
     first, last = _share(experts, 4, thread, threads)
-    route(layer, like, size_of(like), x.ctypes.data, batch, logits, everyone, first, last)
+    route(layer, like, size_of(like), address(x), batch, logits, everyone, first, last)
     _meet(frame)
     active, counts = integers[: experts + 1], integers[experts + 1 : 2 * experts + 2]
     order = integers[2 * experts + 2 : (experts + 1) * (batch + 2)].reshape((experts + 1, batch))
@@ -424,7 +427,7 @@ def _ffn(frame, layer, found, like, x, integers, values, thread, threads):
     for unit in range(first, last):
         i = unit // units
         neuron = (active[i] * units + unit % units) * UNIT
-        intermediate(layer, like, item, x.ctypes.data, neuron, order[i, : counts[i]], counts[i], h, values)
+        intermediate(layer, like, item, address(x), neuron, order[i], counts[i], h, values)
     _meet(frame)
     parts = max(min(threads, hidden // LEAST_COLUMNS), 1)
     if thread < parts:
@@ -461,8 +464,8 @@ def _make(like: Any, sources: str) -> Any:
         group = frame[HEADS] // frame[KV_HEADS]
         own_group = np.arange(group)
         integers = np.empty((most + 1) * (batch + 2), np.int64)
-        at, eps = normed.ctypes.data, np.float32(numbers[EPS])
-        people = everyone.ctypes.data
+        at, eps = address(normed), np.float32(numbers[EPS])
+        people = address(everyone)
         _embed(frame, np.float32(numbers[EMBEDDING_SCALE]), like, x)
         _turn_tables(frame, numbers, like, thread, threads)
         for i in range(depth):
@@ -470,12 +473,12 @@ def _make(like: Any, sources: str) -> Any:
             _norm_all(frame, layer[NORM1], eps, like, x, normed)
             _project_heads(frame, layer, like, at, people, thread, threads)
             _meet(frame)
-            _attend(frame, layer, cache, numbers, like, own, own_group.ctypes.data, thread, threads)
+            _attend(frame, layer, cache, numbers, like, own, address(own_group), thread, threads)
             _meet(frame)
             _merge(frame, layer, cache, like, attended)
             first, last = _share(hidden, 16, thread, threads)
             weight, bias, to = layer[OUT], layer[OUT_BIAS], frame[ADDED]
-            _linear(like, weight, bias, first, last, attended.ctypes.data, people, batch, heads, to, hidden)
+            _linear(like, weight, bias, first, last, address(attended), people, batch, heads, to, hidden)
             _meet(frame)
             _add(frame, layer[POST1], eps, like, x, spare)
             _norm_all(frame, layer[NORM2], eps, like, x, normed)
