@@ -203,11 +203,16 @@ def test_weights_may_change_between_steps(check: Callable) -> None:
     assert not torch.equal(check(plan, tokens, [0]), first)
 
 
-def test_without_a_known_openmp_library_one_thread_computes(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+def test_without_a_known_openmp_library_one_thread_computes(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
     plan, tokens = random_plan(6), torch.randint(VOCABULARY, (3, 2))
     expected = decode(CpuEngine(plan), make_caches(plan, 2, 3), tokens, [0, 0], [0, 0])
     monkeypatch.setattr(cpu, "_library", lambda: None)
+    assert unfit(plan, make_caches(plan, 2, 3)) == "the CPU kernel does not know the library of torch's threads"
     assert torch.equal(decode(CpuEngine(plan), make_caches(plan, 2, 3), tokens, [0, 0], [0, 0]), expected)
+    torch.set_num_threads(1)
+    assert unfit(plan, make_caches(plan, 2, 3)) is None
 
 
 def test_steps_of_several_python_threads(two_threads: None) -> None:

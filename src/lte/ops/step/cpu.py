@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +27,6 @@ MAX_SEQUENCES = 8
 # In the order of `LIKE` of the kernel.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 64
-_ONE_THREAD = "torch was built without an OpenMP library that is known here: the decoding step runs on one thread"
 
 
 def unfit(plan: DecoderPlan, caches: Sequence[LayerCache]) -> str | None:
@@ -38,6 +36,8 @@ def unfit(plan: DecoderPlan, caches: Sequence[LayerCache]) -> str | None:
         return "numba is not installed"
     if dtype not in _DTYPES or (dtype == torch.float16 and not _kernel().HAS_FLOAT16):
         return f"the CPU kernel takes no weights of {dtype}"
+    if torch.get_num_threads() > 1 and _library() is None:
+        return "the CPU kernel does not know the library of torch's threads"
     if batch > MAX_SEQUENCES:
         return f"the CPU kernel takes at most {MAX_SEQUENCES} sequences, and these are {batch}"
     tensors = [plan.embedding, plan.final_norm, plan.head, plan.head_bias]
@@ -250,7 +250,6 @@ def _library() -> Any:
         except (OSError, AttributeError):
             continue
         return library
-    warnings.warn(_ONE_THREAD, RuntimeWarning, stacklevel=4)
     return None
 
 
