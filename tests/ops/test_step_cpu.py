@@ -203,9 +203,7 @@ def test_weights_may_change_between_steps(check: Callable) -> None:
     assert not torch.equal(check(plan, tokens, [0]), first)
 
 
-def test_without_a_known_openmp_library_one_thread_computes(
-    monkeypatch: pytest.MonkeyPatch, two_threads: None
-) -> None:
+def test_without_a_known_openmp_library_one_thread_computes(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
     plan, tokens = random_plan(6), torch.randint(VOCABULARY, (3, 2))
     expected = decode(CpuEngine(plan), make_caches(plan, 2, 3), tokens, [0, 0], [0, 0])
     monkeypatch.setattr(cpu, "_library", lambda: None)

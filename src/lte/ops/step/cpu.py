@@ -163,12 +163,15 @@ class CpuStep:
 
     def _allocate(self, threads: int) -> None:
         kernel, frame = _kernel(), self._frame
+        # A line of the cache to itself.
+        self._counter = torch.zeros(32, dtype=torch.int64)[16:17]
+        frame[kernel.COUNTER] = self._counter.data_ptr()
         self._scratch = torch.empty(self._shared_floats + threads * self._own_bytes // 4)
         for slot, offset in self._offsets.items():
             frame[getattr(kernel, slot)] = self._scratch.data_ptr() + 4 * offset
         library = _library() if threads > 1 else None
         for slot, name in (
-            (kernel.BARRIER, "GOMP_barrier"),
+            (kernel.YIELD, "sched_yield"),
             (kernel.THREAD, "omp_get_thread_num"),
             (kernel.THREADS, "omp_get_num_threads"),
         ):
@@ -193,6 +196,7 @@ class CpuStep:
         if threads == 1 or (library := _library()) is None:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)(frame.ctypes.data)
         else:
+            self._counter.zero_()
             library.GOMP_parallel(self._address, frame.ctypes.data, threads, 0)
         return self._logits
 
@@ -246,7 +250,7 @@ def _library() -> Any:
             library: Any = ctypes.CDLL(str(path))
             library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
             library.GOMP_parallel.restype = None
-            _ = library.GOMP_barrier, library.omp_get_thread_num, library.omp_get_num_threads
+            _ = library.sched_yield, library.omp_get_thread_num, library.omp_get_num_threads
         except (OSError, AttributeError):
             continue
         return library

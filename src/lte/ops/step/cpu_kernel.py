@@ -23,14 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.ccallback import CFunc
 from numba.core.compiler import Compiler
-from numba.extending import intrinsic
 
 from lte.ops import cpu_intrinsics, cpu_kernel, cpu_tiles
-from lte.ops.cpu_intrinsics import HAS_FLOAT16, LANES, bits, fma, from_bits, load, pointer, size_of, store
+from lte.ops.cpu_intrinsics import (
+    HAS_FLOAT16,
+    LANES,
+    bits,
+    call,
+    count_up,
+    fma,
+    from_bits,
+    load,
+    look,
+    pointer,
+    size_of,
+    store,
+)
 from lte.ops.cpu_kernel import (
     EXPERTS,
     FFN_SLOTS,
@@ -60,36 +71,33 @@ KEYS, VALUES, KEY_STRIDE, VALUE_STRIDE, CAPACITY, SHIFT, PIECE = range(7)
 CACHE_SLOTS = 7
 # Slots of a rope: the address of its frequencies, and how many those are.
 FREQUENCIES, COUNT = range(2)
-# Slots of the frame: functions of the threads' library (0 for a single thread), addresses, sizes, then scratch.
+# Slots of the frame: functions (0 for a single thread), the counter of the barriers, addresses, sizes, then scratch.
 (
-    BARRIER, THREAD, THREADS, LAYERS, CACHES, ROPES, NUMBERS, TOKENS, POSITIONS, STARTS, LOGITS,
+    YIELD, THREAD, THREADS, COUNTER, LAYERS, CACHES, ROPES, NUMBERS, TOKENS, POSITIONS, STARTS, LOGITS,
     EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, NUM_LAYERS, NUM_ROPES, VOCABULARY, HEADS, KV_HEADS, HEAD_SIZE, PLUS_ONE,
     BATCH, MOST_PIECES, OWN_BYTES,
     ANGLES, QKV, PEAKS, TOTALS, PARTS, ADDED, SCORES_OF_EXPERTS, H, OWN,
-) = range(34)  # fmt: skip
-FRAME_SLOTS = 34
+) = range(35)  # fmt: skip
+FRAME_SLOTS = 35
+# How often a thread looks for the others before it yields its core: some 0.1 ms.
+SPINS = 2000
 # What `numbers`, float64, begins with; then the thresholds of the layers, then the factors of the ropes.
 EPS, EMBEDDING_SCALE, SCORE_SCALE, SCORE_CAP, LOGIT_CAP = range(5)
 NUM_NUMBERS = 5
 _FP32, _INT64, _FP64 = LIKE[0], np.int64(0), np.float64(0)
 
 
-@intrinsic
-def _call(typing_context, address):
-    """The int32 that the C function at an address returns; it takes nothing."""
-
-    def generate(context, builder, sig, args):
-        function = ir.FunctionType(ir.IntType(32), []).as_pointer()
-        return builder.sext(builder.call(builder.inttoptr(args[0], function), []), ir.IntType(64))
-
-    return types.int64(types.int64), generate
-
-
 @njit
-def _meet(frame):
-    """Waits for the other threads of the team."""
-    if frame[BARRIER] != 0:
-        _call(frame[BARRIER])
+def _meet(frame, threads):
+    """Waits for the other threads of the team; on a busy machine for those that wait for a core, too."""
+    if threads > 1:
+        goal = (count_up(frame[COUNTER]) // threads + 1) * threads
+        looks = 0
+        while look(frame[COUNTER]) < goal:
+            looks += 1
+            # The wait is long, so the other thread may be one that this one keeps from running.
+            if looks > SPINS:
+                call(frame[YIELD])
 
 
 @njit
@@ -408,7 +416,7 @@ def _choose(frame, layer, threshold, like, x, everyone, integers, thread, thread
     logits = _matrix(frame[SCORES_OF_EXPERTS], batch, experts)
     first, last = _share(experts, 4, thread, threads)
     route(layer, like, size_of(like), address(x), batch, logits, everyone, first, last)
-    _meet(frame)
+    _meet(frame, threads)
     active, counts = integers[: experts + 1], integers[experts + 1 : 2 * experts + 2]
     order = integers[2 * experts + 2 : (experts + 1) * (batch + 2)].reshape((experts + 1, batch))
     return select(logits, np.float32(threshold), active, order, counts)
@@ -428,12 +436,12 @@ def _ffn(frame, layer, found, like, x, integers, values, thread, threads):
         i = unit // units
         neuron = (active[i] * units + unit % units) * UNIT
         intermediate(layer, like, item, address(x), neuron, order[i], counts[i], h, values)
-    _meet(frame)
+    _meet(frame, threads)
     parts = max(min(threads, hidden // LEAST_COLUMNS), 1)
     if thread < parts:
         first, last = _share(hidden, LANES, thread, parts)
         add_down(layer, like, item, h, active[:found], order, counts, sums, sums, _FP32, first, last)
-    _meet(frame)
+    _meet(frame, threads)
 
 
 def _make(like: Any, sources: str) -> Any:
@@ -442,8 +450,8 @@ def _make(like: Any, sources: str) -> Any:
         _ = sources
         frame = carray(data, (FRAME_SLOTS,))
         thread = threads = 0
-        if frame[BARRIER] != 0:
-            thread, threads = _call(frame[THREAD]), _call(frame[THREADS])
+        if frame[THREAD] != 0:
+            thread, threads = call(frame[THREAD]), call(frame[THREADS])
         threads = max(threads, 1)
         batch, depth = frame[BATCH], frame[NUM_LAYERS]
         layers = carray(pointer(frame[LAYERS], _INT64), (depth, LAYER_SLOTS))
@@ -472,14 +480,14 @@ def _make(like: Any, sources: str) -> Any:
             layer, cache = layers[i], caches[i]
             _norm_all(frame, layer[NORM1], eps, like, x, normed)
             _project_heads(frame, layer, like, at, people, thread, threads)
-            _meet(frame)
+            _meet(frame, threads)
             _attend(frame, layer, cache, numbers, like, own, address(own_group), thread, threads)
-            _meet(frame)
+            _meet(frame, threads)
             _merge(frame, layer, cache, like, attended)
             first, last = _share(hidden, 16, thread, threads)
             weight, bias, to = layer[OUT], layer[OUT_BIAS], frame[ADDED]
             _linear(like, weight, bias, first, last, address(attended), people, batch, heads, to, hidden)
-            _meet(frame)
+            _meet(frame, threads)
             _add(frame, layer[POST1], eps, like, x, spare)
             _norm_all(frame, layer[NORM2], eps, like, x, normed)
             found = _choose(frame, layer, numbers[NUM_NUMBERS + i], like, normed, everyone, integers, thread, threads)
