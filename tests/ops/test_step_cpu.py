@@ -207,7 +207,10 @@ def test_without_a_known_openmp_library_one_thread_computes(monkeypatch: pytest.
     plan, tokens = random_plan(6), torch.randint(VOCABULARY, (3, 2))
     expected = decode(CpuEngine(plan), make_caches(plan, 2, 3), tokens, [0, 0], [0, 0])
     monkeypatch.setattr(cpu, "_library", lambda: None)
+    assert unfit(plan, make_caches(plan, 2, 3)) == "the CPU kernel does not know the library of torch's threads"
     assert torch.equal(decode(CpuEngine(plan), make_caches(plan, 2, 3), tokens, [0, 0], [0, 0]), expected)
+    torch.set_num_threads(1)
+    assert unfit(plan, make_caches(plan, 2, 3)) is None
 
 
 def test_steps_of_several_python_threads(two_threads: None) -> None:
@@ -246,3 +249,16 @@ def test_what_does_not_fit_is_named() -> None:
     assert unfit(plan, halves) == "the CPU kernel takes contiguous caches of the weights' dtype"
     odd = dataclasses.replace(plan.layers[0], up=plan.layers[0].up[:3])
     assert "experts of a multiple of 8" in str(unfit(dataclasses.replace(plan, layers=[odd]), make_caches(plan, 1, 1)))
+
+
+def test_pieces_grow_with_the_cache(relative_rms: Callable[[Tensor, Tensor], float]) -> None:
+    plan = random_plan(10)
+    ours, theirs = (make_caches(plan, 2, 9000) for _ in range(2))
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("keys", "values"):
+            known = torch.randn(getattr(mine, name).shape)
+            getattr(mine, name).copy_(known)
+            getattr(other, name).copy_(known)
+    tokens, positions, starts = torch.randint(VOCABULARY, (2, 2)), [8990, 4100], [0, 4000]
+    actual = decode(CpuEngine(plan), ours, tokens, positions, starts)
+    assert relative_rms(actual, decode(ReferenceEngine(plan), theirs, tokens, positions, starts)) <= 1e-5

@@ -24,8 +24,9 @@ _FEATURES = dict(llvm.get_host_cpu_features())
 WIDE = bool(_FEATURES.get("avx512f"))
 LANES = 16 if WIDE else 8
 ROWS, CHUNKS = (4, 4) if WIDE else (2, 2)
+_X86 = llvm.get_process_triple().startswith(("x86", "i386", "i686"))
 # x86 before 2012 converts fp16 by a function that numba does not link.
-HAS_FLOAT16 = bool(_FEATURES.get("f16c")) or not llvm.get_process_triple().startswith(("x86", "i386", "i686"))
+HAS_FLOAT16 = bool(_FEATURES.get("f16c")) or not _X86
 
 _FLOAT, _WORD, _LONG, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.HalfType()
 _SHORT = ir.IntType(16)
@@ -181,6 +182,41 @@ def bits(typing_context, value):
 def from_bits(typing_context, value):
     """The fp32 of an int32's bits."""
     return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], _FLOAT)
+
+
+@intrinsic
+def call(typing_context, address):
+    """The int32 that the C function at an address returns; it takes nothing."""
+
+    def generate(context, builder, sig, args):
+        function = ir.FunctionType(_WORD, []).as_pointer()
+        return builder.sext(builder.call(builder.inttoptr(args[0], function), []), _LONG)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def count_up(typing_context, address):
+    """Adds one to the int64 at an address, for all threads to see with what was written before; returns what it was."""
+
+    def generate(context, builder, sig, args):
+        counter = builder.inttoptr(args[0], _LONG.as_pointer())
+        return builder.atomic_rmw("add", counter, _long(1), "acq_rel")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def look(typing_context, address):
+    """The int64 at an address, which other threads count up; what they wrote before is then seen, too."""
+
+    def generate(context, builder, sig, args):
+        if _X86:  # Leaves the core to its other thread for some cycles.
+            pause = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, pause, "llvm.x86.sse2.pause"), [])
+        return builder.load_atomic(builder.inttoptr(args[0], _LONG.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), generate
 
 
 def make_dots(rows: int, tokens: int):

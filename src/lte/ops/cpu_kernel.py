@@ -43,6 +43,12 @@ LEAST_COLUMNS = 64
 
 
 @njit
+def address(array):
+    """Where an array begins; an int64 like all other addresses, so that numba compiles what takes one once."""
+    return np.int64(array.ctypes.data)
+
+
+@njit
 def number(address, kind, index, missing):
     """Number `index` of a vector whose type is number `kind` of `LIKE`; `missing` if there is no such vector."""
     if address == 0:
@@ -60,7 +66,7 @@ def _project(plan, slot, like, item, neuron, x, order, tokens, values):
     hidden = plan[HIDDEN]
     row_bytes = item * hidden
     start = plan[slot] + neuron * row_bytes
-    dot_rows(like, start, row_bytes, UNIT, x, order, tokens, hidden, values.ctypes.data, UNIT)
+    dot_rows(like, start, row_bytes, UNIT, x, order, tokens, hidden, address(values), UNIT)
     scale, bias = plan[slot + GATE_SCALE], plan[slot + GATE_BIAS]
     if scale != 0 or bias != 0:
         kind = plan[slot + GATE_BIAS_TYPE]
@@ -74,9 +80,9 @@ def _project(plan, slot, like, item, neuron, x, order, tokens, values):
 def intermediate(plan, like, item, x, neuron, order, tokens, h, values):
     """Writes h of UNIT neurons for the tokens of `order`."""
     gated = plan[GATE] != 0
-    _project(plan, UP, like, item, neuron, x, order.ctypes.data, tokens, values[0])
+    _project(plan, UP, like, item, neuron, x, address(order), tokens, values[0])
     if gated:
-        _project(plan, GATE, like, item, neuron, x, order.ctypes.data, tokens, values[1])
+        _project(plan, GATE, like, item, neuron, x, address(order), tokens, values[1])
     for token in range(tokens):
         up, activated = values[0, token], values[1 if gated else 0, token]
         activate(plan[ACTIVATION], activated)
@@ -89,8 +95,8 @@ def intermediate(plan, like, item, x, neuron, order, tokens, h, values):
 def route(plan, like, item, x, tokens, logits, order, first, last):
     """Writes the logits [T, first:last]; the product is rounded to the router's type before the bias is added."""
     hidden, experts = plan[HIDDEN], plan[EXPERTS]
-    start, to = plan[ROUTER] + first * item * hidden, logits.ctypes.data + 4 * first
-    dot_rows(like, start, item * hidden, last - first, x, order.ctypes.data, tokens, hidden, to, experts)
+    start, to = plan[ROUTER] + first * item * hidden, address(logits) + 4 * first
+    dot_rows(like, start, item * hidden, last - first, x, address(order), tokens, hidden, to, experts)
     for token in range(tokens):
         for expert in range(first, last):
             bias = number(plan[ROUTER_BIAS], plan[ROUTER_BIAS_TYPE], expert, 0)
@@ -120,9 +126,9 @@ def add_down(plan, like, item, h, experts, order, counts, sums, out, out_like, f
     sums[:, first:last] = np.float32(0)
     for i in range(experts.shape[0]):
         neuron = experts[i] * size
-        at, h_at = plan[DOWN] + item * neuron * hidden, h.ctypes.data + 4 * neuron
-        these = order[i].ctypes.data
-        add_rows(like, item, at, size, hidden, h_at, neurons, these, counts[i], sums.ctypes.data, first, last)
+        at, h_at = plan[DOWN] + item * neuron * hidden, address(h) + 4 * neuron
+        these = address(order[i])
+        add_rows(like, item, at, size, hidden, h_at, neurons, these, counts[i], address(sums), first, last)
     scaled, biased = plan[DOWN_SCALE] != 0, plan[DOWN_BIAS] != 0
     for token in range(sums.shape[0]):
         for column in range(first, last):
@@ -199,7 +205,7 @@ def _compile(sources: str):
         for token in range(tokens):
             for i in range(hidden):
                 x[token, i] = load(source[token, i])
-        x_at, item = x.ctypes.data, size_of(weight_like)
+        x_at, item = address(x), size_of(weight_like)
         if addresses[1] == 0:
             everyone = np.arange(tokens)
             for part in prange(threads):

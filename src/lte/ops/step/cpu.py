@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +27,6 @@ MAX_SEQUENCES = 8
 # In the order of `LIKE` of the kernel.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 64
-_ONE_THREAD = "torch was built without an OpenMP library that is known here: the decoding step runs on one thread"
 
 
 def unfit(plan: DecoderPlan, caches: Sequence[LayerCache]) -> str | None:
@@ -38,6 +36,8 @@ def unfit(plan: DecoderPlan, caches: Sequence[LayerCache]) -> str | None:
         return "numba is not installed"
     if dtype not in _DTYPES or (dtype == torch.float16 and not _kernel().HAS_FLOAT16):
         return f"the CPU kernel takes no weights of {dtype}"
+    if torch.get_num_threads() > 1 and _library() is None:
+        return "the CPU kernel does not know the library of torch's threads"
     if batch > MAX_SEQUENCES:
         return f"the CPU kernel takes at most {MAX_SEQUENCES} sequences, and these are {batch}"
     tensors = [plan.embedding, plan.final_norm, plan.head, plan.head_bias]
@@ -169,12 +169,15 @@ class CpuStep:
 
     def _allocate(self, threads: int) -> None:
         kernel, frame = _kernel(), self._frame
+        # A line of the cache to itself.
+        self._counter = torch.zeros(32, dtype=torch.int64)[16:17]
+        frame[kernel.COUNTER] = self._counter.data_ptr()
         self._scratch = torch.empty(self._shared_floats + threads * self._own_bytes // 4)
         for slot, offset in self._offsets.items():
             frame[getattr(kernel, slot)] = self._scratch.data_ptr() + 4 * offset
         library = _library() if threads > 1 else None
         for slot, name in (
-            (kernel.BARRIER, "GOMP_barrier"),
+            (kernel.YIELD, "sched_yield"),
             (kernel.THREAD, "omp_get_thread_num"),
             (kernel.THREADS, "omp_get_num_threads"),
         ):
@@ -199,6 +202,7 @@ class CpuStep:
         if threads == 1 or (library := _library()) is None:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)(frame.ctypes.data)
         else:
+            self._counter.zero_()
             library.GOMP_parallel(self._address, frame.ctypes.data, threads, 0)
         return self._logits
 
@@ -252,11 +256,10 @@ def _library() -> Any:
             library: Any = ctypes.CDLL(str(path))
             library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
             library.GOMP_parallel.restype = None
-            _ = library.GOMP_barrier, library.omp_get_thread_num, library.omp_get_num_threads
+            _ = library.sched_yield, library.omp_get_thread_num, library.omp_get_num_threads
         except (OSError, AttributeError):
             continue
         return library
-    warnings.warn(_ONE_THREAD, RuntimeWarning, stacklevel=4)
     return None
 
 

@@ -23,14 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.ccallback import CFunc
 from numba.core.compiler import Compiler
-from numba.extending import intrinsic
 
 from lte.ops import cpu_intrinsics, cpu_kernel, cpu_tiles
-from lte.ops.cpu_intrinsics import HAS_FLOAT16, LANES, bits, fma, from_bits, load, pointer, size_of, store
+from lte.ops.cpu_intrinsics import (
+    HAS_FLOAT16,
+    LANES,
+    bits,
+    call,
+    count_up,
+    fma,
+    from_bits,
+    load,
+    look,
+    pointer,
+    size_of,
+    store,
+)
 from lte.ops.cpu_kernel import (
     EXPERTS,
     FFN_SLOTS,
@@ -40,6 +51,7 @@ from lte.ops.cpu_kernel import (
     NEURONS,
     ROUTER,
     add_down,
+    address,
     intermediate,
     route,
     select,
@@ -59,36 +71,33 @@ KEYS, VALUES, KEY_STRIDE, VALUE_STRIDE, CAPACITY, SHIFT, PIECE = range(7)
 CACHE_SLOTS = 7
 # Slots of a rope: the address of its frequencies, and how many those are.
 FREQUENCIES, COUNT = range(2)
-# Slots of the frame: functions of the threads' library (0 for a single thread), addresses, sizes, then scratch.
+# Slots of the frame: functions (0 for a single thread), the counter of the barriers, addresses, sizes, then scratch.
 (
-    BARRIER, THREAD, THREADS, LAYERS, CACHES, ROPES, NUMBERS, TOKENS, POSITIONS, STARTS, LOGITS,
+    YIELD, THREAD, THREADS, COUNTER, LAYERS, CACHES, ROPES, NUMBERS, TOKENS, POSITIONS, STARTS, LOGITS,
     EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, NUM_LAYERS, NUM_ROPES, VOCABULARY, HEADS, KV_HEADS, HEAD_SIZE, PLUS_ONE,
     BATCH, MOST_PIECES, OWN_BYTES,
     ANGLES, QKV, PEAKS, TOTALS, PARTS, ADDED, SCORES_OF_EXPERTS, H, OWN,
-) = range(34)  # fmt: skip
-FRAME_SLOTS = 34
+) = range(35)  # fmt: skip
+FRAME_SLOTS = 35
+# How often a thread looks for the others before it yields its core: some 0.1 ms.
+SPINS = 2000
 # What `numbers`, float64, begins with; then the thresholds of the layers, then the factors of the ropes.
 EPS, EMBEDDING_SCALE, SCORE_SCALE, SCORE_CAP, LOGIT_CAP = range(5)
 NUM_NUMBERS = 5
 _FP32, _INT64, _FP64 = LIKE[0], np.int64(0), np.float64(0)
 
 
-@intrinsic
-def _call(typing_context, address):
-    """The int32 that the C function at an address returns; it takes nothing."""
-
-    def generate(context, builder, sig, args):
-        function = ir.FunctionType(ir.IntType(32), []).as_pointer()
-        return builder.sext(builder.call(builder.inttoptr(args[0], function), []), ir.IntType(64))
-
-    return types.int64(types.int64), generate
-
-
 @njit
-def _meet(frame):
-    """Waits for the other threads of the team."""
-    if frame[BARRIER] != 0:
-        _call(frame[BARRIER])
+def _meet(frame, threads):
+    """Waits for the other threads of the team; on a busy machine for those that wait for a core, too."""
+    if threads > 1:
+        goal = (count_up(frame[COUNTER]) // threads + 1) * threads
+        looks = 0
+        while look(frame[COUNTER]) < goal:
+            looks += 1
+            # The wait is long, so the other thread may be one that this one keeps from running.
+            if looks > SPINS:
+                call(frame[YIELD])
 
 
 @njit
@@ -228,7 +237,8 @@ def _turn_tables(frame, numbers, like, thread, threads):
 def _turn(frame, layer, token, numbers, like, norm, source, head):
     """Writes a head [HD] of queries or keys after its norm and its rotary embedding."""
     if norm == 0:
-        head[:] = source
+        for i in range(len(head)):
+            head[i] = source[i]
     else:
         _normalise(source, norm, frame[PLUS_ONE] != 0, np.float32(numbers[EPS]), like, head)
     ropes = _integers(frame[ROPES], 2 * frame[NUM_ROPES])
@@ -304,7 +314,7 @@ def _attend_piece(frame, layer, cache, token, head, piece, numbers, like, own, e
     until = min(length, capacity - slot)
     keys = cache[KEYS] + token * cache[KEY_STRIDE] + head * capacity * size * item
     values = cache[VALUES] + token * cache[VALUE_STRIDE] + head * capacity * size * item
-    q, s = queries.ctypes.data, scores.ctypes.data
+    q, s = address(queries), address(scores)
     dot_rows(like, keys + slot * size * item, size * item, until, q, everyone, group, size, s, length)
     dot_rows(like, keys, size * item, length - until, q, everyone, group, size, s + 4 * until, length)
     first = (token * frame[HEADS] + head * group) * frame[MOST_PIECES] + piece
@@ -400,12 +410,13 @@ def _choose(frame, layer, threshold, like, x, everyone, integers, thread, thread
     batch, experts = frame[BATCH], layer[EXPERTS]
     if layer[ROUTER] == 0:
         integers[0], integers[experts + 1] = 0, batch
-        integers[2 * experts + 2 : 2 * experts + 2 + batch] = everyone
+        for token in range(batch):
+            integers[2 * experts + 2 + token] = token
         return 1
     logits = _matrix(frame[SCORES_OF_EXPERTS], batch, experts)
     first, last = _share(experts, 4, thread, threads)
-    route(layer, like, size_of(like), x.ctypes.data, batch, logits, everyone, first, last)
-    _meet(frame)
+    route(layer, like, size_of(like), address(x), batch, logits, everyone, first, last)
+    _meet(frame, threads)
     active, counts = integers[: experts + 1], integers[experts + 1 : 2 * experts + 2]
     order = integers[2 * experts + 2 : (experts + 1) * (batch + 2)].reshape((experts + 1, batch))
     return select(logits, np.float32(threshold), active, order, counts)
@@ -424,13 +435,13 @@ def _ffn(frame, layer, found, like, x, integers, values, thread, threads):
     for unit in range(first, last):
         i = unit // units
         neuron = (active[i] * units + unit % units) * UNIT
-        intermediate(layer, like, item, x.ctypes.data, neuron, order[i, : counts[i]], counts[i], h, values)
-    _meet(frame)
+        intermediate(layer, like, item, address(x), neuron, order[i], counts[i], h, values)
+    _meet(frame, threads)
     parts = max(min(threads, hidden // LEAST_COLUMNS), 1)
     if thread < parts:
         first, last = _share(hidden, LANES, thread, parts)
         add_down(layer, like, item, h, active[:found], order, counts, sums, sums, _FP32, first, last)
-    _meet(frame)
+    _meet(frame, threads)
 
 
 def _make(like: Any, sources: str) -> Any:
@@ -439,8 +450,8 @@ def _make(like: Any, sources: str) -> Any:
         _ = sources
         frame = carray(data, (FRAME_SLOTS,))
         thread = threads = 0
-        if frame[BARRIER] != 0:
-            thread, threads = _call(frame[THREAD]), _call(frame[THREADS])
+        if frame[THREAD] != 0:
+            thread, threads = call(frame[THREAD]), call(frame[THREADS])
         threads = max(threads, 1)
         batch, depth = frame[BATCH], frame[NUM_LAYERS]
         layers = carray(pointer(frame[LAYERS], _INT64), (depth, LAYER_SLOTS))
@@ -461,22 +472,22 @@ def _make(like: Any, sources: str) -> Any:
         group = frame[HEADS] // frame[KV_HEADS]
         own_group = np.arange(group)
         integers = np.empty((most + 1) * (batch + 2), np.int64)
-        at, eps = normed.ctypes.data, np.float32(numbers[EPS])
-        people = everyone.ctypes.data
+        at, eps = address(normed), np.float32(numbers[EPS])
+        people = address(everyone)
         _embed(frame, np.float32(numbers[EMBEDDING_SCALE]), like, x)
         _turn_tables(frame, numbers, like, thread, threads)
         for i in range(depth):
             layer, cache = layers[i], caches[i]
             _norm_all(frame, layer[NORM1], eps, like, x, normed)
             _project_heads(frame, layer, like, at, people, thread, threads)
-            _meet(frame)
-            _attend(frame, layer, cache, numbers, like, own, own_group.ctypes.data, thread, threads)
-            _meet(frame)
+            _meet(frame, threads)
+            _attend(frame, layer, cache, numbers, like, own, address(own_group), thread, threads)
+            _meet(frame, threads)
             _merge(frame, layer, cache, like, attended)
             first, last = _share(hidden, 16, thread, threads)
             weight, bias, to = layer[OUT], layer[OUT_BIAS], frame[ADDED]
-            _linear(like, weight, bias, first, last, attended.ctypes.data, people, batch, heads, to, hidden)
-            _meet(frame)
+            _linear(like, weight, bias, first, last, address(attended), people, batch, heads, to, hidden)
+            _meet(frame, threads)
             _add(frame, layer[POST1], eps, like, x, spare)
             _norm_all(frame, layer[NORM2], eps, like, x, normed)
             found = _choose(frame, layer, numbers[NUM_NUMBERS + i], like, normed, everyone, integers, thread, threads)
