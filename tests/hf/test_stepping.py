@@ -490,6 +490,13 @@ class TestStateOfTheModel:
         # Each change was one that the tokens show.
         assert all(not torch.equal(one, other) for one, other in pairwise(texts[1:]))
 
+    def test_more_tokens_in_the_vocabulary(self, count: Counting) -> None:
+        # Transformers makes the new head in training mode.
+        model = accelerated(tie_word_embeddings=False)
+        model.resize_token_embeddings(120)
+        assert torch.equal(model.generate(**prompt(), **GREEDY), plain(model, **prompt(), **GREEDY))
+        assert count.steps == 23
+
     def test_copies_pickles_and_folders(self, tmp_path: Path, count: Counting) -> None:
         model, arguments = accelerated(), {**prompt(), **GREEDY}
         expected = model.generate(**arguments)
