@@ -117,6 +117,9 @@ class TestGenerate:
         result = run("generate", trained[0], "--prompt", "with", "--max-new-tokens", 3, "--kernels", "int8")
         assert result.exit_code == 0, result.output
         assert "int8 weights." in result.stderr
+        lines = result.stderr.splitlines()
+        assert "Warning: generate runs the model module by module" in lines[1]
+        assert lines[1].endswith("as its FFNs hold int8 weights")
 
     def test_a_model_that_the_kernels_cannot_compute(self, run: Callable[..., Any], tmp_path: Path) -> None:
         folder = save_tiny_model(tmp_path / "tiny")

@@ -62,6 +62,7 @@ class _CountingEngine(ReferenceEngine):
 
         def run(tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
             nonlocal scratch
+            assert {tensor.dtype for tensor in (tokens, positions, starts)} == {torch.int64}
             # The memory of the last logits is written anew.
             scratch.fill_(torch.nan)
             scratch = step(tokens, positions, starts)
@@ -155,6 +156,19 @@ class TestTokens:
         assert torch.equal(model.generate(**arguments), expected)
         assert expected.shape[1] < PROMPT + 24
         assert count.steps == expected.shape[1] - PROMPT - (not ahead)
+
+    def test_tokens_of_32_bits(self, count: Counting) -> None:
+        model, arguments = accelerated(), {**prompt(), **GREEDY}
+        arguments["input_ids"] = arguments["input_ids"].int()
+        assert torch.equal(model.generate(**arguments), plain(model, **arguments))
+        assert count.steps == 23
+
+    def test_another_default_device(self, count: Counting) -> None:
+        model, arguments = accelerated(), {**prompt(), **GREEDY}
+        expected = plain(model, **arguments)
+        with torch.device("meta"):
+            assert torch.equal(model.generate(**arguments), expected)
+        assert count.steps == 23
 
     def test_inference_mode_and_after(self, count: Counting) -> None:
         model, arguments = accelerated("gemma2"), {**prompt(), **GREEDY}
@@ -262,12 +276,14 @@ class TestCalls:
 
 
 def given_cache(kind: str, model: Any) -> Any:
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
+    if kind == "static":
+        return StaticCache(model.config, max_cache_len=64)
+    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
 
 
 class TestCachesOfTheCaller:
     @pytest.mark.parametrize("first_tokens", [1, 12])
-    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    @pytest.mark.parametrize("kind", ["dynamic", "static", "without layers yet"])
     @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
     def test_conversations(self, model_type: str, kind: str, first_tokens: int, ahead: bool, count: Counting) -> None:
         model, texts, caches = accelerated(model_type), list[Tensor](), list[Any]()
@@ -286,6 +302,16 @@ class TestCachesOfTheCaller:
         assert torch.equal(*texts)
         assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length())
         assert count.steps == first_tokens - (not ahead) + 8
+
+    def test_a_cache_of_more_tokens_than_are_given(self, count: Counting) -> None:
+        # Transformers then takes the tokens for new ones in part; it need not be sensible, but no other.
+        model, texts = accelerated(), list[Tensor]()
+        for generate in (model.generate, lambda **arguments: plain(model, **arguments)):
+            cache = given_cache("dynamic", model)
+            plain(model, **prompt(2), **GREEDY, past_key_values=cache)
+            texts.append(generate(**prompt(2, length=25), **GREEDY, past_key_values=cache))
+        assert torch.equal(*texts)
+        assert count.steps == 0
 
     def test_returned(self, count: Counting) -> None:
         model = accelerated("gemma3_text")
@@ -463,6 +489,13 @@ class TestStateOfTheModel:
         check(5)
         # Each change was one that the tokens show.
         assert all(not torch.equal(one, other) for one, other in pairwise(texts[1:]))
+
+    def test_more_tokens_in_the_vocabulary(self, count: Counting) -> None:
+        # Transformers makes the new head in training mode.
+        model = accelerated(tie_word_embeddings=False)
+        model.resize_token_embeddings(120)
+        assert torch.equal(model.generate(**prompt(), **GREEDY), plain(model, **prompt(), **GREEDY))
+        assert count.steps == 23
 
     def test_copies_pickles_and_folders(self, tmp_path: Path, count: Counting) -> None:
         model, arguments = accelerated(), {**prompt(), **GREEDY}

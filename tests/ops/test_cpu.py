@@ -307,6 +307,16 @@ print("done")
 """
 
 
+def test_the_threads_of_numba_leave_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As when they begin, once in a process, on the OpenMP library of torch.
+    kernel = pytest.importorskip("lte.ops.cpu_kernel")
+    monkeypatch.setattr(kernel, "use_threads", lambda count: torch.set_num_threads(count + 2))
+    with threads(1):
+        local = cpu._Local()
+        for _ in range(2):
+            assert local.prepare(kernel, 1)[1] == torch.get_num_threads() == 1
+
+
 def test_workqueue_threads_are_guarded_by_a_lock() -> None:
     pytest.importorskip("numba")
     run = subprocess.run([sys.executable, "-c", WORKQUEUE], capture_output=True, text=True, check=False)

@@ -213,6 +213,19 @@ def test_without_a_known_openmp_library_one_thread_computes(monkeypatch: pytest.
     assert unfit(plan, make_caches(plan, 2, 3)) is None
 
 
+def test_whatever_the_default_dtype_and_device() -> None:
+    plan, inputs = random_plan(6), (torch.tensor([3, 4]), torch.zeros(2, dtype=torch.int64))
+    expected = CpuEngine(plan).bind(make_caches(plan, 2, 3))(inputs[0], inputs[1], inputs[1])
+    caches = make_caches(plan, 2, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            actual = CpuEngine(plan).bind(caches)(inputs[0], inputs[1], inputs[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
+
+
 def test_steps_of_several_python_threads(two_threads: None) -> None:
     plan, tokens = random_plan(7), torch.randint(VOCABULARY, (20, 2))
     engine = CpuEngine(plan)

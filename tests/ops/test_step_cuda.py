@@ -252,6 +252,20 @@ def test_a_router_in_fp32_counts_as_rounded_and_is_read_anew(
     assert not torch.equal(after, CudaEngine(dense, emulator()).bind(caches)(*inputs))
 
 
+def test_frequencies_are_read_anew(
+    emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    plan = random_plan(Shape(layers=1), torch.float32)
+    engine = CudaEngine(plan, emulator())
+    for rope in plan.ropes:
+        rope.frequencies.mul_(-3)
+    ours, theirs = (new_caches(plan, 1, STEPS) for _ in range(2))
+    step, reference = engine.bind(ours), ReferenceEngine(plan).bind(theirs)
+    for index in range(3):
+        inputs = step_inputs(plan, 1, index, [0])
+        assert relative_rms(step(*inputs), reference(*inputs)) <= 1e-5
+
+
 def test_what_does_not_fit_is_named() -> None:
     machine = Machine(blocks=5, shared_bytes=101376)
     plan = random_plan(Shape(), torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,8 +69,12 @@ def generate(
     if not chat:
         typer.echo(prompt, nl=False)
     clock = TokenClock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    output = generate_ids(loaded, tokenizer, ids, max_new_tokens, temperature, clock)
+    # What is told on the way would stand between the prompt and the answer.
+    with warnings.catch_warnings(record=True) as told:
+        output = generate_ids(loaded, tokenizer, ids, max_new_tokens, temperature, clock)
     console = Console(stderr=True, style="dim", highlight=False, soft_wrap=True)
+    for warning in told:
+        console.print(f"Warning: {warning.message}", markup=False)
     if clock.token_s:
         console.print(describe_speed(loaded, clock.token_s))
     console.print(describe_use(loaded, output))

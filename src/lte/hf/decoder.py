@@ -23,7 +23,9 @@ from lte.ops.step.plan import DecoderLayer, DecoderPlan, Quantized, Rope
 # Those whose frequencies do not depend on how long the text is.
 _ROPES = ("default", "linear", "llama3", "yarn")
 _ATTENTIONS = ("eager", "sdpa")
-_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.Dropout, nn.Identity)
+# These compute the same in training mode, in which a head is that `resize_token_embeddings` made.
+_SAME_IN_TRAINING = (nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)
+_PLAIN = (*_SAME_IN_TRAINING, nn.Dropout)
 
 
 class NoPlanError(ValueError):
@@ -116,7 +118,7 @@ def _check_modules(model: nn.Module, family: Family) -> None:
         plain = module is model or kind in _PLAIN or activation_name(module) is not None
         if not plain and (kind.__module__ != own or kind.forward.__module__ != own):
             raise NoPlanError(f"{place} is a {kind.__module__}.{kind.__qualname__}")
-        if module.training:
+        if module.training and kind not in _SAME_IN_TRAINING:
             raise NotNowError(f"{place} is in training mode")
 
 

@@ -152,12 +152,14 @@ def _begin(
     # As transformers takes it: the tokens of the cache may be among those that are given, or not.
     length = written if past and masked == written else past + written
     steps = (stopping_criteria.max_length or 0) - written - 1
-    if steps < 1:
+    if steps < 1 or length <= past:
         return None
     starts = _starts(input_ids, mask, model_kwargs.get("position_ids"), length)
     if starts is None:
         return None
-    rooms = [_room(layer, plan, index, length + steps) for index, layer in enumerate(cache.layers)]
+    # `DynamicCache()` makes its layers when the prompt is read.
+    layers = cache.layers or [DynamicLayer()] * len(plan.layers)
+    rooms = [_room(layer, plan, index, length + steps) for index, layer in enumerate(layers)]
     if any(room is None for room in rooms):
         return None
     shapes = [(len(input_ids), plan.kv_heads, room, plan.head_size) for room in rooms]
@@ -185,14 +187,14 @@ def _is_known(cache: Any, plan: DecoderPlan) -> bool:
     return (
         type(cache) in (DynamicCache, StaticCache)
         and not cache.offloading
-        and len(cache.layers) == len(plan.layers)
+        and len(cache.layers) in (0, len(plan.layers))
         and all(type(layer) in kinds and not getattr(layer, "record_past", False) for layer in cache.layers)
     )
 
 
 def _starts(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, length: int) -> Tensor | None:
     """The first tokens [B] that are no padding; `None` if there is padding elsewhere, or positions of the caller's."""
-    starts = input_ids.new_zeros(len(input_ids))
+    starts = input_ids.new_zeros(len(input_ids), dtype=torch.int64)
     fits = torch.ones((), dtype=torch.bool, device=input_ids.device)
     if mask is not None:
         if mask.shape != (len(input_ids), length):
@@ -235,7 +237,7 @@ class _Told:
     def __init__(self, like: Tensor):
         self.stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
         self.event = torch.cuda.Event() if like.is_cuda else None
-        self.memory = torch.empty(len(like) + 1, dtype=torch.int64, pin_memory=like.is_cuda)
+        self.memory = torch.empty(len(like) + 1, dtype=torch.int64, device="cpu", pin_memory=like.is_cuda)
 
     def tell(self, tokens: Tensor, unfinished: Tensor) -> None:
         self.memory.copy_(torch.cat([tokens, unfinished.any()[None]]), non_blocking=True)
@@ -409,7 +411,8 @@ class _Caches:
                     layer.cumulative_length_int = self.length
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 held = min(self.length, planned.window - 1)
-                slots = (torch.arange(self.length - held, self.length) + taken.shift).to(taken.keys.device) % size
+                last = torch.arange(self.length - held, self.length, device=taken.keys.device)
+                slots = (last + taken.shift) % size
                 layer.keys, layer.values = taken.keys[:, :, slots], taken.values[:, :, slots]
                 layer.cumulative_length = self.length
             else:

@@ -199,6 +199,9 @@ class _Local(threading.local):
         threads = torch.get_num_threads()
         if threads != self.threads:
             kernel.use_threads(threads)
+            # numba's threads, which begin here, set the count of the OpenMP library that torch may share with them.
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
             self.threads = threads
         return self.scratch, threads, _guard(kernel.threading_layer)
 

@@ -101,7 +101,8 @@ class CpuStep:
             np.float64,
         )
         table = np.array(rows, np.int64)
-        self._logits = torch.empty(batch, len(plan.head))
+        # Whatever default dtype and device the user chose.
+        self._logits = torch.empty(batch, len(plan.head), dtype=torch.float32, device="cpu")
         self._frame = np.zeros(kernel.FRAME_SLOTS, np.int64)
         self._keep += [layers, table, frequencies, ropes, numbers]
         head = plan.head
@@ -170,9 +171,10 @@ class CpuStep:
     def _allocate(self, threads: int) -> None:
         kernel, frame = _kernel(), self._frame
         # A line of the cache to itself.
-        self._counter = torch.zeros(32, dtype=torch.int64)[16:17]
+        self._counter = torch.zeros(32, dtype=torch.int64, device="cpu")[16:17]
         frame[kernel.COUNTER] = self._counter.data_ptr()
-        self._scratch = torch.empty(self._shared_floats + threads * self._own_bytes // 4)
+        floats = self._shared_floats + threads * self._own_bytes // 4
+        self._scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
         for slot, offset in self._offsets.items():
             frame[getattr(kernel, slot)] = self._scratch.data_ptr() + 4 * offset
         library = _library() if threads > 1 else None

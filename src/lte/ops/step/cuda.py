@@ -290,13 +290,10 @@ class CudaEngine:
     """
 
     def __init__(self, plan: DecoderPlan, machine: Machine | None = None):
-        device = plan.embedding.device
-        self.plan, self.machine = plan, Gpu.of(device) if machine is None else machine
-        ropes = [torch.cat((rope.frequencies.new_tensor([rope.factor]), rope.frequencies)) for rope in plan.ropes]
+        self.plan, self.machine = plan, Gpu.of(plan.embedding.device) if machine is None else machine
         # Weights in 4 bits are copied, once, into the kernel's own order.
         self.packed = [packed_layer(layer) for layer in plan.layers]
         self.head = packed(plan.head)[0] if isinstance(plan.head, Quantized) else plan.head
-        self.ropes = torch.stack(ropes).to(device, torch.float32) if ropes else torch.zeros(1, 2, device=device)
 
     def bind(self, caches: Sequence[LayerCache], **extra: int) -> CudaStep:
         """A step on these caches; quick once a kernel for their batch is compiled.
@@ -330,6 +327,7 @@ class CudaStep:
         self.logits, self.trace = scratch["logits"], scratch["trace"]
         self._owned = list(scratch.values())
         scratch["layers"] = self._layers(plan, caches)
+        scratch["ropes"] = self._ropes(plan)
         read = {name: getattr(plan, name) for name in ("embedding", "final_norm", "head_bias")}
         head_scales = None
         if isinstance(plan.head, Quantized) and plan.head.bits == 8:
@@ -339,7 +337,7 @@ class CudaStep:
         self._args = structures()["Args"]()
         _fill(
             self._args,
-            {name: _pointer(tensor) for name, tensor in {**read, **scratch, "ropes": engine.ropes}.items()}
+            {name: _pointer(tensor) for name, tensor in {**read, **scratch}.items()}
             | dict.fromkeys(("token", "position", "start"))  # set by each call
             | {"num_layers": len(plan.layers), "num_ropes": len(plan.ropes), "eps": plan.eps}
             | {"scaling": plan.score_scale, "attention_cap": plan.score_cap, "logit_cap": plan.logit_cap}
@@ -360,7 +358,7 @@ class CudaStep:
         batch = m["T"]
         return {
             "logits": empty(batch, m["V"]),
-            "turns": empty(len(self._engine.ropes), batch, 2, max(m["ROTARY"] // 2, 1)),
+            "turns": empty(max(len(self._engine.plan.ropes), 1), batch, 2, max(m["ROTARY"] // 2, 1)),
             "residual": empty(2, batch, m["D"]),
             "qkv": empty(batch, (m["HQ"] + 2 * m["HKV"]) * m["HD"]),
             "attended": empty(batch, m["HQ"] * m["HD"]),
@@ -371,6 +369,13 @@ class CudaStep:
             "counters": zeros(3),
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),
         }
+
+    def _ropes(self, plan: DecoderPlan) -> Tensor:
+        """The factor and the frequencies of each rotary embedding."""
+        ropes = [torch.cat((rope.frequencies.new_tensor([rope.factor]), rope.frequencies)) for rope in plan.ropes]
+        found = torch.stack(ropes) if ropes else torch.zeros(1, 2, device=self.device)
+        self._owned.append(found.to(self.device, torch.float32))
+        return self._owned[-1]
 
     def _layers(self, plan: DecoderPlan, caches: Sequence[LayerCache]) -> Tensor:
         """The array of `Layer` in the device's memory."""

@@ -146,12 +146,6 @@ class Rope:
     frequencies: Tensor
     factor: float = 1.0
 
-    def table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, fp32 [length, 2 len(frequencies)], by position."""
-        angles = self.frequencies.new_tensor(range(length))[:, None] * self.frequencies
-        angles = angles.repeat(1, 2)
-        return angles.cos() * self.factor, angles.sin() * self.factor
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderPlan:
