@@ -67,6 +67,11 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) == 2 else result[1:]
 
 
+def _buffer(size: int) -> bytes:
+    """Memory that NVRTC writes into. One byte more than it asks for: Python shares all objects of a single byte."""
+    return bytes(size + 1)
+
+
 def compile_cubin(macros: Mapping[str, int], arch: int, options: tuple[str, ...] = ()) -> tuple[bytes, str]:
     """Compiles the kernel.
 
@@ -89,14 +94,15 @@ def compile_cubin(macros: Mapping[str, int], arch: int, options: tuple[str, ...]
     try:
         texts = [f"--gpu-architecture=sm_{arch}", "--std=c++17", "-default-device", *definitions(macros), *options]
         (code,) = nvrtc.nvrtcCompileProgram(program, len(texts), [text.encode() for text in texts])
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = _buffer(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        said = log.rstrip(b"\0 ").decode(errors="replace")
+        said = log.rstrip(b"\0").decode(errors="replace")
         if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(f"the kernel does not compile for sm_{arch}: {said}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        size = _checked(nvrtc.nvrtcGetCUBINSize(program))
+        cubin = _buffer(size)
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-        return cubin, said
+        return cubin[:size], said
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
