@@ -119,7 +119,7 @@ class TestGenerate:
         assert "int8 weights." in result.stderr
         lines = result.stderr.splitlines()
         assert "Warning: generate runs the model module by module" in lines[1]
-        assert lines[1].endswith("as its FFNs hold int8 weights")
+        assert lines[1].endswith("as the CPU kernel takes no quantised weights")
 
     def test_a_model_that_the_kernels_cannot_compute(self, run: Callable[..., Any], tmp_path: Path) -> None:
         folder = save_tiny_model(tmp_path / "tiny")
