@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import torch
 from ffn_rows import row, write_rows
 from torch import Tensor
 
+from lte.bench.step import all_on
 from lte.bench.timing import copy_gb_per_s, interleaved_times
 from lte.ops.step.compile import cached_cubin
 from lte.ops.step.cuda import CudaEngine, Machine, macros, unfit
 from lte.ops.step.phases import STAMPS, phase_us
 from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Quantized, Rope
-from lte.ops.step.reference import ReferenceEngine
+from lte.ops.step.reference import ReferenceEngine, upcast
 
 # Layers, D, HQ, HKV, HD, F, V, and whether the head is the embedding.
 SHAPES = {
@@ -47,12 +48,6 @@ class Model:
 
     plan: DecoderPlan
     biases: Tensor
-
-    @property
-    def dense(self) -> DecoderPlan:
-        """The same without routers."""
-        layers = [replace(layer, router=None, router_bias=None) for layer in self.plan.layers]
-        return replace(self.plan, layers=layers)
 
 
 def random_model(name: str, device: str) -> Model:
@@ -151,17 +146,6 @@ def step_bytes(plan: DecoderPlan, batch: int, context: int, active: float) -> in
     return round(size)
 
 
-def upcast(value: Any) -> Any:
-    """A plan or what it holds, in fp32."""
-    if isinstance(value, Tensor):
-        return value.float()
-    if isinstance(value, Quantized):
-        return value.dense(torch.float32)
-    if is_dataclass(value):
-        return replace(value, **{key: upcast(each) for key, each in vars(value).items()})  # type: ignore[type-var]
-    return [upcast(each) for each in value] if isinstance(value, list) else value
-
-
 def error(plan: DecoderPlan, batch: int, context: int, extra: dict[str, int]) -> float:
     """Relative RMS of the logits of a few layers to those of the reference in fp32."""
     plan = replace(plan, layers=list(plan.layers[:CHECKED_LAYERS]))
@@ -193,7 +177,7 @@ def measure(
     """A row for the dense step and one for each sparsity."""
     caches = random_caches(model.plan, batch, context + ROOM)
     inputs = inputs_at(model.plan, batch, context)
-    steps = {None: CudaEngine(model.dense).bind(caches, **args.set)}
+    steps = {None: CudaEngine(all_on(model.plan)).bind(caches, **args.set)}
     steps |= dict.fromkeys(args.sparsities, CudaEngine(model.plan).bind(caches, **args.set))
     names = {"dense" if sparsity is None else f"{sparsity:.0%} off": sparsity for sparsity in steps}
 
@@ -205,7 +189,7 @@ def measure(
     copied = copy_gb_per_s(model.biases.device)
     dense = None
     for run, sparsity in names.items():
-        plan = model.dense if sparsity is None else model.plan
+        plan = all_on(model.plan) if sparsity is None else model.plan
         size = step_bytes(plan, batch, context, 1 - (sparsity or 0.0))
         each = row("step", "step dense" if sparsity is None else "step", batch, sparsity or 0.0, times[run], size)
         dense = dense or each["median_ms"]
@@ -238,7 +222,11 @@ def compile_all(args: argparse.Namespace) -> None:
         machine = Machine(blocks=blocks, shared_bytes=shared_bytes)
         for bits, batch in itertools.product(args.bits, args.batches):
             model = quantized(random_model(name, "meta"), bits)
-            for plan, extra in ((model.plan, {}), (model.dense, {}), *([(model.plan, {"TRACE": STAMPS})] * args.trace)):
+            for plan, extra in (
+                (model.plan, {}),
+                (all_on(model.plan), {}),
+                *([(model.plan, {"TRACE": STAMPS})] * args.trace),
+            ):
                 cubin = cached_cubin({**macros(plan, batch, machine), **extra, **args.set}, arch)
                 print(f"{name} {bits} bits batch {batch} {extra}: {len(cubin)} bytes for sm_{arch}", flush=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 import struct
@@ -22,7 +21,7 @@ from lte.ops.step import cuda
 from lte.ops.step.compile import cached_cubin, compile_cubin, missing
 from lte.ops.step.cuda import CudaEngine, Machine, macros, unfit_shapes
 from lte.ops.step.plan import DecoderPlan, Quantized
-from lte.ops.step.reference import ReferenceEngine
+from lte.ops.step.reference import ReferenceEngine, upcast
 from tests.ops.step_emulator import Emulator
 from tests.ops.step_plans import (
     FAMILIES,
@@ -63,15 +62,6 @@ def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> C
     """Machines of few blocks, among which also short texts are split."""
     monkeypatch.setattr(cuda, "SPLIT_KEYS", 4)
     return lambda blocks=5, threads=64: Emulator(blocks=blocks, threads=threads, shared_bytes=80000, folder=folder)
-
-
-def upcast(value: Any) -> Any:
-    """A plan or what it holds, in fp32."""
-    if isinstance(value, Tensor):
-        return value.float()
-    if dataclasses.is_dataclass(value):
-        return replace(value, **{key: upcast(each) for key, each in vars(value).items()})  # type: ignore[type-var]
-    return [upcast(each) for each in value] if isinstance(value, list) else value
 
 
 def assert_steps_match(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lte.ops.step.cuda import CudaEngine, Gpu, unfit
 from lte.ops.step.plan import DecoderPlan, LayerCache
-from lte.ops.step.reference import ReferenceEngine
+from lte.ops.step.reference import ReferenceEngine, upcast
 from tests.ops.conftest import BOUNDS
 from tests.ops.step_plans import FAMILIES, Shape, copied, new_caches, random_plan, step_inputs, with_quantized
-from tests.ops.test_step_cuda import upcast, with_forced_experts
+from tests.ops.test_step_cuda import with_forced_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -9,6 +9,7 @@ The tiles take 4, 2 or 1 tokens and as many rows or columns as are left.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -87,13 +88,13 @@ def add_rows(like, item, weight, rows, hidden, h, neurons, order, tokens, out, f
 
 
 @njit
-def _sigmoid(a):
-    """1 / (1 + exp(-a)) within 3e-7; no branch and no call, so that a loop of it becomes vectors."""
-    b = -a
-    b = np.float32(88) if b > np.float32(88) else b
-    b = np.float32(-87) if b < np.float32(-87) else b
+def exponential_parts(b):
+    """p and a power of two whose product is exp(b) within 3e-7, for b from -87 to 88.
+
+    No branch and no call, so that a loop of it becomes vectors.
+    """
     # b = n ln 2 + r: the constant brings n to the last bits of the sum.
-    shifted = fma(b, np.float32(1.4426950408889634), np.float32(12582912))
+    shifted: Any = fma(b, np.float32(1.4426950408889634), np.float32(12582912))
     n = shifted - np.float32(12582912)
     r = fma(n, np.float32(-0.693145751953125), b)
     r = fma(n, np.float32(-1.42860682030941723212e-6), r)
@@ -104,7 +105,16 @@ def _sigmoid(a):
     p = fma(p, r, np.float32(0.5))
     p = fma(p, r, np.float32(1))
     p = fma(p, r, np.float32(1))
-    power = from_bits(np.int32((bits(shifted) << np.int32(23)) + np.int32(0x3F800000)))
+    return p, from_bits(np.int32((bits(shifted) << np.int32(23)) + np.int32(0x3F800000)))
+
+
+@njit
+def _sigmoid(a):
+    """1 / (1 + exp(-a)) within 3e-7."""
+    b = -a
+    b = np.float32(88) if b > np.float32(88) else b
+    b = np.float32(-87) if b < np.float32(-87) else b
+    p, power = exponential_parts(b)
     result = np.float32(1) / fma(p, power, np.float32(1))
     return np.float32(0) if a < np.float32(-88) else result
 

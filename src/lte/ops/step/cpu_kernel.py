@@ -31,11 +31,9 @@ from lte.ops import cpu_intrinsics, cpu_kernel, cpu_tiles
 from lte.ops.cpu_intrinsics import (
     HAS_FLOAT16,
     LANES,
-    bits,
     call,
     count_up,
     fma,
-    from_bits,
     load,
     look,
     pointer,
@@ -57,7 +55,7 @@ from lte.ops.cpu_kernel import (
     select,
     with_cache,
 )
-from lte.ops.cpu_tiles import UNIT, add_rows, dot_rows
+from lte.ops.cpu_tiles import UNIT, add_rows, dot_rows, exponential_parts
 
 __all__ = ["HAS_FLOAT16", "compile_step", "own_floats"]
 
@@ -166,21 +164,9 @@ def _normalise(values, weight, plus_one, eps, like, out):
 
 @njit
 def _exponential(a):
-    """exp(a) for a <= 0 within 3e-7; no branch and no call, so that a loop of it becomes vectors."""
-    a = np.float32(-87) if a < np.float32(-87) else a
-    # a = n ln 2 + r: the constant brings n to the last bits of the sum.
-    shifted: Any = fma(a, np.float32(1.4426950408889634), np.float32(12582912))
-    n = shifted - np.float32(12582912)
-    r = fma(n, np.float32(-0.693145751953125), a)
-    r = fma(n, np.float32(-1.42860682030941723212e-6), r)
-    p = np.float32(1 / 720)
-    p = fma(p, r, np.float32(1 / 120))
-    p = fma(p, r, np.float32(1 / 24))
-    p = fma(p, r, np.float32(1 / 6))
-    p = fma(p, r, np.float32(0.5))
-    p = fma(p, r, np.float32(1))
-    p = fma(p, r, np.float32(1))
-    return p * from_bits(np.int32((bits(shifted) << np.int32(23)) + np.int32(0x3F800000)))
+    """exp(a) for a <= 0 within 3e-7."""
+    p, power = exponential_parts(np.float32(-87) if a < np.float32(-87) else a)
+    return p * power
 
 
 @njit

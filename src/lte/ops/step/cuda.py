@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.ops.activations import ACTIVATIONS
 from lte.ops.step.compile import cached_cubin, missing, structures
 from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized
 from lte.ops.step.quantized import output_scales, packed, packed_layer
@@ -27,13 +28,11 @@ from lte.ops.step.quantized import output_scales, packed, packed_layer
 MAX_BATCH = 8
 MAX_EXPERTS = 65535
 HEAD_SIZES = (16, 32, 64, 96, 128, 256)
-ACTIVATION_NUMBERS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
 ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
 OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
 SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
-
 GROUPS = (32, 64, 128)  # of weights in 4 bits
 
 Launch = Callable[[ctypes.Structure], None]
@@ -150,7 +149,7 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "S": neurons // max(experts, 1),
         "V": len(plan.head),
         "ROTARY": 2 * len(plan.ropes[0].frequencies) if plan.ropes else 0,
-        "ACTIVATION": ACTIVATION_NUMBERS[plan.activation],
+        "ACTIVATION": list(ACTIVATIONS).index(plan.activation),
         "GATED": int(layer.gate is not None),
         "NORM_PLUS_ONE": int(plan.norm_plus_one),
         "ELEM": ELEMENTS[plan.embedding.dtype],
@@ -187,7 +186,7 @@ def unfit_shapes(plan: DecoderPlan, caches: Sequence[LayerCache], machine: Machi
     turned = {len(rope.frequencies) for rope in plan.ropes}
     checks = {
         f"the dtype of the weights is {dtype}": dtype in ELEMENTS,
-        f"the activation is {plan.activation}": plan.activation in ACTIVATION_NUMBERS,
+        f"the activation is {plan.activation}": plan.activation in ACTIVATIONS,
         f"the batch is {batch}, above {MAX_BATCH}": batch <= MAX_BATCH,
         f"the head size is {size}": size in HEAD_SIZES,
         f"{heads} heads of queries share {plan.kv_heads} of keys": heads in (plan.kv_heads * n for n in range(1, 9)),

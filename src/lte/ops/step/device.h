@@ -86,7 +86,6 @@ DEVICE unsigned load_relaxed(const unsigned* p) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
-DEVICE unsigned load_fresh(const unsigned* p) { return load_relaxed(p); }
 DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned x;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");

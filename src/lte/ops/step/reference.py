@@ -8,7 +8,8 @@ Shapes: see `lte.ops.step.plan`; G = HQ / HKV heads of queries share one of keys
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.nn import functional
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import Routing
 from lte.ops.reference import active_experts
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, dense
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized, dense
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,17 @@ class ReferenceStep:
             mask = active_experts(x, routing)
             hidden = (hidden.unflatten(-1, (mask.shape[-1], -1)) * mask.unsqueeze(-1)).flatten(-2)
         return functional.linear(hidden, dense(layer.down, x.dtype).T, layer.down_bias)
+
+
+def upcast(value: Any) -> Any:
+    """A plan, a cache or what they hold, in fp32 and with no quantised matrices: for the reference in fp32."""
+    if isinstance(value, Tensor):
+        return value.float()
+    if isinstance(value, Quantized):
+        return value.dense(torch.float32)
+    if is_dataclass(value):
+        return replace(value, **{key: upcast(each) for key, each in vars(value).items()})  # type: ignore[type-var]
+    return [upcast(each) for each in value] if isinstance(value, list) else value
 
 
 def _cap(x: Tensor, cap: float) -> Tensor:

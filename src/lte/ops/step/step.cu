@@ -32,13 +32,6 @@ constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_TH
 constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS, P = LTE_BLOCKS;
 constexpr bool GATED = LTE_GATED, NORM_PLUS_ONE = LTE_NORM_PLUS_ONE;
 
-#ifndef LTE_FFN_BITS   // all weights are elements
-#define LTE_ATTENTION_BITS 0
-#define LTE_FFN_BITS 0
-#define LTE_HEAD_BITS 0
-#define LTE_GROUP 32
-#endif
-
 #ifdef LTE_ON_CPU
 #include "cuda_on_cpu.h"
 #else
@@ -160,13 +153,14 @@ struct Shared : Working {
 static_assert(sizeof(Shared) <= LTE_SHARED_BYTES, "shared memory");
 static_assert(sizeof(Layer) == LTE_LAYER_BYTES && sizeof(Args) == LTE_ARGS_BYTES, "as the host fills them");
 
+// The number of the activation in `lte.ops.activations.ACTIVATIONS`.
 DEVICE float activate(float x) {
-  if (ACTIVATION == 0) return x > 0 ? x : 0;
-  if (ACTIVATION == 1) return x / (1 + exp_(-x));                                 // silu
-  if (ACTIVATION == 2) return 0.5f * x * (1 + erf_(x * 0.70710678f));             // gelu
-  if (ACTIVATION == 4) return x > 0 ? x * x : 0;                                  // squared relu
-  return 0.5f * x * (1 + tanh_(0.79788456f * (x + 0.044715f * x * x * x)));       // its tanh form
+  if (ACTIVATION == 0) return x / (1 + exp_(-x));                                                                  // silu
+  if (ACTIVATION == 1) return 0.5f * x * (1 + erf_(x * 0.70710678f));                                              // gelu
+  if (ACTIVATION == 2) return 0.5f * x * (1 + tanh_(0.79788456f * (x + 0.044715f * x * x * x)));             // gelu_tanh
+  return x > 0 ? (ACTIVATION == 3 ? x : x * x) : 0;                                                         // relu, relu2
 }
+static_assert(ACTIVATION >= 0 && ACTIVATION <= 4, "activation");
 
 DEVICE long long fixed_of(float x) { return to_fixed((x < MOST ? x > -MOST ? x : -MOST : MOST) * FIXED); }   // of NaN: MOST
 DEVICE float from_fixed(long long sum) {
@@ -357,8 +351,8 @@ struct Step {
   u32 parity = 0, goal, tag;
 
   DEVICE Step(const Args& a, Shared& s) : a(a), s(s), tid(threadIdx.x), lane(tid % 32), warp(tid / 32) {
-    goal = load_fresh(a.counters);
-    tag = load_fresh(a.counters + 1) + 1;
+    goal = load_relaxed(a.counters);
+    tag = load_relaxed(a.counters + 1) + 1;
   }
 
   DEVICE void stamp() {
