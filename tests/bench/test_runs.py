@@ -35,6 +35,21 @@ from tests.tiny_models import HIDDEN, NEURONS, tiny_dense_model, tiny_sparse_mod
 Start = Callable[..., Session]
 
 
+def test_own_routing_at_another_sparsity(run: Start) -> None:
+    pair = trained_pair()
+    before = [ffn.router.bias.detach().clone() for ffn in pair.sparse_ffns]
+    shares = ("own@0.25", "own", "own@0.75")
+    session = run(pair, sparsities=shares, benchmarks=("ffn", "decode"), batches=(1,), lengths=(7,))
+    assert session.failures == []
+    for benchmark in ("ffn", "decode"):
+        rows = [row for row in session.results.rows if row["benchmark"] == benchmark and row["setting"] is not None]
+        found = {row["setting"]: row["sparsity"] for row in rows if row["provider"] in ("lte", "lte eager")}
+        assert found["own@0.25"] == pytest.approx(0.25, abs=0.15)
+        assert found["own@0.75"] == pytest.approx(0.75, abs=0.15)
+        assert {row["routing"] for row in rows} == {"own"}
+    assert all(map(torch.equal, before, [ffn.router.bias for ffn in pair.sparse_ffns]))
+
+
 @pytest.mark.parametrize("scope", ["ffn", "model"])
 def test_rows_are_complete(run: Start, tmp_path: Path, scope: str) -> None:
     session = run(trained_pair(), sparsities=("own", 0.5), batches=(1, 3), prefill_scope=scope)

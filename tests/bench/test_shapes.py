@@ -45,11 +45,12 @@ def test_fewer_layers_and_another_dtype() -> None:
 
 
 def test_settings_are_checked() -> None:
-    assert parse_sparsities("own, 0,0.5") == ("own", 0.0, 0.5)
+    assert parse_sparsities("own, own@0.8,0,0.5") == ("own", "own@0.8", 0.0, 0.5)
     assert parse_counts("batches", "1,4") == (1, 4)
     for message, values in {
         "benchmarks must be one of ffn, decode, prefill, got benchmarks='fnn'": {"benchmarks": ("fnn",)},
         r"sparsities must lie in \[0, 1\], got sparsities=1.5": {"sparsities": (1.5,)},
+        r"sparsities must lie in \[0, 1\], got sparsities=2": {"sparsities": ("own@2",)},
         r"batches must be at least 1, got batches=\(0,\)": {"batches": (0,)},
         r"lengths must hold at least one entry, got lengths=\(\)": {"lengths": ()},
         "repeats must be at least 1, got repeats=0": {"repeats": 0},
@@ -57,7 +58,7 @@ def test_settings_are_checked() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             BenchSettings(**values)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="sparsities must hold numbers or own, got sparsities=half"):
+    with pytest.raises(ValueError, match="sparsities must hold numbers, own or own@SHARE, got sparsities=half"):
         parse_sparsities("half")
     with pytest.raises(ValueError, match=r"batches must hold whole numbers, got batches=1\.5"):
         parse_counts("batches", "1.5")

@@ -53,7 +53,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str | None], None]:
 
 def test_rows_of_both_steps(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WholeStep, "phase_ms", lambda step: {"ffn": 0.5})
-    sparsities = ("own", 0.75)
+    sparsities = ("own", "own@0.75", 0.75)
     session = run(trained_pair(), benchmarks=("decode",), sparsities=sparsities, batches=(3,))
     assert session.failures == []
     rows = {(row["provider"], row["setting"]): row for row in session.results.rows}

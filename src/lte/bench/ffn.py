@@ -21,7 +21,7 @@ from lte.bench.models import timed_layers
 from lte.bench.routing import TokenPatterns, Use, force_same_, use_of
 from lte.bench.rows import Row
 from lte.bench.session import Session
-from lte.bench.settings import OWN
+from lte.bench.settings import is_own
 from lte.bench.sweep import Group, use_fields
 from lte.bench.timing import Call, Times, captured, interleaved_times
 from lte.nn.sparse_ffn import SparseFfn
@@ -72,8 +72,8 @@ class _FfnGroup(Group):
         session = self.session
         self._route(sparsity)
         self.error = check_ffns(self.ffns, self.inputs, self.stock, session.activation, not session.int8)
-        if sparsity == OWN:
-            self.own.restore_()
+        if is_own(sparsity):
+            self.expect(sparsity)
         if not self.runs:
             self._prepare()
         masks = [_mask(ffn, x) for ffn, x in zip(self.ffns, self.inputs, strict=True)]
@@ -87,7 +87,7 @@ class _FfnGroup(Group):
     def _route(self, sparsity: float | str) -> None:
         settings = self.session.settings
         self.expect(sparsity)
-        if sparsity == OWN:
+        if is_own(sparsity):
             self._set_inputs(self._text_states())
             # For the check alone: scores near the threshold may fall to either side, by the order of a sum.
             force_same_(self.ffns, 0.5, settings.seed)

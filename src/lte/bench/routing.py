@@ -140,6 +140,27 @@ def force_random_(
             _shift_biases_(ffns, sparsity, steps)
 
 
+@torch.no_grad()
+def move_thresholds_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object]) -> None:
+    """Moves the biases of all routers by the same amount, until a share of the experts is off while `run` runs.
+
+    The same as one other threshold for all layers. What it comes to elsewhere is measured, see `measure_use`.
+    """
+    margins: list[Tensor] = []
+
+    def note(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
+        margins.append(ffn.router(args[0]).flatten() - ffn.threshold_logit)
+
+    for _ in range(SHIFTS):
+        margins.clear()
+        with before_each_call({ffn: ffn.reader for ffn in ffns}, note):
+            run()
+        shift = _share_below(torch.cat(margins), sparsity)
+        for ffn in ffns:
+            ffn.router.bias.sub_(shift)
+        _refresh_(ffns)
+
+
 def _shift_biases_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object]) -> None:
     seen: dict[SparseFfn, list[Tensor]] = {ffn: [] for ffn in ffns}
     with before_each_call(

@@ -21,7 +21,8 @@ class BenchSettings:
 
     Attributes:
         benchmarks: what to time, in this order.
-        sparsities: shares of skipped experts, forced on the routers; "own" is the model's own routing on text.
+        sparsities: shares of skipped experts, forced on the routers; "own" is the model's own routing on text, and
+            "own@0.8" the same after all thresholds moved together until that share is off.
         batches: sequences that decode together.
         lengths: tokens of a prompt, for prefill.
         routing: whether the tokens of a batch get the same forced experts or different ones.
@@ -60,7 +61,7 @@ class BenchSettings:
         check_choice("prefill_scope", self.prefill_scope, get_args(Scope))
         for sparsity in self.sparsities:
             if sparsity != OWN:
-                check_fraction("sparsities", sparsity, upper_closed=True)  # type: ignore[arg-type]
+                check_fraction("sparsities", share_of(sparsity), upper_closed=True)
         for name in ("benchmarks", "sparsities", "batches", "lengths"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one entry, got {name}=()")
@@ -84,7 +85,7 @@ class BenchSettings:
     @property
     def own(self) -> bool:
         """Whether the model's own routing is measured."""
-        return OWN in self.sparsities
+        return any(is_own(sparsity) for sparsity in self.sparsities)
 
     def whole_model(self, parameters: int) -> bool:
         """Whether prefill runs the whole model."""
@@ -97,18 +98,35 @@ class BenchSettings:
         )
 
 
-def parse_sparsities(text: str) -> tuple[float | str, ...]:
-    """The entries of a list like `own,0,0.5`.
+def is_own(sparsity: float | str) -> bool:
+    """Whether the model's own routers decide."""
+    return isinstance(sparsity, str)
+
+
+def share_of(sparsity: float | str) -> float:
+    """The share of experts that an entry asks to skip.
 
     Raises:
-        ValueError: for an entry that is neither a number nor "own".
+        ValueError: for an entry that names none.
+    """
+    return float(sparsity.removeprefix(f"{OWN}@") if isinstance(sparsity, str) else sparsity)
+
+
+def parse_sparsities(text: str) -> tuple[float | str, ...]:
+    """The entries of a list like `own,own@0.8,0,0.5`.
+
+    Raises:
+        ValueError: for an entry that is neither a number nor of one of these forms.
     """
 
     def parse(entry: str) -> float | str:
+        if entry == OWN:
+            return OWN
         try:
-            return OWN if entry == OWN else float(entry)
+            share = share_of(entry)
         except ValueError:
-            raise ValueError(f"sparsities must hold numbers or {OWN}, got sparsities={text}") from None
+            raise ValueError(f"sparsities must hold numbers, {OWN} or {OWN}@SHARE, got sparsities={text}") from None
+        return entry if entry.startswith(OWN) else share
 
     return tuple(parse(entry) for entry in split(text))
 

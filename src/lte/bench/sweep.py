@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,10 +10,10 @@ from lte.bench.acceleration import expect_, path_names
 from lte.bench.bytes import ffn_bytes, other_bytes, router_bytes
 from lte.bench.dense import Projections
 from lte.bench.gate import check_ffns, layer_inputs
-from lte.bench.routing import RouterValues, Use, force_random_, force_same_, measure_use
+from lte.bench.routing import RouterValues, Use, force_random_, force_same_, measure_use, move_thresholds_
 from lte.bench.rows import Row, is_dense, with_ratios
 from lte.bench.session import Session, describe
-from lte.bench.settings import OWN
+from lte.bench.settings import OWN, is_own, share_of
 from lte.bench.timing import Call, interleaved_times
 
 DENSE_USE = Use(active=1.0, union=1.0)
@@ -66,11 +67,15 @@ class Group:
         self.session.results.put((self.benchmark, self.batch, self.tokens), [*with_ratios(pooled), *self._rows])
 
     def expect(self, sparsity: float | str) -> None:
-        """Lets the layers expect a forced sparsity, or gives them their own routers back."""
-        if sparsity == OWN:
-            self.own.restore_()
-        else:
+        """Lets the layers expect a forced sparsity, or gives them their own routers, with the thresholds asked for."""
+        if not is_own(sparsity):
             expect_(self.ffns, 1 - float(sparsity), self.tokens)
+            return
+        self.own.restore_()
+        if sparsity != OWN:
+            pair, texts = self.session.pair, self.session.texts(self.batch)
+            run = functools.partial(pair.sparse, input_ids=texts, use_cache=False, logits_to_keep=1)
+            move_thresholds_(pair.sparse_ffns, share_of(sparsity), run)
 
 
 def is_dense_name(provider: str) -> bool:
@@ -85,7 +90,7 @@ def use_fields(sparsity: float | str | None, use: Use, routing: str) -> dict[str
         "sparsity": 1 - use.active,
         "union_sparsity": 1 - use.union,
         "setting": None if dense else str(sparsity),
-        "routing": None if dense else OWN if sparsity == OWN else routing,
+        "routing": None if sparsity is None else OWN if is_own(sparsity) else routing,
     }
 
 
@@ -137,16 +142,18 @@ class ModelGroup(Group):
         """
         session = self.session
         self.expect(sparsity)
-        force_same_(self.ffns, 0.5 if sparsity == OWN else float(sparsity), session.settings.seed)
+        force_same_(self.ffns, 0.5 if is_own(sparsity) else float(sparsity), session.settings.seed)
         inputs = layer_inputs(self.ffns, self.check_pass)
         self.error = check_ffns(self.ffns, inputs, self.stock, session.activation, not session.int8)
 
     def _route(self, sparsity: float | str) -> None:
         self.expect(sparsity)
         seed = self.session.settings.seed
-        if sparsity != OWN and self._routing() == "same":
+        if is_own(sparsity):
+            return
+        if self._routing() == "same":
             force_same_(self.ffns, float(sparsity), seed)
-        elif sparsity != OWN:
+        else:
             force_random_(self.ffns, float(sparsity), self.text_pass, self.steps, seed)
 
     def _routing(self) -> str:

@@ -61,7 +61,8 @@ def bench(
         str | None,
         typer.Option(
             help="Shares of experts to skip, forced through the routers' biases; `own` is an LTE model's own routing "
-            "on text. By default 0,0.5,0.8,0.9, for an LTE model own first."
+            "on text, `own@0.8` the same with all thresholds moved until that share is off. By default 0,0.5,0.8,0.9, "
+            "for an LTE model own first."
         ),
     ] = None,
     batches: Annotated[

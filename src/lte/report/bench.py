@@ -43,7 +43,7 @@ def _cells(row: Row) -> list[str]:
     phases = row.get("phase_ms") or {}
     ratios = (row.get("ratio_to_dense"), row.get("ratio_to_dense_step"))
     dense = row.get("setting") is None
-    own = " own" if row.get("setting") == "own" else ""
+    own = " own" if (row.get("setting") or "").startswith("own") else ""
     return [
         row["benchmark"],
         str(row["batch"]),
@@ -59,6 +59,15 @@ def _cells(row: Row) -> list[str]:
         row.get("path") or "",
         ", ".join(f"{name} {time:.4f}" for name, time in phases.items()),
     ]
+
+
+def setting_words(setting: str) -> str:
+    """A row's setting for readers: `50%`, `own routing`, `own routing at 80%`."""
+    share = setting.removeprefix("own").removeprefix("@")
+    if not share:
+        return "own routing"
+    percent = f"{100 * float(share):g}%"
+    return percent if share == setting else f"own routing at {percent}"
 
 
 def union_report(rows: Sequence[Row]) -> Table:
@@ -78,7 +87,7 @@ def break_even_report(rows: Sequence[Row]) -> Table:
     for name in ("benchmark", "sparsity", "latency over dense by batch", "break-even"):
         table.add_column(name, justify="right" if name == "sparsity" else "left")
     for row in rows:
-        setting = row["setting"] if row["setting"] == "own" else f"{100 * float(row['setting']):g}%"
+        setting = setting_words(row["setting"])
         pairs = zip(row["batches"], row["ratios"], strict=True)
         found = row["break_even"]
         last = f"none up to {row['batches'][-1]}" if found is None else str(found)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lte.eval.sparsity import Measurement
+from lte.report.bench import setting_words
 from lte.report.figures import (
     BLACK,
     BLUE,
@@ -263,15 +264,14 @@ def _draw_provider(axis: Axes, rows: Sequence[Row], colour: str, marker: str) ->
         x, y, yerr=(low, high), color=colour, marker=marker, markersize=4, linewidth=1.6, label=rows[0]["provider"]
     )
     for row in rows:
-        if row["setting"] == "own":
+        if row["setting"].startswith("own"):
             axis.annotate("own routing", (row["sparsity"], row["median_ms"]), fontsize=7, color=colour)
 
 
 def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     ours = [row for row in rows if row["provider"].startswith("lte")]
     for (setting, line), colour in zip(_lines(ours, "setting", "tokens").items(), _SETTINGS, strict=False):
-        label = "own routing" if setting == "own" else f"sparsity {100 * float(setting):g}%"
-        ratios = [row["ratio_to_dense"] or float("nan") for row in line]
+        ratios, label = [row["ratio_to_dense"] or float("nan") for row in line], setting_words(setting)
         axis.plot([row["tokens"] for row in line], ratios, "o-", color=colour, markersize=4, label=label)
     axis.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--")
     axis.set_xscale("log", base=2)

@@ -53,7 +53,7 @@ class LatencyPlot {
 
   text({ row }) {
     const setting = row.is_dense ? 'dense'
-      : `${Shell.percent(row.sparsity)} sparsity${row.setting === 'own' ? ', own routing' : ''}`;
+      : `${Shell.percent(row.sparsity)} sparsity${(row.setting || '').startsWith('own') ? ', own routing' : ''}`;
     return [row.provider, setting,
       `${Draw.short(row.median_ms)} ms (${Draw.short(row.p20_ms)} to ${Draw.short(row.p80_ms)})`,
       `bytes alone: ${Draw.short(row.bandwidth_ms)} ms`].join('\n');
@@ -101,7 +101,7 @@ class LatencyPlot {
   rows() {
     return [this.group.title, [{ words: 'implementation' }, 'FFN sparsity', 'median ms', '20th percentile',
       '80th percentile', 'bytes alone, ms', 'GB/s'],
-      this.shown().map((row) => [{ words: row.provider + (row.setting === 'own' ? ', own routing' : '') }, row.is_dense
+      this.shown().map((row) => [{ words: row.provider + ((row.setting || '').startsWith('own') ? ', own routing' : '') }, row.is_dense
         ? 'dense' : Shell.percent(row.sparsity),
         ...[row.median_ms, row.p20_ms, row.p80_ms, row.bandwidth_ms, row.gb_per_s].map(Draw.short)])];
   }
@@ -138,7 +138,9 @@ class BatchPlots {
   }
 
   setting({ benchmark, setting }) {
-    return `${benchmark}, ${setting === 'own' ? 'own routing' : `${Draw.short(100 * Number(setting))}% sparsity`}`;
+    const [, own, share] = setting.match(/^(own)?@?(.*)$/);
+    const percent = share && `${Draw.short(100 * Number(share))}%`;
+    return `${benchmark}, ${own ? `own routing${share && ` at ${percent}`}` : `${percent} sparsity`}`;
   }
 
   say(row) {
