@@ -32,6 +32,8 @@ tests() { # all, or those of TEST_GROUPS by number; a run that is cut off has ke
     "tests/hf/test_acceleration_faults.py tests/hf/test_acceleration_gpu.py"
     "tests/hf/test_accelerated_generation.py"
     "tests/bench"
+    "tests/ops/test_step_gpu.py"
+    "tests/hf/test_stepping.py -k cuda"
   )
   for index in ${TEST_GROUPS:-${!groups[*]}}; do
     python3 -m pytest ${groups[index]} -n 8 --dist worksteal -ra --junit-xml="$output/gpu_tests_$index.xml" || status=$?
@@ -93,8 +95,9 @@ one_launch() { # the kernel of a whole step by itself, at forced sparsities
 sanitize() { # that kernel on small models under compute-sanitizer, once for each of two tools
   local tool
   for tool in memcheck racecheck; do
+    # racecheck takes what one lane says for its whole warp at a barrier of shared memory for a race.
     compute-sanitizer --tool $tool --report-api-errors no --log-file "$output/step_$tool.txt" \
-      python3 -m pytest -q -p no:xdist -p no:cacheprovider tests/ops/test_step_gpu.py -k "families_in_fp32 and (llama or gemma3)"
+      python3 -m pytest -q -p no:xdist -p no:cacheprovider tests/ops/test_step_gpu.py -k "every_lane"
     tail -n 1 "$output/step_$tool.txt"
   done
 }

@@ -112,71 +112,71 @@ def ratios(rows: list[dict], dense: float) -> list[str]:
     return found
 
 
-def test_every_figure_of_the_speed_tables_is_in_a_result_file():
-    def row_of(name: str, source: str | None = None) -> list[str]:
-        (figures,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.MULTILINE)
-        gpu, *found = figures.split(" | ")
-        if source is None:
-            return [gpu, *found]
-        assert gpu in json.loads((ROOT / "results" / source).read_text())["hardware"]
-        return found
+def speed_row(name: str, source: str) -> list[str]:
+    """The figures of a row of the README, which names the hardware of its result file."""
+    (figures,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.MULTILINE)
+    where, *found = figures.split(" | ")
+    hardware = json.loads((ROOT / "results" / source).read_text())["hardware"]
+    assert where in (hardware if "NVIDIA" in hardware else f"two CPU cores: {hardware}")
+    return found
 
-    def dense(rows: list[dict]) -> float:
-        return min(row["median_ms"] for row in rows if row["provider"].startswith("dense"))
 
-    one, many = "bench/llama2_7b_ffn_h100.json", "prefill.json"
-    for source, batch, provider, name in (
-        (one, 1, "lte", "FFN, 1 token, router included"),
-        (one, 1, "PyTorch indexing", "the same by PyTorch indexing"),
+def fastest_dense(rows: list[dict]) -> float:
+    return min(row["median_ms"] for row in rows if row["provider"].startswith("dense"))
+
+
+def test_whole_steps_of_the_speed_table_are_in_a_result_file():
+    trained, shape = "step/h200_qwen_coder_1_5b.json", "step/h200_llama2_7b.json"
+    forced = ("0.5", "0.8", "0.9")
+    for source, settings, name in (
+        (trained, ("own", "own@0.8", "own@0.9"), "Qwen2.5-Coder-1.5B, trained, its own routing"),
+        (trained, forced, "the same folder, forced routing"),
+        (shape, forced, "7B, random weights, forced routing"),
+        ("bench/qwen_coder_0_5b_step_cpu.json", forced, "Qwen2.5-Coder-0.5B, bfloat16, forced routing"),
+        ("bench/smollm2_135m_step_cpu.json", forced, "SmolLM2-135M, float32, forced routing"),
     ):
-        of_batch = [row for row in records_of(source) if row["batch"] == batch]
-        found = [row for row in of_batch if row["provider"] == provider]
-        by_setting = [{**row, "sparsity": row["setting"]} for row in found]
-        assert row_of(name, source) == ratios(by_setting, dense(of_batch))
-    for source, name in ((many, "7B"), ("prefill_smollm2.json", "135M")):
+        first = [row for row in records_of(source) if row["batch"] == 1]
+        rows = {row["setting"]: row for row in first if row["provider"] == "lte whole step"}
+        (dense,) = [row for row in first if row["provider"] == "dense whole step"]
+        expected = [f"{dense['ratio_to_dense']:.2f}"]
+        for setting in settings:
+            row = rows.get(setting)
+            off = f" ({100 * row['sparsity']:.0f}%)" if setting.startswith("own") else ""
+            expected.append(f"{row['ratio_to_dense']:.2f}{off}" if row else "-")
+        assert [cell.replace("% off)", "%)") for cell in speed_row(name, source)] == expected
+    for batch, ratio in ((1, "0.92"), (4, "1.22")):
+        rows = records_of(f"step/h200_llama2_7b_32768_batch_{batch}.json")
+        (half,) = [row for row in rows if row["provider"] == "lte whole step" and row["setting"] == "0.5"]
+        assert f"{half['ratio_to_dense']:.2f}" == ratio
+        assert ratio in README
+    (llama_cpp,) = [row for row in records_of("bench/qwen_coder_0_5b_step_cpu.json") if row["provider"] == "llama.cpp"]
+    assert f"llama.cpp takes {llama_cpp['ratio_to_dense']:.2f}" in README
+    of_135m = [row for row in records_of("step/h200.json") if row["shape"] == "smollm2-135m"]
+    (base,) = [row["median_ms"] for row in of_135m if row["provider"] == "step dense"]
+    assert f"({ratios([row for row in of_135m if row['provider'] == 'step'], base)[1]}, one H200)" in README
+
+
+def test_every_figure_of_the_other_speed_table_is_in_a_result_file():
+    one = "bench/llama2_7b_ffn_h100.json"
+    for provider, name in (
+        ("lte", "7B, FFN, 1 token, router included"),
+        ("PyTorch indexing", "the same by PyTorch indexing"),
+    ):
+        of_batch = [row for row in records_of(one) if row["batch"] == 1]
+        by_setting = [{**row, "sparsity": row["setting"]} for row in of_batch if row["provider"] == provider]
+        assert speed_row(name, one) == ratios(by_setting, fastest_dense(of_batch))
+    for source, name in (("prefill.json", "7B"), ("prefill_smollm2.json", "135M")):
         prefill = [row for row in records_of(source) if row["tokens"] == 2048]
         independent = [row for row in prefill if row.get("routing") == "independent"]
-        found = ratios(independent, dense(prefill))
-        assert row_of(f"{name}, FFNs of a prompt of 2048 tokens", source) == found
-    step = "bench/llama2_7b_decode_h100.json"
-    compiled = [
-        {**row, "sparsity": row["setting"]} for row in records_of(step) if row["provider"] == "lte compiled, tuned"
-    ]
-    beside = "decoding step, compiled, over the one timed beside it"
-    assert row_of(beside, step) == ratios(compiled, dense(records_of(step)))
-    log = (ROOT / "results" / "bench" / "llama2_7b_decode_two_tunings_h100.txt").read_text()
-    fastest = min(float(ms) for ms in re.findall(r"compiled dense compiled, tuned for batch 1: ([0-9.]+) ms", log))
-    assert fastest < dense(records_of(step))
-    any_run = "7B, decoding one text"
-    assert row_of(any_run, step) == ratios(compiled, fastest)
-    for source, name in (
-        ("bench/llama2_7b_decode_batch_4_h100.json", "7B, decoding 4 texts at once"),
-        ("bench/smollm2_50_h100.json", "135M, decoding one text"),
+        found = ratios(independent, fastest_dense(prefill))
+        assert speed_row(f"{name}, FFNs of a prompt of 2048 tokens", source) == found
+    for source, provider, name in (
+        ("bench/llama2_7b_decode_h100.json", "lte compiled, tuned", "7B, decoding one text, compiled"),
+        ("bench/llama2_7b_decode_batch_4_h100.json", "lte compiled", "7B, decoding 4 texts at once, compiled"),
     ):
-        steps = [row for row in records_of(source) if row["benchmark"] == "decode"]
-        forced = [
-            {**row, "sparsity": row["setting"]}
-            for row in steps
-            if row["provider"] == "lte compiled" and row["routing"] != "own"
-        ]
-        assert row_of(name, source) == ratios(forced, dense(steps))
-    launches = "step/h200.json"
-    for shape, name in (
-        ("llama2-7b", "7B, one text, a whole step in one launch, over itself with all on"),
-        ("qwen2.5-1.5b", "1.5B, the same"),
-        ("smollm2-135m", "135M, the same"),
-    ):
-        of_shape = [row for row in records_of(launches) if row["shape"] == shape]
-        (base,) = [row["median_ms"] for row in of_shape if row["provider"] == "step dense"]
-        assert f"{base:.2f}" in README
-        steps = [row for row in of_shape if row["provider"] == "step"]
-        assert row_of(name, launches) == ratios(steps, base)
-    cpu = [row for row in records_of("cpu_decode.json") if row["benchmark"] == "decode"]
-    for dtype in ("float32", "bfloat16"):
-        rows = [row for row in cpu if row["dtype"] == dtype]
-        sparse = [row for row in rows if row["provider"] == "sparse"]
-        where, *figures = row_of(f"135M, decoding one text, {dtype}")
-        assert (where, figures) == ("two CPU cores", ratios(sparse, dense(rows)))
+        rows = [row for row in records_of(source) if row["benchmark"] == "decode"]
+        forced = [{**row, "sparsity": row["setting"]} for row in rows if row["provider"] == provider]
+        assert speed_row(name, source) == ratios(forced, fastest_dense(rows))
 
 
 def test_every_figure_of_the_tasks_table_is_in_a_result_file():

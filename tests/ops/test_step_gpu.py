@@ -39,7 +39,9 @@ REAL = {
 }
 
 
-def assert_steps_match(plan: DecoderPlan, batch: int, rms: Rms, steps: int = 12, length: int = 24, at: int = 0) -> None:
+def assert_steps_match(
+    plan: DecoderPlan, batch: int, rms: Rms, steps: int = 12, length: int = 24, at: int = 0, **extra: int
+) -> None:
     """Logits of some steps from position `at` on, of sequences that begin at different places."""
     starts = torch.randint(0, 6, (batch,)).tolist()
     caches = new_caches(plan, batch, length, 3)
@@ -47,7 +49,7 @@ def assert_steps_match(plan: DecoderPlan, batch: int, rms: Rms, steps: int = 12,
         for cache in caches:
             cache.keys.normal_(), cache.values.normal_()
     assert unfit(plan, caches) is None
-    step = CudaEngine(plan).bind(caches)
+    step = CudaEngine(plan).bind(caches, **extra)
     reference = ReferenceEngine(upcast(plan)).bind([upcast(cache) for cache in copied(caches)])
     for index in range(at, at + steps):
         inputs = step_inputs(plan, batch, index, starts)
@@ -59,6 +61,13 @@ def assert_steps_match(plan: DecoderPlan, batch: int, rms: Rms, steps: int = 12,
 def test_families_in_fp32(family: str, relative_rms: Rms, poisoned: None) -> None:
     batch = 1 + list(FAMILIES).index(family) % 4
     assert_steps_match(random_plan(FAMILIES[family], torch.float32, "cuda"), batch, relative_rms)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_lane_arrives(family: str, relative_rms: Rms, poisoned: None) -> None:
+    # As it runs under racecheck.
+    plan = random_plan(FAMILIES[family], torch.float32, "cuda")
+    assert_steps_match(plan, 2, relative_rms, EVERY_LANE=1)
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ class CudaEngine:
 
         Args:
             caches: of all layers.
-            extra: macros for checks: `TRACE` times that each block notes, `DELAY` ns at most of random delays.
+            extra: macros for checks: `TRACE` times that each block notes, `DELAY` ns at most of random delays,
+                `EVERY_LANE` 1 where all threads arrive at barriers of shared memory, not one for its warp.
         """
         return CudaStep(self, caches, extra)
 

@@ -47,6 +47,9 @@ constexpr int NATIVE = 8 * SIZE;              // bits
 constexpr int ATTENTION_BITS = LTE_ATTENTION_BITS > 0 ? LTE_ATTENTION_BITS : NATIVE;
 constexpr int FFN_BITS = LTE_FFN_BITS > 0 ? LTE_FFN_BITS : NATIVE, HEAD_BITS = LTE_HEAD_BITS > 0 ? LTE_HEAD_BITS : NATIVE;
 constexpr int GROUP = LTE_GROUP;
+#ifndef LTE_EVERY_LANE                        // for racecheck, which sees no order by a thread that arrives for its warp
+#define LTE_EVERY_LANE 0
+#endif
 constexpr int PITCH = 1024 + 16;              // bytes from row to row: eight rows lie in eight different banks
 DEVICE constexpr int slab_of(int bits) { return bits == NATIVE ? 1024 / SIZE : 1024; }   // columns of a stage
 // Of the first columns of a slab, and of a whole row.
@@ -492,7 +495,7 @@ struct Step {
   }
   DEVICE void release() {
     warp_sync();
-    if (lane == 0) arrive(s.empty[stage]);
+    if (LTE_EVERY_LANE || lane == 0) arrive(s.empty[stage]);
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 
@@ -818,10 +821,9 @@ struct Step {
       }
     }
     team_sync();
-    if (tid == 0) {
-      share_neurons(s, active * S);
-      arrive(s.routed);
-    }
+    if (tid == 0) share_neurons(s, active * S);
+    if (LTE_EVERY_LANE) team_sync();
+    if (LTE_EVERY_LANE || tid == 0) arrive(s.routed);
     team_sync();
   }
 
@@ -982,9 +984,9 @@ extern "C" KERNEL void decode_step(const Args a) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       start_barrier(s.full[i], LTE_BULK ? 1 : 32 * FETCHERS);
-      start_barrier(s.empty[i], WARPS);
+      start_barrier(s.empty[i], LTE_EVERY_LANE ? 32 * WARPS : WARPS);
     }
-    start_barrier(s.routed, 1);
+    start_barrier(s.routed, LTE_EVERY_LANE ? THREADS : 1);
     share_neurons(s, F);
     publish_barriers();
   }
