@@ -223,6 +223,13 @@ class DecodeStep(Protocol):
         """
         ...
 
+    def active(self) -> Tensor:
+        """Which experts of the plan's last layer the last call switched on, bool [B, E]; it waits for the device.
+
+        For measurements: a plan of the first layers alone tells what the engine decided in any of them.
+        """
+        ...
+
 
 class Engine(Protocol):
     """What computes the steps of one plan; making it may take long, so that it is kept as long as the plan holds.
