@@ -153,7 +153,11 @@ def test_it_says_which_experts_the_last_layer_switched_on(seed: int) -> None:
     step, reference = CpuEngine(plan).bind(ours), ReferenceEngine(plan).bind(theirs)
     found = []
     for position in range(4):
-        given = torch.randint(VOCABULARY, (batch,)), torch.full((batch,), position), torch.zeros(batch, dtype=torch.long)
+        given = (
+            torch.randint(VOCABULARY, (batch,)),
+            torch.full((batch,), position),
+            torch.zeros(batch, dtype=torch.long),
+        )
         step(*given), reference(*given)
         assert torch.equal(step.active(), reference.active())
         found.append(step.active())

@@ -375,8 +375,8 @@ class _Caches:
             ring = isinstance(layer, DynamicSlidingWindowLayer)
             size = min(planned.window, generation.longest) if ring else self.room
             taken = LayerCache(
-                keys=_with_room(layer.keys, held, size),
-                values=_with_room(layer.values, held, size),
+                keys=with_room(layer.keys, held, size),
+                values=with_room(layer.values, held, size),
                 shift=-(self.length - held) % size,
             )
             self.layers.append(taken)
@@ -391,7 +391,7 @@ class _Caches:
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 taken = self.layers[index]
-                keys, values = (_with_room(tensor, self.length, self.room) for tensor in (taken.keys, taken.values))
+                keys, values = (with_room(tensor, self.length, self.room) for tensor in (taken.keys, taken.values))
                 self.layers[index] = replace(taken, keys=keys, values=values)
                 layer.keys, layer.values = keys[:, :, : self.length], values[:, :, : self.length]
         self.run = None
@@ -419,7 +419,7 @@ class _Caches:
                 layer.keys, layer.values = (tensor[:, :, : self.length] for tensor in (taken.keys, taken.values))
 
 
-def _with_room(tensor: Tensor, held: int, size: int) -> Tensor:
+def with_room(tensor: Tensor, held: int, size: int) -> Tensor:
     """A copy of the first `held` tokens of [B, HKV, C, HD] with room for `size`."""
     made = tensor.new_empty(*tensor.shape[:2], size, tensor.shape[3])
     made[:, :, :held] = tensor[:, :, :held]
