@@ -32,6 +32,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from lte.hf.decoder import NoPlanError, NotNowError, decoder_plan, same_memory, take_frequencies_
 from lte.hf.install import sparse_ffns
 from lte.nn.accelerated import AcceleratedFfn
+from lte.nn.quantized_ffn import QuantizedFfn
 from lte.ops.step import engines
 from lte.ops.step.plan import DecoderPlan, DecodeStep, Engine, LayerCache
 
@@ -118,7 +119,7 @@ def _is_plain(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) 
         and not any(getattr(generation_config, name, None) for name in asked)
         and _generates_as_stock(model)
         and not torch.is_grad_enabled()
-        and any(isinstance(ffn, AcceleratedFfn) for ffn in sparse_ffns(model).values())
+        and any(isinstance(ffn, AcceleratedFfn | QuantizedFfn) for ffn in sparse_ffns(model).values())
     )
 
 
