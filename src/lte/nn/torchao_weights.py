@@ -39,6 +39,8 @@ def stored_bytes(weight: Any) -> float:
         return 2.0 * weight.numel()
     group = weight.block_size[-1] if hasattr(weight, "block_size") else weight.shape[-1]
     has_4_bits = type(weight).__name__.startswith("Int4") or str(getattr(weight, "target_dtype", "")) == "torch.int4"
+    if getattr(weight, "quant_max", None) is not None:
+        has_4_bits = weight.quant_max - weight.quant_min == 15
     return weight.numel() * ((0.5 if has_4_bits else 1.0) + 4 / group)
 
 
