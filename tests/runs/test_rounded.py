@@ -54,6 +54,19 @@ def test_each_model_has_a_record_more_for_each_format(llama: Path, tmp_path: Pat
     assert not lines
 
 
+def test_a_format_that_does_not_fit_leaves_the_model_its_record(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    runner, lines = runner_of(comparison(tmp_path, llama, methods=["dense"], weights=["int4"]), tmp_path)
+    assert execute_all([runner]) == []
+    records = records_of(tmp_path)
+    assert set(records) == {"dense-0-seed0", "dense-int4-0-seed0"}
+    assert records["dense-0-seed0"]["value"] > 1
+    failed = records["dense-int4-0-seed0"]
+    assert failed["value"] is None
+    assert "weights must have groups that divide the 32 inputs of a layer" in failed["failure"]
+    assert any(line.startswith("dense-0-seed0 in int4: FAILED ValueError: weights must have groups") for line in lines)
+
+
 def test_unknown_formats_are_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match="weights must be one of native, int8, int4, int4-64, int4-32, got weights='int2'"

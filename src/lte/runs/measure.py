@@ -115,8 +115,7 @@ def measured_record(
         record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness))
     reason = why_not(comparison.latency, causal, run.method)
     if weights != "native":
-        names = {name: f"{value}-{weights}" for name in ("label", "group") if (value := record.get(name))}
-        record, reason = record.with_fields(**names), "not timed: lte bench times rounded weights"
+        record, reason = _named(record, weights), "not timed: benchmarks/rounded_steps.py times rounded weights"
     if reason is not None:
         return record.with_fields(**untimed(reason))
     text = work.text_to_decode(model, CONTEXT)
@@ -129,9 +128,17 @@ def measured_record(
     return record.with_fields(**times)
 
 
-def failure_record(run: Run, comparison: ComparisonSettings, work: Workload, failure: str) -> ResultRecord:
-    """The record of a run that failed: no value, and why."""
-    return result_record(
+def _named(record: ResultRecord, weights: str) -> ResultRecord:
+    """A record of rounded weights, whose curves are others than those of the models as they are."""
+    names = {name: f"{value}-{weights}" for name in ("label", "group") if (value := record.get(name))}
+    return record.with_fields(**names, weights=weights)
+
+
+def failure_record(
+    run: Run, comparison: ComparisonSettings, work: Workload, failure: str, weights: str = "native"
+) -> ResultRecord:
+    """The record of a run that failed, or failed with rounded weights: no value, and why."""
+    record = result_record(
         **_fields(run, comparison, work.settings, work.info),
         method=run.method,
         target_sparsity=run.target,
@@ -144,6 +151,7 @@ def failure_record(run: Run, comparison: ComparisonSettings, work: Workload, fai
         latency_note="not timed: the run failed",
         failure=failure,
     )
+    return record if weights == "native" else _named(record, weights)
 
 
 def _fields(

@@ -199,9 +199,15 @@ class Runner:
         beside = self._timed_beside(run)
         # First, as a run with a record is done.
         for weights in self._rounded(run):
-            rounded = measured_record(run, self.comparison, self.folders, work, made, beside, weights)
+            try:
+                rounded = measured_record(run, self.comparison, self.folders, work, made, beside, weights)
+                self.report(f"{run.name} in {weights}: {_numbers(rounded)}")
+            except ValueError as error:
+                # The model as it is can still be measured.
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                rounded = failure_record(run, self.comparison, work, failure, weights)
+                self.report(f"{run.name} in {weights}: FAILED {failure}")
             write_record(self.folders.record(run, weights), rounded)
-            self.report(f"{run.name} in {weights}: {_numbers(rounded)}")
         record = measured_record(run, self.comparison, self.folders, work, made, beside)
         write_record(self.folders.record(run), record)
         return record
