@@ -22,8 +22,10 @@ def test_a_table_and_a_file(run: Callable[..., Any], trained: Any, tmp_path: Pat
     (line,) = [line for line in result.stdout.splitlines() if "float32, alone / bfloat16, alone" in line]
     for share in (pair["flips"], pair["answers"]["equal_tokens"], pair["dense_answers"]["equal_tokens"]):
         assert f"{100 * share:.3g}%" in line
-    near = found["near_threshold"]["bfloat16"]["0.1"]["share"]
-    assert any(f"{100 * near:.3g}%" in line for line in result.stdout.splitlines() if "bfloat16" in line)
+    near = found["near_threshold"]["bfloat16"]["0.1"]
+    (line,) = [line for line in result.stdout.splitlines() if line.split()[1:2] == ["bfloat16"]]
+    assert f"{100 * near['share']:.3g}%" in line
+    assert f"{100 * max(near['by_layer']):.3g}%" in line
 
 
 def test_a_text_too_short_is_refused(run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:

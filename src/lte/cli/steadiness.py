@@ -55,13 +55,11 @@ def print_steadiness(console: Console, found: Mapping[str, Any]) -> None:
     """The result of `lte.eval.steadiness.measure_steadiness` as two tables."""
     near = Table(title="Scores near the threshold, share within", title_justify="left")
     shares = found["near_threshold"]
-    for heading in ("", *next(iter(shares.values())), "of the layer with most"):
+    for heading in ("", *next(iter(shares.values())), f"{_GOAL}, layer with most"):
         near.add_column(heading, justify="right")
     for dtype, by_distance in shares.items():
-        *_, widest = by_distance.items()
-        near.add_row(
-            dtype, *(_percent(each["share"]) for each in by_distance.values()), _percent(max(widest[1]["by_layer"]))
-        )
+        totals = [_percent(each["share"]) for each in by_distance.values()]
+        near.add_row(dtype, *totals, _percent(max(by_distance[_GOAL]["by_layer"])))
     console.print(near)
     title = f"{found['model']}: {found['prompts']} texts of {found['prompt_length']} + {found['tokens']} tokens"
     pairs = Table(title=title, title_justify="left")
@@ -84,6 +82,8 @@ def _row(pair: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _ANSWERS = ("answers", "dense_answers")
+# The distance that goals are about.
+_GOAL = "0.1"
 
 
 def _percent(share: float) -> str:
