@@ -15,7 +15,7 @@ from lte.eval.answers import PADDING, agreement, greedy_answers
 from lte.eval.decisions import NoStepsError, by_whole_steps, in_one_pass, token_by_token
 from lte.eval.models import load_any_model
 from lte.eval.steadiness import DISTANCES, SteadinessSettings, measure_steadiness
-from tests.hf.step_models import step_model
+from tests.hf.step_models import STEP_TYPES, step_model
 from tests.tiny_models import VOCAB, tiny_dense_model, tiny_sparse_model
 
 SETTINGS = SteadinessSettings(prompts=5, prompt_length=9, tokens=6, batch=4)
@@ -192,6 +192,17 @@ def test_whole_steps_decide_with_the_engine(folder: Path, ids: Tensor, monkeypat
         assert plain.active[:, 1, 9:].any()
         assert torch.equal(active[:, :, :9], plain.active[:, :, :9])
         assert torch.equal(active[:, 0], plain.active[:, 0])
+
+
+@pytest.mark.parametrize("model_type", STEP_TYPES)
+def test_windows_norms_and_fused_projections(model_type: str, ids: Tensor) -> None:
+    model = step_model(model_type)
+    alone = in_one_pass(model, ids, keep=True)
+    runs = [token_by_token(model, ids, 9), in_one_pass(model, ids, batch=5, padding=PADDING)]
+    lte.accelerate_(model)
+    for run in (*runs, by_whole_steps(model, ids, 9), by_whole_steps(model, ids, 9, alone.inputs)):
+        assert (run.active != alone.active).float().mean() <= 0.002
+    assert 0.2 < alone.active.float().mean() < 0.8
 
 
 def test_models_without_whole_steps_say_why() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import lte
 from lte.hf.acceleration import describe_kernels, is_accelerated
@@ -153,6 +154,17 @@ def test_attention_and_head_alone(made: list[DecoderPlan]) -> None:
     assert isinstance(layer.up, Tensor)
 
 
+def test_folders_that_transformers_quantises(made: list[DecoderPlan], tmp_path: Path) -> None:
+    step_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(INT8))
+    plain = model.generate(**prompt(), **GREEDY)
+    assert torch.equal(lte.accelerate_(model).generate(**prompt(), **GREEDY), plain)
+    assert isinstance(made[0].layers[1].down, Quantized)
+    # It leaves a head that is the embedding as it is.
+    assert isinstance(made[0].head, Tensor)
+    assert made[0].head.data_ptr() == made[0].embedding.data_ptr()
+
+
 def test_ffns_that_are_quantised_in_part_are_refused() -> None:
     model = step_model()
     quantization.quantize_(model, INT8, filter_fn=lambda module, name: name.endswith("up_proj"))
@@ -222,6 +234,26 @@ def test_half_bytes_of_plain_int4() -> None:
         expected = values * scales.repeat_interleave(32, 1) + zeros.repeat_interleave(32, 1)
         assert torch.allclose(dense.T if transposed else dense, expected, atol=1e-6)
         assert (found.bits, found.group) == (4, 32)
+
+
+def test_int4_tiles_are_read_through_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor import Int4TilePackedTo4dTensor
+    from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
+
+    # 12 outputs and 96 inputs that are filled up to 16 and 128, as torchao does.
+    values, groups = torch.randint(0, 16, (12, 96)), 4
+    scales, zeros = (torch.rand(2, 16, groups) + 0.1).bfloat16()
+    spread = [each[:12, :3].float().repeat_interleave(32, 1) for each in (scales, zeros)]
+    dense = (values - 8) * spread[0] + spread[1]
+    pairs = pack_tinygemm_scales_and_zeros(scales, zeros, torch.bfloat16)
+    weight = Int4TilePackedTo4dTensor(torch.zeros(1, dtype=torch.int32), pairs, [1, 32], torch.Size((12, 96)))
+    # The kernel that multiplies by them is a GPU's.
+    product = lambda x, w: (x.float() @ dense.T).bfloat16()  # noqa: E731
+    monkeypatch.setattr("lte.nn.torchao_weights.functional.linear", product)
+    found = quantized_matrix(weight, torch.bfloat16)
+    assert torch.equal(found.values, (values - 8).to(torch.int8))
+    assert torch.allclose(found.dense(torch.float32), dense)
+    assert torch.equal(quantized_matrix(weight, torch.bfloat16, transposed=True).values, found.values.T)
 
 
 @pytest.mark.gpu
