@@ -21,6 +21,7 @@ from torch import Tensor
 import lte
 from lte.bench.gate import relative_rms
 from lte.bench.text import read_text, text_ids
+from lte.eval.answers import agreement
 from lte.eval.models import load_any_model
 from lte.files import write_json_atomic
 from lte.hf.dense import load_tokenizer
@@ -53,29 +54,19 @@ def answers(model: Any, prompts: Tensor, batch: int, tokens: int, **settings: An
     return torch.cat(found), logits
 
 
-def first_difference(one: Tensor, other: Tensor) -> int | None:
-    """Where two answers [T] first differ."""
-    places = (one != other).nonzero()
-    return int(places[0]) if len(places) else None
-
-
 def compare(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:
     """How far answers agree; logits are compared as long as the tokens before them are the same."""
-    differences = [first_difference(*pair) for pair in zip(one[0], other[0], strict=True)]
-    length = one[0].shape[1]
-    same = [length if place is None else place for place in differences]
+    agreed, length = agreement(one[0], other[0]), one[0].shape[1]
+    same = [length if place is None else place for place in agreed["first_differences"]]
     errors = [
         relative_rms(logits[: place + 1], expected[: place + 1])
         for logits, expected, place in zip(one[1], other[1], same, strict=True)
     ]
     return {
-        "prompts": len(same),
+        **agreed,
         "tokens_of_each": length,
-        "equal_prompts": sum(place == length for place in same),
-        "share_of_tokens_before_the_first_difference": sum(same) / (length * len(same)),
         "logits_relative_rms_median": sorted(errors)[len(errors) // 2],
         "logits_relative_rms_max": max(errors),
-        "first_differences": differences,
     }
 
 

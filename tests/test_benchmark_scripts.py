@@ -13,16 +13,21 @@ from typing import Any
 import pytest
 import torch
 
+import lte
 from lte.bench import timing
 from lte.bench.bytes import router_bytes
 from lte.bench.models import model_pair
 from lte.bench.routing import active_count
 from lte.bench.rows import REQUIRED_FIELDS
 from lte.eval.models import load_any_model
+from lte.hf.dense import load_tokenizer
+from lte.ops.step import engines
+from lte.ops.step.reference import ReferenceEngine
 from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
+from tests.cli.conftest import save_tiny_model
 from tests.hf.gguf_files import tiny_llama, train_tokenizer, write_gguf
-from tests.tiny_models import tiny_dense_model
+from tests.tiny_models import randomise_routers_, tiny_dense_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -121,3 +126,69 @@ class TestCpuStep:
         assert rows["llama.cpp"]["median_ms"] == 2.5
         assert rows["llama.cpp"]["ratio_to_dense"] == 2.5 / rows["dense eager"]["median_ms"]
         assert load_inputs([tmp_path / "out_smollm2_135m.json"]).benches
+
+
+class TestRoundedSteps:
+    def test_rows_of_each_format(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("torchao")
+        module = script("rounded_steps")
+        made: list[Any] = []
+
+        def make(plan: Any) -> Any:
+            made.append(plan)
+            return ReferenceEngine(plan)
+
+        monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
+        monkeypatch.setattr(engines, "make_engine", make)
+        save_tiny_model(tmp_path / "dense")
+        model = lte.sparsify_(load_any_model(str(tmp_path / "dense")), lte.LteConfig(expert_size=8, grouping="random"))
+        randomise_routers_(model).save_pretrained(tmp_path / "sparse")
+        load_tokenizer(tmp_path / "dense").save_pretrained(tmp_path / "sparse")
+        flags = [
+            "--weights",
+            "native",
+            "int8",
+            "int4-32",
+            "--batches",
+            "1",
+            "2",
+            "--dtype",
+            "float32",
+            "--context",
+            "24",
+        ]
+        flags += ["--prompt-length", "8", "--repeats", "2", "--output", str(tmp_path / "rows.json")]
+        module.main([str(tmp_path / "sparse"), *flags])
+        rows = read_json(tmp_path / "rows.json")["rows"]
+        assert len(rows) == 3 * 2 * 3
+        assert all(row["median_ms"] > 0 and "note" not in row for row in rows)
+        for row in rows:
+            assert (row["sparsity"] > 0.2) == (row["provider"] == module.LTE_STEP)
+        sizes = [row["bytes_per_weight"] for row in rows[::6]]
+        assert sizes == sorted(sizes, reverse=True)
+        assert {type(plan.head).__name__ for plan in made} == {"Tensor", "Quantized"}
+        assert {plan.layers[0].router is None for plan in made} == {True, False}
+
+    def test_what_cannot_run_has_a_note(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engines, "unfit", lambda plan, caches: "it is Monday")
+        save_tiny_model(tmp_path / "dense")
+        model = lte.sparsify_(load_any_model(str(tmp_path / "dense")), lte.LteConfig(expert_size=8, grouping="random"))
+        model.save_pretrained(tmp_path / "sparse")
+        load_tokenizer(tmp_path / "dense").save_pretrained(tmp_path / "sparse")
+        flags = [
+            "--weights",
+            "native",
+            "--batches",
+            "1",
+            "--dtype",
+            "float32",
+            "--context",
+            "16",
+            "--prompt-length",
+            "8",
+        ]
+        module = script("rounded_steps")
+        with pytest.warns(RuntimeWarning, match="it is Monday"):
+            module.main([str(tmp_path / "sparse"), *flags, "--repeats", "2", "--output", str(tmp_path / "rows.json")])
+        rows = read_json(tmp_path / "rows.json")["rows"]
+        assert [row.get("note") for row in rows] == ["NoPlanError: it is Monday"] * 2 + [None]

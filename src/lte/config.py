@@ -23,6 +23,12 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 KERNELS = ("auto", "off", "int8")
 """What computes an LTE model's FFNs, see `lte.eval.kernels.use_kernels_`."""
 
+WEIGHT_GROUPS = {"int4": 128, "int4-64": 64, "int4-32": 32}
+"""Inputs that share a scale, of weights in 4 bits."""
+
+WEIGHTS = ("native", "int8", *WEIGHT_GROUPS)
+"""What torchao rounds weights to before a model is measured, see `lte.eval.rounding.round_weights_`."""
+
 # Added to the squared distance in the separability loss: bounds it by 1 / POLE_GUARD at G = tau, where Eq. 6
 # is infinite. The steepest slope, 0.65 / POLE_GUARD**1.5, is 650 at 0.01; see docs/method.md for what that
 # means.

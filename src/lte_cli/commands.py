@@ -20,6 +20,8 @@ COMMANDS = {
     "data": "Shows what lte reads of files: the columns it uses and how, and a row as the model will see it.",
     "eval": "Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per "
     "token.",
+    "steadiness": "Says how steady the routing is: decisions and tokens that number formats, batches and kernels "
+    "change.",
     "generate": "Continues a prompt and says how fast, and what share of its neurons the model used for this text.",
     "bench": "Times FFNs, decoding steps and prompts of a sparse model and of dense baselines, side by side in one "
     "run.",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lte.ops.quantize import dequantize_rows, quantize_rows
+from lte.ops.step.plan import Quantized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -65,3 +66,14 @@ def test_what_is_no_weight_is_refused() -> None:
     for value in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="weight must be finite"):
             quantize_rows(torch.tensor([[1.0, value]]))
+
+
+@pytest.mark.parametrize("with_zeros", [False, True])
+def test_rows_of_a_quantized_matrix_are_split(with_zeros: bool) -> None:
+    values = torch.randint(-8, 8, (7, 12), dtype=torch.int8)
+    scales, zeros = torch.rand(2, 7, 3)
+    whole = Quantized(values=values, scales=scales, zeros=zeros if with_zeros else None, bits=4)
+    parts = whole.split([2, 4, 1])
+    assert [len(part) for part in parts] == [2, 4, 1]
+    assert {(part.bits, part.group) for part in parts} == {(4, 4)}
+    assert torch.equal(torch.cat([part.dense(torch.float32) for part in parts]), whole.dense(torch.float32))

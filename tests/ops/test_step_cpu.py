@@ -141,6 +141,29 @@ def test_random_decoders(check: Callable, seed: int) -> None:
     check(random_plan(seed), torch.randint(VOCABULARY, (9, batch)), starts, ring=chance.random() < 0.5)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_it_says_which_experts_the_last_layer_switched_on(seed: int) -> None:
+    plan, batch = random_plan(seed), 3
+    router = torch.randn(6, plan.embedding.shape[1])
+    last = dataclasses.replace(plan.layers[-1], router=router, router_bias=None)
+    up = torch.randn(48, plan.embedding.shape[1])
+    last = dataclasses.replace(last, up=up, gate=None, down=up.clone(), up_bias=None, gate_bias=None)
+    plan = dataclasses.replace(plan, layers=[*plan.layers[:-1], last])
+    ours, theirs = (make_caches(plan, batch, 6) for _ in range(2))
+    step, reference = CpuEngine(plan).bind(ours), ReferenceEngine(plan).bind(theirs)
+    found = []
+    for position in range(4):
+        given = (
+            torch.randint(VOCABULARY, (batch,)),
+            torch.full((batch,), position),
+            torch.zeros(batch, dtype=torch.long),
+        )
+        step(*given), reference(*given)
+        assert torch.equal(step.active(), reference.active())
+        found.append(step.active())
+    assert 0 < torch.stack(found).float().mean() < 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(6))
 def test_16_bit_decoders(check: Callable, seed: int, dtype: torch.dtype) -> None:

@@ -102,6 +102,20 @@ def test_fp32_matches_the_reference(
     assert_steps_match(machine, plan, 1 + index % 4, 1e-5, relative_rms, **extra)
 
 
+def test_it_says_which_experts_the_last_layer_switched_on(emulator: Callable[..., Emulator]) -> None:
+    torch.manual_seed(0)
+    plan = random_plan(Shape(), torch.float32)
+    caches = new_caches(plan, 3, 6)
+    step, reference = CudaEngine(plan, emulator()).bind(caches), ReferenceEngine(plan).bind(copied(caches))
+    found = []
+    for index in range(4):
+        inputs = step_inputs(plan, 3, index, [0, 0, 1])
+        step(*inputs), reference(*inputs)
+        assert torch.equal(step.active(), reference.active())
+        found.append(step.active())
+    assert 0 < torch.stack(found).float().mean() < 1
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["down", "out"])
 def test_what_is_no_finite_number_reaches_the_logits(

@@ -123,3 +123,25 @@ def test_lte_off_the_envelope_and_alone() -> None:
     assert sentence(compared(DENSE, lte(0.5, 21.0), lte(0.7, 22.0))) == (
         "No other method was measured where LTE saves 46.7% of the FFNs' bytes or more."
     )
+
+
+def test_rounded_weights_stand_beside_all_others_but_are_no_reference() -> None:
+    rounded = [
+        point("dense", 0.0, 19.9, label="dense-int8", weights="int8", bytes_per_token=101e6),
+        lte(0.5, 21.1, label="lte-int8", weights="int8", bytes_per_token=72e6),
+    ]
+    tradeoff = compared(DENSE, lte(0.5, 21.0), lte(0.7, 22.0), *rounded)
+    assert tradeoff.reference is not None
+    assert tradeoff.reference.label is None
+    assert not tradeoff.reference.is_rounded
+    assert len(tradeoff.dense) == 2
+    # Of the FFNs' share and saving the points in 16 bits alone tell.
+    assert dense_ffn_share(tradeoff) == pytest.approx(0.6)
+    standings = {standing.point.label or standing.point.target: standing for standing in lte_standings(tradeoff)}
+    assert standings["lte-int8"].ffn_saving is None
+    assert standings["lte-int8"].saving == pytest.approx(1 - 72 / 200)
+    assert standings[0.5].ffn_saving == pytest.approx(0.5 - 2 / 60)
+    # The dense model in int8 reads fewer bytes than LTE at 50%, and is better.
+    assert standings[0.5].rival_value == 19.9
+    assert not standings[0.5].on_envelope
+    assert "of the FFNs' bytes" in sentence(tradeoff)

@@ -21,7 +21,7 @@ from lte.cli.command import (
     reports_errors,
     takes_settings,
 )
-from lte.config import DTYPE_NAMES, GFLOP, KERNELS, check_choice, check_whole_number
+from lte.config import DTYPE_NAMES, GFLOP, KERNELS, WEIGHTS, check_choice, check_whole_number
 from lte.data.config import DataConfig, check_sources
 from lte.data.tasks.registry import TaskConfig, check_no_text
 from lte.files import check_place
@@ -89,6 +89,13 @@ def eval_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="float32|bfloat16|float16")] = "float32",
     kernels: KernelsOption = "auto",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="What torchao rounds the weights to first: 8 bits, or 4 bits in groups of 128, 64 or 32.",
+            metavar="|".join(WEIGHTS),
+        ),
+    ] = "native",
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
     **given: Any,
 ) -> None:
@@ -104,6 +111,7 @@ def eval_command(
     check_harness_flags(given)
     check_choice("dtype", dtype, DTYPE_NAMES)
     check_choice("kernels", kernels, KERNELS)
+    check_choice("weights", weights, WEIGHTS)
     harness = build(HarnessConfig, given) if "harness" in given else None
     # `limit` is of the question sets here.
     task = build(TaskConfig, {} if harness else given)
@@ -120,20 +128,24 @@ def eval_command(
         check_place("json", json)
     check_model("model", model)
 
+    from lte.eval.kernels import use_kernels_
     from lte.eval.models import load_any_model, task_record
+    from lte.eval.rounding import check_torchao, memory_bytes, round_weights_
     from lte.hf.acceleration import describe_kernels
     from lte.hf.dense import load_tokenizer
     from lte.records import write_record
     from lte.runs.workload import workload_of
 
     quiet_transformers()
+    check_torchao(weights)
     if harness is not None:
-        loaded, names = load_any_model(model, dtype, kernels), {"model": model, "dtype": dtype}
+        names = {"model": model, "dtype": dtype, "weights": weights}
+        loaded = use_kernels_(round_weights_(load_any_model(model, dtype), weights), kernels)
         run_harness(loaded, load_tokenizer(model), harness, batch_size, names, json)
         return
     splits = (None, given.get("split") or given.get("validation_split"))
     work = workload_of(task, data, load_tokenizer(model), batch_size, splits)
-    loaded = work.load_model(model, dtype, kernels)
+    loaded = use_kernels_(round_weights_(work.load_model(model, dtype), weights), kernels)
     work.load_data(loaded)
     start = time.monotonic()
     result = work.measure(loaded)
@@ -147,6 +159,8 @@ def eval_command(
         tokens_trained=0,
         wall_time_s=time.monotonic() - start,
         config={**work.settings, "data_info": work.info, "dtype": dtype, "kernels": describe_kernels(loaded)},
+        weights=weights,
+        weights_memory_bytes=memory_bytes(loaded),
     )
     print_evaluation(Console(), record)
     if json is not None:
@@ -166,7 +180,8 @@ def print_evaluation(console: Console, record: ResultRecord) -> None:
         table.add_row(name.replace("_", " "), f"{value:.3f}{note}")
     table.add_row("FFN sparsity, measured", sparsity)
     table.add_row("GFLOPs per token", f"{record['flops_per_token'] / GFLOP:.4f} (block linears, 1 G = 2^30)")
-    table.add_row("weight MB per token", f"{record['bytes_per_token'] / 1e6:.1f} (16-bit weights, batch 1)")
+    weights = "16-bit" if record.get("weights", "native") == "native" else record["weights"]
+    table.add_row("weight MB per token", f"{record['bytes_per_token'] / 1e6:.1f} ({weights} weights, batch 1)")
     console.print(table)
 
 
@@ -180,10 +195,11 @@ def run_harness(
         tokenizer: the model's.
         config: what to run.
         batch_size: rows per forward pass.
-        names: what the records say of the network, `model` and `dtype`.
+        names: what the records say of the network, `model`, `dtype` and `weights`.
         json: the record's file; of several tasks each has a file with its name before the suffix.
     """
     from lte.eval.harness import evaluate_harness, quiet_harness
+    from lte.eval.rounding import memory_bytes
     from lte.hf.acceleration import describe_kernels
     from lte.records import result_record, write_record
 
@@ -201,7 +217,8 @@ def run_harness(
     )
     settings = {**asdict(config), "batch_size": batch_size, "harness_version": result.harness_version}
     settings |= {"dtype": names["dtype"], "kernels": describe_kernels(network)}
-    common = {"model": names["model"], "seed": 0, "tokens_trained": 0}
+    common = {"model": names["model"], "seed": 0, "tokens_trained": 0, "weights": names["weights"]}
+    common["weights_memory_bytes"] = memory_bytes(network)
     _print_scores(Console(), names["model"], result)
     if json is None:
         return

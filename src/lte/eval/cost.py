@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lte.eval.flops import block_linears, count_linear_weights
+from lte.eval.rounding import bytes_per_weight
 from lte.eval.sparsity import Measurement
 from lte.hf.families import dense_ffns, family_of
 from lte.hf.install import num_neurons
 from lte.hf.loading import method_settings
 from lte.methods import config_of, method_of
+from lte.nn.torchao_weights import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Cost:
             is gone.
         weight_sparsity: share of the weights of all block linears that is not read.
         flops_per_token: 2 per weight read, routers and predictors included; zeros of pruned weights do not count.
-        bytes_per_token: 2 per weight read, 4 per weight of a router or predictor. A matrix with zeros among its
-            weights takes 2 bytes per non-zero and 1 bit per weight, which says where they are, where that is less.
-            2:4 takes the same: 2 bits for each of the two of four.
+        bytes_per_token: 2 per weight read, or what torchao left of them where it rounded the weights
+            (`lte.nn.torchao_weights.stored_bytes`), and 4 per weight of a router or predictor. A matrix with zeros
+            among its weights takes 2 bytes per non-zero and 1 bit per weight, which says where they are, where that is
+            less. 2:4 takes the same: 2 bits for each of the two of four.
     """
 
     sparsity: float
@@ -69,17 +72,19 @@ def measured_cost(model: Any, measurement: Measurement | None) -> Cost:
         raise ValueError("measurement must say what was read, got one of an earlier version; measure the model again")
     read = total - measurement.dense_weights + measurement.weights_read
     selector = measurement.selector_weights
-    return Cost(measurement.sparsity, 1 - read / total, 2 * (read + selector), 2 * read + 4 * selector)
+    bytes_read = bytes_per_weight(model) * read + 4 * selector
+    return Cost(measurement.sparsity, 1 - read / total, 2 * (read + selector), bytes_read)
 
 
 def _stock_cost(model: Any, total: int) -> Cost:
     """The cost of a stock model, which a method may have left with zeros among its weights, or with fewer neurons."""
     method = method_of(model)
-    sizes = [(linear.weight.numel(), linear.weight.numel()) for linear in block_linears(model)]
+    weights = [linear.weight for linear in block_linears(model)]
+    nonzero, stored = sum(weight.numel() for weight in weights), sum(map(stored_bytes, weights))
     if method is not None and method.zeroes_weights:
-        sizes = [(linear.weight.numel(), int(linear.weight.count_nonzero())) for linear in block_linears(model)]
-    nonzero = sum(count for _, count in sizes)
-    stored = sum(min(2 * size, 2 * count + size / 8) for size, count in sizes)
+        sizes = [(weight.numel(), int(weight.count_nonzero())) for weight in weights]
+        nonzero = sum(count for _, count in sizes)
+        stored = sum(min(2 * size, 2 * count + size / 8) for size, count in sizes)
     family = family_of(model.config)
     neurons = num_neurons(next(iter(dense_ffns(model, family).values())), family.layout)
     dense_neurons = (method_settings(model.config) or {}).get("dense_neurons", neurons)

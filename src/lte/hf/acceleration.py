@@ -16,6 +16,7 @@ from lte.hf.projections import is_plain_projection, projection_name
 from lte.hf.stepping import forget_engine
 from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
 from lte.nn.all_or_nothing import all_or_nothing, keep_data, on_failure
+from lte.nn.quantized_ffn import QuantizedFfn
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import DTYPES, EXPERT_SIZES
@@ -31,7 +32,9 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     `.to()` and LoRA go on working. An accelerated model is left as it is.
 
     Args:
-        model: an LTE model in float32, float16 or bfloat16 on CUDA devices or the CPU.
+        model: an LTE model in float32, float16 or bfloat16 on CUDA devices or the CPU; or one whose linear layers
+            torchao quantised to 8 or 4 bits (`torchao.quantization.quantize_`), which then decodes by whole steps where
+            an engine computes them, and otherwise as before.
         weights: `native` keeps them; `int8` rounds them to 8 bits with a scale per row. The model then
             does nothing but hard mode without gradients, and cannot be saved.
 
@@ -49,19 +52,21 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     fractions = measured if len(measured) == len(ffns) else [None] * len(ffns)
     plans, told = {}, list[str]()
     for (name, ffn), fraction in zip(ffns.items(), fractions, strict=True):
-        if isinstance(ffn, AcceleratedFfn):
+        if isinstance(ffn, AcceleratedFfn | QuantizedFfn):
             _check_same(name, ffn, weights)
         else:
-            plans[name] = Acceleration(_check_ffn(name, ffn), weights, fraction, name, told)
+            plans[name] = Acceleration(_check_ffn(name, ffn, weights), weights, fraction, name, told)
+    rounded = {name for name in plans if QuantizedFfn.fits(ffns[name])}
+    moved = [weight for name in plans if name not in rounded for weight in _weights(ffns[name])]
     if not plans:
         return model
     with all_or_nothing(model):
         if weights == "int8":
-            keep_data(weight for name in plans for weight in _weights(ffns[name]))
+            keep_data(moved)
         else:
-            _lay_back_on_failure([weight for name in plans for weight in _weights(ffns[name])])
+            _lay_back_on_failure(moved)
         for name, plan in plans.items():
-            AcceleratedFfn.install_(ffns[name], plan)
+            (QuantizedFfn if name in rounded else AcceleratedFfn).install_(ffns[name], plan)
     return model
 
 
@@ -93,7 +98,9 @@ def decelerate_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: for a dense model.
     """
-    accelerated = [ffn for ffn in require_sparse_ffns(model).values() if isinstance(ffn, AcceleratedFfn)]
+    ffns = list(require_sparse_ffns(model).values())
+    accelerated = [ffn for ffn in ffns if isinstance(ffn, AcceleratedFfn)]
+    rounded = [ffn for ffn in ffns if isinstance(ffn, QuantizedFfn)]
     for ffn in accelerated:
         # What is kept for a failure would hold the copies.
         ffn.release_()
@@ -102,12 +109,14 @@ def decelerate_(model: nn.Module) -> nn.Module:
         keep_data(weight for ffn in accelerated for weight in _weights(ffn) if not weight.is_floating_point())
         for ffn in accelerated:
             ffn.remove_()
+        for quantized in rounded:
+            quantized.remove_()
     return model
 
 
 def is_accelerated(model: nn.Module) -> bool:
     """Whether the model's FFNs run on the kernels."""
-    return any(isinstance(ffn, AcceleratedFfn) for ffn in sparse_ffns(model).values())
+    return any(isinstance(ffn, AcceleratedFfn | QuantizedFfn) for ffn in sparse_ffns(model).values())
 
 
 def no_kernels(model: nn.Module) -> str | None:
@@ -120,15 +129,18 @@ def describe_kernels(model: nn.Module) -> dict[str, str] | None:
     """What computes the FFNs of an accelerated model, JSON-ready; `None` for another.
 
     Returns:
-        `weights` (native or int8), and what runs 1 to 16 tokens (`decode`) and more (`prefill`).
+        `weights` (native, int8, or torchao for what that quantised), and what runs 1 to 16 tokens (`decode`) and more
+        (`prefill`), module by module.
     """
-    ffn = next((ffn for ffn in sparse_ffns(model).values() if isinstance(ffn, AcceleratedFfn)), None)
+    ffn = next((ffn for ffn in sparse_ffns(model).values() if isinstance(ffn, AcceleratedFfn | QuantizedFfn)), None)
     if ffn is None:
         return None
+    if isinstance(ffn, QuantizedFfn):
+        return dict.fromkeys(("weights", "decode", "prefill"), "torchao")
     return {"weights": ffn.acceleration.weights, **kernel_names(ffn.router.weight.device, ffn.dtype)}
 
 
-def _check_same(name: str, ffn: AcceleratedFfn, weights: WeightFormat) -> None:
+def _check_same(name: str, ffn: AcceleratedFfn | QuantizedFfn, weights: WeightFormat) -> None:
     if ffn.acceleration.weights != weights:
         raise ValueError(
             f"weights must be {ffn.acceleration.weights}, as {name} is accelerated already, got weights={weights}; "
@@ -136,8 +148,12 @@ def _check_same(name: str, ffn: AcceleratedFfn, weights: WeightFormat) -> None:
         )
 
 
-def _check_ffn(name: str, ffn: SparseFfn) -> str:
+def _check_ffn(name: str, ffn: SparseFfn, weights: WeightFormat) -> str:
     """The kernels' name for the FFN's activation, if they can compute it."""
+    if QuantizedFfn.fits(ffn):
+        if weights != "native":
+            raise ValueError(f"weights must be native, as torchao quantised those of {name}, got weights={weights}")
+        return _activation(name, ffn)
     for part in ffn.layout.projections:
         _check_projection(f"{name}.{part}", ffn.part(part), ffn.layout)
     first = ffn.part(ffn.layout.up)
@@ -157,6 +173,10 @@ def _check_ffn(name: str, ffn: SparseFfn) -> str:
     if size not in EXPERT_SIZES:
         known = ", ".join(map(str, EXPERT_SIZES))
         raise ValueError(f"expert_size must be one of {known} for the kernels, got expert_size={size} in {name}")
+    return _activation(name, ffn)
+
+
+def _activation(name: str, ffn: SparseFfn) -> str:
     found = activation_name(ffn.activation_function)
     if found is None:
         known = ", ".join(ACTIVATIONS)

@@ -15,17 +15,20 @@ from lte.hf.activations import activation_name
 from lte.hf.families import BlockLayout, Family, family_of
 from lte.nn.accelerated import AcceleratedFfn
 from lte.nn.ffn_parts import ROLES, bias_of, weight_of
+from lte.nn.quantized_ffn import QuantizedFfn
+from lte.nn.router import Router
+from lte.nn.torchao_weights import is_torchao, quantized_matrix
 from lte.nn.wrapped_ffn import FfnLayout
 from lte.ops.arguments import DTYPES
 from lte.ops.layout import by_neuron
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, Quantized, Rope
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, Matrix, Quantized, Rope
 
 # Those whose frequencies do not depend on how long the text is.
 _ROPES = ("default", "linear", "llama3", "yarn")
 _ATTENTIONS = ("eager", "sdpa")
 # These compute the same in training mode, in which a head is that `resize_token_embeddings` made.
 _SAME_IN_TRAINING = (nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)
-_PLAIN = (*_SAME_IN_TRAINING, nn.Dropout)
+_PLAIN = (*_SAME_IN_TRAINING, nn.Dropout, QuantizedFfn, Router)
 
 
 class NoPlanError(ValueError):
@@ -156,7 +159,7 @@ class _PlanMaker:
         scale = getattr(inner.embed_tokens, "embed_scale", None)
         plan = DecoderPlan(
             layers=layers,
-            embedding=self._weight(inner.embed_tokens, "its embedding"),
+            embedding=self._plain(inner.embed_tokens, "its embedding"),
             final_norm=self._norm(inner.norm),
             head=self._weight(self.model.lm_head, "its head"),
             head_bias=self._bias(self.model.lm_head, "its head"),
@@ -190,7 +193,7 @@ class _PlanMaker:
         block, attention, where = self.block, layer.self_attn, f"layer {index}"
         queries = self.config.num_attention_heads * attention.head_dim
         others = self.config.num_key_value_heads * attention.head_dim
-        weights, biases = list[Tensor](), list[Tensor | None]()
+        weights, biases = list[Matrix](), list[Tensor | None]()
         for name in block.queries_keys_values:
             projection = getattr(attention, name)
             weights.append(self._weight(projection, f"{name} of {where}"))
@@ -199,7 +202,7 @@ class _PlanMaker:
             stacked, sizes = biases[0], (queries, others, others)
             if len(weights[0]) != sum(sizes):
                 raise NoPlanError("its layers differ in their heads")
-            weights = list(weights[0].split(sizes))
+            weights = list[Matrix](weights[0].split(sizes))
             biases = [None] * 3 if stacked is None else list(stacked.split(sizes))
         out = getattr(attention, block.out)
         norms = {name: getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)}
@@ -226,13 +229,27 @@ class _PlanMaker:
             raise NoPlanError(f"{what} is on the meta device")
         return tensor.detach()
 
-    def _weight(self, module: Any, what: str) -> Tensor:
+    def _weight(self, module: Any, what: str) -> Matrix:
         if type(module) is not nn.Linear and not isinstance(module, nn.Embedding):
             raise NoPlanError(f"{what} is a {type(module).__qualname__}")
+        if type(module) is nn.Linear and is_torchao(module.weight):
+            return self._quantized(module, what)
+        return self._plain(module, what)
+
+    def _plain(self, module: Any, what: str) -> Tensor:
         weight = self._tensor(module.weight, what)
         if not weight.is_contiguous():
             raise NoPlanError(f"the rows of {what} are not contiguous")
         return weight
+
+    def _quantized(self, module: Any, what: str, transposed: bool = False) -> Quantized:
+        try:
+            found = quantized_matrix(module.weight, self.dtype, transposed=transposed)
+        except ValueError as error:
+            raise NoPlanError(f"{what} holds {error}") from None
+        if found.values.device != self.device:
+            raise NoPlanError(f"{what} lies on {found.values.device}, and others on {self.device}")
+        return found
 
     def _bias(self, module: Any, what: str) -> Tensor | None:
         return None if module.bias is None else self._tensor(module.bias, what)
@@ -243,6 +260,8 @@ class _PlanMaker:
         return self._tensor(norm.weight, "a norm")
 
     def _ffn(self, ffn: Any, where: str) -> dict[str, Any]:
+        if isinstance(ffn, QuantizedFfn):
+            return self._quantized_ffn(ffn, where)
         if not isinstance(ffn, AcceleratedFfn):
             return self._parts(self._dense_ffn(ffn, where))
         if ffn.router.down is not None:
@@ -255,6 +274,22 @@ class _PlanMaker:
         routing = ffn.routing
         router, bias = (self._view(tensor) for tensor in (routing.rounded_weight(), routing.bias))
         return {**self._parts(ffn), "router": router, "router_bias": bias, "threshold": routing.threshold}
+
+    def _quantized_ffn(self, ffn: QuantizedFfn, where: str) -> dict[str, Any]:
+        if ffn.router.down is not None:
+            raise NoPlanError("its routers are of low rank")
+        if ffn.record_logits:
+            raise NotNowError("its routing is recorded")
+        if ffn.mode != "hard":
+            raise NotNowError(f"the FFN of {where} is in {ffn.mode} mode")
+        name = activation_name(ffn.activation_function)
+        if name is None:
+            raise NoPlanError(f"the activation of {where} is unknown")
+        self.activations.add(name)
+        matrices = ffn.matrices(lambda part, down: self._quantized(part, f"the FFN of {where}", down))
+        biases = {f"{role}_bias": self._view(bias_of(ffn, role)) for role in ROLES}
+        router, bias = (self._view(tensor) for tensor in (ffn.router.weight, ffn.router.bias))
+        return {**matrices, **biases, "router": router, "router_bias": bias, "threshold": ffn.threshold_logit}
 
     def _parts(self, ffn: Any) -> dict[str, Any]:
         found: dict[str, Any] = {role: self._view(weight_of(ffn, role)) for role in ROLES}

@@ -32,6 +32,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from lte.hf.decoder import NoPlanError, NotNowError, decoder_plan, same_memory, take_frequencies_
 from lte.hf.install import sparse_ffns
 from lte.nn.accelerated import AcceleratedFfn
+from lte.nn.quantized_ffn import QuantizedFfn
 from lte.ops.step import engines
 from lte.ops.step.plan import DecoderPlan, DecodeStep, Engine, LayerCache
 
@@ -118,7 +119,7 @@ def _is_plain(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) 
         and not any(getattr(generation_config, name, None) for name in asked)
         and _generates_as_stock(model)
         and not torch.is_grad_enabled()
-        and any(isinstance(ffn, AcceleratedFfn) for ffn in sparse_ffns(model).values())
+        and any(isinstance(ffn, AcceleratedFfn | QuantizedFfn) for ffn in sparse_ffns(model).values())
     )
 
 
@@ -375,8 +376,8 @@ class _Caches:
             ring = isinstance(layer, DynamicSlidingWindowLayer)
             size = min(planned.window, generation.longest) if ring else self.room
             taken = LayerCache(
-                keys=_with_room(layer.keys, held, size),
-                values=_with_room(layer.values, held, size),
+                keys=with_room(layer.keys, held, size),
+                values=with_room(layer.values, held, size),
                 shift=-(self.length - held) % size,
             )
             self.layers.append(taken)
@@ -391,7 +392,7 @@ class _Caches:
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 taken = self.layers[index]
-                keys, values = (_with_room(tensor, self.length, self.room) for tensor in (taken.keys, taken.values))
+                keys, values = (with_room(tensor, self.length, self.room) for tensor in (taken.keys, taken.values))
                 self.layers[index] = replace(taken, keys=keys, values=values)
                 layer.keys, layer.values = keys[:, :, : self.length], values[:, :, : self.length]
         self.run = None
@@ -419,7 +420,7 @@ class _Caches:
                 layer.keys, layer.values = (tensor[:, :, : self.length] for tensor in (taken.keys, taken.values))
 
 
-def _with_room(tensor: Tensor, held: int, size: int) -> Tensor:
+def with_room(tensor: Tensor, held: int, size: int) -> Tensor:
     """A copy of the first `held` tokens of [B, HKV, C, HD] with room for `size`."""
     made = tensor.new_empty(*tensor.shape[:2], size, tensor.shape[3])
     made[:, :, :held] = tensor[:, :, :held]

@@ -18,7 +18,7 @@ class Standing:
         point: of LTE.
         saving: share of the dense reference's bytes that the point saves.
         ffn_saving: the same bytes as a share of those of the dense FFNs, so that routers count against it; `None` where
-            the records do not tell these.
+            the records do not tell these, and of rounded weights, which save bytes of attention, too.
         rival: name of the other curve, `None` if no other method was measured with that few bytes.
         rival_value: its metric there.
         behind: how much better the rival is, in the metric's unit; negative where LTE is better.
@@ -68,7 +68,8 @@ def dense_ffn_share(tradeoff: Tradeoff) -> float | None:
     as wide as each other.
     """
     dense = None if tradeoff.reference is None else tradeoff.reference.mean("megabytes")
-    records = [record for point in tradeoff.points() if point.method == OURS for record in point.records]
+    ours = [point for point in tradeoff.points() if point.method == OURS and not point.is_rounded]
+    records = [record for point in ours for record in point.records]
     known = [
         (each.sparsity, each.flops_per_token, each.bytes_per_token)
         for each in records
@@ -91,7 +92,7 @@ def _standing(
     alone = Standing(
         point=point,
         saving=saving,
-        ffn_saving=None if ffn_share is None else saving / ffn_share,
+        ffn_saving=None if ffn_share is None or point.is_rounded else saving / ffn_share,
         rival=None,
         rival_value=None,
         behind=None,
@@ -137,8 +138,9 @@ def envelope_sentences(tradeoff: Tradeoff, standings: Sequence[Standing]) -> lis
         return ["No point of LTE with known bytes beside a dense model: nothing is said of the envelope."]
     by_curve = itertools.groupby(standings, lambda standing: standing.point.curve)
     found = [_sentence(tradeoff, name, list(own)) for name, own in by_curve]
-    if all(standing.ffn_saving is not None for standing in standings):
-        found.append(_ffn_sentence(tradeoff, standings))
+    of_ffns = [standing for standing in standings if standing.ffn_saving is not None]
+    if of_ffns and all(standing.ffn_saving is not None or standing.point.is_rounded for standing in standings):
+        found.append(_ffn_sentence(tradeoff, of_ffns))
     if any(standing.seeds < 2 for standing in standings):
         found.append("Where one side has a single seed, its standard deviation counts as 0.")
     return found

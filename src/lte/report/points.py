@@ -81,6 +81,11 @@ class Point:
     tokens_trained: Statistic | None
     records: tuple[ResultRecord, ...]
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its weights were rounded before they were measured, to 8 or 4 bits say."""
+        return any(record.get("weights", "native") != "native" for record in self.records)
+
     def mean(self, quantity: str) -> float | None:
         """The mean of one of the numbers above."""
         found: Statistic | None = getattr(self, quantity)
@@ -98,7 +103,7 @@ class Tradeoff:
         metric: what its values mean.
         curves: points of each curve by rising sparsity, dense models left out.
         dense: a point for each dense model.
-        reference: the best of them, `None` if there is none.
+        reference: the best of them whose weights nobody rounded, `None` if there is none.
         failed: records of runs without a finite value.
     """
 
@@ -190,7 +195,9 @@ def _tradeoff(
         by_point[name, record.method, record.label or "", target].append(record)
     points = [_point(place[0], found, metric) for place, found in sorted(by_point.items())]
     best = (max if metric.higher_is_better else min)(
-        (point for point in points if point.method == DENSE), key=lambda point: point.value.mean, default=None
+        (point for point in points if point.method == DENSE and not point.is_rounded),
+        key=lambda point: point.value.mean,
+        default=None,
     )
     curves: dict[str, list[Point]] = defaultdict(list)
     dense: list[Point] = []

@@ -65,9 +65,9 @@ class Folders:
     output: Path
     work: Path
 
-    def record(self, run: Run) -> Path:
-        """The file of a run's record."""
-        return self.output / f"{run.name}.json"
+    def record(self, run: Run, weights: str = "native") -> Path:
+        """The file of a run's record, or of that with rounded weights."""
+        return self.output / f"{run.name}{'' if weights == 'native' else f'-{weights}'}.json"
 
     def has_record(self, run: Run) -> bool:
         """Whether the record is there, as a file or packed with others."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import load_config, measurement_summary, task_record
+from lte.eval.rounding import memory_bytes, round_weights_
 from lte.eval.tasks import TaskResult
 from lte.hf.acceleration import describe_kernels
 from lte.hf.card import write_card
@@ -39,7 +40,7 @@ class Measured:
 
 
 def measure_folder(
-    folder: Path, work: Workload, dtype: str = "float32", kernels: str = "auto", **fields: Any
+    folder: Path, work: Workload, dtype: str = "float32", kernels: str = "auto", weights: str = "native", **fields: Any
 ) -> Measured:
     """Loads a saved folder and measures it as `lte eval` does; its config remembers the sparsity of an LTE model.
 
@@ -48,17 +49,20 @@ def measure_folder(
         work: the data, read already.
         dtype: of the weights, a key of `lte.eval.models.DTYPES`.
         kernels: what computes an LTE model's FFNs, one of `lte.eval.kernels.KERNELS`.
+        weights: what the weights are rounded to before, one of `lte.config.WEIGHTS`; of a rounded model the folder
+            remembers nothing.
         fields: of the record that neither the folder nor the data tells: at least `model`, `seed`, `tokens_trained`,
             `wall_time_s` and `config`.
 
     Raises:
         ValueError: if a logit is not finite.
     """
-    model = use_kernels_(work.load_model(str(folder), dtype), kernels, tell=False)
+    model = use_kernels_(round_weights_(work.load_model(str(folder), dtype), weights), kernels, tell=False)
     result = work.measure(model)
     record = task_record(model, result, task=work.name, split=work.split, **fields)
+    record = record.with_fields(weights=weights, weights_memory_bytes=memory_bytes(model))
     record.config.update(kernels=describe_kernels(model))
-    if result.measurement is not None:
+    if result.measurement is not None and weights == "native":
         # The kernels choose their paths by it, and the model card states it.
         config = load_config(str(folder))
         config.lte_measurement = measurement_summary(result.measurement, work.info, record)
@@ -68,7 +72,13 @@ def measure_folder(
 
 
 def measured_record(
-    run: Run, comparison: ComparisonSettings, folders: Folders, work: Workload, made: Made, dense_name: str | None
+    run: Run,
+    comparison: ComparisonSettings,
+    folders: Folders,
+    work: Workload,
+    made: Made,
+    dense_name: str | None,
+    weights: str = "native",
 ) -> ResultRecord:
     """Loads a run's folder, measures it as `lte eval` does, and returns its record.
 
@@ -79,6 +89,7 @@ def measured_record(
         work: its data.
         made: how it was made.
         dense_name: folder of a dense model of the same architecture in the work folder; `None` takes the run's own.
+        weights: what its weights are rounded to before, one of `lte.config.WEIGHTS`; the label then has it at its end.
 
     Raises:
         ValueError: if a logit is not finite.
@@ -88,6 +99,7 @@ def measured_record(
         folder,
         work,
         comparison.dtype,
+        weights=weights,
         **_fields(run, comparison, work.settings, made.data_info),
         tokens_trained=made.tokens_since_start,
         wall_time_s=made.wall_time_s,
@@ -102,6 +114,8 @@ def measured_record(
     if comparison.harness is not None:
         record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness))
     reason = why_not(comparison.latency, causal, run.method)
+    if weights != "native":
+        record, reason = _named(record, weights), "not timed: benchmarks/rounded_steps.py times rounded weights"
     if reason is not None:
         return record.with_fields(**untimed(reason))
     text = work.text_to_decode(model, CONTEXT)
@@ -114,9 +128,17 @@ def measured_record(
     return record.with_fields(**times)
 
 
-def failure_record(run: Run, comparison: ComparisonSettings, work: Workload, failure: str) -> ResultRecord:
-    """The record of a run that failed: no value, and why."""
-    return result_record(
+def _named(record: ResultRecord, weights: str) -> ResultRecord:
+    """A record of rounded weights, whose curves are others than those of the models as they are."""
+    names = {name: f"{value}-{weights}" for name in ("label", "group") if (value := record.get(name))}
+    return record.with_fields(**names, weights=weights)
+
+
+def failure_record(
+    run: Run, comparison: ComparisonSettings, work: Workload, failure: str, weights: str = "native"
+) -> ResultRecord:
+    """The record of a run that failed, or failed with rounded weights: no value, and why."""
+    record = result_record(
         **_fields(run, comparison, work.settings, work.info),
         method=run.method,
         target_sparsity=run.target,
@@ -129,6 +151,7 @@ def failure_record(run: Run, comparison: ComparisonSettings, work: Workload, fai
         latency_note="not timed: the run failed",
         failure=failure,
     )
+    return record if weights == "native" else _named(record, weights)
 
 
 def _fields(

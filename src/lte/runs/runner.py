@@ -196,9 +196,27 @@ class Runner:
             made = make_run(run, self.comparison.model, self.folders, work, before)
         if self.phase == "train" or run not in self.wanted or self.folders.has_record(run):
             return None
-        record = measured_record(run, self.comparison, self.folders, work, made, self._timed_beside(run))
+        beside = self._timed_beside(run)
+        # First, as a run with a record is done.
+        for weights in self._rounded(run):
+            try:
+                rounded = measured_record(run, self.comparison, self.folders, work, made, beside, weights)
+                self.report(f"{run.name} in {weights}: {_numbers(rounded)}")
+            except ValueError as error:
+                # The model as it is can still be measured.
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                rounded = failure_record(run, self.comparison, work, failure, weights)
+                self.report(f"{run.name} in {weights}: FAILED {failure}")
+            write_record(self.folders.record(run, weights), rounded)
+        record = measured_record(run, self.comparison, self.folders, work, made, beside)
         write_record(self.folders.record(run), record)
         return record
+
+    def _rounded(self, run: Run) -> list[str]:
+        """What the run's weights are still to be rounded to and measured; pruned ones are not, whose zeros would go."""
+        if run.method in METHODS and METHODS[run.method].zeroes_weights:
+            return []
+        return [each for each in self.comparison.weights if find_record(self.folders.record(run, each)) is None]
 
     def _fail(self, run: Run, failure: str) -> None:
         """Writes what failed into the record of a run, and of those that need its model if there is none."""
@@ -274,9 +292,13 @@ def _device_works() -> bool:
 def _line(run: Run, record: ResultRecord | None, seconds: float) -> str:
     if record is None:
         return f"{run.name}: made ({seconds:.0f} s)"
+    return f"{run.name}: {_numbers(record)} ({seconds:.0f} s)"
+
+
+def _numbers(record: ResultRecord) -> str:
     return (
-        f"{run.name}: {record.metric} {record.value:.4f}, sparsity {100 * (record.sparsity or 0.0):.2f}%, "
-        f"{(record.bytes_per_token or 0.0) / 1e6:.2f} MB per token ({seconds:.0f} s)"
+        f"{record.metric} {record.value:.4f}, sparsity {100 * (record.sparsity or 0.0):.2f}%, "
+        f"{(record.bytes_per_token or 0.0) / 1e6:.2f} MB per token"
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lte.config import DTYPE_NAMES, LteConfig, check_choice, check_fraction, check_whole_number
+from lte.config import DTYPE_NAMES, WEIGHTS, LteConfig, check_choice, check_fraction, check_whole_number
 from lte.data.config import BUILTIN_TEXTS, DataConfig, check_sources
 from lte.data.tasks.registry import TaskConfig
 from lte.runs.question_sets import KEYS as HARNESS_KEYS
@@ -22,7 +23,7 @@ Stages = Literal["both", "1", "2"]
 PHASES = ("both", "train", "measure")
 KEYS = (
     *("task", "model", "data_dir", "seeds", "defaults", "start", "train", "sparsities", "methods"),
-    *("dtype", "eval_batch_size", "latency", *HARNESS_KEYS),
+    *("dtype", "eval_batch_size", "latency", "weights", *HARNESS_KEYS),
 )
 # Settings with a place of their own in the file.
 ELSEWHERE = {
@@ -124,6 +125,8 @@ class ComparisonSettings:
         dtype: of the weights while a model is measured.
         eval_batch_size: rows per forward pass while it is measured, `None` for as many as in training.
         latency: whether decoding is timed, on GPUs alone.
+        weights: what torchao rounds the weights of every model to (see `lte.config.WEIGHTS`), each measured in a record
+            of its own beside that of the model as it is.
         harness: question sets that every run answers.
         flags: in place of keys of the file, for the command that repeats a run.
     """
@@ -137,6 +140,7 @@ class ComparisonSettings:
     dtype: str = "float32"
     eval_batch_size: int | None = None
     latency: bool = False
+    weights: tuple[str, ...] = ()
     harness: HarnessSettings | None = None
     flags: tuple[str, ...] = ()
 
@@ -219,10 +223,22 @@ def _read(path: Path, overrides: Mapping[str, Any], methods: Mapping[str, Any] |
         dtype=content.get("dtype", "float32"),
         eval_batch_size=batch_size,
         latency=bool(content.get("latency", False)),
+        weights=_weights(content.get("weights") or [], path),
         harness=read_harness(content, str(path)),
         flags=_flags(given),
         **blocks,
     )
+
+
+def _weights(given: Any, path: Path) -> tuple[str, ...]:
+    found = [given] if isinstance(given, str) else given
+    if not isinstance(found, list):
+        raise ValueError(f"weights must be a list of formats, got weights={given!r} in {path}")
+    for name in found:
+        check_choice("weights", name, WEIGHTS)
+        if name != "native" and importlib.util.find_spec("torchao") is None:
+            raise ValueError(f"torchao must be installed for weights={name}, got none: pip install torchao")
+    return tuple(name for name in dict.fromkeys(found) if name != "native")
 
 
 def _block(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:

@@ -208,6 +208,14 @@ class CpuStep:
             library.GOMP_parallel(self._address, frame.ctypes.data, threads, 0)
         return self._logits
 
+    def active(self) -> Tensor:
+        """As the protocol says."""
+        layer = self._plan.layers[-1]
+        assert layer.router is not None
+        start, count = self._offsets["SCORES_OF_EXPERTS"], self._batch * len(layer.router)
+        # Both in fp32, as the kernel compares them.
+        return self._scratch[start : start + count].view(self._batch, -1) > torch.tensor(layer.threshold)
+
     def _check(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> None:
         for name, tensor in (("tokens", tokens), ("positions", positions), ("starts", starts)):
             fits = tensor.is_cpu and tensor.dtype == torch.int64 and tensor.is_contiguous()

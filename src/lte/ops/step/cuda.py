@@ -324,7 +324,7 @@ class CudaStep:
         self._launch: Launch = machine.load(constants)
         self._engine, self._caches, self._inputs = engine, caches, list[Tensor]()
         scratch = self._scratch(constants, machine.blocks)
-        self.logits, self.trace = scratch["logits"], scratch["trace"]
+        self.logits, self.trace, self._masks = scratch["logits"], scratch["trace"], scratch["masks"]
         self._owned = list(scratch.values())
         scratch["layers"] = self._layers(plan, caches)
         scratch["ropes"] = self._ropes(plan)
@@ -421,6 +421,11 @@ class CudaStep:
             self._follow()
         self._launch(args)
         return self.logits
+
+    def active(self) -> Tensor:
+        """See `lte.ops.step.plan.DecodeStep`."""
+        bits = torch.arange(self.batch, device=self.device)
+        return (self._masks >> bits[:, None] & 1).bool()
 
     def _follow(self) -> None:
         """Lets the current stream wait for the last one, as both would write the same memory."""

@@ -11,7 +11,7 @@ S = F / E neurons, V vocabulary, C tokens that a cache holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -60,6 +60,12 @@ class Quantized:
         """g: how many numbers along the input share a scale."""
         (rows, columns), (few_rows, few_columns) = self.shape, self.scales.shape
         return max(rows // few_rows, columns // few_columns)
+
+    def split(self, sizes: Sequence[int]) -> list[Quantized]:
+        """So many rows each, as `Tensor.split`; scales must be of rows."""
+        zeros = [None] * len(sizes) if self.zeros is None else self.zeros.split(list(sizes))
+        parts = zip(self.values.split(list(sizes)), self.scales.split(list(sizes)), zeros, strict=True)
+        return [replace(self, values=values, scales=scales, zeros=zero) for values, scales, zero in parts]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W [N, K], computed in fp32 and rounded once."""
@@ -220,6 +226,13 @@ class DecodeStep(Protocol):
 
         Returns:
             fp32 [B, V], in memory that the next call may write anew.
+        """
+        ...
+
+    def active(self) -> Tensor:
+        """Which experts of the plan's last layer the last call switched on, bool [B, E]; it waits for the device.
+
+        For measurements: a plan of the first layers alone tells what the engine decided in any of them.
         """
         ...
 

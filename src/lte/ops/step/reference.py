@@ -8,7 +8,7 @@ Shapes: see `lte.ops.step.plan`; G = HQ / HKV heads of queries share one of keys
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,13 @@ class ReferenceEngine:
         return ReferenceStep(self.plan, caches)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReferenceStep:
     """See `lte.ops.step.plan.DecodeStep`."""
 
     plan: DecoderPlan
     caches: Sequence[LayerCache]
+    _active: Tensor | None = field(default=None, init=False, repr=False)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
@@ -53,6 +54,11 @@ class ReferenceStep:
             x = x + (out if layer.post2 is None else self._norm(out, layer.post2))
         logits = functional.linear(self._norm(x, plan.final_norm), dense(plan.head, x.dtype), plan.head_bias)
         return _cap(logits, plan.logit_cap).float()
+
+    def active(self) -> Tensor:
+        """As the protocol says."""
+        assert self._active is not None
+        return self._active
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
@@ -105,7 +111,7 @@ class ReferenceStep:
             hidden = activate(functional.linear(x, dense(layer.gate, x.dtype), layer.gate_bias)) * hidden
         if layer.router is not None:
             routing = Routing(weight=layer.router.to(x.dtype), bias=layer.router_bias, threshold=layer.threshold)
-            mask = active_experts(x, routing)
+            self._active = mask = active_experts(x, routing)
             hidden = (hidden.unflatten(-1, (mask.shape[-1], -1)) * mask.unsqueeze(-1)).flatten(-2)
         return functional.linear(hidden, dense(layer.down, x.dtype).T, layer.down_bias)
 
