@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from importlib import import_module
@@ -17,6 +18,9 @@ def main() -> None:
     global is_running
     is_running = True
     sys.stdout, sys.stderr = _forgiving(sys.stdout, 1), _forgiving(sys.stderr, 2)
+    # transformers loads torchao where it is installed, which then names those of its kernels that fit no GPU here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import_module("lte_cli.commands").app(prog_name="lte")
     except KeyboardInterrupt:

@@ -252,8 +252,9 @@ def test_the_dense_control_is_a_stock_model(dense_folder: Path, run: Callable[..
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert record["method"] == "dense"
     assert record["config"]["train"]["distillation_weight"] == 1.0
-    # The student equals its teacher: there is nothing to learn but the rounding errors that AdamW blows up.
-    assert record["value"] == pytest.approx(record["perplexity_before"], rel=0.02)
+    # The student equals its teacher: there is nothing to learn but the rounding errors that AdamW blows up, on some
+    # processors to 2%. Trained on the text it would end at half.
+    assert record["value"] == pytest.approx(record["perplexity_before"], rel=0.1)
 
 
 @pytest.mark.parametrize("grouping", ["coactivation", "contribution"])
