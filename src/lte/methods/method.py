@@ -306,9 +306,10 @@ def calibrate_(
             module.target_sparsity = config.target_sparsity
         action(model, config, batches)
         own: Any = model.config
-        kept = own.lte, getattr(own, "lte_measurement", None)
-        on_failure(lambda: vars(own).update(lte=kept[0], lte_measurement=kept[1]))
-        own.lte, own.lte_measurement = config.to_dict(), None
+        kept = {name: getattr(own, name, None) for name in ("lte", "lte_measurement", "lte_curve")}
+        on_failure(lambda: vars(own).update(kept))
+        # The routers' biases were others when its curve over the threshold was measured.
+        own.lte, own.lte_measurement, own.lte_curve = config.to_dict(), None, None
     return model
 
 
