@@ -20,6 +20,8 @@ COMMANDS = {
     "data": "Shows what lte reads of files: the columns it uses and how, and a row as the model will see it.",
     "eval": "Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per "
     "token.",
+    "calibrate": "Measures the curve of quality, sparsity, bytes and time over a folder's one threshold, and sets the "
+    "threshold.",
     "generate": "Continues a prompt and says how fast, and what share of its neurons the model used for this text.",
     "bench": "Times FFNs, decoding steps and prompts of a sparse model and of dense baselines, side by side in one "
     "run.",
