@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -196,3 +197,16 @@ def test_times_of_all_points_and_of_the_dense_model(model: Any, dense: Any, curv
 def test_prompts_need_room(model: Any) -> None:
     with pytest.raises(ValueError, match="model must have room for a prompt and 64 tokens to be timed, got max_posit"):
         prompts_of(TEXTS, model, new_tokens=64)
+
+
+def test_adapters_around_a_model(model: Any) -> None:
+    own = copy.deepcopy(model)
+    plain = lte.calibrate_curve_(copy.deepcopy(own), TEXTS, sparsities=[0.5], goal=SparsityGoal(target_sparsity=0.6))
+    wrapped: Any = peft.get_peft_model(own, peft.LoraConfig(target_modules=["q_proj"]))
+    found = lte.calibrate_curve_(wrapped, TEXTS, sparsities=[0.5], goal=SparsityGoal(target_sparsity=0.6))
+    # New adapters add nothing.
+    assert [point.threshold for point in found.points] == pytest.approx([point.threshold for point in plain.points])
+    assert [point.sparsity for point in found.points] == pytest.approx([point.sparsity for point in plain.points])
+    assert own.config.lte_curve == found.to_dict()
+    lte.set_sparsity_(wrapped, 0.55)
+    assert own.config.lte["target_sparsity"] == 0.55
