@@ -11,7 +11,7 @@ import typer
 
 from lte.cli.command import KernelsOption, check_model, check_seed, quiet_transformers, reports_errors, takes_settings
 from lte.cli.data import SHARED
-from lte.config import DTYPE_NAMES, KERNELS, check_choice, check_fraction
+from lte.config import DTYPE_NAMES, KERNELS, LteConfig, check_choice, check_fraction
 from lte.data.config import DataConfig, check_sources
 from lte.files import check_place, is_gguf
 from lte.hf.sparsity_curve import SparsityCurve, SparsityGoal, curve_of
@@ -149,8 +149,8 @@ def check_folder_of_lte(model: str) -> dict[str, Any]:
     settings = found.get("lte") or found.get("lte_method")
     if not isinstance(settings, dict):
         raise ValueError(f"{rule}, got {model}, a dense one; `lte train` makes it sparse")
-    name = settings.get("name", "lte")
-    if name != "lte":
+    name = settings.get("name", LteConfig.name)
+    if name != LteConfig.name:
         raise ValueError(f"{rule}, got {model} of the method {name}; `lte.calibrate_` sets what that decides by")
     return found
 

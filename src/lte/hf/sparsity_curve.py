@@ -16,7 +16,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any, Literal, get_args
 
-from lte.config import check_choice, check_fraction
+from lte.config import LteConfig, check_choice, check_fraction
 
 Hold = Literal["mean", "each"]
 """Over several texts: whether their mean meets a target, or each of them does."""
@@ -321,7 +321,7 @@ def curve_of(config: Any, *, why: str = "target_sparsity") -> SparsityCurve:
     """
     read = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
     settings = read("lte")
-    if not isinstance(settings, Mapping) or settings.get("name", "lte") != "lte":
+    if not isinstance(settings, Mapping) or settings.get("name", LteConfig.name) != LteConfig.name:
         name = settings.get("name") if isinstance(settings, Mapping) else None
         kind = "a dense one" if name is None else f"one of the method {name}"
         raise ValueError(f"{why} must be given with an LTE model, whose threshold it moves, got {kind}; leave it out")
