@@ -184,6 +184,23 @@ class TestCurve:
         assert curve.dense.model == str(dense_folder)
         assert json.loads((folder / "config.json").read_text())["lte_measurement"]["model"] == str(dense_folder)
 
+    def test_prompts_count_if_that_is_asked_for(self, run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+        rows = [json.dumps({"prompt": f"{n} times {n} is ", "completion": f"{n * n}"}) for n in range(200)]
+        (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+        flags = ["--texts", tmp_path / "sums.jsonl", *QUICK]
+        found = []
+        for more in ([], ["--count-prompts"]):
+            assert run("calibrate", folder, *flags, *more).exit_code == 0
+            found.append(curve_in(folder))
+        alone, counted = found
+        assert counted.tokens["sums.jsonl"] > 1.5 * alone.tokens["sums.jsonl"]
+        assert counted.settings["count_prompts"]
+        for one, other in zip(alone.points, counted.points, strict=True):
+            if one.threshold == other.threshold:
+                assert one.nll_per_token == other.nll_per_token, "the quality is that of answers"
+                assert one.sparsity != other.sparsity or one.sparsity == 0
+        assert alone.points[0].nll_per_token == counted.points[0].nll_per_token
+
     def test_merged_adapters(
         self, run: Callable[..., Any], given: list[Any], dense_folder: Path, tmp_path: Path
     ) -> None:

@@ -30,6 +30,7 @@ class Measuring:
         batch_size: rows per pass.
         dtype: of the weights.
         kernels: what computes the FFNs.
+        count_prompts: whether the sparsity is that of prompts, too.
         time: whether decoding is timed.
     """
 
@@ -38,6 +39,7 @@ class Measuring:
     batch_size: int
     dtype: str
     kernels: str
+    count_prompts: bool
     time: bool
 
 
@@ -76,6 +78,13 @@ def calibrate(
     ] = None,
     sparsities: Annotated[str, typer.Option(help="Where to measure the curve, about.")] = DEFAULT_SPARSITIES,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text at most.")] = 16384,
+    count_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--count-prompts",
+            help="Count the tokens of prompts, too, in the sparsity of completions and chats, not of answers alone.",
+        ),
+    ] = False,
     time: Annotated[
         bool, typer.Option("--time/--no-time", help="Time decoding by the path that lte generate takes.")
     ] = True,
@@ -98,7 +107,7 @@ def calibrate(
     goal = SparsityGoal(target_sparsity=target_sparsity, max_perplexity_ratio=max_perplexity_ratio, hold=held)
     check_choice("dtype", dtype, DTYPE_NAMES)
     check_choice("kernels", kernels, KERNELS)
-    measuring = Measuring(_parse(sparsities), max_tokens, batch_size, dtype, kernels, time)
+    measuring = Measuring(_parse(sparsities), max_tokens, batch_size, dtype, kernels, count_prompts, time)
     if json is not None:
         check_place("json", json)
     found = check_folder_of_lte(model)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lte.cli.calibrate import Measuring
-from lte.data.batches import Batch
+from lte.data.batches import Batch, as_batches
 from lte.data.config import DataConfig, check_sequence_length, read_documents
 from lte.data.encoding import Encoder
-from lte.data.rows import shuffled
+from lte.data.rows import LmCollator, PromptsCounted, shuffled
 from lte.eval.kernels import use_kernels_
-from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config
+from lte.eval.models import DTYPES, load_any_model, load_config
 from lte.eval.threshold_curve import check_calibrated, measure_curve, prompts_of, time_curve
 from lte.files import write_json_atomic
 from lte.hf.acceleration import describe_kernels
@@ -80,6 +80,7 @@ def measure(
         dtype=measuring.dtype,
         kernels=describe_kernels(model),
         sequence_length=data.sequence_length,
+        count_prompts=measuring.count_prompts,
         hardware=hardware(),
         versions=versions(),
     )
@@ -89,7 +90,9 @@ def _batches(documents: Any, data: DataConfig, tokenizer: Any, measuring: Measur
     """Rows of a text, documents in a drawn order, up to `max_tokens`."""
     encoder = Encoder(data, tokenizer, progress=Console(stderr=True).is_terminal)
     rows, _ = encoder.rows(shuffled(list(documents), data), "validation", measuring.max_tokens)
-    return list(held_out_batches(rows, measuring.batch_size, tokenizer.pad_token_id))
+    collator: Any = LmCollator(tokenizer.pad_token_id)
+    collator = PromptsCounted(collator) if measuring.count_prompts else collator
+    return list(as_batches(rows, None, measuring.batch_size, collator))
 
 
 def _check_same_tokens(dense: str, folder: str, tokenizer: Any, batches: Mapping[str, list[Batch]]) -> None:
