@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import lte
 from lte.eval.models import save_folder
 from lte.hf.dense import load_tokenizer
+from lte.hf.saved_config import rewrite_config
 from lte.hf.sparsity_curve import SparsityCurve
 from lte.methods.cats import CatsConfig
 from tests.cli.conftest import SHORT, save_tiny_model
@@ -147,7 +148,7 @@ class TestCurve:
         assert all(point.ms_per_token for point in curve.points)
         assert curve.dense is not None
         assert curve.dense.ms_per_token
-        assert "ms/token" in result.stdout
+        assert "ms per token" in result.stdout
 
     def test_a_ratio_of_perplexities(
         self, run: Callable[..., Any], folder: Path, given: list[Any], dense_folder: Path
@@ -302,7 +303,7 @@ class TestRemembered:
         assert chosen is not None
         assert chosen.interpolated
         assert "interpolated between measured points; asked for was target-sparsity 0.45" in result.stdout
-        assert "*" in result.stdout
+        assert f"* {chosen.point.logit:.2f}" in result.stdout
         assert (remembering / "model.safetensors").read_bytes() == weights
         assert lte.verify(remembering) == []
         loaded = AutoModelForCausalLM.from_pretrained(remembering)
@@ -316,6 +317,17 @@ class TestRemembered:
         assert result.exit_code == 1
         assert "target_sparsity must lie on the curve that the model remembers" in result.stderr
         assert contents(remembering) == before
+
+    def test_a_damaged_curve_is_measured_anew(
+        self, run: Callable[..., Any], remembering: Path, given: list[Any]
+    ) -> None:
+        rewrite_config(remembering, {"lte_curve": {"points": []}})
+        result = run("inspect", remembering)
+        assert result.exit_code == 1
+        assert "lte_curve must hold the fields points, tokens" in result.stderr
+        result = run("calibrate", remembering, *given, *QUICK)
+        assert result.exit_code == 0, result.output
+        assert len(curve_in(remembering).points) == 5
 
     def test_inspect_shows_it(self, run: Callable[..., Any], remembering: Path, tmp_path: Path) -> None:
         assert run("calibrate", remembering, "--target-sparsity", "0.45").exit_code == 0

@@ -137,7 +137,10 @@ class TestForm:
             ({"tokens": {"wiki": 100}}, "each with all texts"),
             ({"tokens": {"wiki": "many", "code": 1}}, "lte_curve.tokens must be a finite number, got 'many'"),
             ({"hold": "any"}, "hold must be one of mean, each"),
-            ({"more": 1}, "lte_curve must hold the fields"),
+            (
+                {"points": [{"threshold": 0.5}]},
+                "lte_curve.points must hold the fields layer_sparsity, texts, threshold",
+            ),
             ({"dense": {"model": "base"}}, "lte_curve.dense must hold the fields"),
             ({"chosen": {"asked": {}}}, "lte_curve.chosen must hold the fields"),
         ],
@@ -166,10 +169,19 @@ class TestForm:
         with pytest.raises(ValueError, match="must hold points of rising thresholds"):
             SparsityCurve.from_dict(curve(points=curve().points[::-1]).to_dict())
 
-    def test_a_folder_with_a_damaged_curve_names_itself(self, tmp_path: Path) -> None:
+    def test_what_a_later_version_added_is_left_out(self) -> None:
+        data = {**curve().to_dict(), "more": 1}
+        data["points"][0]["texts"]["wiki"]["more"] = 2
+        assert SparsityCurve.from_dict(data) == curve()
+
+    def test_a_folder_with_a_damaged_curve_runs_where_it_is(self, tmp_path: Path) -> None:
         remembering().save_pretrained(tmp_path)
         rewrite_config(tmp_path, {"lte_curve": {"points": []}})
-        with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*lte_curve must hold the fields"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="lte_curve must hold the fields points, tokens, got points; measure it"):
+            lte.set_sparsity_(loaded, 0.5)
+        rewrite_config(tmp_path, {"lte_curve": [1]})
+        with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*lte_curve must hold fields or be null, got"):
             AutoConfig.from_pretrained(tmp_path)
 
 

@@ -159,24 +159,25 @@ def _row(curve: SparsityCurve, point: CurvePoint) -> dict[str, Any]:
 
 
 def curve_table(curve: SparsityCurve, threshold: float | None, title: str) -> Table:
-    """The points of a curve; a star marks the threshold that the model has."""
+    """The points of a curve by the logit of the threshold, see `CurvePoint.logit`; a star marks where the model is."""
     several, timed = len(curve.tokens) > 1, any(point.ms_per_token is not None for point in curve.points)
     between = [curve.chosen.point] if curve.chosen is not None and curve.chosen.interpolated else []
-    columns = ["", "threshold", "sparsity", *(curve.tokens if several else ()), "perplexity"]
-    columns += [*([] if curve.dense is None else ["of dense"]), "MB/token", *(["ms/token"] if timed else [])]
+    columns = ["logit", "sparsity", *(curve.tokens if several else ()), "perplexity"]
+    columns += [*([] if curve.dense is None else ["of dense"]), "MB per token", *(["ms per token"] if timed else [])]
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for point in sorted([*curve.points, *between], key=lambda each: each.threshold):
-        texts = [f"{100 * text.sparsity:.2f}%" for text in point.texts.values()]
+        texts = [f"{100 * text.sparsity:.1f}%" for text in point.texts.values()]
         ratio = curve.perplexity_ratio(point)
-        row = ["*" if point.threshold == threshold else "", f"{point.threshold:.4g}", f"{100 * point.sparsity:.2f}%"]
-        row += [*(texts if several else []), f"{point.perplexity:.4g}", *([] if ratio is None else [f"{ratio:.4f}"])]
-        row += [f"{point.bytes_per_token / 1e6:.4g}", *([_milliseconds(point.ms_per_token)] if timed else [])]
+        mark = "* " if point.threshold == threshold else ""
+        row = [f"{mark}{point.logit:.2f}", f"{100 * point.sparsity:.1f}%"]
+        row += [*(texts if several else []), f"{point.perplexity:.4g}", *([] if ratio is None else [f"{ratio:.3f}"])]
+        row += [f"{point.bytes_per_token / 1e6:.3g}", *([_milliseconds(point.ms_per_token)] if timed else [])]
         table.add_row(*row)
     if (dense := curve.dense) is not None:
-        row = ["", "dense", "", *([""] * len(curve.tokens) if several else []), f"{dense.perplexity:.4g}", "1"]
-        row += [f"{dense.bytes_per_token / 1e6:.4g}", *([_milliseconds(dense.ms_per_token)] if timed else [])]
+        row = ["dense", "", *([""] * len(curve.tokens) if several else []), f"{dense.perplexity:.4g}", "1"]
+        row += [f"{dense.bytes_per_token / 1e6:.3g}", *([_milliseconds(dense.ms_per_token)] if timed else [])]
         table.add_row(*row)
     return table
 

@@ -45,6 +45,8 @@ SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 MAX_TOKENS = 16384
 # On a CPU a model of a billion parameters writes some ten tokens a second: a dozen thresholds in turn take minutes.
 TIMED_TEXTS, PROMPT_TOKENS, NEW_TOKENS = 3, 64, 16
+# Of a sparsity where to measure: a point so near does for it.
+NEAR = 0.005
 # Further thresholds that a goal may take.
 TRIES = 8
 
@@ -258,6 +260,8 @@ class _Sweep:
                 if level == 0:
                     self.at(threshold_of(-LARGEST_LOGIT))
                     continue
+                if any(abs(point.sparsity - level) < NEAR for point in self._found.values()):
+                    continue
                 # What later layers made of the threshold before this one holds about for this one, too.
                 share = min(max(level + missed, 0.0), 1.0)
                 moved = logit(current) + logit_quantile(shares, share)
@@ -296,7 +300,7 @@ class _Sweep:
             else:
                 # The sparsest, where noise makes several.
                 around = [pair for pair in pairwise(points) if value(pair[0]) < wanted < value(pair[1])]
-                if not around:
+                if not around or around[-1][1].sparsity - around[-1][0].sparsity < TOLERANCE:
                     break
                 low, high = around[-1]
                 part = (wanted - value(low)) / (value(high) - value(low))

@@ -37,7 +37,7 @@ from lte.hf.checkpoints import reading, record_checksums, require_whole
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
 from lte.hf.install import sparse_ffns
-from lte.hf.sparsity_curve import SparsityCurve, curve_of
+from lte.hf.sparsity_curve import curve_of
 from lte.hf.stepping import SteppingMixin
 from lte.hf.threshold import set_sparsity_
 
@@ -96,9 +96,9 @@ def _checked_measurement(found: Any) -> dict[str, Any] | None:
 
 
 def _checked_curve(found: Any) -> dict[str, Any] | None:
-    """What `lte_curve` holds, if it is what `lte.hf.sparsity_curve.SparsityCurve.to_dict` makes."""
-    if found is not None:
-        SparsityCurve.from_dict(found)
+    """What `lte_curve` holds. Its fields are read where they are needed: a model runs and is measured anew without."""
+    if not isinstance(found, dict | None):
+        raise ValueError(f"lte_curve must hold fields or be null, got lte_curve={found!r}")
     return found
 
 

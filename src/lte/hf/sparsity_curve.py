@@ -10,8 +10,8 @@ Shapes: L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from statistics import fmean
 from typing import Any, Literal, get_args
@@ -279,7 +279,7 @@ class SparsityCurve:
         """Reads what `to_dict` wrote.
 
         Raises:
-            ValueError: if a newer lte wrote it, or fields are missing, unknown or wrong.
+            ValueError: if a newer lte wrote it, or fields are missing or wrong.
         """
         version = data.get("version") if isinstance(data, Mapping) else None
         if isinstance(version, int) and version > CURVE_VERSION:
@@ -287,7 +287,7 @@ class SparsityCurve:
                 f"lte_curve was written by a newer lte: it has version={version}, this lte reads up to "
                 f"{CURVE_VERSION}; install that newer lte, or measure the curve again with `lte calibrate`"
             )
-        values = _read(cls, "lte_curve", data, ignored=("version",))
+        values = _read(cls, "lte_curve", data)
         points = _list("lte_curve.points", values["points"], _point)
         dense, chosen = values.get("dense"), values.get("chosen")
         curve = cls(
@@ -446,16 +446,17 @@ def _checked_hold(hold: Any) -> Hold:
     return hold
 
 
-def _read(cls: type, where: str, data: Any, ignored: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass in `data`: all that have no default, and no unknown ones."""
+def _read(cls: type, where: str, data: Any) -> dict[str, Any]:
+    """The fields of a dataclass in `data`, at least those without a default; what a later version added is left out."""
     known = {each.name for each in fields(cls)}
-    required = {"points", "tokens"} if cls is SparsityCurve else known - {"ms_per_token"}
-    if not isinstance(data, Mapping) or not required <= set(data) <= {*known, *ignored}:
+    needed = {each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING}
+    if not isinstance(data, Mapping) or not needed <= set(data):
         got = ", ".join(sorted(map(str, data))) if isinstance(data, Mapping) else repr(data)[:40]
         raise ValueError(
-            f"{where} must hold the fields {', '.join(sorted(known))}, got {got}; measure it again with `lte calibrate`"
+            f"{where} must hold the fields {', '.join(sorted(needed))}, got {got}; measure it again with "
+            "`lte calibrate`"
         )
-    return dict(data)
+    return {name: value for name, value in data.items() if name in known}
 
 
 def _number(where: str, value: Any) -> float:
