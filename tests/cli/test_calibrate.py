@@ -269,6 +269,12 @@ class TestRefusals:
         self.refused(run, message, made, *given, *flags)
         assert contents(made) == before
 
+    def test_a_folder_that_cannot_be_written(
+        self, run: Callable[..., Any], made: Path, given: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lte.cli.calibrate.os.access", lambda path, mode: False)
+        self.refused(run, f"got {made}, in which nothing can be written; copy it", made, *given)
+
     def test_a_text_twice(self, run: Callable[..., Any], made: Path, texts: list[Path]) -> None:
         self.refused(run, f"texts must each be given once, got {texts[0]} twice", made, *["--texts", texts[0]] * 2)
 

@@ -29,6 +29,7 @@ from lte.hf.sparsity_curve import (
     describe_choice,
     threshold_of,
 )
+from lte.hf.stepping import has_engine
 from lte.hf.threshold import set_threshold_, take_choice_
 from lte.methods.cats import CatsConfig
 from tests.tiny_models import VOCAB, tiny_dense_model, tiny_sparse_model
@@ -297,6 +298,19 @@ class TestModels:
         if accelerated:
             fractions = [ffn.acceleration.active_fraction for ffn in lte.sparse_ffns(model).values()]
             assert fractions == pytest.approx([0.5, 0.4])
+
+    def test_whole_decoding_steps_take_the_moved_threshold(self) -> None:
+        model = lte.accelerate_(tiny_sparse_model())
+        other = lte.accelerate_(set_threshold_(tiny_sparse_model(), 0.9))
+        settings = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        ids = torch.arange(3, 9)[None]
+        before = model.generate(ids, **settings)
+        assert has_engine(model)
+        set_threshold_(model, 0.9)
+        moved, wanted = model.generate(ids, **settings), other.generate(ids, **settings)
+        assert has_engine(model)
+        assert all(torch.equal(*pair) for pair in zip(moved.logits, wanted.logits, strict=True))
+        assert not torch.equal(moved.logits[1], before.logits[1])
 
     @pytest.mark.parametrize("threshold", [0.0, 1.0, 1.2])
     def test_a_threshold_that_is_none(self, threshold: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,6 +162,8 @@ def check_folder_of_lte(model: str) -> dict[str, Any]:
     name = settings.get("name", LteConfig.name)
     if name != LteConfig.name:
         raise ValueError(f"{rule}, got {model} of the method {name}; `lte.calibrate_` sets what that decides by")
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{rule} and written, got {model}, in which nothing can be written; copy it")
     return found
 
 

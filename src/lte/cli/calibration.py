@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,11 @@ def measure(
     tokenizer = load_tokenizer(folder)
     documents = {name: read_documents(source, data) for name, source in sources.items()}
     batches = {name: _batches(found, data, tokenizer, measuring) for name, found in documents.items()}
-    if dense is not None:
-        _check_same_tokens(dense, folder, tokenizer, batches)
+    other = None if dense is None else _load_dense(dense, folder, tokenizer, batches, measuring)
     model = use_kernels_(load_any_model(folder, measuring.dtype), measuring.kernels)
-    for rows in batches.values():
-        for batch in rows:
-            check_tokens(model, batch["input_ids"])
+    for batch in chain.from_iterable(batches.values()):
+        check_tokens(model, batch["input_ids"])
     prompts = prompts_of(batches, model) if measuring.time else {}
-    other = None
-    if dense is not None:
-        typer.echo(f"Dense model: {dense}", err=True)
-        other = load_dense_model(dense, DTYPES[measuring.dtype]).to(training_device()).eval()
     check_calibrated(model, goal, other)
 
     def say(line: str) -> None:
@@ -95,8 +90,10 @@ def _batches(documents: Any, data: DataConfig, tokenizer: Any, measuring: Measur
     return list(as_batches(rows, None, measuring.batch_size, collator))
 
 
-def _check_same_tokens(dense: str, folder: str, tokenizer: Any, batches: Mapping[str, list[Batch]]) -> None:
-    """Refuses a dense model whose tokenizer reads the texts otherwise: perplexities per token would not compare."""
+def _load_dense(
+    dense: str, folder: str, tokenizer: Any, batches: Mapping[str, list[Batch]], measuring: Measuring
+) -> Any:
+    """The dense model, if its tokenizer reads the texts as the folder's does: perplexities per token compare then."""
     other = load_tokenizer(dense)
     for name, rows in batches.items():
         text = tokenizer.decode(rows[0]["input_ids"][0], skip_special_tokens=True)
@@ -105,6 +102,8 @@ def _check_same_tokens(dense: str, folder: str, tokenizer: Any, batches: Mapping
                 f"dense must read the same tokens as {folder}, got dense={dense}, whose tokenizer makes others of "
                 f"{name}; give the model that the folder was made from"
             )
+    typer.echo(f"Dense model: {dense}", err=True)
+    return load_dense_model(dense, DTYPES[measuring.dtype]).to(training_device()).eval()
 
 
 def save(folder: str, before: Mapping[str, Any], curve: SparsityCurve) -> None:

@@ -334,28 +334,10 @@ def time_curve(
         The curve with the median over all tokens and rounds, in ms.
     """
     before = _threshold(model)
-
-    def run(network: Any, ids: Tensor, point: CurvePoint | None) -> Callable[[TokenClock], object]:
-        def answer(clock: TokenClock) -> object:
-            if point is not None:
-                set_threshold_(model, point.threshold, point.layer_sparsity)
-            moved = ids.to(network.device)
-            length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-            return network.generate(
-                moved,
-                attention_mask=torch.ones_like(moved),
-                pad_token_id=network.config.pad_token_id or 0,
-                streamer=clock,
-                **length,
-                **GREEDY,
-            )
-
-        return answer
-
     networks: list[tuple[str, Any, CurvePoint | None]] = [(str(i), model, p) for i, p in enumerate(curve.points)]
     networks += [] if dense is None else [("dense", dense, None)]
     runs = {
-        f"{number}/{name}": run(network, ids, point)
+        f"{number}/{name}": _answering(network, ids, point, new_tokens)
         for number, network, point in networks
         for name, ids in prompts.items()
     }
@@ -377,6 +359,21 @@ def time_curve(
     if reference is not None and dense is not None:
         reference = replace(reference, ms_per_token=times["dense"])
     return replace(curve, points=points, chosen=chosen, dense=reference)
+
+
+def _answering(model: Any, ids: Tensor, point: CurvePoint | None, new_tokens: int) -> Callable[[TokenClock], object]:
+    """A function that has a model continue a prompt, an LTE model at a point of its curve."""
+    settings = {**GREEDY, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+
+    def answer(clock: TokenClock) -> object:
+        if point is not None:
+            set_threshold_(model, point.threshold, point.layer_sparsity)
+        moved, pad = ids.to(model.device), model.config.pad_token_id or 0
+        return model.generate(
+            moved, attention_mask=torch.ones_like(moved), pad_token_id=pad, streamer=clock, **settings
+        )
+
+    return answer
 
 
 def prompts_of(batches: Mapping[str, list[Batch]], model: Any, new_tokens: int = NEW_TOKENS) -> dict[str, Tensor]:
