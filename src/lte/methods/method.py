@@ -118,6 +118,8 @@ class Method:
         calibration = "`lte.calibrate_` sets it anew on other text"
         if self.fit is None and self.calibrate is None:
             calibration = "`lte.calibrate_` has nothing to set"
+        if self.sparse_ffns:
+            calibration += "; `lte calibrate` measures other thresholds, among which you choose when you load it"
         return [
             "`lte eval` measures its quality, sparsity and cost.",
             f"{kernels}.",
