@@ -19,8 +19,8 @@ from lte.config import CONFIG_VERSION, LteConfig, check_choice, check_fraction
         ("target_sparsity", math.nan, "target_sparsity must be a finite number, got target_sparsity=nan"),
         ("expert_size", 0, "expert_size must be at least 1, got expert_size=0"),
         ("router_rank", 0, "router_rank must be at least 1 or None, got router_rank=0"),
-        ("threshold", 0.0, r"threshold must lie in \(0, 0.9\], got threshold=0.0"),
-        ("threshold", 0.96, r"threshold must lie in \(0, 0.9\]"),
+        ("threshold", 0.0, r"threshold must lie in \(0, 1\), got threshold=0.0"),
+        ("threshold", 1.0, r"threshold must lie in \(0, 1\), got threshold=1.0"),
         ("threshold", math.nan, "threshold must be a finite number, got threshold=nan"),
         ("grouping", "kmean", r"grouping must be one of .*, got grouping='kmean' \(did you mean kmeans\?\)"),
         ("grouping", "xyz", r"grouping must be one of kmeans, .*, got grouping='xyz'$"),
@@ -32,7 +32,14 @@ def test_bad_values_are_refused(field: str, value: Any, message: str) -> None:
 
 
 def test_limits_are_accepted() -> None:
-    LteConfig(target_sparsity=0.0, expert_size=1, router_rank=1, threshold=0.9)
+    LteConfig(target_sparsity=0.0, expert_size=1, router_rank=1, threshold=0.9).check_new()
+
+
+def test_only_trained_routers_may_have_a_threshold_above_their_first_scores() -> None:
+    config = LteConfig(threshold=0.96)
+    assert LteConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match=r"threshold must lie in \(0, 0.9\] for new routers, got threshold=0.96"):
+        config.check_new()
 
 
 def test_dict_round_trip_through_json() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 
 import lte
 from tests.cli.conftest import save_tiny_model
-from tests.tiny_models import EXPERT_SIZE
+from tests.tiny_models import EXPERT_SIZE, randomise_routers_
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -89,3 +89,17 @@ def test_lora(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         expected = names["trainer"].model.eval()(ids).logits
         torch.testing.assert_close(saved.eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, tokenizer = AutoModelForCausalLM.from_pretrained("tiny"), AutoTokenizer.from_pretrained("tiny")
+    model = AutoModelForCausalLM.from_pretrained("tiny")
+    lte.sparsify_(model, lte.LteConfig(expert_size=EXPERT_SIZE, grouping="random"))
+    names: dict[str, Any] = {"lte": lte, "AutoModelForCausalLM": AutoModelForCausalLM, "dense": dense}
+    names |= {"model": randomise_routers_(model), "tokenizer": tokenizer}
+    names |= {"articles": ["the river runs past house and on to the sea"] * 40, "code": ["with open(x) as y: 1"] * 40}
+    later, python = re.findall(r"```python\n(.*?)```", (DOCS / "calibration.md").read_text(), flags=re.DOTALL)
+    exec(python, names)
+    assert names["curve"].chosen.point.sparsity == pytest.approx(0.6, abs=0.02)
+    exec(later, names)
+    assert names["model"].config.lte_curve["chosen"]["asked"] == {"max_perplexity_ratio": 1.05}

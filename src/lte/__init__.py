@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from lte import methods
     from lte.config import LteConfig
     from lte.eval.sparsity import measure_sparsity
+    from lte.eval.threshold_curve import calibrate_curve_
     from lte.hf.acceleration import accelerate_, decelerate_, is_accelerated
     from lte.hf.install import sparse_ffns
     from lte.hf.loading import sparse_class
+    from lte.hf.sparsity_curve import SparsityCurve, SparsityGoal
+    from lte.hf.threshold import set_sparsity_
     from lte.hf.verify import verify
     from lte.methods import calibrate_, densify_, sparsify_
     from lte.methods.cats import CatsConfig
@@ -36,9 +39,12 @@ __version__ = "0.2.0.dev0"
 _EXPORTS = {
     "lte.config": ["LteConfig"],
     "lte.eval.sparsity": ["measure_sparsity"],
+    "lte.eval.threshold_curve": ["calibrate_curve_"],
     "lte.hf.acceleration": ["accelerate_", "decelerate_", "is_accelerated"],
     "lte.hf.install": ["sparse_ffns"],
     "lte.hf.loading": ["sparse_class"],
+    "lte.hf.sparsity_curve": ["SparsityCurve", "SparsityGoal"],
+    "lte.hf.threshold": ["set_sparsity_"],
     "lte.hf.verify": ["verify"],
     "lte.methods": ["calibrate_", "densify_", "sparsify_"],
     "lte.methods.cats": ["CatsConfig"],
@@ -73,17 +79,21 @@ __all__ = [
     "RoutingArguments",
     "RoutingMixin",
     "SigmaMoeConfig",
+    "SparsityCurve",
+    "SparsityGoal",
     "StaticPruningConfig",
     "TealConfig",
     "WandaConfig",
     "WinaConfig",
     "accelerate_",
     "calibrate_",
+    "calibrate_curve_",
     "decelerate_",
     "densify_",
     "is_accelerated",
     "measure_sparsity",
     "methods",
+    "set_sparsity_",
     "sparse_class",
     "sparse_ffns",
     "sparsify_",

@@ -168,8 +168,9 @@ class LteConfig(MethodConfig):
             the checkpoint).
         router_rank: rank of a low-rank router D -> rank -> E; `None` is the paper's single linear layer,
             D -> E.
-        threshold: tau; an expert is active where its router score exceeds it. At most 0.9, because every
-            score starts at 0.95 and a converted model must start with all experts active.
+        threshold: tau; an expert is active where its router score exceeds it. At most 0.9 where routers are new,
+            because every score starts at 0.95 and a converted model must start with all experts active; the
+            threshold of a trained model may be moved anywhere in (0, 1), which is what `lte calibrate` does.
         seed: seed of the grouping and of the router's initialisation.
     """
 
@@ -187,5 +188,12 @@ class LteConfig(MethodConfig):
             raise ValueError(f"expert_size must be at least 1, got expert_size={self.expert_size}")
         if self.router_rank is not None and self.router_rank < 1:
             raise ValueError(f"router_rank must be at least 1 or None, got router_rank={self.router_rank}")
-        if not 0 < self.threshold <= 0.9:
-            raise ValueError(f"threshold must lie in (0, 0.9], got threshold={self.threshold}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie in (0, 1), got threshold={self.threshold}")
+
+    def check_new(self) -> None:
+        """Raises a `ValueError` for a threshold that a model with new routers cannot start with."""
+        if self.threshold > 0.9:
+            raise ValueError(
+                f"threshold must lie in (0, 0.9] for new routers, got threshold={self.threshold}; lower it"
+            )

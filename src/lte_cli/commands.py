@@ -22,6 +22,8 @@ COMMANDS = {
     "token.",
     "steadiness": "Says how steady the routing is: decisions and tokens that number formats, batches and kernels "
     "change.",
+    "calibrate": "Measures the curve of quality, sparsity, bytes and time over a folder's one threshold, and sets the "
+    "threshold.",
     "generate": "Continues a prompt and says how fast, and what share of its neurons the model used for this text.",
     "bench": "Times FFNs, decoding steps and prompts of a sparse model and of dense baselines, side by side in one "
     "run.",

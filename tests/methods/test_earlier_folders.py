@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,16 @@ def test_there_is_a_folder_of_every_method_of_then() -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_an_earlier_folder_gives_equal_logits_then_and_saved_again(name: str, tmp_path: Path) -> None:
+def test_an_earlier_folder_gives_equal_logits_then_and_saved_again(
+    name: str, tmp_path: Path, relative_rms: Callable[[torch.Tensor, torch.Tensor], float]
+) -> None:
     model = load(FOLDERS / name)
-    assert torch.equal(logits_of(model), TENSORS[name])
+    # To the bit on a processor of the same kind; others add up in another order.
+    logits = logits_of(model)
+    assert relative_rms(logits, TENSORS[name]) <= 1e-6
     assert method_name(model) == name
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(load(tmp_path)), TENSORS[name])
+    assert torch.equal(logits_of(load(tmp_path)), logits)
     config = json.loads((tmp_path / "config.json").read_text())
     if not METHODS[name].leaves_stock:
         assert (config["lte"]["name"], config["lte"]["version"]) == (name, CONFIG_VERSION)

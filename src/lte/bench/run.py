@@ -20,6 +20,7 @@ from lte.bench.settings import BenchSettings
 from lte.bench.timing import copy_gb_per_s
 from lte.bench.union import break_even_batches, text_masks, union_table
 from lte.hf.acceleration import describe_kernels
+from lte.hf.sparsity_curve import choice_record
 from lte.records import environment
 
 
@@ -64,6 +65,8 @@ def run_benchmarks(
         "kernels": describe_kernels(pair.sparse),
         "copy_gb_per_s": bandwidth,
     }
+    if (choice := choice_record(pair.sparse.config)) is not None:
+        header["threshold_choice"] = choice
     results = ResultFile(output, environment(), header)
     session = Session(name, pair, settings, results, bandwidth, ids.to(pair.device), report)
     session.say(f"{name}, {pair.dtype}, {results.environment['hardware']}; copies memory at {bandwidth:.0f} GB/s")

@@ -14,8 +14,11 @@ from lte.bench.shapes import SHAPES, random_model, shape_config, shape_settings
 from lte.cli.command import (
     EXIT_ERROR,
     MAX_SEED,
+    TargetOption,
     after_saving,
     check_model,
+    check_target,
+    move_to_target_,
     print_error,
     quiet_transformers,
     read_text_file,
@@ -65,6 +68,7 @@ def bench(
             "for an LTE model own first."
         ),
     ] = None,
+    target_sparsity: TargetOption = None,
     batches: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +148,10 @@ def bench(
     """
     if model is not None and shape is not None:
         raise ValueError(f"model must not be given with --shape, got model={model} and shape={shape}")
+    if model is None and target_sparsity is not None:
+        raise ValueError(
+            f"target_sparsity must be given with MODEL, got target_sparsity={target_sparsity}; leave it out"
+        )
     check_choice("weights", weights, ("native", "int8"))
     if dtype is not None:
         check_choice("dtype", dtype, DTYPE_NAMES)
@@ -176,7 +184,7 @@ def bench(
     if model is None:
         shape_settings(shape or DEFAULT_SHAPE, layers)
     else:
-        check_model("model", model)
+        check_target(target_sparsity, check_model("model", model))
 
     from lte.bench.models import model_pair
     from lte.bench.run import run_benchmarks
@@ -199,6 +207,7 @@ def bench(
     else:
         name = model
         loaded = load_any_model(model, found)
+        move_to_target_(loaded, target_sparsity)
         if sparsities is None and sparse_ffns(loaded):
             settings = replace(settings, sparsities=(OWN, *settings.sparsities))
         pair = model_pair(loaded, weights)  # type: ignore[arg-type]

@@ -26,7 +26,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from lte.config import check_fraction
 from lte.files import is_gguf, stay_offline_without_hub
+from lte.hf.sparsity_curve import curve_of, describe_choice
 from lte.settings import Setting, settings_of
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -44,6 +46,13 @@ KernelsOption = Annotated[
         help="What computes an LTE model's FFNs: auto is the kernels where they can, off is plain PyTorch, int8 is the "
         "kernels on weights rounded to 8 bits.",
         metavar="auto|off|int8",
+    ),
+]
+
+TargetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Run an LTE folder at this sparsity, by the curve over its threshold that `lte calibrate` has it remember."
     ),
 ]
 
@@ -157,6 +166,37 @@ def check_model(name: str, value: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def check_target(target_sparsity: float | None, settings: Mapping[str, Any]) -> None:
+    """Refuses a target that a model cannot be moved to, before anything is loaded.
+
+    Args:
+        target_sparsity: `None` moves nothing.
+        settings: what `check_model` returned; nothing of a model on the hub, which loading then looks at.
+
+    Raises:
+        ValueError: for a model of another kind, one without a curve, or a target that is not on it.
+    """
+    if target_sparsity is None:
+        return
+    check_fraction("target_sparsity", target_sparsity)
+    if settings:
+        curve_of(settings).at_target(target_sparsity)
+
+
+def move_to_target_(model: Any, target_sparsity: float | None) -> None:
+    """Runs a loaded model at a target, and says on stderr what results from it.
+
+    Raises:
+        ValueError: as `check_target`.
+    """
+    if target_sparsity is None:
+        return
+    from lte.hf.threshold import set_sparsity_
+
+    set_sparsity_(model, target_sparsity)
+    typer.echo(describe_choice(model.config), err=True)
 
 
 def check_seed(name: str, value: int) -> None:

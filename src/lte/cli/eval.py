@@ -14,9 +14,12 @@ from rich.table import Table
 
 from lte.cli.command import (
     KernelsOption,
+    TargetOption,
     check_folder,
     check_model,
     check_seed,
+    check_target,
+    move_to_target_,
     quiet_transformers,
     reports_errors,
     takes_settings,
@@ -25,6 +28,7 @@ from lte.config import DTYPE_NAMES, GFLOP, KERNELS, WEIGHTS, check_choice, check
 from lte.data.config import DataConfig, check_sources
 from lte.data.tasks.registry import TaskConfig, check_no_text
 from lte.files import check_place
+from lte.hf.sparsity_curve import choice_record
 from lte.settings import build
 
 if TYPE_CHECKING:
@@ -96,6 +100,7 @@ def eval_command(
             metavar="|".join(WEIGHTS),
         ),
     ] = "native",
+    target_sparsity: TargetOption = None,
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
     **given: Any,
 ) -> None:
@@ -126,7 +131,7 @@ def eval_command(
     check_seed("data_seed", data.data_seed)
     if json is not None:
         check_place("json", json)
-    check_model("model", model)
+    check_target(target_sparsity, check_model("model", model))
 
     from lte.eval.kernels import use_kernels_
     from lte.eval.models import load_any_model, task_record
@@ -141,11 +146,13 @@ def eval_command(
     if harness is not None:
         names = {"model": model, "dtype": dtype, "weights": weights}
         loaded = use_kernels_(round_weights_(load_any_model(model, dtype), weights), kernels)
+        move_to_target_(loaded, target_sparsity)
         run_harness(loaded, load_tokenizer(model), harness, batch_size, names, json)
         return
     splits = (None, given.get("split") or given.get("validation_split"))
     work = workload_of(task, data, load_tokenizer(model), batch_size, splits)
     loaded = use_kernels_(round_weights_(work.load_model(model, dtype), weights), kernels)
+    move_to_target_(loaded, target_sparsity)
     work.load_data(loaded)
     start = time.monotonic()
     result = work.measure(loaded)
@@ -158,13 +165,25 @@ def eval_command(
         seed=work.data_config.data_seed,
         tokens_trained=0,
         wall_time_s=time.monotonic() - start,
-        config={**work.settings, "data_info": work.info, "dtype": dtype, "kernels": describe_kernels(loaded)},
+        config={
+            **work.settings,
+            "data_info": work.info,
+            "dtype": dtype,
+            "kernels": describe_kernels(loaded),
+            **chosen_of(loaded),
+        },
         weights=weights,
         weights_memory_bytes=memory_bytes(loaded),
     )
     print_evaluation(Console(), record)
     if json is not None:
         write_record(json, record)
+
+
+def chosen_of(model: Any) -> dict[str, Any]:
+    """For a record: the point of its curve that a model runs at, nothing where none was picked."""
+    found = choice_record(model.config)
+    return {} if found is None else {"threshold_choice": found}
 
 
 def print_evaluation(console: Console, record: ResultRecord) -> None:
@@ -216,7 +235,7 @@ def run_harness(
         data_dir=config.harness_data,
     )
     settings = {**asdict(config), "batch_size": batch_size, "harness_version": result.harness_version}
-    settings |= {"dtype": names["dtype"], "kernels": describe_kernels(network)}
+    settings |= {"dtype": names["dtype"], "kernels": describe_kernels(network), **chosen_of(network)}
     common = {"model": names["model"], "seed": 0, "tokens_trained": 0, "weights": names["weights"]}
     common["weights_memory_bytes"] = memory_bytes(network)
     _print_scores(Console(), names["model"], result)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from lte.cli.command import MAX_SEED, KernelsOption, check_model, quiet_transformers, reports_errors, utf8
+from lte.cli.command import (
+    MAX_SEED,
+    KernelsOption,
+    TargetOption,
+    check_model,
+    check_target,
+    move_to_target_,
+    quiet_transformers,
+    reports_errors,
+    utf8,
+)
 from lte.config import DTYPE_NAMES, KERNELS, check_choice
 
 if TYPE_CHECKING:
@@ -30,6 +40,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="float32|bfloat16|float16")] = "float32",
     kernels: KernelsOption = "auto",
+    target_sparsity: TargetOption = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
     compare_dense: Annotated[
         bool,
@@ -49,7 +60,7 @@ def generate(
     if not prompt:
         raise ValueError("prompt must hold at least one character, got an empty one")
     prompt = utf8("prompt", prompt)
-    check_model("model", model)
+    check_target(target_sparsity, check_model("model", model))
 
     import torch
     from transformers import TextStreamer
@@ -64,6 +75,7 @@ def generate(
         raise ValueError(f"--compare-dense must be given with an LTE model, got model={model}; leave it out")
     tokenizer = load_tokenizer(model)
     loaded = load_any_model(model, dtype, kernels)
+    move_to_target_(loaded, target_sparsity)
     torch.manual_seed(seed)
     ids = encode_prompt(tokenizer, prompt, chat).to(loaded.device)
     if not chat:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lte.cli.calibration import curve_table
 from lte.cli.command import read_text_file
 from lte.cli.inspect import TextConfig
 from lte.config import GFLOP, LteConfig
@@ -23,6 +24,7 @@ from lte.hf.checkpoints import load_whole, read_checksums, reading
 from lte.hf.dense import load_tokenizer, model_location
 from lte.hf.families import dense_ffns, family_of, saved_head
 from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
+from lte.hf.sparsity_curve import SparsityCurve, describe_choice
 from lte.hf.verify import loading_fault
 from lte.hf.verify import verify as verify_folder
 from lte.methods import METHODS, config_of
@@ -149,6 +151,11 @@ def print_description(found: dict[str, Any]) -> None:
     """Prints what `describe` returned."""
     console = Console()
     console.print(_summary_table(found))
+    if found.get("curve"):
+        curve = SparsityCurve.from_dict(found["curve"])
+        console.print(curve_table(curve, found["threshold"], "over the threshold, on the texts of `lte calibrate`"))
+        if found["threshold_choice"] is not None:
+            console.print(found["threshold_choice"], highlight=False, soft_wrap=True)
     if found["layers_measured"]:
         console.print(_layer_table(found["layers_measured"]))
     elif found["method"] in METHODS:
@@ -196,6 +203,9 @@ def describe(name_or_path: str) -> dict[str, Any]:
             "measured_tokens": measured.get("tokens"),
             "measured_on": measured.get("split"),
             "layers_measured": _layers(measured),
+            "measured_interpolated": bool(measured.get("interpolated")),
+            "curve": getattr(config, "lte_curve", None),
+            "threshold_choice": describe_choice(config),
         }
     return {**found, **_describe_experts(config, skeleton)} if is_lte(config) else found
 
@@ -242,7 +252,8 @@ def _summary_table(found: dict[str, Any]) -> Table:
         if not METHODS[found["method"]].leaves_stock:
             tokens = f"{found['measured_tokens']} {found['measured_on']} tokens"
             share = found["measured_sparsity"]
-            measured = "not measured" if share is None else f"{100 * share:.2f}% ({tokens}, hard mode)"
+            how = "interpolated on its curve" if found["measured_interpolated"] else "hard mode"
+            measured = "not measured" if share is None else f"{100 * share:.2f}% ({tokens}, {how})"
             table.add_row("measured sparsity", measured)
     table.add_row("GFLOPs per token", f"{dense} (block linears, 1 G = 2^30)")
     return table

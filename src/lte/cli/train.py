@@ -166,6 +166,7 @@ def check_inputs(
     Raises:
         ValueError: says what.
     """
+    config.check_new()
     check_seed("seed", train.seed)
     check_seed("data_seed", data.data_seed)
     if run.chat_template is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from lte.hf.families import saved_head
+from lte.hf.sparsity_curve import SparsityCurve, describe_choice
 
 CARD_FILE = "README.md"
 MARKER = "<!-- Written by lte from config.json; without this line lte leaves the card as it is. -->"
@@ -65,6 +66,7 @@ def model_card(config: Any, title: str) -> ModelCard:
         "\n".join(_table(base, settings, measured, license_name)),
         "Sparsity is the share of FFN neurons that a token does not compute, the mean over layers. It differs from "
         "text to text.",
+        *_curve_section(config),
         "## How to load it",
         "transformers alone refuses this folder, so that it never runs dense by accident. Install `lte` from its "
         "source, then:",
@@ -92,9 +94,9 @@ def _table(base: str, settings: dict[str, Any], measured: dict[str, Any], licens
         "base model": base if base.count("/") <= 1 and not base.startswith((".", "/", "~")) else Path(base).name,
         "method": settings.get("name"),
         "target sparsity": _percent(settings.get("target_sparsity")),
-        "measured sparsity": _percent(measured.get("sparsity")) or "not measured",
+        "measured sparsity": _measured(measured),
     }
-    if measured:
+    if "tokens" in measured:
         data = measured.get("data", {})
         source = data.get("source")
         names = ", ".join(Path(name).name for name in ([source] if isinstance(source, str) else source or []))
@@ -106,6 +108,41 @@ def _table(base: str, settings: dict[str, Any], measured: dict[str, Any], licens
         rows[f"{metric} of this model"] = f"{measured['value']:.4g}"
     rows["licence"] = license_name or "that of the base model, which lte does not know"
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
+
+
+def _measured(measured: dict[str, Any]) -> str:
+    interpolated = " (interpolated on the curve below)" if measured.get("interpolated") else ""
+    return f"{_percent(measured.get('sparsity'))}{interpolated}" if "sparsity" in measured else "not measured"
+
+
+def _curve_section(config: Any) -> list[str]:
+    """The curve over the threshold as paragraphs; nothing where none was measured."""
+    found = getattr(config, "lte_curve", None)
+    if found is None:
+        return []
+    curve = SparsityCurve.from_dict(found)
+    names = ", ".join(curve.tokens)
+    headings = ("sparsity", "perplexity", "of the dense model's", "weight MB per token", "ms per token")
+    rows = [f"| {' | '.join(headings)} |", "|---|---|---|---|---|"]
+    for point in curve.points:
+        numbers = (curve.perplexity_ratio(point), point.bytes_per_token / 1e6, point.ms_per_token)
+        cells = ["" if value is None else f"{value:.4g}" for value in numbers]
+        rows.append(f"| {_percent(point.sparsity)} | {point.perplexity:.4g} | {' | '.join(cells)} |")
+    if curve.dense is not None:
+        dense = curve.dense
+        time = "" if dense.ms_per_token is None else f"{dense.ms_per_token:.4g}"
+        rows.append(f"| dense | {dense.perplexity:.4g} | 1 | {dense.bytes_per_token / 1e6:.4g} | {time} |")
+    chosen = describe_choice(config)
+    hardware = curve.settings.get("hardware")
+    return [
+        "## Other sparsities",
+        f"One threshold decides for all layers and tokens. Over it, on {sum(curve.tokens.values()):,} tokens of {names}"
+        f"{f', timed on {hardware}' if hardware and curve.points[0].ms_per_token is not None else ''}:",
+        "\n".join(rows),
+        *([] if chosen is None else [chosen]),
+        "`from_pretrained(folder, target_sparsity=0.6)` picks one of these sparsities, or one between them, without "
+        "training.",
+    ]
 
 
 def _percent(share: float | None) -> str:

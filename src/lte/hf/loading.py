@@ -37,7 +37,9 @@ from lte.hf.checkpoints import reading, record_checksums, require_whole
 from lte.hf.dense import forget_gguf_
 from lte.hf.families import FAMILIES, Family, family_of
 from lte.hf.install import sparse_ffns
+from lte.hf.sparsity_curve import curve_of
 from lte.hf.stepping import SteppingMixin
+from lte.hf.threshold import set_sparsity_
 
 INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
 """What builds the modules of each method around a model's FFNs, by the method's name.
@@ -93,6 +95,13 @@ def _checked_measurement(found: Any) -> dict[str, Any] | None:
     return found
 
 
+def _checked_curve(found: Any) -> dict[str, Any] | None:
+    """What `lte_curve` holds. Its fields are read where they are needed: a model runs and is measured anew without."""
+    if not isinstance(found, dict | None):
+        raise ValueError(f"lte_curve must hold fields or be null, got lte_curve={found!r}")
+    return found
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -101,7 +110,7 @@ class LteConfigMixin:
     """What a family's config gains.
 
     `lte` holds the name, the version and the settings of the method, or is None. `lte_measurement` is what was
-    measured, or None.
+    measured, or None. `lte_curve` is what was measured over the threshold, or None, with the point that was chosen.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -115,6 +124,7 @@ class LteConfigMixin:
         settings = others if settings is None else settings
         self.lte: dict[str, Any] | None = None if settings is None else current_settings(settings)
         self.lte_measurement: dict[str, Any] | None = _checked_measurement(kwargs.pop("lte_measurement", None))
+        self.lte_curve: dict[str, Any] | None = _checked_curve(kwargs.pop("lte_curve", None))
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -175,15 +185,29 @@ class LteModelMixin(SteppingMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        target_sparsity: float | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As the stock method, but a folder that does not hold the whole model is an error.
+
+        With `target_sparsity` the model runs at that point of the curve that its folder remembers, see
+        `lte.set_sparsity_`.
 
         Raises:
             ValueError: if weights are missing (stock transformers warns and takes random ones), do not fit the config,
                 are not finite, or a file is corrupt. With `ignore_mismatched_sizes=True` the head alone may not fit.
+                For a `target_sparsity` that is not on the curve, or without a curve.
         """
         name_or_path = pretrained_model_name_or_path
+        if target_sparsity is not None:
+            # Before gigabytes are read.
+            given = kwargs.get("config")
+            known = given if isinstance(given, LteConfigMixin) else cls._saved_config(name_or_path, kwargs)
+            curve_of(known).at_target(target_sparsity)
         other_head = kwargs.pop("ignore_mismatched_sizes", False)
         # Of adapters `name_or_path` may be their base, and `info` is of the adapters alone.
         source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or name_or_path
@@ -196,18 +220,24 @@ class LteModelMixin(SteppingMixin):
             if getattr(model, "_hf_peft_config_loaded", False):
                 cls.from_pretrained(next(iter(model.peft_config.values())).base_model_name_or_path, device_map="meta")
         cls._warn_of_other_class(model, name_or_path)
+        if target_sparsity is not None:
+            set_sparsity_(model, target_sparsity)
         return (model, info) if output_loading_info else model
 
     @classmethod
     def _has_other_depth(cls, model: Any, name_or_path: Any, arguments: Mapping[str, Any]) -> bool:
         """Whether the caller asked for another number of layers than the folder has."""
-        where = {name: arguments[name] for name in _PLACE_ARGUMENTS if name in arguments}
-        config_class: Any = cls.config_class  # type: ignore[attr-defined]
         try:
-            saved = config_class.from_pretrained(name_or_path, **where)
+            saved = cls._saved_config(name_or_path, arguments)
         except OSError:  # A folder of adapters has none.
             return False
         return saved.num_hidden_layers != model.config.num_hidden_layers
+
+    @classmethod
+    def _saved_config(cls, name_or_path: Any, arguments: Mapping[str, Any]) -> Any:
+        where = {name: arguments[name] for name in _PLACE_ARGUMENTS if name in arguments}
+        config_class: Any = cls.config_class  # type: ignore[attr-defined]
+        return config_class.from_pretrained(name_or_path, **where)
 
     @classmethod
     def _warn_of_other_class(cls, model: Any, name_or_path: Any) -> None:
@@ -350,7 +380,7 @@ def become_sparse_(model: Any, family: Family, config: MethodConfig) -> None:
     own_config_(model)
     model.config.__class__ = _CONFIG_CLASSES[family.model_type]
     model.config.lte = config.to_dict()
-    model.config.lte_measurement = None
+    model.config.lte_measurement = model.config.lte_curve = None
     vars(model.config).pop("lte_method", None)
     forget_gguf_(model)
     model.__class__ = _sparse_model_class(type(model), family)
@@ -364,8 +394,8 @@ def become_dense_(model: Any, family: Family) -> Any:
         module.__class__ = module.stock_class
     own_config_(model)
     model.config.__class__ = family.stock_class(family.config_class)
-    vars(model.config).pop("lte", None)
-    vars(model.config).pop("lte_measurement", None)
+    for name in ("lte", "lte_measurement", "lte_curve"):
+        vars(model.config).pop(name, None)
     return model.config
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte.config import CALIBRATED_GROUPINGS, FfnMode, LteConfig
 from lte.data.batches import Batch
@@ -83,11 +83,31 @@ def calibrate_thresholds_(
 def _quantile_shift(
     model: nn.Module, ffns: dict[str, SparseFfn], batches: list[Batch], target: float
 ) -> tuple[float, float]:
-    """The shift that moves the `target` quantile of all logits to the threshold, and the sparsity before it.
+    """The shift that moves the `target` quantile of all logits to the threshold, and the sparsity before it."""
+    shares, sparsity = logit_shares(model, ffns, batches)
+    return -logit_quantile(shares, target), sparsity
+
+
+_EDGES, _BINS = 64.0, 1 << 16
+
+
+def logit_quantile(shares: Tensor, share: float) -> float:
+    """The logit, relative to the threshold, with so large a share of all others below it.
+
+    Args:
+        shares: from `logit_shares`.
+        share: in [0, 1].
+    """
+    index = int(torch.searchsorted(shares.cumsum(0), torch.tensor(share, dtype=torch.float64)))
+    return (min(index, _BINS - 1) + 1) * 2 * _EDGES / _BINS - _EDGES
+
+
+def logit_shares(model: nn.Module, ffns: dict[str, SparseFfn], batches: list[Batch]) -> tuple[Tensor, float]:
+    """The distribution of the routers' logits in hard mode, in narrow bins around the threshold, and the sparsity.
 
     Every layer counts the same, however many tokens it sees: an encoder and a decoder see different ones.
     """
-    edges, bins = 64.0, 1 << 16
+    edges, bins = _EDGES, _BINS
     # They stay where the logits are until all batches are through: a GPU is not waited for.
     histograms, below = ({name: torch.zeros((), dtype=torch.float64) for name in ffns} for _ in range(2))
     recorded = [ffn.record_logits for ffn in ffns.values()]
@@ -110,9 +130,12 @@ def _quantile_shift(
             ffn.record_logits, ffn.logits = before, None
     totals = {name: histogram.sum() for name, histogram in histograms.items()}
     shares = torch.stack([(histogram / totals[name]).cpu() for name, histogram in histograms.items()]).mean(0)
-    index = int(torch.searchsorted(shares.cumsum(0), torch.tensor(target, dtype=torch.float64)))
-    sparsity = sum((below[name] / totals[name]).item() for name in ffns) / len(ffns)
-    return edges - (min(index, bins - 1) + 1) * 2 * edges / bins, sparsity
+    return shares, sum((below[name] / totals[name]).item() for name in ffns) / len(ffns)
+
+
+def _prepare_(model: nn.Module, config: LteConfig, batches: Batches) -> None:
+    config.check_new()
+    group_experts_(model, config, batches or None)
 
 
 def _set_thresholds_(model: nn.Module, config: LteConfig, batches: Batches) -> None:
@@ -128,7 +151,7 @@ register(
     Method(
         config=LteConfig,
         about="experts of neurons, by a trained router and a threshold",
-        prepare=lambda model, config, batches: group_experts_(model, config, batches or None),
+        prepare=_prepare_,
         install=install_sparse_ffns_,
         remove=_remove_,
         calibrate=_set_thresholds_,

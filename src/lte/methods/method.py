@@ -118,6 +118,8 @@ class Method:
         calibration = "`lte.calibrate_` sets it anew on other text"
         if self.fit is None and self.calibrate is None:
             calibration = "`lte.calibrate_` has nothing to set"
+        if self.sparse_ffns:
+            calibration += "; `lte calibrate` measures other thresholds, among which you choose when you load it"
         return [
             "`lte eval` measures its quality, sparsity and cost.",
             f"{kernels}.",
@@ -306,9 +308,10 @@ def calibrate_(
             module.target_sparsity = config.target_sparsity
         action(model, config, batches)
         own: Any = model.config
-        kept = own.lte, getattr(own, "lte_measurement", None)
-        on_failure(lambda: vars(own).update(lte=kept[0], lte_measurement=kept[1]))
-        own.lte, own.lte_measurement = config.to_dict(), None
+        kept = {name: getattr(own, name, None) for name in ("lte", "lte_measurement", "lte_curve")}
+        on_failure(lambda: vars(own).update(kept))
+        # The routers' biases were others when its curve over the threshold was measured.
+        own.lte, own.lte_measurement, own.lte_curve = config.to_dict(), None, None
     return model
 
 

@@ -305,6 +305,12 @@ class LaidOutFfn(SparseFfn):
         super().set_mode(mode)
         self.refresh_()
 
+    def set_threshold(self, threshold: float) -> None:
+        """As `SparseFfn.set_threshold`; the weights stay where they are, and graphs that were captured keep theirs."""
+        super().set_threshold(threshold)
+        if self._runner is not None:
+            self._runner = self._bind()
+
     def expect_(self, active_fraction: float | None) -> None:
         """Sets the share of active experts by which the path is chosen; graphs that were captured keep theirs."""
         self.acceleration = replace(self.acceleration, active_fraction=active_fraction)

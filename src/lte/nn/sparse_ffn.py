@@ -51,7 +51,7 @@ class SparseFfn(WrappedFfn):
     ):
         super().__init__(parts, activation, layout)
         self.router = router
-        self.threshold_logit = math.log(threshold / (1 - threshold))
+        self.set_threshold(threshold)
         self.mode: FfnMode = "hard"
         self.record_logits = False
 
@@ -93,6 +93,10 @@ class SparseFfn(WrappedFfn):
     @reading.setter
     def reading(self, reading: Reading | None) -> None:
         self.logits = None if reading is None else reading.logits
+
+    def set_threshold(self, threshold: float) -> None:
+        """Moves tau, which lies in (0, 1)."""
+        self.threshold_logit = math.log(threshold / (1 - threshold))
 
     def set_mode(self, mode: FfnMode) -> None:
         """Switches between dense, soft, straight_through and hard."""

@@ -14,6 +14,7 @@ from lte.eval.tasks import TaskResult
 from lte.hf.acceleration import describe_kernels
 from lte.hf.card import write_card
 from lte.hf.inputs import predicts_next_token
+from lte.hf.saved_config import rewrite_config
 from lte.records import ResultRecord, result_record
 from lte.runs.folders import Folders, Made
 from lte.runs.latency import CONTEXT, time_decoding, untimed, why_not
@@ -64,10 +65,8 @@ def measure_folder(
     record.config.update(kernels=describe_kernels(model))
     if result.measurement is not None and weights == "native":
         # The kernels choose their paths by it, and the model card states it.
-        config = load_config(str(folder))
-        config.lte_measurement = measurement_summary(result.measurement, work.info, record)
-        config.save_pretrained(folder)
-        write_card(folder, config)
+        rewrite_config(folder, {"lte_measurement": measurement_summary(result.measurement, work.info, record)})
+        write_card(folder, load_config(str(folder)))
     return Measured(model, result, record)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
+from lte.config import LteConfig
 from lte.data.config import DataConfig
 from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
@@ -98,7 +99,10 @@ class Run:
         if self.method not in METHODS:
             return None
         values = {**self.values, "target_sparsity": self.target, "seed": self.seed}
-        return build(METHODS[self.method].config, values)
+        config = build(METHODS[self.method].config, values)
+        if isinstance(config, LteConfig):
+            config.check_new()
+        return config
 
     @property
     def data_config(self) -> DataConfig:

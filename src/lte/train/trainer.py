@@ -194,8 +194,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             next(self._spread_batches(self.calibration_dataset, 1))
         with ExitStack() as held:
             self._resumed = self._begin(resume_from_checkpoint, held)
-            if hasattr(self.model.config, "lte_measurement"):
-                self.model.config.lte_measurement = None
+            for name in ("lte_measurement", "lte_curve"):
+                if hasattr(self.model.config, name):
+                    setattr(self.model.config, name, None)
             held.enter_context(self._training())
             if self._resumed is None:
                 self._fit_routers()
