@@ -85,10 +85,11 @@ class LmCollator:
     Args:
         pad_token_id: `None` if all rows have one length.
         multiple: of which rows are padded to one.
+        eos_token_id: which ends a document in the rows, for losses that must not look beyond one.
     """
 
-    def __init__(self, pad_token_id: int | None, multiple: int = MULTIPLE):
-        self.pad_token_id, self.multiple = pad_token_id, multiple
+    def __init__(self, pad_token_id: int | None, multiple: int = MULTIPLE, eos_token_id: int | None = None):
+        self.pad_token_id, self.multiple, self.eos_token_id = pad_token_id, multiple, eos_token_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         names = [n for n in ("input_ids", "labels", "attention_mask", "position_ids") if n in rows[0]]
@@ -148,7 +149,7 @@ class PromptsCounted:
     """
 
     def __init__(self, collator: Any):
-        self.collator = collator
+        self.collator, self.eos_token_id = collator, getattr(collator, "eos_token_id", None)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         # Some collators change their rows.

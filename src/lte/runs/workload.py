@@ -104,7 +104,7 @@ class TextWorkload(Workload):
     def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int):
         super().__init__(config, tokenizer, batch_size)
         self.name, self.settings = config.task, {"data": vars(config)}
-        self.collator = LmCollator(tokenizer.pad_token_id)
+        self.collator = LmCollator(tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
     def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
         """A language model."""

@@ -18,14 +18,18 @@ from lte.files import explained_write_errors
 from lte.hf.inputs import check_packing
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
+from lte.train.added_terms import AddedTerms, weighted_sum
 from lte.train.arguments import RoutingArguments
 from lte.train.config import Stage
+from lte.train.documents import follows_document
+from lte.train.matching import OutputMatch
 from lte.train.objective import NonFiniteLossError, head_divergence, stack_layers
 from lte.train.schedule import Schedule
 from lte.train.sparsity_controller import target_logit
 
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
+LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "match")}
 # The log's names of each layer's active fraction, before its number.
 LAYER_PREFIX = "layers/active_"
 
@@ -54,6 +58,9 @@ class RoutingLoss(AnyTrainer):
     step_active: list[float]
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
+    separators: tuple[int, ...]
+    match: OutputMatch | None
+    terms: AddedTerms
     _inputs: dict[str, Any]
     _task_terms: dict[str, Tensor]
     _evaluated: list[tuple[Tensor, Tensor]] | None
@@ -83,6 +90,8 @@ class RoutingLoss(AnyTrainer):
         if self.model.training:
             for ffn in self.ffns:
                 ffn.record_logits = self.stage.mode != "dense"
+            if self.match is not None and self.stage.mode != "dense":
+                self.match.begin()
         masks = self._token_masks(inputs)
         inputs.pop("token_mask", None)
         if self.predicts_next_token:
@@ -153,6 +162,11 @@ class RoutingLoss(AnyTrainer):
             added = added + self.eta * routing["efficiency"]
             if self.stage.number == 1 and self.routing.separability_weight:
                 added = added + self.routing.separability_weight * routing["separability"]
+        if self.terms and routing:
+            added = added + weighted_sum({name: routing[name] for name in self.terms.names}, self.terms)
+        matched = None if self.match is None else self.match.take_loss(masks)
+        if matched is not None:
+            added, terms["match"] = added + self.routing.match_weight * matched, matched
         auxiliary = self._auxiliary_loss(masks)
         if auxiliary is not None:
             added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
@@ -191,8 +205,13 @@ class RoutingLoss(AnyTrainer):
             return {}
         if self.stage.controls_bias:
             self.step_targets.append(target_logit(logits, masks, self.target_sparsity))
-        stacked = stack_layers(logits, masks)
-        return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.routing.pole_guard)
+        stacked, threshold = stack_layers(logits, masks), self.ffns[0].threshold_logit
+        found = self._routing_terms(*stacked, threshold, self.routing.pole_guard)
+        self.terms = AddedTerms.at(self.routing, self.schedule.share_of_stage2(self.state.global_step))
+        if not self.terms:
+            return found
+        follows = follows_document(self._inputs, self.separators) if self.terms.neighbours else None
+        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
 
     def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""

@@ -24,8 +24,10 @@ from lte.hf.inputs import check_next_token, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.nn.losses import active_fraction
+from lte.nn.matching import relative_error
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.adapters import train_routers_, with_routers
+from lte.train.added_terms import AddedTerms, added_terms
 from lte.train.arguments import RoutingArguments
 from lte.train.callbacks import LteProgress, RoutingCallback
 from lte.train.checkpoints import (
@@ -40,7 +42,9 @@ from lte.train.checkpoints import (
 from lte.train.compilation import compiled_layers
 from lte.train.config import stages_of
 from lte.train.disk_space import check_space, what_to_delete
+from lte.train.documents import separators_of
 from lte.train.fingerprint import run_fingerprint
+from lte.train.matching import OutputMatch
 from lte.train.objective import language_terms, routing_terms
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
@@ -133,6 +137,12 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         compiled = self.routing.compile_layers
         self._language_terms = torch.compile(language_terms) if compiled else language_terms
         self._routing_terms = torch.compile(routing_terms) if compiled else routing_terms
+        self._added_terms = torch.compile(added_terms) if compiled else added_terms
+        self.terms = AddedTerms()
+        self.match = self._output_match(torch.compile(relative_error) if compiled else relative_error)
+        collator, processing = self.data_collator, getattr(self, "processing_class", None)
+        self.separators = separators_of(unwrapped(self.model), collator, processing)
+        self._check_neighbours()
         if self._distills:
             self._check_own_loss()
         if self._distills and self.predicts_next_token:
@@ -168,6 +178,25 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             if options.setdefault("use_reentrant", False):
                 raise ValueError(f"{name} must hold use_reentrant=False to train routers, got {options}")
             setattr(self.args, name, options)
+
+    def _output_match(self, error: Any) -> OutputMatch | None:
+        routing = self.routing
+        if not (routing.match_weight and self.ffns) or routing.recipe == "dense":
+            return None
+        if routing.match_to == "teacher" and not self._distills:
+            raise ValueError(
+                "match_to must be own without a teacher that the model is distilled from, got match_to=teacher; give a "
+                "teacher (lte train --distill-from initial)"
+            )
+        return OutputMatch(self.ffns, self.teacher if routing.match_to == "teacher" else None, error)
+
+    def _check_neighbours(self) -> None:
+        for name in ("predecessor_weight", "union_weight"):
+            if getattr(self.routing, name) and self.ffns and not self.predicts_next_token:
+                raise ValueError(
+                    f"{name} must be 0 for models that do not predict the next token, got "
+                    f"{name}={getattr(self.routing, name)} for {type(self.model).__name__}"
+                )
 
     def _check_own_loss(self) -> None:
         """Refuses a loss of the user's own beside a teacher, whose divergence would take its place."""
@@ -219,7 +248,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             module._trains_routing = True
         teacher = self.teacher if self._distills else None
         try:
-            with compiled_layers(unwrapped(self.model), teacher, self.routing.compile_layers):
+            with ExitStack() as held:
+                if self.match is not None:
+                    # Before layers are compiled, which do not see hooks that come later.
+                    held.enter_context(self.match.attached())
+                held.enter_context(compiled_layers(unwrapped(self.model), teacher, self.routing.compile_layers))
                 yield
         finally:
             for name, parameter in self.model.named_parameters():
