@@ -15,6 +15,7 @@ from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
 from lte.train.checkpoints import control_state_of
 from lte.train.config import Stage
+from lte.train.dropped_start import DroppedStart
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
@@ -35,6 +36,7 @@ class RoutingControl(AnyTrainer):
     step_active: list[float]
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
+    dropped_start: DroppedStart | None
     _resumed: Path | None
     _fingerprint: dict[str, Any] | None
     _task_terms: dict[str, Tensor]
@@ -127,6 +129,8 @@ class RoutingControl(AnyTrainer):
             active = self.accelerator.reduce(over_processes, reduction="mean").item()
         self.step_active.clear()
         target, sparsity = self.schedule.target_at(self.state.global_step), 1 - active
+        if self.dropped_start is not None and self.target_sparsity:
+            self.dropped_start.follow_(target / self.target_sparsity)
         if self.stage.controls_eta:
             self.eta = self.eta_controller.update(target, sparsity)
         if self.stage.controls_bias:
@@ -167,6 +171,7 @@ class RoutingControl(AnyTrainer):
             "controller": asdict(self.eta_controller),
             "tokens_trained": self.tokens_trained,
             "fingerprint": self._fingerprint,
+            **({} if self.dropped_start is None else {"dropped_start": self.dropped_start.state()}),
         }
 
     def load_control_state(self, checkpoint: Path) -> None:
@@ -175,3 +180,5 @@ class RoutingControl(AnyTrainer):
         state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
         self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
         self.tokens_trained = state["tokens_trained"]
+        if "dropped_start" in state:
+            self.dropped_start = DroppedStart.of_state(self.ffns, state["dropped_start"])

@@ -43,6 +43,7 @@ from lte.train.compilation import compiled_layers
 from lte.train.config import stages_of
 from lte.train.disk_space import check_space, what_to_delete
 from lte.train.documents import separators_of
+from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
 from lte.train.fingerprint import run_fingerprint
 from lte.train.matching import OutputMatch
 from lte.train.objective import language_terms, routing_terms
@@ -143,6 +144,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         collator, processing = self.data_collator, getattr(self, "processing_class", None)
         self.separators = separators_of(unwrapped(self.model), collator, processing)
         self._check_neighbours()
+        self._check_bias()
+        # What biases start from, if they stand for what is dropped.
+        self.dropped_start: DroppedStart | None = None
         if self._distills:
             self._check_own_loss()
         if self._distills and self.predicts_next_token:
@@ -189,6 +193,17 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 "teacher (lte train --distill-from initial)"
             )
         return OutputMatch(self.ffns, self.teacher if routing.match_to == "teacher" else None, error)
+
+    @property
+    def _drops_into_bias(self) -> bool:
+        return bool(self.ffns) and unwrapped(self.model).lte_config.dropped_bias
+
+    def _check_bias(self) -> None:
+        if self._drops_into_bias and hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "dropped_bias must be false for a model with adapters, which leave biases as they are, got "
+                "dropped_bias=True; train all weights, or convert the model without it"
+            )
 
     def _check_neighbours(self) -> None:
         for name in ("predecessor_weight", "union_weight"):
@@ -306,7 +321,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         fresh = all(ffn.router.weight.requires_grad and not ffn.router.weight.any() for ffn in self.ffns)
         if self.ffns and fresh and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
-                fit_routers_(self.model, self._spread_batches(self.train_dataset, routing.router_fit_tokens))
+                batches = list(self._spread_batches(self.train_dataset, routing.router_fit_tokens))
+                fit_routers_(self.model, batches)
+                if self._drops_into_bias:
+                    vectors = mean_dropped_outputs(self.model, batches, self.target_sparsity)
+                    self.dropped_start = DroppedStart(self.ffns, vectors)
 
     @property
     def _sets_thresholds(self) -> bool:
