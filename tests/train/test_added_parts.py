@@ -16,6 +16,7 @@ from lte.data.rows import LmCollator
 from lte.eval.kernels import use_kernels_
 from lte.eval.sparsity import measure_sparsity
 from lte.nn.router import ALWAYS_ON_LOGIT
+from lte.ops.dispatch import FfnRunner
 from lte.train.checkpoints import control_state_of
 from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
 from lte.train.router_init import fit_routers_
@@ -181,8 +182,10 @@ def test_low_rank_routers_start_as_the_best_approximation_of_fitted_ones() -> No
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 def test_every_size_and_rank_trains_saves_and_runs_on_the_kernels_or_says_why_not(
-    tmp_path: Path, size: int, rank: int | None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, size: int, rank: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What numba compiles takes a minute, and is the same for all.
+    monkeypatch.setattr(FfnRunner, "_cpu_kernel_takes", lambda self, x: False)
     dense = tiny_dense_model(intermediate_size=256)
     model = lte.sparsify_(dense, lte.LteConfig(expert_size=size, grouping="contribution", router_rank=rank),
                           calibration=BATCHES)  # fmt: skip

@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +66,7 @@ class LmDatasets:
             unlabelled_documents (left out: nothing to train), sha256 of the texts and rows_sha256 of the tokens.
         calibration: rows on which the thresholds are set, as `train`; `None` for those of `train`.
         announcements: a line on each part: which columns were used and how, and a row as the model will see it.
+        kinds: of a mix the held-out rows of each kind of text by its name, which `validation` holds together.
     """
 
     train: datasets.Dataset
@@ -73,6 +74,7 @@ class LmDatasets:
     info: dict[str, Any]
     calibration: datasets.Dataset | None = None
     announcements: tuple[str, ...] = ()
+    kinds: Mapping[str, datasets.Dataset] = field(default_factory=dict)
 
 
 class LmCollator:
