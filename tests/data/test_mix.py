@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lte.data.config import DataConfig, check_sources, read_documents
+from lte.data.config import DataConfig, check_sources, cut_long_texts, read_documents
 from lte.data.encoding import to_dataset
 from lte.data.mix import read_mix
 from lte.data.mixing import interleaved, load_mix
@@ -164,3 +164,24 @@ def test_what_goes_with_a_mix_is_checked(mix: Callable[..., str]) -> None:
         check_sources(DataConfig(mix=path, max_train_tokens=1000))
     check_sources(DataConfig(mix=path, mix_folder=str(Path(path).parent), max_train_tokens=1000))
     assert DataConfig(mix=path).task == "texts"
+
+
+def test_long_texts_are_cut_where_words_end_and_nothing_is_lost(tmp_path: Path, tokenizer: Any) -> None:
+    text, short = " ".join(f"w{i}" for i in range(250)), "w1 w2"
+    config = DataConfig(piece_chars=100)
+    pieces = cut_long_texts([text, short, "x" * 250], config)
+    assert "".join(pieces[:-4]) == text
+    assert all(piece.endswith(" ") for piece in pieces[: -4 - 1])
+    assert max(map(len, pieces)) <= 101
+    assert pieces[-4] == short
+    assert "".join(pieces[-3:]) == "x" * 250
+    assert cut_long_texts([text], DataConfig()) == [text]
+    path = write_jsonl(tmp_path / "books.jsonl", [{"text": text}, {"text": text.replace("w1", "w2")}])
+    options = {"train": path, "validation_fraction": 0.5, "sequence_length": 8}
+    whole = load_lm_datasets(DataConfig(**options), tokenizer, progress=False)
+    cut = load_lm_datasets(DataConfig(**options, piece_chars=40), tokenizer, progress=False)
+    assert whole.info["train"]["documents"] == 1
+    assert cut.info["train"]["documents"] > 20
+    assert cut.train[0]["input_ids"].tolist() != whole.train[0]["input_ids"].tolist()
+    with pytest.raises(ValueError, match="piece_chars must be at least 1"):
+        DataConfig(piece_chars=0)

@@ -73,6 +73,11 @@ class DataConfig:
     mix_folder: str | None = option(
         None, "Folder of the files that a mix names; unset: the working directory.", affects="nothing"
     )
+    piece_chars: int | None = option(
+        None,
+        "Cut texts that are longer into pieces of about so many characters, which are shuffled like documents, so that "
+        "few tokens are of many books; unset: keep them whole.",
+    )
     label_prompts: bool = option(
         False,
         "Train on prompts as well, and fill rows with completions and chats as with text: documents see each other.",
@@ -97,6 +102,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < self.sequence_length:
                 raise ValueError(f"{name} must be at least sequence_length={self.sequence_length}, got {name}={value}")
+        if self.piece_chars is not None and self.piece_chars < 1:
+            raise ValueError(f"piece_chars must be at least 1 or unset, got piece_chars={self.piece_chars}")
         if self.mix is not None and self.validation is not None:
             raise ValueError(
                 f"validation must be left out with a mix, whose kinds have their own, got validation={self.validation}"
@@ -282,6 +289,28 @@ def split_documents(documents: list[Any], config: DataConfig) -> tuple[list[Any]
             f"validation_fraction={config.validation_fraction}; give validation, or lower validation_fraction"
         )
     return train, held_out
+
+
+def cut_long_texts(documents: list[Any], config: DataConfig) -> list[Any]:
+    """Texts longer than `piece_chars` in pieces of nearly one size, cut at the end of a line or word near by."""
+    length = config.piece_chars
+    if length is None:
+        return documents
+    pieces = (_cut(document, length) if isinstance(document, str) else [document] for document in documents)
+    return list(chain.from_iterable(pieces))
+
+
+def _cut(text: str, length: int) -> list[str]:
+    count, start, pieces = -(-len(text) // length), 0, []
+    for number in range(1, count + 1):
+        end = len(text) * number // count
+        if number < count:
+            gap = max(text.rfind("\n", start + 1, end), text.rfind(" ", start + 1, end))
+            # A text without gaps is cut anywhere.
+            end = gap + 1 if gap > end - length // 2 else end
+        pieces.append(text[start:end])
+        start = end
+    return [piece for piece in pieces if piece.strip()]
 
 
 def _split_text(text: str, config: DataConfig) -> tuple[list[str], list[str]]:

@@ -14,6 +14,7 @@ from lte.settings import parse_settings, read_mapping
 OWN = (
     *("train", "validation", "format", "name", "split", "validation_split", "kind", "text_field", "prompt_field"),
     *("completion_field", "prompt_template", "messages_field", "validation_fraction", "max_validation_tokens"),
+    "piece_chars",
 )
 """Settings of `DataConfig` that each kind may have for itself; all others are the same for all."""
 

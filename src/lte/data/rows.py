@@ -23,6 +23,7 @@ from lte.data.announcement import announce, row_as_seen
 from lte.data.config import (
     DataConfig,
     check_sequence_length,
+    cut_long_texts,
     document_key,
     read_documents,
     split_documents,
@@ -309,6 +310,8 @@ def load_lm_datasets(
     else:
         train, held_out = documents, read["validation"]
         _warn_of_shared(train, held_out)
+    if config.piece_chars is not None:
+        train, held_out = cut_long_texts(train, config), shuffled(cut_long_texts(held_out, config), config)
     parts = {"train": shuffled(train, config), "validation": held_out}
     if "calibration" in read:
         parts["calibration"] = shuffled(read["calibration"], config)

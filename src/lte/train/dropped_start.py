@@ -43,7 +43,7 @@ def mean_dropped_outputs(model: nn.Module, batches: Iterable[Batch], target_spar
     found: list[Tensor] = []
     for batch in batches:
         masks = routing_masks(model, list(ffns), batch)
-        logits, _ = _run(model, ffns, batch)
+        logits, _ = run_densely(model, ffns, batch, hidden=False)
         found.append(target_logit([logits[name] for name in ffns], [masks[name] for name in ffns], target_sparsity))
     finite = torch.stack([logit for logit in found if logit.isfinite()])
     threshold = finite.mean()
@@ -51,7 +51,7 @@ def mean_dropped_outputs(model: nn.Module, batches: Iterable[Batch], target_spar
     counts: dict[str, Tensor] = {}
     for batch in batches:
         masks = routing_masks(model, list(ffns), batch)
-        logits, hidden = _run(model, ffns, batch)
+        logits, hidden = run_densely(model, ffns, batch)
         for name in ffns:
             counted = masks[name].to(logits[name].device).flatten()
             off = (logits[name] <= threshold.to(logits[name].device)).flatten(0, -2) & counted[:, None]
@@ -61,22 +61,24 @@ def mean_dropped_outputs(model: nn.Module, batches: Iterable[Batch], target_spar
     return [_output(ffn, sums[name] / counts[name].clamp_min(1)) for name, ffn in ffns.items()]
 
 
-def _run(model: nn.Module, ffns: dict[str, SparseFfn], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The router logits [..., E] and the intermediate activations [..., F] of each FFN, all experts on."""
+def run_densely(
+    model: nn.Module, ffns: dict[str, SparseFfn], batch: Batch, *, hidden: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The router logits [..., E] of each FFN by name, all experts on, and if `hidden` its activations [..., F]."""
     logits: dict[str, Tensor] = {}
-    hidden: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     ups = {name: ffn.part(ffn.layout.up) for name, ffn in ffns.items()}
-    downs = {name: ffn.part(ffn.layout.down) for name, ffn in ffns.items()}
+    downs = {name: ffn.part(ffn.layout.down) for name, ffn in ffns.items()} if hidden else {}
 
     def route(name: str, args: tuple[Any, ...]) -> None:
         logits[name] = ffns[name].router(args[0])
 
     def keep(name: str, args: tuple[Any, ...]) -> None:
-        hidden[name] = args[0]
+        activations[name] = args[0]
 
     with evaluating(model, "dense"), before_each_call(ups, route), before_each_call(downs, keep):
         run_without_logits(model, batch)
-    return logits, hidden
+    return logits, activations
 
 
 def _output(ffn: SparseFfn, hidden: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lte.train.added_terms import AddedTerms, weighted_sum
 from lte.train.arguments import RoutingArguments
 from lte.train.config import Stage
 from lte.train.documents import follows_document
+from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
 from lte.train.objective import NonFiniteLossError, head_divergence, stack_layers
 from lte.train.schedule import Schedule
@@ -56,11 +57,13 @@ class RoutingLoss(AnyTrainer):
     target_sparsity: float
     sums: dict[str, tuple[Tensor | float, int]]
     step_active: list[float]
+    step_layers: list[list[float]]
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
     separators: tuple[int, ...]
     match: OutputMatch | None
     terms: AddedTerms
+    prices: LayerPrices | None
     _inputs: dict[str, Any]
     _task_terms: dict[str, Tensor]
     _evaluated: list[tuple[Tensor, Tensor]] | None
@@ -158,10 +161,13 @@ class RoutingLoss(AnyTrainer):
         self._task_terms = {}
         routing = self._routing(masks)
         added = task.new_zeros(())
-        if routing:
+        by_layer = routing.pop("efficiency_by_layer", None)
+        if by_layer is not None and self.prices is not None and self.stage.controls_eta:
+            added = added + (self.prices.etas(by_layer.device) * by_layer).mean()
+        elif routing:
             added = added + self.eta * routing["efficiency"]
-            if self.stage.number == 1 and self.routing.separability_weight:
-                added = added + self.routing.separability_weight * routing["separability"]
+        if routing and self.stage.number == 1 and self.routing.separability_weight:
+            added = added + self.routing.separability_weight * routing["separability"]
         if self.terms and routing:
             added = added + weighted_sum({name: routing[name] for name in self.terms.names}, self.terms)
         matched = None if self.match is None else self.match.take_loss(masks)
@@ -179,6 +185,8 @@ class RoutingLoss(AnyTrainer):
         if routing:
             # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
             self.step_active.append(routing["active_fraction"].item())
+            if self.prices is not None:
+                self.step_layers.append(routing["active_by_layer"].tolist())
         self._collect({**terms, "loss_total": total, **routing})
         return loss
 
@@ -204,7 +212,7 @@ class RoutingLoss(AnyTrainer):
         if not logits:
             return {}
         if self.stage.controls_bias:
-            self.step_targets.append(target_logit(logits, masks, self.target_sparsity))
+            self.step_targets.append(self._target_logits(logits, masks))
         stacked, threshold = stack_layers(logits, masks), self.ffns[0].threshold_logit
         found = self._routing_terms(*stacked, threshold, self.routing.pole_guard)
         self.terms = AddedTerms.at(self.routing, self.schedule.share_of_stage2(self.state.global_step))
@@ -212,6 +220,14 @@ class RoutingLoss(AnyTrainer):
             return found
         follows = follows_document(self._inputs, self.separators) if self.terms.neighbours else None
         return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
+
+    def _target_logits(self, logits: list[Tensor], masks: Masks) -> Tensor:
+        """Where the threshold would have to lie, for all layers, or [L] where each has a target of its own."""
+        if self.prices is None:
+            return target_logit(logits, masks, self.target_sparsity)
+        pairs = zip(logits, masks, self.prices.targets, strict=True)
+        found = [target_logit([layer], [mask], target) for layer, mask, target in pairs]
+        return torch.stack([each.to(found[0].device) for each in found])
 
     def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
@@ -247,6 +263,8 @@ class RoutingLoss(AnyTrainer):
         if "loss" in logs and self.sums:
             logs.update(self._means())
             logs.update(eta=self.eta, target_sparsity=self.schedule.target_at(self.state.global_step))
+            if self.prices is not None:
+                logs.update(self.prices.logged())
             self.sums.clear()
         if self.is_in_train:
             logs["stage"] = self.stage.number

@@ -45,6 +45,8 @@ from lte.train.disk_space import check_space, what_to_delete
 from lte.train.documents import separators_of
 from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
 from lte.train.fingerprint import run_fingerprint
+from lte.train.layer_budgets import BUDGET_TOKENS, budgets, loss_rises
+from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
 from lte.train.objective import language_terms, routing_terms
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
@@ -147,6 +149,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self._check_bias()
         # What biases start from, if they stand for what is dropped.
         self.dropped_start: DroppedStart | None = None
+        # Of layers with targets of their own, and their active fractions in each pass of a step.
+        self.prices: LayerPrices | None = None
+        self.step_layers: list[list[float]] = []
         if self._distills:
             self._check_own_loss()
         if self._distills and self.predicts_next_token:
@@ -243,6 +248,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             held.enter_context(self._training())
             if self._resumed is None:
                 self._fit_routers()
+                self._set_budgets()
             resumed = None if self._resumed is None else str(self._resumed)
             output = super().train(resumed, *args, **kwargs)
             self._set_thresholds()
@@ -325,7 +331,30 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 fit_routers_(self.model, batches)
                 if self._drops_into_bias:
                     vectors = mean_dropped_outputs(self.model, batches, self.target_sparsity)
-                    self.dropped_start = DroppedStart(self.ffns, vectors)
+                    self.dropped_start = DroppedStart(self.ffns, self._of_first_process(vectors))
+
+    def _set_budgets(self) -> None:
+        """Gives each layer a target and a price by how the loss rises with its sparsity, if the settings say so."""
+        if not self.ffns or self.routing.layer_budgets == "free" or self.routing.recipe == "dense":
+            return
+        if any(not ffn.router.weight.any() for ffn in self.ffns):
+            raise ValueError(
+                "router_fit_tokens must be positive with layer_budgets=sensitivity, which goes by what routers say, "
+                f"got router_fit_tokens={self.routing.router_fit_tokens} and routers without weights"
+            )
+        with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+            rises = loss_rises(self.model, self._spread_batches(self.train_dataset, BUDGET_TOKENS))
+        router = self.ffns[0].router
+        routed = 1 - router.always_on / len(router.bias)
+        self.prices = LayerPrices(self._of_first_process(budgets(rises, self.target_sparsity, routed=routed)))
+
+    def _of_first_process(self, value: Any) -> Any:
+        """What the first process found: the last bits of sums may differ between devices."""
+        if self.args.world_size == 1:
+            return value
+        held = [value]
+        broadcast_object_list(held)
+        return held[0]
 
     @property
     def _sets_thresholds(self) -> bool:
