@@ -184,6 +184,26 @@ def test_compiled_and_checkpointed_training_is_the_eager_one(
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("match_to", ["teacher", "own"])
+def test_one_compilation_serves_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, match_to: str) -> None:
+    counter = CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **{**kwargs, "backend": counter}))
+    frames = []
+    for layers in (2, 4):
+        torch.compiler.reset()
+        counter.clear()
+        config = lte.LteConfig(expert_size=8, grouping="random")
+        model = randomise_routers_(lte.sparsify_(tiny_dense_model(num_hidden_layers=layers), config))
+        options = {**ALL, "match_to": match_to, "max_steps": 2, "router_fit_tokens": 0, "compile_layers": True}
+        train(tmp_path / str(layers), model, rows_with_documents(8), **options,
+              teacher=tiny_dense_model(num_hidden_layers=layers))  # fmt: skip
+        frames.append(counter.frame_count)
+    # Beside the layers the terms of all of them together are compiled, for each number of them.
+    assert frames[0] == frames[1]
+    torch.compiler.reset()
+
+
 def test_the_margin_sets_in_late_in_stage_2_alone(tmp_path: Path) -> None:
     trainer, _ = train(
         tmp_path, sparse_model(), rows_with_documents(8), max_steps=8, margin_weight=0.1, margin_start=0.5

@@ -22,6 +22,9 @@ from lte.hf.install import wrapped_ffns
 from lte.nn.matching import relative_error
 from lte.nn.sparse_ffn import SparseFfn
 
+KEPT = "_output_of_last_pass"
+"""Of a projection that is watched: a dictionary with its output."""
+
 
 class OutputMatch:
     """Keeps the outputs of FFNs, and the goals that they are matched to, for one training.
@@ -45,9 +48,8 @@ class OutputMatch:
         self.ffns, self.error = list(ffns), error
         self.teacher_downs = [] if teacher is None else _down_projections(teacher)
         self.is_own = teacher is None
-        # By place in depth order: of the teacher, and of students that are spread over their blocks.
-        self.targets: dict[int, Tensor] = {}
-        self.outputs: dict[int, Tensor] = {}
+        # Projections of students whose FFNs are spread over their blocks.
+        self.spread_downs = {index: ffn.part(ffn.layout.down) for index, ffn in enumerate(self.ffns) if ffn.block}
         if self.is_own and any(ffn.block for ffn in self.ffns):
             raise ValueError(
                 "match_to must be teacher for FFNs that are spread over their blocks, as in BERT and OPT, got "
@@ -63,17 +65,19 @@ class OutputMatch:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Looks at what the FFNs compute, in the block; to be entered before anything is compiled."""
-        with ExitStack() as hooks:
-            for index, down in enumerate(self.teacher_downs):
-                hooks.callback(down.register_forward_hook(_keeper(self.targets, index)).remove)
-            for index, ffn in enumerate(self.ffns):
-                if ffn.block:
-                    down = ffn.part(ffn.layout.down)
-                    hooks.callback(down.register_forward_hook(_keeper(self.outputs, index)).remove)
+        with ExitStack() as held:
+            for down in self._watched:
+                vars(down)[KEPT] = {}
+                held.callback(vars(down).pop, KEPT)
+                held.callback(down.register_forward_hook(_keep_output).remove)
             try:
                 yield
             finally:
                 self.forget()
+
+    @property
+    def _watched(self) -> list[Any]:
+        return [*self.teacher_downs, *self.spread_downs.values()]
 
     def begin(self) -> None:
         """Makes the FFNs keep their outputs in the pass that follows."""
@@ -85,26 +89,28 @@ class OutputMatch:
         for ffn in self.ffns:
             ffn.record_output = ffn.record_own = False
             ffn.forget_outputs()
-        self.targets.clear()
-        self.outputs.clear()
+        for down in self._watched:
+            vars(down).get(KEPT, {}).clear()
 
     def take_loss(self, token_masks: Sequence[Tensor | None]) -> Tensor | None:
         """The mean over layers of the relative squared error in the pass that just ended; `None` if none was kept."""
         losses = []
         for index, (ffn, mask) in enumerate(zip(self.ffns, token_masks, strict=True)):
-            output = self.outputs.get(index) if ffn.block else ffn.output
-            target = ffn.own_output if self.is_own else self.targets.get(index)
+            output = _kept_by(self.spread_downs[index]) if ffn.block else ffn.output
+            target = ffn.own_output if self.is_own else _kept_by(self.teacher_downs[index])
             if output is not None and target is not None:
                 losses.append(self.error(output, target.to(output.device), mask))
         self.forget()
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
 
-def _keeper(kept: dict[int, Tensor], index: int) -> Callable[[nn.Module, Any, Tensor], None]:
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        kept[index] = output
+def _keep_output(module: nn.Module, args: Any, output: Tensor) -> None:
+    # One function for all, and a dictionary that it finds by the module: one compilation then serves all layers.
+    vars(module)[KEPT]["output"] = output
 
-    return keep
+
+def _kept_by(down: nn.Module) -> Tensor | None:
+    return vars(down).get(KEPT, {}).get("output")
 
 
 def _down_projections(model: nn.Module) -> list[Any]:
