@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, default_data_collator
 
 import lte
 from lte.data.rows import LmCollator, TokenRows
@@ -256,6 +256,18 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     model = lte.sparsify_(BertForSequenceClassification(config), lte.LteConfig(expert_size=8))
     with pytest.raises(ValueError, match="union_weight must be 0 for models that do not predict"):
         LteTrainer(model, arguments(tmp_path, union_weight=1.0), train_dataset=[])
+
+
+def test_batches_without_tokens_have_no_neighbours(tmp_path: Path) -> None:
+    model = sparse_model()
+    embedded = [{"inputs_embeds": torch.randn(8, 32), "labels": torch.arange(8)} for _ in range(4)]
+    with pytest.raises(ValueError, match="union_weight must be 0 where a batch does not hold the input_ids"):
+        LteTrainer(
+            model,
+            arguments(tmp_path, max_steps=1, union_weight=1.0, stage1_ratio=0.0, remove_unused_columns=False),
+            train_dataset=embedded,
+            data_collator=default_data_collator,
+        ).train()
 
 
 @pytest.mark.parametrize(

@@ -218,8 +218,18 @@ class RoutingLoss(AnyTrainer):
         self.terms = AddedTerms.at(self.routing, self.schedule.share_of_stage2(self.state.global_step))
         if not self.terms:
             return found
-        follows = follows_document(self._inputs, self.separators) if self.terms.neighbours else None
+        follows = self._follows(stacked[0]) if self.terms.neighbours else None
         return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
+
+    def _follows(self, stacks: list[Tensor]) -> Tensor:
+        """Which tokens go on with the document of the token before them, bool [B, T]."""
+        ids = self._inputs.get("input_ids")
+        if ids is None or any(stack[0, ..., 0].numel() != ids.numel() for stack in stacks):
+            raise ValueError(
+                "predecessor_weight and union_weight must be 0 where a batch does not hold the input_ids of all routed "
+                f"tokens, got {', '.join(self._inputs)} of {type(self).__name__}"
+            )
+        return follows_document(self._inputs, self.separators)
 
     def _target_logits(self, logits: list[Tensor], masks: Masks) -> Tensor:
         """Where the threshold would have to lie, for all layers, or [L] where each has a target of its own."""
