@@ -110,7 +110,7 @@ def reference(model: Any, teacher: Any, rows: TokenRows, match_to: str, eta: flo
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-ALL = {"margin_weight": 0.3, "margin": 1.5, "margin_start": 0.0, "predecessor_weight": 0.2, "union_weight": 0.7}
+ALL = {"margin_weight": 0.3, "margin_width": 1.5, "margin_start": 0.0, "predecessor_weight": 0.2, "union_weight": 0.7}
 ALL |= {"union_tokens": 4, "match_weight": 0.4}
 
 
@@ -273,7 +273,7 @@ def test_batches_without_tokens_have_no_neighbours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("margin", 0.0, "margin must be positive, got margin=0.0"),
+        ("margin_width", 0.0, "margin_width must be positive, got margin_width=0.0"),
         ("margin_start", 1.0, "margin_start must lie in"),
         ("match_weight", -1.0, "match_weight must not be negative"),
         ("union_tokens", 1, "union_tokens must be at least 2"),

@@ -67,6 +67,9 @@ class Router(nn.Module):
         always_on: how many experts, the first ones, are always on.
     """
 
+    # That of routers that earlier versions pickled.
+    always_on = 0
+
     def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None, always_on: int = 0, **factory: Any):
         super().__init__()
         self.always_on = always_on

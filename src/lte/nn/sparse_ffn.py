@@ -47,6 +47,10 @@ class SparseFfn(WrappedFfn):
         record_own: whether it keeps `own_output`, too, which costs one more product with the down projection.
     """
 
+    # Those of models that earlier versions pickled.
+    record_output = False
+    record_own = False
+
     def __init__(
         self,
         parts: Mapping[str, nn.Module] | nn.Module,
@@ -60,8 +64,6 @@ class SparseFfn(WrappedFfn):
         self.threshold_logit = math.log(threshold / (1 - threshold))
         self.mode: FfnMode = "hard"
         self.record_logits = False
-        self.record_output = False
-        self.record_own = False
 
     @property
     def output(self) -> Tensor | None:

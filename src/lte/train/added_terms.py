@@ -39,7 +39,7 @@ class AddedTerms:
             margin=settings.margin_weight if late else 0.0,
             predecessor=settings.predecessor_weight,
             union=settings.union_weight,
-            width=settings.margin,
+            width=settings.margin_width,
             chunk=settings.union_tokens,
         )
 

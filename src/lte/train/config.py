@@ -76,7 +76,7 @@ class RecipeSettings:
     margin_weight: float = option(
         0.0, "Weight of the loss that pushes router logits away from the threshold in stage 2; 0: without.", "routing"
     )
-    margin: float = option(1.0, "Distance to the threshold, in logits, up to which it pushes.", affects="routing")
+    margin_width: float = option(1.0, "Distance to the threshold, in logits, up to which it pushes.", affects="routing")
     margin_start: float = option(0.5, "Share of stage 2 after which it sets in.", affects="routing")
     predecessor_weight: float = option(
         0.0, "Weight of the loss that pulls a token's scores to those of the token before it; 0: without.", "routing"
@@ -116,8 +116,10 @@ class RecipeSettings:
         for name in ("match_weight", "margin_weight", "predecessor_weight", "union_weight"):
             check_not_negative(name, getattr(self, name))
         check_fraction("margin_start", self.margin_start)
-        if self.margin <= 0:
-            raise ValueError(f"margin must be positive, got margin={self.margin}; 0.4 is a score 0.1 from tau")
+        if self.margin_width <= 0:
+            raise ValueError(
+                f"margin_width must be positive, got margin_width={self.margin_width}; 0.4 is a score 0.1 from tau"
+            )
         if self.union_tokens < 2:
             raise ValueError(f"union_tokens must be at least 2, got union_tokens={self.union_tokens}")
         routed = self.recipe not in ("dense", "method")
