@@ -161,15 +161,8 @@ class RoutingLoss(AnyTrainer):
         self._task_terms = {}
         routing = self._routing(masks)
         added = task.new_zeros(())
-        by_layer = routing.pop("efficiency_by_layer", None)
-        if by_layer is not None and self.prices is not None and self.stage.controls_eta:
-            added = added + (self.prices.etas(by_layer.device) * by_layer).mean()
-        elif routing:
-            added = added + self.eta * routing["efficiency"]
-        if routing and self.stage.number == 1 and self.routing.separability_weight:
-            added = added + self.routing.separability_weight * routing["separability"]
-        if self.terms and routing:
-            added = added + weighted_sum({name: routing[name] for name in self.terms.names}, self.terms)
+        if routing:
+            added = added + self._weighted(routing)
         matched = None if self.match is None else self.match.take_loss(masks)
         if matched is not None:
             added, terms["match"] = added + self.routing.match_weight * matched, matched
@@ -189,6 +182,19 @@ class RoutingLoss(AnyTrainer):
                 self.step_layers.append(routing["active_by_layer"].tolist())
         self._collect({**terms, "loss_total": total, **routing})
         return loss
+
+    def _weighted(self, routing: dict[str, Tensor]) -> Tensor:
+        """The terms on router logits with their weights; takes out what is of no use in the log."""
+        by_layer = routing.pop("efficiency_by_layer")
+        if self.prices is not None and self.stage.controls_eta:
+            added = (self.prices.etas(by_layer.device) * by_layer).mean()
+        else:
+            added = self.eta * routing["efficiency"]
+        if self.stage.number == 1 and self.routing.separability_weight:
+            added = added + self.routing.separability_weight * routing["separability"]
+        if self.terms:
+            added = added + weighted_sum({name: routing[name] for name in self.terms.names}, self.terms)
+        return added
 
     def _is_scaled(self, num_items: Tensor | int | None) -> bool:
         """Whether the trainer takes a loss as the share of one pass in the loss of all accumulated ones."""
