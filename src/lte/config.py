@@ -171,6 +171,11 @@ class LteConfig(MethodConfig):
         threshold: tau; an expert is active where its router score exceeds it. At most 0.9 where routers are new,
             because every score starts at 0.95 and a converted model must start with all experts active; the
             threshold of a trained model may be moved anywhere in (0, 1), which is what `lte calibrate` does.
+        always_on: share of experts that every token computes, in [0, 1), at least one if it is not 0: they hold the
+            neurons that are most often among a token's tenth of largest contributions on calibration text, and the
+            router decides on the others. They count as active.
+        dropped_bias: whether training adds to every FFN's output a vector that starts as the mean of what is dropped
+            (SPON, arXiv 2512.12744). It is the bias of the down projection, which gets one where the family has none.
         seed: seed of the grouping and of the router's initialisation.
     """
 
@@ -179,10 +184,18 @@ class LteConfig(MethodConfig):
     grouping: Grouping = "kmeans"
     router_rank: int | None = None
     threshold: float = 0.5
+    always_on: float = 0.0
+    dropped_bias: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fraction("always_on", self.always_on)
+        if self.always_on and self.target_sparsity + self.always_on >= 1:
+            raise ValueError(
+                f"target_sparsity must be below 1 - always_on = {1 - self.always_on:g}, got "
+                f"target_sparsity={self.target_sparsity}; the router has no say about experts that are always on"
+            )
         check_choice("grouping", self.grouping, get_args(Grouping))
         if self.expert_size < 1:
             raise ValueError(f"expert_size must be at least 1, got expert_size={self.expert_size}")
@@ -197,3 +210,12 @@ class LteConfig(MethodConfig):
             raise ValueError(
                 f"threshold must lie in (0, 0.9] for new routers, got threshold={self.threshold}; lower it"
             )
+
+    def num_always_on(self, num_experts: int) -> int:
+        """How many of the experts of an FFN are always on."""
+        return max(1, round(self.always_on * num_experts)) if self.always_on else 0
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether neurons are put into experts by what they do on calibration text."""
+        return self.grouping in CALIBRATED_GROUPINGS or self.always_on > 0

@@ -12,6 +12,7 @@ from lte.nn.losses import (
     POLE_GUARD,
     active_fraction,
     efficiency_loss,
+    margin_loss,
     masked_mean,
     mean_over_layers,
     near_threshold_fraction,
@@ -130,3 +131,16 @@ def test_fp64_stays_fp64_and_gradients_are_right() -> None:
 
 def test_every_layer_counts_the_same() -> None:
     assert mean_over_layers([torch.tensor([1.0, 4.0]), torch.tensor([7.0])]).item() == 4
+
+
+def test_margin_loss_by_hand() -> None:
+    # Distances to 0.5: 0.5, 0, 1.5, 3.
+    logits = torch.tensor([[1.0, 0.5], [-1.0, 3.5]], requires_grad=True)
+    loss = margin_loss(logits, threshold_logit=0.5, margin=2.0)
+    assert loss.item() == pytest.approx((0.75 + 1 + 0.25 + 0) / 4)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.tolist() == [[-0.125, 0.0], [0.125, 0.0]]
+    mask = torch.tensor([True, False])
+    assert margin_loss(logits, mask, threshold_logit=0.5, margin=2.0).item() == pytest.approx(0.875)
+    by_layer = margin_loss(torch.stack([logits, logits + 9]), threshold_logit=0.5, margin=2.0, layers=True)
+    assert by_layer.tolist() == pytest.approx([0.5, 0.0])

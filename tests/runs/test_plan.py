@@ -43,7 +43,12 @@ EXAMPLES = {
     "ablations/switching": 12,
     "ablations/wikipedia_recipe": 4,
     "ablations/wikipedia_fewer_articles": 6,
+    "recipe/ideas": 25,
+    "recipe/steady": 12,
+    "recipe/tokens": 7,
 }
+# In its folder beside them: the mix that they train on, and a run of `lte train`.
+OTHERS = {"recipe/texts", "recipe/one_run"}
 
 
 def plan(path: Path, **overrides: Any) -> dict[str, Run]:
@@ -217,7 +222,7 @@ def test_seeds_of_the_command_go_first(mrpc: Callable[..., Path]) -> None:
         ({"defaults": {"seed": 1}}, "got seed=1; it is set by seeds"),
         ({"start": [1]}, "start must be a mapping of settings, got start=[1]"),
         ({"train": "x.jsonl"}, "train must be a mapping with the budget, got train='x.jsonl'"),
-        ({"task": None}, "task must be given, or text: defaults: {train: FILE}, got neither"),
+        ({"task": None}, "task must be given, or text: defaults: {train: FILE} or {mix: FILE}, got neither"),
         ({"model": None}, "model must be given: --model, or model: in"),
         ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16"),
     ],
@@ -243,11 +248,13 @@ def test_rows_of_a_measuring_pass_are_a_whole_number(mrpc: Callable[..., Path], 
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_expand(name: str) -> None:
+def test_the_examples_expand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where a mix is looked for.
+    monkeypatch.chdir(EXPERIMENTS.parent)
     runs = plan(EXPERIMENTS / f"{name}.yaml")
     assert sum(run.measured for run in runs.values()) == EXAMPLES[name]
 
 
 def test_no_example_is_left_out() -> None:
-    files = [*EXPERIMENTS.glob("compare/*.yaml"), *EXPERIMENTS.glob("ablations/*.yaml")]
-    assert {f"{path.parent.name}/{path.stem}" for path in files} == set(EXAMPLES)
+    files = [path for folder in ("compare", "ablations", "recipe") for path in EXPERIMENTS.glob(f"{folder}/*.yaml")]
+    assert {f"{path.parent.name}/{path.stem}" for path in files} == set(EXAMPLES) | OTHERS

@@ -358,6 +358,8 @@ def outcome(output: Path, stages: tuple[int, ...], record: ResultRecord) -> list
         lines = [f"On {where}: " + ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items()) + "."]
     else:
         lines = [f"{metric.capitalize()} on {where}: {before:.3f} before training, {record['value']:.3f} after."]
+    kinds = [name for name in record["metrics"] if name.startswith("perplexity_") and name != "perplexity_per_word"]
+    lines += [f"Perplexity on {name.partition('_')[2]}: {record['metrics'][name]:.3f}." for name in kinds]
     if record["measurement"] is None:
         lines.append("The model is dense (recipe=dense, a control).")
     else:

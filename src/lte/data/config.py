@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,7 +33,9 @@ class DataConfig:
     """
 
     train: str | list[str] = option(
-        "pydoc-topics", "File, glob, hub data set, or pydoc-topics (Python's help text); may be given several times."
+        "pydoc-topics",
+        "File, glob, hub data set, or text that comes with Python: pydoc-topics (its help) or python-library (its "
+        "sources); may be given several times.",
     )
     validation: str | None = option(None, "Held-out file, glob, or hub data set; unset: documents split off train.")
     calibration: str | list[str] | None = option(
@@ -62,6 +65,23 @@ class DataConfig:
     max_train_tokens: int | None = option(None, "Use at most this many training tokens.")
     max_validation_tokens: int | None = option(None, "Use at most this many held-out tokens.", affects="nothing")
     data_seed: int = option(0, "Seed of the split and of the order of documents.")
+    mix: str | None = option(
+        None,
+        "YAML file with several kinds of text in place of train, each with a weight and a part that is held out and "
+        "measured by its name (docs/data.md); needs max_train_tokens.",
+    )
+    mix_folder: str | None = option(
+        None, "Folder of the files that a mix names; unset: the working directory.", affects="nothing"
+    )
+    piece_chars: int | None = option(
+        None,
+        "Cut texts that are longer into pieces of about so many characters, which are shuffled like documents, so that "
+        "few tokens are of many books; unset: keep them whole.",
+    )
+    label_prompts: bool = option(
+        False,
+        "Train on prompts as well, and fill rows with completions and chats as with text: documents see each other.",
+    )
 
     def __post_init__(self) -> None:
         if not self.train or not all(self.sources):
@@ -82,6 +102,12 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < self.sequence_length:
                 raise ValueError(f"{name} must be at least sequence_length={self.sequence_length}, got {name}={value}")
+        if self.piece_chars is not None and self.piece_chars < 1:
+            raise ValueError(f"piece_chars must be at least 1 or unset, got piece_chars={self.piece_chars}")
+        if self.mix is not None and self.validation is not None:
+            raise ValueError(
+                f"validation must be left out with a mix, whose kinds have their own, got validation={self.validation}"
+            )
 
     @property
     def sources(self) -> list[str]:
@@ -90,7 +116,9 @@ class DataConfig:
 
     @property
     def task(self) -> str:
-        """`train` as one text, which result records name as their task."""
+        """`train` as one text, or the name of the mix, which result records name as their task."""
+        if self.mix is not None:
+            return Path(self.mix).stem
         return ", ".join(self.sources)
 
 
@@ -109,7 +137,19 @@ def _pydoc_topics() -> list[str]:
     return [text for _, text in sorted(topics.topics.items())]
 
 
-BUILTIN_TEXTS: dict[str, Callable[[], list[str]]] = {"pydoc-topics": _pydoc_topics}
+def _python_library() -> list[str]:
+    """The sources of Python's standard library, without its tests, in the order of their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    kept = [name for name in files if not left_out & set(Path(name).parts)]
+    return [text for name in kept if (text := (root / name).read_text(encoding="utf-8", errors="replace")).strip()]
+
+
+BUILTIN_TEXTS: dict[str, Callable[[], list[str]]] = {
+    "pydoc-topics": _pydoc_topics,
+    "python-library": _python_library,
+}
 
 
 class Documents(list[Any]):
@@ -251,6 +291,28 @@ def split_documents(documents: list[Any], config: DataConfig) -> tuple[list[Any]
     return train, held_out
 
 
+def cut_long_texts(documents: list[Any], config: DataConfig) -> list[Any]:
+    """Texts longer than `piece_chars` in pieces of nearly one size, cut at the end of a line or word near by."""
+    length = config.piece_chars
+    if length is None:
+        return documents
+    pieces = (_cut(document, length) if isinstance(document, str) else [document] for document in documents)
+    return list(chain.from_iterable(pieces))
+
+
+def _cut(text: str, length: int) -> list[str]:
+    count, start, pieces = -(-len(text) // length), 0, []
+    for number in range(1, count + 1):
+        end = len(text) * number // count
+        if number < count:
+            gap = max(text.rfind("\n", start + 1, end), text.rfind(" ", start + 1, end))
+            # A text without gaps is cut anywhere.
+            end = gap + 1 if gap > end - length // 2 else end
+        pieces.append(text[start:end])
+        start = end
+    return [piece for piece in pieces if piece.strip()]
+
+
 def _split_text(text: str, config: DataConfig) -> tuple[list[str], list[str]]:
     cut = int(len(text) * (1 - config.validation_fraction))
     # Between words, if there is a gap in reach.
@@ -297,6 +359,12 @@ def check_sources(config: DataConfig) -> None:
     Raises:
         ValueError: says which.
     """
+    if config.mix is not None:
+        from lte.data.mix import read_mix
+
+        for part in read_mix(config):
+            check_sources(part.config)
+        return
     calibration = config.calibration or []
     others = [calibration] if isinstance(calibration, str) else calibration
     for source in (*config.sources, *([config.validation] if config.validation else []), *others):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # documents give all threads work, and batches bound the memory (10 MB of text grew the process by 100 to 230 MB).
 PIECE_CHARS = 1 << 17
 BATCH_CHARS = 1 << 21
+# What templates write after the mark that ends a turn, a line's end say, has fewer tokens.
+CLOSING = 3
 WORD_GAP = re.compile(r"\S(?= [^\W\d_])")
 # Token ids and labels of one document, int32 [T] each.
 Example = tuple[np.ndarray, np.ndarray]
@@ -56,7 +58,10 @@ class Encoder:
         text = kind == "text"
         labelled = self._text(documents, limit, part) if text else self._labelled(kind, documents, limit, part, counts)
         examples = list(labelled)
+        if self.config.label_prompts and not text:
+            examples = [(self._closed(ids),) * 2 for ids, _ in examples]
         tokens = sum(len(ids) for ids, _ in examples)
+        text = text or self.config.label_prompts
         if text and self.config.pack:
             columns, offsets = self._blocks(examples, keep_rest=part == "validation")
             counts["dropped_tokens"] = max(0, tokens - len(columns["input_ids"]))
@@ -86,6 +91,13 @@ class Encoder:
             "rows_sha256": digest.hexdigest(),
         }
         return to_dataset(columns, offsets, digest.hexdigest()), found
+
+    def _closed(self, ids: np.ndarray) -> np.ndarray:
+        """A document with the end-of-text token as its last one, and nothing of a template's after it."""
+        ends = np.flatnonzero(ids[-CLOSING:] == self.eos)
+        if len(ends):
+            return ids[: len(ids) - min(CLOSING, len(ids)) + ends[-1] + 1]
+        return np.append(ids, np.int32(self.eos))
 
     def _text(self, documents: list[str], limit: int | None, part: str) -> Iterator[Example]:
         """Documents between the tokenizer's begin-of-text token and the end-of-text token, cut off at the limit."""

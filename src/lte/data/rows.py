@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from lte.data.announcement import announce, row_as_seen
 from lte.data.config import (
     DataConfig,
     check_sequence_length,
+    cut_long_texts,
     document_key,
     read_documents,
     split_documents,
@@ -66,6 +67,7 @@ class LmDatasets:
             unlabelled_documents (left out: nothing to train), sha256 of the texts and rows_sha256 of the tokens.
         calibration: rows on which the thresholds are set, as `train`; `None` for those of `train`.
         announcements: a line on each part: which columns were used and how, and a row as the model will see it.
+        kinds: of a mix the held-out rows of each kind of text by its name, which `validation` holds together.
     """
 
     train: datasets.Dataset
@@ -73,6 +75,7 @@ class LmDatasets:
     info: dict[str, Any]
     calibration: datasets.Dataset | None = None
     announcements: tuple[str, ...] = ()
+    kinds: Mapping[str, datasets.Dataset] = field(default_factory=dict)
 
 
 class LmCollator:
@@ -85,10 +88,11 @@ class LmCollator:
     Args:
         pad_token_id: `None` if all rows have one length.
         multiple: of which rows are padded to one.
+        eos_token_id: which ends a document in the rows, for losses that must not look beyond one.
     """
 
-    def __init__(self, pad_token_id: int | None, multiple: int = MULTIPLE):
-        self.pad_token_id, self.multiple = pad_token_id, multiple
+    def __init__(self, pad_token_id: int | None, multiple: int = MULTIPLE, eos_token_id: int | None = None):
+        self.pad_token_id, self.multiple, self.eos_token_id = pad_token_id, multiple, eos_token_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         names = [n for n in ("input_ids", "labels", "attention_mask", "position_ids") if n in rows[0]]
@@ -148,7 +152,7 @@ class PromptsCounted:
     """
 
     def __init__(self, collator: Any):
-        self.collator = collator
+        self.collator, self.eos_token_id = collator, getattr(collator, "eos_token_id", None)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         # Some collators change their rows.
@@ -306,6 +310,8 @@ def load_lm_datasets(
     else:
         train, held_out = documents, read["validation"]
         _warn_of_shared(train, held_out)
+    if config.piece_chars is not None:
+        train, held_out = cut_long_texts(train, config), shuffled(cut_long_texts(held_out, config), config)
     parts = {"train": shuffled(train, config), "validation": held_out}
     if "calibration" in read:
         parts["calibration"] = shuffled(read["calibration"], config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from transformers import PreTrainedModel
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, check_expert_size
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
-from lte.hf.install import check_unchunked, num_neurons, sparse_ffns, wrapped_ffns
+from lte.hf.install import check_unchunked, drop_down_bias_, num_neurons, sparse_ffns, wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
 from lte.nn.all_or_nothing import all_or_nothing, on_failure
-from lte.nn.clustering import CoactivationCounts, ContributionProducts, group_neurons
+from lte.nn.clustering import CoactivationCounts, ContributionProducts, UsageCounts, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 
@@ -36,6 +37,7 @@ def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
             continue
         with torch.device("meta"):
             dense = family.new_ffn(stock_config, wrapped.num_neurons)
+        drop_down_bias_(wrapped.part(family.layout.down), dense.get_submodule(family.layout.down))
         for part in family.layout.parts:
             setattr(dense, part, wrapped.part(part))
         dense.train(wrapped.training)
@@ -80,9 +82,8 @@ def group_experts_(
     ffns = dense_ffns(model, family)
     for ffn in ffns.values():
         check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
-    calibrated = config.grouping in CALIBRATED_GROUPINGS
-    features = _activity_features(model, ffns, family, config.grouping, calibration) if calibrated else {}
-    orders = _neuron_orders(ffns, features, family, config)
+    seen = _activity(model, ffns, family, config, calibration) if config.needs_text else {}
+    orders = _neuron_orders(ffns, seen, family, config)
     with all_or_nothing(model):
         permutations = _Permutations(family.layout)
         on_failure(permutations.undo_)
@@ -142,20 +143,48 @@ def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
     return matrix.detach()[: num_neurons(ffn, layout)]
 
 
+@dataclass
+class _Activity:
+    """What an FFN's neurons did on calibration text.
+
+    Attributes:
+        features: that the grouping compares, if it is one of `CALIBRATED_GROUPINGS`.
+        usage: which neurons are used most, if some experts are always on.
+    """
+
+    features: CoactivationCounts | ContributionProducts | None
+    usage: UsageCounts | None
+
+    def update(self, hidden: Tensor) -> None:
+        for collector in (self.features, self.usage):
+            if collector is not None:
+                collector.update(hidden)
+
+
 def _neuron_orders(
-    ffns: Mapping[str, nn.Module], features: Mapping[str, Tensor], family: Family, config: LteConfig
+    ffns: Mapping[str, nn.Module], seen: Mapping[str, _Activity], family: Family, config: LteConfig
 ) -> list[Tensor]:
     """The neuron order [F] of every FFN, found before any is changed."""
     return [
-        group_neurons(
-            features.get(name) if features else _neuron_features(ffn, family.layout),
-            num_neurons=num_neurons(ffn, family.layout),
-            expert_size=config.expert_size,
-            method=config.grouping,
-            seed=config.seed + index,
-        )
+        _neuron_order(ffn, seen.get(name, _Activity(None, None)), family.layout, config, config.seed + index)
         for index, (name, ffn) in enumerate(ffns.items())
     ]
+
+
+def _neuron_order(ffn: nn.Module, seen: _Activity, layout: FfnLayout, config: LteConfig, seed: int) -> Tensor:
+    """The neurons of experts that are always on, then those of the others, which are grouped among themselves."""
+    number, size = num_neurons(ffn, layout), config.expert_size
+    leaders = config.num_always_on(number // size) * size
+    features = _neuron_features(ffn, layout) if seen.features is None else seen.features.gram
+    first = torch.empty(0, dtype=torch.int64) if seen.usage is None else seen.usage.most_used(leaders)
+    rest = torch.ones(number, dtype=torch.bool)
+    rest[first] = False
+    others = rest.nonzero().flatten()
+    if len(first):
+        index = others.to(features.device)
+        features = features[index] if seen.features is None else features[index][:, index]
+    order = group_neurons(features, num_neurons=len(others), expert_size=size, method=config.grouping, seed=seed)
+    return torch.cat([first, others[order]])
 
 
 def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family) -> None:
@@ -217,28 +246,34 @@ def _check_unshared(model: nn.Module, ffns: Mapping[str, nn.Module], family: Fam
 
 
 @torch.no_grad()
-def _activity_features(
+def _activity(
     model: nn.Module,
     ffns: Mapping[str, nn.Module],
     family: Family,
-    grouping: Grouping,
+    config: LteConfig,
     calibration: Iterable[Mapping[str, Tensor]] | None,
-) -> dict[str, Tensor]:
-    """Runs the calibration batches through the dense model and compares when its neurons are active, by FFN."""
+) -> dict[str, _Activity]:
+    """Runs the calibration batches through the dense model and looks at when its neurons are active, by FFN."""
     if calibration is None:
-        raise ValueError(f'grouping="{grouping}" must get calibration batches, got calibration=None')
+        what = f"always_on={config.always_on}" if config.always_on else f'grouping="{config.grouping}"'
+        raise ValueError(f"{what} must get calibration batches, got calibration=None")
     downs: dict[str, Any] = {name: ffn.get_submodule(family.layout.down) for name, ffn in ffns.items()}
-    collectors = {name: _collector(grouping, family.layout.matrix(down)) for name, down in downs.items()}
+    seen = {name: _collectors(config, family.layout.matrix(down)) for name, down in downs.items()}
     masks: dict[str, Tensor] = {}
 
     def collect(name: str, args: tuple[Any, ...]) -> None:
-        collectors[name].update(_counted_tokens(args[0], masks[name]))
+        seen[name].update(_counted_tokens(args[0], masks[name]))
 
     with before_each_call(downs, collect):
         for batch in calibration:
             masks.update(padding_masks(model, ffns, batch))
             run_without_logits(model, batch)
-    return {name: collector.gram for name, collector in collectors.items()}
+    return seen
+
+
+def _collectors(config: LteConfig, down: Tensor) -> _Activity:
+    features = _collector(config.grouping, down) if config.grouping in CALIBRATED_GROUPINGS else None
+    return _Activity(features, UsageCounts(down.float().norm(dim=0)) if config.always_on else None)
 
 
 def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | ContributionProducts:

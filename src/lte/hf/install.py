@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lte.config import LteConfig, check_expert_size
 from lte.hf.families import Family, dense_ffns
+from lte.hf.projections import base_of
 from lte.nn.router import Router
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
@@ -98,12 +100,37 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
     def build(stock: StockFfn) -> SparseFfn:
         num_experts = check_expert_size(stock.num_neurons, config.expert_size)
         device = stock.device
-        router = Router(stock.hidden_size, num_experts, config.router_rank, device=device, dtype=torch.float32)
+        factory = {"device": device, "dtype": torch.float32}
+        always_on = config.num_always_on(num_experts)
+        router = Router(stock.hidden_size, num_experts, config.router_rank, always_on, **factory)
+        if config.dropped_bias:
+            down = stock.module.get_submodule(stock.layout.down)
+            if stock.layout.spread and base_of(down).bias is None:
+                raise ValueError(
+                    f"dropped_bias must be false for FFNs that are spread over their blocks and have no biases, got "
+                    f"dropped_bias=True for {family.model_type}"
+                )
+            add_down_bias_(down)
         if device.type != "meta" and config.router_rank:
             router.reset_parameters(torch.Generator(device).manual_seed(config.seed + stock.index))
         return SparseFfn(stock.parts, stock.activation, stock.layout, router, config.threshold)
 
     install_wrapped_ffns_(model, family, build)
+
+
+def add_down_bias_(down: Any) -> None:
+    """Gives a down projection, with adapters or without, a bias of zeros, if it has none."""
+    linear = base_of(down)
+    if linear.bias is None:
+        dtype = linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
+        linear.bias = nn.Parameter(torch.zeros(linear.out_features, device=linear.weight.device, dtype=dtype))
+
+
+def drop_down_bias_(down: Any, stock: Any) -> None:
+    """Takes the bias off a down projection whose stock one has none."""
+    linear = base_of(down)
+    if stock.bias is None and linear.bias is not None:
+        linear.bias = None
 
 
 def check_unchunked(model: nn.Module, family: Family) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.config import CALIBRATED_GROUPINGS, FfnMode, LteConfig
+from lte.config import FfnMode, LteConfig
 from lte.data.batches import Batch
 from lte.data.rows import routing_masks
 from lte.hf.acceleration import decelerate_
@@ -155,7 +155,7 @@ register(
         install=install_sparse_ffns_,
         remove=_remove_,
         calibrate=_set_thresholds_,
-        needs_calibration=lambda config: config.grouping in CALIBRATED_GROUPINGS,
+        needs_calibration=lambda config: config.needs_text,
         fp32_names=("router",),
         trained=True,
         sparse_ffns=True,

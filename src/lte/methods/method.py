@@ -234,7 +234,8 @@ def _make_(model: Any, method: Method, family: Family, config: Any, batches: Bat
 def densify_(model: nn.Module) -> nn.Module:
     """Turns a model of a method into a stock dense model in place, drops routers and thresholds, and returns it.
 
-    All neurons run for every token afterwards. Those that were grouped into experts stay in their permuted order, which
+    All neurons run for every token afterwards, and biases that stood for dropped ones where the family has none
+    (`LteConfig.dropped_bias`) go. Those that were grouped into experts stay in their permuted order, which
     leaves the function as it is. An accelerated model is first decelerated.
 
     Raises:

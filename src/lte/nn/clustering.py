@@ -177,3 +177,34 @@ class ContributionProducts:
         profiles = (intermediate.float().abs() * self.down_norms).sqrt()
         profiles -= profiles.mean(1, keepdim=True)
         self.gram.addmm_(profiles.T, profiles)
+
+
+class UsageCounts:
+    """Counts how often each neuron is among those that contribute most to a token.
+
+    What neuron i adds to the FFN's output has the norm c_i = |h_i| ||w_down,i||. Counting the tokens in which it is one
+    of the largest, and not adding it up, keeps a few tokens with huge activations from deciding.
+
+    Args:
+        down_norms: ||w_down,i|| of each neuron, [F].
+        top_fraction: share of a token's neurons that count as the largest.
+
+    Attributes:
+        counts: fp32 [F], exact up to 2^24 tokens.
+    """
+
+    def __init__(self, down_norms: Tensor, top_fraction: float = 0.1):
+        self.down_norms = down_norms.detach().float()
+        self.top = max(1, round(top_fraction * len(down_norms)))
+        self.counts = torch.zeros(len(down_norms), device=down_norms.device)
+
+    @torch.no_grad()
+    def update(self, intermediate: Tensor) -> None:
+        """Adds the intermediate activations [T, F] of some tokens."""
+        largest = (intermediate.float().abs() * self.down_norms).topk(self.top, dim=1).indices
+        self.counts += torch.bincount(largest.flatten(), minlength=len(self.counts))
+
+    def most_used(self, number: int) -> Tensor:
+        """The `number` neurons with the largest counts, ascending, int64 on the CPU; of equal ones the first."""
+        order = self.counts.cpu().argsort(descending=True, stable=True)
+        return order[:number].sort().values

@@ -74,6 +74,23 @@ def near_threshold_fraction(
     return masked_mean(((scores - threshold).abs() < width).float(), token_mask, layers=layers)
 
 
+def margin_loss(
+    logits: Tensor,
+    token_mask: Tensor | None = None,
+    *,
+    threshold_logit: float = 0.0,
+    margin: float = 1.0,
+    layers: bool = False,
+) -> Tensor:
+    """Mean of max(0, 1 - |s - logit(tau)| / margin), for router logits s [..., E]: 1 at the threshold, 0 beyond.
+
+    It pushes logits away from the threshold with a slope of at most 1 / margin, on both sides alike, so that any of
+    them can still cross; the loss of Eq. 6 has a pole there, which none crosses.
+    """
+    distance = (_at_least_fp32(logits) - threshold_logit).abs()
+    return masked_mean((1 - distance / margin).clamp_min(0), token_mask, layers=layers)
+
+
 def mean_over_layers(by_layer: list[Tensor]) -> Tensor:
     """Mean of the values [L] of all layers, each layer counting the same (Eq. 5-6)."""
     return torch.cat(by_layer).mean()

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 # tau = 0.5.
 INITIAL_LOGIT = 3.0
 
+ALWAYS_ON_LOGIT = 1000.0
+"""The bias of experts that are always on, whose weights are 0: far above any shift of thresholds, and the score is 1 to
+the last bit in every dtype, so that no loss has a gradient there."""
+
 
 class Fp32Linear(torch.autograd.Function):
     """x @ w.T + b in fp32 that keeps the input in its own dtype for the backward pass.
@@ -60,10 +64,15 @@ class Router(nn.Module):
         hidden_size: D, width of the FFN's input.
         num_experts: E.
         rank: rank of the low-rank form, `None` for the full D -> E layer.
+        always_on: how many experts, the first ones, are always on.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None, **factory: Any):
+    # That of routers that earlier versions pickled.
+    always_on = 0
+
+    def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None, always_on: int = 0, **factory: Any):
         super().__init__()
+        self.always_on = always_on
         self.down = nn.Parameter(torch.empty(rank, hidden_size, **factory)) if rank else None
         self.weight = nn.Parameter(torch.empty(num_experts, rank or hidden_size, **factory))
         self.bias = nn.Parameter(torch.empty(num_experts, **factory))
@@ -75,6 +84,14 @@ class Router(nn.Module):
         nn.init.constant_(self.bias, INITIAL_LOGIT)
         if self.down is not None:
             nn.init.normal_(self.down, std=math.sqrt(1 / self.down.shape[-1]), generator=generator)
+        self.pin_()
+
+    @torch.no_grad()
+    def pin_(self) -> None:
+        """Makes the experts that are always on so, whatever was written into their rows."""
+        if self.always_on:
+            self.weight[: self.always_on] = 0
+            self.bias[: self.always_on] = ALWAYS_ON_LOGIT
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps hidden states [..., D] to fp32 logits [..., E]."""

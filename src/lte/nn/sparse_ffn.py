@@ -39,7 +39,17 @@ class SparseFfn(WrappedFfn):
         layout: what each projection does.
         router: the router D -> E.
         threshold: tau.
+
+    Attributes:
+        record_logits: whether the forward pass keeps `logits`.
+        record_output: whether it keeps `output` where gradients are wanted, without the family's dropouts. An FFN that
+            is spread over its block does not compute it.
+        record_own: whether it keeps `own_output`, too, which costs one more product with the down projection.
     """
+
+    # Those of models that earlier versions pickled.
+    record_output = False
+    record_own = False
 
     def __init__(
         self,
@@ -54,6 +64,20 @@ class SparseFfn(WrappedFfn):
         self.set_threshold(threshold)
         self.mode: FfnMode = "hard"
         self.record_logits = False
+
+    @property
+    def output(self) -> Tensor | None:
+        """The output [..., D] of the last forward pass in this thread, if `record_output`."""
+        return self._of_thread.left["output"]
+
+    @property
+    def own_output(self) -> Tensor | None:
+        """What the output would have been with all experts on, [..., D], without a gradient, if `record_own`."""
+        return self._of_thread.left["own"]
+
+    def forget_outputs(self) -> None:
+        """Lets `output` and `own_output` go."""
+        self._of_thread.left.update(output=None, own=None)
 
     @property
     def logits(self) -> Tensor | None:
@@ -124,7 +148,28 @@ class SparseFfn(WrappedFfn):
             return self._project_down(self.intermediate(x))
         activated, up = self.factors(x)
         logits = self._route(x)
-        return self._project_down(scale_experts(activated, self.gate_values(logits), up))
+        output = self._project_down(scale_experts(activated, self.gate_values(logits), up))
+        if self.record_own and self._counts:
+            # After the product with gradients: autocast would keep a copy of the weight without.
+            with torch.no_grad():
+                self._of_thread.left["own"] = self._down_product(activated if up is None else activated * up)
+        return output
+
+    def _down_product(self, hidden: Tensor) -> Tensor:
+        output = super()._down_product(hidden)
+        if self.record_output and self._counts and torch.is_grad_enabled():
+            self._of_thread.left["output"] = output
+        return output
+
+    @property
+    def _counts(self) -> bool:
+        """Whether a pass is one that the loss is about.
+
+        In training a pass without gradients, for metrics say, is none, and that of a reference model, adapters switched
+        off, never is.
+        """
+        counts = torch.is_grad_enabled() or not self.training
+        return counts and not getattr(self.router, "disable_adapters", False)
 
     def _switch(self, projected: Tensor) -> Tensor:
         hidden = self.activation_function(projected)
@@ -135,10 +180,7 @@ class SparseFfn(WrappedFfn):
 
     def _route(self, x: Tensor) -> Tensor:
         logits = self.router(x)
-        # In training those of a pass without gradients, for metrics say, are not what the loss is about, and those of a
-        # reference model, adapters switched off, never are.
-        counts = torch.is_grad_enabled() or not self.training
-        if self.record_logits and counts and not getattr(self.router, "disable_adapters", False):
+        if self.record_logits and self._counts:
             self.logits = logits
         return logits
 

@@ -244,11 +244,16 @@ class WrappedFfn(MeteredModule):
 
     def _project_down(self, hidden: Tensor) -> Tensor:
         """The FFN's output for switched intermediate activations, with the family's dropouts."""
-        layout, down = self.layout, self.part(self.layout.down)
+        layout = self.layout
         if layout.inner_dropout is not None:
             hidden = self.part(layout.inner_dropout)(hidden)
-        if layout.casts_to_down:
+        out = self._down_product(hidden)
+        return out if layout.outer_dropout is None else self.part(layout.outer_dropout)(out)
+
+    def _down_product(self, hidden: Tensor) -> Tensor:
+        """The FFN's output [..., D] without dropouts."""
+        down = self.part(self.layout.down)
+        if self.layout.casts_to_down:
             # Quantisers of PyTorch make the weight a method; what they compute is fp32.
             hidden = hidden if callable(down.weight) else hidden.to(down.weight.dtype)
-        out = down(hidden)
-        return out if layout.outer_dropout is None else self.part(layout.outer_dropout)(out)
+        return down(hidden)

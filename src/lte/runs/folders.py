@@ -187,8 +187,8 @@ def make_run(run: Run, model: str, folders: Folders, work: Workload, before: Mad
     made = Made(
         fingerprint=run.fingerprint,
         tokens_trained=tokens,
-        tokens_since_start=0 if run.base is None else tokens + (before.tokens_since_start if before else 0),
-        tokens_start=tokens if run.base is None else (before.tokens_start if before else 0),
+        tokens_since_start=0 if run.is_start else tokens + (before.tokens_since_start if before else 0),
+        tokens_start=tokens if run.is_start else (before.tokens_start if before else 0),
         wall_time_s=summary.wall_time_s,
         data_info=work.info,
         eta=summary.eta,

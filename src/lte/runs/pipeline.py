@@ -163,7 +163,7 @@ def _calibration(settings: ModelSettings, model: Any, work: Workload, tokens: in
 
 def _retargeted(model: Any, config: Any, changed: frozenset[str]) -> Any:
     own = model.lte_config
-    for name in ("expert_size", "grouping", "router_rank", "threshold"):
+    for name in ("expert_size", "grouping", "router_rank", "threshold", "always_on", "dropped_bias"):
         if name in changed and getattr(config, name) != getattr(own, name):
             raise ValueError(
                 f"{name} must stay {getattr(own, name)} for an LTE model, got {name}={getattr(config, name)}; start "

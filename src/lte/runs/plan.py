@@ -10,6 +10,7 @@ from typing import Any
 
 from lte.config import LteConfig
 from lte.data.config import DataConfig
+from lte.data.mix import read_mix
 from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
 from lte.methods import METHODS, MethodConfig
@@ -59,6 +60,11 @@ class Run:
     relu: bool
     measured: bool
     fingerprint: str = ""
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is the fine-tuning of its seed that others start from."""
+        return self.base is None and not self.measured and self.options.name == "start"
 
     @property
     def method(self) -> str:
@@ -194,13 +200,14 @@ class _Planner:
         if self._is_control(entry):
             self.controls.setdefault(_learning_key(values, options.relu, seed), name)
 
-    @staticmethod
-    def _teacher(values: dict[str, Any], start: str) -> str | None:
+    def _teacher(self, values: dict[str, Any], start: str | None) -> str | None:
         teacher = values.get("distill_from")
-        return start if teacher == "start" else teacher
+        return (start or self.comparison.model) if teacher == "start" else teacher
 
-    def _start(self, seed: int) -> str:
-        """The dense model of a seed that everything starts from."""
+    def _start(self, seed: int) -> str | None:
+        """The dense model of a seed that everything starts from; `None` for that of the comparison as it is."""
+        if self.comparison.start is None:
+            return None
         name = f"start-seed{seed}"
         if name not in self.runs:
             values = {**self.comparison.defaults, **self.comparison.start}
@@ -236,6 +243,8 @@ class _Planner:
                     settings[f"{type(config).__name__}.{field.name}"] = getattr(config, field.name)
         settings["TrainConfig.calibration_answers"] = run.calibration_answers
         settings["stages"] = run.stages
+        if run.data_config.mix is not None:
+            settings["mix"] = [part.described() for part in read_mix(run.data_config)]
         parts = {
             "model": self.comparison.model,
             "method": [run.method, run.target, run.seed, run.trains, run.relu],

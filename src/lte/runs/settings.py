@@ -25,6 +25,8 @@ KEYS = (
     *("task", "model", "data_dir", "seeds", "defaults", "start", "train", "sparsities", "methods"),
     *("dtype", "eval_batch_size", "latency", "weights", *HARNESS_KEYS),
 )
+# What `start` says in place of settings, if nothing is fine-tuned first.
+ORIGINAL = "original"
 # Settings with a place of their own in the file.
 ELSEWHERE = {
     "seed": "seeds",
@@ -120,7 +122,8 @@ class ComparisonSettings:
         model: dense model that every start is trained from: hub name, folder, or GGUF file.
         entries: the methods.
         defaults: settings of all training.
-        start: settings of the fine-tuning that everything starts from, over the defaults.
+        start: settings of the fine-tuning that everything starts from, over the defaults; `None` if everything starts
+            from the model as it is.
         train: settings of the budget after it, over the defaults.
         dtype: of the weights while a model is measured.
         eval_batch_size: rows per forward pass while it is measured, `None` for as many as in training.
@@ -135,7 +138,7 @@ class ComparisonSettings:
     model: str
     entries: tuple[Entry, ...]
     defaults: dict[str, Any]
-    start: dict[str, Any]
+    start: dict[str, Any] | None
     train: dict[str, Any]
     dtype: str = "float32"
     eval_batch_size: int | None = None
@@ -214,8 +217,13 @@ def _read(path: Path, overrides: Mapping[str, Any], methods: Mapping[str, Any] |
     batch_size = content.get("eval_batch_size")
     if batch_size is not None:
         check_whole_number("eval_batch_size", batch_size, 1)
-    blocks = {name: _block(content, name, path) for name in ("defaults", "start", "train")}
+    original = content.get("start") == ORIGINAL
+    if original:
+        content = {name: value for name, value in content.items() if name != "start"}
+    blocks: dict[str, Any] = {name: _block(content, name, path) for name in ("defaults", "start", "train")}
     blocks["defaults"] = _with_data(blocks["defaults"], content)
+    if original:
+        blocks["start"] = None
     return ComparisonSettings(
         file=str(path),
         model=str(content["model"]),
@@ -262,10 +270,13 @@ def _with_data(defaults: dict[str, Any], content: Mapping[str, Any]) -> dict[str
     task, folder = content.get("task"), content.get("data_dir")
     if task is not None:
         return {**defaults, "task": task, "data_dir": folder}
-    if "train" not in defaults:
-        raise ValueError("task must be given, or text: defaults: {train: FILE}, got neither")
+    if "train" not in defaults and "mix" not in defaults:
+        raise ValueError("task must be given, or text: defaults: {train: FILE} or {mix: FILE}, got neither")
     if folder is None:
         return defaults
+    if "mix" in defaults:
+        # The mix itself belongs to the configs, its files to the data.
+        defaults = {**defaults, "mix_folder": folder}
 
     def below(source: str) -> str:
         return source if source in BUILTIN_TEXTS else str(Path(folder).expanduser() / source)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lte.config import KERNELS, check_choice
 from lte.data.announcement import announce_task
 from lte.data.config import DataConfig
+from lte.data.mixing import load_mix
 from lte.data.rows import LmCollator, load_lm_datasets
 from lte.data.tasks.data import load_task_data
 from lte.data.tasks.models import load_task_model
@@ -22,7 +23,8 @@ from lte.data.tasks.task import GenerationTask
 from lte.eval.generation import generate_answers
 from lte.eval.kernels import use_kernels_
 from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
-from lte.eval.perplexity import evaluate_model
+from lte.eval.perplexity import PerplexityResult, evaluate_model
+from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
 from lte.hf.dense import load_dense_model
 from lte.hf.inputs import check_next_token, check_tokens
@@ -104,7 +106,7 @@ class TextWorkload(Workload):
     def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int):
         super().__init__(config, tokenizer, batch_size)
         self.name, self.settings = config.task, {"data": vars(config)}
-        self.collator = LmCollator(tokenizer.pad_token_id)
+        self.collator = LmCollator(tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
     def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
         """A language model."""
@@ -118,16 +120,29 @@ class TextWorkload(Workload):
     def load_data(self, model: Any) -> None:
         """Reads and splits the text."""
         check_next_token(model.config)
-        data = load_lm_datasets(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
+        load = load_lm_datasets if self.data_config.mix is None else load_mix
+        data = load(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
         self.train, self.calibration, self.info = data.train, data.calibration, data.info
         _check_vocabulary(model, self.tokenizer, [data.train, data.validation])
         self.announcements = data.announcements
-        self._held_out = data.validation
+        self._held_out, self._kinds = data.validation, data.kinds
 
     def measure(self, model: Any) -> TaskResult:
-        """Perplexity on the held-out text."""
-        batches = held_out_batches(self._held_out, self.batch_size, self.tokenizer.pad_token_id)
-        return TaskResult.of_text(*evaluate_model(model, batches, progress=is_main_process()))
+        """Perplexity on the held-out text; of a mix also that of each kind, with its sparsity, by its name."""
+        result = TaskResult.of_text(*self._evaluate(model, self._held_out))
+        for name, rows in self._kinds.items():
+            found, measurement = self._evaluate(model, rows)
+            result.metrics[f"perplexity_{name}"] = found.perplexity
+            if measurement is not None:
+                result.metrics[f"sparsity_{name}"] = measurement.sparsity
+                if measurement.has_routing:
+                    near = measurement.near_threshold
+                    result.metrics[f"near_threshold_{name}"] = sum(near) / len(near)
+        return result
+
+    def _evaluate(self, model: Any, rows: Any) -> tuple[PerplexityResult, Measurement | None]:
+        batches = held_out_batches(rows, self.batch_size, self.tokenizer.pad_token_id)
+        return evaluate_model(model, batches, progress=is_main_process())
 
     def text_to_decode(self, model: Any, length: int) -> tuple[list[int], int]:
         """The start of a held-out row."""

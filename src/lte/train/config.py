@@ -11,6 +11,8 @@ from lte.settings import option
 Recipe = Literal["straight_through", "annealed", "paper", "dense", "method"]
 RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
+MatchTo = Literal["teacher", "own"]
+Budgets = Literal["free", "sensitivity"]
 Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
 
 
@@ -61,6 +63,34 @@ class RecipeSettings:
         affects="routing",
     )
     trainable: Trainable = option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
+    match_weight: float = option(
+        0.0, "Weight of the relative squared error of each sparse FFN's output; 0: without.", affects="routing"
+    )
+    match_to: MatchTo = option(
+        "teacher",
+        "What the outputs are matched to. teacher: those of the teacher's FFN in the same layer, from its own pass, "
+        "which costs memory for them alone; own: those of the same FFN with all experts on, for the same input, which "
+        "costs one more product with the down projection and needs no teacher.",
+        affects="routing",
+    )
+    margin_weight: float = option(
+        0.0, "Weight of the loss that pushes router logits away from the threshold in stage 2; 0: without.", "routing"
+    )
+    margin_width: float = option(1.0, "Distance to the threshold, in logits, up to which it pushes.", affects="routing")
+    margin_start: float = option(0.5, "Share of stage 2 after which it sets in.", affects="routing")
+    predecessor_weight: float = option(
+        0.0, "Weight of the loss that pulls a token's scores to those of the token before it; 0: without.", "routing"
+    )
+    union_weight: float = option(
+        0.0, "Weight of the share of experts that any token of a chunk switches on; 0: without.", affects="routing"
+    )
+    union_tokens: int = option(8, "Consecutive tokens in such a chunk.", affects="routing")
+    layer_budgets: Budgets = option(
+        "free",
+        "free: one price for all layers, which take what they are worth; sensitivity: before stage 1 it is measured "
+        "how the loss rises with each layer's sparsity, and each layer gets a target and a price of its own.",
+        affects="routing",
+    )
 
     def __post_init__(self) -> None:
         check_choice("recipe", self.recipe, get_args(Recipe))
@@ -73,11 +103,32 @@ class RecipeSettings:
             check_not_negative(name, getattr(self, name))
         if self.eta is not None:
             check_not_negative("eta", self.eta)
+        self._check_losses()
         if self.router_sharpening < 1:
             raise ValueError(f"router_sharpening must be at least 1, got router_sharpening={self.router_sharpening}")
         # That of a trainer's arguments, where this is a part of them.
         above: Any = super()
         getattr(above, "__post_init__", lambda: None)()
+
+    def _check_losses(self) -> None:
+        check_choice("match_to", self.match_to, get_args(MatchTo))
+        check_choice("layer_budgets", self.layer_budgets, get_args(Budgets))
+        for name in ("match_weight", "margin_weight", "predecessor_weight", "union_weight"):
+            check_not_negative(name, getattr(self, name))
+        check_fraction("margin_start", self.margin_start)
+        if self.margin_width <= 0:
+            raise ValueError(
+                f"margin_width must be positive, got margin_width={self.margin_width}; 0.4 is a score 0.1 from tau"
+            )
+        if self.union_tokens < 2:
+            raise ValueError(f"union_tokens must be at least 2, got union_tokens={self.union_tokens}")
+        routed = self.recipe not in ("dense", "method")
+        if self.layer_budgets != "free" and routed and not (self.holds_target and self.eta is None):
+            raise ValueError(
+                "layer_budgets must be free where no controller holds the target, got "
+                f"layer_budgets={self.layer_budgets} with recipe={self.recipe} and eta={self.eta}; leave eta unset, "
+                "or take recipe=straight_through"
+            )
 
     @property
     def holds_target(self) -> bool:

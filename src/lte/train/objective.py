@@ -99,8 +99,8 @@ def routing_terms(
     """Router losses and statistics over all layers, from the fp32 router logits and masks of `stack_layers`.
 
     Returns:
-        `efficiency` and `separability` (Eq. 5-6), `active_fraction` of experts with G > tau, `active_by_layer`, the
-        same of each layer, [L], and `near_threshold`, the share of scores within 0.1 of tau.
+        `efficiency` and `separability` (Eq. 5-6), `active_fraction` of experts with G > tau, `active_by_layer` and
+        `efficiency_by_layer`, the same of each layer, [L], and `near_threshold`, the share of scores within 0.1 of tau.
     """
     threshold = 1 / (1 + math.exp(-threshold_logit))
     masked_logits = list(zip(logits, token_masks, strict=True))
@@ -119,4 +119,5 @@ def routing_terms(
     }
     on_one_device = {name: [value.to(device) for value in values] for name, values in terms.items()}
     means = {name: mean_over_layers(values) for name, values in on_one_device.items()}
-    return {**means, "active_by_layer": torch.cat(on_one_device["active_fraction"])}
+    by_layer = {"active_by_layer": "active_fraction", "efficiency_by_layer": "efficiency"}
+    return {**means, **{name: torch.cat(on_one_device[term]) for name, term in by_layer.items()}}

@@ -32,7 +32,7 @@ class _NormRegression:
         self.xx = torch.zeros(width, width, device=down.device, dtype=torch.float64)
         self.xy = torch.zeros(width, ffn.num_experts, device=down.device, dtype=torch.float64)
         self.y = torch.zeros(ffn.num_experts, device=down.device, dtype=torch.float64)
-        self.yy = torch.zeros((), device=down.device, dtype=torch.float64)
+        self.yy = torch.zeros(ffn.num_experts, device=down.device, dtype=torch.float64)
         self.tokens = torch.zeros((), device=down.device, dtype=torch.float64)
 
     def see_input(self, x: Tensor) -> None:
@@ -50,26 +50,51 @@ class _NormRegression:
         self.xx += inputs.T @ inputs
         self.xy += inputs.T @ norms
         self.y += norms.sum(0)
-        self.yy += norms.square().sum()
+        self.yy += norms.square().sum(0)
         self.tokens += inputs[:, -1].sum()
 
     def solve_(self) -> None:
         """Sets the router to the standardised prediction, shifted so that its mean logit is `INITIAL_LOGIT`."""
         ridge = 1e-2 * self.xx.diagonal().mean() * torch.eye(len(self.xx), device=self.xx.device)
         solution = torch.linalg.solve(self.xx + ridge, self.xy)
-        mean = self.y.mean() / self.tokens
-        deviation = (self.yy / (self.tokens * len(self.y)) - mean.square()).clamp_min(1e-12).sqrt()
-        router = self.ffn.router
-        router.weight.copy_(solution[:-1].T / deviation)
+        router, routed = self.ffn.router, slice(self.ffn.router.always_on, None)
+        mean = self.y[routed].mean() / self.tokens
+        deviation = (self.yy[routed].mean() / self.tokens - mean.square()).clamp_min(1e-12).sqrt()
+        weight = solution[:-1].T / deviation
+        if router.down is not None:
+            weight = self._set_low_rank_(weight, router.down)
+        router.weight.copy_(weight)
         router.bias.copy_((solution[-1] - mean) / deviation + INITIAL_LOGIT)
+        router.pin_()
+
+    def _set_low_rank_(self, weight: Tensor, down: Tensor) -> Tensor:
+        """Sets V of U V to the directions in which the logits of W [E, D] vary most on the text; returns U [E, R].
+
+        With the inputs' second moments X = C C^T it is the best U V of that rank for the mean squared error of the
+        logits: the first singular vectors of W C.
+        """
+        first = self.ffn.router.always_on
+        moments = self.xx[:-1, :-1] / self.tokens
+        moments += 1e-6 * moments.diagonal().mean() * torch.eye(len(moments), device=moments.device)
+        root = torch.linalg.cholesky(moments)
+        left, values, right = torch.linalg.svd(weight[first:] @ root, full_matrices=False)
+        kept = min(len(down), len(values))
+        # Both factors of one size: they train at one rate.
+        scale = values[:kept].sqrt()
+        rows = torch.linalg.solve_triangular(root, right[:kept], upper=False, left=False)
+        down[:kept].copy_(rows * scale[:, None])
+        found = weight.new_zeros(len(weight), len(down))
+        found[first:, :kept] = left[:, :kept] * scale
+        return found
 
 
 @torch.no_grad()
 def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Fits every full-rank router to how strongly each expert contributes, so that weak experts go off first.
+    """Fits every router to how strongly each expert contributes, so that weak experts go off first.
 
     The logit of expert e starts as a ridge regression, on the FFN's input, of log ||E_e(x)||, standardised over the
-    layer and shifted to a mean of 3. Nearly every expert is on at first, and none sits at the threshold by accident.
+    layer and shifted to a mean of 3. Nearly every expert is on at first, and none sits at the threshold by accident. A
+    low-rank router gets the best approximation of that for the inputs.
 
     Args:
         model: an LTE model.
@@ -77,7 +102,7 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
             tokens that count in training.
     """
     ffns = require_sparse_ffns(model)
-    fits = {name: _NormRegression(ffn) for name, ffn in ffns.items() if ffn.router.down is None}
+    fits = {name: _NormRegression(ffn) for name, ffn in ffns.items()}
     masks: dict[str, Tensor] = {}
 
     hooks = [hook for name, fit in fits.items() for hook in _observe(fit, name, masks)]

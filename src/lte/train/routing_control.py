@@ -15,6 +15,8 @@ from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
 from lte.train.checkpoints import control_state_of
 from lte.train.config import Stage
+from lte.train.dropped_start import DroppedStart
+from lte.train.layer_prices import LayerPrices
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
@@ -33,8 +35,11 @@ class RoutingControl(AnyTrainer):
     target_sparsity: float
     sums: dict[str, tuple[Tensor | float, int]]
     step_active: list[float]
+    step_layers: list[list[float]]
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
+    dropped_start: DroppedStart | None
+    prices: LayerPrices | None
     _resumed: Path | None
     _fingerprint: dict[str, Any] | None
     _task_terms: dict[str, Tensor]
@@ -91,7 +96,8 @@ class RoutingControl(AnyTrainer):
         """Enters the stage of the first step, with the control state of the checkpoint that training goes on from."""
         self.eta_controller, self.tokens_trained = EtaController(), 0
         # What an interrupted step of an earlier training left.
-        for kept in (self.sums, self.step_active, self.step_tokens, self.step_targets, self._task_terms):
+        lists = (self.step_active, self.step_layers, self.step_tokens, self.step_targets)
+        for kept in (self.sums, *lists, self._task_terms):
             kept.clear()
         self._enter(self.schedule.stage_at(self.state.global_step))
         if self._resumed is not None:
@@ -112,6 +118,8 @@ class RoutingControl(AnyTrainer):
             ffn.record_logits = stage.mode != "dense"
         if first_eta:
             self.eta_controller = EtaController.starting_at(first_eta)
+            if self.prices is not None:
+                self.prices.restart()
         self.eta = self.eta_controller.eta if stage.controls_eta else stage.eta
 
     def control_sparsity(self) -> None:
@@ -127,12 +135,25 @@ class RoutingControl(AnyTrainer):
             active = self.accelerator.reduce(over_processes, reduction="mean").item()
         self.step_active.clear()
         target, sparsity = self.schedule.target_at(self.state.global_step), 1 - active
+        if self.dropped_start is not None and self.target_sparsity:
+            self.dropped_start.follow_(target / self.target_sparsity)
+        layers = self._layer_sparsities()
         if self.stage.controls_eta:
             self.eta = self.eta_controller.update(target, sparsity)
+            if self.prices is not None and self.target_sparsity:
+                self.eta = self.prices.update(target / self.target_sparsity, layers)
         if self.stage.controls_bias:
             self._hold_target()
         if self.routing.recipe == "annealed" and self.stage.number == 1:
             self._sharpen_routers_()
+
+    def _layer_sparsities(self) -> list[float]:
+        """The sparsity of each layer in the step that just ended; none where layers have no targets of their own."""
+        if not self.step_layers:
+            return []
+        active = torch.tensor(self.step_layers, device=self.accelerator.device).mean(0)
+        self.step_layers.clear()
+        return (1 - self.accelerator.reduce(active, reduction="mean")).tolist()
 
     def _hold_target(self) -> None:
         """Moves the router biases so that the target's share of scores lies below the threshold."""
@@ -140,11 +161,16 @@ class RoutingControl(AnyTrainer):
         self.step_targets.clear()
         # A pass without a counted token has none.
         found = targets.isfinite()
-        sums = torch.stack([targets.where(found, torch.zeros_like(targets)).sum(), found.sum()])
+        sums = torch.stack([targets.where(found, torch.zeros_like(targets)).sum(0), found.sum(0)])
         total, count = self.accelerator.reduce(sums, reduction="sum")
-        if count:
-            error = total / count - self.ffns[0].threshold_logit
-            shift_router_biases_(self.steered, -BIAS_RATE * error)
+        if not count.any():
+            return
+        shift = -BIAS_RATE * (total / count - self.ffns[0].threshold_logit)
+        if self.prices is None:
+            shift_router_biases_(self.steered, shift)
+            return
+        for ffn, own in zip(self.ffns, shift, strict=True):
+            shift_router_biases_([ffn] if ffn in self.steered and own.isfinite() else [], own)
 
     @torch.no_grad()
     def _sharpen_routers_(self) -> None:
@@ -167,6 +193,8 @@ class RoutingControl(AnyTrainer):
             "controller": asdict(self.eta_controller),
             "tokens_trained": self.tokens_trained,
             "fingerprint": self._fingerprint,
+            **({} if self.dropped_start is None else {"dropped_start": self.dropped_start.state()}),
+            **({} if self.prices is None else {"prices": self.prices.state()}),
         }
 
     def load_control_state(self, checkpoint: Path) -> None:
@@ -175,3 +203,7 @@ class RoutingControl(AnyTrainer):
         state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
         self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
         self.tokens_trained = state["tokens_trained"]
+        if "dropped_start" in state:
+            self.dropped_start = DroppedStart.of_state(self.ffns, state["dropped_start"])
+        if "prices" in state:
+            self.prices = LayerPrices.of_state(state["prices"])

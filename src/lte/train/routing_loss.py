@@ -18,14 +18,19 @@ from lte.files import explained_write_errors
 from lte.hf.inputs import check_packing
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
+from lte.train.added_terms import AddedTerms, weighted_sum
 from lte.train.arguments import RoutingArguments
 from lte.train.config import Stage
+from lte.train.documents import follows_document
+from lte.train.layer_prices import LayerPrices
+from lte.train.matching import OutputMatch
 from lte.train.objective import NonFiniteLossError, head_divergence, stack_layers
 from lte.train.schedule import Schedule
 from lte.train.sparsity_controller import target_logit
 
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
+LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "match")}
 # The log's names of each layer's active fraction, before its number.
 LAYER_PREFIX = "layers/active_"
 
@@ -52,8 +57,13 @@ class RoutingLoss(AnyTrainer):
     target_sparsity: float
     sums: dict[str, tuple[Tensor | float, int]]
     step_active: list[float]
+    step_layers: list[list[float]]
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
+    separators: tuple[int, ...]
+    match: OutputMatch | None
+    terms: AddedTerms
+    prices: LayerPrices | None
     _inputs: dict[str, Any]
     _task_terms: dict[str, Tensor]
     _evaluated: list[tuple[Tensor, Tensor]] | None
@@ -83,6 +93,8 @@ class RoutingLoss(AnyTrainer):
         if self.model.training:
             for ffn in self.ffns:
                 ffn.record_logits = self.stage.mode != "dense"
+            if self.match is not None and self.stage.mode != "dense":
+                self.match.begin()
         masks = self._token_masks(inputs)
         inputs.pop("token_mask", None)
         if self.predicts_next_token:
@@ -150,9 +162,10 @@ class RoutingLoss(AnyTrainer):
         routing = self._routing(masks)
         added = task.new_zeros(())
         if routing:
-            added = added + self.eta * routing["efficiency"]
-            if self.stage.number == 1 and self.routing.separability_weight:
-                added = added + self.routing.separability_weight * routing["separability"]
+            added = added + self._weighted(routing)
+        matched = None if self.match is None else self.match.take_loss(masks)
+        if matched is not None:
+            added, terms["match"] = added + self.routing.match_weight * matched, matched
         auxiliary = self._auxiliary_loss(masks)
         if auxiliary is not None:
             added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
@@ -165,8 +178,23 @@ class RoutingLoss(AnyTrainer):
         if routing:
             # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
             self.step_active.append(routing["active_fraction"].item())
+            if self.prices is not None:
+                self.step_layers.append(routing["active_by_layer"].tolist())
         self._collect({**terms, "loss_total": total, **routing})
         return loss
+
+    def _weighted(self, routing: dict[str, Tensor]) -> Tensor:
+        """The terms on router logits with their weights; takes out what is of no use in the log."""
+        by_layer = routing.pop("efficiency_by_layer")
+        if self.prices is not None and self.stage.controls_eta:
+            added = (self.prices.etas(by_layer.device) * by_layer).mean()
+        else:
+            added = self.eta * routing["efficiency"]
+        if self.stage.number == 1 and self.routing.separability_weight:
+            added = added + self.routing.separability_weight * routing["separability"]
+        if self.terms:
+            added = added + weighted_sum({name: routing[name] for name in self.terms.names}, self.terms)
+        return added
 
     def _is_scaled(self, num_items: Tensor | int | None) -> bool:
         """Whether the trainer takes a loss as the share of one pass in the loss of all accumulated ones."""
@@ -190,9 +218,32 @@ class RoutingLoss(AnyTrainer):
         if not logits:
             return {}
         if self.stage.controls_bias:
-            self.step_targets.append(target_logit(logits, masks, self.target_sparsity))
-        stacked = stack_layers(logits, masks)
-        return self._routing_terms(*stacked, self.ffns[0].threshold_logit, self.routing.pole_guard)
+            self.step_targets.append(self._target_logits(logits, masks))
+        stacked, threshold = stack_layers(logits, masks), self.ffns[0].threshold_logit
+        found = self._routing_terms(*stacked, threshold, self.routing.pole_guard)
+        self.terms = AddedTerms.at(self.routing, self.schedule.share_of_stage2(self.state.global_step))
+        if not self.terms:
+            return found
+        follows = self._follows(stacked[0]) if self.terms.neighbours else None
+        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
+
+    def _follows(self, stacks: list[Tensor]) -> Tensor:
+        """Which tokens go on with the document of the token before them, bool [B, T]."""
+        ids = self._inputs.get("input_ids")
+        if ids is None or any(stack[0, ..., 0].numel() != ids.numel() for stack in stacks):
+            raise ValueError(
+                "predecessor_weight and union_weight must be 0 where a batch does not hold the input_ids of all routed "
+                f"tokens, got {', '.join(self._inputs)} of {type(self).__name__}"
+            )
+        return follows_document(self._inputs, self.separators)
+
+    def _target_logits(self, logits: list[Tensor], masks: Masks) -> Tensor:
+        """Where the threshold would have to lie, for all layers, or [L] where each has a target of its own."""
+        if self.prices is None:
+            return target_logit(logits, masks, self.target_sparsity)
+        pairs = zip(logits, masks, self.prices.targets, strict=True)
+        found = [target_logit([layer], [mask], target) for layer, mask, target in pairs]
+        return torch.stack([each.to(found[0].device) for each in found])
 
     def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
@@ -228,6 +279,8 @@ class RoutingLoss(AnyTrainer):
         if "loss" in logs and self.sums:
             logs.update(self._means())
             logs.update(eta=self.eta, target_sparsity=self.schedule.target_at(self.state.global_step))
+            if self.prices is not None:
+                logs.update(self.prices.logged())
             self.sums.clear()
         if self.is_in_train:
             logs["stage"] = self.stage.number

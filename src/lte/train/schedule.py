@@ -46,6 +46,10 @@ class Schedule:
         ramp_steps = int(self.ramp_ratio * self.stage1_steps)
         return self.target_sparsity * min(1.0, step / max(1, ramp_steps))
 
+    def share_of_stage2(self, step: int) -> float:
+        """Which share of stage 2 is over before the step; below 0 in stage 1."""
+        return (step - self.stage1_steps) / max(1, self.max_steps - self.stage1_steps)
+
     def learning_rate(self, step: int, *, routers: bool = False) -> float:
         """The learning rate of a step over its peak in stage 1: 0 for `routers` where they are frozen."""
         stage = self.stage_at(step)

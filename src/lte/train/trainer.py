@@ -24,8 +24,10 @@ from lte.hf.inputs import check_next_token, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.nn.losses import active_fraction
+from lte.nn.matching import relative_error
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.adapters import train_routers_, with_routers
+from lte.train.added_terms import AddedTerms, added_terms
 from lte.train.arguments import RoutingArguments
 from lte.train.callbacks import LteProgress, RoutingCallback
 from lte.train.checkpoints import (
@@ -40,7 +42,12 @@ from lte.train.checkpoints import (
 from lte.train.compilation import compiled_layers
 from lte.train.config import stages_of
 from lte.train.disk_space import check_space, what_to_delete
+from lte.train.documents import separators_of
+from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
 from lte.train.fingerprint import run_fingerprint
+from lte.train.layer_budgets import BUDGET_TOKENS, budgets, loss_rises
+from lte.train.layer_prices import LayerPrices
+from lte.train.matching import OutputMatch
 from lte.train.objective import language_terms, routing_terms
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
@@ -133,6 +140,18 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         compiled = self.routing.compile_layers
         self._language_terms = torch.compile(language_terms) if compiled else language_terms
         self._routing_terms = torch.compile(routing_terms) if compiled else routing_terms
+        self._added_terms = torch.compile(added_terms) if compiled else added_terms
+        self.terms = AddedTerms()
+        self.match = self._output_match(torch.compile(relative_error) if compiled else relative_error)
+        collator, processing = self.data_collator, getattr(self, "processing_class", None)
+        self.separators = separators_of(unwrapped(self.model), collator, processing)
+        self._check_neighbours()
+        self._check_bias()
+        # What biases start from, if they stand for what is dropped.
+        self.dropped_start: DroppedStart | None = None
+        # Of layers with targets of their own, and their active fractions in each pass of a step.
+        self.prices: LayerPrices | None = None
+        self.step_layers: list[list[float]] = []
         if self._distills:
             self._check_own_loss()
         if self._distills and self.predicts_next_token:
@@ -169,6 +188,36 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 raise ValueError(f"{name} must hold use_reentrant=False to train routers, got {options}")
             setattr(self.args, name, options)
 
+    def _output_match(self, error: Any) -> OutputMatch | None:
+        routing = self.routing
+        if not (routing.match_weight and self.ffns) or routing.recipe == "dense":
+            return None
+        if routing.match_to == "teacher" and not self._distills:
+            raise ValueError(
+                "match_to must be own without a teacher that the model is distilled from, got match_to=teacher; give a "
+                "teacher (lte train --distill-from initial)"
+            )
+        return OutputMatch(self.ffns, self.teacher if routing.match_to == "teacher" else None, error)
+
+    @property
+    def _drops_into_bias(self) -> bool:
+        return bool(self.ffns) and unwrapped(self.model).lte_config.dropped_bias
+
+    def _check_bias(self) -> None:
+        if self._drops_into_bias and hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "dropped_bias must be false for a model with adapters, which leave biases as they are, got "
+                "dropped_bias=True; train all weights, or convert the model without it"
+            )
+
+    def _check_neighbours(self) -> None:
+        for name in ("predecessor_weight", "union_weight"):
+            if getattr(self.routing, name) and self.ffns and not self.predicts_next_token:
+                raise ValueError(
+                    f"{name} must be 0 for models that do not predict the next token, got "
+                    f"{name}={getattr(self.routing, name)} for {type(self.model).__name__}"
+                )
+
     def _check_own_loss(self) -> None:
         """Refuses a loss of the user's own beside a teacher, whose divergence would take its place."""
         given = {
@@ -200,6 +249,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             held.enter_context(self._training())
             if self._resumed is None:
                 self._fit_routers()
+                self._set_budgets()
             resumed = None if self._resumed is None else str(self._resumed)
             output = super().train(resumed, *args, **kwargs)
             self._set_thresholds()
@@ -220,7 +270,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             module._trains_routing = True
         teacher = self.teacher if self._distills else None
         try:
-            with compiled_layers(unwrapped(self.model), teacher, self.routing.compile_layers):
+            with ExitStack() as held:
+                if self.match is not None:
+                    # Before layers are compiled, which do not see hooks that come later.
+                    held.enter_context(self.match.attached())
+                held.enter_context(compiled_layers(unwrapped(self.model), teacher, self.routing.compile_layers))
                 yield
         finally:
             for name, parameter in self.model.named_parameters():
@@ -274,7 +328,34 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         fresh = all(ffn.router.weight.requires_grad and not ffn.router.weight.any() for ffn in self.ffns)
         if self.ffns and fresh and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
-                fit_routers_(self.model, self._spread_batches(self.train_dataset, routing.router_fit_tokens))
+                batches = list(self._spread_batches(self.train_dataset, routing.router_fit_tokens))
+                fit_routers_(self.model, batches)
+                if self._drops_into_bias:
+                    vectors = mean_dropped_outputs(self.model, batches, self.target_sparsity)
+                    self.dropped_start = DroppedStart(self.ffns, self._of_first_process(vectors))
+
+    def _set_budgets(self) -> None:
+        """Gives each layer a target and a price by how the loss rises with its sparsity, if the settings say so."""
+        if not self.ffns or self.routing.layer_budgets == "free" or self.routing.recipe == "dense":
+            return
+        if any(not ffn.router.weight.any() for ffn in self.ffns):
+            raise ValueError(
+                "router_fit_tokens must be positive with layer_budgets=sensitivity, which goes by what routers say, "
+                f"got router_fit_tokens={self.routing.router_fit_tokens} and routers without weights"
+            )
+        with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+            rises = loss_rises(self.model, self._spread_batches(self.train_dataset, BUDGET_TOKENS))
+        router = self.ffns[0].router
+        routed = 1 - router.always_on / len(router.bias)
+        self.prices = LayerPrices(self._of_first_process(budgets(rises, self.target_sparsity, routed=routed)))
+
+    def _of_first_process(self, value: Any) -> Any:
+        """What the first process found: the last bits of sums may differ between devices."""
+        if self.args.world_size == 1:
+            return value
+        held = [value]
+        broadcast_object_list(held)
+        return held[0]
 
     @property
     def _sets_thresholds(self) -> bool:

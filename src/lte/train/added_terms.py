@@ -1,0 +1,96 @@
+"""The terms of the loss that settings add to a recipe's own: steadier scores, and experts that neighbours share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lte.nn.locality import predecessor_loss, union_loss
+from lte.nn.losses import margin_loss, mean_over_layers
+from lte.train.config import RecipeSettings
+
+
+@dataclass(frozen=True)
+class AddedTerms:
+    """Weights of the terms on router logits that are on; 0 switches one off.
+
+    Attributes:
+        margin: of `lte.nn.losses.margin_loss`.
+        predecessor: of `lte.nn.locality.predecessor_loss`.
+        union: of `lte.nn.locality.union_loss`.
+        width: the margin, in logits.
+        chunk: tokens of which a union is taken.
+    """
+
+    margin: float = 0.0
+    predecessor: float = 0.0
+    union: float = 0.0
+    width: float = 1.0
+    chunk: int = 8
+
+    @classmethod
+    def at(cls, settings: RecipeSettings, share_of_stage2: float) -> AddedTerms:
+        """Those that are on after such a share of stage 2, which is below 0 in stage 1."""
+        late = share_of_stage2 >= settings.margin_start
+        return cls(
+            margin=settings.margin_weight if late else 0.0,
+            predecessor=settings.predecessor_weight,
+            union=settings.union_weight,
+            width=settings.margin_width,
+            chunk=settings.union_tokens,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that are on."""
+        return [name for name in ("margin", "predecessor", "union") if getattr(self, name)]
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether a term is on that is about neighbouring tokens."""
+        return bool(self.predecessor or self.union)
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+
+def added_terms(
+    logits: Sequence[Tensor],
+    token_masks: Sequence[Tensor | None],
+    follows: Tensor | None,
+    threshold_logit: float,
+    terms: AddedTerms,
+) -> dict[str, Tensor]:
+    """The terms that are on, means over layers without their weights, from what `stack_layers` gives.
+
+    Args:
+        logits: router logits [L, B, T, E] of each stack.
+        token_masks: [B, T] of each stack.
+        follows: [B, T] from `lte.train.documents.follows_document`; `None` without terms on neighbours.
+        threshold_logit: logit(tau).
+        terms: which are on.
+    """
+    stacks = list(zip(logits, token_masks, strict=True))
+    device = logits[0].device
+    found: dict[str, list[Tensor]] = {}
+    if terms.margin:
+        found["margin"] = [
+            margin_loss(*stack, threshold_logit=threshold_logit, margin=terms.width, layers=True) for stack in stacks
+        ]
+    if follows is not None and terms.predecessor:
+        found["predecessor"] = [predecessor_loss(stack, follows.to(stack.device), mask) for stack, mask in stacks]
+    if follows is not None and terms.union:
+        found["union"] = [
+            union_loss(stack, follows.to(stack.device), mask, chunk=terms.chunk, threshold_logit=threshold_logit)
+            for stack, mask in stacks
+        ]
+    # Stacks are on several devices if the model is.
+    return {name: mean_over_layers([value.to(device) for value in values]) for name, values in found.items()}
+
+
+def weighted_sum(found: dict[str, Tensor], terms: AddedTerms) -> Tensor:
+    """The terms of `added_terms` with their weights."""
+    return torch.stack([getattr(terms, name) * value for name, value in found.items()]).sum()
