@@ -61,6 +61,12 @@ class RecipeSettings:
         affects="routing",
     )
     trainable: Trainable = option("all", "Which weights train: all, the FFNs and routers, or the routers alone.")
+    loss_chunk_tokens: int | None = option(
+        None,
+        "Of how many tokens the logits exist at once in the loss of a language model; 0: of all; unset: as many as fit "
+        "into 1 GiB in fp32, of all where a model's logits are more than one product of its last hidden states.",
+        affects="nothing",
+    )
 
     def __post_init__(self) -> None:
         check_choice("recipe", self.recipe, get_args(Recipe))
@@ -69,10 +75,9 @@ class RecipeSettings:
             check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
         if not 0 < self.ramp_ratio <= 1:
             raise ValueError(f"ramp_ratio must lie in (0, 1], got ramp_ratio={self.ramp_ratio}")
-        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard"):
-            check_not_negative(name, getattr(self, name))
-        if self.eta is not None:
-            check_not_negative("eta", self.eta)
+        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard", "eta", "loss_chunk_tokens"):
+            if getattr(self, name) is not None:
+                check_not_negative(name, getattr(self, name))
         if self.router_sharpening < 1:
             raise ValueError(f"router_sharpening must be at least 1, got router_sharpening={self.router_sharpening}")
         # That of a trainer's arguments, where this is a part of them.
