@@ -11,6 +11,8 @@ from lte.settings import option
 Recipe = Literal["straight_through", "annealed", "paper", "dense", "method"]
 RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
+Dtype = Literal["float32", "bfloat16"]
+Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
 
 
@@ -135,6 +137,17 @@ class TrainConfig(RecipeSettings):
     )
     lora_alpha: float | None = option(None, "Scale of the adapters, over their rank; unset: twice the rank.")
     bf16: bool = option(False, "Train in bfloat16 autocast with fp32 weights.")
+    weights_dtype: Dtype = option(
+        "float32",
+        "What the weights are in while they train; routers stay in fp32. bfloat16 halves weights, gradients and "
+        "activations, and products are in it without bf16.",
+    )
+    optim: Optim | None = option(
+        None,
+        "Optimiser, by its name in Trainer; unset: adamw_torch_8bit for weights in bfloat16, adamw_torch otherwise. "
+        "Those in 8 and 4 bits have narrow moments, of routers in fp32; adamw_torch_8bit and adamw_torch_4bit "
+        "(pip install torchao) round weights in bfloat16 stochastically.",
+    )
     tf32: bool = option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
     compile: bool = option(
         False,
@@ -159,6 +172,14 @@ class TrainConfig(RecipeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("report_to", self.report_to, get_args(Reporter))
+        check_choice("weights_dtype", self.weights_dtype, get_args(Dtype))
+        if self.optim is not None:
+            check_choice("optim", self.optim, get_args(Optim))
+        if self.lora_4bit and self.weights_dtype != "float32":
+            raise ValueError(
+                f"weights_dtype must be float32 with lora_4bit, whose weights are in 4 bits, got "
+                f"weights_dtype={self.weights_dtype}"
+            )
         if self.report_to not in ("auto", "none") and find_spec(self.report_to) is None:
             raise ValueError(
                 f"report_to must name an installed package, got report_to={self.report_to}; pip install "

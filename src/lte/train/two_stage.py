@@ -18,6 +18,7 @@ from lte.train.arguments import LteTrainingArguments
 from lte.train.checkpoints import has_checkpoint
 from lte.train.compilation import few_widths
 from lte.train.config import RecipeSettings, TrainConfig
+from lte.train.optimisers import cast_weights_, optimiser_arguments
 from lte.train.processes import float32_products, num_processes
 from lte.train.router_init import Batch
 from lte.train.summary import TrainingSummary
@@ -70,6 +71,8 @@ def train_two_stage(
     """
     output = Path(output_dir)
     _check(model, config, output, teacher, stages, resume)
+    if config.weights_dtype == "bfloat16" and not hasattr(model, "peft_config"):
+        cast_weights_(model, torch.bfloat16)
     collator = data_collator or LmCollator(_pad_token_id(model))
     if config.compile:
         collator = few_widths(collator)
@@ -125,7 +128,7 @@ def training_arguments(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         bf16=config.bf16,
         use_cpu=not cuda,
-        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        **optimiser_arguments(config, cuda),
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
         save_total_limit=2,
