@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from lte.train.two_stage import train_two_stage
 from tests.tiny_models import tiny_dense_model
 from tests.train.toy import toy_rows, trainer_of
 
-NARROW = [name for name, optimiser in OPTIMISERS.items() if optimiser.package]
+
+def needing(name: str) -> Any:
+    """A parameter of a test that is skipped where the optimiser's package is not installed."""
+    package = OPTIMISERS[name].package
+    missing = package is not None and find_spec(package) is None
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"needs {package} (pip install {package})"))
+
+
+ALL = [needing(name) for name in OPTIMISERS]
+NARROW = [needing(name) for name, optimiser in OPTIMISERS.items() if optimiser.package]
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao (pip install torchao)")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +71,7 @@ def element_bytes(state: dict[str, Any], numel: int) -> float:
     return (sum(map(stored, tensors)) - sum(part.nbytes for part in maps)) / numel
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_are_as_narrow_as_the_table_says_and_wide_for_routers(
     tmp_path: Path, name: str, dtype: torch.dtype
@@ -117,7 +128,7 @@ def test_they_train_as_adam_does(tmp_path: Path, name: str, weights: str) -> Non
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.05)
 
 
-@pytest.mark.parametrize(("optim", "moves"), [("adamw_torch", False), (None, True)])
+@pytest.mark.parametrize(("optim", "moves"), [("adamw_torch", False), pytest.param(None, True, marks=needs_torchao)])
 def test_steps_that_are_smaller_than_a_weights_precision_count_in_the_mean(
     tmp_path: Path, optim: str | None, moves: bool
 ) -> None:
@@ -134,6 +145,7 @@ def test_steps_that_are_smaller_than_a_weights_precision_count_in_the_mean(
     assert (0 < moved < 0.2) if moves else moved == 0
 
 
+@needs_torchao
 def test_weights_in_bf16_leave_routers_and_buffers_as_they_are(tmp_path: Path) -> None:
     model = model_of()
     train_two_stage(model, toy_rows(64), config(weights_dtype="bfloat16", stage1_steps=2, stage2_steps=2), tmp_path)
@@ -145,7 +157,7 @@ def test_weights_in_bf16_leave_routers_and_buffers_as_they_are(tmp_path: Path) -
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["adamw_torch_8bit", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("name", [needing("adamw_torch_8bit"), needing("adamw_bnb_8bit")])
 def test_a_resumed_run_goes_on_with_the_narrow_moments(tmp_path: Path, name: str) -> None:
     whole = trainer_of(tmp_path / "a", optim=name)
     whole.train()
@@ -155,6 +167,7 @@ def test_a_resumed_run_goes_on_with_the_narrow_moments(tmp_path: Path, name: str
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@needs_torchao
 @pytest.mark.parametrize(
     ("options", "cuda", "expected"),
     [

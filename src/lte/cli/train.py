@@ -45,6 +45,10 @@ Stages = Literal["both", "1", "2"]
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 # Settings that a resumed run may change: they do not touch the weights.
 FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
+MEMORY_HINT = (
+    "This GPU has {:.3g} GB: lower --batch-size and raise --gradient-accumulation-steps, or add "
+    "--gradient-checkpointing, --weights-dtype bfloat16, --optim adamw_bnb_8bit, or --lora-rank."
+)
 # A miss of the target by more than this is worth a hint.
 TOLERANCE = 0.02
 
@@ -291,6 +295,7 @@ def _ffn_neurons(config: Any) -> int:
 def _told(work: Any, console: Console, begin: Callable[[], object]) -> Any:
     """What says what data there is, measures a model that is worth it, and calls `begin` when the training begins."""
     from lte.runs.pipeline import Watcher
+    from lte.train.memory import estimate_memory, gpu_bytes
 
     class Told(Watcher):
         def __init__(self) -> None:
@@ -309,6 +314,11 @@ def _told(work: Any, console: Console, begin: Callable[[], object]) -> Any:
                 console.print(text, highlight=False)
 
         def before_training(self, model: Any, teacher: Any, train: TrainConfig) -> TrainConfig:
+            estimate = estimate_memory(model, train, work.data_config.sequence_length, teacher)
+            console.print(f"Memory for training: {estimate.sentence()}.", highlight=False, soft_wrap=True)
+            there = gpu_bytes()
+            if there is not None and estimate.total > there:
+                console.print(MEMORY_HINT.format(there / 1e9), style="yellow", highlight=False, soft_wrap=True)
             # All input is read and fits: a mistake in it leaves nothing in the folder.
             begin()
             return train

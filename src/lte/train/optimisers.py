@@ -53,18 +53,22 @@ OPTIMISERS: dict[str, Optimiser] = {
 """The optimisers of `lte train --optim`."""
 
 
+def optimiser_name(config: TrainConfig, cuda: bool) -> str:
+    """The optimiser of the settings: weights in bf16 take torchao's Adam in 8 bits, others torch's, unless they say."""
+    if config.optim is not None:
+        return config.optim
+    if config.weights_dtype == "bfloat16":
+        return "adamw_torch_8bit"
+    return "adamw_torch_fused" if cuda else "adamw_torch"
+
+
 def optimiser_arguments(config: TrainConfig, cuda: bool) -> dict[str, Any]:
     """`optim` and `optim_args` of a trainer for the settings of `lte train`.
-
-    Weights in bf16 take torchao's Adam in 8 bits, others torch's, unless the settings name one.
 
     Raises:
         ValueError: if the package of an optimiser is not installed.
     """
-    narrow = config.weights_dtype == "bfloat16"
-    name = config.optim
-    if name is None:
-        name = "adamw_torch_8bit" if narrow else "adamw_torch_fused" if cuda else "adamw_torch"
+    name, narrow = optimiser_name(config, cuda), config.weights_dtype == "bfloat16"
     found = OPTIMISERS[name]
     if found.package is not None and find_spec(found.package) is None:
         alone = " which weights_dtype=bfloat16 takes where none is named," if config.optim is None else ""

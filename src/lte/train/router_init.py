@@ -24,7 +24,7 @@ class _NormRegression:
 
     def __init__(self, ffn: SparseFfn):
         self.ffn = ffn
-        down = ffn.layout.numbers(ffn.part(ffn.layout.down)).float()
+        down = ffn.layout.numbers(ffn.part(ffn.layout.down))
         blocks = down.unflatten(1, (ffn.num_experts, -1))
         # ||h_e W_e||^2 = h_e (W_e W_e^T) h_e^T: S x S Gram matrices instead of E outputs of width D per token.
         self.gram = torch.einsum("des,det->est", blocks, blocks)
