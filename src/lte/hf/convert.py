@@ -19,6 +19,7 @@ from lte.nn.all_or_nothing import all_or_nothing, on_failure
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
+from lte.progress import tracked
 
 
 def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
@@ -154,7 +155,7 @@ def _neuron_orders(
             method=config.grouping,
             seed=config.seed + index,
         )
-        for index, (name, ffn) in enumerate(ffns.items())
+        for index, (name, ffn) in enumerate(tracked(ffns.items(), "Grouping neurons"))
     ]
 
 
@@ -235,7 +236,7 @@ def _activity_features(
         collectors[name].update(_counted_tokens(args[0], masks[name]))
 
     with before_each_call(downs, collect):
-        for batch in calibration:
+        for batch in tracked(calibration, "Comparing when neurons are active"):
             masks.update(padding_masks(model, ffns, batch))
             run_without_logits(model, batch)
     return {name: collector.gram for name, collector in collectors.items()}

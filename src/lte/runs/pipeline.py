@@ -24,6 +24,7 @@ from lte.methods.moefication import relu_fy_
 from lte.runs.own_answers import calibrate_on_answers_
 from lte.runs.workload import Workload
 from lte.train.adapters import merge_lora, with_lora
+from lte.train.callbacks import StepTimes
 from lte.train.config import TrainConfig
 from lte.train.optimisers import cast_weights_
 from lte.train.processes import training_device
@@ -71,6 +72,9 @@ class Watcher:
     def before_training(self, model: Any, teacher: Any, train: TrainConfig) -> TrainConfig:
         """The method is applied; returns how to train."""
         return train
+
+    def steps_measured(self, step_s: float, steps: int) -> None:
+        """The first steps have run: seconds of one, and how many are to come."""
 
 
 def make_model(
@@ -129,6 +133,7 @@ def make_model(
         calibration_dataset=work.calibration,
         data_collator=work.collator,
         resume=resume,
+        callbacks=[StepTimes(watcher.steps_measured)],
     )
     calibrate_on_answers_(trained, work, train, settings.stages)
     if trained is not model:

@@ -119,6 +119,28 @@ def _parameters(model: Any, config: TrainConfig) -> Iterator[_Parameter]:
             yield _Parameter(config.lora_rank * sum(p.shape), 4.0, True, is_matrix=True)
 
 
+def stored_bytes(model: Any, config: TrainConfig) -> tuple[int, int, int]:
+    """Bytes of all weights as they train, of those that train, and of the optimiser's moments."""
+    parameters, name = list(_parameters(model, config)), optimiser_name(config, cuda=True)
+    trained = [each for each in parameters if each.trains]
+    # Those of adapters are not among the model's.
+    own = [each for each in parameters if not (config.lora_rank and each.trains and not each.is_router)]
+    sums = (
+        sum(each.numel * each.bytes_each for each in own),
+        sum(each.numel * each.bytes_each for each in trained),
+        sum(each.numel * _moment_bytes(each, name) for each in trained),
+    )
+    return int(sums[0]), int(sums[1]), int(sums[2])
+
+
+def saved_numbers(model: nn.Module) -> tuple[int, int]:
+    """How many weights a model has, and how many of its routers, which are saved in fp32."""
+    counts = [0, 0]
+    for name, parameter in model.named_parameters():
+        counts[not FP32_NAMES.isdisjoint(name.split("."))] += parameter.numel()
+    return counts[0], counts[1]
+
+
 def _moment_bytes(parameter: _Parameter, name: str) -> float:
     optimiser = OPTIMISERS[name]
     wide = parameter.is_router or parameter.numel < LEAST_NARROW or parameter.numel % optimiser.block

@@ -332,7 +332,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         fresh = all(ffn.router.weight.requires_grad and not ffn.router.weight.any() for ffn in self.ffns)
         if self.ffns and fresh and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
-                fit_routers_(self.model, self._spread_batches(self.train_dataset, routing.router_fit_tokens))
+                # In a list, so that its progress has an end.
+                batches = list(self._spread_batches(self.train_dataset, routing.router_fit_tokens))
+                fit_routers_(self.model, batches)
 
     @property
     def _sets_thresholds(self) -> bool:
@@ -386,6 +388,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             with explained_write_errors(folder, lambda: what_to_delete(folder)):
                 if self.args.should_save:
                     begin_checkpoint(folder)
+                if self._ends_stage and not self.is_deepspeed_enabled:
+                    # Of a stage that is finished no moments are kept: the next one starts without any.
+                    self.optimizer.state.clear()
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(*args, **kwargs)
                 # Each process has its own files.
@@ -401,6 +406,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+    @property
+    def _ends_stage(self) -> bool:
+        step = self.state.global_step
+        return self.schedule.starts_stage2(step) or step >= self.schedule.max_steps
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, in hard mode, with the sparsity of the same passes among the metrics."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from lte.data.rows import LmCollator, PromptsCounted, calibration_batches
 from lte.hf.inputs import predicts_next_token
@@ -43,6 +44,7 @@ def train_two_stage(
     calibration_dataset: Dataset[Any] | None = None,
     data_collator: Any = None,
     resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingSummary:
     """Trains a model in place with `lte.LteTrainer`: routing in stage 1, adaptation in stage 2, thresholds at the end.
 
@@ -62,6 +64,7 @@ def train_two_stage(
             `lte.runs.own_answers.calibrate_on_answers_` follows.
         data_collator: `None` pads with the model's pad token.
         resume: go on from the newest complete checkpoint in `output_dir`, if there is one.
+        callbacks: of the trainer, besides its own.
 
     Raises:
         ValueError: for a model that does not fit the recipe, an `output_dir` that holds another run's checkpoints
@@ -86,6 +89,7 @@ def train_two_stage(
             data_collator=collator,
             teacher=teacher if config.distillation_weight else None,
             calibration_dataset=calibration_dataset,
+            callbacks=list(callbacks),
         )
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=resume and has_checkpoint(output))
@@ -131,7 +135,8 @@ def training_arguments(
         **optimiser_arguments(config, cuda),
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
-        save_total_limit=2,
+        # A resume point goes when the next one is whole.
+        save_total_limit=1,
         report_to=config.reporters,
         remove_unused_columns=False,
         dataloader_num_workers=config.dataloader_num_workers if cuda else 0,
