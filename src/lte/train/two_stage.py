@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -93,12 +94,17 @@ def train_two_stage(
         )
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=resume and has_checkpoint(output))
-    return TrainingSummary(
+    summary = TrainingSummary(
         tokens_trained=trainer.tokens_trained,
         wall_time_s=time.monotonic() - start,
         log_history=trainer.state.log_history,
         eta=trainer.settled_eta,
     )
+    # Trainer and callbacks hold each other, and moments and gradients that what follows has no room for.
+    model.zero_grad(set_to_none=True)
+    del trainer
+    gc.collect()
+    return summary
 
 
 def training_arguments(
