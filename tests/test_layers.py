@@ -11,7 +11,18 @@ import pytest
 import lte
 
 ROOT = Path(lte.__file__).parent
-RANKS = {"files": -1, "config": 0, "settings": 0, "records": 0, "ops": 1, "nn": 2, "hf": 3, "data": 4, "methods": 5}
+RANKS = {
+    "files": -1,
+    "progress": -1,
+    "config": 0,
+    "settings": 0,
+    "records": 0,
+    "ops": 1,
+    "nn": 2,
+    "hf": 3,
+    "data": 4,
+    "methods": 5,
+}
 RANKS |= {"train": 6, "eval": 7, "bench": 8, "runs": 9, "report": 9, "cli": 10, "__main__": 11}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import lte
 from lte.data.config import DataConfig, read_documents
+from lte.hf import loading
+from lte.train import disk_space
 from lte.train.checkpoints import folder_lock, newest_checkpoint
 from lte.train.trainer import LteTrainer
 from tests.cli.conftest import SHORT, save_tiny_model
@@ -85,7 +89,9 @@ def test_train_may_be_a_list_of_files(
     # Together they hold the built-in text.
     assert same(state(output), state(trained[0]))
     assert yaml.safe_load((output / "run.yaml").read_text())["train"] == texts
-    assert run("train", "--resume", "--output", output, "--config", config).exit_code == 0
+    # The list is that of the run, which is finished.
+    result = run("train", "--resume", "--output", output, "--config", config)
+    assert "output must hold an unfinished run to resume" in result.stderr
     record = json.loads((output / "result.json").read_text())
     assert record["task"] == ", ".join(texts)
     flags = ["--sequence-length", 32, "--max-validation-tokens", 512, "--json", tmp_path / "eval.json"]
@@ -104,10 +110,7 @@ def test_of_two_processes_one_writes_the_folder(dense_folder: Path, trained: Any
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert record["tokens_trained"] == 12 * 4 * 32
-    newest = newest_checkpoint(tmp_path / "out" / "checkpoints")
-    assert newest is not None
-    files = json.loads((newest / "lte_manifest.json").read_text())["files"]
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(files)
+    assert newest_checkpoint(tmp_path / "out" / "checkpoints") is None
 
 
 class TestSettingsFile:
@@ -179,22 +182,25 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     assert same(state(output), state(trained[0]))
 
 
-def make_unfinished(output: Path) -> None:
-    """Takes the model of a run away, as if it had been stopped before it was saved."""
-    for name in ("config.json", "model.safetensors", "result.json"):
-        (output / name).unlink()
+def begin(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *flags: Any) -> None:
+    """Begins a run that ends after its second checkpoint, in stage 2."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, 1)
+        assert run("train", *flags, *SHORT).exit_code == 130
 
 
-def test_a_resumed_run_keeps_its_text(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_text(
+    dense_folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text, output = tmp_path / "text.jsonl", tmp_path / "out"
 
     def write(word: str) -> None:
         text.write_text("\n".join(json.dumps({"text": f"{word} number {i} " * 9}) for i in range(60)))
 
     write("some text")
-    assert run("train", "--model", dense_folder, "--output", output, *SHORT, "--train", text).exit_code == 0
-    before = state(output)
-    make_unfinished(output)
+    flags = ["--model", dense_folder, "--train", text]
+    assert run("train", *flags, "--output", tmp_path / "whole", *SHORT).exit_code == 0
+    begin(run, monkeypatch, *flags, "--output", output)
     write("other text")
     result = run("train", "--resume", "--output", output)
     assert result.exit_code == 1
@@ -202,17 +208,87 @@ def test_a_resumed_run_keeps_its_text(dense_folder: Path, run: Callable[..., Any
     assert not (output / "config.json").exists()
     write("some text")
     assert run("train", "--resume", "--output", output).exit_code == 0
-    assert same(state(output), before)
+    assert same(state(output), state(tmp_path / "whole"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(run: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+def test_a_run_has_one_resume_point_and_says_so_if_that_is_damaged(
+    dense_folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
-    shutil.copytree(trained[0], output)
-    make_unfinished(output)
-    (output / "checkpoints" / "checkpoint-12" / "optimizer.pt").write_bytes(b"cut")
-    with pytest.warns(UserWarning, match=r"going on from .*checkpoint-9, .*checkpoint-12: optimizer.pt has 3 bytes"):
-        result = run("train", "--resume", "--output", output)
+    begin(run, monkeypatch, "--model", dense_folder, "--output", output)
+    (checkpoint,) = (output / "checkpoints").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-6"
+    # The end of a stage: the next one starts without moments.
+    assert (checkpoint / "optimizer.pt").stat().st_size < (checkpoint / "model.safetensors").stat().st_size
+    (checkpoint / "optimizer.pt").write_bytes(b"cut")
+    result = run("train", "--resume", "--output", output)
+    assert result.exit_code == 1
+    assert "checkpoint-6: optimizer.pt has 3 bytes" in result.stderr
+
+
+def test_a_finished_run_leaves_no_checkpoint_and_does_not_begin_anew(run: Callable[..., Any], trained: Any) -> None:
+    assert newest_checkpoint(trained[0] / "checkpoints") is None
+    before = (trained[0] / "model.safetensors").stat().st_mtime_ns
+    result = run("train", "--resume", "--output", trained[0])
+    assert result.exit_code == 1
+    assert "output must hold an unfinished run to resume, got output=" in result.stderr
+    assert (trained[0] / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_folder_has_the_dtype_asked_for(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT, "--save-dtype", "bfloat16")
     assert result.exit_code == 0, result.output
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert all(dtype == (torch.float32 if ".router." in name else torch.bfloat16) for name, dtype in dtypes.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    result = run("train", "--model", dense_folder, "--output", tmp_path / "x", "--save-dtype", "int8")
+    assert "save_dtype must be one of float32, bfloat16, float16" in " ".join((result.stderr or result.output).split())
+
+
+def test_a_run_says_what_it_takes_and_how_long_its_parts_took(
+    dense_folder: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    flags = ["--stage1-steps", "12", "--distill-from", "initial"]
+    result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT, *flags)
+    assert result.exit_code == 0, result.output
+    told = ["Grouping neurons: ", "Memory for training: about ", "Disk: up to ", "Fitting routers: ", "About "]
+    told += ["Setting thresholds, round 1: ", "Measuring: "]
+    places = [result.output.index(start) for start in told]
+    assert places == sorted(places)
+    assert re.search(r"About \S+ \w+ in all: \S+ \w+ until now, \S+ \w+ training, .*\.\n", result.output)
+
+
+def test_a_disk_without_room_for_a_run_is_refused_before_it_trains(
+    dense_folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_space, "free_bytes", lambda path: 1000)
+    result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT)
+    assert result.exit_code == 1
+    assert "output must have room for up to " in result.stderr
+    assert f"got {tmp_path / 'out'} with 1e-06 GB free; delete other files on that disk, take another" in result.stderr
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+def test_a_disk_that_is_full_at_the_end_says_what_must_stay(
+    dense_folder: Path, run: Callable[..., Any], trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+
+    publish = loading.publish_folder
+
+    def full(partial: Path, target: Path) -> None:
+        if target == output:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(partial, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "publish_folder", full)
+        result = run("train", "--model", dense_folder, "--output", output, *SHORT)
+    assert result.exit_code == 1
+    kept = output / "checkpoints" / "checkpoint-12"
+    assert f"delete other files on that disk; {kept} holds what was trained and must stay" in result.stderr
+    assert run("train", "--resume", "--output", output).exit_code == 0
     assert same(state(output), state(trained[0]))
 
 

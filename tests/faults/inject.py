@@ -299,8 +299,8 @@ class Faults:
 
     def full_disks(self) -> dict[str, Any]:
         """A largest size of files, as if the disk were full, from the start or from the second checkpoint on."""
-        newest = self.checkpoints / f"checkpoint-{STEPS}"
-        largest = max(path.stat().st_size for path in newest.iterdir())
+        # The moments that the newest one lacks, since its stage is finished, are in those before it.
+        largest = max(path.stat().st_size for path in self.checkpoints.glob("checkpoint-*/*"))
         failed = 0
         for index in range(DISK_SIZES):
             size, folder = round((largest + 1) ** (index / (DISK_SIZES - 1))), self.folder()

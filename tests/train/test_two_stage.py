@@ -135,15 +135,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, recipe
     )
 
 
-def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
-    model = fresh_model()
-    train_two_stage(model, toy_rows(), config(), tmp_path, stages=(1,))
-    (tmp_path / "checkpoint-6" / "lte_control.json").unlink()
-    again = fresh_model()
-    train_two_stage(again, toy_rows(), config(), tmp_path, stages=(1,), resume=True)
-    assert same_weights(model, again)
-
-
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_unasked(tmp_path):
     train_two_stage(fresh_model(), toy_rows(), config(), tmp_path, stages=(1,))
     for path in tmp_path.glob("checkpoint-*"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from lte.config import LteConfig, check_choice, check_expert_size
 from lte.data.config import DataConfig, check_sources
 from lte.data.tasks.registry import TaskConfig, check_no_text
 from lte.files import check_place, write_json_atomic, write_text_atomic
+from lte.progress import duration, shown_on
 from lte.settings import build, option, read_settings_file, settings_of
 from lte.train.config import TrainConfig
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lte.train.summary import TrainingSummary
 
 Stages = Literal["both", "1", "2"]
+SaveDtype = Literal["float32", "bfloat16", "float16"]
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 # Settings that a resumed run may change: they do not touch the weights.
 FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
@@ -65,10 +68,15 @@ class RunConfig:
         None,
         "File with a Jinja chat template for the tokenizer, which the trained folder keeps; base models have none.",
     )
+    save_dtype: SaveDtype | None = option(
+        None, "What the weights of the trained folder are in, routers in fp32; unset: as they were trained."
+    )
     resume: bool = option(False, "Go on with the interrupted run in output, with its settings.")
 
     def __post_init__(self) -> None:
         check_choice("stages", self.stages, get_args(Stages))
+        if self.save_dtype is not None:
+            check_choice("save_dtype", self.save_dtype, get_args(SaveDtype))
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must be given: --{name} on the command line or {name}: in the YAML file")
@@ -211,7 +219,8 @@ def execute(
     Raises:
         ValueError: if the settings do not fit the model, or each other.
     """
-    from lte.eval.models import is_lte, load_config, save_folder
+    from lte.cli.train_watcher import TrainWatcher
+    from lte.eval.models import DTYPES, is_lte, load_config, save_folder
     from lte.hf.dense import load_tokenizer
     from lte.hf.loading import method_settings
     from lte.records import write_record
@@ -219,6 +228,9 @@ def execute(
     from lte.runs.measure import measure_folder
     from lte.runs.pipeline import make_model
     from lte.runs.workload import workload_of
+    from lte.train.checkpoints import discard_checkpoints
+    from lte.train.disk_space import what_to_delete_of_run
+    from lte.train.optimisers import cast_weights_
     from lte.train.processes import is_main_process
 
     assert settings.config is not None
@@ -233,11 +245,15 @@ def execute(
     measured = data.validation_split if "validation_split" in (settings.changed or ()) else None
     work = workload_of(task, data, tokenizer, settings.train.batch_size, (data.split, measured))
     begin = partial(write_run_file, output, values) if is_main_process() else lambda: None
-    told = _told(work, console, begin)
-    model, summary = make_model(settings, work, output / CHECKPOINTS, resume=run.resume, watcher=told, adapters=output)
+    told = TrainWatcher(settings, work, output, run.save_dtype, console, begin)
+    place = output / CHECKPOINTS
+    with shown_on(console) if is_main_process() else nullcontext():
+        model, summary = make_model(settings, work, place, resume=run.resume, watcher=told, adapters=output)
     if not is_main_process():
         return
-    save_folder(model, tokenizer, output)
+    if run.save_dtype is not None:
+        cast_weights_(model, DTYPES[run.save_dtype])
+    save_folder(model, tokenizer, output, lambda: what_to_delete_of_run(output, place))
     # Nothing that is lost from here on is worth the model.
     after = partial(
         after_saving, f"the model is saved in {output}", again=f"lte train --resume --output {shlex.quote(run.output)}"
@@ -263,12 +279,12 @@ def execute(
         },
         **told.before,
     )
+    begun = time.monotonic()
     found = after(what="measuring it", step=measure)
     if found is None:
         raise typer.Exit(EXIT_ERROR)
-    after(what="writing its record", step=lambda: write_record(output / "result.json", found.record))
+    console.print(f"Measuring: {duration(time.monotonic() - begun)}.", highlight=False)
     measurement = found.result.measurement
-    after(what="drawing its report", step=lambda: save_report(output, summary, measurement))
 
     def tell() -> None:
         if measurement is not None:
@@ -276,7 +292,21 @@ def execute(
         lines = outcome(output, settings.stages, found.record)
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
-    after(what="printing its numbers", step=tell)
+    steps: dict[str, Callable[[], object]] = {
+        "writing its record": lambda: write_record(output / "result.json", found.record),
+        "drawing its report": lambda: save_report(output, summary, measurement),
+        "printing its numbers": tell,
+    }
+    # Of all of them, also where one fails.
+    done = [after(what=what, step=partial(_done, step)) for what, step in steps.items()]
+    if all(done):
+        # What fails can be done again from the last one.
+        discard_checkpoints(place)
+
+
+def _done(step: Callable[[], object]) -> bool:
+    step()
+    return True
 
 
 def _ffn_neurons(config: Any) -> int:
@@ -287,34 +317,6 @@ def _ffn_neurons(config: Any) -> int:
 
     family = family_of(config)
     return num_neurons(next(iter(dense_ffns(meta_model(config), family).values())), family.layout)
-
-
-def _told(work: Any, console: Console, begin: Callable[[], object]) -> Any:
-    """What says what data there is, measures a model that is worth it, and calls `begin` when the training begins."""
-    from lte.runs.pipeline import Watcher
-
-    class Told(Watcher):
-        def __init__(self) -> None:
-            # What a result record says of the model before training.
-            self.before: dict[str, Any] = {}
-
-        def loaded(self, model: Any) -> None:
-            sizes = f"{work.info['train']['tokens']} training tokens, {work.info['validation']['tokens']} held out"
-            console.print(f"Data: {work.name}, {sizes}.", highlight=False, markup=False)
-            for line in work.announcements:
-                console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
-            if work.measures_first:
-                found = work.measure(model)
-                self.before = {f"{found.metric}_before": found.value}
-                text = f"{found.metric.capitalize()} before training: {found.value:.3f}."
-                console.print(text, highlight=False)
-
-        def before_training(self, model: Any, teacher: Any, train: TrainConfig) -> TrainConfig:
-            # All input is read and fits: a mistake in it leaves nothing in the folder.
-            begin()
-            return train
-
-    return Told()
 
 
 def check_start(run: RunConfig, train: TrainConfig, sparse: bool) -> None:
@@ -423,6 +425,11 @@ def check_output(output: Path, resume: bool) -> None:
         raise ValueError(
             f"output must hold a run of this version to resume, got output={output} with {earlier[0]} of an earlier "
             "one; start anew with another --output"
+        )
+    if resume and used == ["config.json"]:
+        raise ValueError(
+            f"output must hold an unfinished run to resume, got output={output}, whose model is trained and saved and "
+            "whose checkpoints are gone; measure it with lte eval, or train on from it as --model of another --output"
         )
     if (used or earlier) and not resume:
         raise ValueError(

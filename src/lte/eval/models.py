@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,24 @@ def measurement_summary(
     }
 
 
-def save_folder(model: Any, tokenizer: Any, output: Path) -> None:
+def save_folder(
+    model: Any, tokenizer: Any, output: Path, remedy: Callable[[], str] = lambda: "make room there"
+) -> None:
     """Saves tokenizer and model; the model's `config.json` comes last, so a folder with one is complete.
 
     The checksums that `lte inspect --verify` compares are of all these files.
+
+    Args:
+        model: on any device.
+        tokenizer: of the model.
+        output: the folder.
+        remedy: says what to do when it cannot be written.
+
+    Raises:
+        OSError: if it cannot, on a full disk say.
     """
     output.mkdir(parents=True, exist_ok=True)
-    with explained_write_errors(output):
+    with explained_write_errors(output, remedy):
         try:
             files = [Path(file) for file in tokenizer.save_pretrained(output)]
             record_checksums(output, [file.relative_to(output).as_posix() for file in files if file.is_file()])

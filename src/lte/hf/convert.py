@@ -20,6 +20,7 @@ from lte.nn.all_or_nothing import all_or_nothing, on_failure
 from lte.nn.clustering import CoactivationCounts, ContributionProducts, UsageCounts, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
+from lte.progress import tracked
 
 
 def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
@@ -167,7 +168,7 @@ def _neuron_orders(
     """The neuron order [F] of every FFN, found before any is changed."""
     return [
         _neuron_order(ffn, seen.get(name, _Activity(None, None)), family.layout, config, config.seed + index)
-        for index, (name, ffn) in enumerate(ffns.items())
+        for index, (name, ffn) in enumerate(tracked(ffns.items(), "Grouping neurons"))
     ]
 
 
@@ -265,7 +266,7 @@ def _activity(
         seen[name].update(_counted_tokens(args[0], masks[name]))
 
     with before_each_call(downs, collect):
-        for batch in calibration:
+        for batch in tracked(calibration, "Comparing when neurons are active"):
             masks.update(padding_masks(model, ffns, batch))
             run_without_logits(model, batch)
     return seen

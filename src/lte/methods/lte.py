@@ -27,6 +27,7 @@ from lte.hf.install import install_sparse_ffns_, require_sparse_ffns
 from lte.methods.calibration import eval_mode
 from lte.methods.method import Batches, Method, register
 from lte.nn.sparse_ffn import SparseFfn
+from lte.progress import tracked
 
 
 @contextmanager
@@ -69,8 +70,9 @@ def calibrate_thresholds_(
     batches = list(batches)
     ffns = require_sparse_ffns(model)
     total = 0.0
-    for _ in range(rounds):
-        shift, sparsity = _quantile_shift(model, ffns, batches, target_sparsity)
+    for number in range(1, rounds + 1):
+        seen = tracked(batches, f"Setting thresholds, round {number}")
+        shift, sparsity = _quantile_shift(model, ffns, seen, target_sparsity)
         if abs(sparsity - target_sparsity) <= tolerance:
             break
         for ffn in ffns.values():
@@ -81,7 +83,7 @@ def calibrate_thresholds_(
 
 
 def _quantile_shift(
-    model: nn.Module, ffns: dict[str, SparseFfn], batches: list[Batch], target: float
+    model: nn.Module, ffns: dict[str, SparseFfn], batches: Iterable[Batch], target: float
 ) -> tuple[float, float]:
     """The shift that moves the `target` quantile of all logits to the threshold, and the sparsity before it."""
     shares, sparsity = logit_shares(model, ffns, batches)
@@ -102,7 +104,7 @@ def logit_quantile(shares: Tensor, share: float) -> float:
     return (min(index, _BINS - 1) + 1) * 2 * _EDGES / _BINS - _EDGES
 
 
-def logit_shares(model: nn.Module, ffns: dict[str, SparseFfn], batches: list[Batch]) -> tuple[Tensor, float]:
+def logit_shares(model: nn.Module, ffns: dict[str, SparseFfn], batches: Iterable[Batch]) -> tuple[Tensor, float]:
     """The distribution of the routers' logits in hard mode, in narrow bins around the threshold, and the sparsity.
 
     Every layer counts the same, however many tokens it sees: an encoder and a decoder see different ones.

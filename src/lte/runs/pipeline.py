@@ -24,7 +24,9 @@ from lte.methods.moefication import relu_fy_
 from lte.runs.own_answers import calibrate_on_answers_
 from lte.runs.workload import Workload
 from lte.train.adapters import merge_lora, with_lora
+from lte.train.callbacks import StepTimes
 from lte.train.config import TrainConfig
+from lte.train.optimisers import cast_weights_
 from lte.train.processes import training_device
 from lte.train.summary import TrainingSummary
 from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
@@ -71,6 +73,9 @@ class Watcher:
         """The method is applied; returns how to train."""
         return train
 
+    def steps_measured(self, step_s: float, steps: int) -> None:
+        """The first steps have run: seconds of one, and how many are to come."""
+
 
 def make_model(
     settings: ModelSettings,
@@ -113,6 +118,10 @@ def make_model(
         return model, TrainingSummary(0, time.monotonic() - start, [])
     teacher = None if settings.teacher is None else _teacher(settings, model, work)
     train = watcher.before_training(model, teacher, settings.train)
+    narrow_base = train.lora_rank is not None and train.weights_dtype == "bfloat16"
+    if narrow_base:
+        # Adapters are in fp32 whatever they are for.
+        cast_weights_(model, torch.bfloat16)
     trained = model if train.lora_rank is None else with_lora(model, train, adapters or folder)
     summary = train_two_stage(
         trained,
@@ -124,9 +133,13 @@ def make_model(
         calibration_dataset=work.calibration,
         data_collator=work.collator,
         resume=resume,
+        callbacks=[StepTimes(watcher.steps_measured)],
     )
     calibrate_on_answers_(trained, work, train, settings.stages)
     if trained is not model:
+        if narrow_base:
+            # The sum of weights and adapters is not rounded.
+            cast_weights_(model, torch.float32)
         model = merge_lora(trained, model, adapters or folder)
         if train.lora_4bit and train.sets_thresholds(settings.stages):
             # Its weights are not those in 4 bits that the thresholds were set with.
@@ -182,5 +195,5 @@ def _teacher(settings: ModelSettings, model: Any, work: Workload) -> Any:
             f"distill_from must have the vocabulary of the model, {model.config.vocab_size} tokens, got {name} "
             f"with {teacher.config.vocab_size}"
         )
-    teacher = teacher.to(training_device())
-    return teacher.to(torch.bfloat16) if settings.train.bf16 else teacher
+    narrow = settings.train.bf16 or settings.train.weights_dtype == "bfloat16"
+    return teacher.to(training_device(), torch.bfloat16 if narrow else None)

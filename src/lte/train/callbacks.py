@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import ProgressCallback, TrainerCallback
@@ -39,6 +43,34 @@ class RoutingCallback(TrainerCallback):
             # An entry of the log is of one stage.
             control.should_log = True
         return control
+
+
+class StepTimes(TrainerCallback):
+    """Tells once how long a step takes, when the first ones are measured.
+
+    Args:
+        tell: is called with the seconds of a step and how many are to come.
+        after: steps of this training until then; in a shorter one nothing is told.
+    """
+
+    # The first steps compile, and fill caches.
+    SKIPPED = 3
+
+    def __init__(self, tell: Callable[[float, int], object], after: int = 10):
+        self.tell, self.after = tell, after
+        self.times: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if len(self.times) > self.after:
+            return
+        self.times.append(time.monotonic())
+        if len(self.times) > self.after:
+            kept = self.times[self.SKIPPED :]
+            steps = [after - before for before, after in itertools.pairwise(kept)]
+            self.tell(statistics.median(steps), state.max_steps - state.global_step)
 
 
 class LteProgress(ProgressCallback):

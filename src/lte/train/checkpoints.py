@@ -111,6 +111,12 @@ def discard_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def discard_checkpoints(folder: Path) -> None:
+    """Removes the checkpoints of a run that is finished, the newest one last."""
+    for path in reversed(in_order(folder)):
+        discard_checkpoint(path)
+
+
 def rotate_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
     """Removes the oldest checkpoints beside a whole one, unfinished and damaged ones first, so that `limit` remain.
 

@@ -13,6 +13,8 @@ RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
 MatchTo = Literal["teacher", "own"]
 Budgets = Literal["free", "sensitivity"]
+Dtype = Literal["float32", "bfloat16"]
+Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
 
 
@@ -91,6 +93,12 @@ class RecipeSettings:
         "how the loss rises with each layer's sparsity, and each layer gets a target and a price of its own.",
         affects="routing",
     )
+    loss_chunk_tokens: int | None = option(
+        None,
+        "Of how many tokens the logits exist at once in the loss of a language model; 0: of all; unset: as many as fit "
+        "into 1 GiB in fp32, of all where a model's logits are more than one product of its last hidden states.",
+        affects="nothing",
+    )
 
     def __post_init__(self) -> None:
         check_choice("recipe", self.recipe, get_args(Recipe))
@@ -99,10 +107,9 @@ class RecipeSettings:
             check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
         if not 0 < self.ramp_ratio <= 1:
             raise ValueError(f"ramp_ratio must lie in (0, 1], got ramp_ratio={self.ramp_ratio}")
-        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard"):
-            check_not_negative(name, getattr(self, name))
-        if self.eta is not None:
-            check_not_negative("eta", self.eta)
+        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard", "eta", "loss_chunk_tokens"):
+            if getattr(self, name) is not None:
+                check_not_negative(name, getattr(self, name))
         self._check_losses()
         if self.router_sharpening < 1:
             raise ValueError(f"router_sharpening must be at least 1, got router_sharpening={self.router_sharpening}")
@@ -181,6 +188,17 @@ class TrainConfig(RecipeSettings):
     )
     lora_alpha: float | None = option(None, "Scale of the adapters, over their rank; unset: twice the rank.")
     bf16: bool = option(False, "Train in bfloat16 autocast with fp32 weights.")
+    weights_dtype: Dtype = option(
+        "float32",
+        "What the weights are in while they train; routers stay in fp32. bfloat16 halves weights, gradients and "
+        "activations, and products are in it without bf16.",
+    )
+    optim: Optim | None = option(
+        None,
+        "Optimiser, by its name in Trainer; unset: adamw_torch_8bit for weights in bfloat16, adamw_torch otherwise. "
+        "Those in 8 and 4 bits have narrow moments, of routers in fp32; adamw_torch_8bit and adamw_torch_4bit "
+        "(pip install torchao) round weights in bfloat16 stochastically.",
+    )
     tf32: bool = option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
     compile: bool = option(
         False,
@@ -205,6 +223,14 @@ class TrainConfig(RecipeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("report_to", self.report_to, get_args(Reporter))
+        check_choice("weights_dtype", self.weights_dtype, get_args(Dtype))
+        if self.optim is not None:
+            check_choice("optim", self.optim, get_args(Optim))
+        if self.lora_4bit and self.weights_dtype != "float32":
+            raise ValueError(
+                f"weights_dtype must be float32 with lora_4bit, whose weights are in 4 bits, got "
+                f"weights_dtype={self.weights_dtype}"
+            )
         if self.report_to not in ("auto", "none") and find_spec(self.report_to) is None:
             raise ValueError(
                 f"report_to must name an installed package, got report_to={self.report_to}; pip install "

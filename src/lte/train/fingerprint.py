@@ -32,7 +32,7 @@ _ARGUMENTS = (
     *("dataloader_drop_last", "average_tokens_across_devices"),
 )
 # Settings that act after the last step, or change where it is computed alone.
-_FREE = {"calibration_tokens", "compile_layers", "distillation_weight"}
+_FREE = {"calibration_tokens", "compile_layers", "distillation_weight", "loss_chunk_tokens"}
 # What other trainers say of their logs and workers.
 _FREE_WORDS = ("num_proc", "num_workers", "log", "report", "hub", "vllm")
 # Of data that is only made when it is asked for, this many rows are looked at.

@@ -15,6 +15,7 @@ from lte.hf.install import require_sparse_ffns
 from lte.methods.lte import calibrate_thresholds_, evaluating
 from lte.nn.router import INITIAL_LOGIT
 from lte.nn.sparse_ffn import SparseFfn
+from lte.progress import tracked
 
 __all__ = ["Batch", "calibrate_thresholds_", "fit_routers_"]
 
@@ -108,7 +109,7 @@ def fit_routers_(model: nn.Module, batches: Iterable[Batch]) -> None:
     hooks = [hook for name, fit in fits.items() for hook in _observe(fit, name, masks)]
     try:
         with evaluating(model, "dense"):
-            for batch in batches:
+            for batch in tracked(batches, "Fitting routers"):
                 masks.update(routing_masks(model, list(ffns), batch))
                 run_without_logits(model, batch)
     finally:

@@ -17,6 +17,7 @@ from lte.train.checkpoints import control_state_of
 from lte.train.config import Stage
 from lte.train.dropped_start import DroppedStart
 from lte.train.layer_prices import LayerPrices
+from lte.train.optimisers import keep_routers_wide_
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
@@ -57,6 +58,7 @@ class RoutingControl(AnyTrainer):
             own_rate = self.routing.router_learning_rate
             rate = self.args.learning_rate if own_rate is None else own_rate
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+            keep_routers_wide_(optimizer, self.model, own)
         return optimizer
 
     def _router_parameters(self) -> list[nn.Parameter]:

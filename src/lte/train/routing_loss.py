@@ -20,6 +20,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.added_terms import AddedTerms, weighted_sum
 from lte.train.arguments import RoutingArguments
+from lte.train.chunked_loss import WITHOUT_LOGITS, ChunkedLoss
 from lte.train.config import Stage
 from lte.train.documents import follows_document
 from lte.train.layer_prices import LayerPrices
@@ -64,9 +65,14 @@ class RoutingLoss(AnyTrainer):
     match: OutputMatch | None
     terms: AddedTerms
     prices: LayerPrices | None
+    _chunked: ChunkedLoss | None
     _inputs: dict[str, Any]
     _task_terms: dict[str, Tensor]
     _evaluated: list[tuple[Tensor, Tensor]] | None
+    # Whether the pass of an evaluation is asked for its loss alone.
+    _loss_alone = False
+    # Whether the model was called for its last hidden states, not its logits.
+    _without_logits = False
 
     @property
     def _distills(self) -> bool:
@@ -104,7 +110,10 @@ class RoutingLoss(AnyTrainer):
         # Another head computes its own loss; the divergence is added here.
         other_head = self._distills and not self.predicts_next_token and self.model.training
         with_outputs = return_outputs or other_head
-        result = super().compute_loss(model, dict(inputs), with_outputs, num_items_in_batch)
+        loss_alone = not return_outputs if self.model.training else self._loss_alone
+        self._without_logits = self._chunked is not None and loss_alone and "labels" in inputs
+        called = {**inputs, **(WITHOUT_LOGITS if self._without_logits else {})}
+        result = super().compute_loss(model, called, with_outputs, num_items_in_batch)
         outputs: Any
         loss, outputs = result if with_outputs else (result, None)
         if self.model.training:
@@ -128,23 +137,33 @@ class RoutingLoss(AnyTrainer):
 
     def _language_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Cross entropy and divergence from the teacher in one; in evaluation cross entropy alone."""
-        teacher_logits = self._teacher_logits() if self.model.training else None
-        task, divergence = self._language_terms(outputs.logits, labels, teacher_logits, num_items_in_batch)
-        if not self.model.training:
-            return task
-        everywhere = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        scale = self.accelerator.num_processes if everywhere else 1
-        terms = {"task_loss": task, "distillation_loss": divergence}
-        self._task_terms = {name: scale * value.detach() for name, value in terms.items()}
-        return (1 - self.distillation_weight) * task + self.distillation_weight * divergence
+        distills = self._distills and self.model.training
+        weight = self.distillation_weight if distills else 0.0
+        if self._without_logits:
+            assert self._chunked is not None
+            inputs = self._teacher_inputs() if distills else None
+            loss, task, divergence = self._chunked(labels, weight, num_items_in_batch, inputs)
+        else:
+            teacher_logits = self._teacher_logits() if distills else None
+            task, divergence = self._language_terms(outputs.logits, labels, teacher_logits, num_items_in_batch)
+            loss = (1 - weight) * task + weight * divergence
+        if self.model.training:
+            everywhere = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            scale = self.accelerator.num_processes if everywhere else 1
+            terms = {"task_loss": task, **({"distillation_loss": divergence} if distills else {})}
+            self._task_terms = {name: scale * value.detach() for name, value in terms.items()}
+        return loss
+
+    def _teacher_inputs(self) -> dict[str, Any]:
+        # An encoder-decoder makes its decoder's inputs of the labels.
+        left_out = ("labels",) if self.predicts_next_token else ()
+        return {key: value for key, value in self._inputs.items() if key not in left_out}
 
     def _teacher_logits(self) -> Tensor:
         assert self.teacher is not None
         # In the teacher's own dtype: autocast would only add casts.
         with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):
-            # An encoder-decoder makes its decoder's inputs of the labels.
-            left_out = ("labels",) if self.predicts_next_token else ()
-            return self.teacher(**{key: value for key, value in self._inputs.items() if key not in left_out}).logits
+            return self.teacher(**self._teacher_inputs()).logits
 
     def _with_routing(self, task: Tensor, masks: Masks, num_items: Tensor | int | None) -> Tensor:
         """The loss with the routing terms, which are means over one forward pass.

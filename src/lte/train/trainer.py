@@ -16,13 +16,16 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lte.config import IGNORED
 from lte.data.rows import calibration_batches
 from lte.files import check_place, explained_write_errors
 from lte.hf.inputs import check_next_token, predicts_next_token, unwrapped
 from lte.hf.install import wrapped_ffns
+from lte.hf.language_head import splits_head
 from lte.hf.loading import is_ours
+from lte.methods.calibration import eval_mode
 from lte.nn.losses import active_fraction
 from lte.nn.matching import relative_error
 from lte.nn.sparse_ffn import SparseFfn
@@ -39,6 +42,7 @@ from lte.train.checkpoints import (
     resume_point,
     rotate_checkpoints,
 )
+from lte.train.chunked_loss import ChunkedLoss
 from lte.train.compilation import compiled_layers
 from lte.train.config import stages_of
 from lte.train.disk_space import check_space, what_to_delete
@@ -135,6 +139,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self._inputs: dict[str, Any] = {}
         self._task_terms: dict[str, Tensor] = {}
         self._evaluated: list[tuple[Tensor, Tensor]] | None = None
+        self._chunked: ChunkedLoss | None = None
         self._resumed: Path | None = None
         self._fingerprint: dict[str, Any] | None = None
         compiled = self.routing.compile_layers
@@ -238,7 +243,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             OSError: if a checkpoint cannot be written; training goes on from the one before with a resume.
             NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
         """
-        self.check_batch(next(self._spread_batches(self.train_dataset, 1)))
+        first = next(self._spread_batches(self.train_dataset, 1))
+        self.check_batch(first)
         if self._sets_thresholds and self.calibration_dataset is not None:
             next(self._spread_batches(self.calibration_dataset, 1))
         with ExitStack() as held:
@@ -247,6 +253,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 if hasattr(self.model.config, name):
                     setattr(self.model.config, name, None)
             held.enter_context(self._training())
+            held.enter_context(self._chunking(first))
             if self._resumed is None:
                 self._fit_routers()
                 self._set_budgets()
@@ -292,6 +299,58 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             if kind is not None:
                 getattr(self.model, f"{kind}_disable")()
 
+    @contextmanager
+    def _chunking(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Computes the loss of language models over chunks of tokens inside the block, where that gives the same."""
+        wanted = self.routing.loss_chunk_tokens
+        why_not = self._why_whole_logits(batch) if wanted != 0 else "as asked for"
+        if wanted and why_not:
+            raise ValueError(f"loss_chunk_tokens must be 0 or unset here, got loss_chunk_tokens={wanted}: {why_not}")
+        if why_not:
+            yield
+            return
+        teacher = self.teacher if self._distills else None
+        self._chunked = ChunkedLoss(self.model, teacher, wanted, self.routing.compile_layers)
+        own, self.compute_loss_func = self.compute_loss_func, self._language_loss
+        try:
+            yield
+        finally:
+            self._chunked.remove()
+            self._chunked, self.compute_loss_func = None, own
+
+    def _why_whole_logits(self, batch: dict[str, Any]) -> str | None:
+        """Why the loss needs the logits of all tokens at once; `None` if it does not."""
+        if not self.predicts_next_token:
+            return "only heads that predict the next token have a loss over chunks"
+        after = type(self).__mro__[type(self).__mro__.index(RoutingLoss) + 1 :]
+        if next(each for each in after if "compute_loss" in vars(each)) is not Trainer:
+            return "the trainer has a loss of its own, which reads all logits"
+        own = [self.compute_loss_func, self.args.label_smoothing_factor, not self.model_accepts_loss_kwargs]
+        loss = getattr(unwrapped(self.model), "loss_function", None)
+        if not self._distills and (any(own) or loss is not ForCausalLMLoss):
+            return "the loss is not the usual cross entropy"
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or parallel is not None:
+            return "the head's weight is in shards"
+        if self.args.fp16:
+            return "gradients in fp16 must be scaled from the loss on"
+        with eval_mode(self.model), self.compute_loss_context_manager():
+            same = splits_head(self.model, batch)
+        if same and self._distills:
+            with torch.autocast(self.args.device.type, enabled=False):
+                same = splits_head(self.teacher, batch)
+        return None if same else "the model's logits are not one product of its last hidden states"
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the trainer's; where the loss alone is asked for, without the logits of all tokens if it can be."""
+        self._loss_alone = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._loss_alone = False
+
     def _freeze(self) -> None:
         """Takes the gradients off what `trainable` and the method's FFNs leave out; nothing is thawed."""
         if self.routing.trainable != "all":
@@ -328,6 +387,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         fresh = all(ffn.router.weight.requires_grad and not ffn.router.weight.any() for ffn in self.ffns)
         if self.ffns and fresh and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+                # In a list, so that its progress has an end.
                 batches = list(self._spread_batches(self.train_dataset, routing.router_fit_tokens))
                 fit_routers_(self.model, batches)
                 if self._drops_into_bias:
@@ -409,6 +469,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             with explained_write_errors(folder, lambda: what_to_delete(folder)):
                 if self.args.should_save:
                     begin_checkpoint(folder)
+                if self._ends_stage and not self.is_deepspeed_enabled:
+                    # Of a stage that is finished no moments are kept: the next one starts without any.
+                    self.optimizer.state.clear()
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(*args, **kwargs)
                 # Each process has its own files.
@@ -424,6 +487,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+    @property
+    def _ends_stage(self) -> bool:
+        step = self.state.global_step
+        return self.schedule.starts_stage2(step) or step >= self.schedule.max_steps
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, in hard mode, with the sparsity of the same passes among the metrics."""

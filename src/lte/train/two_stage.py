@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from lte.data.rows import LmCollator, PromptsCounted, calibration_batches
 from lte.hf.inputs import predicts_next_token
@@ -18,6 +20,7 @@ from lte.train.arguments import LteTrainingArguments
 from lte.train.checkpoints import has_checkpoint
 from lte.train.compilation import few_widths
 from lte.train.config import RecipeSettings, TrainConfig
+from lte.train.optimisers import cast_weights_, optimiser_arguments
 from lte.train.processes import float32_products, num_processes
 from lte.train.router_init import Batch
 from lte.train.summary import TrainingSummary
@@ -42,6 +45,7 @@ def train_two_stage(
     calibration_dataset: Dataset[Any] | None = None,
     data_collator: Any = None,
     resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingSummary:
     """Trains a model in place with `lte.LteTrainer`: routing in stage 1, adaptation in stage 2, thresholds at the end.
 
@@ -61,6 +65,7 @@ def train_two_stage(
             `lte.runs.own_answers.calibrate_on_answers_` follows.
         data_collator: `None` pads with the model's pad token.
         resume: go on from the newest complete checkpoint in `output_dir`, if there is one.
+        callbacks: of the trainer, besides its own.
 
     Raises:
         ValueError: for a model that does not fit the recipe, an `output_dir` that holds another run's checkpoints
@@ -70,6 +75,8 @@ def train_two_stage(
     """
     output = Path(output_dir)
     _check(model, config, output, teacher, stages, resume)
+    if config.weights_dtype == "bfloat16" and not hasattr(model, "peft_config"):
+        cast_weights_(model, torch.bfloat16)
     collator = data_collator or LmCollator(_pad_token_id(model))
     if config.compile:
         collator = few_widths(collator)
@@ -83,15 +90,21 @@ def train_two_stage(
             data_collator=collator,
             teacher=teacher if config.distillation_weight else None,
             calibration_dataset=calibration_dataset,
+            callbacks=list(callbacks),
         )
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=resume and has_checkpoint(output))
-    return TrainingSummary(
+    summary = TrainingSummary(
         tokens_trained=trainer.tokens_trained,
         wall_time_s=time.monotonic() - start,
         log_history=trainer.state.log_history,
         eta=trainer.settled_eta,
     )
+    # Trainer and callbacks hold each other, and moments and gradients that what follows has no room for.
+    model.zero_grad(set_to_none=True)
+    del trainer
+    gc.collect()
+    return summary
 
 
 def training_arguments(
@@ -125,10 +138,11 @@ def training_arguments(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         bf16=config.bf16,
         use_cpu=not cuda,
-        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        **optimiser_arguments(config, cuda),
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
-        save_total_limit=2,
+        # A resume point goes when the next one is whole.
+        save_total_limit=1,
         report_to=config.reporters,
         remove_unused_columns=False,
         dataloader_num_workers=config.dataloader_num_workers if cuda else 0,

@@ -1,0 +1,113 @@
+"""What `lte train` says while a model is made: the data, the memory and disk it takes, and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from lte.runs.duration import RunShape
+from lte.runs.pipeline import ModelSettings, Watcher
+from lte.runs.workload import Workload
+from lte.train.config import TrainConfig
+from lte.train.disk_space import RunFiles, check_run_space
+from lte.train.memory import estimate_memory, gpu_bytes
+from lte.train.processes import is_main_process, num_processes
+
+MEMORY_HINT = (
+    "This GPU has {:.3g} GB: lower --batch-size and raise --gradient-accumulation-steps, or add "
+    "--gradient-checkpointing, --weights-dtype bfloat16, --optim adamw_bnb_8bit, or --lora-rank."
+)
+
+
+class TrainWatcher(Watcher):
+    """Says what data there is, measures a model that is worth it, and what training it takes.
+
+    Args:
+        settings: of the model.
+        work: its data.
+        output: folder of the run.
+        save_dtype: of the saved model, `None` for that of its weights.
+        console: for what it says; of other processes than the first a quiet one.
+        begin: is called when the training begins.
+
+    Attributes:
+        before: what a result record says of the model before training.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        work: Workload,
+        output: Path,
+        save_dtype: str | None,
+        console: Console,
+        begin: Callable[[], object],
+    ):
+        self.settings, self.work, self.output, self.save_dtype = settings, work, output, save_dtype
+        self.console, self.begin = console, begin
+        self.before: dict[str, Any] = {}
+        self._start = time.monotonic()
+        self._measured_s: float | None = None
+        self._shape: RunShape | None = None
+
+    def loaded(self, model: Any) -> None:
+        """Says what the data is, and measures the model if that says something."""
+        work, info = self.work, self.work.info
+        sizes = f"{info['train']['tokens']} training tokens, {info['validation']['tokens']} held out"
+        self.console.print(f"Data: {work.name}, {sizes}.", highlight=False, markup=False)
+        for line in work.announcements:
+            self.console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
+        if work.measures_first:
+            start = time.monotonic()
+            found = work.measure(model)
+            self._measured_s = time.monotonic() - start
+            self.before = {f"{found.metric}_before": found.value}
+            text = f"{found.metric.capitalize()} before training: {found.value:.3f}."
+            self.console.print(text, highlight=False)
+
+    def before_training(self, model: Any, teacher: Any, train: TrainConfig) -> TrainConfig:
+        """Says what memory and disk the training takes; all input is read and fits now.
+
+        Raises:
+            ValueError: if the disk has no room for what will be written.
+        """
+        memory = estimate_memory(model, train, self.work.data_config.sequence_length, teacher)
+        self._say(f"Memory for training: {memory.sentence()}.")
+        there = gpu_bytes()
+        if there is not None and memory.total > there:
+            self._say(MEMORY_HINT.format(there / 1e9), style="yellow")
+        files = RunFiles.of(model, train, self.save_dtype)
+        if is_main_process():
+            check_run_space(self.output, files)
+        self._say(f"Disk: {files.sentence()}.")
+        rows = train.batch_size * train.gradient_accumulation_steps * num_processes()
+        self._shape = RunShape(
+            config=train,
+            stages=self.settings.stages,
+            tokens_per_step=rows * self.work.data_config.sequence_length,
+            tokens_measured=self.work.info["validation"]["tokens"],
+            teaches=teacher is not None and train.distillation_weight > 0,
+            checkpoint_bytes=files.checkpoint,
+            model_bytes=files.model,
+            measured_s=self._measured_s,
+        )
+        # A mistake until here leaves nothing in the folder.
+        self.begin()
+        return train
+
+    def steps_measured(self, step_s: float, steps: int) -> None:
+        """Says how long the whole run will take."""
+        assert self._shape is not None
+        elapsed = time.monotonic() - self._start
+        text = self._shape.sentence(elapsed, step_s, steps, writes_answers=not self.work.measures_first)
+        # Above the bar of the training.
+        with tqdm.external_write_mode():
+            self._say(text)
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,226 @@
+"""Optimisers with a narrow state, weights in bf16, and routers that stay in fp32 in both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
+
+import lte
+from lte.train import optimisers
+from lte.train.config import TrainConfig
+from lte.train.optimisers import OPTIMISERS, cast_weights_, optimiser_arguments
+from lte.train.trainer import LteTrainer
+from lte.train.two_stage import train_two_stage
+from tests.tiny_models import tiny_dense_model
+from tests.train.toy import toy_rows, trainer_of
+
+
+def needing(name: str) -> Any:
+    """A parameter of a test that is skipped where the optimiser's package is not installed."""
+    package = OPTIMISERS[name].package
+    missing = package is not None and find_spec(package) is None
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"needs {package} (pip install {package})"))
+
+
+ALL = [needing(name) for name in OPTIMISERS]
+NARROW = [needing(name) for name, optimiser in OPTIMISERS.items() if optimiser.package]
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao (pip install torchao)")
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs what torchao compiles as it is: on a CPU each shape takes seconds to compile."""
+    monkeypatch.setattr(torch, "compile", lambda function, *args, **kwargs: function)
+
+
+class Moments(TrainerCallback):
+    """The moments of the routers and of all other parameters, by name, after the last step."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.of = {id(parameter): found for parameter, found in optimizer.state.items()}
+
+
+def config(**options: Any) -> TrainConfig:
+    sizes = {"stage1_steps": 12, "stage2_steps": 12, "batch_size": 8, "learning_rate": 3e-3, "report_to": "none"}
+    return TrainConfig(**{**sizes, "router_fit_tokens": 512, "calibration_tokens": 1024, **options})
+
+
+def model_of() -> Any:
+    # Routers of 4096 weights: smaller ones would have wide moments by themselves.
+    model = tiny_dense_model(hidden_size=128, head_dim=32, intermediate_size=512)
+    return lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="contiguous", target_sparsity=0.4))
+
+
+def element_bytes(state: dict[str, Any], numel: int) -> float:
+    """Bytes for each number of a parameter, of both its moments."""
+
+    def stored(value: Any) -> int:
+        parts = [getattr(value, name) for name in getattr(value, "tensor_attrs", ())]
+        return sum(map(stored, parts)) if parts else value.nbytes
+
+    tensors = [value for name, value in state.items() if torch.is_tensor(value) and "map" not in name and value.ndim]
+    maps = [part for value in tensors for part in [getattr(value, "qmap", None)] if part is not None]
+    return (sum(map(stored, tensors)) - sum(part.nbytes for part in maps)) / numel
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_are_as_narrow_as_the_table_says_and_wide_for_routers(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    model = model_of()
+    cast_weights_(model, dtype)
+    moments = Moments()
+    arguments = lte.LteTrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        optim=name,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        router_fit_tokens=128,
+        calibration_tokens=0,
+    )
+    trainer = LteTrainer(
+        model,
+        arguments,
+        train_dataset=toy_rows(16, 16),
+        data_collator=lte.data.rows.LmCollator(0),
+        callbacks=[moments],
+    )
+    trainer.train()
+    optimiser = OPTIMISERS[name]
+    for path, parameter in model.named_parameters():
+        found = element_bytes(moments.of[id(parameter)], parameter.numel())
+        if ".router." in path:
+            assert parameter.dtype == torch.float32
+            assert found == 8
+        elif path.endswith("gate_proj.weight"):
+            assert parameter.dtype == dtype
+            assert found == pytest.approx(optimiser.moment_bytes or 2 * parameter.itemsize, rel=0.01)
+        elif "embed_tokens" in path and optimiser.wide_embeddings:
+            assert found == 8
+
+
+def test_the_names_are_those_of_trainer() -> None:
+    assert OPTIMISERS.keys() <= {each.value for each in OptimizerNames}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_they_train_as_adam_does(tmp_path: Path, name: str, weights: str) -> None:
+    losses = []
+    for optim, dtype in ((None, "float32"), (name, weights)):
+        torch.manual_seed(0)
+        settings = config(optim=optim, weights_dtype=dtype, logging_steps=6)
+        summary = train_two_stage(model_of(), toy_rows(256), settings, tmp_path / str(optim))
+        losses.append([entry["task_loss"] for entry in summary.log_history if "task_loss" in entry])
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.05)
+
+
+@pytest.mark.parametrize(("optim", "moves"), [("adamw_torch", False), pytest.param(None, True, marks=needs_torchao)])
+def test_steps_that_are_smaller_than_a_weights_precision_count_in_the_mean(
+    tmp_path: Path, optim: str | None, moves: bool
+) -> None:
+    model = model_of()
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    # Above 1, numbers in bf16 lie 2^-7 apart.
+    with torch.no_grad():
+        weight.fill_(1.2)
+    before = weight.detach().bfloat16().float().clone()
+    settings = config(optim=optim, weights_dtype="bfloat16", learning_rate=1e-4, stage1_steps=4, stage2_steps=4)
+    train_two_stage(model, toy_rows(64), settings, tmp_path)
+    moved = (weight.float() != before).float().mean().item()
+    # Eight steps of at most 1e-4, of a distance of 2^-7.
+    assert (0 < moved < 0.2) if moves else moved == 0
+
+
+@needs_torchao
+def test_weights_in_bf16_leave_routers_and_buffers_as_they_are(tmp_path: Path) -> None:
+    model = model_of()
+    train_two_stage(model, toy_rows(64), config(weights_dtype="bfloat16", stage1_steps=2, stage2_steps=2), tmp_path)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+    assert all(buffer.dtype == torch.float32 for _, buffer in model.named_buffers())
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("name", [needing("adamw_torch_8bit"), needing("adamw_bnb_8bit")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_goes_on_with_the_narrow_moments(
+    tmp_path: Path, name: str, dtype: torch.dtype, step: int
+) -> None:
+    # Rounding goes on with the same random numbers, too.
+    rounds = "bf16_stochastic_round=True" if OPTIMISERS[name].rounds else None
+    whole, other = (trainer_of(tmp_path / "a", optim=name, optim_args=rounds) for _ in range(2))
+    for trainer, checkpoint in ((whole, None), (other, str(tmp_path / "a" / f"checkpoint-{step}"))):
+        cast_weights_(trainer.model, dtype)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    for one, two in zip(whole.model.parameters(), other.model.parameters(), strict=True):
+        assert one.equal(two)
+
+
+@needs_torchao
+@pytest.mark.parametrize(
+    ("options", "cuda", "expected"),
+    [
+        ({}, False, ("adamw_torch", None)),
+        ({}, True, ("adamw_torch_fused", None)),
+        ({"optim": "adamw_torch_8bit"}, True, ("adamw_torch_8bit", None)),
+        ({"weights_dtype": "bfloat16"}, True, ("adamw_torch_8bit", "bf16_stochastic_round=True")),
+        (
+            {"weights_dtype": "bfloat16", "optim": "adamw_torch_4bit"},
+            True,
+            ("adamw_torch_4bit", "bf16_stochastic_round=True"),
+        ),
+        ({"weights_dtype": "bfloat16", "optim": "adamw_torch"}, True, ("adamw_torch", None)),
+    ],
+)
+def test_the_optimiser_of_the_settings(options: dict[str, Any], cuda: bool, expected: tuple[str, str | None]) -> None:
+    assert tuple(optimiser_arguments(config(**options), cuda).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: config(optim="sgd"), "optim must be one of adamw_torch, .*got optim='?sgd"),
+        (lambda: config(weights_dtype="float16"), "weights_dtype must be one of float32, bfloat16, got"),
+        (
+            lambda: config(weights_dtype="bfloat16", lora_rank=4, lora_4bit=True),
+            "weights_dtype must be float32 with lora_4bit, whose weights are in 4 bits, got weights_dtype=bfloat16",
+        ),
+    ],
+)
+def test_bad_settings_are_clear_errors(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_optimiser_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimisers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="got optim=adamw_bnb_8bit, without bitsandbytes; pip install bitsandbytes"):
+        optimiser_arguments(config(optim="adamw_bnb_8bit"), False)
+    with pytest.raises(ValueError, match="optim=adamw_torch_8bit, which weights_dtype=bfloat16 takes where none is"):
+        optimiser_arguments(config(weights_dtype="bfloat16"), False)
+
+
+def test_only_weights_are_cast() -> None:
+    model = nn.ModuleDict({"router": nn.Linear(2, 2), "norm": nn.BatchNorm1d(2)})
+    cast_weights_(model, torch.bfloat16)
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    assert dtypes["router.weight"] == torch.float32
+    assert dtypes["norm.weight"] == torch.bfloat16
+    assert dtypes["norm.running_mean"] == torch.float32
