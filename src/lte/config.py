@@ -191,11 +191,6 @@ class LteConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("always_on", self.always_on)
-        if self.always_on and self.target_sparsity + self.always_on >= 1:
-            raise ValueError(
-                f"target_sparsity must be below 1 - always_on = {1 - self.always_on:g}, got "
-                f"target_sparsity={self.target_sparsity}; the router has no say about experts that are always on"
-            )
         check_choice("grouping", self.grouping, get_args(Grouping))
         if self.expert_size < 1:
             raise ValueError(f"expert_size must be at least 1, got expert_size={self.expert_size}")
@@ -205,7 +200,12 @@ class LteConfig(MethodConfig):
             raise ValueError(f"threshold must lie in (0, 1), got threshold={self.threshold}")
 
     def check_new(self) -> None:
-        """Raises a `ValueError` for a threshold that a model with new routers cannot start with."""
+        """Raises a `ValueError` for what a model with new routers cannot start with, or not reach."""
+        if self.always_on and self.target_sparsity + self.always_on >= 1:
+            raise ValueError(
+                f"target_sparsity must be below 1 - always_on = {1 - self.always_on:g}, got "
+                f"target_sparsity={self.target_sparsity}; the router has no say about experts that are always on"
+            )
         if self.threshold > 0.9:
             raise ValueError(
                 f"threshold must lie in (0, 0.9] for new routers, got threshold={self.threshold}; lower it"

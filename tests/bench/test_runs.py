@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lte
 from lte.bench import decode as decode_benchmark
 from lte.bench import sweep
 from lte.bench.acceleration import phase_runs
@@ -30,7 +31,7 @@ from lte.ops.arguments import Routing
 from lte.ops.decode import PHASES
 from lte.ops.reference import sparse_ffn_reference
 from tests.bench.conftest import ENVIRONMENT, dense_pair, random_texts, trained_pair
-from tests.tiny_models import HIDDEN, NEURONS, tiny_dense_model, tiny_sparse_model
+from tests.tiny_models import HIDDEN, NEURONS, randomise_routers_, tiny_dense_model, tiny_sparse_model
 
 Start = Callable[..., Session]
 
@@ -48,6 +49,23 @@ def test_own_routing_at_another_sparsity(run: Start) -> None:
         assert found["own@0.75"] == pytest.approx(0.75, abs=0.15)
         assert {row["routing"] for row in rows} == {"own"}
     assert all(map(torch.equal, before, [ffn.router.bias for ffn in pair.sparse_ffns]))
+
+
+def test_experts_that_are_always_on_and_biases_for_what_is_dropped(run: Start) -> None:
+    torch.manual_seed(0)
+    model = tiny_dense_model()
+    config = lte.LteConfig(expert_size=8, always_on=0.25, dropped_bias=True)
+    lte.sparsify_(model, config, calibration=[{"input_ids": random_texts()}])
+    randomise_routers_(model)
+    for ffn in lte.sparse_ffns(model).values():
+        ffn.router.pin_()
+        torch.nn.init.normal_(ffn.down_proj.bias)
+    own = {"benchmarks": ("ffn", "decode"), "batches": (1,), "lengths": (7,)}
+    session = run(model_pair(model), sparsities=("own@0.6",), **own)
+    assert session.failures == []
+    assert all(row["sparsity"] <= 0.75 for row in session.results.rows)
+    with pytest.raises(ValueError, match=r"sparsities must be at most 0\.75, as the other experts are always on"):
+        run(model_pair(model), sparsities=("own@0.9",), **own)
 
 
 @pytest.mark.parametrize("scope", ["ffn", "model"])

@@ -196,10 +196,12 @@ class TestCurve:
         alone, counted = found
         assert counted.tokens["sums.jsonl"] > 1.5 * alone.tokens["sums.jsonl"]
         assert counted.settings["count_prompts"]
-        for one, other in zip(alone.points, counted.points, strict=True):
-            if one.threshold == other.threshold:
-                assert one.nll_per_token == other.nll_per_token, "the quality is that of answers"
-                assert one.sparsity != other.sparsity or one.sparsity == 0
+        others = {point.threshold: point for point in counted.points}
+        both = [(point, others[point.threshold]) for point in alone.points if point.threshold in others]
+        assert both, "where the model is, at least"
+        for one, other in both:
+            assert one.nll_per_token == other.nll_per_token, "the quality is that of answers"
+            assert one.sparsity != other.sparsity or one.sparsity == 0
         assert alone.points[0].nll_per_token == counted.points[0].nll_per_token
 
     def test_merged_adapters(
@@ -329,8 +331,8 @@ class TestRemembered:
     ) -> None:
         rewrite_config(remembering, {"lte_curve": {"points": []}})
         result = run("inspect", remembering)
-        assert result.exit_code == 1
-        assert "lte_curve must hold the fields points, tokens" in result.stderr
+        assert result.exit_code == 0
+        assert "This lte cannot read the curve over the threshold" in result.stdout
         result = run("calibrate", remembering, *given, *QUICK)
         assert result.exit_code == 0, result.output
         assert len(curve_in(remembering).points) == 5

@@ -244,3 +244,8 @@ def test_what_has_no_whole_steps_has_a_note(tmp_path: Path, ids: Tensor) -> None
     assert pair["note"] == "not measured, as gpt2 models have no such step yet"
     assert pair["flips"] is pair["answers"] is None
     assert pair_of(found, "kernels", "float32")["flips"] <= 0.002
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="model must predict the next token from those before it"):
+        counting.check_decoder(tiny_sparse_model("bert"))

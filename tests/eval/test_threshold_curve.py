@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import peft
@@ -47,7 +48,7 @@ def curve(model: Any, dense: Any) -> SparsityCurve:
 
 
 def test_every_point_is_what_the_model_does_there(model: Any, dense: Any, curve: SparsityCurve) -> None:
-    assert len(curve.points) == 11, "eleven sparsities, one of them about where the model is"
+    assert len(curve.points) == 13, "thirteen sparsities, one of them about where the model is"
     assert curve.tokens == {"low": 768, "high": 768}
     for name, batches in TEXTS.items():
         quality, measured = evaluate_model(dense, batches, progress=False)
@@ -69,10 +70,37 @@ def test_every_point_is_what_the_model_does_there(model: Any, dense: Any, curve:
 def test_the_points_are_where_they_were_asked_for(curve: SparsityCurve) -> None:
     found = [point.sparsity for point in curve.points]
     assert found[0] == 0, "all experts on"
-    for wanted, sparsity in zip([*(0.1 * n for n in range(10)), 0.95], found, strict=True):
+    for wanted, sparsity in zip([0.0, 0.02, 0.05, *(0.1 * n for n in range(1, 10)), 0.95], found, strict=True):
         assert sparsity == pytest.approx(wanted, abs=0.03)
     assert [point.threshold for point in curve.points] == sorted(point.threshold for point in curve.points)
     assert any(point.threshold == 0.5 for point in curve.points), "where it was trained"
+
+
+def test_a_threshold_that_was_moved_by_hand_stays(model: Any) -> None:
+    own = copy.deepcopy(model)
+    for ffn in lte.sparse_ffns(own).values():
+        ffn.set_threshold(0.6)
+    found = measure_curve(own, TEXTS, sparsities=[0.5])
+    assert any(point.threshold == pytest.approx(0.6) for point in found.points)
+    assert all(ffn.threshold_logit == pytest.approx(0.405, abs=1e-3) for ffn in lte.sparse_ffns(own).values())
+
+
+def test_interpolated_points_below_the_first_level_hold(curve: SparsityCurve, model: Any) -> None:
+    for target in (0.03, 0.07):
+        own = copy.deepcopy(model)
+        own.config.lte_curve = curve.to_dict()
+        lte.set_sparsity_(own, target)
+        found = fmean(lte.measure_sparsity(own, batches).sparsity for batches in TEXTS.values())
+        assert found == pytest.approx(target, abs=0.03)
+
+
+def test_a_quality_that_every_expert_off_meets_loads_again(model: Any, tmp_path: Path) -> None:
+    own = copy.deepcopy(model)
+    dense = lte.densify_(copy.deepcopy(model))
+    curve = lte.calibrate_curve_(own, TEXTS, goal=SparsityGoal(max_perplexity_ratio=1e9), dense=dense, sparsities=[0.5])
+    assert curve.chosen is not None
+    own.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).target_sparsity < 1
 
 
 def test_it_leaves_the_model_as_it_was(model: Any) -> None:

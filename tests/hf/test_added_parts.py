@@ -15,6 +15,7 @@ import lte
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.decoder import decoder_plan
 from lte.hf.install import wrapped_ffns
+from lte.hf.sparsity_curve import SparsityGoal
 from lte.nn.router import ALWAYS_ON_LOGIT
 from lte.ops.step.plan import LayerCache
 from lte.ops.step.reference import ReferenceEngine
@@ -180,9 +181,24 @@ def test_thresholds_are_set_around_them() -> None:
     assert all(ffn.router.bias[:2].min() > ALWAYS_ON_LOGIT - 50 for ffn in lte.sparse_ffns(model).values())
 
 
+def test_a_target_beyond_them_is_refused_and_the_folder_still_loads(tmp_path: Path) -> None:
+    model = always_on(target_sparsity=0.5)
+    most = 1 - model.lte_config.num_always_on(lte.sparse_ffns(model)["model.layers.0.mlp"].num_experts) / (
+        lte.sparse_ffns(model)["model.layers.0.mlp"].num_experts
+    )
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in TEXT]
+    with pytest.raises(ValueError, match="target_sparsity must be what some threshold of the model gives"):
+        lte.calibrate_curve_(model, {"text": batches}, goal=SparsityGoal(target_sparsity=0.99))
+    assert model.lte_config.threshold == 0.5
+    curve = lte.calibrate_curve_(model, {"text": batches}, goal=SparsityGoal(target_sparsity=most))
+    assert curve.chosen is not None
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).target_sparsity == most
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"target_sparsity must be below 1 - always_on = 0\.7"):
-        lte.LteConfig(target_sparsity=0.7, always_on=0.3)
+        lte.sparsify_(tiny_dense_model(), lte.LteConfig(target_sparsity=0.7, always_on=0.3), calibration=TEXT)
     with pytest.raises(ValueError, match="always_on must lie in"):
         lte.LteConfig(always_on=1.0)
     with pytest.raises(ValueError, match="must get calibration batches"):

@@ -81,6 +81,25 @@ def test_the_start_follows_the_ramp_and_a_checkpoint_knows_how_far(tmp_path: Pat
     assert start.share == 1.0
 
 
+@pytest.mark.parametrize("steps", [7, 2000])
+def test_biases_in_bf16_get_the_whole_vector(steps: int) -> None:
+    model = biased_model()
+    fit_routers_(model, BATCHES)
+    ffns = list(lte.sparse_ffns(model).values())
+    vectors = mean_dropped_outputs(model, BATCHES, 0.5)
+    model.bfloat16()
+    ffns[0].down_proj.bias.requires_grad_(False)
+    start = DroppedStart(ffns, vectors)
+    for step in range(steps):
+        start.follow_((step + 1) / steps)
+        if step == steps // 2:
+            start = DroppedStart.of_state(ffns, start.state())
+    assert not ffns[0].down_proj.bias.any(), "frozen"
+    for ffn, vector in zip(ffns[1:], vectors[1:], strict=True):
+        error = (ffn.down_proj.bias.float() - vector).norm() / vector.norm()
+        assert error <= 0.01
+
+
 def test_a_resumed_run_with_biases_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = biased_model()

@@ -144,8 +144,17 @@ def force_random_(
 def move_thresholds_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[], object]) -> None:
     """Moves the biases of all routers by the same amount, until a share of the experts is off while `run` runs.
 
-    The same as one other threshold for all layers. What it comes to elsewhere is measured, see `measure_use`.
+    The same as one other threshold for all layers; experts that are always on stay on. What it comes to elsewhere is
+    measured, see `measure_use`.
+
+    Raises:
+        ValueError: if more experts than that are always on.
     """
+    most = 1 - fmean(ffn.router.always_on / ffn.num_experts for ffn in ffns)
+    if sparsity > most:
+        raise ValueError(
+            f"sparsities must be at most {most:.4g}, as the other experts are always on, got sparsities={sparsity}"
+        )
     margins: list[Tensor] = []
 
     def note(ffn: SparseFfn, args: tuple[Tensor, ...]) -> None:
@@ -157,7 +166,7 @@ def move_thresholds_(ffns: Sequence[SparseFfn], sparsity: float, run: Callable[[
             run()
         shift = _share_below(torch.cat(margins), sparsity)
         for ffn in ffns:
-            ffn.router.bias.sub_(shift)
+            ffn.router.bias[ffn.router.always_on :].sub_(shift)
         _refresh_(ffns)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lte.bench.gate import check_logits
 from lte.hf.decoder import NoPlanError, decoder_plan, same_memory
+from lte.hf.families import dense_ffns, family_of
 from lte.ops.step import engines
 from lte.ops.step.plan import DecoderPlan, DecodeStep, LayerCache
 
@@ -30,9 +31,11 @@ def static_caches(cache: Any, context: int) -> list[LayerCache]:
     return [LayerCache(keys=layer.keys, values=layer.values) for layer in cache.layers]
 
 
-def all_on(plan: DecoderPlan) -> DecoderPlan:
-    """The same step with a dense FFN in every layer."""
+def all_on(plan: DecoderPlan, biased: bool = True) -> DecoderPlan:
+    """The same step with a dense FFN in every layer, without biases of the down projections unless `biased`."""
     layers = [replace(layer, router=None, router_bias=None, threshold=0.0) for layer in plan.layers]
+    if not biased:
+        layers = [replace(layer, down_bias=None) for layer in layers]
     return replace(plan, layers=layers)
 
 
@@ -110,4 +113,9 @@ def whole_steps(model: Any, sparse: Any, dense: Any, context: int) -> Sequence[W
     def plan() -> DecoderPlan:
         return decoder_plan(model)
 
-    return WholeStep(plan, sparse, context), WholeStep(lambda: all_on(plan()), dense, context)
+    # A dense model of a family without biases lacks what `LteConfig.dropped_bias` has added.
+    family = family_of(dense.model.config)
+    biased = any(
+        ffn.get_submodule(family.layout.down).bias is not None for ffn in dense_ffns(dense.model, family).values()
+    )
+    return WholeStep(plan, sparse, context), WholeStep(lambda: all_on(plan(), biased), dense, context)

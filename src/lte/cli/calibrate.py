@@ -18,7 +18,7 @@ from lte.files import check_place, is_gguf
 from lte.hf.sparsity_curve import SparsityCurve, SparsityGoal, curve_of
 from lte.settings import build
 
-DEFAULT_SPARSITIES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95"
+DEFAULT_SPARSITIES = "0,0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95"
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,10 @@ def calibrate(
 
     save(model, found, curve)
     report(model, curve, json)
-    if goal.max_perplexity_ratio is not None and curve.chosen is None:
-        # Says what the curve has in its place.
-        curve.within_ratio(goal.max_perplexity_ratio)
+    if curve.chosen is None and goal.is_set:
+        from lte.eval.threshold_curve import raise_missed
+
+        raise_missed(curve, goal)
 
 
 def check_folder_of_lte(model: str) -> dict[str, Any]:

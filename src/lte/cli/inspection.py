@@ -24,7 +24,7 @@ from lte.hf.checkpoints import load_whole, read_checksums, reading
 from lte.hf.dense import load_tokenizer, model_location
 from lte.hf.families import dense_ffns, family_of, saved_head
 from lte.hf.install import num_neurons, sparse_ffns, wrapped_ffns
-from lte.hf.sparsity_curve import SparsityCurve, describe_choice
+from lte.hf.sparsity_curve import describe_choice, readable_curve
 from lte.hf.verify import loading_fault
 from lte.hf.verify import verify as verify_folder
 from lte.methods import METHODS, config_of
@@ -151,8 +151,10 @@ def print_description(found: dict[str, Any]) -> None:
     """Prints what `describe` returned."""
     console = Console()
     console.print(_summary_table(found))
-    if found.get("curve"):
-        curve = SparsityCurve.from_dict(found["curve"])
+    curve = readable_curve(found.get("curve"))
+    if curve is None and found.get("curve") is not None:
+        console.print("This lte cannot read the curve over the threshold; `lte calibrate` measures it anew.")
+    if curve is not None:
         console.print(curve_table(curve, found["threshold"], "over the threshold, on the texts of `lte calibrate`"))
         if found["threshold_choice"] is not None:
             console.print(found["threshold_choice"], highlight=False, soft_wrap=True)

@@ -23,6 +23,7 @@ from lte.eval.answers import row_inputs
 from lte.eval.inference import hard_inference
 from lte.eval.token_routing import routed_part
 from lte.hf.decoder import NoPlanError, decoder_plan
+from lte.hf.inputs import check_next_token
 from lte.hf.install import require_sparse_ffns
 from lte.hf.stepping import with_room
 from lte.nn.sparse_ffn import SparseFfn
@@ -126,9 +127,10 @@ def check_decoder(model: Any) -> None:
     """Refuses a model whose greedy answers and decisions this cannot compare.
 
     Raises:
-        ValueError: for a dense model, or one with an encoder.
+        ValueError: for a dense model, or one with an encoder, or that is one.
     """
     require_sparse_ffns(model)
+    check_next_token(model.config)
     if model.config.is_encoder_decoder:
         raise ValueError(f"model must be a decoder, got {type(model).__name__}, which has an encoder")
 

@@ -38,15 +38,17 @@ from lte.hf.sparsity_curve import (
     threshold_of,
 )
 from lte.hf.threshold import set_threshold_, take_choice_
-from lte.methods.lte import logit_quantile, logit_shares
+from lte.methods.lte import logit_quantile, logit_shares, lowest_logit
 
-SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-"""Where a curve is measured, about."""
+SPARSITIES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""Where a curve is measured, about: closer where few scores lie, as what is between is interpolated."""
 MAX_TOKENS = 16384
 # On a CPU a model of a billion parameters writes some ten tokens a second: a dozen thresholds in turn take minutes.
 TIMED_TEXTS, PROMPT_TOKENS, NEW_TOKENS = 3, 64, 16
 # Of a sparsity where to measure: a point so near does for it.
 NEAR = 0.005
+# A sparsity may miss its target by this where a threshold moves many scores at once.
+MISS = 0.02
 # Further thresholds that a goal may take.
 TRIES = 8
 
@@ -127,9 +129,26 @@ def remember_(model: nn.Module, curve: SparsityCurve, goal: SparsityGoal) -> Spa
         take_choice_(model, curve, curve.chosen)
     else:
         unwrapped(model).config.lte_curve = curve.to_dict()
-        if goal.max_perplexity_ratio is not None:
-            curve.within_ratio(goal.max_perplexity_ratio)
+        raise_missed(curve, goal)
     return curve
+
+
+def raise_missed(curve: SparsityCurve, goal: SparsityGoal) -> None:
+    """Says what can be had where a goal was set and no threshold met it.
+
+    Raises:
+        ValueError: if so.
+    """
+    if curve.chosen is not None or not goal.is_set:
+        return
+    if goal.max_perplexity_ratio is not None:
+        curve.within_ratio(goal.max_perplexity_ratio)
+        return
+    reached = [point.held_sparsity(goal.hold) for point in curve.points]
+    raise ValueError(
+        f"target_sparsity must be what some threshold of the model gives, from {min(reached):.3f} to "
+        f"{max(reached):.3f} on these texts, got target_sparsity={goal.target_sparsity}"
+    )
 
 
 def measure_curve(
@@ -185,8 +204,10 @@ def measure_curve(
 
 
 def _threshold(model: Any) -> float:
-    """The threshold that the model's config says, not what a logit gives back: that may differ in the last bit."""
-    return float(unwrapped(model).config.lte["threshold"])
+    """Where the model is: by its config, or where it was moved by hand, by the logit, whose last bit may differ."""
+    written = float(unwrapped(model).config.lte["threshold"])
+    now = next(iter(sparse_ffns(model).values())).threshold_logit
+    return written if abs(now - logit(written)) < 1e-5 else threshold_of(now)
 
 
 def _dense_reference(dense: Any, batches: Mapping[str, list[Batch]]) -> DenseReference:
@@ -253,26 +274,40 @@ class _Sweep:
             for rows in self.batches.values()
         ]
         shares = torch.stack(found).mean(0)
+        # Of a routed share of the experts, so that no threshold lies far above all of their scores.
+        routed = 1 - fmean(ffn.router.always_on / ffn.num_experts for ffn in ffns.values()) - 1e-6
         above, below = [s for s in levels if s >= here], [s for s in reversed(levels) if s < here]
         for side in (above, below):
             missed = 0.0
             for level in side:
                 if level == 0:
-                    self.at(threshold_of(-LARGEST_LOGIT))
+                    self._all_on(logit(current) + lowest_logit(shares))
                     continue
                 if any(abs(point.sparsity - level) < NEAR for point in self._found.values()):
                     continue
                 # What later layers made of the threshold before this one holds about for this one, too.
-                share = min(max(level + missed, 0.0), 1.0)
+                share = min(max(level + missed, 0.0), routed)
                 moved = logit(current) + logit_quantile(shares, share)
                 missed += level - self.at(threshold_of(moved)).sparsity
+
+    def _all_on(self, lowest: float) -> None:
+        """Measures a threshold below all scores and near them: what lies between two points is interpolated.
+
+        With all experts on, later layers may score lower than the `lowest` did before.
+        """
+        for logit_of_all in (lowest, lowest - 0.5, lowest - 2, -LARGEST_LOGIT):
+            threshold = threshold_of(logit_of_all)
+            if self.at(threshold).sparsity == 0:
+                return
+            del self._found[threshold]
 
     def seek(self, curve: SparsityCurve, goal: SparsityGoal) -> CurvePoint | None:
         """The measured point that meets a goal, after further tries; `None` without a goal, or if none does."""
         if goal.target_sparsity is not None:
             target = goal.target_sparsity
             found = self._near(lambda point: point.held_sparsity(goal.hold), target, (-TOLERANCE, TOLERANCE))
-            return min(found, key=lambda point: abs(point.held_sparsity(goal.hold) - target))
+            best = min(found, key=lambda point: abs(point.held_sparsity(goal.hold) - target))
+            return best if abs(best.held_sparsity(goal.hold) - target) <= MISS else None
         if goal.max_perplexity_ratio is None:
             return None
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from lte.hf.families import saved_head
-from lte.hf.sparsity_curve import SparsityCurve, describe_choice
+from lte.hf.sparsity_curve import describe_choice, readable_curve
 
 CARD_FILE = "README.md"
 MARKER = "<!-- Written by lte from config.json; without this line lte leaves the card as it is. -->"
@@ -117,10 +117,9 @@ def _measured(measured: dict[str, Any]) -> str:
 
 def _curve_section(config: Any) -> list[str]:
     """The curve over the threshold as paragraphs; nothing where none was measured."""
-    found = getattr(config, "lte_curve", None)
-    if found is None:
+    curve = readable_curve(getattr(config, "lte_curve", None))
+    if curve is None:
         return []
-    curve = SparsityCurve.from_dict(found)
     names = ", ".join(curve.tokens)
     headings = ("sparsity", "perplexity", "of the dense model's", "weight MB per token", "ms per token")
     rows = [f"| {' | '.join(headings)} |", "|---|---|---|---|---|"]

@@ -26,6 +26,8 @@ TOLERANCE = 5e-4
 """Of the sparsity: a measured point so near to a target meets it."""
 # sigmoid(30) is the last that differs from 1 by many float64 steps.
 LARGEST_LOGIT = 30.0
+# A config asks for less than all: a quality may be met with every expert off.
+MOST = 1 - 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +222,8 @@ class SparsityCurve:
         Raises:
             ValueError: if the curve does not reach it.
         """
+        if isinstance(target_sparsity, bool) or not isinstance(target_sparsity, int | float):
+            raise ValueError(f"target_sparsity must be a number, got target_sparsity={target_sparsity!r}")
         check_fraction("target_sparsity", target_sparsity)
         hold = _checked_hold(self.hold if hold is None else hold)
         reached = [point.held_sparsity(hold) for point in self.points]
@@ -356,8 +360,16 @@ def chosen_settings(config: Any, curve: SparsityCurve, choice: Choice) -> dict[s
         "value": point.perplexity,
         **({} if before is None else {"model": before}),
     }
-    own = {**(read("lte") or {}), "threshold": point.threshold, "target_sparsity": choice.target_sparsity}
+    own = {**(read("lte") or {}), "threshold": point.threshold, "target_sparsity": min(choice.target_sparsity, MOST)}
     return {"lte": own, "lte_curve": replace(curve, chosen=choice).to_dict(), "lte_measurement": measured}
+
+
+def readable_curve(found: Any) -> SparsityCurve | None:
+    """What `lte_curve` holds, for reports: `None` where there is nothing, or nothing that this lte can read."""
+    try:
+        return None if found is None else SparsityCurve.from_dict(found)
+    except ValueError:
+        return None
 
 
 def choice_record(config: Any) -> dict[str, Any] | None:
@@ -366,8 +378,7 @@ def choice_record(config: Any) -> dict[str, Any] | None:
     Args:
         config: as for `curve_of`.
     """
-    found = getattr(config, "lte_curve", None)
-    curve = None if found is None else SparsityCurve.from_dict(found)
+    curve = readable_curve(getattr(config, "lte_curve", None))
     if curve is None or curve.chosen is None:
         return None
     chosen, point = curve.chosen, curve.chosen.point

@@ -104,6 +104,15 @@ def logit_quantile(shares: Tensor, share: float) -> float:
     return (min(index, _BINS - 1) + 1) * 2 * _EDGES / _BINS - _EDGES
 
 
+def lowest_logit(shares: Tensor) -> float:
+    """A logit, relative to the threshold, just below all of them.
+
+    Args:
+        shares: from `logit_shares`.
+    """
+    return int(shares.nonzero()[0]) * 2 * _EDGES / _BINS - _EDGES
+
+
 def logit_shares(model: nn.Module, ffns: dict[str, SparseFfn], batches: Iterable[Batch]) -> tuple[Tensor, float]:
     """The distribution of the routers' logits in hard mode, in narrow bins around the threshold, and the sparsity.
 

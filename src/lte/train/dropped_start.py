@@ -87,7 +87,9 @@ def _output(ffn: SparseFfn, hidden: Tensor) -> Tensor:
 
 
 class DroppedStart:
-    """The vectors of one training, and how much of them the biases have got.
+    """The vectors of one training, and how much of them the biases have got; frozen biases stay as they are.
+
+    What a bias in bf16 cannot take of a step's small part is kept for the next steps.
 
     Args:
         ffns: in depth order.
@@ -97,20 +99,32 @@ class DroppedStart:
 
     def __init__(self, ffns: Sequence[SparseFfn], vectors: Sequence[Tensor], share: float = 0.0):
         self.ffns, self.vectors, self.share = list(ffns), list(vectors), share
+        self.rests = [torch.zeros_like(vector) for vector in vectors]
 
     @torch.no_grad()
     def follow_(self, share: float) -> None:
         """Adds what is missing to a share of the vectors, in place."""
-        for ffn, vector in zip(self.ffns, self.vectors, strict=True):
+        for index, (ffn, vector) in enumerate(zip(self.ffns, self.vectors, strict=True)):
             bias = ffn.part(ffn.layout.down).bias
-            bias.add_((share - self.share) * vector.to(bias.device))
+            if not bias.requires_grad:
+                continue
+            wide = torch.promote_types(bias.dtype, torch.float32)
+            wanted = bias.to(wide) + ((share - self.share) * vector + self.rests[index]).to(bias.device, wide)
+            bias.copy_(wanted)
+            self.rests[index] = (wanted - bias.to(wide)).to(vector)
         self.share = share
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold, JSON-ready."""
-        return {"share": self.share, "vectors": [vector.tolist() for vector in self.vectors]}
+        return {
+            "share": self.share,
+            "vectors": [vector.tolist() for vector in self.vectors],
+            "rests": [rest.tolist() for rest in self.rests],
+        }
 
     @classmethod
     def of_state(cls, ffns: Sequence[SparseFfn], state: dict[str, Any]) -> DroppedStart:
         """The inverse of `state`."""
-        return cls(ffns, [torch.tensor(vector) for vector in state["vectors"]], state["share"])
+        made = cls(ffns, [torch.tensor(vector) for vector in state["vectors"]], state["share"])
+        made.rests = [torch.tensor(rest) for rest in state["rests"]]
+        return made
