@@ -126,9 +126,11 @@ def train(
     from lte.runs.pipeline import ModelSettings
     from lte.train.checkpoints import clean_up, folder_lock, newest_checkpoint
     from lte.train.processes import is_main_process
+    from lte.train.optimisers import warn_of_lost_steps
 
     quiet_transformers()
     settings = ModelSettings(
+    warn_of_lost_steps(train_config)
         start=run.model,
         config=lte_config,
         train=train_config,

@@ -20,7 +20,7 @@ from lte.train.processes import is_main_process, num_processes
 
 MEMORY_HINT = (
     "This GPU has {:.3g} GB: lower --batch-size and raise --gradient-accumulation-steps, or add "
-    "--gradient-checkpointing, --weights-dtype bfloat16, --optim adamw_bnb_8bit, or --lora-rank."
+    "--gradient-checkpointing, --weights-dtype bfloat16, --optim adamw_torch_8bit, or --lora-rank."
 )
 
 

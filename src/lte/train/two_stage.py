@@ -20,7 +20,7 @@ from lte.train.arguments import LteTrainingArguments
 from lte.train.checkpoints import has_checkpoint
 from lte.train.compilation import few_widths
 from lte.train.config import RecipeSettings, TrainConfig
-from lte.train.optimisers import cast_weights_, optimiser_arguments
+from lte.train.optimisers import cast_weights_, optimiser_arguments, warn_of_lost_steps
 from lte.train.processes import float32_products, num_processes
 from lte.train.router_init import Batch
 from lte.train.summary import TrainingSummary
@@ -75,6 +75,7 @@ def train_two_stage(
     """
     output = Path(output_dir)
     _check(model, config, output, teacher, stages, resume)
+    warn_of_lost_steps(config)
     if config.weights_dtype == "bfloat16" and not hasattr(model, "peft_config"):
         cast_weights_(model, torch.bfloat16)
     collator = data_collator or LmCollator(_pad_token_id(model))
