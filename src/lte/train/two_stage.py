@@ -119,7 +119,7 @@ def training_arguments(
         rows: of the training data, from which epochs become steps.
         stages: which stages run.
     """
-    steps = [_stage_steps(config, number, rows) if number in stages else 0 for number in (1, 2)]
+    steps = stage_steps(config, rows, stages)
     settings: dict[str, Any] = {
         name: value for name, value in vars(config).items() if name in RecipeSettings.__dataclass_fields__
     }
@@ -153,6 +153,12 @@ def training_arguments(
     # One process trains on one GPU; `torchrun` uses all.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def stage_steps(config: TrainConfig, rows: int, stages: Sequence[int]) -> tuple[int, int]:
+    """Optimiser steps of stage 1 and of stage 2, 0 of one that does not run; arguments as of `training_arguments`."""
+    first, second = (_stage_steps(config, number, rows) if number in stages else 0 for number in (1, 2))
+    return first, second
 
 
 def _stage_steps(config: TrainConfig, number: int, rows: int) -> int:
