@@ -68,7 +68,7 @@ class DataConfig:
     mix: str | None = option(
         None,
         "YAML file with several kinds of text in place of train, each with a weight and a part that is held out and "
-        "measured by its name (docs/data.md); needs max_train_tokens.",
+        "measured by its name (docs/data.md); to train on it needs max_train_tokens.",
     )
     mix_folder: str | None = option(
         None, "Folder of the files that a mix names; unset: the working directory.", affects="nothing"
