@@ -153,6 +153,7 @@ def test_instructions_train_on_their_answers(run: Callable[..., Any], dense_fold
     [
         (["--task", "sst"], "did you mean sst2"),
         (["--task", "sst2", "--train", "x.jsonl"], "train must not be given with a task, which has its own data"),
+        (["--task", "sst2", "--mix", "m.yaml"], "mix must not be given with a task, which has its own data"),
         (["--task", "sst2", "--data-dir", "/no/such"], "data_dir must be an existing folder"),
         (
             ["--chat-template", "no.jinja"],

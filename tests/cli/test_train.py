@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM
 import lte
 from lte.data.config import DataConfig, read_documents
 from lte.hf import loading
+from lte.runs.workload import TextWorkload
 from lte.train import disk_space
 from lte.train.checkpoints import folder_lock, newest_checkpoint
 from lte.train.trainer import LteTrainer
 from tests.cli.conftest import SHORT, save_tiny_model
 from tests.processes import run_processes
-from tests.tiny_models import EXPERT_SIZE
+from tests.tiny_models import EXPERT_SIZE, randomise_routers_
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -355,16 +356,108 @@ def test_grouping_by_activity_gets_its_text(
         (["--model", "MODEL", "--output", "OUT", "--train", "no.jsonl"], "which matches nothing"),
         (["--model", "MODEL", "--output", "OUT", "--distillation-weight", "1"], "must have a teacher"),
         (["--model", "MODEL", "--output", "OUT", "--expert-size", "7"], "expert_size must divide"),
+        (["--model", "MODEL", "--output", "OUT", "--match-weight", "0.5"], "match_to must be own without a teacher"),
+        (
+            ["--model", "MODEL", "--output", "OUT", "--margin-weight", "0.1", "--stages", "1"],
+            "margin_weight must be 0 without stage 2",
+        ),
+        (
+            ["--model", "MODEL", "--output", "OUT", "--union-weight", "1", "--union-tokens", "64"],
+            "union_tokens must be at most sequence_length=32",
+        ),
+        (
+            ["--model", "MODEL", "--output", "OUT", "--dropped-bias", "--lora-rank", "4"],
+            "dropped_bias must be false for a model with adapters",
+        ),
+        (
+            ["--model", "MODEL", "--output", "OUT", "--dropped-bias", "--router-fit-tokens", "0"],
+            "router_fit_tokens must be positive with dropped_bias",
+        ),
+        (
+            ["--model", "MODEL", "--output", "OUT", "--dropped-bias", "--recipe", "paper"],
+            "dropped_bias must be false where no controller holds the target",
+        ),
+        (
+            [
+                *("--model", "MODEL", "--output", "OUT", "--expert-size", "8"),
+                "--always-on",
+                "0.01",
+                "--target-sparsity",
+                "0.9",
+            ],
+            "target_sparsity must be at most 0.875 where 1 of 8 experts are always on, got target_sparsity=0.9",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(
-    dense_folder: Path, run: Callable[..., Any], tmp_path: Path, flags: list[str], message: str
+    dense_folder: Path,
+    run: Callable[..., Any],
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(TextWorkload, "load_model", _not_to_be_called)
     names = {"MODEL": str(dense_folder), "OUT": str(tmp_path / "out")}
     result = run("train", "--sequence-length", 32, *(names.get(flag, flag) for flag in flags))
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def _not_to_be_called(*arguments: Any) -> None:
+    raise AssertionError("a model is loaded for a run that is refused")
+
+
+def test_a_control_ignores_settings_of_routing(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    flags = ["--recipe", "dense", "--union-weight", "1", "--union-tokens", "64", "--dropped-bias"]
+    result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT, *flags)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture
+def with_always_on(tmp_path: Path) -> Path:
+    """An LTE folder of which 1 of 8 experts is always on, and whose FFNs have biases."""
+    folder = save_tiny_model(tmp_path / "always-on")
+    config = lte.LteConfig(expert_size=8, always_on=0.01, dropped_bias=True, target_sparsity=0.4)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    lte.sparsify_(model, config, calibration=[{"input_ids": torch.arange(3, 35)[None]}])
+    randomise_routers_(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target-sparsity", "0.995"], "target_sparsity must be below 1 - always_on = 0.99"),
+        (["--target-sparsity", "0.9"], "target_sparsity must be at most 0.875 where 1 of 8 experts are always on"),
+        (["--always-on", "0.25"], "always_on must stay 0.01 for an LTE model, got always_on=0.25"),
+        (["--lora-rank", "4"], "dropped_bias must be false for a model with adapters"),
+    ],
+)
+def test_what_an_lte_model_cannot_be_is_refused_before_it_is_loaded(
+    with_always_on: Path,
+    run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(TextWorkload, "load_model", _not_to_be_called)
+    result = run("train", "--model", with_always_on, "--output", tmp_path / "out", "--sequence-length", 32, *flags)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_the_record_of_a_model_that_is_trained_on_holds_its_own_config(
+    with_always_on: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    flags = [*SHORT[:-4], "--target-sparsity", "0.3"]
+    result = run("train", "--model", with_always_on, "--output", tmp_path / "out", *flags)
+    assert result.exit_code == 0, result.output
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["lte"]
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["config"]["lte"] == saved
+    assert (saved["always_on"], saved["dropped_bias"], saved["target_sparsity"]) == (0.01, True, 0.3)
 
 
 def test_a_folder_with_a_model_is_not_overwritten(dense_folder: Path, run: Callable[..., Any], trained: Any) -> None:

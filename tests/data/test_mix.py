@@ -146,6 +146,8 @@ def test_python_library_is_sources_without_tests() -> None:
         ({"a": {"weight": 1}}, "train must be given for each kind of text of a mix, got none for a in"),
         ({"a b": {"train": "a.jsonl"}}, "names of a mix must be words like wikipedia"),
         ({"a": {"train": "a.jsonl", "sequence_length": 8}}, "key of a in .* must be one of train, validation"),
+        ({"per_word": {"train": "a.jsonl"}}, "names of a mix must not be those of other metrics, got per_word in"),
+        ({"before": {"train": "a.jsonl"}}, "names of a mix must not be those of other metrics, got before in"),
         ({"a": "a.jsonl"}, "mix must hold a mapping for each kind of text"),
     ],
 )
@@ -160,10 +162,33 @@ def test_what_goes_with_a_mix_is_checked(mix: Callable[..., str]) -> None:
         read_mix(DataConfig(mix=path))
     with pytest.raises(ValueError, match="validation must be left out with a mix"):
         DataConfig(mix=path, validation="held.jsonl")
+    with pytest.raises(ValueError, match=r"train must be left out with a mix, .* got train='a.jsonl'"):
+        DataConfig(mix=path, train="a.jsonl")
     with pytest.raises(ValueError, match="matches nothing"):
         check_sources(DataConfig(mix=path, max_train_tokens=1000))
     check_sources(DataConfig(mix=path, mix_folder=str(Path(path).parent), max_train_tokens=1000))
     assert DataConfig(mix=path).task == "texts"
+
+
+def test_what_is_measured_alone_needs_no_training_tokens(mix: Callable[..., str], tokenizer: Any) -> None:
+    path = mix()
+    config = DataConfig(mix=path, mix_folder=str(Path(path).parent), sequence_length=LENGTH, label_prompts=True)
+    with pytest.raises(ValueError, match="max_train_tokens must be given with a mix"):
+        check_sources(config)
+    check_sources(config, trains=False)
+    found = load_mix(config, tokenizer, progress=False, trains=False)
+    trained = load(path, tokenizer)
+    assert found.info["validation"] == trained.info["validation"]
+    assert len(found.train) < len(trained.train)
+
+
+def test_the_announcement_tells_shares_of_the_tokens(mix: Callable[..., str], tokenizer: Any) -> None:
+    lines = load(mix(), tokenizer).announcements
+    assert [line.partition(":")[0] for line in lines] == [
+        "first, 60% of the tokens",
+        "second, 20% of the tokens",
+        "pairs, 20% of the tokens",
+    ]
 
 
 def test_long_texts_are_cut_where_words_end_and_nothing_is_lost(tmp_path: Path, tokenizer: Any) -> None:

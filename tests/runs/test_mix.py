@@ -78,4 +78,13 @@ def test_lte_train_takes_a_mix(tmp_path: Path, texts: Path) -> None:
     result = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "run.yaml")])
     assert result.exit_code == 0, result.output
     assert "Perplexity on apples: " in result.output
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["task"] == "mix"
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["task"] == "mix"
+    # What is measured needs no number of training tokens.
+    flags = ["--mix", str(tmp_path / "mix.yaml"), "--mix-folder", str(texts), "--json", str(tmp_path / "eval.json")]
+    for name in SMALL.keys() & {"sequence_length", "max_validation_tokens"}:
+        flags += [f"--{name.replace('_', '-')}", str(SMALL[name])]
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "out"), *flags])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["metrics"] == record["metrics"]

@@ -214,6 +214,8 @@ def test_seeds_of_the_command_go_first(mrpc: Callable[..., Path]) -> None:
         ({"methods": [{"method": "lte", "stages": "3"}]}, "stages must be one of both, 1, 2"),
         ({"methods": ["lte", "lte"]}, "label must differ from that of other methods, got two runs lte-0.5-seed0"),
         ({"methods": [{"method": "lte", "distillation_weight": 1.0}]}, "distillation_weight must be positive with"),
+        ({"methods": [{"method": "lte", "match_weight": 1.0}]}, "match_to must be own without a teacher"),
+        ({"methods": [{"method": "lte", "stages": "1", "margin_weight": 1.0}]}, "margin_weight must be 0 without"),
         ({"methods": [{"method": "wanda", "pattern": "2:4", "sparsities": [0.8]}]}, "target_sparsity must be 0.5"),
         ({"sparsities": [1.0]}, "sparsities must lie in [0, 1), got sparsities=1.0"),
         ({"sparsities": "half"}, "sparsities must be a list of numbers, got sparsities='half'"),

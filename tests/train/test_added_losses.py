@@ -258,6 +258,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         LteTrainer(model, arguments(tmp_path, union_weight=1.0), train_dataset=[])
 
 
+def test_a_margin_needs_the_stage_that_it_acts_in(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"margin_weight must be 0 without stage 2, .* got margin_weight=0.1"):
+        train(tmp_path, sparse_model(), rows_with_documents(), margin_weight=0.1, stage1_ratio=1.0)
+
+
 def test_batches_without_tokens_have_no_neighbours(tmp_path: Path) -> None:
     model = sparse_model()
     embedded = [{"inputs_embeds": torch.randn(8, 32), "labels": torch.arange(8)} for _ in range(4)]

@@ -159,6 +159,31 @@ def test_adapters_refuse_biases(tmp_path: Path) -> None:
         )
 
 
+def test_biases_that_would_get_no_start_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"router_fit_tokens must be positive with dropped_bias, .*router_fit_tokens=0"
+    ):
+        trained(tmp_path, biased_model(), router_fit_tokens=0)
+    message = "dropped_bias must be false where no controller holds the target, .* with recipe=paper"
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, biased_model(), recipe="paper")
+    # A control routes nothing.
+    trained(tmp_path, biased_model(), recipe="dense", router_fit_tokens=0, max_steps=1)
+
+
+def test_a_target_that_whole_experts_leave_out_of_reach_is_refused_before_the_grouping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_late(*arguments: Any) -> None:
+        raise AssertionError("neurons are grouped")
+
+    monkeypatch.setattr("lte.hf.convert._activity", too_late)
+    config = lte.LteConfig(expert_size=8, always_on=0.01, target_sparsity=0.9)
+    message = "target_sparsity must be at most 0.875 where 1 of 8 experts are always on, got target_sparsity=0.9"
+    with pytest.raises(ValueError, match=message):
+        lte.sparsify_(tiny_dense_model(), config, calibration=BATCHES)
+
+
 @pytest.mark.parametrize("recipe", ["straight_through", "annealed"])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_always_on_experts_stay_on_and_the_target_is_met(tmp_path: Path, recipe: str, rank: int | None) -> None:

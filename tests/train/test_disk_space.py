@@ -11,9 +11,15 @@ import torch
 import lte
 from lte.train import disk_space
 from lte.train.config import TrainConfig
-from lte.train.disk_space import RunFiles, check_run_space, what_to_delete_of_run
+from lte.train.disk_space import (
+    RunFiles,
+    check_run_space,
+    checkpoint_bytes,
+    checkpoints_of,
+    what_to_delete_of_run,
+)
 from lte.train.optimisers import cast_weights_
-from lte.train.two_stage import train_two_stage
+from lte.train.two_stage import stage_steps, train_two_stage
 from tests.tiny_models import tiny_dense_model
 from tests.train.toy import toy_rows
 
@@ -76,6 +82,52 @@ def test_the_most_at_a_time_is_two_resume_points_or_one_and_the_model() -> None:
     assert RunFiles(checkpoint=30, model=40, at_once=1, base=5).most == 75
     assert RunFiles.of(model_of(), config()).at_once == 2
     assert RunFiles.of(model_of(), config(save_steps=6)).at_once == 1
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "steps", "expected"),
+    [(1000, (3, 3), (1, False)), (6, (3, 3), (1, False)), (3, (3, 3), (2, False)), (2, (3, 3), (3, True)),
+     (4, (0, 8), (2, True)), (8, (8, 0), (1, False)), (4, (4, 8), (3, True))],
+)  # fmt: skip
+def test_checkpoints_are_counted_and_those_of_finished_stages_have_no_moments(
+    save_steps: int, steps: tuple[int, int], expected: tuple[int, bool]
+) -> None:
+    assert checkpoints_of(save_steps, steps) == expected
+
+
+@pytest.mark.parametrize("save_steps", [1000, 3])
+def test_no_moments_are_counted_where_none_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
+) -> None:
+    options = config(save_steps=save_steps)
+    files, kept = RunFiles.of(model_of(), options), RunFiles.of(model_of(), config())
+    assert kept.checkpoint > 2.5 * files.checkpoint
+    written, counted = [], []
+    complete = lte.train.trainer.complete_checkpoint
+
+    def measured(folder: Path, state: Any) -> None:
+        written.append(bytes_in(folder, "model.safetensors", "optimizer.pt"))
+        complete(folder, state)
+
+    def check(folder: Path, trainer: Any) -> None:
+        counted.append(checkpoint_bytes(trainer))
+
+    monkeypatch.setattr("lte.train.trainer.complete_checkpoint", measured)
+    monkeypatch.setattr("lte.train.trainer.check_space", check)
+    train_two_stage(model_of(), toy_rows(64), options, tmp_path)
+    assert max(written) == pytest.approx(files.checkpoint, rel=0.1)
+    assert max(written) == pytest.approx(counted[0], rel=0.1)
+
+
+def test_steps_of_epochs_are_counted_where_they_are_known() -> None:
+    epochs = config(stage1_steps=-1, stage2_steps=-1, save_steps=1000)
+    assert RunFiles.of(model_of(), epochs).at_once == 2
+    steps = stage_steps(epochs, 64, (1, 2))
+    assert steps == (16, 16)
+    known = RunFiles.of(model_of(), epochs, steps=steps)
+    assert known.at_once == 1
+    assert known.most < RunFiles.of(model_of(), epochs).most / 2
+    assert stage_steps(epochs, 64, (2,)) == (0, 16)
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +15,10 @@ from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 import lte
+from lte.cli.train_watcher import MEMORY_HINT
 from lte.train import optimisers
 from lte.train.config import TrainConfig
-from lte.train.optimisers import OPTIMISERS, cast_weights_, optimiser_arguments
+from lte.train.optimisers import OPTIMISERS, cast_weights_, optimiser_arguments, warn_of_lost_steps
 from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage
 from tests.tiny_models import tiny_dense_model
@@ -224,3 +226,39 @@ def test_only_weights_are_cast() -> None:
     assert dtypes["router.weight"] == torch.float32
     assert dtypes["norm.weight"] == torch.bfloat16
     assert dtypes["norm.running_mean"] == torch.float32
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_bnb_8bit"])
+def test_a_rounding_that_loses_steps_is_a_warning(name: str) -> None:
+    message = f"optim={name} rounds weights in bfloat16 to the nearest number, .*; take --optim adamw_torch_8bit"
+    with pytest.warns(UserWarning, match=message):
+        warn_of_lost_steps(config(weights_dtype="bfloat16", optim=name))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim": "adamw_bnb_8bit"},
+        {"weights_dtype": "bfloat16"},
+        {"weights_dtype": "bfloat16", "optim": "adamw_torch_4bit"},
+        {"weights_dtype": "bfloat16", "optim": "adamw_torch", "lora_rank": 4},
+        {"weights_dtype": "bfloat16", "optim": "adamw_torch", "trainable": "routers"},
+    ],
+)
+def test_no_warning_where_no_step_is_lost(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_lost_steps(config(**options))
+
+
+def test_a_training_that_loses_steps_says_so(tmp_path: Path) -> None:
+    options = config(weights_dtype="bfloat16", optim="adamw_torch", stage1_steps=1, stage2_steps=1)
+    with pytest.warns(UserWarning, match="optim=adamw_torch rounds weights in bfloat16"):
+        train_two_stage(model_of(), toy_rows(16), options, tmp_path)
+
+
+def test_what_is_named_against_a_full_gpu_goes_together() -> None:
+    names = [name for name in OPTIMISERS if f"--optim {name}" in MEMORY_HINT.replace(",", " ")]
+    assert "--weights-dtype bfloat16" in MEMORY_HINT
+    assert any(OPTIMISERS[name].rounds for name in names)
+    assert "adamw_bnb_8bit" not in MEMORY_HINT

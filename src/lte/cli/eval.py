@@ -127,7 +127,7 @@ def eval_command(
         check_no_text(given)
         check_folder("data_dir", task.data_dir)
     else:
-        check_sources(data)
+        check_sources(data, trains=False)
     check_seed("data_seed", data.data_seed)
     if json is not None:
         check_place("json", json)

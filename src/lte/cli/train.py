@@ -35,6 +35,7 @@ from lte.data.tasks.registry import TaskConfig, check_no_text
 from lte.files import check_place, write_json_atomic, write_text_atomic
 from lte.progress import duration, shown_on
 from lte.settings import build, option, read_settings_file, settings_of
+from lte.train.combinations import check_combination, retargeted
 from lte.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -125,14 +126,16 @@ def train(
     # From here on torch is loaded.
     from lte.runs.pipeline import ModelSettings
     from lte.train.checkpoints import clean_up, folder_lock, newest_checkpoint
+    from lte.train.optimisers import warn_of_lost_steps
     from lte.train.processes import is_main_process
 
     quiet_transformers()
+    warn_of_lost_steps(train_config)
     settings = ModelSettings(
         start=run.model,
         config=lte_config,
         train=train_config,
-        stages=(1, 2) if run.stages == "both" else (int(run.stages),),
+        stages=stages_of_run(run),
         teacher=run.model if run.distill_from == "initial" else run.distill_from,
         changed=frozenset(values),
     )
@@ -159,6 +162,11 @@ def train(
             if newest is not None and not (output / "config.json").exists() and is_main_process():
                 print_error(f"{newest} holds what was trained; go on with: {again}", "Note", "yellow")
             raise
+
+
+def stages_of_run(run: RunConfig) -> tuple[int, ...]:
+    """Which stages run."""
+    return (1, 2) if run.stages == "both" else (int(run.stages),)
 
 
 def check_inputs(
@@ -191,19 +199,12 @@ def check_inputs(
     if found:
         settings = found["lte"] if isinstance(found.get("lte"), dict) else {}
         sparse = bool(settings) and settings.get("name", LteConfig.name) == LteConfig.name
+        own = LteConfig.from_dict(settings) if sparse else None
         check_start(run, train, sparse)
+        check_fit(run, config, train, data, own, changed)
         widths = [found[name] for name in ("intermediate_size", "ffn_dim", "d_ff", "n_inner") if found.get(name)]
         if not sparse and train.recipe != "dense" and len(widths) == 1 and isinstance(widths[0], int):
             check_expert_size(widths[0], config.expert_size)
-        if (
-            sparse
-            and "expert_size" in changed
-            and settings.get("expert_size", config.expert_size) != config.expert_size
-        ):
-            raise ValueError(
-                f"expert_size must stay {settings['expert_size']} for an LTE model, got "
-                f"expert_size={config.expert_size}; start from the dense model to change it"
-            )
 
 
 def execute(
@@ -220,7 +221,7 @@ def execute(
         ValueError: if the settings do not fit the model, or each other.
     """
     from lte.cli.train_watcher import TrainWatcher
-    from lte.eval.models import DTYPES, is_lte, load_config, save_folder
+    from lte.eval.models import DTYPES, load_config, save_folder
     from lte.hf.dense import load_tokenizer
     from lte.hf.loading import method_settings
     from lte.records import write_record
@@ -235,9 +236,7 @@ def execute(
 
     assert settings.config is not None
     start = load_config(run.model)
-    check_start(run, settings.train, is_lte(start))
-    if method_settings(start) is None and settings.train.recipe != "dense":
-        check_expert_size(_ffn_neurons(start), settings.config.expert_size)  # type: ignore[attr-defined]
+    check_model_config(run, settings, data, start)
     console = Console(quiet=not is_main_process())
     tokenizer = load_tokenizer(run.model)
     if run.chat_template is not None:
@@ -259,8 +258,6 @@ def execute(
         after_saving, f"the model is saved in {output}", again=f"lte train --resume --output {shlex.quote(run.output)}"
     )
     after(what="writing its log", step=lambda: write_json_atomic(output / "training_log.json", summary.log_history))
-    # Its memory is for the folder that is loaded again.
-    del model
     measure = partial(
         measure_folder,
         output,
@@ -270,7 +267,8 @@ def execute(
         tokens_trained=summary.tokens_trained,
         wall_time_s=summary.wall_time_s,
         config={
-            "lte": settings.config.to_dict(),
+            # Of a model that was trained on some settings are its own.
+            "lte": method_settings(model.config) or settings.config.to_dict(),
             **work.settings,
             "train": settings.train.to_dict(),
             "distill_from": run.distill_from,
@@ -279,6 +277,8 @@ def execute(
         },
         **told.before,
     )
+    # Its memory is for the folder that is loaded again.
+    del model
     begun = time.monotonic()
     found = after(what="measuring it", step=measure)
     if found is None:
@@ -309,14 +309,62 @@ def _done(step: Callable[[], object]) -> bool:
     return True
 
 
+def check_model_config(run: RunConfig, settings: ModelSettings, data: DataConfig, start: Any) -> None:
+    """Refuses what does not fit the model that training starts from, by its config alone.
+
+    Raises:
+        ValueError: says what.
+    """
+    from lte.eval.models import is_lte
+    from lte.hf.install import check_reachable
+    from lte.hf.loading import method_settings
+
+    found, config = method_settings(start), settings.config
+    assert isinstance(config, LteConfig)
+    check_start(run, settings.train, is_lte(start))
+    own = LteConfig.from_dict(found) if found is not None and is_lte(start) else None
+    wanted = check_fit(run, config, settings.train, data, own, settings.changed or frozenset())
+    if settings.train.recipe != "dense" and (found is None or own is not None):
+        check_reachable(wanted, check_expert_size(_ffn_neurons(start), wanted.expert_size))
+
+
 def _ffn_neurons(config: Any) -> int:
     """The neurons of a model's FFNs, without its weights."""
     from lte.eval.flops import meta_model
     from lte.hf.families import dense_ffns, family_of
-    from lte.hf.install import num_neurons
+    from lte.hf.install import num_neurons, wrapped_ffns
 
-    family = family_of(config)
-    return num_neurons(next(iter(dense_ffns(meta_model(config), family).values())), family.layout)
+    family, model = family_of(config), meta_model(config)
+    ffns: Mapping[str, Any] = wrapped_ffns(model) or dense_ffns(model, family)
+    return num_neurons(next(iter(ffns.values())), family.layout)
+
+
+def check_fit(
+    run: RunConfig,
+    config: LteConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    own: LteConfig | None,
+    changed: frozenset[str],
+) -> LteConfig:
+    """Refuses settings that never act together, or that an LTE model cannot take; `own` is its, of a dense one `None`.
+
+    Returns:
+        The settings of the model that will train.
+
+    Raises:
+        ValueError: says which.
+    """
+    wanted = config if own is None else retargeted(own, config, changed)
+    check_combination(
+        wanted,
+        train,
+        stages_of_run(run),
+        distils=bool(run.distill_from and train.distillation_weight),
+        sequence_length=data.sequence_length,
+        new_routers=own is None,
+    )
+    return wanted
 
 
 def check_start(run: RunConfig, train: TrainConfig, sparse: bool) -> None:

@@ -17,10 +17,11 @@ from lte.train.config import TrainConfig
 from lte.train.disk_space import RunFiles, check_run_space
 from lte.train.memory import estimate_memory, gpu_bytes
 from lte.train.processes import is_main_process, num_processes
+from lte.train.two_stage import stage_steps
 
 MEMORY_HINT = (
     "This GPU has {:.3g} GB: lower --batch-size and raise --gradient-accumulation-steps, or add "
-    "--gradient-checkpointing, --weights-dtype bfloat16, --optim adamw_bnb_8bit, or --lora-rank."
+    "--gradient-checkpointing, --weights-dtype bfloat16, --optim adamw_torch_8bit, or --lora-rank."
 )
 
 
@@ -81,7 +82,8 @@ class TrainWatcher(Watcher):
         there = gpu_bytes()
         if there is not None and memory.total > there:
             self._say(MEMORY_HINT.format(there / 1e9), style="yellow")
-        files = RunFiles.of(model, train, self.save_dtype)
+        steps = stage_steps(train, len(self.work.train), self.settings.stages)
+        files = RunFiles.of(model, train, self.save_dtype, steps)
         if is_main_process():
             check_run_space(self.output, files)
         self._say(f"Disk: {files.sentence()}.")

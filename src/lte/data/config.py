@@ -68,7 +68,7 @@ class DataConfig:
     mix: str | None = option(
         None,
         "YAML file with several kinds of text in place of train, each with a weight and a part that is held out and "
-        "measured by its name (docs/data.md); needs max_train_tokens.",
+        "measured by its name (docs/data.md); to train on it needs max_train_tokens.",
     )
     mix_folder: str | None = option(
         None, "Folder of the files that a mix names; unset: the working directory.", affects="nothing"
@@ -104,6 +104,10 @@ class DataConfig:
                 raise ValueError(f"{name} must be at least sequence_length={self.sequence_length}, got {name}={value}")
         if self.piece_chars is not None and self.piece_chars < 1:
             raise ValueError(f"piece_chars must be at least 1 or unset, got piece_chars={self.piece_chars}")
+        if self.mix is not None and self.train != type(self).train:
+            raise ValueError(
+                f"train must be left out with a mix, which names the text of each kind, got train={self.train!r}"
+            )
         if self.mix is not None and self.validation is not None:
             raise ValueError(
                 f"validation must be left out with a mix, whose kinds have their own, got validation={self.validation}"
@@ -353,8 +357,12 @@ def _not_found(source: str) -> str:
     return f"data must be an existing file, glob or hub data set, got {source}, which matches nothing{hint}"
 
 
-def check_sources(config: DataConfig) -> None:
+def check_sources(config: DataConfig, *, trains: bool = True) -> None:
     """Refuses files that do not exist, before anything is loaded; names on the hub are looked for when they are read.
+
+    Args:
+        config: where the text is.
+        trains: whether anything trains on it; where nothing does, a mix needs no `max_train_tokens`.
 
     Raises:
         ValueError: says which.
@@ -362,7 +370,7 @@ def check_sources(config: DataConfig) -> None:
     if config.mix is not None:
         from lte.data.mix import read_mix
 
-        for part in read_mix(config):
+        for part in read_mix(config, trains=trains):
             check_sources(part.config)
         return
     calibration = config.calibration or []

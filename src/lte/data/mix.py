@@ -19,6 +19,10 @@ OWN = (
 """Settings of `DataConfig` that each kind may have for itself; all others are the same for all."""
 
 
+RESERVED = ("per_word", "before")
+"""Names that no kind has: `perplexity_per_word` and `perplexity_before` are numbers of the whole text."""
+
+
 @dataclass(frozen=True)
 class MixPart:
     """One kind of text.
@@ -39,18 +43,23 @@ class MixPart:
         return {"name": self.name, "share": self.share, **{name: values[name] for name in OWN}}
 
 
-def read_mix(config: DataConfig) -> tuple[MixPart, ...]:
+def read_mix(config: DataConfig, *, trains: bool = True) -> tuple[MixPart, ...]:
     """The kinds of text of `config.mix`, in the order of the file.
 
+    Args:
+        config: with a mix.
+        trains: whether anything trains on it. Where nothing does, `max_train_tokens` may be left out, and each kind
+            has one row to train on.
+
     Raises:
-        ValueError: for a missing file, unknown keys, a name that is no part of a metric's name, weights that are not
-            positive, or a mix without `max_train_tokens`.
+        ValueError: for a missing file, unknown keys, a name that is no part of a metric's name or would be that of
+            another metric, weights that are not positive, or a mix to train on without `max_train_tokens`.
     """
     path = Path(str(config.mix)).expanduser()
     content = read_mapping(path, "mix")
     if not content or not all(isinstance(values, dict) for values in content.values()):
         raise ValueError(f"mix must hold a mapping for each kind of text, `books: {{train: FILE, weight: 1}}`: {path}")
-    if config.max_train_tokens is None:
+    if trains and config.max_train_tokens is None:
         raise ValueError("max_train_tokens must be given with a mix, of which each kind gets its share, got None")
     weights = {name: _weight(name, values, path) for name, values in content.items()}
     return tuple(
@@ -62,6 +71,8 @@ def read_mix(config: DataConfig) -> tuple[MixPart, ...]:
 def _weight(name: Any, values: Mapping[Any, Any], path: Path) -> float:
     if not (isinstance(name, str) and name.replace("-", "_").isidentifier()):
         raise ValueError(f"names of a mix must be words like wikipedia or python-code, got {name!r} in {path}")
+    if name in RESERVED:
+        raise ValueError(f"names of a mix must not be those of other metrics, got {name} in {path}; take another name")
     weight = values.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise ValueError(f"weight must be a positive number, got weight={weight!r} for {name} in {path}")

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 SUMMED = ("documents", "rows", "tokens", "trained_tokens", "dropped_tokens")
 
 
-def load_mix(config: DataConfig, tokenizer: Any, max_length: int | None = None, *, progress: bool = True) -> LmDatasets:
+def load_mix(
+    config: DataConfig, tokenizer: Any, max_length: int | None = None, *, progress: bool = True, trains: bool = True
+) -> LmDatasets:
     """Reads, splits and tokenises all kinds of text of `config.mix`; arguments and errors as of `load_lm_datasets`.
+
+    `trains` is as for `lte.data.mix.read_mix`.
 
     A kind with fewer tokens than its share is used several times over, as a pass over the data would be. Rows of all
     kinds are spread evenly among each other, so that any stretch of them holds the kinds in their shares.
     """
-    parts = read_mix(config)
+    parts = read_mix(config, trains=trains)
     loaded = [load_lm_datasets(part.config, tokenizer, max_length, progress=progress) for part in parts]
     rows = [_repeated(part, found) for part, found in zip(parts, loaded, strict=True)]
     calibration = None
@@ -47,7 +51,7 @@ def load_mix(config: DataConfig, tokenizer: Any, max_length: int | None = None, 
     used = {part.name: len(table) for part, table in zip(parts, rows, strict=True)}
     info["train"] |= {"rows": len(train), "tokens": _tokens_of(train), "rows_of_kinds": used}
     lines = tuple(
-        f"{part.name}, {100 * part.share:.0f}% of the rows: {found.announcements[0]}"
+        f"{part.name}, {100 * part.share:.0f}% of the tokens: {found.announcements[0]}"
         for part, found in zip(parts, loaded, strict=True)
     )
     return LmDatasets(train, interleaved(list(kinds.values())), info, calibration, lines, kinds)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, check_expert_size
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
-from lte.hf.install import check_unchunked, drop_down_bias_, num_neurons, sparse_ffns, wrapped_ffns
+from lte.hf.install import check_reachable, check_unchunked, drop_down_bias_, num_neurons, sparse_ffns, wrapped_ffns
 from lte.hf.loading import is_ours
 from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
 from lte.nn.all_or_nothing import all_or_nothing, on_failure
@@ -82,7 +82,7 @@ def group_experts_(
     family = family_of(model.config)
     ffns = dense_ffns(model, family)
     for ffn in ffns.values():
-        check_expert_size(num_neurons(ffn, family.layout), config.expert_size)
+        check_reachable(config, check_expert_size(num_neurons(ffn, family.layout), config.expert_size))
     seen = _activity(model, ffns, family, config, calibration) if config.needs_text else {}
     orders = _neuron_orders(ffns, seen, family, config)
     with all_or_nothing(model):

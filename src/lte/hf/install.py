@@ -94,6 +94,26 @@ def install_wrapped_ffns_(model: nn.Module, family: Family, build: Callable[[Sto
         model.set_submodule(place, wrapped.train(ffn.training))
 
 
+def check_reachable(config: LteConfig, num_experts: int) -> None:
+    """Refuses a target above what is left beside the experts that are always on, of which there are whole ones.
+
+    Args:
+        config: of the model.
+        num_experts: of an FFN.
+
+    Raises:
+        ValueError: says what can be reached.
+    """
+    always = config.num_always_on(num_experts)
+    most = 1 - always / num_experts
+    if config.target_sparsity > most + 1e-9:
+        raise ValueError(
+            f"target_sparsity must be at most {most:g} where {always} of {num_experts} experts are always on, got "
+            f"target_sparsity={config.target_sparsity} with always_on={config.always_on}; lower it, or take smaller "
+            "experts"
+        )
+
+
 def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) -> None:
     """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
 

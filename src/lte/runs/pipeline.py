@@ -10,7 +10,7 @@ found = measure_folder(Path("out"), work)  # lte.runs.measure
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lte.runs.own_answers import calibrate_on_answers_
 from lte.runs.workload import Workload
 from lte.train.adapters import merge_lora, with_lora
 from lte.train.callbacks import StepTimes
+from lte.train.combinations import retargeted
 from lte.train.config import TrainConfig
 from lte.train.optimisers import cast_weights_
 from lte.train.processes import training_device
@@ -175,15 +176,9 @@ def _calibration(settings: ModelSettings, model: Any, work: Workload, tokens: in
 
 
 def _retargeted(model: Any, config: Any, changed: frozenset[str]) -> Any:
-    own = model.lte_config
-    for name in ("expert_size", "grouping", "router_rank", "threshold", "always_on", "dropped_bias"):
-        if name in changed and getattr(config, name) != getattr(own, name):
-            raise ValueError(
-                f"{name} must stay {getattr(own, name)} for an LTE model, got {name}={getattr(config, name)}; start "
-                "from the dense model to change it"
-            )
+    found = retargeted(model.lte_config, config, changed)
     if "target_sparsity" in changed:
-        model.config.lte = replace(own, target_sparsity=config.target_sparsity).to_dict()
+        model.config.lte = found.to_dict()
     return model
 
 

@@ -16,6 +16,7 @@ from lte.data.tasks.task import GenerationTask
 from lte.methods import METHODS, MethodConfig
 from lte.runs.settings import ComparisonSettings, Entry, EntryOptions, TeachingOptions
 from lte.settings import build
+from lte.train.combinations import check_combination
 from lte.train.config import TrainConfig
 
 
@@ -136,6 +137,15 @@ class Run:
             raise ValueError(
                 "distillation_weight must be positive with distill_from and 0 without, got "
                 f"distillation_weight={config.distillation_weight:g} and distill_from={self.teacher} for {self.name}"
+            )
+        if self.has_routers and self.trains:
+            check_combination(
+                self.method_config,  # type: ignore[arg-type]
+                config,
+                self.stages,
+                distils=bool(self.teacher),
+                sequence_length=self.data_config.sequence_length,
+                new_routers=True,
             )
         return self
 

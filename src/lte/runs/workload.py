@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,12 +100,20 @@ class Workload(ABC):
 
 
 class TextWorkload(Workload):
-    """Text from files or the hub, and the part of it that is held out."""
+    """Text from files or the hub, and the part of it that is held out.
+
+    Args:
+        config: how it becomes rows.
+        tokenizer: of the model.
+        batch_size: rows per forward pass.
+        trains: whether anything trains on it; where nothing does, a mix needs no `max_train_tokens`.
+    """
 
     split, metric, measures_first = "validation", "perplexity", True
 
-    def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int):
+    def __init__(self, config: DataConfig, tokenizer: Any, batch_size: int, *, trains: bool = True):
         super().__init__(config, tokenizer, batch_size)
+        self.trains = trains
         self.name, self.settings = config.task, {"data": vars(config)}
         self.collator = LmCollator(tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
@@ -120,7 +129,7 @@ class TextWorkload(Workload):
     def load_data(self, model: Any) -> None:
         """Reads and splits the text."""
         check_next_token(model.config)
-        load = load_lm_datasets if self.data_config.mix is None else load_mix
+        load = load_lm_datasets if self.data_config.mix is None else partial(load_mix, trains=self.trains)
         data = load(self.data_config, self.tokenizer, max_positions(model), progress=is_main_process())
         self.train, self.calibration, self.info = data.train, data.calibration, data.info
         _check_vocabulary(model, self.tokenizer, [data.train, data.validation])
@@ -250,7 +259,7 @@ def workload_of(
 ) -> Workload:
     """The data of a task, or plain text where none is named; the arguments are those of `TaskWorkload`."""
     if task.task is None:
-        return TextWorkload(data, tokenizer, batch_size)
+        return TextWorkload(data, tokenizer, batch_size, trains=splits[0] is not None)
     return TaskWorkload(task, data, tokenizer, batch_size, splits)
 
 

@@ -15,18 +15,41 @@ from lte.train.optimisers import OPTIMISERS
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def checkpoints_of(save_steps: int, steps: tuple[int, int]) -> tuple[int, bool]:
+    """How many checkpoints a training writes one after the other, and whether any of them has moments.
+
+    The last one, and one at the end of stage 1, have none.
+
+    Args:
+        save_steps: steps between two.
+        steps: of stage 1 and of stage 2.
+    """
+    first, last = steps[0], sum(steps)
+    between = range(save_steps, last, save_steps)
+    return len(between) + 1, any(step != first for step in between)
+
+
 def checkpoint_bytes(trainer: Any) -> int:
-    """About the bytes of a checkpoint: the weights, or the adapters, and the two moments of Adam beside them."""
+    """About the bytes of a checkpoint: the weights, or the adapters, and the two moments of Adam if any is kept."""
     parameters = list(trainer.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     saved = trained if hasattr(trainer.model, "peft_config") else parameters
     # Of weights that the settings will freeze there are none.
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()
-    has_moments = trainer.routing.trainable == "all" and "adam" in optim and not trainer.args.save_only_model
+    has_moments = trainer.routing.trainable == "all" and "adam" in optim and _keeps_moments(trainer)
     narrow = OPTIMISERS[optim].moment_bytes if optim in OPTIMISERS else None
     # Moments have the dtype of their weights, if they are not narrow.
     moments = sum(2 * p.nbytes if narrow is None else narrow * p.numel() for p in trained) if has_moments else 0
     return sum(p.nbytes for p in saved) + int(moments)
+
+
+def _keeps_moments(trainer: Any) -> bool:
+    args = trainer.args
+    by_steps = args.save_strategy == "steps" and args.save_steps >= 1 and args.max_steps > 0
+    if args.save_only_model or not by_steps or trainer.is_deepspeed_enabled:
+        return not args.save_only_model
+    first = round(trainer.routing.stage1_ratio * args.max_steps)
+    return checkpoints_of(int(args.save_steps), (first, args.max_steps - first))[1]
 
 
 def check_space(folder: Path, trainer: Any) -> None:
@@ -69,7 +92,7 @@ class RunFiles:
     """Bytes that a run of `lte train` writes.
 
     Attributes:
-        checkpoint: of one resume point: what trains, and the optimiser's moments.
+        checkpoint: of one resume point: what trains, and the optimiser's moments if one within a stage is written.
         model: of the trained folder.
         base: of the model that adapters are for, and of the adapters; 0 without any.
         at_once: how many resume points there are while one replaces another.
@@ -81,25 +104,29 @@ class RunFiles:
     at_once: int = 2
 
     @classmethod
-    def of(cls, model: Any, config: TrainConfig, save_dtype: str | None = None) -> RunFiles:
+    def of(
+        cls, model: Any, config: TrainConfig, save_dtype: str | None = None, steps: tuple[int, int] | None = None
+    ) -> RunFiles:
         """What a run writes, from the shapes of its model and its settings.
 
         Args:
             model: with its method, before adapters and other dtypes.
             config: of the training.
             save_dtype: of the trained folder, one of `lte.config.DTYPE_NAMES`; `None` for that of its weights.
+            steps: of stage 1 and of stage 2; `None` where they are not known, other than by `config`.
         """
         weights, trained, moments = stored_bytes(model, config)
-        steps = config.stage1_steps + config.stage2_steps
-        known = config.stage1_steps > 0 and config.stage2_steps > 0
+        if steps is None and config.stage1_steps > 0 and config.stage2_steps > 0:
+            steps = config.stage1_steps, config.stage2_steps
+        written, has_moments = (2, True) if steps is None else checkpoints_of(config.save_steps, steps)
         narrow = config.weights_dtype == "bfloat16" and not config.lora_rank
         each = _BYTES[save_dtype or ("bfloat16" if narrow else "float32")]
         plain, routers = saved_numbers(model)
         return cls(
-            checkpoint=(trained if config.lora_rank else weights) + moments,
+            checkpoint=(trained if config.lora_rank else weights) + moments * has_moments,
             model=each * plain + 4 * routers,
             base=int(config.lora_rank is not None) * (weights + trained),
-            at_once=1 if known and steps <= config.save_steps else 2,
+            at_once=min(2, written),
         )
 
     @property

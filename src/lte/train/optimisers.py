@@ -7,6 +7,7 @@ Rounded up or down at random, by how near each is, they count in the mean; only 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -77,6 +78,20 @@ def optimiser_arguments(config: TrainConfig, cuda: bool) -> dict[str, Any]:
             f"pip install {found.package}"
         )
     return {"optim": name, "optim_args": "bf16_stochastic_round=True" if found.rounds and narrow else None}
+
+
+def warn_of_lost_steps(config: TrainConfig) -> None:
+    """Warns of an optimiser that rounds weights in bf16 to the nearest number, as most of its steps are lost."""
+    name = optimiser_name(config, cuda=False)
+    # Adapters and routers are in fp32.
+    trains = config.lora_rank is None and config.trainable != "routers"
+    if config.weights_dtype == "bfloat16" and trains and not OPTIMISERS[name].rounds:
+        warnings.warn(
+            f"optim={name} rounds weights in bfloat16 to the nearest number, which loses most of its steps, so that "
+            "few weights change at all; take --optim adamw_torch_8bit, which rounds stochastically, or "
+            "--weights-dtype float32",
+            stacklevel=1,
+        )
 
 
 def cast_weights_(model: nn.Module, dtype: torch.dtype) -> None:

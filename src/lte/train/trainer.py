@@ -43,6 +43,7 @@ from lte.train.checkpoints import (
     rotate_checkpoints,
 )
 from lte.train.chunked_loss import ChunkedLoss
+from lte.train.combinations import check_bias_start, check_margin, check_match, refuse_bias_of_adapters
 from lte.train.compilation import compiled_layers
 from lte.train.config import stages_of
 from lte.train.disk_space import check_space, what_to_delete
@@ -197,11 +198,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         routing = self.routing
         if not (routing.match_weight and self.ffns) or routing.recipe == "dense":
             return None
-        if routing.match_to == "teacher" and not self._distills:
-            raise ValueError(
-                "match_to must be own without a teacher that the model is distilled from, got match_to=teacher; give a "
-                "teacher (lte train --distill-from initial)"
-            )
+        check_match(routing, self._distills)
         return OutputMatch(self.ffns, self.teacher if routing.match_to == "teacher" else None, error)
 
     @property
@@ -210,10 +207,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
 
     def _check_bias(self) -> None:
         if self._drops_into_bias and hasattr(self.model, "peft_config"):
-            raise ValueError(
-                "dropped_bias must be false for a model with adapters, which leave biases as they are, got "
-                "dropped_bias=True; train all weights, or convert the model without it"
-            )
+            refuse_bias_of_adapters()
 
     def _check_neighbours(self) -> None:
         for name in ("predecessor_weight", "union_weight"):
@@ -249,6 +243,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             next(self._spread_batches(self.calibration_dataset, 1))
         with ExitStack() as held:
             self._resumed = self._begin(resume_from_checkpoint, held)
+            self._check_acting()
             for name in ("lte_measurement", "lte_curve"):
                 if hasattr(self.model.config, name):
                     setattr(self.model.config, name, None)
@@ -380,6 +375,15 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         rows = self.args.per_device_train_batch_size
         for batch in calibration_batches(dataset, num_tokens, rows, collator):
             yield self._prepare_inputs(batch)
+
+    def _check_acting(self) -> None:
+        """Refuses settings that could never act in this training."""
+        routing = self.routing
+        if not self.ffns or routing.recipe == "dense" or self._resumed is not None:
+            return
+        check_margin(routing, routing.stage1_ratio < 1)
+        if self._drops_into_bias and not any(ffn.router.weight.any() for ffn in self.ffns):
+            check_bias_start(routing)
 
     def _fit_routers(self) -> None:
         routing = self.routing

@@ -20,7 +20,7 @@ from lte.train.arguments import LteTrainingArguments
 from lte.train.checkpoints import has_checkpoint
 from lte.train.compilation import few_widths
 from lte.train.config import RecipeSettings, TrainConfig
-from lte.train.optimisers import cast_weights_, optimiser_arguments
+from lte.train.optimisers import cast_weights_, optimiser_arguments, warn_of_lost_steps
 from lte.train.processes import float32_products, num_processes
 from lte.train.router_init import Batch
 from lte.train.summary import TrainingSummary
@@ -75,6 +75,7 @@ def train_two_stage(
     """
     output = Path(output_dir)
     _check(model, config, output, teacher, stages, resume)
+    warn_of_lost_steps(config)
     if config.weights_dtype == "bfloat16" and not hasattr(model, "peft_config"):
         cast_weights_(model, torch.bfloat16)
     collator = data_collator or LmCollator(_pad_token_id(model))
@@ -118,7 +119,7 @@ def training_arguments(
         rows: of the training data, from which epochs become steps.
         stages: which stages run.
     """
-    steps = [_stage_steps(config, number, rows) if number in stages else 0 for number in (1, 2)]
+    steps = stage_steps(config, rows, stages)
     settings: dict[str, Any] = {
         name: value for name, value in vars(config).items() if name in RecipeSettings.__dataclass_fields__
     }
@@ -152,6 +153,12 @@ def training_arguments(
     # One process trains on one GPU; `torchrun` uses all.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def stage_steps(config: TrainConfig, rows: int, stages: Sequence[int]) -> tuple[int, int]:
+    """Optimiser steps of stage 1 and of stage 2, 0 of one that does not run; arguments as of `training_arguments`."""
+    first, second = (_stage_steps(config, number, rows) if number in stages else 0 for number in (1, 2))
+    return first, second
 
 
 def _stage_steps(config: TrainConfig, number: int, rows: int) -> int:

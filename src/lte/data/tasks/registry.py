@@ -17,7 +17,7 @@ from lte.settings import option
 # Settings of text that a task brings along.
 TEXT_SETTINGS = (
     *("train", "validation", "calibration", "format", "name", "kind"),
-    *("text_field", "prompt_field", "completion_field", "prompt_template", "messages_field"),
+    *("text_field", "prompt_field", "completion_field", "prompt_template", "messages_field", "mix", "mix_folder"),
 )
 
 

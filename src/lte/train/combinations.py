@@ -1,0 +1,110 @@
+"""Settings of a training that do not go together, and what stays of a model that is trained on; loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from lte.config import LteConfig
+from lte.train.config import RecipeSettings, TrainConfig
+
+FIXED = ("expert_size", "grouping", "router_rank", "threshold", "always_on", "dropped_bias")
+"""Settings that an LTE model keeps."""
+
+
+def retargeted(own: LteConfig, config: LteConfig, changed: Collection[str]) -> LteConfig:
+    """The settings of an LTE model that is trained on.
+
+    Args:
+        own: of the model.
+        config: those that are wanted.
+        changed: names in `config` that were asked for; of these the target alone may be another one.
+
+    Raises:
+        ValueError: if others differ, or the target is out of reach.
+    """
+    for name in FIXED:
+        if name in changed and getattr(config, name) != getattr(own, name):
+            raise ValueError(
+                f"{name} must stay {getattr(own, name)} for an LTE model, got {name}={getattr(config, name)}; start "
+                "from the dense model to change it"
+            )
+    return replace(own, target_sparsity=config.target_sparsity) if "target_sparsity" in changed else own
+
+
+def check_combination(
+    config: LteConfig | None,
+    train: TrainConfig,
+    stages: Sequence[int],
+    *,
+    distils: bool,
+    sequence_length: int,
+    new_routers: bool,
+) -> None:
+    """Refuses settings of routing that never act together, or that the trainer would refuse later.
+
+    Args:
+        config: of the model.
+        train: of its training.
+        stages: which of its stages run.
+        distils: whether there is a teacher.
+        sequence_length: tokens of a row.
+        new_routers: whether the model is dense at first.
+
+    Raises:
+        ValueError: says which.
+    """
+    if train.recipe in ("dense", "method"):
+        return
+    check_match(train, distils)
+    check_margin(train, 2 in stages)
+    if train.union_weight and train.union_tokens > sequence_length:
+        raise ValueError(
+            f"union_tokens must be at most sequence_length={sequence_length}, as rows without a whole chunk have no "
+            f"union loss, got union_tokens={train.union_tokens}; lower it"
+        )
+    if config is not None and config.dropped_bias:
+        if train.lora_rank is not None:
+            refuse_bias_of_adapters()
+        if new_routers:
+            check_bias_start(train)
+
+
+def check_match(train: RecipeSettings, distils: bool) -> None:
+    """Raises a `ValueError` for outputs that are matched to those of a teacher that is not there."""
+    if train.match_weight and train.match_to == "teacher" and not distils:
+        raise ValueError(
+            "match_to must be own without a teacher that the model is distilled from, got match_to=teacher; give a "
+            "teacher (lte train --distill-from initial)"
+        )
+
+
+def check_margin(train: RecipeSettings, has_stage2: bool) -> None:
+    """Raises a `ValueError` for a margin loss without the stage that it acts in."""
+    if train.margin_weight and not has_stage2:
+        raise ValueError(
+            f"margin_weight must be 0 without stage 2, in which it acts, got margin_weight={train.margin_weight:g}; "
+            "leave it out, or train both stages"
+        )
+
+
+def check_bias_start(train: RecipeSettings) -> None:
+    """Raises a `ValueError` unless the biases for what is dropped get what they start from."""
+    if not train.holds_target:
+        raise ValueError(
+            "dropped_bias must be false where no controller holds the target, as its start comes with the target, got "
+            f"dropped_bias=True with recipe={train.recipe}; take recipe=straight_through"
+        )
+    if not train.router_fit_tokens:
+        raise ValueError(
+            "router_fit_tokens must be positive with dropped_bias, which starts from what fitted routers drop, got "
+            f"router_fit_tokens={train.router_fit_tokens} and routers without weights"
+        )
+
+
+def refuse_bias_of_adapters() -> None:
+    """Raises a `ValueError`: biases for what is dropped do not go with adapters."""
+    raise ValueError(
+        "dropped_bias must be false for a model with adapters, which leave biases as they are, got dropped_bias=True; "
+        "train all weights, or convert the model without it"
+    )
