@@ -429,7 +429,7 @@ def with_always_on(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target-sparsity", "0.995"], "target_sparsity must be below 1 - always_on = 0.99"),
+        (["--target-sparsity", "0.995"], "target_sparsity must be at most 0.875 where 1 of 8 experts are always on"),
         (["--target-sparsity", "0.9"], "target_sparsity must be at most 0.875 where 1 of 8 experts are always on"),
         (["--always-on", "0.25"], "always_on must stay 0.01 for an LTE model, got always_on=0.25"),
         (["--lora-rank", "4"], "dropped_bias must be false for a model with adapters"),
