@@ -27,6 +27,7 @@ from lte.bench.step import WholeStep, all_on
 from lte.bench.text import read_text, text_ids
 from lte.bench.timing import Times, interleaved_times
 from lte.config import WEIGHTS
+from lte.eval.answers import generate_greedily
 from lte.eval.decisions import in_one_pass
 from lte.eval.models import load_any_model
 from lte.eval.rounding import bytes_per_weight, memory_bytes, round_weights_
@@ -35,14 +36,6 @@ from lte.hf.dense import load_tokenizer
 from lte.runs.memory import free_memory
 
 LTE_STEP = "lte whole step"
-
-
-@torch.no_grad()
-def own_answers(model: Any, prompts: Tensor, context: int) -> Tensor:
-    """Prompts [B, P] and what the model writes after them, [B, context]."""
-    ids = prompts.to(model.device)
-    settings = {"max_new_tokens": context - ids.shape[1], "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.0, **settings)
 
 
 def dense_run(decoder: Decoder) -> Callable[[], Tensor]:
@@ -56,7 +49,7 @@ def rows_of(folder: str, weights: str, prompts: Tensor, args: argparse.Namespace
     models: dict[str, Any] = {
         kind: round_weights_(load_any_model(folder, args.dtype), weights) for kind in ("sparse", "dense")
     }
-    ids = own_answers(lte.accelerate_(models["sparse"]), prompts, args.context)
+    ids = generate_greedily(lte.accelerate_(models["sparse"]), prompts, args.context - prompts.shape[1])
     routed = in_one_pass(models["sparse"], ids.cpu()).active[:, :, prompts.shape[1] :]
     sparsity = 1 - routed.double().mean().item()
     dense = Decoder(lte.densify_(models["dense"]), ids, prompts.shape[1], args.context)

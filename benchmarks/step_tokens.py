@@ -11,7 +11,6 @@ the same weights, compiled against eager.
 from __future__ import annotations
 
 import argparse
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from torch import Tensor
 import lte
 from lte.bench.gate import relative_rms
 from lte.bench.text import read_text, text_ids
-from lte.eval.answers import agreement
+from lte.eval.answers import agreement, generate_greedily
 from lte.eval.models import load_any_model
 from lte.files import write_json_atomic
 from lte.hf.dense import load_tokenizer
 from lte.hf.stepping import has_engine
 from lte.nn.hooks import before_each_call
 from lte.records import environment
+from lte.runs.memory import free_memory
 
 # What the two ways may differ by without a fault: a score this close to its threshold, logits this close to each other.
 NEAR_THRESHOLD, NEAR_LOGITS = 1e-5, 1e-4
@@ -37,18 +37,7 @@ def answers(model: Any, prompts: Tensor, batch: int, tokens: int, **settings: An
     """Greedy tokens [N, T], and the logits [T, V] of each prompt."""
     found, logits = [], []
     for ids in prompts.split(batch):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            repetition_penalty=1.0,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **settings,
-        )
+        out = generate_greedily(model, ids, tokens, return_dict_in_generate=True, output_logits=True, **settings)
         found.append(out.sequences[:, ids.shape[1] :].cpu())
         logits += torch.stack(out.logits, dim=1).float().cpu()
     return torch.cat(found), logits
@@ -92,12 +81,6 @@ def causes(model: Any, prompts: Tensor, answer: tuple[Tensor, list[Tensor]], pla
     return found
 
 
-def free_memory() -> None:
-    """After the last name of a model is gone."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def sparse_rows(folder: str, prompts: Tensor, batch: int, tokens: int) -> dict[str, Any]:
     """Whole steps against plain PyTorch, by number format."""
     rows: dict[str, Any] = {}
@@ -113,7 +96,7 @@ def sparse_rows(folder: str, prompts: Tensor, batch: int, tokens: int) -> dict[s
         if dtype == "float32":
             rows[dtype]["causes"] = causes(model, prompts, plain, rows[dtype]["first_differences"])
         del model
-        free_memory()
+        free_memory(False)
         print(dtype, {name: value for name, value in rows[dtype].items() if name != "first_differences"}, flush=True)
     return rows
 

@@ -22,11 +22,11 @@ from lte.bench.rows import REQUIRED_FIELDS
 from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.ops.step import engines
-from lte.ops.step.reference import ReferenceEngine
 from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
 from tests.cli.conftest import save_tiny_model
 from tests.hf.gguf_files import tiny_llama, train_tokenizer, write_gguf
+from tests.hf.step_models import take_reference_engines
 from tests.tiny_models import randomise_routers_, tiny_dense_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -128,22 +128,52 @@ class TestCpuStep:
         assert load_inputs([tmp_path / "out_smollm2_135m.json"]).benches
 
 
+def save_sparse_model(place: Path, routed: bool = True) -> str:
+    """A tiny LTE model and its tokenizer in a folder below `place`; with `routed` its routers are random."""
+    folder, sparse = str(save_tiny_model(place / "dense")), place / "sparse"
+    model = lte.sparsify_(load_any_model(folder), lte.LteConfig(expert_size=8, grouping="random"))
+    (randomise_routers_(model) if routed else model).save_pretrained(sparse)
+    load_tokenizer(folder).save_pretrained(sparse)
+    return str(sparse)
+
+
+class TestStepTokens:
+    def test_whole_steps_write_what_plain_decoding_does(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module, made = script("step_tokens"), take_reference_engines(monkeypatch)
+        flags = ["--prompts", "3", "--prompt-length", "8", "--tokens", "6", "--batch", "2"]
+        module.main([save_sparse_model(tmp_path), *flags, "--output", str(tmp_path / "tokens.json")])
+        found = read_json(tmp_path / "tokens.json")
+        assert {plan.embedding.dtype for plan in made} == {torch.float32, torch.bfloat16}
+        assert (found["float32"]["equal_answers"], found["float32"]["answers"], found["float32"]["causes"]) == (
+            3,
+            3,
+            [],
+        )
+        assert found["float32"]["logits_relative_rms_max"] <= 1e-5
+        assert found["dense_bfloat16_compiled"]["equal_answers"] == 3
+
+    def test_a_difference_is_traced(self, script: Any, tmp_path: Path) -> None:
+        module, model = script("step_tokens"), load_any_model(save_sparse_model(tmp_path))
+        prompts = torch.arange(3, 19).view(2, 8)
+        tokens, logits = module.answers(model, prompts, 2, 4)
+        other = tokens.clone()
+        other[1, 2] += 1
+        places = module.compare((other, logits), (tokens, logits))["first_differences"]
+        assert places == [None, 2]
+        (cause,) = module.causes(model, prompts, (tokens, logits), places)
+        assert cause["token"] == 2
+        first, second = logits[1][2].topk(2).values.tolist()
+        assert cause["logits_gap"] == first - second
+        assert not cause["traced"]
+
+
 class TestRoundedSteps:
     def test_rows_of_each_format(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("torchao")
-        module = script("rounded_steps")
-        made: list[Any] = []
-
-        def make(plan: Any) -> Any:
-            made.append(plan)
-            return ReferenceEngine(plan)
-
-        monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
-        monkeypatch.setattr(engines, "make_engine", make)
-        save_tiny_model(tmp_path / "dense")
-        model = lte.sparsify_(load_any_model(str(tmp_path / "dense")), lte.LteConfig(expert_size=8, grouping="random"))
-        randomise_routers_(model).save_pretrained(tmp_path / "sparse")
-        load_tokenizer(tmp_path / "dense").save_pretrained(tmp_path / "sparse")
+        module, made = script("rounded_steps"), take_reference_engines(monkeypatch)
+        folder = save_sparse_model(tmp_path)
         flags = [
             "--weights",
             "native",
@@ -158,7 +188,7 @@ class TestRoundedSteps:
             "24",
         ]
         flags += ["--prompt-length", "8", "--repeats", "2", "--output", str(tmp_path / "rows.json")]
-        module.main([str(tmp_path / "sparse"), *flags])
+        module.main([folder, *flags])
         rows = read_json(tmp_path / "rows.json")["rows"]
         assert len(rows) == 3 * 2 * 3
         assert all(row["median_ms"] > 0 and "note" not in row for row in rows)
@@ -171,10 +201,7 @@ class TestRoundedSteps:
 
     def test_what_cannot_run_has_a_note(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engines, "unfit", lambda plan, caches: "it is Monday")
-        save_tiny_model(tmp_path / "dense")
-        model = lte.sparsify_(load_any_model(str(tmp_path / "dense")), lte.LteConfig(expert_size=8, grouping="random"))
-        model.save_pretrained(tmp_path / "sparse")
-        load_tokenizer(tmp_path / "dense").save_pretrained(tmp_path / "sparse")
+        folder = save_sparse_model(tmp_path, routed=False)
         flags = [
             "--weights",
             "native",
@@ -189,6 +216,6 @@ class TestRoundedSteps:
         ]
         module = script("rounded_steps")
         with pytest.warns(RuntimeWarning, match="it is Monday"):
-            module.main([str(tmp_path / "sparse"), *flags, "--repeats", "2", "--output", str(tmp_path / "rows.json")])
+            module.main([folder, *flags, "--repeats", "2", "--output", str(tmp_path / "rows.json")])
         rows = read_json(tmp_path / "rows.json")["rows"]
         assert [row.get("note") for row in rows] == ["NoPlanError: it is Monday"] * 2 + [None]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import lte
+from lte.ops.step import engines
+from lte.ops.step.plan import DecoderPlan
+from lte.ops.step.reference import ReferenceEngine
 from tests.tiny_models import tiny_dense_model, tiny_sparse_model
 
 WINDOW = 7
@@ -27,6 +31,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": WINDOW, "rope_parameters": PARTIAL},
 }
 STEP_TYPES = list(SETTINGS)
+
+
+def take_reference_engines(monkeypatch: pytest.MonkeyPatch) -> list[DecoderPlan]:
+    """Has the reference compute whole steps of everything; the plans of all engines, as they are made."""
+    plans: list[DecoderPlan] = []
+
+    def make(plan: DecoderPlan) -> ReferenceEngine:
+        plans.append(plan)
+        return ReferenceEngine(plan)
+
+    monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
+    monkeypatch.setattr(engines, "make_engine", make)
+    return plans
 
 
 def step_model(model_type: str = "llama", *, dense: bool = False, **overrides: Any) -> Any:

@@ -19,10 +19,10 @@ from lte.hf.decoder import NoPlanError, decoder_plan, same_memory
 from lte.hf.stepping import has_engine
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.torchao_weights import quantized_matrix
-from lte.ops.step import cuda, engines
+from lte.ops.step import cuda
 from lte.ops.step.plan import DecoderPlan, Quantized
 from lte.ops.step.reference import ReferenceEngine
-from tests.hf.step_models import STEP_TYPES, step_model
+from tests.hf.step_models import STEP_TYPES, step_model, take_reference_engines
 from tests.ops.step_emulator import Emulator
 from tests.ops.step_plans import copied, new_caches, step_inputs
 
@@ -47,15 +47,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_i
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[DecoderPlan]:
     """The plans of all engines, which are the reference."""
-    plans: list[DecoderPlan] = []
-
-    def make(plan: DecoderPlan) -> ReferenceEngine:
-        plans.append(plan)
-        return ReferenceEngine(plan)
-
-    monkeypatch.setattr(engines, "unfit", lambda plan, caches: None)
-    monkeypatch.setattr(engines, "make_engine", make)
-    return plans
+    return take_reference_engines(monkeypatch)
 
 
 def quantized_model(config: Any, model_type: str = "llama", **overrides: Any) -> Any:

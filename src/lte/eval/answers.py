@@ -42,6 +42,20 @@ def next_inputs(model: Any, tokens: Tensor, before: dict[str, Tensor]) -> dict[s
     return found
 
 
+def generate_greedily(model: Any, prompts: Tensor, tokens: int, **settings: Any) -> Any:
+    """What `generate` gives for prompts [B, P]: just T likeliest tokens, whatever the model's own settings say.
+
+    Args:
+        model: a decoder.
+        prompts: of one length.
+        tokens: T.
+        settings: more of `generate`'s.
+    """
+    ids = prompts.to(model_device(model))
+    likeliest = {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **likeliest, **settings)
+
+
 def greedy_answers(model: Any, prompts: Tensor, tokens: int, batch: int = 1, padding: int = 0) -> Tensor:
     """The likeliest next tokens, module by module and so never by whole decoding steps; no token ends an answer.
 

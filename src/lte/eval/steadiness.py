@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lte.config import check_whole_number
-from lte.eval.answers import PADDING, agreement, greedy_answers
+from lte.eval.answers import PADDING, agreement, generate_greedily, greedy_answers
 from lte.eval.decisions import (
     Decisions,
     NoStepsError,
@@ -28,7 +28,7 @@ from lte.eval.decisions import (
     near_threshold,
     token_by_token,
 )
-from lte.eval.inference import hard_inference, model_device
+from lte.eval.inference import hard_inference
 from lte.eval.models import load_any_model
 from lte.hf.acceleration import accelerate_, decelerate_, describe_kernels
 from lte.hf.inputs import check_tokens
@@ -201,7 +201,8 @@ class _Run:
                 own = by_whole_steps(model, ids, length, self.steps.inputs)
             except NoStepsError as error:
                 return self._none("whole_steps", f"not measured, as {error}")
-            answers = torch.cat([_generated(model, row, self.settings.tokens) for row in self.prompts.split(1)])
+            rows = [generate_greedily(model, row, self.settings.tokens) for row in self.prompts.split(1)]
+            answers = torch.cat(rows)[:, length:].cpu()
             if not has_engine(model):
                 return self._none("whole_steps", "generate did not take whole decoding steps")
         names = "plain, token by token", "whole decoding steps"
@@ -235,15 +236,6 @@ def _pair(name: str, names: _Names, runs: _Three, first: int = 0) -> dict[str, A
     numbers = (_mean(flips), flips, _mean(own_flips), own_flips)
     said = dict(zip(("pair", "one", "other", *_NUMBERS), (name, *names, *numbers), strict=True))
     return {**said, "answers": None, "dense_answers": None, "note": None}
-
-
-def _generated(model: Any, prompt: Tensor, tokens: int) -> Tensor:
-    """The answer [1, T] that `generate` gives."""
-    ids = prompt.to(model_device(model))
-    ends = {"max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0}
-    mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, do_sample=False, repetition_penalty=1.0, **ends)
-    return out[:, ids.shape[1] :].cpu()
 
 
 def _first_ffn(model: Any) -> SparseFfn:
