@@ -68,9 +68,11 @@ constexpr int G = HQ / HKV;                   // heads of queries for each head 
 constexpr int PER_TILE = GATED ? 8 : 16;      // neurons in a tile of gate and up
 constexpr int XS = (D > OUT ? D : OUT) + 16 / SIZE;      // pitch of the inputs of a product
 constexpr int HS = (MAX_SHARE + 15) / 16 * 16 + 16 / SIZE;
-constexpr int HEAD_BYTES = HD * SIZE, HEAD_PITCH = HEAD_BYTES + 16;   // of a key in a stage
+// Two keys that follow each other lie together in a stage. As rows of a tile they are eight apart, so that the eight rows of
+// a load lie in different banks.
+constexpr int HEAD_BYTES = HD * SIZE, PAIR_PITCH = 2 * HEAD_BYTES + 16;
 constexpr int QS = HD + 16 / SIZE, WS = 16 + 16 / SIZE;                // pitches of queries, and of the weights of keys
-constexpr int KEYS_THAT_FIT = ROWS * PITCH / HEAD_PITCH / 16 * 16;
+constexpr int KEYS_THAT_FIT = ROWS * PITCH / PAIR_PITCH / 8 * 16;
 constexpr int MOST_KEYS = 16 * WARPS < 32 * FETCHERS ? 16 * WARPS : 32 * FETCHERS;
 // Of a stage: a tile of 16 for each warp and a key for each lane that fetches, at most.
 constexpr int KEYS = KEYS_THAT_FIT < MOST_KEYS ? KEYS_THAT_FIT : MOST_KEYS;
@@ -136,7 +138,7 @@ struct Working {
   Layer layers[2];            // this one and the next
   alignas(16) elem q[G][QS];
   alignas(16) elem weights[WARPS][8][WS];   // of keys, for each head of queries
-  alignas(16) char newest[2][16][HEAD_PITCH];   // the new token's key and value, as a tile of which one row counts
+  alignas(16) char newest[2][8][PAIR_PITCH];   // the new token's key and value, as a tile of which one row counts
   float turned[WARPS][HD];
   float stats[2][WARPS][8];   // highest score, sum
   float values[WARPS][G][HD];
@@ -241,52 +243,101 @@ struct Producer {
   }
   template <int EACH> DEVICE int row_of() const { return lane < EACH ? warp * EACH + lane : EACH * FETCHERS; }
 
-  // Rows of a stage, EACH for each warp; lanes below EACH know where theirs comes `from`.
-  template <int EACH, int TO_PITCH, bool KEEP> DEVICE void fetch(const void* from, int rows, int bytes) {
+  // Rows of a stage, some for each warp; the first lanes of a warp know where theirs comes `from`.
+  DEVICE void fetch(const void* from, int rows, int bytes) {
     wait(s.empty[stage], parity);
 #if LTE_BULK
-    const int mine = row_of<EACH>();
-    if (mine == 0) expect(s.full[stage], rows * bytes);
-    if (mine < rows) bulk_copy<KEEP>(s.ring[stage] + mine * TO_PITCH, from, bytes, s.full[stage], once);
+    if (row == 0) expect(s.full[stage], rows * bytes);
+    if (row < rows) bulk_copy<false>(s.ring[stage] + row * PITCH, from, bytes, s.full[stage], once);
 #else
     // All lanes share the warp's rows, 16 bytes at a time.
 #pragma unroll 1
-    for (int i = 0; i < EACH && warp * EACH + i < rows; i++) {
-      const char* line = shuffle((const char*)from, i);
-      for (int at = lane * 16; at < bytes; at += 32 * 16) copy16(s.ring[stage] + (warp * EACH + i) * TO_PITCH + at, line + at);
-    }
+    for (int i = 0, first = warp * (ROWS / FETCHERS); i < ROWS / FETCHERS && first + i < rows; i++)
+      copy_line(s.ring[stage] + (first + i) * PITCH, shuffle((const char*)from, i), bytes);
     arrive_when_copied(s.full[stage]);
 #endif
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
-  DEVICE void fetch(const void* from, int rows, int bytes) { fetch<ROWS / FETCHERS, PITCH, false>(from, rows, bytes); }
+  // The keys, or values, [from, from + n) of a head, by pairs: a copy of one would take longer than its bytes.
+  DEVICE void fetch_keys(const Layer& l, const elem* cache, int from, int n) {
+    constexpr int EACH = (KEYS / 2 + FETCHERS - 1) / FETCHERS;
+    wait(s.empty[stage], parity);
+#if LTE_BULK
+    const int pair = row_of<EACH>(), k = 2 * pair;
+    char* to = s.ring[stage] + pair * PAIR_PITCH;
+    if (pair == 0) expect(s.full[stage], n * HEAD_BYTES);
+    if (k < n) {
+      const int first = slot_of(l, from + k), second = k + 1 < n ? slot_of(l, from + k + 1) : -1;
+      const bool together = second == first + 1;
+      bulk_copy<true>(to, cache + (size_t)first * HD, together ? 2 * HEAD_BYTES : HEAD_BYTES, s.full[stage], once);
+      if (second >= 0 && !together)
+        bulk_copy<true>(to + HEAD_BYTES, cache + (size_t)second * HD, HEAD_BYTES, s.full[stage], once);
+    }
+#else
+#pragma unroll 1
+    for (int k = 2 * EACH * warp; k < 2 * EACH * (warp + 1) && k < n; k++)
+      copy_line(s.ring[stage] + k / 2 * PAIR_PITCH + k % 2 * HEAD_BYTES, (const char*)(cache + (size_t)slot_of(l, from + k) * HD),
+                HEAD_BYTES);
+    arrive_when_copied(s.full[stage]);
+#endif
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+#if !LTE_BULK
+  DEVICE void copy_line(char* to, const char* from, int bytes) {
+    for (int at = lane * 16; at < bytes; at += 32 * 16) copy16(to + at, from + at);
+  }
+#endif
   template <int BITS> DEVICE void tile(const char* from, int rows, int columns) {
     constexpr int SLAB = slab_of(BITS);
 #pragma unroll 1
     for (int c = 0; c < columns; c += SLAB, from += slab_bytes(BITS, SLAB))
       fetch(from, rows, slab_bytes(BITS, columns - c < SLAB ? columns - c : SLAB));
   }
-  template <int BITS> DEVICE void matrix(const void* base, int n, int columns) {
-    const int end = share_end(n);
+  // This block's rows of a matrix, or tiles of them.
+  template <int BITS> DEVICE void matrix(const void* base, int n, int columns, int first_tile = 0, int last_tile = 1 << 20) {
+    const int begin = share_begin(n), end = share_end(n), until = last_tile < (end - begin) / ROWS ? begin + last_tile * ROWS : end;
 #pragma unroll 1
-    for (int r = share_begin(n); r < end; r += ROWS)
+    for (int r = begin + first_tile * ROWS; r < until; r += ROWS)
       tile<BITS>((const char*)base + (size_t)(r + row) * row_bytes(BITS, columns), end - r < ROWS ? end - r : ROWS, columns);
   }
-  DEVICE void queries_keys_values(const Layer& l) {
+  DEVICE const char* query_key_value(const Layer& l, int i) const {
     constexpr int BYTES = row_bytes(ATTENTION_BITS, D);
+    return i < OUT ? (const char*)l.q + (size_t)i * BYTES
+           : i < OUT + HKV * HD ? (const char*)l.k + (size_t)(i - OUT) * BYTES
+                                : (const char*)l.v + (size_t)(i - OUT - HKV * HD) * BYTES;
+  }
+  DEVICE void queries_keys_values(const Layer& l) {
     const int end = share_end(NQKV);
 #pragma unroll 1
-    for (int r = share_begin(NQKV); r < end; r += ROWS) {
-      const int i = r + row;
-      const char* from = i < OUT ? (const char*)l.q + (size_t)i * BYTES
-                         : i < OUT + HKV * HD ? (const char*)l.k + (size_t)(i - OUT) * BYTES
-                                              : (const char*)l.v + (size_t)(i - OUT - HKV * HD) * BYTES;
-      tile<ATTENTION_BITS>(from, end - r < ROWS ? end - r : ROWS, D);
+    for (int r = share_begin(NQKV); r < end; r += ROWS)
+      tile<ATTENTION_BITS>(query_key_value(l, r + row), end - r < ROWS ? end - r : ROWS, D);
+  }
+  // Every `apart`-th of this block's rows of n comes into the L2 cache, from the one that follows `skipped` others.
+  template <class Row> DEVICE void foresee(int n, int skipped, int apart, int bytes, Row row_at) {
+    const int end = share_end(n);
+#pragma unroll 1
+    for (int r = share_begin(n) + skipped + (warp * 32 + lane) * apart; r < end; r += FETCHERS * 32 * apart)
+      prefetch(row_at(r), bytes);
+  }
+  // While blocks wait for each other around the attention, the ring is full, and before an FFN it is not known what comes
+  // next: memory would rest. What is read for sure comes into the L2 cache meanwhile: the rest of the output product, the
+  // router, and as much as AHEAD allows of the next layer's queries, keys and values, or of a dense FFN.
+  DEVICE void foresee(const Layer& l, bool last, int tiles) {
+    constexpr int OUT_BYTES = row_bytes(ATTENTION_BITS, OUT), BYTES = row_bytes(E > 0 ? ATTENTION_BITS : FFN_BITS, D);
+    constexpr int N = E > 0 ? NQKV : (GATED ? 2 : 1) * F, ROOM = LTE_AHEAD / BYTES, APART = (N + ROOM - 1) / (ROOM > 0 ? ROOM : 1);
+    if (ROOM == 0) return;
+    foresee(D, tiles * ROWS, 1, OUT_BYTES, [&](int r) { return (const char*)l.out + (size_t)r * OUT_BYTES; });
+    if (E == 0) {
+      foresee(F, 0, APART, BYTES, [&](int r) { return (const char*)l.up + (size_t)r * BYTES; });
+      if (GATED) foresee(F, 0, APART, BYTES, [&](int r) { return (const char*)l.gate + (size_t)r * BYTES; });
+      return;
     }
+    foresee(E, 0, 1, D * SIZE, [&](int r) { return (const char*)l.router + (size_t)r * D * SIZE; });
+    const Layer& next = *(&l + 1);
+    if (!last) foresee(NQKV, 0, APART, BYTES, [&](int r) { return query_key_value(next, r); });
   }
   // Keys and values of the tokens before the new one, a stage of each in turn.
   DEVICE void cache(const Layer& l) {
-    constexpr int EACH = (KEYS + FETCHERS - 1) / FETCHERS;
     Part p;
 #pragma unroll 1
     for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) {
@@ -294,10 +345,9 @@ struct Producer {
       const size_t base = (size_t)(p.t * HKV + p.head) * l.slots * HD;
 #pragma unroll 1
       for (int from = p.begin; from < end; from += KEYS) {
-        const int n = end - from < KEYS ? end - from : KEYS, mine = row_of<EACH>();
-        const size_t at = base + (size_t)slot_of(l, from + (mine < n ? mine : 0)) * HD;
-        fetch<EACH, HEAD_PITCH, true>(l.keys + at, n, HEAD_BYTES);
-        fetch<EACH, HEAD_PITCH, true>(l.values + at, n, HEAD_BYTES);
+        const int n = end - from < KEYS ? end - from : KEYS;
+        fetch_keys(l, l.keys + base, from, n);
+        fetch_keys(l, l.values + base, from, n);
       }
     }
   }
@@ -307,7 +357,11 @@ struct Producer {
       const Layer& l = a.layers[i];
       queries_keys_values(l);
       cache(l);
-      matrix<ATTENTION_BITS>(l.out, D, OUT);
+      // As many tiles of the output product as the ring has room for.
+      constexpr int TILES = STAGES / ((OUT + slab_of(ATTENTION_BITS) - 1) / slab_of(ATTENTION_BITS));
+      matrix<ATTENTION_BITS>(l.out, D, OUT, 0, TILES);
+      foresee(l, i + 1 == a.num_layers, TILES);
+      matrix<ATTENTION_BITS>(l.out, D, OUT, TILES);
       const char *gate = (const char*)l.gate, *up = (const char*)l.up, *down = (const char*)l.down;
       const char* pairs = (const char*)l.down_pairs;
       if (E > 0) {
@@ -627,10 +681,11 @@ struct Step {
       const int left = end - p.begin - k * KEYS, n = !fetched ? 1 : left < KEYS ? left : KEYS;
       const int at = (warp + WARPS - first) % WARPS * 16, mine = n - at < 16 ? n - at : 16;
       const char* keys = fetched ? next_stage() : s.newest[0][0];
-      if (mine > 0) weigh(keys + at * HEAD_PITCH, mine, x);
+      if (mine > 0) weigh(keys + at / 2 * PAIR_PITCH, mine, x);
       if (fetched) release();
       const char* values = fetched ? next_stage() : s.newest[1][0];
-      if (mine > 0) columns_product<HD, HEAD_PITCH, 8>(x.values, values + at * HEAD_PITCH, s.weights[warp][0], WS, mine);
+      if (mine > 0)
+        columns_product<HD, PAIR_PITCH, 8, HEAD_BYTES>(x.values, values + at / 2 * PAIR_PITCH, s.weights[warp][0], WS, mine);
       if (fetched) release();
       first = (first + (n + 15) / 16) % WARPS;
     }
@@ -672,13 +727,13 @@ struct Step {
   DEVICE void weigh(const char* keys, int n, Attended& x) {
     Tile scores;
     clear(scores);
-    tile_product<HD, HEAD_PITCH, G>(scores, keys, s.q[0], QS, HD);
+    tile_product<HD, PAIR_PITCH, G, HEAD_BYTES>(scores, keys, s.q[0], QS, HD);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float& y = scores.c[i];
       y *= a.scaling;
       if (a.attention_cap > 0) y = a.attention_cap * tanh_(y / a.attention_cap);
-      if (lane / 4 + i / 2 * 8 >= n) y = -INFINITY_;
+      if (lane / 4 * 2 + i / 2 >= n) y = -INFINITY_;
     }
     float factor[2];
 #pragma unroll

@@ -2,6 +2,11 @@
 //
 // Inputs lie as [T][pitch]; tokens from T on are read as token 0, and nobody reads what becomes of them.
 
+// Row r of sixteen lies r % 8 * PITCH + r / 8 * HALF bytes behind the first: one after the other, or, where HALF is less than
+// PITCH, pairs of rows that follow each other are the rows r and r + 8.
+template <int PITCH, int HALF> DEVICE int offset_of(int row) { return row % 8 * PITCH + row / 8 * HALF; }
+template <int PITCH, int HALF> DEVICE int rank_of(int row) { return HALF < PITCH ? row % 8 * 2 + row / 8 : row; }
+
 // 16 rows by 8 tokens: element (row, token) is c[i] of lane 4 (row % 8) + token / 2, i = 2 (row / 8) + token % 2.
 struct Tile { float c[4]; };
 DEVICE void clear(Tile& tile) { for (int i = 0; i < 4; i++) tile.c[i] = 0; }
@@ -50,7 +55,7 @@ template <int TOKENS> DEVICE const elem* token_row(const elem* inputs, int pitch
 }
 
 // tile += rows [16, WIDTH] at `weights` times inputs [T, WIDTH], of which `width` columns count, a multiple of 32.
-template <int WIDTH, int PITCH, int TOKENS = T>
+template <int WIDTH, int PITCH, int TOKENS = T, int HALF = 8 * PITCH>
 DEVICE void tile_product(Tile& tile, const char* weights, const elem* inputs, int pitch, int width) {
   // Two products of 16 columns share a load of the inputs.
   const int lane = threadIdx.x % 32;
@@ -62,14 +67,14 @@ DEVICE void tile_product(Tile& tile, const char* weights, const elem* inputs, in
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       if (k + half * 16 >= WIDTH) break;
-      load_matrices(a, weights + lane % 16 * PITCH + (k + half * 16 + lane / 16 * 8) * sizeof(elem));
+      load_matrices(a, weights + offset_of<PITCH, HALF>(lane % 16) + (k + half * 16 + lane / 16 * 8) * sizeof(elem));
       multiply(tile.c, a, b[2 * half], b[2 * half + 1]);
     }
   }
 }
 
-// columns += transposed rows [16, WIDTH] at `weights`, of which `rows` count, times inputs [T, 16].
-template <int WIDTH, int PITCH, int TOKENS = T>
+// columns += transposed rows [16, WIDTH] at `weights`, of which the first `rows` count, times inputs [T, 16].
+template <int WIDTH, int PITCH, int TOKENS = T, int HALF = 8 * PITCH>
 DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const elem* inputs, int pitch, int rows) {
   const int lane = threadIdx.x % 32;
   unsigned b[4];
@@ -80,13 +85,13 @@ DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const 
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = half * 8 + lane % 4 * 2;
-    keep[half] = (row < rows ? 0xffffu : 0) | (row + 1 < rows ? 0xffff0000u : 0);
+    keep[half] = (rank_of<PITCH, HALF>(row) < rows ? 0xffffu : 0) | (rank_of<PITCH, HALF>(row + 1) < rows ? 0xffff0000u : 0);
   }
 #pragma unroll
   for (int k = 0; k < WIDTH; k += 16) {
     unsigned a[4];
     // Four squares of 8: the columns of neurons 0 to 7, then those of 8 to 15.
-    load_matrices_transposed(a, weights + (lane / 16 * 8 + lane % 8) * PITCH + (k + lane / 8 % 2 * 8) * sizeof(elem));
+    load_matrices_transposed(a, weights + offset_of<PITCH, HALF>(lane / 16 * 8 + lane % 8) + (k + lane / 8 % 2 * 8) * sizeof(elem));
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] &= keep[i / 2];
     multiply(columns.c[k / 16], a, b[0], b[1]);
@@ -94,17 +99,17 @@ DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const 
 }
 #else
 // The same in fp32 without tensor cores, for checks: each lane computes its own elements.
-template <int WIDTH, int PITCH, int TOKENS = T>
+template <int WIDTH, int PITCH, int TOKENS = T, int HALF = 8 * PITCH>
 DEVICE void tile_product(Tile& tile, const char* weights, const elem* inputs, int pitch, int width) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
-    const float *w = (const float*)(weights + row * PITCH), *x = inputs + (token < TOKENS ? token : 0) * pitch;
+    const float *w = (const float*)(weights + offset_of<PITCH, HALF>(row)), *x = inputs + (token < TOKENS ? token : 0) * pitch;
     for (int k = 0; k < WIDTH && k < width; k++) tile.c[i] = fma_(w[k], x[k], tile.c[i]);
   }
 }
-template <int WIDTH, int PITCH, int TOKENS = T>
+template <int WIDTH, int PITCH, int TOKENS = T, int HALF = 8 * PITCH>
 DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const elem* inputs, int pitch, int rows) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -113,8 +118,10 @@ DEVICE void columns_product(Columns<WIDTH>& columns, const char* weights, const 
     for (int i = 0; i < 4; i++) {
       const int column = k * 16 + lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
       if (column < WIDTH)
-        for (int r = 0; r < 16 && r < rows; r++)
-          columns.c[k][i] = fma_(((const float*)(weights + r * PITCH))[column], inputs[(token < TOKENS ? token : 0) * pitch + r], columns.c[k][i]);
+        for (int r = 0; r < 16; r++)
+          if (rank_of<PITCH, HALF>(r) < rows)
+            columns.c[k][i] = fma_(((const float*)(weights + offset_of<PITCH, HALF>(r)))[column],
+                                   inputs[(token < TOKENS ? token : 0) * pitch + r], columns.c[k][i]);
     }
 }
 #endif
