@@ -295,7 +295,7 @@ struct Producer {
   }
   // This block's rows of a matrix, or tiles of them.
   template <int BITS> DEVICE void matrix(const void* base, int n, int columns, int first_tile = 0, int last_tile = 1 << 20) {
-    const int begin = share_begin(n), end = share_end(n), until = last_tile < (end - begin) / ROWS ? begin + last_tile * ROWS : end;
+    const int begin = share_begin(n), end = share_end(n), until = last_tile * ROWS < end - begin ? begin + last_tile * ROWS : end;
 #pragma unroll 1
     for (int r = begin + first_tile * ROWS; r < until; r += ROWS)
       tile<BITS>((const char*)base + (size_t)(r + row) * row_bytes(BITS, columns), end - r < ROWS ? end - r : ROWS, columns);
