@@ -32,7 +32,6 @@ ELEMENTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}
 OLDEST = 80  # compute capability
 THREADS = 256  # that compute
 FETCHERS = 4  # warps that fetch weights
-AHEAD_BYTES = 32 << 20  # of weights that come into the L2 cache while blocks wait around the attention
 SPLIT_KEYS = 128  # of a part of the cache that one block takes, at least
 GROUPS = (32, 64, 128)  # of weights in 4 bits
 
@@ -160,7 +159,6 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
         "GROUP": next((matrix.group for _, matrix in _quantized(plan) if matrix.bits == 4), GROUPS[0]),
         "THREADS": machine.threads,
         "FETCHERS": FETCHERS,
-        "AHEAD": AHEAD_BYTES,
         "SPLIT_KEYS": SPLIT_KEYS,
         "MAX_SHARE": -(-neurons // machine.blocks),
         "SHARED_BYTES": machine.shared_bytes,

@@ -161,12 +161,6 @@ template <bool> inline void bulk_copy(void* to, const void* from, int bytes, Bar
   std::memset(to, 0xff, bytes);
   copies.push_back({{{to, from, bytes}}, &b, false});
 }
-// Nothing but a look at both ends, which must be memory of the program's.
-inline void prefetch(const char* from, int bytes) {
-  volatile char seen = from[0];
-  seen = from[bytes - 1];
-  (void)seen;
-}
 inline void copy16(void* to, const void* from) {
   std::memset(to, 0xff, 16);
   machine.now->asked.push_back({to, from, 16});

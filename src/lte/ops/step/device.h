@@ -162,14 +162,6 @@ DEVICE void arrive_when_copied(Barrier& b) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&b)) : "memory");
 }
 #endif
-// Into the L2 cache.
-DEVICE void prefetch(const char* from, int bytes) {
-#if LTE_BULK && !defined(LTE_AHEAD_LINES)
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#else
-  for (int at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
-#endif
-}
 
 // Tensor cores: C [16, 8] += A [16, 16] B [16, 8]. A lane holds the rows lane / 4 and + 8, and two tokens of C.
 DEVICE void load_matrices(unsigned (&x)[4], const void* row) {

@@ -245,6 +245,7 @@ struct Producer {
 
   // Rows of a stage, some for each warp; the first lanes of a warp know where theirs comes `from`.
   DEVICE void fetch(const void* from, int rows, int bytes) {
+    constexpr int EACH = ROWS / FETCHERS;
     wait(s.empty[stage], parity);
 #if LTE_BULK
     if (row == 0) expect(s.full[stage], rows * bytes);
@@ -252,8 +253,8 @@ struct Producer {
 #else
     // All lanes share the warp's rows, 16 bytes at a time.
 #pragma unroll 1
-    for (int i = 0, first = warp * (ROWS / FETCHERS); i < ROWS / FETCHERS && first + i < rows; i++)
-      copy_line(s.ring[stage] + (first + i) * PITCH, shuffle((const char*)from, i), bytes);
+    for (int i = 0; i < EACH && warp * EACH + i < rows; i++)
+      copy_line(s.ring[stage] + (warp * EACH + i) * PITCH, shuffle((const char*)from, i), bytes);
     arrive_when_copied(s.full[stage]);
 #endif
     if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -293,48 +294,23 @@ struct Producer {
     for (int c = 0; c < columns; c += SLAB, from += slab_bytes(BITS, SLAB))
       fetch(from, rows, slab_bytes(BITS, columns - c < SLAB ? columns - c : SLAB));
   }
-  // This block's rows of a matrix, or tiles of them.
-  template <int BITS> DEVICE void matrix(const void* base, int n, int columns, int first_tile = 0, int last_tile = 1 << 20) {
-    const int begin = share_begin(n), end = share_end(n), until = last_tile * ROWS < end - begin ? begin + last_tile * ROWS : end;
-#pragma unroll 1
-    for (int r = begin + first_tile * ROWS; r < until; r += ROWS)
-      tile<BITS>((const char*)base + (size_t)(r + row) * row_bytes(BITS, columns), end - r < ROWS ? end - r : ROWS, columns);
-  }
-  DEVICE const char* query_key_value(const Layer& l, int i) const {
-    constexpr int BYTES = row_bytes(ATTENTION_BITS, D);
-    return i < OUT ? (const char*)l.q + (size_t)i * BYTES
-           : i < OUT + HKV * HD ? (const char*)l.k + (size_t)(i - OUT) * BYTES
-                                : (const char*)l.v + (size_t)(i - OUT - HKV * HD) * BYTES;
-  }
-  DEVICE void queries_keys_values(const Layer& l) {
-    const int end = share_end(NQKV);
-#pragma unroll 1
-    for (int r = share_begin(NQKV); r < end; r += ROWS)
-      tile<ATTENTION_BITS>(query_key_value(l, r + row), end - r < ROWS ? end - r : ROWS, D);
-  }
-  // Every `apart`-th of this block's rows of n comes into the L2 cache, from the one that follows `skipped` others.
-  template <class Row> DEVICE void foresee(int n, int skipped, int apart, int bytes, Row row_at) {
+  template <int BITS> DEVICE void matrix(const void* base, int n, int columns) {
     const int end = share_end(n);
 #pragma unroll 1
-    for (int r = share_begin(n) + skipped + (warp * 32 + lane) * apart; r < end; r += FETCHERS * 32 * apart)
-      prefetch(row_at(r), bytes);
+    for (int r = share_begin(n); r < end; r += ROWS)
+      tile<BITS>((const char*)base + (size_t)(r + row) * row_bytes(BITS, columns), end - r < ROWS ? end - r : ROWS, columns);
   }
-  // While blocks wait for each other around the attention, the ring is full, and before an FFN it is not known what comes
-  // next: memory would rest. What is read for sure comes into the L2 cache meanwhile: the rest of the output product, the
-  // router, and as much as AHEAD allows of the next layer's queries, keys and values, or of a dense FFN.
-  DEVICE void foresee(const Layer& l, bool last, int tiles) {
-    constexpr int OUT_BYTES = row_bytes(ATTENTION_BITS, OUT), BYTES = row_bytes(E > 0 ? ATTENTION_BITS : FFN_BITS, D);
-    constexpr int N = E > 0 ? NQKV : (GATED ? 2 : 1) * F, ROOM = LTE_AHEAD / BYTES, APART = (N + ROOM - 1) / (ROOM > 0 ? ROOM : 1);
-    if (ROOM == 0) return;
-    foresee(D, tiles * ROWS, 1, OUT_BYTES, [&](int r) { return (const char*)l.out + (size_t)r * OUT_BYTES; });
-    if (E == 0) {
-      foresee(F, 0, APART, BYTES, [&](int r) { return (const char*)l.up + (size_t)r * BYTES; });
-      if (GATED) foresee(F, 0, APART, BYTES, [&](int r) { return (const char*)l.gate + (size_t)r * BYTES; });
-      return;
+  DEVICE void queries_keys_values(const Layer& l) {
+    constexpr int BYTES = row_bytes(ATTENTION_BITS, D);
+    const int end = share_end(NQKV);
+#pragma unroll 1
+    for (int r = share_begin(NQKV); r < end; r += ROWS) {
+      const int i = r + row;
+      const char* from = i < OUT ? (const char*)l.q + (size_t)i * BYTES
+                         : i < OUT + HKV * HD ? (const char*)l.k + (size_t)(i - OUT) * BYTES
+                                              : (const char*)l.v + (size_t)(i - OUT - HKV * HD) * BYTES;
+      tile<ATTENTION_BITS>(from, end - r < ROWS ? end - r : ROWS, D);
     }
-    foresee(E, 0, 1, D * SIZE, [&](int r) { return (const char*)l.router + (size_t)r * D * SIZE; });
-    const Layer& next = *(&l + 1);
-    if (!last) foresee(NQKV, 0, APART, BYTES, [&](int r) { return query_key_value(next, r); });
   }
   // Keys and values of the tokens before the new one, a stage of each in turn.
   DEVICE void cache(const Layer& l) {
@@ -357,11 +333,7 @@ struct Producer {
       const Layer& l = a.layers[i];
       queries_keys_values(l);
       cache(l);
-      // As many tiles of the output product as the ring has room for.
-      constexpr int TILES = STAGES / ((OUT + slab_of(ATTENTION_BITS) - 1) / slab_of(ATTENTION_BITS));
-      matrix<ATTENTION_BITS>(l.out, D, OUT, 0, TILES);
-      foresee(l, i + 1 == a.num_layers, TILES);
-      matrix<ATTENTION_BITS>(l.out, D, OUT, TILES);
+      matrix<ATTENTION_BITS>(l.out, D, OUT);
       const char *gate = (const char*)l.gate, *up = (const char*)l.up, *down = (const char*)l.down;
       const char* pairs = (const char*)l.down_pairs;
       if (E > 0) {
