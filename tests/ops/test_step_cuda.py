@@ -102,6 +102,22 @@ def test_fp32_matches_the_reference(
     assert_steps_match(machine, plan, 1 + index % 4, 1e-5, relative_rms, **extra)
 
 
+def test_caches_larger_than_the_weights_are_fetched_by_more_warps(
+    emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plan, machine, used = random_plan(Shape(), torch.float32), emulator(), []
+    load = Emulator.load
+    monkeypatch.setattr(Emulator, "load", lambda self, macros: used.append(macros["FETCHERS"]) or load(self, macros))
+    for length, warps in ((24, cuda.FETCHERS), (4000, cuda.MANY_FETCHERS)):
+        caches = new_caches(plan, 2, length, 0)
+        step, reference = CudaEngine(plan, machine).bind(caches), ReferenceEngine(plan).bind(copied(caches))
+        for index in range(20):
+            inputs = step_inputs(plan, 2, index, [0, 3])
+            assert relative_rms(step(*inputs), reference(*inputs)) <= 1e-5
+        assert used.pop() == warps
+
+
 def test_it_says_which_experts_the_last_layer_switched_on(emulator: Callable[..., Emulator]) -> None:
     torch.manual_seed(0)
     plan = random_plan(Shape(), torch.float32)

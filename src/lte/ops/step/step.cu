@@ -245,7 +245,6 @@ struct Producer {
 
   // Rows of a stage, some for each warp; the first lanes of a warp know where theirs comes `from`.
   DEVICE void fetch(const void* from, int rows, int bytes) {
-    constexpr int EACH = ROWS / FETCHERS;
     wait(s.empty[stage], parity);
 #if LTE_BULK
     if (row == 0) expect(s.full[stage], rows * bytes);
@@ -253,8 +252,8 @@ struct Producer {
 #else
     // All lanes share the warp's rows, 16 bytes at a time.
 #pragma unroll 1
-    for (int i = 0; i < EACH && warp * EACH + i < rows; i++)
-      copy_line(s.ring[stage] + (warp * EACH + i) * PITCH, shuffle((const char*)from, i), bytes);
+    for (int i = 0, first = warp * (ROWS / FETCHERS); i < ROWS / FETCHERS && first + i < rows; i++)
+      copy_line(s.ring[stage] + (first + i) * PITCH, shuffle((const char*)from, i), bytes);
     arrive_when_copied(s.full[stage]);
 #endif
     if (++stage == STAGES) stage = 0, parity ^= 1;
