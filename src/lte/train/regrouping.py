@@ -59,8 +59,9 @@ class KeptContributions:
     def update(self, hidden: Tensor, logits: Tensor, mask: Tensor) -> None:
         """Adds activations [..., F] with all experts on, and router logits [..., E], of the tokens of a mask [B, T]."""
         counted = mask.to(hidden.device).flatten()
-        contributions = hidden.flatten(0, -2)[counted].float().abs() * self.down_norms
-        shares = contributions / contributions.sum(-1, keepdim=True).clamp_min(1e-30)
+        # Picking rows makes a copy, which may change in place: it is the largest tensor here.
+        shares = hidden.flatten(0, -2)[counted].float().abs_().mul_(self.down_norms)
+        shares /= shares.sum(-1, keepdim=True).clamp_min(1e-30)
         kept = (logits.flatten(0, -2)[counted] > self.threshold).float()
         with torch.autocast(hidden.device.type, enabled=False):
             self.sums += (shares.T @ kept).double()
