@@ -5,7 +5,7 @@ times during the ramp it is measured how much of each neuron's contribution ever
 target, and the neurons are assigned anew. Routers and experts stay what they are; only which neurons they switch
 changes, so the dense function and its optimiser go on as before.
 
-Shapes: N counted tokens, D hidden size, F neurons, E experts of S = F / E neurons.
+Shapes: B sequences, T tokens, D hidden size, F neurons, E experts of S = F / E neurons.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ one for each."""
 class KeptContributions:
     """How much of what each neuron contributes every expert's router would keep, in one FFN.
 
-    What neuron n adds to the FFN's output for a token has the norm c_n = |h_n| ||w_down,n||, here as a share of the sum
-    over the token's neurons: every token counts the same. With g_e = 1 where expert e's logit is above the threshold,
-    A_ne = E[g_e c_n]. A grouping loses 1 - sum_n A_n,e(n), so that the best one has the largest sum.
+    What neuron n adds to the FFN's output for a token has the norm |h_n| ||w_down,n||. c_n is its square, as a share of
+    the sum over the token's neurons: every token counts the same. With g_e = 1 where expert e's logit is above the
+    threshold, A_ne = E[g_e c_n]. A grouping loses 1 - sum_n A_n,e(n), so that the best one has the largest sum.
+
+    With routers fitted to six layers of SmolLM2-135M at 50%, on held-out text, squares lowered the relative error of
+    the outputs by 0 to 3%, the norms themselves by none on the mean. The covariance of g_e and c_n, which leaves out how busy both are,
+    raised it by 10 to 500%.
 
     Args:
         ffn: whose neurons and router they are.
@@ -60,7 +64,7 @@ class KeptContributions:
         """Adds activations [..., F] with all experts on, and router logits [..., E], of the tokens of a mask [B, T]."""
         counted = mask.to(hidden.device).flatten()
         # Picking rows makes a copy, which may change in place: it is the largest tensor here.
-        shares = hidden.flatten(0, -2)[counted].float().abs_().mul_(self.down_norms)
+        shares = hidden.flatten(0, -2)[counted].float().mul_(self.down_norms).square_()
         shares /= shares.sum(-1, keepdim=True).clamp_min(1e-30)
         kept = (logits.flatten(0, -2)[counted] > self.threshold).float()
         with torch.autocast(hidden.device.type, enabled=False):
