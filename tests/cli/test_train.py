@@ -362,6 +362,15 @@ def test_grouping_by_activity_gets_its_text(
             "margin_weight must be 0 without stage 2",
         ),
         (
+            ["--model", "MODEL", "--output", "OUT", "--regroup-count", "2", "--lora-rank", "4"],
+            "regroup_count must be 0 for a model with adapters",
+        ),
+        (
+            ["--model", "MODEL", "--output", "OUT", "--regroup-count", "2", "--optim", "adamw_bnb_8bit"],
+            "optim must keep its moments as one number for each weight where neurons move with regroup_count, got "
+            "optim=adamw_bnb_8bit",
+        ),
+        (
             ["--model", "MODEL", "--output", "OUT", "--union-weight", "1", "--union-tokens", "64"],
             "union_tokens must be at most sequence_length=32",
         ),

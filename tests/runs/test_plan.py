@@ -43,7 +43,7 @@ EXAMPLES = {
     "ablations/switching": 12,
     "ablations/wikipedia_recipe": 4,
     "ablations/wikipedia_fewer_articles": 6,
-    "recipe/ideas": 25,
+    "recipe/ideas": 27,
     "recipe/steady": 12,
     "recipe/tokens": 7,
 }

@@ -58,6 +58,9 @@ def check_combination(
         return
     check_match(train, distils)
     check_margin(train, 2 in stages)
+    check_regrouping(train, 1 in stages, has_adapters=train.lora_rank is not None)
+    if train.regroup_count and train.optim == "adamw_bnb_8bit":
+        refuse_moments(train.optim, "moments in blocks of its own")
     if train.union_weight and train.union_tokens > sequence_length:
         raise ValueError(
             f"union_tokens must be at most sequence_length={sequence_length}, as rows without a whole chunk have no "
@@ -86,6 +89,30 @@ def check_margin(train: RecipeSettings, has_stage2: bool) -> None:
             f"margin_weight must be 0 without stage 2, in which it acts, got margin_weight={train.margin_weight:g}; "
             "leave it out, or train both stages"
         )
+
+
+def check_regrouping(train: RecipeSettings, has_stage1: bool, *, has_adapters: bool) -> None:
+    """Raises a `ValueError` for neurons that are to move where they cannot."""
+    if not train.regroup_count:
+        return
+    if not has_stage1:
+        raise ValueError(
+            f"regroup_count must be 0 without stage 1, in which neurons move, got regroup_count={train.regroup_count}; "
+            "leave it out, or train both stages"
+        )
+    if has_adapters:
+        raise ValueError(
+            "regroup_count must be 0 for a model with adapters, as the weights under them are frozen and not saved "
+            f"with them, got regroup_count={train.regroup_count}; train all weights, or leave it out"
+        )
+
+
+def refuse_moments(optimiser: str, what: str) -> None:
+    """Raises a `ValueError`: neurons cannot move with the state of this optimiser."""
+    raise ValueError(
+        "optim must keep its moments as one number for each weight where neurons move with regroup_count, got "
+        f"optim={optimiser} with {what}; take adamw_torch or, for weights in bfloat16, adamw_torch_8bit"
+    )
 
 
 def check_bias_start(train: RecipeSettings) -> None:

@@ -93,6 +93,12 @@ class RecipeSettings:
         "how the loss rises with each layer's sparsity, and each layer gets a target and a price of its own.",
         affects="routing",
     )
+    regroup_count: int = option(
+        0,
+        "How often neurons move to other experts while the target rises, evenly spread over its ramp: to those whose "
+        "routers would keep most of what they contribute; 0: the groups stay as they were made.",
+        affects="routing",
+    )
     loss_chunk_tokens: int | None = option(
         None,
         "Of how many tokens the logits exist at once in the loss of a language model; 0: of all; unset: as many as fit "
@@ -107,7 +113,8 @@ class RecipeSettings:
             check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
         if not 0 < self.ramp_ratio <= 1:
             raise ValueError(f"ramp_ratio must lie in (0, 1], got ramp_ratio={self.ramp_ratio}")
-        for name in ("router_fit_tokens", "calibration_tokens", "pole_guard", "eta", "loss_chunk_tokens"):
+        counts = ("router_fit_tokens", "calibration_tokens", "regroup_count", "loss_chunk_tokens")
+        for name in (*counts, "pole_guard", "eta"):
             if getattr(self, name) is not None:
                 check_not_negative(name, getattr(self, name))
         self._check_losses()

@@ -18,6 +18,7 @@ from lte.train.config import Stage
 from lte.train.dropped_start import DroppedStart
 from lte.train.layer_prices import LayerPrices
 from lte.train.optimisers import keep_routers_wide_
+from lte.train.regrouping import Regrouping, check_movable, kept_contributions
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
@@ -39,6 +40,7 @@ class RoutingControl(AnyTrainer):
     step_layers: list[list[float]]
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
+    _regrouped_text: list[dict[str, Tensor]]
     dropped_start: DroppedStart | None
     prices: LayerPrices | None
     _resumed: Path | None
@@ -75,7 +77,10 @@ class RoutingControl(AnyTrainer):
             self.routing.ramp_ratio,
             self.args.get_warmup_steps,
             self._stage2_rate,
+            self.routing.regroup_count if self._regroups else 0,
         )
+        if self.schedule.regroup_steps:
+            check_movable(self.optimizer if optimizer is None else optimizer)
         if self.lr_scheduler is not None or self.args.lr_scheduler_type != "linear":
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
@@ -106,12 +111,29 @@ class RoutingControl(AnyTrainer):
             self.load_control_state(self._resumed)
 
     def begin_step(self) -> None:
-        """Switches to stage 2 where it starts: other switching of experts, and an optimiser without memory."""
+        """Switches to stage 2 where it starts: other switching of experts, and an optimiser without memory.
+
+        Moves neurons between experts before the steps that the settings say.
+        """
         if self.schedule.starts_stage2(self.state.global_step):
             settled = self.eta_controller.settled if self.stage.controls_eta else None
             self._enter(self.schedule.stage_at(self.state.global_step), settled)
             if not self.is_deepspeed_enabled:
                 self.optimizer.state.clear()
+        if self.state.global_step in self.schedule.regroup_steps:
+            self.regroup_()
+
+    @property
+    def _regroups(self) -> bool:
+        return bool(self.ffns and self.routing.regroup_count and self.routing.recipe != "dense")
+
+    def regroup_(self) -> None:
+        """Moves neurons, and what the optimiser remembers of them, to the experts whose routers fit them."""
+        with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+            found = kept_contributions(self.model, self._regrouped_text, self._target_logits)
+            regrouping = self._of_first_process(Regrouping.of(found))
+        regrouping.apply_(self.ffns, self.optimizer)
+        self.log(regrouping.logged(self.ffns))
 
     def _enter(self, stage: Stage, first_eta: float | None = None) -> None:
         self.stage = stage

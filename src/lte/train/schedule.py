@@ -20,6 +20,10 @@ class Schedule:
         ramp_ratio: share of stage 1 over which the target rises from 0.
         warmup: steps with a rising learning rate in a stage of so many steps.
         stage2_rate: peak learning rate of stage 2 over that of stage 1.
+        regroup_count: how often neurons move to other experts.
+
+    Raises:
+        ValueError: if the ramp has too few steps for that.
     """
 
     stages: tuple[Stage, Stage]
@@ -29,6 +33,25 @@ class Schedule:
     ramp_ratio: float
     warmup: Callable[[int], int]
     stage2_rate: float = 1.0
+    regroup_count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.regroup_count and self.regroup_count >= self.ramp_steps:
+            raise ValueError(
+                f"regroup_count must be below the {self.ramp_steps} steps over which the target rises, got "
+                f"regroup_count={self.regroup_count}; lower it, or make stage 1 longer"
+            )
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps of stage 1 over which the target rises."""
+        return int(self.ramp_ratio * self.stage1_steps)
+
+    @property
+    def regroup_steps(self) -> tuple[int, ...]:
+        """The steps before which neurons move: they part the ramp evenly."""
+        parts = self.regroup_count + 1
+        return tuple(self.ramp_steps * part // parts for part in range(1, parts))
 
     def stage_at(self, step: int) -> Stage:
         """The stage that does the step; after the last step, the last stage."""
@@ -43,8 +66,7 @@ class Schedule:
         # At a switch that of the stage that ends.
         if self.stage_at(max(0, step - 1)).number == 2:
             return self.target_sparsity
-        ramp_steps = int(self.ramp_ratio * self.stage1_steps)
-        return self.target_sparsity * min(1.0, step / max(1, ramp_steps))
+        return self.target_sparsity * min(1.0, step / max(1, self.ramp_steps))
 
     def share_of_stage2(self, step: int) -> float:
         """Which share of stage 2 is over before the step; below 0 in stage 1."""

@@ -43,7 +43,13 @@ from lte.train.checkpoints import (
     rotate_checkpoints,
 )
 from lte.train.chunked_loss import ChunkedLoss
-from lte.train.combinations import check_bias_start, check_margin, check_match, refuse_bias_of_adapters
+from lte.train.combinations import (
+    check_bias_start,
+    check_margin,
+    check_match,
+    check_regrouping,
+    refuse_bias_of_adapters,
+)
 from lte.train.compilation import compiled_layers
 from lte.train.config import stages_of
 from lte.train.disk_space import check_space, what_to_delete
@@ -54,6 +60,7 @@ from lte.train.layer_budgets import BUDGET_TOKENS, budgets, loss_rises
 from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
 from lte.train.objective import language_terms, routing_terms
+from lte.train.regrouping import REGROUP_TOKENS
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
 from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
@@ -158,6 +165,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         # Of layers with targets of their own, and their active fractions in each pass of a step.
         self.prices: LayerPrices | None = None
         self.step_layers: list[list[float]] = []
+        # On which it is measured where neurons belong.
+        self._regrouped_text: list[dict[str, Tensor]] = []
         if self._distills:
             self._check_own_loss()
         if self._distills and self.predicts_next_token:
@@ -244,6 +253,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         with ExitStack() as held:
             self._resumed = self._begin(resume_from_checkpoint, held)
             self._check_acting()
+            self._read_regrouped_text()
             for name in ("lte_measurement", "lte_curve"):
                 if hasattr(self.model.config, name):
                     setattr(self.model.config, name, None)
@@ -381,6 +391,12 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         routing = self.routing
         if not self.ffns or routing.recipe == "dense" or self._resumed is not None:
             return
+        check_regrouping(routing, routing.stage1_ratio > 0, has_adapters=hasattr(self.model, "peft_config"))
+        if routing.regroup_count and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "regroup_count must be 0 where parameters lie in shards (DeepSpeed, FSDP), got "
+                f"regroup_count={routing.regroup_count}; leave it out"
+            )
         check_margin(routing, routing.stage1_ratio < 1)
         if self._drops_into_bias and not any(ffn.router.weight.any() for ffn in self.ffns):
             check_bias_start(routing)
@@ -412,6 +428,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         router = self.ffns[0].router
         routed = 1 - router.always_on / len(router.bias)
         self.prices = LayerPrices(self._of_first_process(budgets(rises, self.target_sparsity, routed=routed)))
+
+    def _read_regrouped_text(self) -> None:
+        # Once, before the first step: a loader of the trainer's own would lose its place later.
+        if self._regroups:
+            self._regrouped_text = list(self._spread_batches(self.train_dataset, REGROUP_TOKENS))
 
     def _of_first_process(self, value: Any) -> Any:
         """What the first process found: the last bits of sums may differ between devices."""
