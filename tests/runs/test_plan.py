@@ -27,6 +27,8 @@ EXAMPLES = {
     "compare/wikipedia": 53,
     "compare/wikitext2": 56,
     "compare/wikipedia_books": 9,
+    "compare/qwen_coder_0_5b": 32,
+    "compare/qwen_coder_1_5b": 28,
     "compare/instruct": 19,
     "ablations/chat_questions": 5,
     "ablations/eta": 48,
