@@ -120,8 +120,8 @@ def read_gguf(path: str | Path, *, parts: bool = False) -> GgufFile:
     count = file.metadata.get("split.count", 1)
     if count > 1 and not parts:
         raise ValueError(
-            f"{path} must hold the whole model, got one of {count} parts; lte convert reads the first of them, or join "
-            "them: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+            f"{path} must hold the whole model, got one of {count} parts; join them: llama-gguf-split --merge "
+            "FIRST_PART WHOLE.gguf, or make a folder of them: lte convert FIRST_PART"
         )
     return _with_parts(file, count) if count > 1 else file
 
