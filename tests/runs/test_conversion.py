@@ -181,7 +181,7 @@ def test_refuses_another_conversion_in_the_same_folder(dense: Path, tmp_path: Pa
     killed = lte.LteConfig(expert_size=EXPERT_SIZE)
     folder = conversion.StreamedFolder(sparse, {"command": "convert", "settings": killed.to_dict()}, 3)
     folder.begin()
-    with pytest.raises(ValueError, match="output must be new or of the same conversion, got .* begun with another"):
+    with pytest.raises(ValueError, match=r"output must be new or of the same conversion, got .* begun with another"):
         convert_folder(dense, sparse, CONFIG)
     shutil.rmtree(sparse)
     convert_folder(dense, sparse, CONFIG)
@@ -232,8 +232,8 @@ def test_refuses_a_model_of_the_wrong_kind(dense: Path, tmp_path: Path) -> None:
 def _peak_bytes(reset: bool = False) -> int:
     """The most memory since the last reset, mapped files included."""
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
