@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader, RandomSampler
 
 from lte.data import encoding, streams
 from lte.data.config import DataConfig
@@ -160,6 +163,24 @@ def test_processes_share_what_one_of_them_makes(tokenizer: Any, settings: dict[s
         child.join()
     assert sum(made for made, _ in found) == 1
     assert len({rows for _, rows in found}) == 1
+
+
+def batches(tokenizer: Any, settings: dict[str, Any], processes: int, index: int, skipped: int = 0) -> list[Any]:
+    """What one of several processes trains on, as Trainer and accelerate deal out rows: eight of each step in all."""
+    rows = load(tokenizer, settings).train
+    sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(5))
+    loader = DataLoader(rows, batch_size=8 // processes, sampler=sampler, drop_last=True)
+    mine = prepare_data_loader(loader, num_processes=processes, process_index=index, put_on_device=False)
+    return [batch["input_ids"] for batch in skip_first_batches(mine, skipped)]
+
+
+def test_the_order_is_that_of_any_number_of_processes_and_resumes(tokenizer: Any, settings: dict[str, Any]) -> None:
+    alone = batches(tokenizer, settings, 1, 0)
+    assert len(alone) == 5
+    several = zip(*(batches(tokenizer, settings, 4, index) for index in range(4)), strict=True)
+    assert all(torch.equal(step, torch.cat(parts)) for step, parts in zip(alone, several, strict=True))
+    resumed = zip(*(batches(tokenizer, settings, 2, index, skipped=2) for index in range(2)), strict=True)
+    assert all(torch.equal(step, torch.cat(parts)) for step, parts in zip(alone[2:], resumed, strict=True))
 
 
 def test_what_a_killed_process_left_is_no_cache(tokenizer: Any, settings: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lte
+from lte.hf import streaming
 from lte.hf.streaming import WORK_FOLDER
 from lte.hf.tensor_files import NewTensor, write_tensors
 from lte.runs import conversion
@@ -219,6 +220,31 @@ def test_refuses_damaged_checkpoints(dense: Path, tmp_path: Path) -> None:
     torch.save(numbers, dense / "pytorch_model.bin")
     with pytest.raises(ValueError, match="model must hold its weights as safetensors to be converted layer by layer"):
         convert_folder(dense, tmp_path / "other", CONFIG)
+
+
+def test_refuses_numbers_that_the_dtype_does_not_hold(dense: Path, tmp_path: Path) -> None:
+    numbers = tensors(dense)
+    numbers["lm_head.weight"][0, 0] = 1e5
+    save_file(numbers, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"infinity in lm_head\.weight; take dtype float32 or bfloat16"):
+        convert_folder(dense, tmp_path / "sparse", CONFIG, dtype=torch.float16)
+
+
+def test_refuses_to_begin_without_room(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lte.hf.streaming.free_bytes", lambda path: 1000)
+    with pytest.raises(OSError, match=r"sparse needs 0\.0 GB for what is still to be written, got 0\.0 GB free there"):
+        convert_folder(dense, tmp_path / "sparse", CONFIG)
+    assert not list((tmp_path / "sparse").glob("*.safetensors"))
+
+
+def test_a_model_of_the_hub_is_downloaded_without_its_pickles(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(streaming, "snapshot_download", lambda name, **given: asked.append((name, given)) or str(dense))
+    assert streaming._folder_of("org/name") == streaming._folder_of(str(dense)) == dense
+    ((name, given),) = asked
+    assert name == "org/name"
+    assert {"*.safetensors", "*.json"} < set(given["allow_patterns"])
+    assert not any(pattern.endswith(".bin") for pattern in given["allow_patterns"])
 
 
 def test_refuses_a_model_of_the_wrong_kind(dense: Path, tmp_path: Path) -> None:

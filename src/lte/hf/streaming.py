@@ -6,6 +6,7 @@ names, dtypes and tied weights, and what it says of missing tensors holds. The t
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from lte.files import checksums, explained_write_errors, is_gguf, write_json_atomic
+from lte.files import checksums, explained_write_errors, free_bytes, is_gguf, write_json_atomic
 from lte.hf.card import CARD_FILE
 from lte.hf.checkpoints import CHECKSUM_FILE, UnreadableModelError, is_finite, load_whole, reading
 from lte.hf.dense import model_location
@@ -65,24 +66,23 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer by the model's name for it, on the CPU."""
-        return self._checked(name, self.source.read(self.names[name])).to(self.model_dtype(name))
+        return self._checked(name, self.source.read(self.names[name]))
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """As `read`, in parts one after the other."""
         for piece in self.source.pieces(self.names[name]):
             yield self._checked(name, piece)
 
-    def model_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the model."""
-        return self.model.get_parameter_or_buffer(name).dtype
-
     def _checked(self, name: str, piece: Tensor) -> Tensor:
-        if not is_finite(piece):
+        """Numbers in the model's dtype, which must hold them."""
+        dtype = self.model.get_parameter_or_buffer(name).dtype
+        found = piece.to(dtype)
+        if not is_finite(found):
+            other = "take dtype float32 or bfloat16" if dtype == torch.float16 else "copy, download or save it again"
             raise UnreadableModelError(
-                f"{self.location} must hold finite weights, got NaN or infinity in {name}; copy, download or save the "
-                "folder again, or train it again"
+                f"{self.location} must hold finite weights, got NaN or infinity in {name}; {other}, or train it again"
             )
-        return piece
+        return found
 
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Copies the files of its tokenizer, if it has one, and returns their names."""
@@ -112,10 +112,7 @@ def open_checkpoint(name_or_path: str | Path, dtype: torch.dtype | None = None) 
         model, gguf_source, names = gguf_skeleton(name_or_path, dtype)
         return Checkpoint(str(name_or_path), gguf_source.files[0].parent, model, gguf_source, names)
     location = model_location(name_or_path)
-    folder = Path(location["pretrained_model_name_or_path"])
-    if not folder.is_dir():
-        wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=wanted))
+    folder = _folder_of(location["pretrained_model_name_or_path"])
     source = SafetensorsSource(folder)
     with reading(name_or_path):
         head = saved_head(AutoConfig.from_pretrained(**location))
@@ -126,6 +123,14 @@ def open_checkpoint(name_or_path: str | Path, dtype: torch.dtype | None = None) 
         )
     model = load_whole(getattr(transformers, head), location, dtype=dtype or "auto", device_map="meta")
     return Checkpoint(str(name_or_path), folder, model, source, _names_in_files(model, source.shapes, name_or_path))
+
+
+def _folder_of(name_or_path: str) -> Path:
+    """The folder of a model, downloaded if it is on the hub."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(name_or_path, allow_patterns=wanted))
 
 
 def _names_in_files(model: Any, files: Iterable[str], source: object) -> dict[str, str]:
@@ -228,6 +233,20 @@ class StreamedFolder:
         """Whether a shard is there as a whole."""
         record, path = self._record(index), self.output / self.shard_name(index)
         return record is not None and path.is_file() and path.stat().st_size == record["bytes"]
+
+    def require_room(self, num_bytes: int) -> None:
+        """Refuses to begin what the disk has no room for.
+
+        Raises:
+            OSError: says how much there is.
+        """
+        free = free_bytes(self.output)
+        if free < num_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.output} needs {num_bytes / 1e9:.1f} GB for what is still to be written, got {free / 1e9:.1f} "
+                "GB free there; make room, or name a folder on another disk",
+            )
 
     def write_shard(self, index: int, tensors: Iterable[NewTensor]) -> None:
         """Writes a shard, and what is known of it after that."""

@@ -264,7 +264,9 @@ def _with_shards(
     start: float,
 ) -> Conversion:
     kept = [index for index in range(folder.num_shards) if folder.is_written(index)]
-    for index in tracked([index for index in range(folder.num_shards) if index not in kept], what):
+    missing = [index for index in range(folder.num_shards) if index not in kept]
+    folder.require_room(sum(tensor.num_bytes for index in missing for tensor in tensors(index)))
+    for index in tracked(missing, what):
         folder.write_shard(index, tensors(index))
     tokenizer: list[str] = []
 
