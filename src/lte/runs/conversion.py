@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lte.config import LteConfig, check_expert_size
+from lte.files import folder_lock
 from lte.hf.card import CARD_FILE
 from lte.hf.convert import neuron_order, permuted, require_dense
 from lte.hf.families import Family, block_name, dense_ffns
@@ -27,7 +28,6 @@ from lte.hf.streaming import Checkpoint, StreamedFolder, by_block, open_checkpoi
 from lte.hf.tensor_files import NewTensor
 from lte.methods import densify_
 from lte.progress import tracked
-from lte.train.checkpoints import folder_lock
 
 TOGETHER_BYTES = 2**30
 """Layers that are smaller share a shard of about this size where nothing takes long, as on the way back to dense."""
