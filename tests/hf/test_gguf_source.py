@@ -81,3 +81,13 @@ def test_a_file_that_lacks_tensors_is_refused(path: Path, tmp_path: Path, monkey
     monkeypatch.setattr(gguf_source, "get_gguf_hf_weights_map", without)
     with pytest.raises(ValueError, match=r"got 1 missing: model\.layers\.0\.mlp\.up_proj\.weight"):
         convert_folder(path, tmp_path / "sparse", CONFIG)
+
+
+def test_an_architecture_that_is_read_otherwise_is_refused(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_source, "_reads_otherwise", lambda architecture: architecture == "llama")
+    with pytest.raises(ValueError, match=r"must be of an architecture that can be read tensor by tensor, got llama"):
+        convert_folder(path, tmp_path / "sparse", CONFIG)
+    monkeypatch.undo()
+    assert not gguf_source._reads_otherwise("llama")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -87,11 +88,25 @@ def gguf_skeleton(path: str | Path, dtype: torch.dtype | None) -> tuple[Any, Ggu
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or plain[0])
     model.tie_weights()
     architecture = file.metadata["general.architecture"]
+    if _reads_otherwise(architecture):
+        raise ValueError(
+            f"{path} must be of an architecture that can be read tensor by tensor, got {architecture}, which "
+            f"transformers {transformers.__version__} reads in another way; convert it in memory with lte train"
+        )
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     mapped = get_gguf_hf_weights_map(model, processor, architecture)
     names = {own: name for name, own in mapped.items() if name in file.tensors}
     _require_all(model, file, names)
     return model, GgufSource(file, processor), names
+
+
+def _reads_otherwise(architecture: str) -> bool:
+    """Whether this transformers reads files of an architecture by other rules than those that are used here."""
+    try:
+        from transformers.integrations.gguf.utils import is_gguf_arch_supported
+    except ImportError:  # Older versions have no other rules.
+        return False
+    return is_gguf_arch_supported(architecture)
 
 
 def _require_all(model: Any, file: GgufFile, names: dict[str, str]) -> None:
