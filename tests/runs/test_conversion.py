@@ -216,9 +216,33 @@ def test_refuses_damaged_checkpoints(dense: Path, tmp_path: Path) -> None:
     save_file(numbers, dense / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"must hold all weights of the model, got 1 missing: {name}"):
         convert_folder(dense, tmp_path / "other", CONFIG)
+    with (dense / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match=r"the weight file model\.safetensors is corrupt or cut short"):
+        convert_folder(dense, tmp_path / "other", CONFIG)
     (dense / "model.safetensors").unlink()
     torch.save(numbers, dense / "pytorch_model.bin")
     with pytest.raises(ValueError, match="model must hold its weights as safetensors to be converted layer by layer"):
+        convert_folder(dense, tmp_path / "other", CONFIG)
+
+
+def test_refuses_what_cannot_be_read_tensor_by_tensor(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "rename_source_key", lambda name, *rules: (name, "experts.*"))
+        with pytest.raises(ValueError, match="must hold the tensors of its model as they are to be read"):
+            convert_folder(dense, tmp_path / "sparse", CONFIG)
+    with monkeypatch.context() as patch:
+        find = streaming._names_in_files
+        patch.setattr(streaming, "_names_in_files", lambda model, files, source: {
+            own: name for own, name in find(model, files, source).items() if own != "model.norm.weight"
+        })  # fmt: skip
+        with pytest.raises(ValueError, match=r"must hold model\.norm\.weight, got none"):
+            convert_folder(dense, tmp_path / "sparse", CONFIG)
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "architectures": ["MyOwnLlama"]}))
+    with pytest.raises(ValueError, match="model must be of a class of transformers to be read layer by layer, got"):
         convert_folder(dense, tmp_path / "other", CONFIG)
 
 

@@ -113,8 +113,8 @@ def open_checkpoint(name_or_path: str | Path, dtype: torch.dtype | None = None) 
         return Checkpoint(str(name_or_path), gguf_source.files[0].parent, model, gguf_source, names)
     location = model_location(name_or_path)
     folder = _folder_of(location["pretrained_model_name_or_path"])
-    source = SafetensorsSource(folder)
     with reading(name_or_path):
+        source = SafetensorsSource(folder)
         head = saved_head(AutoConfig.from_pretrained(**location))
     if head is None:
         raise ValueError(
