@@ -24,6 +24,7 @@ from lte.hf.dense import load_tokenizer
 from lte.ops.step import engines
 from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
+from lte.runs.conversion import convert_folder
 from tests.cli.conftest import save_tiny_model
 from tests.hf.gguf_files import tiny_llama, train_tokenizer, write_gguf
 from tests.hf.step_models import take_reference_engines
@@ -219,3 +220,21 @@ class TestRoundedSteps:
             module.main([folder, *flags, "--repeats", "2", "--output", str(tmp_path / "rows.json")])
         rows = read_json(tmp_path / "rows.json")["rows"]
         assert [row.get("note") for row in rows] == ["NoPlanError: it is Monday"] * 2 + [None]
+
+
+def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversion = script("conversion")
+    tiny = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    monkeypatch.setattr(conversion, "LLAMA2_7B", {**conversion.LLAMA2_7B, **tiny, "num_key_value_heads": 4})
+    conversion.make_checkpoint(tmp_path / "dense", 2)
+    assert [path.name for path in (tmp_path / "dense").glob("*.safetensors")] == ["model.safetensors"]
+    convert_folder(tmp_path / "dense", tmp_path / "sparse", lte.LteConfig(expert_size=8))
+    assert conversion.layer_bytes(tmp_path / "sparse") < conversion.size(tmp_path / "sparse") / 2
+    assert conversion.size(tmp_path / "sparse") > conversion.size(tmp_path / "dense")
+    found = conversion.measured([sys.executable, "-c", "x = bytearray(10**8)"])
+    assert found["peak_rss_bytes"] > 1e8
+    assert found["seconds"] > 0
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        conversion.measured([sys.executable, "-c", "exit(3)"])

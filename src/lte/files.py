@@ -15,9 +15,10 @@ import shutil
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from urllib.request import getproxies
 
 Checksums = dict[str, dict[str, Any]]
 GGUF_MAGIC = b"GGUF"
+LOCK_FILE = ".lte.lock"
 
 
 def check_place(name: str, path: str | Path, *, folder: bool = False) -> None:
@@ -134,6 +136,41 @@ def free_bytes(path: str | Path) -> int:
     """Free space where a path lies, or will lie."""
     path = Path(path).absolute()
     return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
+
+
+@contextmanager
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """Holds a folder for this process alone, and makes it if need be; the system frees it when the process dies.
+
+    Raises:
+        ValueError: if another process has it, or another thread.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        # A process that was just killed may leave children, which end within moments.
+        lock.acquire(timeout=2, poll_interval=0.2)
+    except Timeout:
+        raise ValueError(
+            f"output folder must be that of one process, got {folder}, into which another one trains now; wait until "
+            "it ends, stop it, or take another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{folder} could not be locked ({error}); let one process alone train into it", stacklevel=3)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file.
+                (folder / LOCK_FILE).unlink()
+            lock.release()
+        if is_new:
+            with suppress(OSError):  # It holds something by now.
+                folder.rmdir()
 
 
 def sync(path: str | Path) -> None:

@@ -17,6 +17,9 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "train": "Trains a sparse model in two stages and writes a folder that from_pretrained and the other commands "
     "load.",
+    "convert": "Converts a dense checkpoint of any size into an LTE folder with untrained routers, in the memory of a "
+    "layer.",
+    "densify": "Writes a sparse folder's stock dense model, without routers, for engines that know nothing of lte.",
     "data": "Shows what lte reads of files: the columns it uses and how, and a row as the model will see it.",
     "eval": "Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per "
     "token.",

@@ -151,6 +151,34 @@ def write_gguf(
     return path
 
 
+def copy_gguf(path: Path, parts: int = 1, kind: gguf.GGMLQuantizationType | None = None) -> list[Path]:
+    """Copies of a file in parts, as `llama-gguf-split` makes them, and with its matrices in another type."""
+    reader = gguf.GGUFReader(path)
+    per_part, copies = -(-len(reader.tensors) // parts), []
+    for part in range(parts):
+        ending = f"-{part + 1:05d}-of-{parts:05d}" if parts > 1 else f"-{kind.name if kind else 'copy'}"
+        copies.append(path.with_name(f"{path.stem}{ending}.gguf"))
+        writer = gguf.GGUFWriter(copies[-1], "llama")
+        if part:
+            writer.kv_data[0].clear()
+        for key, found in reader.fields.items() if not part else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                writer.add_key_value(key, found.contents(), found.types[0], found.types[-1])
+        if parts > 1:
+            writer.add_uint16("split.no", part)
+            writer.add_uint16("split.count", parts)
+        for tensor in reader.tensors[part * per_part : (part + 1) * per_part]:
+            if kind is None or tensor.data.ndim < 2:
+                writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+            else:
+                writer.add_tensor(tensor.name, gguf.quantize(np.array(tensor.data), kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return copies
+
+
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """A model's predictions without gradients."""
     with torch.no_grad():

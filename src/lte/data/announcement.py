@@ -18,19 +18,20 @@ OPEN, CLOSE = "[[", "]]"
 MOST_CHARS, MOST_STRETCHES = 120, 8
 
 
-def announce(documents: Documents, row: str) -> str:
+def announce(documents: Documents, row: str, count: int | None = None) -> str:
     """One line on a data set.
 
     Args:
         documents: as they were read.
         row: a row, from `row_as_seen` or `document_as_read`.
+        count: of the documents, where they were not kept.
     """
     columns = documents.columns
     by_use: dict[str, list[str]] = {}
     for name, use in columns.used.items():
         by_use.setdefault(use, []).append(name)
     used = ", ".join(use if names == [use] else f"{use} from {' and '.join(names)}" for use, names in by_use.items())
-    parts = [f"{documents.source}: {len(documents)} documents of kind {documents.kind}"]
+    parts = [f"{documents.source}: {len(documents) if count is None else count} documents of kind {documents.kind}"]
     parts[0] += f" ({used})" if used else ""
     parts += ["not used: " + ", ".join(sorted(map(str, columns.unused)))] if columns.unused else []
     if columns.left_out:

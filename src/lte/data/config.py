@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,14 @@ class DataConfig:
     label_prompts: bool = option(
         False,
         "Train on prompts as well, and fill rows with completions and chats as with text: documents see each other.",
+    )
+    stream: bool = option(
+        False,
+        "Read text of any size: it is tokenised once, document by document, into files that all processes share; the "
+        "hash of a document decides whether it is held out (docs/data.md).",
+    )
+    token_cache: str | None = option(
+        None, "Folder of the tokens of streamed text; unset: lte/tokens in the user's cache folder.", affects="nothing"
     )
 
     def __post_init__(self) -> None:
@@ -170,6 +179,36 @@ class Documents(list[Any]):
         self.kind, self.source, self.columns = kind, source, columns
 
 
+def iterate_documents(
+    source: str | Sequence[str], config: DataConfig, columns: Columns, split: str | None = None
+) -> Iterator[Any]:
+    """As `read_documents`, but one document after the other as they are read, of any kind and maybe none.
+
+    Args:
+        source: as there.
+        config: as there.
+        columns: gets what was used, once all were read.
+        split: as there.
+    """
+    sources = [source] if isinstance(source, str) else source
+    return (document for one in sources for document in _read(one, config, split or config.split, columns))
+
+
+def source_states(source: str | Sequence[str], config: DataConfig, split: str | None = None) -> list[Any]:
+    """What changes when a source does: of files their size and time, of hub data sets what `datasets` knows them by."""
+    found: list[Any] = []
+    for one in [source] if isinstance(source, str) else source:
+        paths = [] if config.format == "hub" or one in BUILTIN_TEXTS else _matching_files(one)
+        for path in paths:
+            state = Path(path).stat()
+            found.append([str(Path(path).resolve()), state.st_size, state.st_mtime_ns])
+        if not paths and one in BUILTIN_TEXTS:
+            found.append([one, sys.version])
+        elif not paths:
+            found.append([one, load_from_hub(one, config, split or config.split)._fingerprint])
+    return found
+
+
 def read_documents(source: str | Sequence[str], config: DataConfig, split: str | None = None) -> Documents:
     """All documents of one or more sources that hold anything, in their order.
 
@@ -186,7 +225,7 @@ def read_documents(source: str | Sequence[str], config: DataConfig, split: str |
         ValueError: if there is no such source or field, it cannot be read, it is empty, or of several kinds.
     """
     sources, columns = [source] if isinstance(source, str) else list(source), Columns()
-    documents = [document for one in sources for document in _read(one, config, split or config.split, columns)]
+    documents = list(iterate_documents(sources, config, columns, split))
     if not documents:
         left_out = "".join(f", {count} rows {reason}" for reason, count in columns.left_out.items())
         raise ValueError(f"data must hold at least one document, got none in {', '.join(sources)}{left_out}")
@@ -217,11 +256,11 @@ def _read(source: str, config: DataConfig, split: str, columns: Columns) -> Iter
     if paths:
         return chain.from_iterable(_tables(paths, config, columns))
     if config.format == "hub" or (config.format == "auto" and _looks_like_hub_name(source)):
-        return documents_of(_load_from_hub(source, config, split), config, columns)
+        return documents_of(_hub_table(source, config, split), config, columns)
     raise ValueError(_not_found(source))
 
 
-def _tables(paths: list[str], config: DataConfig, columns: Columns) -> Iterator[list[Any]]:
+def _tables(paths: list[str], config: DataConfig, columns: Columns) -> Iterator[Iterator[Any]]:
     filled = [path for path in paths if Path(path).stat().st_size]
     if not filled:
         raise ValueError(f"data must hold at least one document, got the empty file {', '.join(paths)}")
@@ -243,14 +282,23 @@ def _matching_files(source: str) -> list[str]:
     return paths
 
 
-def _load_from_hub(source: str, config: DataConfig, split: str) -> Table:
+def load_from_hub(source: str, config: DataConfig, split: str) -> Any:
+    """A data set of the hub, whose rows stay on the disk.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
     import datasets
 
     try:
-        found = datasets.load_dataset(source, config.name, split=split)
+        return datasets.load_dataset(source, config.name, split=split)
     except (OSError, ValueError) as error:
         where = f"name={config.name}, split={split}"
         raise ValueError(f"{_not_found(source)}, and could not be loaded from the hub with {where}: {error}") from error
+
+
+def _hub_table(source: str, config: DataConfig, split: str) -> Table:
+    found = load_from_hub(source, config, split)
 
     def read(wanted: Collection[str]) -> Iterator[tuple[int, Row]]:
         # As Arrow has them: pictures are not decoded.

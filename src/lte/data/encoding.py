@@ -32,6 +32,8 @@ CLOSING = 3
 WORD_GAP = re.compile(r"\S(?= [^\W\d_])")
 # Token ids and labels of one document, int32 [T] each.
 Example = tuple[np.ndarray, np.ndarray]
+# Columns of rows one after the other, and the offsets of the rows.
+Columns = tuple[dict[str, np.ndarray], np.ndarray]
 
 
 class Encoder:
@@ -91,6 +93,47 @@ class Encoder:
             "rows_sha256": digest.hexdigest(),
         }
         return to_dataset(columns, offsets, digest.hexdigest()), found
+
+    def stream(
+        self, documents: Iterable[Any], part: str, limit: int | None, counts: dict[str, int]
+    ) -> Iterator[Columns]:
+        """Rows of documents as they come, some at a time, with the offsets of these rows [R + 1].
+
+        They are those of `rows`, but for completions and chats, whose rows also end where a batch of documents does.
+
+        Args:
+            documents: of one kind; no more are read than the limit takes.
+            part: train, validation or calibration.
+            limit: of tokens.
+            counts: to which documents, tokens and all else that `rows` counts is added.
+        """
+        length, room = self.config.sequence_length, limit
+        rest, pad_rest = np.empty(0, dtype=np.int32), part == "validation"
+        for batch in _by_size(documents, counts):
+            kind = kind_of(batch[0], self.config)
+            encoded = self._text(batch, room, part) if kind == "text" else None
+            examples = list(encoded or self._labelled(kind, batch, room, part, counts))
+            if self.config.label_prompts and kind != "text":
+                examples = [(self._closed(ids),) * 2 for ids, _ in examples]
+            taken = sum(len(ids) for ids, _ in examples)
+            counts["tokens"] += taken
+            if self.config.pack and (kind == "text" or self.config.label_prompts):
+                ids = np.concatenate([rest, *(ids for ids, _ in examples)])
+                end = len(ids) - len(ids) % length
+                rest = ids[end:]
+                columns = {"input_ids": ids[:end], "labels": ids[:end]}
+                yield columns, np.arange(0, end + 1, length)
+            elif examples:
+                yield self._whole(examples)
+            room = None if room is None else room - taken
+            # The next document of several kinds may be longer than what is left.
+            if room is not None and (room <= 0 or (kind != "text" and room < length)):
+                break
+        if len(rest) and pad_rest:
+            yield self._blocks([(rest, rest)], keep_rest=True)
+        elif len(rest):
+            counts["tokens"] -= len(rest)
+            counts["dropped_tokens"] += len(rest)
 
     def _closed(self, ids: np.ndarray) -> np.ndarray:
         """A document with the end-of-text token as its last one, and nothing of a template's after it."""
@@ -243,6 +286,22 @@ class Encoder:
 
 def _size(document: Any) -> int:
     return len(document.ids) if isinstance(document, Tokens) else len(json.dumps(document))
+
+
+def _by_size(documents: Iterable[Any], counts: dict[str, int]) -> Iterator[list[Any]]:
+    """Documents in lists of about `BATCH_CHARS`, which are counted when they are used."""
+    batch: list[Any] = []
+    chars = 0
+    for document in documents:
+        batch.append(document)
+        chars += _size(document)
+        if chars >= BATCH_CHARS:
+            counts["documents"] += len(batch)
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        counts["documents"] += len(batch)
+        yield batch
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:

@@ -15,6 +15,7 @@ from lte.data.config import DataConfig, read_documents
 from lte.data.encoding import Encoder, to_dataset
 from lte.data.mix import MixPart, read_mix
 from lte.data.rows import LmDatasets, load_lm_datasets, shuffled
+from lte.data.token_cache import row_lengths
 
 if TYPE_CHECKING:
     import datasets
@@ -70,14 +71,20 @@ def _repeated(part: MixPart, found: LmDatasets) -> datasets.Dataset:
 
 
 def _tokens_of(rows: datasets.Dataset) -> int:
-    return sum(map(len, rows.with_format("numpy")["input_ids"]))
+    return int(row_lengths(rows).sum())
 
 
 def interleaved(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
     """The rows of all tables, those of each in their order and spread evenly over the whole.
 
-    Where one table keeps documents apart by `position_ids`, rows of the others get positions that go on counting.
+    Where one table keeps documents apart by `position_ids`, rows of the others get positions that go on counting. Rows
+    on the disk stay there.
+
+    Raises:
+        ValueError: if rows on the disk would need such positions.
     """
+    if any(table.cache_files for table in tables):
+        return _interleaved_on_disk(tables)
     places = [((index + 0.5) / len(table), number, index) for number, table in enumerate(tables)
               for index in range(len(table))]  # fmt: skip
     names = list(dict.fromkeys(name for table in tables for name in table.column_names))
@@ -89,6 +96,22 @@ def interleaved(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
     for name in sorted(merged):
         digest.update(merged[name])
     return to_dataset(merged, np.cumsum([0, *lengths]), digest.hexdigest())
+
+
+def _interleaved_on_disk(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    import datasets
+
+    names = {tuple(sorted(table.column_names)) for table in tables}
+    if len(names) > 1:
+        raise ValueError(
+            "label_prompts must be true to stream a mix of plain text with completions or chats that are packed, got "
+            "label_prompts=False; set it, or leave out stream"
+        )
+    sizes = [len(table) for table in tables]
+    places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    # Stable, so that ties go to the first table.
+    order = np.argsort(places, kind="stable")
+    return datasets.concatenate_datasets(list(tables)).select(order)
 
 
 def _columns(table: datasets.Dataset, names: Sequence[str]) -> dict[str, list[np.ndarray]]:

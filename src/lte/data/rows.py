@@ -278,7 +278,8 @@ def load_lm_datasets(
     Completions and chats are packed whole, next to each other: `position_ids` start from 0 in each, by which
     transformers keeps attention within each (sdpa and eager; flash attention in batches of one row only, so take
     `pack=False` there), and the first label of each is -100. A prompt that is too long loses its beginning, a
-    completion its end, a chat its beginning. With `pack=False` every document has rows of its own.
+    completion its end, a chat its beginning. With `pack=False` every document has rows of its own. With `stream` the
+    rows lie on the disk, see `lte.data.streams`.
 
     Args:
         config: where the text is.
@@ -292,6 +293,8 @@ def load_lm_datasets(
     check_sequence_length(config, max_length)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-text token, got eos_token=None; set tokenizer.eos_token")
+    if config.stream:
+        return _streamed(config, tokenizer)
     read = {"train": read_documents(config.sources, config)}
     if config.validation is not None:
         read["validation"] = read_documents(config.validation, config, config.validation_split)
@@ -325,6 +328,14 @@ def load_lm_datasets(
     calibration = rows["calibration"][0] if "calibration" in rows else None
     lines = tuple(announce(found, row_as_seen(rows[part][0][0], tokenizer)) for part, found in read.items())
     return LmDatasets(rows["train"][0], rows["validation"][0], info, calibration, lines)
+
+
+def _streamed(config: DataConfig, tokenizer: Any) -> LmDatasets:
+    from lte.data.streams import streamed_parts
+
+    rows, info = streamed_parts(config, tokenizer)
+    lines = tuple(info.pop("announcements"))
+    return LmDatasets(rows["train"], rows["validation"], info, rows.get("calibration"), lines)
 
 
 def shuffled(items: list[Any], config: DataConfig) -> list[Any]:

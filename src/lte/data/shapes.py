@@ -6,7 +6,7 @@ A document is a text; a dict with prompt and completion; a `Chat`; or `Tokens`.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -77,16 +77,16 @@ class Columns:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def documents_of(table: Table, config: DataConfig, found: Columns) -> list[Any]:
-    """The documents in a table; `found` gets what was used for them.
+def documents_of(table: Table, config: DataConfig, found: Columns) -> Iterator[Any]:
+    """The documents in a table, as they are read; `found` gets what was used for them.
 
     Raises:
         ValueError: for a table without the columns, or a row that cannot be read, with its line or number.
     """
     if not table.columns:
-        return []
+        return
     shape = find_shape(table, config)
-    seen, documents = set(table.columns), []
+    seen = set(table.columns)
     for number, row in table.read({*shape.columns, *shape.checks}):
         seen |= row.keys()
         try:
@@ -101,10 +101,9 @@ def documents_of(table: Table, config: DataConfig, found: Columns) -> list[Any]:
             continue
         if isinstance(document, Chat):
             document.origin = f"{table.name}, {table.unit} {number}"
-        documents.append(document)
+        yield document
     found.used |= {name: use for name, use in shape.columns.items() if name in seen}
     found.unused = (found.unused | seen) - found.used.keys()
-    return documents
 
 
 def find_shape(table: Table, config: DataConfig) -> Shape:

@@ -47,8 +47,12 @@ def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
                 model.set_submodule(place, dense)
 
 
-def require_dense(model: nn.Module) -> Family:
+def require_dense(model: nn.Module, *, weightless: bool = False) -> Family:
     """The family of a model whose FFNs can be replaced.
+
+    Args:
+        model: any.
+        weightless: whether its weights may lie on the meta device.
 
     Raises:
         ValueError: for an unknown family, a model with nothing to convert or already converted, or quantised weights.
@@ -61,7 +65,7 @@ def require_dense(model: nn.Module) -> Family:
             "or load the dense model"
         )
     family = family_of(getattr(model, "config", model))
-    _check_convertible(model, dense_ffns(model, family), family)
+    _check_convertible(model, dense_ffns(model, family), family, weightless)
     return family
 
 
@@ -126,16 +130,33 @@ def permute_neurons_(ffn: nn.Module, layout: FfnLayout, order: Tensor) -> None:
         linear: Any = ffn.get_submodule(name)
         matrix = layout.matrix(linear)
         index = order.to(matrix.device)
-        if name == layout.down:
-            matrix.copy_(matrix[:, index])
-            permute_adapters_(linear, index, inputs=True)
-            continue
-        if layout.fused:
-            index = torch.cat([index, index + len(index)])
-        matrix.copy_(matrix[index])
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[index])
-        permute_adapters_(linear, index, inputs=False)
+        matrix.copy_(permuted(matrix, layout, name, index))
+        if name != layout.down and linear.bias is not None:
+            linear.bias.copy_(permuted(linear.bias, layout, name, index))
+        rows = _rows(layout, name, index)
+        permute_adapters_(linear, index if rows is None else rows, inputs=rows is None)
+
+
+def permuted(tensor: Tensor, layout: FfnLayout, projection: str, order: Tensor) -> Tensor:
+    """A copy of a projection's weight or bias with the neurons of its FFN in another order.
+
+    Args:
+        tensor: [out, in] or [out].
+        layout: of the FFN.
+        projection: the name that the layout gives it.
+        order: [F], new neuron i is the old neuron `order[i]`.
+    """
+    rows = _rows(layout, projection, order)
+    if rows is not None:
+        return tensor[rows]
+    return tensor.clone() if tensor.ndim == 1 else tensor[:, order]
+
+
+def _rows(layout: FfnLayout, projection: str, order: Tensor) -> Tensor | None:
+    """The order of the rows of a projection of which rows are neurons; `None` of the down projection."""
+    if projection == layout.down:
+        return None
+    return torch.cat([order, order + len(order)]) if layout.fused else order
 
 
 def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
@@ -145,7 +166,7 @@ def _neuron_features(ffn: nn.Module, layout: FfnLayout) -> Tensor:
 
 
 @dataclass
-class _Activity:
+class Activity:
     """What an FFN's neurons did on calibration text.
 
     Attributes:
@@ -163,20 +184,30 @@ class _Activity:
 
 
 def _neuron_orders(
-    ffns: Mapping[str, nn.Module], seen: Mapping[str, _Activity], family: Family, config: LteConfig
+    ffns: Mapping[str, nn.Module], seen: Mapping[str, Activity], family: Family, config: LteConfig
 ) -> list[Tensor]:
     """The neuron order [F] of every FFN, found before any is changed."""
     return [
-        _neuron_order(ffn, seen.get(name, _Activity(None, None)), family.layout, config, config.seed + index)
+        neuron_order(_neuron_features(ffn, family.layout), config, config.seed + index, seen.get(name))
         for index, (name, ffn) in enumerate(tracked(ffns.items(), "Grouping neurons"))
     ]
 
 
-def _neuron_order(ffn: nn.Module, seen: _Activity, layout: FfnLayout, config: LteConfig, seed: int) -> Tensor:
-    """The neurons of experts that are always on, then those of the others, which are grouped among themselves."""
-    number, size = num_neurons(ffn, layout), config.expert_size
+def neuron_order(features: Tensor, config: LteConfig, seed: int, seen: Activity | None = None) -> Tensor:
+    """The order of an FFN's neurons in which those of an expert are neighbours, int64 [F] on the CPU.
+
+    The neurons of experts that are always on come first, then those of the others, which are grouped among themselves.
+
+    Args:
+        features: what k-means groups, the (gate) input weights [F, D].
+        config: of which `expert_size`, `grouping` and `always_on` count.
+        seed: of this FFN's groups.
+        seen: what the neurons did on calibration text, for configs that need it.
+    """
+    seen = seen or Activity(None, None)
+    number, size = len(features), config.expert_size
     leaders = config.num_always_on(number // size) * size
-    features = _neuron_features(ffn, layout) if seen.features is None else seen.features.gram
+    features = features if seen.features is None else seen.features.gram
     first = torch.empty(0, dtype=torch.int64) if seen.usage is None else seen.usage.most_used(leaders)
     rest = torch.ones(number, dtype=torch.bool)
     rest[first] = False
@@ -188,7 +219,7 @@ def _neuron_order(ffn: nn.Module, seen: _Activity, layout: FfnLayout, config: Lt
     return torch.cat([first, others[order]])
 
 
-def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family) -> None:
+def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family, weightless: bool) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model must be a transformers model itself, got the wrapper {type(model).__name__}; unwrap it first"
@@ -209,7 +240,7 @@ def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: 
                     f"{type(linear).__name__}; "
                     "load the model without quantisation, and merge adapters that are not LoRA first"
                 )
-            if linear.weight.is_meta:
+            if linear.weight.is_meta and not weightless:
                 raise ValueError(f"{name}.{part} must hold its weights, got a meta tensor; load the model first")
 
 
@@ -253,7 +284,7 @@ def _activity(
     family: Family,
     config: LteConfig,
     calibration: Iterable[Mapping[str, Tensor]] | None,
-) -> dict[str, _Activity]:
+) -> dict[str, Activity]:
     """Runs the calibration batches through the dense model and looks at when its neurons are active, by FFN."""
     if calibration is None:
         what = f"always_on={config.always_on}" if config.always_on else f'grouping="{config.grouping}"'
@@ -272,9 +303,9 @@ def _activity(
     return seen
 
 
-def _collectors(config: LteConfig, down: Tensor) -> _Activity:
+def _collectors(config: LteConfig, down: Tensor) -> Activity:
     features = _collector(config.grouping, down) if config.grouping in CALIBRATED_GROUPINGS else None
-    return _Activity(features, UsageCounts(down.float().norm(dim=0)) if config.always_on else None)
+    return Activity(features, UsageCounts(down.float().norm(dim=0)) if config.always_on else None)
 
 
 def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | ContributionProducts:

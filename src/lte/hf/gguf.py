@@ -71,12 +71,16 @@ class GgufFile:
         path: of the file.
         metadata: by key.
         tensors: shape, in the order of PyTorch, and offset in bytes, by name.
+        kinds: the number of each tensor's type, by name.
+        places: the files of tensors that lie in another part of the model, by name.
         sentences: tokens of the plain sentences that its model is tried on, once its tokenizer was built.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, tuple[tuple[int, ...], int]]
+    kinds: dict[str, int] = field(default_factory=dict)
+    places: dict[str, Path] = field(default_factory=dict)
     sentences: list[list[int]] = field(default_factory=list)
 
     def of_architecture(self, key: str) -> Any:
@@ -90,11 +94,19 @@ class GgufFile:
     def float_tensor(self, name: str) -> np.ndarray:
         """A one-dimensional tensor in float32, a file's factors of rotary frequencies say."""
         shape, offset = self.tensors[name]
-        return np.fromfile(self.path, dtype="<f4", count=math.prod(shape), offset=offset)
+        return np.fromfile(self.place(name), dtype="<f4", count=math.prod(shape), offset=offset)
+
+    def place(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.places.get(name, self.path)
 
 
-def read_gguf(path: str | Path) -> GgufFile:
+def read_gguf(path: str | Path, *, parts: bool = False) -> GgufFile:
     """Metadata and tensor table of a whole model in one GGUF file.
+
+    Args:
+        path: of the file.
+        parts: whether it may be the first of several, whose tensors are then all in the table.
 
     Raises:
         ValueError: if there is no such file, the `gguf` package is missing, or it is no GGUF file, an incomplete one,
@@ -104,7 +116,36 @@ def read_gguf(path: str | Path) -> GgufFile:
     if not path.is_file():
         raise ValueError(f"model must be an existing GGUF file, got {path}")
     status = path.stat()
-    return _read_gguf(path.absolute(), status.st_mtime_ns, status.st_size)
+    file = _read_gguf(path.absolute(), status.st_mtime_ns, status.st_size)
+    count = file.metadata.get("split.count", 1)
+    if count > 1 and not parts:
+        raise ValueError(
+            f"{path} must hold the whole model, got one of {count} parts; join them: llama-gguf-split --merge "
+            "FIRST_PART WHOLE.gguf, or make a folder of them: lte convert FIRST_PART"
+        )
+    return _with_parts(file, count) if count > 1 else file
+
+
+def _with_parts(first: GgufFile, count: int) -> GgufFile:
+    """The first of several files, with the tables of the others, which lie beside it."""
+    ending = f"-00001-of-{count:05d}.gguf"
+    if first.metadata.get("split.no", 0) != 0 or not first.path.name.endswith(ending):
+        raise ValueError(
+            f"model must be the first of its {count} GGUF files, named ...{ending}, got {first.path.name}; name that"
+        )
+    tensors, kinds, places = dict(first.tensors), dict(first.kinds), dict[str, Path]()
+    for number in range(2, count + 1):
+        path = first.path.with_name(first.path.name.removesuffix(ending) + f"-{number:05d}-of-{count:05d}.gguf")
+        if not path.is_file():
+            raise ValueError(f"{first.path} must lie beside its other parts, got no {path.name}; copy or download it")
+        status = path.stat()
+        part = _read_gguf(path, status.st_mtime_ns, status.st_size)
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (number - 1, count):
+            raise ValueError(f"{path} must be part {number} of {count}, got another; copy or download it again")
+        tensors |= part.tensors
+        kinds |= part.kinds
+        places |= dict.fromkeys(part.tensors, path)
+    return GgufFile(first.path, first.metadata, tensors, kinds, places)
 
 
 @lru_cache(maxsize=2)
@@ -125,11 +166,6 @@ def _read_gguf(path: Path, changed_ns: int, size: int) -> GgufFile:
         raise ValueError(f"{path} must be a whole GGUF file, got one that ends or breaks in its header") from error
     if end > size:
         raise ValueError(f"{path} must be a whole GGUF file, got {size} bytes of {end}; copy or download it again")
-    if (parts := file.metadata.get("split.count", 1)) > 1:
-        raise ValueError(
-            f"{path} must hold the whole model, got one of {parts} parts; join them: "
-            "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
-        )
     if (kind := file.metadata.get("general.type", "model")) != "model":
         raise ValueError(f"{path} must hold a model, got general.type={kind}")
     return file
@@ -137,7 +173,7 @@ def _read_gguf(path: Path, changed_ns: int, size: int) -> GgufFile:
 
 def _parse(path: Path, data: np.ndarray) -> tuple[GgufFile, int]:
     """The file's table, and where the last tensor ends."""
-    gguf = _gguf_package(path)
+    gguf = gguf_package(path)
     place = 8
 
     def take(form: str) -> Any:
@@ -170,7 +206,8 @@ def _parse(path: Path, data: np.ndarray) -> tuple[GgufFile, int]:
     for _ in range(field_count):
         key = text()
         metadata[key] = value(take("I"))
-    metadata["general.architecture"]
+    if not metadata.get("split.no"):  # What is not said in the first part is said nowhere.
+        metadata["general.architecture"]
     table = []
     for _ in range(tensor_count):
         name, dimensions = text(), take("I")
@@ -178,15 +215,20 @@ def _parse(path: Path, data: np.ndarray) -> tuple[GgufFile, int]:
         table.append((name, shape, *take("IQ")))
     alignment = metadata.get("general.alignment", 32)
     start = -(-place // alignment) * alignment
-    tensors, end = {}, place
+    tensors, kinds, end = {}, {}, place
     for name, shape, kind, offset in table:
-        block, block_bytes = _block_of(path, name, kind, gguf)
-        tensors[name] = (shape, start + offset)
+        block, block_bytes = block_of(path, name, kind, gguf)
+        tensors[name], kinds[name] = (shape, start + offset), kind
         end = max(end, start + offset + math.prod(shape) // block * block_bytes)
-    return GgufFile(path, metadata, tensors), end
+    return GgufFile(path, metadata, tensors, kinds), end
 
 
-def _gguf_package(path: Path) -> Any:
+def gguf_package(path: Path) -> Any:
+    """The package that reads them.
+
+    Raises:
+        ValueError: if it is missing.
+    """
     try:
         import gguf
     except ImportError as error:
@@ -194,7 +236,7 @@ def _gguf_package(path: Path) -> Any:
     return gguf
 
 
-def _block_of(path: Path, name: str, kind: int, gguf: Any) -> tuple[int, int]:
+def block_of(path: Path, name: str, kind: int, gguf: Any) -> tuple[int, int]:
     """Numbers and bytes in a block of a type of tensors that can be de-quantised."""
     try:
         quantization = gguf.GGMLQuantizationType(kind)
@@ -216,7 +258,7 @@ def gguf_config(path: str | Path) -> Any:
         ValueError: for a file that cannot be read, an architecture that transformers does not know, or rotary scaling
             that cannot be expressed.
     """
-    file = read_gguf(path)
+    file = read_gguf(path, parts=True)
     try:
         config = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
     except (ValueError, KeyError, OSError) as error:
@@ -226,6 +268,9 @@ def gguf_config(path: str | Path) -> Any:
     tokens = file.of_tokenizer("tokens") or ()
     if len(tokens) > rows:
         raise ValueError(f"{path} must have an embedding for each of its {len(tokens)} tokens, got {rows}")
+    if file.places:
+        # transformers has looked into the first part alone.
+        config.tie_word_embeddings = "output.weight" not in file.tensors
     window = file.of_architecture("attention.sliding_window")
     if window and config.model_type in ("mistral", "phi3"):
         config.sliding_window = window
@@ -286,7 +331,7 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if the file has none, or if the tokenizer that transformers builds is not the file's.
     """
-    file = read_gguf(path)
+    file = read_gguf(path, parts=True)
     if not file.of_tokenizer("tokens"):
         raise ValueError(f"{path} must hold a tokenizer, got none in its metadata; take a file with tokenizer.ggml.*")
     count = len(file.of_tokenizer("tokens"))

@@ -118,11 +118,7 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
     """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
 
     def build(stock: StockFfn) -> SparseFfn:
-        num_experts = check_expert_size(stock.num_neurons, config.expert_size)
-        device = stock.device
-        factory = {"device": device, "dtype": torch.float32}
-        always_on = config.num_always_on(num_experts)
-        router = Router(stock.hidden_size, num_experts, config.router_rank, always_on, **factory)
+        router = new_router(stock, config, stock.device)
         if config.dropped_bias:
             down = stock.module.get_submodule(stock.layout.down)
             if stock.layout.spread and base_of(down).bias is None:
@@ -131,11 +127,20 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
                     f"dropped_bias=True for {family.model_type}"
                 )
             add_down_bias_(down)
-        if device.type != "meta" and config.router_rank:
-            router.reset_parameters(torch.Generator(device).manual_seed(config.seed + stock.index))
         return SparseFfn(stock.parts, stock.activation, stock.layout, router, config.threshold)
 
     install_wrapped_ffns_(model, family, build)
+
+
+def new_router(stock: StockFfn, config: LteConfig, device: torch.device) -> Router:
+    """The untrained router of an FFN, in fp32; on the meta device it has no numbers."""
+    num_experts = check_expert_size(stock.num_neurons, config.expert_size)
+    always_on = config.num_always_on(num_experts)
+    factory = {"device": device, "dtype": torch.float32}
+    router = Router(stock.hidden_size, num_experts, config.router_rank, always_on, **factory)
+    if device.type != "meta" and config.router_rank:
+        router.reset_parameters(torch.Generator(device).manual_seed(config.seed + stock.index))
+    return router
 
 
 def add_down_bias_(down: Any) -> None:

@@ -14,55 +14,20 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from lte.files import LOCK_FILE as LOCK_FILE
 from lte.files import checksums, damage, sync, write_json_atomic
+from lte.files import folder_lock as folder_lock
 from lte.train.fingerprint import differences
 
 CONTROL_STATE_FILE, MANIFEST_FILE, UNFINISHED_FILE = "lte_control.json", "lte_manifest.json", ".unfinished"
-LOCK_FILE = ".lte.lock"
 # What an earlier version wrote into a checkpoint, together or, with `save_only_model`, not at all.
 _STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
-
-
-@contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Holds a folder for this process alone, and makes it if need be; the system frees it when the process dies.
-
-    Raises:
-        ValueError: if another process has it, or another thread.
-    """
-    from filelock import FileLock, Timeout
-
-    folder = Path(folder)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        # A process that was just killed may leave children, which end within moments.
-        lock.acquire(timeout=2, poll_interval=0.2)
-    except Timeout:
-        raise ValueError(
-            f"output folder must be that of one process, got {folder}, into which another one trains now; wait until "
-            "it ends, stop it, or take another folder"
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        warnings.warn(f"{folder} could not be locked ({error}); let one process alone train into it", stacklevel=3)
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            with suppress(OSError):  # Windows removes no open file.
-                (folder / LOCK_FILE).unlink()
-            lock.release()
-        if is_new:
-            with suppress(OSError):  # It holds something by now.
-                folder.rmdir()
 
 
 def clean_up(folder: Path) -> None:

@@ -18,6 +18,7 @@ from lte.settings import option
 TEXT_SETTINGS = (
     *("train", "validation", "calibration", "format", "name", "kind"),
     *("text_field", "prompt_field", "completion_field", "prompt_template", "messages_field", "mix", "mix_folder"),
+    *("stream", "token_cache"),
 )
 
 
