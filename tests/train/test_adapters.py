@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lte
 from lte.data.rows import LmCollator
@@ -195,6 +195,18 @@ def test_the_settings_of_lte_train_keep_base_and_adapter_and_merge_them(tmp_path
     assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
     if not in_4_bits:
         torch.testing.assert_close(logits_of(loaded.merge_and_unload()), logits_of(merged), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_in_4_bits_that_a_family_stores_the_other_way_round_are_merged(tmp_path):
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    tokens = {"vocab_size": VOCAB, "bos_token_id": PAD, "eos_token_id": PAD}
+    model = lte.sparsify_(GPT2LMHeadModel(GPT2Config(**sizes, **tokens)), lte.LteConfig(expert_size=8))
+    start = {name: weight.clone() for name, weight in model.named_parameters()}
+    adapted = with_lora(model, TrainConfig(lora_rank=4, lora_4bit=True), tmp_path)
+    merged = merge_lora(adapted, model, tmp_path).transformer.h[0]
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        found, before = merged.get_submodule(name).weight, start[f"transformer.h.0.{name}.weight"]
+        assert 0 < (found - before).norm() < 0.2 * before.norm()
 
 
 def test_what_other_methods_train_is_kept_with_the_adapter(tmp_path):

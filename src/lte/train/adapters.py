@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from lte.files import explained_write_errors
 from lte.hf.checkpoints import load_whole
@@ -151,6 +152,8 @@ def _take_rounded_(model: nn.Module, in_4_bits: nn.Module) -> None:
     """Gives the linear layers of a model the numbers that those of its copy in 4 bits stand for."""
     for name, module in in_4_bits.named_modules():
         if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            weight: Any = model.get_submodule(name.removesuffix(".base_layer")).weight
+            linear: Any = model.get_submodule(name.removesuffix(".base_layer"))
+            numbers = numbers_in_4_bits(module)
             with torch.no_grad():
-                weight.copy_(numbers_in_4_bits(module))
+                # In 4 bits all layers are nn.Linear, those of GPT-2 as well.
+                linear.weight.copy_(numbers.T if isinstance(linear, Conv1D) else numbers)
