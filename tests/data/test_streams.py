@@ -52,6 +52,25 @@ def documents(rows: Any) -> set[tuple[int, ...]]:
     return found
 
 
+def test_the_kind_is_that_of_the_training_text(tokenizer: Any, pairs: str, settings: dict[str, Any]) -> None:
+    data = load(tokenizer, settings, train=pairs, calibration=settings["train"])
+    assert data.info["kind"] == "completion"
+    assert ["kind completion" in line for line in data.announcements] == [True, False]
+
+
+def test_a_file_with_the_name_of_a_built_in_text_is_read_again(
+    tokenizer: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = {"train": "pydoc-topics", "format": "text", "validation": "held.txt"}
+    Path("held.txt").write_text(" ".join(TEXTS), encoding="utf-8")
+    found = []
+    for count in (100, 200):
+        Path("pydoc-topics").write_text(" ".join(TEXTS[:count]), encoding="utf-8")
+        found.append(load(tokenizer, settings, **changes).info["train"]["tokens"])
+    assert found[1] > found[0]
+
+
 @pytest.mark.parametrize("batch_chars", [50, 1 << 21])
 def test_rows_are_those_of_the_text_in_its_order(
     batch_chars: int, tokenizer: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -198,11 +198,12 @@ def source_states(source: str | Sequence[str], config: DataConfig, split: str | 
     """What changes when a source does: of files their size and time, of hub data sets what `datasets` knows them by."""
     found: list[Any] = []
     for one in [source] if isinstance(source, str) else source:
-        paths = [] if config.format == "hub" or one in BUILTIN_TEXTS else _matching_files(one)
+        is_builtin = one in BUILTIN_TEXTS and config.format in ("auto", "builtin")
+        paths = [] if config.format == "hub" or is_builtin else _matching_files(one)
         for path in paths:
             state = Path(path).stat()
             found.append([str(Path(path).resolve()), state.st_size, state.st_mtime_ns])
-        if not paths and one in BUILTIN_TEXTS:
+        if is_builtin:
             found.append([one, sys.version])
         elif not paths:
             found.append([one, load_from_hub(one, config, split or config.split)._fingerprint])

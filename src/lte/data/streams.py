@@ -16,6 +16,7 @@ from lte.data.announcement import announce, row_as_seen
 from lte.data.config import (
     DataConfig,
     Documents,
+    Kind,
     cut_long_texts,
     document_key,
     iterate_documents,
@@ -120,7 +121,7 @@ class _Writer:
         config = self.config
         limit = getattr(config, f"max_{part}_tokens", None)
         counts, digest, file = dict.fromkeys(_COUNTS, 0), hashlib.sha256(), RowFile(self.place / f"{part}.arrow")
-        kinds: set[str] = set()
+        kinds: set[Kind] = set()
         for columns, offsets in self.encoder.stream(_noted(documents, digest, kinds, config), part, limit, counts):
             file.write({name: np.ascontiguousarray(values) for name, values in columns.items()}, offsets)
         rows_sha256 = file.close()
@@ -133,7 +134,8 @@ class _Writer:
         for what, count in counts.items():
             if count and what.endswith("_documents"):
                 warnings.warn(f"{what.replace('_', ' ')} in the {part} data: {count}", stacklevel=3)
-        self.info["kind"] = next(iter(kinds))
+        kind = next(iter(kinds))
+        self.info.setdefault("kind", kind)  # Of the training text, which comes first.
         self.info[part] = {
             **counts,
             "rows": file.rows,
@@ -141,17 +143,17 @@ class _Writer:
             "rows_sha256": rows_sha256,
             "sha256": digest.hexdigest(),
         }
-        self._announce(part, counts["documents"])
+        self._announce(part, kind, counts["documents"])
 
-    def _announce(self, part: str, count: int) -> None:
+    def _announce(self, part: str, kind: Kind, count: int) -> None:
         if part == "validation" and self.config.validation is None:
             return
         source = self.config.task if part == "train" else str(getattr(self.config, part))
         row = row_as_seen(open_rows(self.place / f"{part}.arrow")[0], self.tokenizer)
-        self.lines.append(announce(Documents([], self.info["kind"], source, self.columns), row, count))
+        self.lines.append(announce(Documents([], kind, source, self.columns), row, count))
 
 
-def _noted(documents: Iterator[Any], digest: Any, kinds: set[str], config: DataConfig) -> Iterator[Any]:
+def _noted(documents: Iterator[Any], digest: Any, kinds: set[Kind], config: DataConfig) -> Iterator[Any]:
     """Documents as they pass, with a checksum of them.
 
     Raises:
