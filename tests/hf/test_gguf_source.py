@@ -72,6 +72,25 @@ def test_a_model_in_parts(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         convert_folder(parts[0], tmp_path / "other", CONFIG)
 
 
+def test_a_file_without_a_tokenizer_is_converted_without(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer()
+    keys = ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "unknown_token_id")
+    without = {f"tokenizer.ggml.{key}": None for key in keys}
+    path = write_gguf(tmp_path / "model.gguf", tiny_llama(tokenizer.get_vocab_size()), tokenizer, without)
+    assert not convert_folder(path, tmp_path / "sparse", CONFIG).has_tokenizer
+    assert not list((tmp_path / "sparse").glob("tokenizer*"))
+    assert not lte.verify(tmp_path / "sparse")
+
+
+def test_a_tokenizer_that_cannot_be_built_is_refused_before_the_work(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer()
+    wrong = {"tokenizer.ggml.bos_token_id": 100_000}
+    path = write_gguf(tmp_path / "model.gguf", tiny_llama(tokenizer.get_vocab_size()), tokenizer, wrong)
+    with pytest.raises(ValueError, match=r"must name one of its \d+ tokens, got bos_token_id=100000"):
+        convert_folder(path, tmp_path / "sparse", CONFIG)
+    assert not (tmp_path / "sparse").exists()
+
+
 def test_a_file_that_lacks_tensors_is_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = gguf_source.get_gguf_hf_weights_map
 

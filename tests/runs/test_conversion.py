@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lte
 from lte.hf import streaming
-from lte.hf.streaming import WORK_FOLDER
+from lte.hf.streaming import WORK_FOLDER, StreamedFolder
 from lte.hf.tensor_files import NewTensor, write_tensors
 from lte.runs import conversion
 from lte.runs.conversion import convert_folder, densify_folder
@@ -244,6 +244,40 @@ def test_refuses_what_cannot_be_read_tensor_by_tensor(
     (dense / "config.json").write_text(json.dumps({**config, "architectures": ["MyOwnLlama"]}))
     with pytest.raises(ValueError, match="model must be of a class of transformers to be read layer by layer, got"):
         convert_folder(dense, tmp_path / "other", CONFIG)
+
+
+def test_a_file_that_keeps_a_tied_tensor_by_the_name_of_the_head(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    model = tiny_dense_model("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(dense)
+    numbers = tensors(dense)
+    numbers["lm_head.weight"] = numbers.pop("model.embed_tokens.weight")
+    save_file(numbers, dense / "model.safetensors", {"format": "pt"})
+    convert_folder(dense, tmp_path / "sparse", CONFIG)
+    assert_same(tmp_path / "sparse", converted_in_memory(dense, CONFIG))
+
+
+def test_refuses_quantised_weights(dense: Path, tmp_path: Path) -> None:
+    config = json.loads((dense / "config.json").read_text())
+    # transformers loads this as bfloat16 where there is no GPU.
+    quantised = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    (dense / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    with pytest.raises(ValueError, match=r"must hold plain numbers to be read layer by layer, got .* says quantiz"):
+        convert_folder(dense, tmp_path / "sparse", CONFIG)
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_a_process_that_waited_does_not_write_over_what_another_began(tmp_path: Path) -> None:
+    first, second = (StreamedFolder(tmp_path, {"command": name}, 1) for name in ("convert", "densify"))
+    first.begin()
+    with pytest.raises(ValueError, match=r"must be new or of the same conversion, got .* another command"):
+        second.begin()
+    (tmp_path / "model.safetensors").touch()
+    shutil.rmtree(first.work)
+    with pytest.raises(ValueError, match=r"output must be a folder without a model, got .* with model\.safetensors"):
+        second.begin()
 
 
 def test_refuses_numbers_that_the_dtype_does_not_hold(dense: Path, tmp_path: Path) -> None:

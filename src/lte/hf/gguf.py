@@ -325,6 +325,11 @@ def _llama3_scaling(file: GgufFile) -> dict[str, Any]:
     }
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a GGUF file, or the first of those of a model in parts, brings a tokenizer."""
+    return bool(read_gguf(path, parts=True).of_tokenizer("tokens"))
+
+
 def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with the special tokens and the chat template of its metadata.
 
@@ -332,7 +337,7 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ValueError: if the file has none, or if the tokenizer that transformers builds is not the file's.
     """
     file = read_gguf(path, parts=True)
-    if not file.of_tokenizer("tokens"):
+    if not has_tokenizer(path):
         raise ValueError(f"{path} must hold a tokenizer, got none in its metadata; take a file with tokenizer.ggml.*")
     count = len(file.of_tokenizer("tokens"))
     for key in _SPECIAL.values():

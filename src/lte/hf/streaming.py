@@ -33,7 +33,7 @@ from lte.hf.card import CARD_FILE
 from lte.hf.checkpoints import CHECKSUM_FILE, UnreadableModelError, is_finite, load_whole, reading
 from lte.hf.dense import model_location
 from lte.hf.families import block_name, saved_head
-from lte.hf.gguf import gguf_tokenizer
+from lte.hf.gguf import gguf_tokenizer, has_tokenizer
 from lte.hf.gguf_source import gguf_skeleton
 from lte.hf.tensor_files import NewTensor, SafetensorsSource, TensorSource, write_tensors
 
@@ -87,6 +87,8 @@ class Checkpoint:
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Copies the files of its tokenizer, if it has one, and returns their names."""
         if is_gguf(self.location):
+            if not has_tokenizer(self.location):
+                return []
             files = [Path(name) for name in gguf_tokenizer(self.location).save_pretrained(folder)]
             return [file.relative_to(folder).as_posix() for file in files if file.is_file()]
         found = sorted({path for kind in _TEXT_FILES for path in self.folder.glob(kind) if path.is_file()})
@@ -106,20 +108,28 @@ def open_checkpoint(name_or_path: str | Path, dtype: torch.dtype | None = None) 
 
     Raises:
         UnreadableModelError: if the files do not hold the whole model.
-        ValueError: if the weights are no safetensors, or must be put together from several tensors.
+        ValueError: if the weights are no safetensors, quantised, or must be put together from several tensors.
     """
     if is_gguf(name_or_path):
         model, gguf_source, names = gguf_skeleton(name_or_path, dtype)
+        if has_tokenizer(name_or_path):  # One that cannot be built is refused before the work, and not after it.
+            gguf_tokenizer(name_or_path)
         return Checkpoint(str(name_or_path), gguf_source.files[0].parent, model, gguf_source, names)
     location = model_location(name_or_path)
     folder = _folder_of(location["pretrained_model_name_or_path"])
     with reading(name_or_path):
         source = SafetensorsSource(folder)
-        head = saved_head(AutoConfig.from_pretrained(**location))
+        config = AutoConfig.from_pretrained(**location)
+        head = saved_head(config)
     if head is None:
         raise ValueError(
             f"model must be of a class of transformers to be read layer by layer, got {name_or_path}, which was saved "
             "from a class of its own; load it and use lte.sparsify_ or lte.densify_"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"model must hold plain numbers to be read layer by layer, got {name_or_path}, whose config.json says "
+            "quantization_config; take the model that it was made from"
         )
     model = load_whole(getattr(transformers, head), location, dtype=dtype or "auto", device_map="meta")
     return Checkpoint(str(name_or_path), folder, model, source, _names_in_files(model, source.shapes, name_or_path))
@@ -151,6 +161,10 @@ def _names_in_files(model: Any, files: Iterable[str], source: object) -> dict[st
             )
         if own in state:
             found[own] = name
+    # Of tied tensors some writers, `safetensors.torch.save_model` say, keep the one that comes first by its name.
+    for name, other in model.all_tied_weights_keys.items():
+        if name in found:
+            found.setdefault(other, found[name])
     return found
 
 
@@ -198,6 +212,9 @@ class StreamedFolder:
         self.output, self.num_shards = Path(output).expanduser(), num_shards
         self.work = self.output / WORK_FOLDER
         self.plan = json.loads(json.dumps({**plan, "shards": num_shards}))
+        self._check()
+
+    def _check(self) -> None:
         begun = self.work / "plan.json"
         if not begun.is_file():
             self._require_empty()
@@ -206,7 +223,7 @@ class StreamedFolder:
         if before != self.plan:
             other = [name for name in self.plan if before.get(name) != self.plan[name]] or ["version"]
             raise ValueError(
-                f"output must be new or of the same conversion, got {output}, which was begun with another "
+                f"output must be new or of the same conversion, got {self.output}, which was begun with another "
                 f"{' and '.join(other)}; delete it, or name another folder"
             )
 
@@ -219,7 +236,12 @@ class StreamedFolder:
             )
 
     def begin(self) -> None:
-        """Makes the folder, and removes what a process that was killed has left half written."""
+        """Makes the folder, and removes what a process that was killed has left half written.
+
+        Raises:
+            ValueError: as on creation, if another process has written into it since then.
+        """
+        self._check()
         self.work.mkdir(parents=True, exist_ok=True)
         for partial in self.output.glob(".model-*.partial"):
             partial.unlink()
