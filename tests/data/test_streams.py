@@ -52,6 +52,28 @@ def documents(rows: Any) -> set[tuple[int, ...]]:
     return found
 
 
+def test_calls_of_the_tokenizer_leave_the_tokens_found(tokenizer: Any, settings: dict[str, Any]) -> None:
+    load(tokenizer, settings)
+    tokenizer.pad_token = tokenizer.eos_token
+    folders = []
+    for options in ({}, {"truncation": True, "max_length": 3, "padding": "max_length"}):
+        tokenizer(["w1 w2 w3 w4"], **options)
+        load(tokenizer, settings)
+        folders.append({path.name for path in Path(settings["token_cache"]).iterdir() if path.is_dir()})
+    assert folders[0] == folders[1]
+    assert len(folders[0]) == 2  # Another token for padding is another tokenizer.
+
+
+def test_tokens_that_may_be_read_alone_are_used(
+    tokenizer: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(tokenizer, settings)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setattr("lte.data.token_cache._locked", lambda path: pytest.fail("a lock is a file"))
+    assert load(tokenizer, settings).info == first.info
+
+
 def test_the_kind_is_that_of_the_training_text(tokenizer: Any, pairs: str, settings: dict[str, Any]) -> None:
     data = load(tokenizer, settings, train=pairs, calibration=settings["train"])
     assert data.info["kind"] == "completion"
