@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.nn.shards import scale_and_shift_
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
@@ -20,6 +21,7 @@ from lte.train.layer_prices import LayerPrices
 from lte.train.optimisers import keep_routers_wide_
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
+from lte.train.sharding import widen_routers_
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
 
 
@@ -101,6 +103,10 @@ class RoutingControl(AnyTrainer):
         lists = (self.step_active, self.step_layers, self.step_tokens, self.step_targets)
         for kept in (self.sums, *lists, self._task_terms):
             kept.clear()
+        if self.is_fsdp_enabled:
+            widen_routers_(self.model)
+        if self._resumed is None and self.shards_model:
+            self.prepare_routing()
         self._enter(self.schedule.stage_at(self.state.global_step))
         if self._resumed is not None:
             self.load_control_state(self._resumed)
@@ -178,8 +184,10 @@ class RoutingControl(AnyTrainer):
     def _sharpen_routers_(self) -> None:
         factor = self.routing.router_sharpening ** (1 / self.schedule.stage1_steps)
         for ffn in self.steered:
-            ffn.router.weight.mul_(factor)
-            ffn.router.bias.sub_(ffn.threshold_logit).mul_(factor).add_(ffn.threshold_logit)
+            tau = ffn.threshold_logit
+            scale_and_shift_(ffn.router.weight, factor, 0.0)
+            scale_and_shift_(ffn.router.bias, 1.0, -tau)
+            scale_and_shift_(ffn.router.bias, factor, tau)
 
     @property
     def settled_eta(self) -> float | None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lte.config import IGNORED
 from lte.data.rows import routing_masks
 from lte.files import explained_write_errors
 from lte.hf.inputs import check_packing
+from lte.nn.global_sums import num_sharing
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.added_terms import AddedTerms, weighted_sum
@@ -178,18 +180,20 @@ class RoutingLoss(AnyTrainer):
             )
         terms = {name: passes * value for name, value in self._task_terms.items()}
         self._task_terms = {}
-        routing = self._routing(masks)
+        share = self._share_of_tokens(masks)
+        routing = self._routing(masks, share)
         added = task.new_zeros(())
         if routing:
             added = added + self._weighted(routing)
         matched = None if self.match is None else self.match.take_loss(masks)
         if matched is not None:
+            matched = matched * share
             added, terms["match"] = added + self.routing.match_weight * matched, matched
         auxiliary = self._auxiliary_loss(masks)
         if auxiliary is not None:
             added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
         loss = task + added / passes
-        if self.accelerator.num_processes > 1 and not self.stage.train_routers:
+        if self.accelerator.num_processes > 1 and not (self.stage.train_routers or self.is_fsdp_enabled):
             # DistributedDataParallel waits for a gradient of every parameter.
             loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
         total = (passes * loss).detach()
@@ -232,7 +236,20 @@ class RoutingLoss(AnyTrainer):
                 ffn.record_logits = False
         return logits
 
-    def _routing(self, masks: Masks) -> dict[str, Tensor]:
+    def _share_of_tokens(self, masks: Masks) -> Tensor | float:
+        """The counted tokens of this process over the mean of all processes: 1 where there is one.
+
+        Means over the tokens of a process, times this, have as their mean over processes that over all tokens. Where
+        the FFNs of a model see different tokens, encoder and decoder say, it goes by all of them.
+        """
+        if num_sharing() == 1 or not masks or masks[0] is None:
+            return 1.0
+        counts = torch.stack([mask.sum() for mask in masks if mask is not None]).sum().float()
+        total = counts.clone()
+        dist.all_reduce(total)
+        return counts * num_sharing() / total.clamp_min(1)
+
+    def _routing(self, masks: Masks, share: Tensor | float = 1.0) -> dict[str, Tensor]:
         logits = self._take_logits()
         if not logits:
             return {}
@@ -241,10 +258,10 @@ class RoutingLoss(AnyTrainer):
         stacked, threshold = stack_layers(logits, masks), self.ffns[0].threshold_logit
         found = self._routing_terms(*stacked, threshold, self.routing.pole_guard)
         self.terms = AddedTerms.at(self.routing, self.schedule.share_of_stage2(self.state.global_step))
-        if not self.terms:
-            return found
-        follows = self._follows(stacked[0]) if self.terms.neighbours else None
-        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
+        if self.terms:
+            follows = self._follows(stacked[0]) if self.terms.neighbours else None
+            found |= self._added_terms(*stacked, follows, threshold, self.terms)
+        return found if isinstance(share, float) else {name: value * share for name, value in found.items()}
 
     def _follows(self, stacks: list[Tensor]) -> Tensor:
         """Which tokens go on with the document of the token before them, bool [B, T]."""
@@ -258,11 +275,17 @@ class RoutingLoss(AnyTrainer):
 
     def _target_logits(self, logits: list[Tensor], masks: Masks) -> Tensor:
         """Where the threshold would have to lie, for all layers, or [L] where each has a target of its own."""
+        gather = self._of_all_processes if num_sharing() > 1 else None
         if self.prices is None:
-            return target_logit(logits, masks, self.target_sparsity)
+            return target_logit(logits, masks, self.target_sparsity, gather)
         pairs = zip(logits, masks, self.prices.targets, strict=True)
-        found = [target_logit([layer], [mask], target) for layer, mask, target in pairs]
+        found = [target_logit([layer], [mask], target, gather) for layer, mask, target in pairs]
         return torch.stack([each.to(found[0].device) for each in found])
+
+    def _of_all_processes(self, values: Tensor) -> Tensor:
+        """Values [N] of each process, in one row; where some have fewer, NaN fills up."""
+        padded = self.accelerator.pad_across_processes(values, pad_index=float("nan"))
+        return self.accelerator.gather(padded)
 
     def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""

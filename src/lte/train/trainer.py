@@ -28,6 +28,7 @@ from lte.hf.loading import is_ours
 from lte.methods.calibration import eval_mode
 from lte.nn.losses import active_fraction
 from lte.nn.matching import relative_error
+from lte.nn.shards import whole
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.adapters import train_routers_, with_routers
 from lte.train.added_terms import AddedTerms, added_terms
@@ -57,6 +58,7 @@ from lte.train.objective import language_terms, routing_terms
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
 from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
+from lte.train.sharding import prepare_fsdp_
 from lte.train.sparsity_controller import EtaController
 
 # In so many tokens of training data a label is looked for.
@@ -179,6 +181,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         if not self.is_deepspeed_enabled:
             # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
             self.accelerator.gradient_accumulation_steps = 1
+        kind = _checkpointing_of(self.args)
+        if self.is_fsdp_enabled:
+            kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -186,7 +191,6 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self._autocasts = self.accelerator.native_amp and self.accelerator.mixed_precision == "bf16"
         if self._autocasts:
             self.accelerator.native_amp = False
-        kind = _checkpointing_of(self.args)
         if kind is not None:
             name = f"{kind}_kwargs"
             options = dict(getattr(self.args, name) or {})
@@ -249,9 +253,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                     setattr(self.model.config, name, None)
             held.enter_context(self._training())
             held.enter_context(self._chunking(first))
-            if self._resumed is None:
-                self._fit_routers()
-                self._set_budgets()
+            if self._resumed is None and not self.shards_model:
+                self.prepare_routing()
             resumed = None if self._resumed is None else str(self._resumed)
             output = super().train(resumed, *args, **kwargs)
             self._set_thresholds()
@@ -385,10 +388,21 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         if self._drops_into_bias and not any(ffn.router.weight.any() for ffn in self.ffns):
             check_bias_start(routing)
 
+    @property
+    def shards_model(self) -> bool:
+        """Whether no process holds the model whole while it trains."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
+
+    def prepare_routing(self) -> None:
+        """Fits routers and finds the layers' budgets; of a model in shards only once it is sharded."""
+        self._fit_routers()
+        self._set_budgets()
+
     def _fit_routers(self) -> None:
         routing = self.routing
         # Routers that were trained before go on from there.
-        fresh = all(ffn.router.weight.requires_grad and not ffn.router.weight.any() for ffn in self.ffns)
+        fresh = all(ffn.router.weight.requires_grad and not whole(ffn.router.weight).any() for ffn in self.ffns)
         if self.ffns and fresh and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
                 # In a list, so that its progress has an end.
@@ -402,7 +416,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         """Gives each layer a target and a price by how the loss rises with its sparsity, if the settings say so."""
         if not self.ffns or self.routing.layer_budgets == "free" or self.routing.recipe == "dense":
             return
-        if any(not ffn.router.weight.any() for ffn in self.ffns):
+        if any(not whole(ffn.router.weight).any() for ffn in self.ffns):
             raise ValueError(
                 "router_fit_tokens must be positive with layer_budgets=sensitivity, which goes by what routers say, "
                 f"got router_fit_tokens={self.routing.router_fit_tokens} and routers without weights"
