@@ -12,9 +12,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def run_processes(count: int, *arguments: object, timeout_s: float = 300) -> str:
-    """Runs `python -m arguments` in `count` processes that find each other; returns what they print."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+def run_processes(count: int, *arguments: object, timeout_s: float = 300, launched: bool = False) -> str:
+    """Runs `python -m arguments` in `count` processes that find each other; returns what they print.
+
+    With `launched` one process is started as several are, too.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    launcher = launcher if count > 1 or launched else []
     command = [sys.executable, *launcher, "-m", *map(str, arguments)]
     # What is on the path already stays: it may be the transformers version under test.
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")]))

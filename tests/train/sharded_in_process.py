@@ -17,11 +17,14 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor
+from transformers import TrainerCallback
 
 import lte
 from lte.methods import METHODS
 from lte.nn.shards import whole
-from lte.train.adapters import with_lora
+from lte.nn.router import Router
+from lte.train.adapters import merge_sharded_lora, with_lora
+from lte.train.sharding import gathered, is_in_shards
 from lte.train.config import TrainConfig
 from lte.train import two_stage
 from lte.train.two_stage import train_two_stage
@@ -37,6 +40,21 @@ FSDP = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+
+
+class Stopped(Exception):
+    """Ends a training."""
+
+
+class StopAt(TrainerCallback):
+    """Ends a training as an error in all processes would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Stopped
 
 
 class OnCpus(LteTrainer):
@@ -69,6 +87,10 @@ def decisions(model: Any) -> Tensor | None:
     return torch.stack(found) if found else None
 
 
+def kind_of(module: torch.nn.Module) -> type:
+    return Router if isinstance(module, Router) else torch.nn.Linear
+
+
 def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     for name in FSDP:
         os.environ.pop(name, None)
@@ -88,33 +110,29 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     stop = case.get("stop_at")
     callbacks = [StopAt(stop)] if stop else []
     rows = uneven_toy_rows() if case.get("uneven") else toy_rows()
+    dtypes: dict[type, set[str]] = {Router: set(), torch.nn.Linear: set()}
+    for module in model.model.modules() if case["name"] == "narrow" else ():
+        if type(module) in dtypes:
+            # In the module's own pass, when its weights are there; in evaluation they are in fp32.
+            note = lambda module, args: module.training and dtypes[kind_of(module)].add(str(module.weight.dtype))  # noqa: E731
+            module.register_forward_pre_hook(note)
     try:
         summary = train_two_stage(model, rows, config, folder, resume=bool(case.get("resume")), callbacks=callbacks)
         log = summary.log_history
     except Stopped:
         log = []
+    made = None
+    if is_in_shards(model):
+        made = merge_sharded_lora(model, folder) if config.lora_rank else gathered(model)
     state = {name: whole(tensor).detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
     kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {"weights": state, "log": log, "kinds": kinds, "files": files, "decisions": decisions(model)}
-
-
-class Stopped(Exception):
-    pass
-
-
-from transformers import TrainerCallback  # noqa: E402
-
-
-class StopAt(TrainerCallback):
-    """Ends a training as an error in all processes would."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Stopped
+    return {"weights": state, "log": log, "kinds": kinds, "files": files, "decisions": decisions(model)} | {
+        "made": None if made is None else {name: tensor.clone() for name, tensor in made.state_dict().items()},
+        "made_decisions": None if made is None else decisions(made),
+        "router_dtypes": sorted(dtypes[Router]),
+        "layer_dtypes": sorted(dtypes[torch.nn.Linear]),
+    }
 
 
 if __name__ == "__main__":
@@ -123,13 +141,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for case in cases:
-        try:
-            found = run(case, root)
-        except Exception:
-            import traceback
-            print("CASE FAILED", case["name"], flush=True)
-            traceback.print_exc()
-            continue
+        found = run(case, root)
         out = root / case["name"]
         out.mkdir(parents=True, exist_ok=True)
         torch.save(found, out / f"rank{dist.get_rank()}.pt")

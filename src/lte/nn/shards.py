@@ -6,8 +6,7 @@ this process it does what plain PyTorch does. All processes must call with the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -83,12 +82,18 @@ def agreed(numbers: Sequence[float], parameter: Tensor) -> list[float]:
     return found.tolist()
 
 
-def whole_state(model: nn.Module, *, first_only: bool = True) -> dict[str, Tensor]:
-    """All weights of a sharded model on the CPU: of the first process alone, the others get nothing, or of each."""
-    keeps: Any = dist.get_rank() == 0 or not first_only
+def whole_state(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The weights of a sharded model on the CPU, in the first process; the others get nothing.
+
+    Args:
+        model: all processes must call with.
+        names: of weights in its state; `None` takes all.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if names is not None and name not in names:
+            continue
         gathered = whole(tensor)
-        if keeps:
+        if dist.get_rank() == 0:
             found[name] = gathered.detach().to("cpu", copy=True)
     return found

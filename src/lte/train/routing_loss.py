@@ -67,6 +67,8 @@ class RoutingLoss(AnyTrainer):
     match: OutputMatch | None
     terms: AddedTerms
     prices: LayerPrices | None
+    is_nonfinite: bool
+    skipped_steps: int
     _chunked: ChunkedLoss | None
     _inputs: dict[str, Any]
     _task_terms: dict[str, Tensor]
@@ -197,7 +199,8 @@ class RoutingLoss(AnyTrainer):
             # DistributedDataParallel waits for a gradient of every parameter.
             loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
         total = (passes * loss).detach()
-        self._check_finite(total)
+        if not self._check_finite(total):
+            return loss
         if routing:
             # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
             self.step_active.append(routing["active_fraction"].item())
@@ -293,9 +296,18 @@ class RoutingLoss(AnyTrainer):
         added = [loss for loss in losses if loss is not None]
         return torch.stack(added).sum() if added else None
 
-    def _check_finite(self, loss: Tensor) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the trainer's; a loss that is not finite and is left out counts as 0 in the log."""
+        loss = super().training_step(*args, **kwargs)
+        return torch.zeros_like(loss) if self.is_nonfinite else loss
+
+    def _check_finite(self, loss: Tensor) -> bool:
+        """Whether a loss is finite; if not and the settings say so, its step is left out, else it raises."""
         if math.isfinite(loss.item()):
-            return
+            return True
+        if self.routing.on_nonfinite == "skip":
+            self.is_nonfinite = True
+            return False
         path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
         batch = {key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}
         where = f"is in {path}"
@@ -307,7 +319,8 @@ class RoutingLoss(AnyTrainer):
             where = f"could not be written to {path}"
         raise NonFiniteLossError(
             f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
-            f"{where}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
+            f"{where}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them; "
+            "on_nonfinite=skip leaves such steps out."
         )
 
     def _collect(self, terms: dict[str, Tensor]) -> None:
@@ -324,6 +337,8 @@ class RoutingLoss(AnyTrainer):
             if self.prices is not None:
                 logs.update(self.prices.logged())
             self.sums.clear()
+        if "loss" in logs and self.skipped_steps:
+            logs["skipped_steps"] = self.skipped_steps
         if self.is_in_train:
             logs["stage"] = self.stage.number
         super().log(logs, *args, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,9 @@ from lte.hf.inputs import unwrapped
 from lte.nn.router import Router
 from lte.nn.shards import whole_state
 
+ShardKind = Literal["FSDP", "DeepSpeed"]
 # What Trainer writes into a checkpoint of each kind: a file or folder of which the name begins so.
-_KINDS = {"FSDP": "pytorch_model_fsdp", "DeepSpeed": "global_step"}
+_KINDS: dict[ShardKind, str] = {"FSDP": "pytorch_model_fsdp", "DeepSpeed": "global_step"}
 
 
 def loads_on_first_alone() -> bool:
@@ -89,6 +90,11 @@ def is_in_shards(model: nn.Module) -> bool:
     return sharded or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def unsharded_class(model: nn.Module) -> type[nn.Module]:
+    """The class of a model before FSDP2 made one of its own of it."""
+    return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+
+
 def gathered(model: Any) -> Any:
     """A model that this process holds whole, with the weights of one in shards: of the first process, else `None`.
 
@@ -100,7 +106,7 @@ def gathered(model: Any) -> Any:
     state = whole_state(model)
     if dist.get_rank() != 0:
         return None
-    kind = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+    kind: Any = unsharded_class(model)
     with torch.device("meta"):
         made = kind(model.config)
     made.load_state_dict(state, assign=True)
@@ -113,7 +119,7 @@ def gathered(model: Any) -> Any:
     return made.eval()
 
 
-def check_kind(checkpoint: Path, kind: str | None) -> None:
+def check_kind(checkpoint: Path, kind: ShardKind | None) -> None:
     """Refuses a checkpoint that was written in shards of another kind than those of the run that goes on.
 
     Args:
@@ -126,7 +132,8 @@ def check_kind(checkpoint: Path, kind: str | None) -> None:
     names = [path.name for path in checkpoint.iterdir()]
     found = next((each for each, start in _KINDS.items() if any(name.startswith(start) for name in names)), None)
     if found != kind:
-        words = {None: "a model that is whole in each process", **{each: f"shards of {each}" for each in _KINDS}}
+        words: dict[ShardKind | None, str] = {each: f"shards of {each}" for each in _KINDS}
+        words[None] = "a model that is whole in each process"
         raise ValueError(
             f"a resumed run must be sharded as it was, got {words[kind]} where {checkpoint} is of {words[found]}; "
             "launch it with the config that it began with"
