@@ -59,6 +59,8 @@ def test_experts_are_not_shared_by_processes(folder: Path) -> None:
 
 def test_the_processes_must_divide_the_experts() -> None:
     check_expert_shares(8, 4)
-    rule = r"num_experts must be a multiple .*, got num_experts=6 for 4 processes; take a number of processes that divides"
+    rule = (
+        r"num_experts must be a multiple .*, got num_experts=6 for 4 processes; take a number of processes that divides"
+    )
     with pytest.raises(ValueError, match=rule):
         check_expert_shares(6, 4)

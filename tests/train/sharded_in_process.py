@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from transformers import TrainerCallback
 
 import lte
 from lte.methods import METHODS
-from lte.nn.shards import whole
 from lte.nn.router import Router
-from lte.train.adapters import merge_sharded_lora, with_lora
-from lte.train.sharding import gathered, is_in_shards
-from lte.train.config import TrainConfig
+from lte.nn.shards import whole
 from lte.train import two_stage
-from lte.train.two_stage import train_two_stage
+from lte.train.adapters import merge_sharded_lora, with_lora
+from lte.train.config import TrainConfig
+from lte.train.sharding import gathered, is_in_shards
 from lte.train.trainer import LteTrainer
+from lte.train.two_stage import train_two_stage
 from tests.tiny_models import tiny_dense_model
 from tests.train.toy import toy_rows, uneven_toy_rows
 
@@ -87,8 +88,9 @@ def decisions(model: Any) -> Tensor | None:
     return torch.stack(found) if found else None
 
 
-def kind_of(module: torch.nn.Module) -> type:
-    return Router if isinstance(module, Router) else torch.nn.Linear
+def note_dtype(found: dict[type, set[str]], module: Any, args: Any) -> None:
+    if module.training:
+        found[Router if isinstance(module, Router) else torch.nn.Linear].add(str(module.weight.dtype))
 
 
 def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -114,8 +116,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     for module in model.model.modules() if case["name"] == "narrow" else ():
         if type(module) in dtypes:
             # In the module's own pass, when its weights are there; in evaluation they are in fp32.
-            note = lambda module, args: module.training and dtypes[kind_of(module)].add(str(module.weight.dtype))  # noqa: E731
-            module.register_forward_pre_hook(note)
+            module.register_forward_pre_hook(partial(note_dtype, dtypes))
     try:
         summary = train_two_stage(model, rows, config, folder, resume=bool(case.get("resume")), callbacks=callbacks)
         log = summary.log_history

@@ -7,6 +7,7 @@ this process it does what plain PyTorch does. All processes must call with the s
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all of its parts, without a gradient; itself where it is not in parts."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        detached: Any = tensor.detach()
+        return detached.full_tensor()
     if hasattr(tensor, "ds_id"):
         import deepspeed
 

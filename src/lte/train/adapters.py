@@ -134,13 +134,15 @@ def merge_sharded_lora(adapted: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    state = whole_state(adapted, {name for name in adapted.state_dict() if name in trained or "modules_to_save" in name})
+    state = whole_state(
+        adapted, {name for name in adapted.state_dict() if name in trained or "modules_to_save" in name}
+    )
     if not is_main_process():
         return None
     place = folder / ADAPTER
     with explained_write_errors(place):
         adapted.save_pretrained(place, state_dict=state)
-    kind: Any = unsharded_class(adapted.get_base_model())
+    kind = unsharded_class(adapted.get_base_model())
     model = load_whole(kind, {"pretrained_model_name_or_path": folder / BASE}, dtype=adapted.dtype)
     return PeftModel.from_pretrained(model, place).merge_and_unload()
 

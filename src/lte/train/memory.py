@@ -195,7 +195,9 @@ def explained_memory(args: Any) -> Iterator[None]:
             less = f"lower the batch size (per_device_train_batch_size={rows}) to {rows // 2}"
             hints = [f"{less} and raise gradient_accumulation_steps={passes} to {2 * passes}", *hints]
         hints += ["shorten the rows", "take an optimiser with narrow moments, LoRA, or more GPUs (FSDP2)"]
-        raise torch.OutOfMemoryError(f"the training needs more memory than there is: {'; '.join(hints)}. {error}") from error
+        raise torch.OutOfMemoryError(
+            f"the training needs more memory than there is: {'; '.join(hints)}. {error}"
+        ) from error
 
 
 def gpu_bytes() -> int | None:

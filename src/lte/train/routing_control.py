@@ -27,7 +27,6 @@ from lte.train.schedule import Schedule
 from lte.train.sharding import widen_routers_
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
 
-
 MOST_SKIPPED = 10
 """Steps in a row that may be left out."""
 

@@ -183,7 +183,9 @@ class RoutingLoss(AnyTrainer):
         terms = {name: passes * value for name, value in self._task_terms.items()}
         self._task_terms = {}
         share = self._share_of_tokens(masks)
-        routing = self._routing(masks, share)
+        routing = self._routing(masks)
+        if not isinstance(share, float):
+            routing = {name: value * share for name, value in routing.items()}
         added = task.new_zeros(())
         if routing:
             added = added + self._weighted(routing)
@@ -252,7 +254,7 @@ class RoutingLoss(AnyTrainer):
         dist.all_reduce(total)
         return counts * num_sharing() / total.clamp_min(1)
 
-    def _routing(self, masks: Masks, share: Tensor | float = 1.0) -> dict[str, Tensor]:
+    def _routing(self, masks: Masks) -> dict[str, Tensor]:
         logits = self._take_logits()
         if not logits:
             return {}
@@ -261,10 +263,10 @@ class RoutingLoss(AnyTrainer):
         stacked, threshold = stack_layers(logits, masks), self.ffns[0].threshold_logit
         found = self._routing_terms(*stacked, threshold, self.routing.pole_guard)
         self.terms = AddedTerms.at(self.routing, self.schedule.share_of_stage2(self.state.global_step))
-        if self.terms:
-            follows = self._follows(stacked[0]) if self.terms.neighbours else None
-            found |= self._added_terms(*stacked, follows, threshold, self.terms)
-        return found if isinstance(share, float) else {name: value * share for name, value in found.items()}
+        if not self.terms:
+            return found
+        follows = self._follows(stacked[0]) if self.terms.neighbours else None
+        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
 
     def _follows(self, stacks: list[Tensor]) -> Tensor:
         """Which tokens go on with the document of the token before them, bool [B, T]."""

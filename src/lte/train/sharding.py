@@ -1,8 +1,8 @@
 """What a training in shards needs beside what accelerate does: FSDP2 and DeepSpeed's ZeRO.
 
 accelerate reads which of them it is from its configs (`lte configs`), shards the model when `Trainer.train` begins, and
-Trainer saves and loads the shards. Here are the routers, which stay in fp32 and are units of their own, and the way back
-to a model that one process holds.
+Trainer saves and loads the shards. Here are the routers, which stay in fp32 and are units of their own, and the way
+back to a model that one process holds.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def is_in_shards(model: nn.Module) -> bool:
     return sharded or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def unsharded_class(model: nn.Module) -> type[nn.Module]:
+def unsharded_class(model: nn.Module) -> Any:
     """The class of a model before FSDP2 made one of its own of it."""
     return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
 
@@ -106,7 +106,7 @@ def gathered(model: Any) -> Any:
     state = whole_state(model)
     if dist.get_rank() != 0:
         return None
-    kind: Any = unsharded_class(model)
+    kind = unsharded_class(model)
     with torch.device("meta"):
         made = kind(model.config)
     made.load_state_dict(state, assign=True)
