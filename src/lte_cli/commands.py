@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "train": "Trains a sparse model in two stages and writes a folder that from_pretrained and the other commands "
     "load.",
+    "configs": "Lists the configs of accelerate that come with lte, for FSDP2 and DeepSpeed, prints one, or copies it.",
     "data": "Shows what lte reads of files: the columns it uses and how, and a row as the model will see it.",
     "eval": "Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per "
     "token.",

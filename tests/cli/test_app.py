@@ -13,7 +13,7 @@ import lte
 from lte.cli.train import GROUPS
 from lte.settings import settings_of
 
-COMMANDS = ("train", "data", "eval", "calibrate", "generate", "inspect", "report", "demo")
+COMMANDS = ("train", "configs", "data", "eval", "calibrate", "generate", "inspect", "report", "demo")
 
 
 def test_version(run: Callable[..., Any]) -> None:

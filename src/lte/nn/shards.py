@@ -20,6 +20,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor with all of its parts; ZeRO-3 leaves none of a parameter's own numbers outside of passes."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all of its parts, without a gradient; itself where it is not in parts."""

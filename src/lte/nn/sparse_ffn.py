@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from lte.config import FfnMode, check_choice
 from lte.nn.metering import Reading
 from lte.nn.router import Router
+from lte.nn.shards import whole_shape
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
 
 
@@ -105,7 +106,7 @@ class SparseFfn(WrappedFfn):
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.router.bias.shape[0]
+        return whole_shape(self.router.bias)[0]
 
     @property
     def metering(self) -> bool:

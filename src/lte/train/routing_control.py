@@ -24,7 +24,7 @@ from lte.train.objective import NonFiniteLossError
 from lte.train.optimisers import keep_routers_wide_
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
-from lte.train.sharding import widen_routers_
+from lte.train.sharding import widen_routers_, zero_moments_
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
 
 MOST_SKIPPED = 10
@@ -136,7 +136,9 @@ class RoutingControl(AnyTrainer):
         if self.schedule.starts_stage2(self.state.global_step):
             settled = self.eta_controller.settled if self.stage.controls_eta else None
             self._enter(self.schedule.stage_at(self.state.global_step), settled)
-            if not self.is_deepspeed_enabled:
+            if self.is_deepspeed_enabled:
+                zero_moments_(self.optimizer)
+            else:
                 self.optimizer.state.clear()
 
     def _enter(self, stage: Stage, first_eta: float | None = None) -> None:

@@ -78,6 +78,18 @@ def widen_routers_(model: nn.Module) -> None:
                 group.mp_policy = MixedPrecisionPolicy()
 
 
+def zero_moments_(optimizer: Any) -> None:
+    """Sets all that DeepSpeed's optimiser remembers to 0, in place: it keeps views of it, which would be lost."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif isinstance(value, int | float):
+                state[name] = type(value)(0)
+
+
 def _groups_of(state: Any) -> list[Any]:
     """The parameter groups of a unit; one in torch 2.11, several since."""
     several = getattr(state, "_fsdp_param_groups", None)

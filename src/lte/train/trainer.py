@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -192,6 +193,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         kind = _checkpointing_of(self.args)
         if self.is_fsdp_enabled:
             kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
+        elif self.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            warnings.warn("accelerate shards models on GPUs alone; each process holds the whole model", stacklevel=3)
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
