@@ -41,6 +41,7 @@ FSDP = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_CONFIG_FILE": ""}
 
 
 class Stopped(Exception):
@@ -64,6 +65,8 @@ class OnCpus(LteTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         if os.environ.get("ACCELERATE_USE_FSDP"):
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+            os.environ["ACCELERATE_USE_CPU"] = "false"
         super().create_accelerator_and_postprocess()
 
 
@@ -94,18 +97,24 @@ def note_dtype(found: dict[type, set[str]], module: Any, args: Any) -> None:
 
 
 def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
-    for name in FSDP:
+    for name in (*FSDP, *ZERO):
         os.environ.pop(name, None)
     os.environ.update({**FSDP, **case["fsdp"]} if "fsdp" in case else {})
+    if "zero" in case:
+        settings = {"zero_optimization": {"stage": case["zero"]}, "zero_force_ds_cpu_optimizer": False}
+        settings |= dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+        path = root / f"zero{case['zero']}.json"
+        root.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**settings, "gradient_clipping": "auto"}))
+        os.environ.update({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if case["train"].get("bf16") else "no"
     PartialState._reset_state()
     AcceleratorState._reset_state()
     GradientState._reset_state()
     folder = root / case.get("folder", case["name"])
-    settings = dict(case["train"])
-    rows_each = settings.pop("rows_per_step", 8)
-    passes = settings.get("gradient_accumulation_steps", 1)
-    config = TrainConfig(**settings, batch_size=rows_each // passes // dist.get_world_size(), report_to="none")
+    passes = case["train"].get("gradient_accumulation_steps", 1)
+    rows_each = 8 // passes // dist.get_world_size()
+    config = TrainConfig(**case["train"], batch_size=rows_each, report_to="none")
     model = model_of(case, folder)
     if config.lora_rank:
         model = with_lora(model, config, folder)
@@ -128,7 +137,13 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     state = {name: whole(tensor).detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
     kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {"weights": state, "log": log, "kinds": kinds, "files": files, "decisions": decisions(model)} | {
+    return {
+        "weights": state,
+        "log": log,
+        "kinds": kinds,
+        "files": files,
+        "decisions": None if case.get("zero") == 3 else decisions(model),
+    } | {
         "made": None if made is None else {name: tensor.clone() for name, tensor in made.state_dict().items()},
         "made_decisions": None if made is None else decisions(made),
         "router_dtypes": sorted(dtypes[Router]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def test_two_processes_do_what_one_does(roots: dict[int, Path], name: str) -> No
     biases = {key: value for key, value in one["weights"].items() if key.endswith("router.bias")}
     assert bool(biases) == (name not in ("dense", "method"))
     assert not biases or furthest(biases, {key: two["weights"][key] for key in biases}) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_does_what_one_process_does(roots: dict[int, Path], tmp_path: Path) -> None:
+    cases = [{**CASES[1], "name": f"zero{stage}", "zero": stage} for stage in (2, 3)]
+    launch(2, tmp_path, [{name: value for name, value in case.items() if name != "fsdp"} for case in cases])
+    one = found_by(roots[1], "annealed")
+    for stage in (2, 3):
+        two = found_by(tmp_path, f"zero{stage}")
+        # Of ZeRO-3 the model that the first process gets: the sharded one runs in all processes at once.
+        check_same(one, {**two, "decisions": two["decisions" if stage == 2 else "made_decisions"]})
+        assert any(name.startswith("checkpoint-6/global_step") for name in two["files"])
 
 
 @pytest.mark.slow

@@ -42,6 +42,5 @@ def configs(
     if target.exists():
         raise ValueError(f"output must be a new file, got output={target}, which exists; name another one")
     shutil.copyfile(source, target)
-    typer.echo(
-        f"Written to {target}. Next: accelerate launch --config_file {target} --num_processes 8 -m lte train ..."
-    )
+    following = f"accelerate launch --config_file {target} --num_processes 8 -m lte train ..."
+    typer.echo(f"Written to {target}. Next: {following}")

@@ -21,7 +21,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of a tensor with all of its parts; ZeRO-3 leaves none of a parameter's own numbers outside of passes."""
+    """The shape of a tensor with all of its parts; a parameter of ZeRO-3 is empty outside of passes."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
