@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from lte.launch import FOLDER, shipped_configs
 from tests.cli.conftest import SHORT
-from tests.processes import ROOT
+from tests.processes import ROOT, run_processes
 
 
 def test_they_are_listed_printed_and_copied(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -100,3 +102,21 @@ def test_a_sigterm_ends_a_run_and_the_same_command_goes_on(dense_folder: Path, t
     # One curve, as of a run that nothing had stopped.
     assert steps == sorted(set(steps))
     assert (steps[0], steps[-1]) == (2, 160)
+
+
+@pytest.mark.slow
+def test_a_run_in_shards_ends_with_one_folder(dense_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["train", "--model", dense_folder, "--output", output, *SHORT, "--batch-size", "2", "--lora-rank", "2"]
+    said = run_processes(2, "tests.cli.train_in_shards", *arguments)
+    # What the first process says, and no other one.
+    assert said.count("Saved to") == 1
+    record = json.loads((output / "result.json").read_text())
+    assert record["sparsity"] == pytest.approx(0.5, abs=0.05)
+    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert sum("router.weight" in name for name in adapter) == 2
+    state = load_file(output / "model.safetensors")
+    weight = next(name for name in state if name.endswith("layers.0.mlp.router.weight"))
+    kept = next(value for name, value in adapter.items() if name.endswith("layers.0.mlp.router.weight"))
+    assert torch.equal(state[weight], kept)
+    assert state[weight].any()

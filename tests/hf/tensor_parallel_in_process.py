@@ -20,15 +20,21 @@ if __name__ == "__main__":
     tokens = torch.arange(48).reshape(2, 24) % VOCAB
     found = {}
     for name in names:
-        model = AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto").eval()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto").eval()
+        except ValueError as error:
+            found[name] = {"error": str(error)}
+            continue
         ffn = next(iter(lte.sparse_ffns(model).values()))
         found[name] = {"down": is_sharded(ffn.part(ffn.layout.down).weight), "router": is_sharded(ffn.router.weight)}
-        try:
-            with torch.no_grad():
-                found[name]["logits"] = whole(model(tokens).logits)
-                found[name]["answer"] = model.generate(tokens[:1, :4], max_new_tokens=8, do_sample=False)
-        except ValueError as error:
-            found[name]["error"] = str(error)
+        with torch.no_grad():
+            found[name]["logits"] = whole(model(tokens).logits)
+            found[name]["answer"] = model.generate(tokens[:1, :4], max_new_tokens=8, do_sample=False)
+        if name == "llama":
+            try:
+                lte.accelerate_(model)
+            except ValueError as error:
+                found[name]["refused"] = str(error)
     torch.save(found, folder / f"found{dist.get_world_size()}_{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -57,6 +57,12 @@ def test_experts_are_not_shared_by_processes(folder: Path) -> None:
     assert "num_experts=6 for 4 processes" in torch.load(folder / "found4_0.pt")["six"]["error"]
 
 
+@pytest.mark.slow
+def test_kernels_are_for_whole_models(folder: Path) -> None:
+    rule = "model must lie whole in this process to run on the kernels, got model.layers.0.mlp in parts"
+    assert rule in torch.load(folder / "found2_0.pt")["llama"]["refused"]
+
+
 def test_the_processes_must_divide_the_experts() -> None:
     check_expert_shares(8, 4)
     rule = (

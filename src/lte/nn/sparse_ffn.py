@@ -173,11 +173,17 @@ class SparseFfn(WrappedFfn):
                 self._of_thread.left["own"] = self._down_product(activated if up is None else activated * up)
         return output
 
+    def check_shares(self) -> None:
+        """Raises a `ValueError` where processes would have to share an expert, under tensor parallelism."""
+        weight = self.part(self.layout.down).weight
+        if isinstance(weight, DTensor):
+            check_expert_shares(self.num_experts, weight.device_mesh.size())
+
     def _own_experts(self, gate: Tensor) -> Tensor:
         """Of m [..., E] that of the experts whose neurons lie in this process, under tensor parallelism.
 
         Raises:
-            ValueError: if the processes would have to share an expert.
+            ValueError: for a plan that leaves the down projection whole.
         """
         weight = self.part(self.layout.down).weight
         if not isinstance(weight, DTensor):
@@ -185,7 +191,6 @@ class SparseFfn(WrappedFfn):
                 f"projections must all be sharded by one tp_plan, got {self.layout.up} in parts and {self.layout.down} "
                 "whole; take the tp_plan of the family"
             )
-        check_expert_shares(self.num_experts, weight.device_mesh.size())
         return gate.chunk(weight.device_mesh.size(), -1)[weight.device_mesh.get_local_rank()]
 
     def _down_product(self, hidden: Tensor) -> Tensor:

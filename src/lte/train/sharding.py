@@ -8,6 +8,7 @@ back to a model that one process holds.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +71,8 @@ def prepare_fsdp_(plugin: Any, args: Any, model: nn.Module, checkpointing: str |
 
 def widen_routers_(model: nn.Module) -> None:
     """Has the routers of a model in FSDP2 compute in fp32 under mixed precision; before the first forward pass."""
+    # Nothing is changed in place in what a router returns.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPRouter\) returned a view tensor")
     for module in model.modules():
         if isinstance(module, Router) and isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
