@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +31,17 @@ def run_processes(count: int, *arguments: object, timeout_s: float = 300, launch
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, in one of the workers among which pytest-xdist spreads the tests of a module."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        make(folder := factory.mktemp(name))
+        return folder
+    folder = factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = factory.mktemp(name)
+            make(partial)
+            partial.rename(folder)
+    return folder

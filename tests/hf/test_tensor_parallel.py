@@ -9,7 +9,7 @@ import torch
 
 from lte.hf.families import FAMILIES
 from lte.nn.sparse_ffn import check_expert_shares
-from tests.processes import run_processes
+from tests.processes import made_once, run_processes
 from tests.tiny_models import VOCAB, tiny_config, tiny_sparse_model
 
 # The key heads of each process are whole, too.
@@ -20,14 +20,16 @@ PLANNED = [name for name in FAMILIES if getattr(tiny_config(name), "base_model_t
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of tiny models, and of each number of processes what they found."""
-    root = tmp_path_factory.mktemp("parallel")
-    for name in PLANNED:
-        tiny_sparse_model(name, **HEADS).save_pretrained(root / name)
-    # 6 experts of 8 neurons.
-    tiny_sparse_model("llama", intermediate_size=48, **HEADS).save_pretrained(root / "six")
-    for count in (2, 4):
-        run_processes(count, "tests.hf.tensor_parallel_in_process", root, ",".join([*PLANNED, "six"]))
-    return root
+
+    def make(root: Path) -> None:
+        for name in PLANNED:
+            tiny_sparse_model(name, **HEADS).save_pretrained(root / name)
+        # 6 experts of 8 neurons.
+        tiny_sparse_model("llama", intermediate_size=48, **HEADS).save_pretrained(root / "six")
+        for count in (2, 4):
+            run_processes(count, "tests.hf.tensor_parallel_in_process", root, ",".join([*PLANNED, "six"]))
+
+    return made_once(tmp_path_factory, "parallel", make)
 
 
 def test_some_families_have_a_plan() -> None:

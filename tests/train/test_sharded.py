@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lte.train.sharding import check_kind
-from tests.processes import run_processes
+from tests.processes import made_once, run_processes
 from tests.train.toy import trainer_of
 
 SETTINGS = {
@@ -50,12 +50,15 @@ def launch(count: int, root: Path, cases: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Folders of what one process and what two processes found."""
-    found = {count: tmp_path_factory.mktemp(f"processes{count}") for count in (1, 2)}
-    launch(2, found[2], [case for case in (*CASES, *AGAIN) if case["name"] != "resumed"])
-    # One process goes on from the checkpoints of two.
-    shutil.copytree(found[2] / "run", found[1] / "run_again")
-    launch(1, found[1], [*CASES, AGAIN[-1]])
-    return found
+
+    def make(root: Path) -> None:
+        launch(2, root / "2", [case for case in (*CASES, *AGAIN) if case["name"] != "resumed"])
+        # One process goes on from the checkpoints of two.
+        shutil.copytree(root / "2" / "run", root / "1" / "run_again")
+        launch(1, root / "1", [*CASES, AGAIN[-1]])
+
+    root = made_once(tmp_path_factory, "sharded", make)
+    return {count: root / str(count) for count in (1, 2)}
 
 
 def found_by(root: Path, name: str, rank: int = 0) -> dict[str, Any]:
