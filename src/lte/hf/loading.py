@@ -200,7 +200,8 @@ class LteModelMixin(SteppingMixin):
         Raises:
             ValueError: if weights are missing (stock transformers warns and takes random ones), do not fit the config,
                 are not finite, or a file is corrupt. With `ignore_mismatched_sizes=True` the head alone may not fit.
-                For a `target_sparsity` that is not on the curve, or without a curve.
+                For a `target_sparsity` that is not on the curve, or without a curve. For a `tp_plan` over processes
+                whose number does not divide that of the experts.
         """
         name_or_path = pretrained_model_name_or_path
         if target_sparsity is not None:
@@ -219,6 +220,8 @@ class LteModelMixin(SteppingMixin):
             require_whole(model, info, source, other_head=other_head, fewer_layers=fewer_layers)
             if getattr(model, "_hf_peft_config_loaded", False):
                 cls.from_pretrained(next(iter(model.peft_config.values())).base_model_name_or_path, device_map="meta")
+        for ffn in sparse_ffns(model).values():
+            ffn.check_shares()
         cls._warn_of_other_class(model, name_or_path)
         if target_sparsity is not None:
             set_sparsity_(model, target_sparsity)

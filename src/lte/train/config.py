@@ -13,6 +13,7 @@ RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
 MatchTo = Literal["teacher", "own"]
 Budgets = Literal["free", "sensitivity"]
+OnNonfinite = Literal["stop", "skip"]
 Dtype = Literal["float32", "bfloat16"]
 Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
@@ -106,8 +107,15 @@ class RecipeSettings:
         affects="nothing",
     )
 
+    on_nonfinite: OnNonfinite = option(
+        "stop",
+        "What a loss or gradient that is NaN or infinite does. stop: it ends the run, and its batch is saved; skip: "
+        "the step changes no weight and is counted, and 10 of them in a row end the run.",
+    )
+
     def __post_init__(self) -> None:
         check_choice("recipe", self.recipe, get_args(Recipe))
+        check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
         check_choice("trainable", self.trainable, get_args(Trainable))
         if self.stage2_routers is not None:
             check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
