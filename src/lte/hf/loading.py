@@ -126,6 +126,11 @@ class LteConfigMixin:
         self.lte_measurement: dict[str, Any] | None = _checked_measurement(kwargs.pop("lte_measurement", None))
         self.lte_curve: dict[str, Any] | None = _checked_curve(kwargs.pop("lte_curve", None))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        # In memory it names the class that a model really is. The folder keeps the stock name, and an engine that goes
+        # by that would run the folder dense where lte is imported and its `model_type` is known.
+        names = getattr(self, "architectures", None)
+        if names:
+            self.architectures = [f"{_PREFIX}{name.removeprefix(_PREFIX)}" for name in names]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -396,6 +401,8 @@ def become_dense_(model: Any, family: Family) -> Any:
     model.config.__class__ = family.stock_class(family.config_class)
     for name in ("lte", "lte_measurement", "lte_curve"):
         vars(model.config).pop(name, None)
+    if names := getattr(model.config, "architectures", None):
+        model.config.architectures = [name.removeprefix(_PREFIX) for name in names]
     return model.config
 
 
