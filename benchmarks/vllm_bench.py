@@ -16,6 +16,7 @@ Every row carries what was measured of the routing, the versions, the device and
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,9 @@ CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 @torch.no_grad()
-def write_shape(name: str, sparsities: list[float], work: Path, dtype: torch.dtype) -> list[dict[str, Any]]:
+def write_shape(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Writes the dense folder of a shape and a sparse one for each sparsity; what to measure, the dense one first."""
+    work, sparsities = arguments.work, arguments.sparsities
     config = transformers.LlamaConfig(**SHAPES[name], max_position_embeddings=4096, tie_word_embeddings=False)
     torch.manual_seed(0)
     with transformers.initialization.no_init_weights():
@@ -82,6 +85,10 @@ def write_shape(name: str, sparsities: list[float], work: Path, dtype: torch.dty
         folder = work / f"{name}-{sparsity:g}"
         model.save_pretrained(folder)
         jobs.append({"model": f"{name} forced", "folder": str(folder), "sparsity": sparsity})
+    if arguments.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        for job in jobs:
+            tokenizer.save_pretrained(job["folder"])
     return jobs
 
 
@@ -235,7 +242,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             row["over_dense"] = row[key] / base[key]
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shape", choices=list(SHAPES), action="append", default=[])
@@ -252,18 +259,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("vllm_bench"), help="folder for the models that it writes")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--tokenizer", help="folder whose tokenizer a shape gets: throughput and serve need one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures group after group and writes the rows so far after each model."""
+    arguments = parse()
     if arguments.worker:
         measure_latency(json.loads(arguments.worker))
         return
     names = ("batches", "input_len", "output_len", "num_prompts", "repeats", "dtype", "eager")
     common = {name: getattr(arguments, name) for name in names}
     dtype = getattr(torch, arguments.dtype)
-    groups = {
-        name: lambda name=name: write_shape(name, arguments.sparsities, arguments.work, dtype)
-        for name in arguments.shape
-    }
-    groups |= {str(path): lambda path=path: write_densified(path, arguments.work) for path in arguments.folder}
+    work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
+    for name in arguments.shape:
+        writers.append((name, functools.partial(write_shape, name, arguments, dtype)))
+    for path in arguments.folder:
+        writers.append((str(path), functools.partial(write_densified, path, work)))
     rows: list[dict[str, Any]] = []
     for group, write in writers:
         for job in [{**own, **common, "group": group} for own in write()]:

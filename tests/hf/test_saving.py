@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 
+import lte
 from tests.tiny_models import randomise_routers_, tiny_sparse_model
 
 SHARDS = {"max_shard_size": "20KB"}
@@ -48,7 +49,9 @@ import json, os, pathlib, resource, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 import lte
-from transformers import AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+
+import lte
 
 root = pathlib.Path(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(root / "new")
@@ -253,3 +256,13 @@ def test_a_moved_folder_loads(tmp_path: Path, tokens: Tensor) -> None:
     assert str(tmp_path) not in json.dumps(config), "a folder must not remember where it was"
     shutil.move(tmp_path / "model", tmp_path / "moved")
     assert load_logits(tmp_path / "moved", tokens) is not None
+
+
+def test_in_memory_a_config_names_the_sparse_class_and_in_its_folder_the_stock_one(tmp_path: Path) -> None:
+    """An engine that goes by the name runs no model dense where lte is imported."""
+    tiny_sparse_model().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["LteLlamaForCausalLM"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.architectures == ["LteLlamaForCausalLM"]
+    assert lte.densify_(model).config.architectures == ["LlamaForCausalLM"]
