@@ -124,15 +124,22 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
     return {**options, "kv_cache_memory_bytes": 512 << 20}
 
 
-def saving() -> dict[str, float]:
-    """The mean active fraction and union that the plug-in has sampled so far, empty for a dense model."""
+def sampled() -> dict[str, float]:
+    """Sums and counts of what the plug-in has sampled of the routing so far."""
     from lte.vllm.meter import _collector
 
-    sums = {s.name + s.labels.get("layers", ""): s.value for family in _collector().collect() for s in family.samples}
-    found = {}
+    found: dict[str, float] = {}
+    for family in _collector().collect():
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def saving(before: dict[str, float]) -> dict[str, float]:
+    """The mean active fraction and union since an earlier `sampled`, empty without a sample (a dense model, say)."""
+    now, found = sampled(), {}
     for name in ("active_fraction", "union_fraction"):
-        count = sum(value for key, value in sums.items() if key.startswith(f"lte:{name}_count"))
-        total = sum(value for key, value in sums.items() if key.startswith(f"lte:{name}_sum"))
+        count, total = (now[f"lte:{name}_{part}"] - before[f"lte:{name}_{part}"] for part in ("count", "sum"))
         if count:
             found[name] = total / count
     return found
@@ -156,6 +163,7 @@ def measure_latency(job: dict[str, Any]) -> None:
             llm.generate(prompts, params, use_tqdm=False)
             return time.perf_counter() - start
 
+        before = sampled()
         for tokens in (1, job["output_len"]):
             once(tokens)
         short = sorted(once(1) for _ in range(job["repeats"]))
@@ -165,7 +173,7 @@ def measure_latency(job: dict[str, Any]) -> None:
         row = {
             "tool": "latency", "batch": batch, "ms_first_token": 1000 * statistics.median(short),
             "ms_per_step": statistics.median(middle), "ms_per_step_p20": middle[len(middle) // 5],
-            "ms_per_step_p80": middle[-1 - len(middle) // 5], **saving(),
+            "ms_per_step_p80": middle[-1 - len(middle) // 5], **saving(before),
         }  # fmt: skip
         print("ROW " + json.dumps(row), flush=True)
 

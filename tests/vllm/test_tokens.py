@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +19,8 @@ pytestmark = [pytest.mark.slow, needs_vllm]
 TOKENS = 16
 
 
-def with_dropped_bias() -> Any:
-    model = served_model(dropped_bias=True)
+def with_dropped_bias(**settings: Any) -> Any:
+    model = served_model(dropped_bias=True, **settings)
     for ffn in lte.sparse_ffns(model).values():
         nn.init.normal_(ffn.part("down_proj").bias, std=0.3)
     return model
@@ -123,3 +125,21 @@ def test_the_saving_is_counted(served: Any) -> None:
     saving = result_of(served, "llama")[0]["saving"]
     assert saving["lte:steps_total{'path': 'decode'}"] > 16
     assert saving["lte:steps_total{'path': 'masked'}"] >= 1
+
+
+CPUS = sorted(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks of vLLM on CPUs want a core each")
+def test_two_ranks_have_half_of_the_experts_each(tmp_path: Path) -> None:
+    """Biases must count once, and a low-rank router's rows be split and its first matrix not."""
+    model = with_dropped_bias(router_rank=4)
+    job = {"name": "ranks", "folder": save(model, tmp_path / "folder"), "prompts": prompts(), "tokens": TOKENS}
+    (result,) = run_program(
+        "offline.py",
+        [{**job, "options": {"tensor_parallel_size": 2}}],
+        VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, CPUS[:2])),
+    )
+    assert "error" not in result, result["error"] + result["trace"]
+    traced = differences(references_of(model), result["rounds"][0])
+    assert len(traced) <= 1, traced
