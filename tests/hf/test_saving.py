@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -258,11 +259,13 @@ def test_a_moved_folder_loads(tmp_path: Path, tokens: Tensor) -> None:
     assert load_logits(tmp_path / "moved", tokens) is not None
 
 
-def test_in_memory_a_config_names_the_sparse_class_and_in_its_folder_the_stock_one(tmp_path: Path) -> None:
-    """An engine that goes by the name runs no model dense where lte is imported."""
+def test_beside_an_engine_a_config_names_the_sparse_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM goes by the name, and runs no model dense where lte is imported; transformers serves by the stock name."""
     tiny_sparse_model().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    assert AutoConfig.from_pretrained(tmp_path).architectures == ["LteLlamaForCausalLM"]
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["LlamaForCausalLM"]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.architectures == ["LteLlamaForCausalLM"]
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert lte.densify_(model).config.architectures == ["LlamaForCausalLM"]

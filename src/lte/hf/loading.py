@@ -18,6 +18,7 @@ import copy
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 import weakref
@@ -63,6 +64,10 @@ _GUARD = (
     "lte.sparse_class(YourClass))"
 )
 _PREFIX = "Lte"
+# Engines that choose a model's class by the architecture's name, which in a folder is the stock one. Where lte is
+# imported they know the `model_type`, too, and would take the folder for a dense one: there a config names the sparse
+# class.
+_ENGINES = ("vllm",)
 _PLACE_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
@@ -126,11 +131,10 @@ class LteConfigMixin:
         self.lte_measurement: dict[str, Any] | None = _checked_measurement(kwargs.pop("lte_measurement", None))
         self.lte_curve: dict[str, Any] | None = _checked_curve(kwargs.pop("lte_curve", None))
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        # In memory it names the class that a model really is. The folder keeps the stock name, and an engine that goes
-        # by that would run the folder dense where lte is imported and its `model_type` is known.
-        names = getattr(self, "architectures", None)
-        if names:
-            self.architectures = [f"{_PREFIX}{name.removeprefix(_PREFIX)}" for name in names]
+        if any(engine in sys.modules for engine in _ENGINES):
+            self.architectures = [
+                f"{_PREFIX}{name.removeprefix(_PREFIX)}" for name in getattr(self, "architectures", None) or ()
+            ]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

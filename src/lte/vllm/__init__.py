@@ -8,7 +8,7 @@ vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in 
 - `ffn`: the FFN, one custom operation over the kernels of `lte.ops`.
 - `meter`: what the routing saves, as Prometheus metrics beside vLLM's own.
 
-A folder's config names the architecture `Lte...` (see `lte.hf.loading`), so a vLLM without this plug-in refuses it.
+Inside vLLM a config names the architecture `Lte...` (see `lte.hf.loading`), which vLLM refuses without the plug-in.
 """
 
 from __future__ import annotations
