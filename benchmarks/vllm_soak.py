@@ -30,6 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lte
+from lte.records import environment
 
 TOKENS, PROMPTS, AT_ONCE = 12, 24, 16
 KINDS = {"whole": 0.5, "streamed": 0.2, "left": 0.15, "malformed": 0.15}
@@ -207,7 +208,10 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     half = samples[len(samples) // 2 :]
     import vllm
 
+    found = environment()
     return {
+        **found,
+        "versions": {**found["versions"], "vllm": vllm.__version__},
         "folder": Path(arguments.folder).name,
         "requests": done,
         "seconds": round(time.monotonic() - start, 1),
@@ -216,7 +220,6 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
         "alive_at_the_end": alive,
         "memory_mb": samples,
         "second_half_spread": round(max(half) / min(half) - 1, 4) if half else None,
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "lte": lte.__version__},
     }
 
 
