@@ -11,8 +11,10 @@ CHROMIUM := chromium chromium-driver
 demo: $(VENV)/.installed
 	$(BIN)/lte demo --output demo-output
 
+# The engines of tests/vllm start once for each file, so a file stays with one worker.
 test: $(VENV)/.installed chromium
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/vllm
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/vllm
 
 # vLLM for CPUs, for the tests in tests/vllm, which are skipped without. It wants versions of its own of packages that
 # lte shares with it, hence an environment of its own.
