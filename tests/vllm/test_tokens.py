@@ -78,7 +78,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
         if name == "int8":
             lte.accelerate_(model, weights="int8")
         add(name, model, places["llama"], **copy.deepcopy(job))
-    results = {result["name"]: result for result in run_program("offline.py", jobs)}
+    results = {result["name"]: result for result in run_program("offline.py", jobs, timeout_s=540)}
     print({name: round(result["seconds"], 1) for name, result in results.items()})
     return results, expected
 

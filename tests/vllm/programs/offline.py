@@ -59,6 +59,8 @@ def forked(job: dict[str, Any]) -> None:
         result = run_job(job)
     except BaseException as error:
         result = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-3000:]}
+    if "lte.vllm.meter" in sys.modules:
+        sys.modules["lte.vllm.meter"]._collector()._remove()  # `_exit` leaves out what is registered to run
     print("RESULT " + json.dumps({"name": job["name"], "seconds": time.monotonic() - start, **result}), flush=True)
     os._exit(0)
 
