@@ -88,6 +88,12 @@ class RecipeSettings:
         0.0, "Weight of the share of experts that any token of a chunk switches on; 0: without.", affects="routing"
     )
     union_tokens: int = option(8, "Consecutive tokens in such a chunk.", affects="routing")
+    even_weight: float = option(
+        0.0,
+        "Weight of the squared distance of each row's share of active neurons to the target, as a share of it, which "
+        "makes all kinds of text as sparse; 0: without.",
+        affects="routing",
+    )
     layer_budgets: Budgets = option(
         "free",
         "free: one price for all layers, which take what they are worth; sensitivity: before stage 1 it is measured "
@@ -135,7 +141,7 @@ class RecipeSettings:
     def _check_losses(self) -> None:
         check_choice("match_to", self.match_to, get_args(MatchTo))
         check_choice("layer_budgets", self.layer_budgets, get_args(Budgets))
-        for name in ("match_weight", "margin_weight", "predecessor_weight", "union_weight"):
+        for name in ("match_weight", "margin_weight", "predecessor_weight", "union_weight", "even_weight"):
             check_not_negative(name, getattr(self, name))
         check_fraction("margin_start", self.margin_start)
         if self.margin_width <= 0:

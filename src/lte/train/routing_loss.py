@@ -33,7 +33,7 @@ from lte.train.sparsity_controller import target_logit
 
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
-LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "match")}
+LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "even", "match")}
 # The log's names of each layer's active fraction, before its number.
 LAYER_PREFIX = "layers/active_"
 
@@ -266,7 +266,12 @@ class RoutingLoss(AnyTrainer):
         if not self.terms:
             return found
         follows = self._follows(stacked[0]) if self.terms.neighbours else None
-        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
+        target = self._target_active(stacked[0][0].device) if self.terms.even else None
+        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms, target)}
+
+    def _target_active(self, device: torch.device) -> Tensor:
+        """The share of experts that shall be active in this step, by which the controller will judge it, too."""
+        return torch.full((), 1 - self.schedule.target_at(self.state.global_step + 1), device=device)
 
     def _follows(self, stacks: list[Tensor]) -> Tensor:
         """Which tokens go on with the document of the token before them, bool [B, T]."""
