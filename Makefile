@@ -6,13 +6,25 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 CHROMIUM := chromium chromium-driver
 
-.PHONY: chromium demo test lint format docs clean
+.PHONY: chromium demo test vllm-env lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lte demo --output demo-output
 
+# The engines of tests/vllm start once for each file, so a file stays with one worker.
 test: $(VENV)/.installed chromium
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/vllm
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/vllm
+
+# vLLM for CPUs, for the tests in tests/vllm, which are skipped without. It wants versions of its own of packages that
+# lte shares with it, hence an environment of its own.
+vllm-env: .vllm-env/.installed
+
+.vllm-env/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .vllm-env
+	.vllm-env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	.vllm-env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
 
 # The browser tests drive Debian's Chromium. Without it they are skipped, and fail where CI is set, as .ci/run does.
 chromium:
@@ -47,4 +59,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output build dist src/*.egg-info
+	rm -rf $(VENV) .vllm-env demo-output build dist src/*.egg-info

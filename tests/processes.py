@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_processes(count: int, *arguments: object, timeout_s: float = 300) -> str:
-    """Runs `python -m arguments` in `count` processes that find each other; returns what they print."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+def run_processes(count: int, *arguments: object, timeout_s: float = 300, launched: bool = False) -> str:
+    """Runs `python -m arguments` in `count` processes that find each other; returns what they print.
+
+    With `launched` one process is started as several are, too.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    launcher = launcher if count > 1 or launched else []
     command = [sys.executable, *launcher, "-m", *map(str, arguments)]
     # What is on the path already stays: it may be the transformers version under test.
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
@@ -24,3 +31,17 @@ def run_processes(count: int, *arguments: object, timeout_s: float = 300) -> str
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, in one of the workers among which pytest-xdist spreads the tests of a module."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        make(folder := factory.mktemp(name))
+        return folder
+    folder = factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = factory.mktemp(name)
+            make(partial)
+            partial.rename(folder)
+    return folder

@@ -22,8 +22,9 @@ RANKS = {
     "hf": 3,
     "data": 4,
     "methods": 5,
+    "vllm": 5,
 }
-RANKS |= {"train": 6, "eval": 7, "bench": 8, "runs": 9, "report": 9, "cli": 10, "__main__": 11}
+RANKS |= {"launch": 6, "train": 6, "eval": 7, "bench": 8, "runs": 9, "report": 9, "cli": 10, "__main__": 11}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "Converts a dense checkpoint of any size into an LTE folder with untrained routers, in the memory of a "
     "layer.",
     "densify": "Writes a sparse folder's stock dense model, without routers, for engines that know nothing of lte.",
+    "configs": "Lists the configs of accelerate that come with lte, for FSDP2 and DeepSpeed, prints one, or copies it.",
     "data": "Shows what lte reads of files: the columns it uses and how, and a row as the model will see it.",
     "eval": "Measures a model on held-out text or a task: its metrics, sparsity in hard mode, GFLOPs and bytes per "
     "token.",

@@ -13,7 +13,19 @@ import lte
 from lte.cli.train import GROUPS
 from lte.settings import settings_of
 
-COMMANDS = ("train", "convert", "densify", "data", "eval", "calibrate", "generate", "inspect", "report", "demo")
+COMMANDS = (
+    "train",
+    "convert",
+    "densify",
+    "configs",
+    "data",
+    "eval",
+    "calibrate",
+    "generate",
+    "inspect",
+    "report",
+    "demo",
+)
 
 
 def test_version(run: Callable[..., Any]) -> None:

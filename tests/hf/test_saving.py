@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -15,8 +16,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 
+import lte
 from tests.tiny_models import randomise_routers_, tiny_sparse_model
 
 SHARDS = {"max_shard_size": "20KB"}
@@ -48,7 +50,9 @@ import json, os, pathlib, resource, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 import lte
-from transformers import AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+
+import lte
 
 root = pathlib.Path(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(root / "new")
@@ -253,3 +257,15 @@ def test_a_moved_folder_loads(tmp_path: Path, tokens: Tensor) -> None:
     assert str(tmp_path) not in json.dumps(config), "a folder must not remember where it was"
     shutil.move(tmp_path / "model", tmp_path / "moved")
     assert load_logits(tmp_path / "moved", tokens) is not None
+
+
+def test_beside_an_engine_a_config_names_the_sparse_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM goes by the name, and runs no model dense where lte is imported; transformers serves by the stock name."""
+    tiny_sparse_model().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["LlamaForCausalLM"]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.architectures == ["LteLlamaForCausalLM"]
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert lte.densify_(model).config.architectures == ["LlamaForCausalLM"]

@@ -76,7 +76,7 @@ class _CountingEngine(ReferenceEngine):
 
 def leave_ffns_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts, and all tokens of the plain path, do without the threads of numba, for which busy cores wait."""
-    monkeypatch.setattr(FfnRunner, "_cpu_kernel_takes", lambda self, x: False)
+    monkeypatch.setattr(FfnRunner, "_cpu_kernel_takes", lambda self, tokens, dtype: False)
 
 
 @pytest.fixture(autouse=True)

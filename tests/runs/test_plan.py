@@ -45,8 +45,9 @@ EXAMPLES = {
     "ablations/switching": 12,
     "ablations/wikipedia_recipe": 4,
     "ablations/wikipedia_fewer_articles": 6,
-    "recipe/ideas": 27,
+    "recipe/ideas": 34,
     "recipe/steady": 12,
+    "recipe/teacher": 3,
     "recipe/tokens": 7,
 }
 # In its folder beside them: the mix that they train on, and a run of `lte train`.

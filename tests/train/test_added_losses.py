@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import BertConfig, BertForSequenceClassification, default_data_collator
 
 import lte
-from lte.data.rows import LmCollator, TokenRows
+from lte.data.rows import LmCollator, TokenRows, token_mask
+from lte.nn.evenness import EVEN_SHARPNESS
 from lte.nn.locality import predecessor_loss, union_loss
 from lte.nn.losses import efficiency_loss, margin_loss
 from lte.train.added_terms import AddedTerms
@@ -21,9 +23,9 @@ from lte.train.arguments import LteTrainingArguments
 from lte.train.documents import follows_document
 from lte.train.objective import language_terms
 from lte.train.trainer import LteTrainer
-from tests.tiny_models import PAD, randomise_routers_, tiny_dense_model, zero_dropout_
-from tests.train.test_trainer import Gradients, arguments
-from tests.train.toy import toy_rows
+from tests.tiny_models import PAD, VOCAB, randomise_routers_, tiny_dense_model, zero_dropout_
+from tests.train.test_trainer import Gradients, arguments, partly_labelled_rows
+from tests.train.toy import toy_rows, trainer_of
 
 EOS = 2
 
@@ -91,13 +93,15 @@ def reference(model: Any, teacher: Any, rows: TokenRows, match_to: str, eta: flo
         hook.remove()
     _, divergence = language_terms(logits, batch["labels"], teacher_logits)
     follows = follows_document(batch, (EOS,))
-    errors, terms = [], []
+    errors, terms, shares = [], [], []
     for ffn, x, goal in zip(ffns, inputs, goals, strict=True):
         scores = ffn.router(x)
         on = (scores > 0).float() + scores.sigmoid() - scores.sigmoid().detach()
         output = ffn_by_hand(ffn, x, on)
         own = ffn_by_hand(ffn, x, torch.ones_like(on)).detach()
         errors.append(relative(output, own if match_to == "own" else goal))
+        soft = (EVEN_SHARPNESS * scores).sigmoid()
+        shares.append(((scores > 0).float() + soft - soft.detach()).mean((1, 2)))
         pair = predecessor_loss(scores[None], follows)[0], union_loss(scores[None], follows, chunk=4)[0]
         terms.append(
             eta * efficiency_loss(scores.sigmoid())
@@ -105,13 +109,14 @@ def reference(model: Any, teacher: Any, rows: TokenRows, match_to: str, eta: flo
             + 0.2 * pair[0]
             + 0.7 * pair[1]
         )
-    loss = divergence + 0.4 * torch.stack(errors).mean() + torch.stack(terms).mean()
+    even = (torch.stack(shares).mean(0) / 0.5 - 1).square().mean()
+    loss = divergence + 0.4 * torch.stack(errors).mean() + torch.stack(terms).mean() + 0.6 * even
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 ALL = {"margin_weight": 0.3, "margin_width": 1.5, "margin_start": 0.0, "predecessor_weight": 0.2, "union_weight": 0.7}
-ALL |= {"union_tokens": 4, "match_weight": 0.4}
+ALL |= {"union_tokens": 4, "match_weight": 0.4, "even_weight": 0.6}
 
 
 @pytest.mark.parametrize("match_to", ["teacher", "own"])
@@ -129,7 +134,7 @@ def test_loss_and_gradients_are_those_of_the_formula(tmp_path: Path, match_to: s
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-    for name in ("margin_loss", "predecessor_loss", "union_loss", "match_loss"):
+    for name in ("margin_loss", "predecessor_loss", "union_loss", "even_loss", "match_loss"):
         assert trainer.state.log_history[0][name] > 0
     assert all(ffn.output is None and ffn.own_output is None for ffn in lte.sparse_ffns(model).values())
     assert not teacher.model.layers[0].mlp.down_proj._forward_hooks
@@ -244,6 +249,102 @@ def test_neighbours_come_to_share_experts(tmp_path: Path) -> None:
     assert found[2] < 0.9 * found[0]
 
 
+def active_by_row(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The share of experts above the threshold in each row, over layers and the tokens that count."""
+    ffns = list(lte.sparse_ffns(model.eval()).values())
+    for ffn in ffns:
+        ffn.record_logits = True
+    with torch.no_grad():
+        model(batch["input_ids"])
+    by_token = torch.stack([(ffn.logits > ffn.threshold_logit).float().mean(-1) for ffn in ffns]).mean(0)
+    mask = token_mask(batch).float()
+    return (by_token * mask).sum(-1) / mask.sum(-1)
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_rows_are_held_at_the_target_by_the_tokens_that_count(tmp_path: Path, size: int) -> None:
+    """Also with one row in a pass; a row that counts no token is left out."""
+    rows = partly_labelled_rows(4)
+    rows.labels[2][:] = -100
+    model = sparse_model()
+    options = {"per_device_train_batch_size": size, "stage1_ratio": 0.0, "even_weight": 1.0, "max_steps": 1}
+    trainer, _ = train(tmp_path, copy.deepcopy(model), rows, **options)
+    shares = active_by_row(model, LmCollator(PAD)([rows[i] for i in range(size)]))
+    counted = shares[~shares.isnan()]
+    assert len(counted) == max(1, size - 1)
+    assert trainer.state.log_history[0]["even_loss"] == pytest.approx(
+        ((counted / 0.5 - 1) ** 2).mean().item(), rel=1e-4
+    )
+
+
+def two_kinds(count: int, seed: int = 0) -> TokenRows:
+    """Rows of the walk, and after each one of a single token."""
+    tokens = np.random.default_rng(seed).integers(3, VOCAB, count // 2)
+    walks = toy_rows(count // 2, seed=seed).input_ids
+    rows = [row for walk, token in zip(walks, tokens, strict=True) for row in (walk, np.full_like(walk, token))]
+    return TokenRows(rows, rows)
+
+
+def test_two_kinds_of_rows_become_as_sparse_as_each_other(tmp_path: Path) -> None:
+    unseen = two_kinds(64, seed=1)
+    batch = LmCollator(PAD)([unseen[i] for i in range(64)])
+    apart = []
+    for weight in (0.0, 3.0):
+        model = sparse_model()
+        train(tmp_path / str(weight), model, two_kinds(64), max_steps=150, per_device_train_batch_size=8,
+              router_learning_rate=3e-3, calibration_tokens=2048, even_weight=weight)  # fmt: skip
+        shares = active_by_row(model, batch)
+        assert shares.mean().item() == pytest.approx(0.5, abs=0.05)
+        apart.append((shares[0::2].mean() - shares[1::2].mean()).abs().item())
+    assert apart[0] > 0.05
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_even_rows_follow_the_ramp_and_resume(tmp_path: Path) -> None:
+    """The goal is the share that the step shall have; that is all there is to remember."""
+    options = {"even_weight": 1.0, "ramp_ratio": 1.0, "stage1_ratio": 0.75, "max_steps": 8}
+    whole = trainer_of(tmp_path / "whole", **options)
+    goals = []
+    of_step = whole._target_active
+    whole._target_active = lambda device: goals.append(of_step(device).item()) or of_step(device)
+    whole.train()
+    assert goals == pytest.approx([1 - 0.5 * step / 6 for step in range(1, 7)] + [0.5, 0.5])
+    resumed = trainer_of(tmp_path / "again", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_terms_are_compiled_once_for_all_steps_of_the_ramp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **{**kwargs, "backend": counter}))
+    frames = []
+    for steps in (2, 6):
+        torch.compiler.reset()
+        counter.clear()
+        options = {"even_weight": 1.0, "ramp_ratio": 1.0, "stage1_ratio": 1.0, "compile_layers": True}
+        train(tmp_path / str(steps), sparse_model(), rows_with_documents(8), max_steps=steps, **options)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1] > 0
+    torch.compiler.reset()
+
+
+def test_without_a_weight_no_row_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("rows are counted")
+
+    monkeypatch.setattr("lte.train.added_terms.row_active_shares", called)
+    options = {"margin_weight": 0.1, "margin_start": 0.0, "stage1_ratio": 0.0}
+    trainer, _ = train(tmp_path, sparse_model(), rows_with_documents(), **options)
+    assert "margin_loss" in trainer.state.log_history[0]
+    assert "even_loss" not in trainer.state.log_history[0]
+    with pytest.raises(AssertionError, match="rows are counted"):
+        train(tmp_path, sparse_model(), rows_with_documents(), even_weight=0.1)
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="match_to must be own without a teacher"):
         train(tmp_path, sparse_model(), rows_with_documents(), match_weight=1.0)
@@ -281,6 +382,7 @@ def test_batches_without_tokens_have_no_neighbours(tmp_path: Path) -> None:
         ("margin_width", 0.0, "margin_width must be positive, got margin_width=0.0"),
         ("margin_start", 1.0, "margin_start must lie in"),
         ("match_weight", -1.0, "match_weight must not be negative"),
+        ("even_weight", -0.1, "even_weight must not be negative, got even_weight=-0.1"),
         ("union_tokens", 1, "union_tokens must be at least 2"),
         ("match_to", "students", "match_to must be one of teacher, own"),
         ("layer_budgets", "sensitive", "layer_budgets must be one of free, sensitivity"),

@@ -229,7 +229,7 @@ def test_every_size_and_rank_trains_saves_and_runs_on_the_kernels_or_says_why_no
     tmp_path: Path, size: int, rank: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What numba compiles takes a minute, and is the same for all.
-    monkeypatch.setattr(FfnRunner, "_cpu_kernel_takes", lambda self, x: False)
+    monkeypatch.setattr(FfnRunner, "_cpu_kernel_takes", lambda self, tokens, dtype: False)
     dense = tiny_dense_model(intermediate_size=256)
     model = lte.sparsify_(dense, lte.LteConfig(expert_size=size, grouping="contribution", router_rank=rank),
                           calibration=BATCHES)  # fmt: skip

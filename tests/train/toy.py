@@ -43,3 +43,10 @@ def trainer_of(folder: Path, rows: Any = None, target: float = 0.5, **options: A
         data_collator=LmCollator(PAD),
         **extra,
     )
+
+
+def uneven_toy_rows(count: int = 64, seed: int = 0) -> TokenRows:
+    """As `toy_rows`, of 8 to 32 tokens."""
+    rows = toy_rows(count, seed=seed).input_ids
+    cut = [row[: 8 + 24 * (index % 7) // 6] for index, row in enumerate(rows)]
+    return TokenRows(cut, [row.copy() for row in cut])

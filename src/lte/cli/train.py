@@ -112,7 +112,9 @@ def train(
     --recipe dense`, then from there `lte train --task sst2 --model dense --output out`.
 
     Without `--train` and `--task` it learns on a small text that comes with Python. After an interruption:
-    `lte train --resume --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`
+    `lte train --resume --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`; in shards:
+    `accelerate launch --config_file fsdp2.yaml -m lte train ...`, with a file from `lte configs`. With `--resume` from
+    the start, the same command begins a run and goes on with it.
     """
     values = merge_settings(given, config)
     run = build(RunConfig, values)
@@ -126,6 +128,7 @@ def train(
     # From here on torch is loaded.
     from lte.runs.pipeline import ModelSettings
     from lte.train.checkpoints import clean_up, folder_lock, newest_checkpoint
+    from lte.train.interruption import TrainingStopped
     from lte.train.optimisers import warn_of_lost_steps
     from lte.train.processes import is_main_process
 
@@ -157,6 +160,10 @@ def train(
             else:
                 kept = "The training had not begun, and nothing was written"
             raise Interrupted(kept) from None
+        except TrainingStopped as stopped:
+            if is_main_process():
+                print_error(f"{stopped.message}. Go on with: {again}", "Stopped", "yellow")
+            raise
         except Exception:
             newest = newest_checkpoint(output / CHECKPOINTS)
             if newest is not None and not (output / "config.json").exists() and is_main_process():

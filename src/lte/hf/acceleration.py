@@ -17,6 +17,7 @@ from lte.hf.stepping import forget_engine
 from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
 from lte.nn.all_or_nothing import all_or_nothing, keep_data, on_failure
 from lte.nn.quantized_ffn import QuantizedFfn
+from lte.nn.shards import is_sharded
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import DTYPES, EXPERT_SIZES
@@ -150,6 +151,10 @@ def _check_same(name: str, ffn: AcceleratedFfn | QuantizedFfn, weights: WeightFo
 
 def _check_ffn(name: str, ffn: SparseFfn, weights: WeightFormat) -> str:
     """The kernels' name for the FFN's activation, if they can compute it."""
+    if any(is_sharded(parameter) for parameter in ffn.own_parameters()):
+        raise ValueError(
+            f"model must lie whole in this process to run on the kernels, got {name} in parts; load it without tp_plan"
+        )
     if QuantizedFfn.fits(ffn):
         if weights != "native":
             raise ValueError(f"weights must be native, as torchao quantised those of {name}, got weights={weights}")

@@ -18,6 +18,7 @@ import copy
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 import weakref
@@ -63,6 +64,10 @@ _GUARD = (
     "lte.sparse_class(YourClass))"
 )
 _PREFIX = "Lte"
+# Engines that choose a model's class by the architecture's name, which in a folder is the stock one. Where lte is
+# imported they know the `model_type`, too, and would take the folder for a dense one: there a config names the sparse
+# class.
+_ENGINES = ("vllm",)
 _PLACE_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
@@ -126,6 +131,10 @@ class LteConfigMixin:
         self.lte_measurement: dict[str, Any] | None = _checked_measurement(kwargs.pop("lte_measurement", None))
         self.lte_curve: dict[str, Any] | None = _checked_curve(kwargs.pop("lte_curve", None))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        if any(engine in sys.modules for engine in _ENGINES):
+            self.architectures = [
+                f"{_PREFIX}{name.removeprefix(_PREFIX)}" for name in getattr(self, "architectures", None) or ()
+            ]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -200,7 +209,8 @@ class LteModelMixin(SteppingMixin):
         Raises:
             ValueError: if weights are missing (stock transformers warns and takes random ones), do not fit the config,
                 are not finite, or a file is corrupt. With `ignore_mismatched_sizes=True` the head alone may not fit.
-                For a `target_sparsity` that is not on the curve, or without a curve.
+                For a `target_sparsity` that is not on the curve, or without a curve. For a `tp_plan` over processes
+                whose number does not divide that of the experts.
         """
         name_or_path = pretrained_model_name_or_path
         if target_sparsity is not None:
@@ -219,6 +229,8 @@ class LteModelMixin(SteppingMixin):
             require_whole(model, info, source, other_head=other_head, fewer_layers=fewer_layers)
             if getattr(model, "_hf_peft_config_loaded", False):
                 cls.from_pretrained(next(iter(model.peft_config.values())).base_model_name_or_path, device_map="meta")
+        for ffn in sparse_ffns(model).values():
+            ffn.check_shares()
         cls._warn_of_other_class(model, name_or_path)
         if target_sparsity is not None:
             set_sparsity_(model, target_sparsity)
@@ -396,6 +408,8 @@ def become_dense_(model: Any, family: Family) -> Any:
     model.config.__class__ = family.stock_class(family.config_class)
     for name in ("lte", "lte_measurement", "lte_curve"):
         vars(model.config).pop(name, None)
+    if names := getattr(model.config, "architectures", None):
+        model.config.architectures = [name.removeprefix(_PREFIX) for name in names]
     return model.config
 
 

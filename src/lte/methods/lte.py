@@ -26,6 +26,7 @@ from lte.hf.inputs import run_without_logits
 from lte.hf.install import install_sparse_ffns_, require_sparse_ffns
 from lte.methods.calibration import eval_mode
 from lte.methods.method import Batches, Method, register
+from lte.nn.shards import agreed, scale_and_shift_
 from lte.nn.sparse_ffn import SparseFfn
 from lte.progress import tracked
 
@@ -72,12 +73,12 @@ def calibrate_thresholds_(
     total = 0.0
     for number in range(1, rounds + 1):
         seen = tracked(batches, f"Setting thresholds, round {number}")
-        shift, sparsity = _quantile_shift(model, ffns, seen, target_sparsity)
+        found = _quantile_shift(model, ffns, seen, target_sparsity)
+        shift, sparsity = agreed(found, next(iter(ffns.values())).router.bias)
         if abs(sparsity - target_sparsity) <= tolerance:
             break
         for ffn in ffns.values():
-            with torch.no_grad():
-                ffn.router.bias.add_(shift)
+            scale_and_shift_(ffn.router.bias, 1.0, shift)
         total += shift
     return total
 

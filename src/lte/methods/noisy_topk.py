@@ -20,6 +20,7 @@ from lte.hf.install import StockFfn
 from lte.methods.method import Method, register, wraps_ffns
 from lte.methods.neuron_ffn import ExpertConfig, ExpertFfn, group_experts_as_lte_, needs_grouping_text
 from lte.methods.selectors import LinearSelector, count_weights
+from lte.nn.global_sums import sum_over_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class NoisyTopkFfn(ExpertFfn):
         if routing is None:
             return None
         keep = token_mask.flatten().to(routing[0].dtype)
-        importance, load = (keep @ values.flatten(0, -2) for values in routing)
+        importance, load = (sum_over_processes(keep @ values.flatten(0, -2)) for values in routing)
         weights = self.config.importance_weight, self.config.load_weight
         return weights[0] * squared_variation(importance) + weights[1] * squared_variation(load)
 

@@ -26,6 +26,7 @@ from lte.methods.neuron_ffn import (
     needs_grouping_text,
 )
 from lte.methods.selectors import LinearSelector, count_weights
+from lte.nn.global_sums import sum_over_processes
 
 START_NORM = 1e-5
 
@@ -81,7 +82,8 @@ class SigmaMoeFfn(ExpertFfn):
         if logits is None:
             return None
         keep = token_mask.flatten().to(logits.dtype)
-        mean = keep @ logits.softmax(-1).flatten(0, -2) / keep.sum().clamp_min(1)
+        total = sum_over_processes(keep @ logits.softmax(-1).flatten(0, -2))
+        mean = total / sum_over_processes(keep.sum()).clamp_min(1)
         return self.config.entropy_weight * torch.special.xlogy(mean, mean).sum()
 
 

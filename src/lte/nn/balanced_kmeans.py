@@ -217,18 +217,19 @@ def reassign(affinity: Tensor) -> Tensor:
     largest = affinity.abs().max().item()
     if not 0 <= largest < float("inf"):
         raise ValueError(f"affinity must be finite, got a largest value of {largest}; check the activations")
-    rows = (affinity.double() * (2.0**30 / max(largest, 1e-290))).round()
+    # Column p is the neuron at place p of `order`.
+    columns = (affinity.T.double() * (2.0**30 / max(largest, 1e-290))).round()
     nothing = torch.zeros(num_neurons, dtype=torch.float64, device=affinity.device)
     first_place = torch.arange(0, num_neurons, num_neurons // num_experts, device=affinity.device)[:, None]
     for _ in range(MAX_ROUNDS * num_experts):
-        gain_of_leaving, member = _best_moves(rows, nothing, num_experts)
+        gain_of_leaving, member = _best_moves(columns, nothing, num_experts)
         place = first_place + member
         left, right = _disjoint_pairs((gain_of_leaving + gain_of_leaving.T).fill_diagonal_(0))
         if not len(left):
             break
         here, there = place[left, right], place[right, left]
         order[here], order[there] = order[there], order[here]
-        rows[here], rows[there] = rows[there], rows[here]
+        columns[:, here], columns[:, there] = columns[:, there], columns[:, here]
     return order
 
 

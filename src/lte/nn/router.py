@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.nn.shards import assign_
+
 # sigmoid(INITIAL_LOGIT) = 0.95: every expert starts on, far from the pole of the separability loss at
 # tau = 0.5.
 INITIAL_LOGIT = 3.0
@@ -92,6 +94,15 @@ class Router(nn.Module):
         if self.always_on:
             self.weight[: self.always_on] = 0
             self.bias[: self.always_on] = ALWAYS_ON_LOGIT
+
+    @torch.no_grad()
+    def assign_(self, weight: Tensor, bias: Tensor) -> None:
+        """Sets weight [E, D or R] and bias [E] but for the experts that are always on, also where they lie in parts."""
+        weight, bias = weight.clone(), bias.clone()
+        weight[: self.always_on] = 0
+        bias[: self.always_on] = ALWAYS_ON_LOGIT
+        assign_(self.weight, weight)
+        assign_(self.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps hidden states [..., D] to fp32 logits [..., E]."""

@@ -12,11 +12,26 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lte.config import FfnMode, check_choice
 from lte.nn.metering import Reading
 from lte.nn.router import Router
+from lte.nn.shards import whole_shape
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
+
+
+def check_expert_shares(num_experts: int, processes: int) -> None:
+    """Refuses tensor parallelism in which processes would have to share an expert.
+
+    Raises:
+        ValueError: says how many experts there are.
+    """
+    if num_experts % processes:
+        raise ValueError(
+            f"num_experts must be a multiple of the processes that share a model, got num_experts={num_experts} for "
+            f"{processes} processes; take a number of processes that divides it"
+        )
 
 
 class SparseFfn(WrappedFfn):
@@ -91,7 +106,7 @@ class SparseFfn(WrappedFfn):
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.router.bias.shape[0]
+        return whole_shape(self.router.bias)[0]
 
     @property
     def metering(self) -> bool:
@@ -148,12 +163,35 @@ class SparseFfn(WrappedFfn):
             return self._project_down(self.intermediate(x))
         activated, up = self.factors(x)
         logits = self._route(x)
-        output = self._project_down(scale_experts(activated, self.gate_values(logits), up))
+        gate = self.gate_values(logits)
+        if activated.shape[-1] != self.num_neurons:
+            gate = self._own_experts(gate)
+        output = self._project_down(scale_experts(activated, gate, up))
         if self.record_own and self._counts:
             # After the product with gradients: autocast would keep a copy of the weight without.
             with torch.no_grad():
                 self._of_thread.left["own"] = self._down_product(activated if up is None else activated * up)
         return output
+
+    def check_shares(self) -> None:
+        """Raises a `ValueError` where processes would have to share an expert, under tensor parallelism."""
+        weight = self.part(self.layout.down).weight
+        if isinstance(weight, DTensor):
+            check_expert_shares(self.num_experts, weight.device_mesh.size())
+
+    def _own_experts(self, gate: Tensor) -> Tensor:
+        """Of m [..., E] that of the experts whose neurons lie in this process, under tensor parallelism.
+
+        Raises:
+            ValueError: for a plan that leaves the down projection whole.
+        """
+        weight = self.part(self.layout.down).weight
+        if not isinstance(weight, DTensor):
+            raise ValueError(
+                f"projections must all be sharded by one tp_plan, got {self.layout.up} in parts and {self.layout.down} "
+                "whole; take the tp_plan of the family"
+            )
+        return gate.chunk(weight.device_mesh.size(), -1)[weight.device_mesh.get_local_rank()]
 
     def _down_product(self, hidden: Tensor) -> Tensor:
         output = super()._down_product(hidden)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lte.nn.metering import MeteredModule
+from lte.nn.shards import whole
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,14 @@ class FfnLayout:
         return projection.weight.T if self.transposed else projection.weight
 
     def numbers(self, projection: Any) -> Tensor:
-        """The weight of a projection as [out, in] in fp32; one in 4 bits (bitsandbytes) is de-quantised."""
-        if getattr(projection.weight, "quant_state", None) is None:
-            return self.matrix(projection).detach().float()
-        return numbers_in_4_bits(projection).float()
+        """The weight of a projection as [out, in] in fp32; one in 4 bits (bitsandbytes) is de-quantised.
+
+        One that lies in parts is put together, which all processes must do at the same time.
+        """
+        if getattr(projection.weight, "quant_state", None) is not None:
+            return numbers_in_4_bits(projection).float()
+        weight = whole(projection.weight).detach().float()
+        return weight.T if self.transposed else weight
 
 
 def numbers_in_4_bits(linear: Any) -> Tensor:

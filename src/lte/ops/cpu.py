@@ -40,6 +40,8 @@ _WORKQUEUE = (
     "numba runs on its workqueue threads, which only one caller may use at a time: sparse FFNs in several Python "
     "threads wait for each other; install libgomp or the package tbb to lift that"
 )
+# Held, since vLLM puts a function in its place that does nothing, and then computes with the count of its own start.
+_SET_NUM_THREADS = torch.set_num_threads
 
 
 def sparse_ffn_cpu(x: Tensor, weights: FfnWeights, routing: Routing, activation: str) -> Tensor:
@@ -201,7 +203,7 @@ class _Local(threading.local):
             kernel.use_threads(threads)
             # numba's threads, which begin here, set the count of the OpenMP library that torch may share with them.
             if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+                _SET_NUM_THREADS(threads)
             self.threads = threads
         return self.scratch, threads, _guard(kernel.threading_layer)
 

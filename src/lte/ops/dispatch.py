@@ -63,7 +63,7 @@ class FfnRunner:
         routing = self.routing if logits is None else Routing(logits=logits, threshold=self.routing.threshold)
         if x.is_cuda:
             return self.run_on_gpu(x, routing)
-        if self._cpu_kernel_takes(x):
+        if self._cpu_kernel_takes(len(x), x.dtype):
             return sparse_ffn_cpu(x, self.weights, routing, self.activation)
         return masked_ffn(x, self.weights, routing, self.activation)
 
@@ -78,7 +78,8 @@ class FfnRunner:
             return prefill.sparse_ffn_prefill(x, self.weights, routing, self.activation, path)
         # The operations check what is true here by construction, and cost several times more per call.
         x = x.contiguous()
-        if routing is not self.routing:  # its logits are those of this call alone
+        # Logits are those of one call alone; prompts have any length, and to find their path costs them nothing.
+        if routing is not self.routing or len(x) > MAX_TOKENS:
             return self._launch(x, routing)(x)
         run = self._launches.get(len(x))
         if run is None:
@@ -99,12 +100,18 @@ class FfnRunner:
         run = prefill.run_grouped if path == "grouped" else prefill.run_masked
         return functools.partial(run, weights=self.weights, routing=routing, activation=self.activation)
 
-    def _cpu_kernel_takes(self, x: Tensor) -> bool:
-        if x.shape[0] > MAX_TOKENS or not HAS_NUMBA:
+    def path_of(self, tokens: int, dtype: torch.dtype) -> Path:
+        """How a call for T tokens of a dtype is computed, on the device of the weights."""
+        if self.weights.up.is_cuda:
+            return self._path(tokens)
+        return "decode" if self._cpu_kernel_takes(tokens, dtype) else "masked"
+
+    def _cpu_kernel_takes(self, tokens: int, dtype: torch.dtype) -> bool:
+        if tokens > MAX_TOKENS or not HAS_NUMBA:
             return False
         # Without the kernel int8 weights are expanded at every call.
         expected = 0.0 if self.weights.up_scale is not None else self.active_fraction
-        return cpu_kernel_wins(x.dtype, x.shape[0], 1.0 if expected is None else expected)
+        return cpu_kernel_wins(dtype, tokens, 1.0 if expected is None else expected)
 
 
 def ffn_kind(up: Tensor, gate: Tensor | None, arch: int) -> FfnKind:

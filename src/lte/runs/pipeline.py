@@ -23,12 +23,13 @@ from lte.methods import METHODS
 from lte.methods.moefication import relu_fy_
 from lte.runs.own_answers import calibrate_on_answers_
 from lte.runs.workload import Workload
-from lte.train.adapters import merge_lora, with_lora
+from lte.train.adapters import merge_lora, merge_sharded_lora, with_lora
 from lte.train.callbacks import StepTimes
 from lte.train.combinations import retargeted
 from lte.train.config import TrainConfig
 from lte.train.optimisers import cast_weights_
 from lte.train.processes import training_device
+from lte.train.sharding import gathered, is_in_shards
 from lte.train.summary import TrainingSummary
 from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
 
@@ -98,7 +99,8 @@ def make_model(
         adapters: folder for LoRA adapters, if some are trained, and the model under them; `None` takes `folder`.
 
     Returns:
-        The model on the device that it trained on, which the caller is to save, and what its training was.
+        The model on the device that it trained on, which the caller is to save, and what its training was. Of one that
+        trained in shards the first process has the model, on the CPU, and the others get `None`.
 
     Raises:
         ValueError: if the settings do not fit the model, or each other.
@@ -136,6 +138,12 @@ def make_model(
         resume=resume,
         callbacks=[StepTimes(watcher.steps_measured)],
     )
+    if is_in_shards(trained):
+        model = gathered(trained) if trained is model else merge_sharded_lora(trained, adapters or folder)
+        if model is None:
+            # The first process has all of it.
+            return None, summary
+        trained = model
     calibrate_on_answers_(trained, work, train, settings.stages)
     if trained is not model:
         if narrow_base:

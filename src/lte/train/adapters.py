@@ -17,9 +17,11 @@ from lte.files import explained_write_errors
 from lte.hf.checkpoints import load_whole
 from lte.hf.inputs import predicts_next_token
 from lte.hf.install import wrapped_ffns
+from lte.nn.shards import whole_state
 from lte.nn.wrapped_ffn import numbers_in_4_bits
 from lte.train.config import TrainConfig
 from lte.train.processes import is_main_process
+from lte.train.sharding import unsharded_class
 
 BASE, ADAPTER = "base", "adapter"
 # What peft calls the heads, by which it keeps a new head beside the adapter.
@@ -122,6 +124,29 @@ def _in_4_bits(model: Any, base: Path, config: TrainConfig) -> Any:
     model.to("cpu")
     location = {"pretrained_model_name_or_path": base}
     return load_whole(type(model), location, quantization_config=quantization, dtype=dtype, device_map=place)
+
+
+def merge_sharded_lora(adapted: Any, folder: Path) -> Any:
+    """As `merge_lora`, for adapters that trained in shards: the first process gets the model, the others `None`.
+
+    Args:
+        adapted: from `with_lora`, in shards.
+        folder: as for `with_lora`.
+    """
+    from peft import PeftModel
+
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    state = whole_state(
+        adapted, {name for name in adapted.state_dict() if name in trained or "modules_to_save" in name}
+    )
+    if not is_main_process():
+        return None
+    place = folder / ADAPTER
+    with explained_write_errors(place):
+        adapted.save_pretrained(place, state_dict=state)
+    kind = unsharded_class(adapted.get_base_model())
+    model = load_whole(kind, {"pretrained_model_name_or_path": folder / BASE}, dtype=adapted.dtype)
+    return PeftModel.from_pretrained(model, place).merge_and_unload()
 
 
 def merge_lora(adapted: Any, model: Any, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The terms of the loss that settings add to a recipe's own: steadier scores, and experts that neighbours share."""
+"""The terms of the loss that settings add to a recipe's own: steadier scores, shared experts, and even sparsity."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lte.nn.evenness import even_loss, row_active_shares
 from lte.nn.locality import predecessor_loss, union_loss
 from lte.nn.losses import margin_loss, mean_over_layers
 from lte.train.config import RecipeSettings
@@ -21,6 +22,7 @@ class AddedTerms:
         margin: of `lte.nn.losses.margin_loss`.
         predecessor: of `lte.nn.locality.predecessor_loss`.
         union: of `lte.nn.locality.union_loss`.
+        even: of `lte.nn.evenness.even_loss`.
         width: the margin, in logits.
         chunk: tokens of which a union is taken.
     """
@@ -28,6 +30,7 @@ class AddedTerms:
     margin: float = 0.0
     predecessor: float = 0.0
     union: float = 0.0
+    even: float = 0.0
     width: float = 1.0
     chunk: int = 8
 
@@ -39,6 +42,7 @@ class AddedTerms:
             margin=settings.margin_weight if late else 0.0,
             predecessor=settings.predecessor_weight,
             union=settings.union_weight,
+            even=settings.even_weight,
             width=settings.margin_width,
             chunk=settings.union_tokens,
         )
@@ -46,7 +50,7 @@ class AddedTerms:
     @property
     def names(self) -> list[str]:
         """Of those that are on."""
-        return [name for name in ("margin", "predecessor", "union") if getattr(self, name)]
+        return [name for name in ("margin", "predecessor", "union", "even") if getattr(self, name)]
 
     @property
     def neighbours(self) -> bool:
@@ -63,8 +67,9 @@ def added_terms(
     follows: Tensor | None,
     threshold_logit: float,
     terms: AddedTerms,
+    target_active: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The terms that are on, means over layers without their weights, from what `stack_layers` gives.
+    """The terms that are on, without their weights, from what `stack_layers` gives.
 
     Args:
         logits: router logits [L, B, T, E] of each stack.
@@ -72,6 +77,8 @@ def added_terms(
         follows: [B, T] from `lte.train.documents.follows_document`; `None` without terms on neighbours.
         threshold_logit: logit(tau).
         terms: which are on.
+        target_active: the share of experts that shall be active after this step, a scalar on the device of the first
+            stack; `None` without the term on even rows. A tensor, as compiled code would be made anew for each number.
     """
     stacks = list(zip(logits, token_masks, strict=True))
     device = logits[0].device
@@ -88,7 +95,12 @@ def added_terms(
             for stack, mask in stacks
         ]
     # Stacks are on several devices if the model is.
-    return {name: mean_over_layers([value.to(device) for value in values]) for name, values in found.items()}
+    terms_found = {name: mean_over_layers([value.to(device) for value in values]) for name, values in found.items()}
+    if target_active is not None and terms.even:
+        rows = [row_active_shares(*stack, threshold_logit=threshold_logit) for stack in stacks]
+        shares, counted = (torch.cat([each.to(device) for each in values]) for values in zip(*rows, strict=True))
+        terms_found["even"] = even_loss(shares, counted, target_active)
+    return terms_found
 
 
 def weighted_sum(found: dict[str, Tensor], terms: AddedTerms) -> Tensor:

@@ -37,8 +37,13 @@ class RoutingCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_step()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.drop_nonfinite_step()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.trainer.control_sparsity()
+        if self.trainer.stops:
+            control.should_save = control.should_training_stop = True
         if self.trainer.schedule.starts_stage2(state.global_step):
             # An entry of the log is of one stage.
             control.should_log = True

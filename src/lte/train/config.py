@@ -13,6 +13,7 @@ RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
 MatchTo = Literal["teacher", "own"]
 Budgets = Literal["free", "sensitivity"]
+OnNonfinite = Literal["stop", "skip"]
 Dtype = Literal["float32", "bfloat16"]
 Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
 Reporter = Literal["auto", "none", "tensorboard", "trackio", "wandb"]
@@ -87,6 +88,12 @@ class RecipeSettings:
         0.0, "Weight of the share of experts that any token of a chunk switches on; 0: without.", affects="routing"
     )
     union_tokens: int = option(8, "Consecutive tokens in such a chunk.", affects="routing")
+    even_weight: float = option(
+        0.0,
+        "Weight of the squared distance of each row's share of active neurons to the target, as a share of it, which "
+        "makes all kinds of text as sparse; 0: without.",
+        affects="routing",
+    )
     layer_budgets: Budgets = option(
         "free",
         "free: one price for all layers, which take what they are worth; sensitivity: before stage 1 it is measured "
@@ -106,8 +113,15 @@ class RecipeSettings:
         affects="nothing",
     )
 
+    on_nonfinite: OnNonfinite = option(
+        "stop",
+        "What a loss or gradient that is NaN or infinite does. stop: it ends the run, and its batch is saved; skip: "
+        "the step changes no weight and is counted, and 10 of them in a row end the run.",
+    )
+
     def __post_init__(self) -> None:
         check_choice("recipe", self.recipe, get_args(Recipe))
+        check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
         check_choice("trainable", self.trainable, get_args(Trainable))
         if self.stage2_routers is not None:
             check_choice("stage2_routers", self.stage2_routers, get_args(RouterTraining))
@@ -127,7 +141,7 @@ class RecipeSettings:
     def _check_losses(self) -> None:
         check_choice("match_to", self.match_to, get_args(MatchTo))
         check_choice("layer_budgets", self.layer_budgets, get_args(Budgets))
-        for name in ("match_weight", "margin_weight", "predecessor_weight", "union_weight"):
+        for name in ("match_weight", "margin_weight", "predecessor_weight", "union_weight", "even_weight"):
             check_not_negative(name, getattr(self, name))
         check_fraction("margin_start", self.margin_start)
         if self.margin_width <= 0:

@@ -22,6 +22,7 @@ from lte.hf.install import require_sparse_ffns
 from lte.hf.projections import base_of
 from lte.methods.lte import evaluating
 from lte.nn.hooks import before_each_call
+from lte.nn.shards import assign_, whole
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.sparsity_controller import target_logit
 
@@ -109,9 +110,9 @@ class DroppedStart:
             if not bias.requires_grad:
                 continue
             wide = torch.promote_types(bias.dtype, torch.float32)
-            wanted = bias.to(wide) + ((share - self.share) * vector + self.rests[index]).to(bias.device, wide)
-            bias.copy_(wanted)
-            self.rests[index] = (wanted - bias.to(wide)).to(vector)
+            wanted = whole(bias).to(wide) + ((share - self.share) * vector + self.rests[index]).to(bias.device, wide)
+            assign_(bias, wanted)
+            self.rests[index] = (wanted - whole(bias).to(wide)).to(vector)
         self.share = share
 
     def state(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lte.data.rows import routing_masks
 from lte.hf.inputs import model_inputs
 from lte.hf.install import require_sparse_ffns
 from lte.methods.lte import evaluating
+from lte.nn.shards import assign_, scale_and_shift_, whole
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.dropped_start import run_densely
 from lte.train.objective import head_divergence
@@ -68,12 +69,12 @@ def loss_rises(model: nn.Module, batches: Iterable[Batch], shares: Sequence[floa
 def _threshold_at(ffn: SparseFfn, logit: Tensor) -> Iterator[None]:
     """Puts the threshold of one FFN elsewhere in a block, by its router's bias, which comes back bit for bit."""
     bias = ffn.router.bias
-    before = bias.detach().clone()
-    bias.add_((ffn.threshold_logit - logit).to(bias.device))
+    before = whole(bias).detach().clone()
+    scale_and_shift_(bias, 1.0, (ffn.threshold_logit - logit).to(bias.device))
     try:
         yield
     finally:
-        bias.copy_(before)
+        assign_(bias, before)
 
 
 def _rows(batch: Batch) -> Iterator[Batch]:

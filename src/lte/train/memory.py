@@ -6,6 +6,7 @@ Shapes: D hidden size, F neurons, E experts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -175,6 +176,28 @@ def _loss(model: Any, config: TrainConfig, tokens: int, distils: bool) -> float:
     chunk = min(tokens, config.loss_chunk_tokens or chunk_tokens(vocabulary))
     trains = config.trainable == "all" and not config.lora_rank
     return chunk * vocabulary * 4 * _OF_CHUNK + (4 * head.weight.numel() if trains else 0)
+
+
+@contextmanager
+def explained_memory(args: Any) -> Iterator[None]:
+    """Says what to lower where a GPU's memory is not enough.
+
+    Args:
+        args: `transformers.TrainingArguments`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        checkpoints = any(getattr(args, f"{kind}_checkpointing", False) for kind in ("gradient", "activation"))
+        hints = [] if checkpoints else ["set gradient_checkpointing"]
+        if rows > 1:
+            less = f"lower the batch size (per_device_train_batch_size={rows}) to {rows // 2}"
+            hints = [f"{less} and raise gradient_accumulation_steps={passes} to {2 * passes}", *hints]
+        hints += ["shorten the rows", "take an optimiser with narrow moments, LoRA, or more GPUs (FSDP2)"]
+        raise torch.OutOfMemoryError(
+            f"the training needs more memory than there is: {'; '.join(hints)}. {error}"
+        ) from error
 
 
 def gpu_bytes() -> int | None:

@@ -14,6 +14,7 @@ from lte.hf.inputs import run_without_logits
 from lte.hf.install import require_sparse_ffns
 from lte.methods.lte import calibrate_thresholds_, evaluating
 from lte.nn.router import INITIAL_LOGIT
+from lte.nn.shards import assign_, whole
 from lte.nn.sparse_ffn import SparseFfn
 from lte.progress import tracked
 
@@ -64,9 +65,7 @@ class _NormRegression:
         weight = solution[:-1].T / deviation
         if router.down is not None:
             weight = self._set_low_rank_(weight, router.down)
-        router.weight.copy_(weight)
-        router.bias.copy_((solution[-1] - mean) / deviation + INITIAL_LOGIT)
-        router.pin_()
+        router.assign_(weight, (solution[-1] - mean) / deviation + INITIAL_LOGIT)
 
     def _set_low_rank_(self, weight: Tensor, down: Tensor) -> Tensor:
         """Sets V of U V to the directions in which the logits of W [E, D] vary most on the text; returns U [E, R].
@@ -79,12 +78,14 @@ class _NormRegression:
         moments += 1e-6 * moments.diagonal().mean() * torch.eye(len(moments), device=moments.device)
         root = torch.linalg.cholesky(moments)
         left, values, right = torch.linalg.svd(weight[first:] @ root, full_matrices=False)
-        kept = min(len(down), len(values))
+        start = whole(down).clone()
+        kept = min(len(start), len(values))
         # Both factors of one size: they train at one rate.
         scale = values[:kept].sqrt()
         rows = torch.linalg.solve_triangular(root, right[:kept], upper=False, left=False)
-        down[:kept].copy_(rows * scale[:, None])
-        found = weight.new_zeros(len(weight), len(down))
+        start[:kept] = rows * scale[:, None]
+        assign_(down, start)
+        found = weight.new_zeros(len(weight), len(start))
         found[first:, :kept] = left[:, :kept] * scale
         return found
 

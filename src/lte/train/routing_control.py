@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,18 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.nn.shards import scale_and_shift_, whole
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
 from lte.train.checkpoints import control_state_of
 from lte.train.config import Stage
 from lte.train.dropped_start import DroppedStart
+from lte.train.interruption import StopRequest
 from lte.train.layer_prices import LayerPrices
+from lte.train.objective import NonFiniteLossError
 from lte.train.optimisers import keep_routers_wide_
 from lte.train.regrouping import Regrouping, check_movable, kept_contributions
 from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
+from lte.train.sharding import widen_routers_, zero_moments_
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
+
+MOST_SKIPPED = 10
+"""Steps in a row that may be left out."""
 
 
 class RoutingControl(AnyTrainer):
@@ -43,6 +51,15 @@ class RoutingControl(AnyTrainer):
     _regrouped_text: list[dict[str, Tensor]]
     dropped_start: DroppedStart | None
     prices: LayerPrices | None
+    stop_request: StopRequest
+    # Whether the step that just ended is the last one, since a process was asked to end.
+    stops = False
+    # Whether a pass of the step at hand was not finite, and whether the step is left out for it.
+    is_nonfinite = False
+    skips_step = False
+    # Of this run, and since the last step that was none of them.
+    skipped_steps = 0
+    skipped_in_row = 0
     _resumed: Path | None
     _fingerprint: dict[str, Any] | None
     _task_terms: dict[str, Tensor]
@@ -61,6 +78,9 @@ class RoutingControl(AnyTrainer):
             rate = self.args.learning_rate if own_rate is None else own_rate
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
             keep_routers_wide_(optimizer, self.model, own)
+        if self.is_fsdp_enabled:
+            # A distributed checkpoint forgets the settings of groups without parameters.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _router_parameters(self) -> list[nn.Parameter]:
@@ -102,10 +122,16 @@ class RoutingControl(AnyTrainer):
     def begin_stages(self) -> None:
         """Enters the stage of the first step, with the control state of the checkpoint that training goes on from."""
         self.eta_controller, self.tokens_trained = EtaController(), 0
+        self.skipped_steps = self.skipped_in_row = 0
+        self.stops = self.skips_step = self.is_nonfinite = False
         # What an interrupted step of an earlier training left.
         lists = (self.step_active, self.step_layers, self.step_tokens, self.step_targets)
         for kept in (self.sums, *lists, self._task_terms):
             kept.clear()
+        if self.is_fsdp_enabled:
+            widen_routers_(self.model)
+        if self._resumed is None and self.shards_model:
+            self.prepare_routing()
         self._enter(self.schedule.stage_at(self.state.global_step))
         if self._resumed is not None:
             self.load_control_state(self._resumed)
@@ -118,7 +144,9 @@ class RoutingControl(AnyTrainer):
         if self.schedule.starts_stage2(self.state.global_step):
             settled = self.eta_controller.settled if self.stage.controls_eta else None
             self._enter(self.schedule.stage_at(self.state.global_step), settled)
-            if not self.is_deepspeed_enabled:
+            if self.is_deepspeed_enabled:
+                zero_moments_(self.optimizer)
+            else:
                 self.optimizer.state.clear()
         if self.state.global_step in self.schedule.regroup_steps:
             self.regroup_()
@@ -149,8 +177,16 @@ class RoutingControl(AnyTrainer):
     def control_sparsity(self) -> None:
         """Updates eta and the router biases from the active fraction of the step that just ended; counts its tokens."""
         tokens = torch.stack(self.step_tokens).sum()
-        self.tokens_trained += int(self.accelerator.reduce(tokens, reduction="sum"))
+        # Processes may be asked to end at different times: they do so after the same step.
+        asked = torch.full_like(tokens, int(self.stop_request.asked))
+        found = self.accelerator.reduce(torch.stack([tokens, asked]), reduction="sum").tolist()
         self.step_tokens.clear()
+        self.stops = found[1] > 0
+        if self.skips_step:
+            self._count_skipped()
+            return
+        self.skipped_in_row = 0
+        self.tokens_trained += found[0]
         if not self.step_active:
             return
         active = sum(self.step_active) / len(self.step_active)
@@ -170,6 +206,40 @@ class RoutingControl(AnyTrainer):
             self._hold_target()
         if self.routing.recipe == "annealed" and self.stage.number == 1:
             self._sharpen_routers_()
+
+    def drop_nonfinite_step(self) -> None:
+        """Takes the gradients off, in all processes, where a loss or a gradient of the step is not finite."""
+        self.skips_step = False
+        if self.routing.on_nonfinite == "stop":
+            return
+        found = torch.tensor(float(self.is_nonfinite), device=self.accelerator.device)
+        self.is_nonfinite = False
+        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+            self.skips_step = True
+            self.optimizer.zero_grad()
+
+    def _clip_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._clip_grad_norm(*args, **kwargs)
+        if norm is not None and self.routing.on_nonfinite == "skip":
+            self.is_nonfinite |= not math.isfinite(float(whole(torch.as_tensor(norm))))
+        return norm
+
+    def _count_skipped(self) -> None:
+        """Counts a step that changed nothing, and forgets what it measured.
+
+        Raises:
+            NonFiniteLossError: if it is the tenth in a row: then the weights are not finite, most likely.
+        """
+        for kept in (self.step_active, self.step_layers, self.step_targets):
+            kept.clear()
+        self.skipped_steps += 1
+        self.skipped_in_row += 1
+        if self.skipped_in_row >= MOST_SKIPPED:
+            raise NonFiniteLossError(
+                f"the losses of {MOST_SKIPPED} steps in a row are not finite, the last one at step "
+                f"{self.state.global_step}, so the weights may not be either; go on from an earlier checkpoint with a "
+                "lower learning_rate"
+            )
 
     def _layer_sparsities(self) -> list[float]:
         """The sparsity of each layer in the step that just ended; none where layers have no targets of their own."""
@@ -200,8 +270,10 @@ class RoutingControl(AnyTrainer):
     def _sharpen_routers_(self) -> None:
         factor = self.routing.router_sharpening ** (1 / self.schedule.stage1_steps)
         for ffn in self.steered:
-            ffn.router.weight.mul_(factor)
-            ffn.router.bias.sub_(ffn.threshold_logit).mul_(factor).add_(ffn.threshold_logit)
+            tau = ffn.threshold_logit
+            scale_and_shift_(ffn.router.weight, factor, 0.0)
+            scale_and_shift_(ffn.router.bias, 1.0, -tau)
+            scale_and_shift_(ffn.router.bias, factor, tau)
 
     @property
     def settled_eta(self) -> float | None:
@@ -216,6 +288,7 @@ class RoutingControl(AnyTrainer):
             "eta": self.eta,
             "controller": asdict(self.eta_controller),
             "tokens_trained": self.tokens_trained,
+            **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
             "fingerprint": self._fingerprint,
             **({} if self.dropped_start is None else {"dropped_start": self.dropped_start.state()}),
             **({} if self.prices is None else {"prices": self.prices.state()}),
@@ -226,7 +299,7 @@ class RoutingControl(AnyTrainer):
         state = control_state_of(checkpoint)
         state["controller"]["log_range"] = tuple(state["controller"]["log_range"])
         self.eta, self.eta_controller = state["eta"], EtaController(**state["controller"])
-        self.tokens_trained = state["tokens_trained"]
+        self.tokens_trained, self.skipped_steps = state["tokens_trained"], state.get("skipped_steps", 0)
         if "dropped_start" in state:
             self.dropped_start = DroppedStart.of_state(self.ffns, state["dropped_start"])
         if "prices" in state:

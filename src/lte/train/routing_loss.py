@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lte.config import IGNORED
 from lte.data.rows import routing_masks
 from lte.files import explained_write_errors
 from lte.hf.inputs import check_packing
+from lte.nn.global_sums import num_sharing
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.added_terms import AddedTerms, weighted_sum
@@ -31,7 +33,7 @@ from lte.train.sparsity_controller import target_logit
 
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
-LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "match")}
+LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "even", "match")}
 # The log's names of each layer's active fraction, before its number.
 LAYER_PREFIX = "layers/active_"
 
@@ -65,6 +67,8 @@ class RoutingLoss(AnyTrainer):
     match: OutputMatch | None
     terms: AddedTerms
     prices: LayerPrices | None
+    is_nonfinite: bool
+    skipped_steps: int
     _chunked: ChunkedLoss | None
     _inputs: dict[str, Any]
     _task_terms: dict[str, Tensor]
@@ -178,22 +182,27 @@ class RoutingLoss(AnyTrainer):
             )
         terms = {name: passes * value for name, value in self._task_terms.items()}
         self._task_terms = {}
+        share = self._share_of_tokens(masks)
         routing = self._routing(masks)
+        if not isinstance(share, float):
+            routing = {name: value * share for name, value in routing.items()}
         added = task.new_zeros(())
         if routing:
             added = added + self._weighted(routing)
         matched = None if self.match is None else self.match.take_loss(masks)
         if matched is not None:
+            matched = matched * share
             added, terms["match"] = added + self.routing.match_weight * matched, matched
         auxiliary = self._auxiliary_loss(masks)
         if auxiliary is not None:
             added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
         loss = task + added / passes
-        if self.accelerator.num_processes > 1 and not self.stage.train_routers:
+        if self.accelerator.num_processes > 1 and not (self.stage.train_routers or self.is_fsdp_enabled):
             # DistributedDataParallel waits for a gradient of every parameter.
             loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
         total = (passes * loss).detach()
-        self._check_finite(total)
+        if not self._check_finite(total):
+            return loss
         if routing:
             # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
             self.step_active.append(routing["active_fraction"].item())
@@ -232,6 +241,19 @@ class RoutingLoss(AnyTrainer):
                 ffn.record_logits = False
         return logits
 
+    def _share_of_tokens(self, masks: Masks) -> Tensor | float:
+        """The counted tokens of this process over the mean of all processes: 1 where there is one.
+
+        Means over the tokens of a process, times this, have as their mean over processes that over all tokens. Where
+        the FFNs of a model see different tokens, encoder and decoder say, it goes by all of them.
+        """
+        if num_sharing() == 1 or not masks or masks[0] is None:
+            return 1.0
+        counts = torch.stack([mask.sum() for mask in masks if mask is not None]).sum().float()
+        total = counts.clone()
+        dist.all_reduce(total)
+        return counts * num_sharing() / total.clamp_min(1)
+
     def _routing(self, masks: Masks) -> dict[str, Tensor]:
         logits = self._take_logits()
         if not logits:
@@ -244,7 +266,12 @@ class RoutingLoss(AnyTrainer):
         if not self.terms:
             return found
         follows = self._follows(stacked[0]) if self.terms.neighbours else None
-        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms)}
+        target = self._target_active(stacked[0][0].device) if self.terms.even else None
+        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms, target)}
+
+    def _target_active(self, device: torch.device) -> Tensor:
+        """The share of experts that shall be active in this step, by which the controller will judge it, too."""
+        return torch.full((), 1 - self.schedule.target_at(self.state.global_step + 1), device=device)
 
     def _follows(self, stacks: list[Tensor]) -> Tensor:
         """Which tokens go on with the document of the token before them, bool [B, T]."""
@@ -258,11 +285,17 @@ class RoutingLoss(AnyTrainer):
 
     def _target_logits(self, logits: list[Tensor], masks: Masks) -> Tensor:
         """Where the threshold would have to lie, for all layers, or [L] where each has a target of its own."""
+        gather = self._of_all_processes if num_sharing() > 1 else None
         if self.prices is None:
-            return target_logit(logits, masks, self.target_sparsity)
+            return target_logit(logits, masks, self.target_sparsity, gather)
         pairs = zip(logits, masks, self.prices.targets, strict=True)
-        found = [target_logit([layer], [mask], target) for layer, mask, target in pairs]
+        found = [target_logit([layer], [mask], target, gather) for layer, mask, target in pairs]
         return torch.stack([each.to(found[0].device) for each in found])
+
+    def _of_all_processes(self, values: Tensor) -> Tensor:
+        """Values [N] of each process, in one row; where some have fewer, NaN fills up."""
+        padded = self.accelerator.pad_across_processes(values, pad_index=float("nan"))
+        return self.accelerator.gather(padded)
 
     def _auxiliary_loss(self, masks: Masks) -> Tensor | None:
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
@@ -270,9 +303,18 @@ class RoutingLoss(AnyTrainer):
         added = [loss for loss in losses if loss is not None]
         return torch.stack(added).sum() if added else None
 
-    def _check_finite(self, loss: Tensor) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the trainer's; a loss that is not finite and is left out counts as 0 in the log."""
+        loss = super().training_step(*args, **kwargs)
+        return torch.zeros_like(loss) if self.is_nonfinite else loss
+
+    def _check_finite(self, loss: Tensor) -> bool:
+        """Whether a loss is finite; if not and the settings say so, its step is left out, else it raises."""
         if math.isfinite(loss.item()):
-            return
+            return True
+        if self.routing.on_nonfinite == "skip":
+            self.is_nonfinite = True
+            return False
         path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
         batch = {key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}
         where = f"is in {path}"
@@ -284,7 +326,8 @@ class RoutingLoss(AnyTrainer):
             where = f"could not be written to {path}"
         raise NonFiniteLossError(
             f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
-            f"{where}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them."
+            f"{where}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them; "
+            "on_nonfinite=skip leaves such steps out."
         )
 
     def _collect(self, terms: dict[str, Tensor]) -> None:
@@ -301,6 +344,8 @@ class RoutingLoss(AnyTrainer):
             if self.prices is not None:
                 logs.update(self.prices.logged())
             self.sums.clear()
+        if "loss" in logs and self.skipped_steps:
+            logs["skipped_steps"] = self.skipped_steps
         if self.is_in_train:
             logs["stage"] = self.stage.number
         super().log(logs, *args, **kwargs)

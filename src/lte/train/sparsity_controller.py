@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lte.nn.shards import scale_and_shift_
 from lte.nn.sparse_ffn import SparseFfn
 
 
@@ -59,13 +60,19 @@ QUANTILE_SAMPLES = 1 << 18
 
 
 @torch.no_grad()
-def target_logit(logits: Sequence[Tensor], token_masks: Sequence[Tensor | None], target: float) -> Tensor:
+def target_logit(
+    logits: Sequence[Tensor],
+    token_masks: Sequence[Tensor | None],
+    target: float,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The logit below which the share `target` of all experts lies, over layers and counted tokens.
 
     Args:
         logits: router logits [B, T, E] of each layer.
         token_masks: [B, T] of each layer, true where a token counts; `None` counts all.
         target: target sparsity.
+        gather: makes of the logits [N] of this process those of all processes that share a batch.
 
     Returns:
         A scalar on the logits' device, found on at most `QUANTILE_SAMPLES` logits spread evenly over all.
@@ -78,11 +85,15 @@ def target_logit(logits: Sequence[Tensor], token_masks: Sequence[Tensor | None],
     flat = torch.cat([layer.flatten() for layer in masked])
     # An odd stride meets every expert and layer, whatever their number.
     stride = max(1, flat.numel() // QUANTILE_SAMPLES) | 1
-    return torch.nanquantile(flat[::stride][: 2 * QUANTILE_SAMPLES], target)
+    sample = flat[::stride][: 2 * QUANTILE_SAMPLES]
+    if gather is not None:
+        sample = gather(sample)
+        sample = sample[:: max(1, sample.numel() // QUANTILE_SAMPLES) | 1]
+    return torch.nanquantile(sample[: 2 * QUANTILE_SAMPLES], target)
 
 
 @torch.no_grad()
 def shift_router_biases_(ffns: Iterable[SparseFfn], shift: Tensor | float) -> None:
     """Adds `shift` to every router bias: a positive shift switches more experts on, in all layers alike."""
     for ffn in ffns:
-        ffn.router.bias.add_(shift)
+        scale_and_shift_(ffn.router.bias, 1.0, shift)

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from lte.hf.loading import is_ours
 from lte.methods.calibration import eval_mode
 from lte.nn.losses import active_fraction
 from lte.nn.matching import relative_error
+from lte.nn.shards import whole
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.adapters import train_routers_, with_routers
 from lte.train.added_terms import AddedTerms, added_terms
@@ -56,14 +58,17 @@ from lte.train.disk_space import check_space, what_to_delete
 from lte.train.documents import separators_of
 from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
 from lte.train.fingerprint import run_fingerprint
+from lte.train.interruption import StopRequest, TrainingStopped, keep_workers, noted_sigterm
 from lte.train.layer_budgets import BUDGET_TOKENS, budgets, loss_rises
 from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
+from lte.train.memory import explained_memory
 from lte.train.objective import language_terms, routing_terms
 from lte.train.regrouping import REGROUP_TOKENS
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
 from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
+from lte.train.sharding import ShardKind, check_kind, prepare_fsdp_
 from lte.train.sparsity_controller import EtaController
 
 # In so many tokens of training data a label is looked for.
@@ -143,6 +148,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self.step_tokens: list[Tensor] = []
         # Without padding, in all processes.
         self.tokens_trained = 0
+        self.stop_request = StopRequest()
         # Of the batch at hand: what the model gets, and the parts of the task's loss.
         self._inputs: dict[str, Any] = {}
         self._task_terms: dict[str, Tensor] = {}
@@ -185,9 +191,19 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             warnings.warn("training on one GPU; start one process per GPU with torchrun to use all", stacklevel=3)
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
+        if self.is_deepspeed_enabled and self.routing.on_nonfinite == "skip":
+            raise ValueError(
+                "on_nonfinite must be stop with DeepSpeed, whose optimiser takes its steps by itself, got "
+                "on_nonfinite=skip; take FSDP2, or stop"
+            )
         if not self.is_deepspeed_enabled:
             # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
             self.accelerator.gradient_accumulation_steps = 1
+        kind = _checkpointing_of(self.args)
+        if self.is_fsdp_enabled:
+            kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
+        elif self.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            warnings.warn("accelerate shards models on GPUs alone; each process holds the whole model", stacklevel=3)
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -195,7 +211,6 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self._autocasts = self.accelerator.native_amp and self.accelerator.mixed_precision == "bf16"
         if self._autocasts:
             self.accelerator.native_amp = False
-        kind = _checkpointing_of(self.args)
         if kind is not None:
             name = f"{kind}_kwargs"
             options = dict(getattr(self.args, name) or {})
@@ -244,8 +259,13 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             ValueError: for data without labels, a resume without a whole checkpoint, or with other data or settings
                 than those of the checkpoint; and for an `output_dir` into which another process trains.
             OSError: if a checkpoint cannot be written; training goes on from the one before with a resume.
-            NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
+            NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first. With
+                `on_nonfinite="skip"`, if it does so in ten steps in a row.
+            TrainingStopped: after a SIGTERM, once a checkpoint is written, unless `save_strategy="no"` or the caller
+                has a handler of its own.
+            torch.OutOfMemoryError: says which settings to lower.
         """
+        self.stop_request = StopRequest()
         first = next(self._spread_batches(self.train_dataset, 1))
         self.check_batch(first)
         if self._sets_thresholds and self.calibration_dataset is not None:
@@ -259,13 +279,24 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                     setattr(self.model.config, name, None)
             held.enter_context(self._training())
             held.enter_context(self._chunking(first))
-            if self._resumed is None:
-                self._fit_routers()
-                self._set_budgets()
+            if self._resumed is None and not self.shards_model:
+                self.prepare_routing()
             resumed = None if self._resumed is None else str(self._resumed)
-            output = super().train(resumed, *args, **kwargs)
+            with explained_memory(self.args), noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
+                output = super().train(resumed, *args, **kwargs)
+            if self.stops:
+                raise TrainingStopped(self._where_it_stopped())
             self._set_thresholds()
         return output
+
+    def _where_it_stopped(self) -> str:
+        step = self.state.global_step
+        newest = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        return f"the training ended after step {step} of {self.state.max_steps} by SIGTERM; {newest} holds all of it"
+
+    def get_train_dataloader(self) -> Any:
+        """As the trainer's; a SIGTERM to all processes of a job leaves its workers for the last step."""
+        return keep_workers(super().get_train_dataloader())
 
     def check_batch(self, batch: dict[str, Any]) -> None:
         """Looks at the first batch before anything runs; a trainer that makes its own labels has nothing to check."""
@@ -401,10 +432,25 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         if self._drops_into_bias and not any(ffn.router.weight.any() for ffn in self.ffns):
             check_bias_start(routing)
 
+    @property
+    def shards_model(self) -> bool:
+        """Whether no process holds the model whole while it trains."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
+
+    @property
+    def _shard_kind(self) -> ShardKind | None:
+        return "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
+
+    def prepare_routing(self) -> None:
+        """Fits routers and finds the layers' budgets; of a model in shards only once it is sharded."""
+        self._fit_routers()
+        self._set_budgets()
+
     def _fit_routers(self) -> None:
         routing = self.routing
         # Routers that were trained before go on from there.
-        fresh = all(ffn.router.weight.requires_grad and not ffn.router.weight.any() for ffn in self.ffns)
+        fresh = all(ffn.router.weight.requires_grad and not whole(ffn.router.weight).any() for ffn in self.ffns)
         if self.ffns and fresh and routing.holds_target and routing.router_fit_tokens and routing.stage1_ratio > 0:
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
                 # In a list, so that its progress has an end.
@@ -418,7 +464,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         """Gives each layer a target and a price by how the loss rises with its sparsity, if the settings say so."""
         if not self.ffns or self.routing.layer_budgets == "free" or self.routing.recipe == "dense":
             return
-        if any(not ffn.router.weight.any() for ffn in self.ffns):
+        if any(not whole(ffn.router.weight).any() for ffn in self.ffns):
             raise ValueError(
                 "router_fit_tokens must be positive with layer_budgets=sensitivity, which goes by what routers say, "
                 f"got router_fit_tokens={self.routing.router_fit_tokens} and routers without weights"
@@ -468,6 +514,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                     check_space(folder, self)
                 self._fingerprint = run_fingerprint(self)
                 found[0] = resume_point(folder, wanted, self._fingerprint) if wanted else None
+                if found[0] is not None:
+                    check_kind(found[0], self._shard_kind)
                 if writes:
                     clean_up(folder)
             except (ValueError, OSError) as error:

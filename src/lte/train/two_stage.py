@@ -20,6 +20,7 @@ from lte.train.arguments import LteTrainingArguments
 from lte.train.checkpoints import has_checkpoint
 from lte.train.compilation import few_widths
 from lte.train.config import RecipeSettings, TrainConfig
+from lte.train.curves import named_run, write_in_one_place
 from lte.train.optimisers import cast_weights_, optimiser_arguments, warn_of_lost_steps
 from lte.train.processes import float32_products, num_processes
 from lte.train.router_init import Batch
@@ -71,7 +72,8 @@ def train_two_stage(
         ValueError: for a model that does not fit the recipe, an `output_dir` that holds another run's checkpoints
             without `resume`, a `resume` with other data or settings or of damaged checkpoints alone, distillation
             without a teacher, and `config.count_prompts` for a model that reads no prompts.
-        NonFiniteLossError: if the loss becomes NaN or infinite; the batch is saved first.
+        NonFiniteLossError: as `LteTrainer.train`.
+        TrainingStopped: after a SIGTERM; what was trained is in the newest checkpoint.
     """
     output = Path(output_dir)
     _check(model, config, output, teacher, stages, resume)
@@ -93,6 +95,7 @@ def train_two_stage(
             calibration_dataset=calibration_dataset,
             callbacks=list(callbacks),
         )
+        write_in_one_place(trainer.callback_handler.callbacks, output)
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=resume and has_checkpoint(output))
     summary = TrainingSummary(
@@ -145,6 +148,7 @@ def training_arguments(
         # A resume point goes when the next one is whole.
         save_total_limit=1,
         report_to=config.reporters,
+        run_name=named_run(output, config.reporters),
         remove_unused_columns=False,
         dataloader_num_workers=config.dataloader_num_workers if cuda else 0,
         dataloader_drop_last=config.leaves_out_last_batch(rows // num_processes()),

@@ -1,0 +1,309 @@
+"""Latency, throughput and serving of LTE folders in vLLM, with the dense model in the same run as the baseline.
+
+Run it with the Python of an environment that has vLLM and lte:
+
+    python benchmarks/vllm_bench.py --shape 7b --sparsities 0 0.5 0.8 0.9 --batches 1 4 16 64 --output rows.json
+    python benchmarks/vllm_bench.py --folder out/qwen --batches 1 2 4 8 16 32 64 --tools latency throughput serve
+
+A shape is a random model of these widths whose routers are set so that each token picks its own experts, a fixed share
+of them on average; a folder is a trained model, beside which its densified copy is written. `latency` times engines of
+`vllm.LLM` as `vllm bench latency` does, all batch sizes with one start: the time of a decoding step is that of answers
+of `--output-len` tokens less that of answers of one token. `throughput` and `serve` are `vllm bench` itself.
+
+Every row carries what was measured of the routing, the versions, the device and the time over the dense model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lte
+from lte.nn.router import ALWAYS_ON_LOGIT
+from lte.records import environment
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "1.5b": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151936,
+    },
+    "tiny": {
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 512,
+    },
+}  # fmt: skip
+CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+@torch.no_grad()
+def write_shape(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Writes the dense folder of a shape and a sparse one for each sparsity; what to measure, the dense one first."""
+    work, sparsities = arguments.work, arguments.sparsities
+    config = transformers.LlamaConfig(**SHAPES[name], max_position_embeddings=4096, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    with transformers.initialization.no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+        else:
+            parameter.fill_(1.0)
+    model.save_pretrained(work / f"{name}-dense")
+    jobs = [{"model": f"{name} dense", "folder": str(work / f"{name}-dense"), "sparsity": None}]
+    lte.sparsify_(model, lte.LteConfig(grouping="contiguous"))
+    ffns = list(lte.sparse_ffns(model).values())
+    for ffn in ffns:
+        ffn.router.weight.normal_(std=ffn.router.weight.shape[1] ** -0.5)
+    for sparsity in sparsities:
+        active = 1 - sparsity
+        # The hidden states have RMS 1, so the logits are near N(bias, 1).
+        bias = ALWAYS_ON_LOGIT if active == 1 else statistics.NormalDist().inv_cdf(active)
+        for ffn in ffns:
+            ffn.router.bias.fill_(bias)
+        measured = {"sparsity": sparsity, "tokens": 0, "active_fraction": [active] * len(ffns)}
+        model.config.lte_measurement = measured
+        folder = work / f"{name}-{sparsity:g}"
+        model.save_pretrained(folder)
+        jobs.append({"model": f"{name} forced", "folder": str(folder), "sparsity": sparsity})
+    if arguments.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        for job in jobs:
+            tokenizer.save_pretrained(job["folder"])
+    return jobs
+
+
+def write_densified(folder: Path, work: Path) -> list[dict[str, Any]]:
+    """Writes the dense copy of a trained folder; what to measure, the dense one first."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    measured = getattr(model.config, "lte_measurement", None) or {}
+    lte.densify_(model)
+    dense = work / f"{folder.name}-dense"
+    model.save_pretrained(dense)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(dense)
+    del model
+    gc.collect()
+    return [
+        {"model": f"{folder.name} dense", "folder": str(dense), "sparsity": None},
+        {"model": folder.name, "folder": str(folder), "sparsity": measured.get("sparsity")},
+    ]
+
+
+def engine_options(job: dict[str, Any]) -> dict[str, Any]:
+    """Of `vllm.LLM`, the same for dense and sparse."""
+    most = max(job["batches"])
+    options = {
+        "dtype": job["dtype"],
+        "max_model_len": job["input_len"] + job["output_len"] + 16,
+        "max_num_seqs": max(most, 16),
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "enforce_eager": job["eager"],
+    }
+    if torch.cuda.is_available():
+        return {**options, "gpu_memory_utilization": 0.85}
+    return {**options, "kv_cache_memory_bytes": 512 << 20}
+
+
+def sampled() -> dict[str, float]:
+    """Sums and counts of what the plug-in has sampled of the routing so far."""
+    from lte.vllm.meter import _collector
+
+    found: dict[str, float] = {}
+    for family in _collector().collect():
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def saving(before: dict[str, float]) -> dict[str, float]:
+    """The mean active fraction and union since an earlier `sampled`, empty without a sample (a dense model, say)."""
+    now, found = sampled(), {}
+    for name in ("active_fraction", "union_fraction"):
+        count, total = (now[f"lte:{name}_{part}"] - before[f"lte:{name}_{part}"] for part in ("count", "sum"))
+        if count:
+            found[name] = total / count
+    return found
+
+
+def measure_latency(job: dict[str, Any]) -> None:
+    """Runs in a process of its own: prints a row for each batch size."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the samples of the routing lie in the engine's process
+    from vllm import LLM, SamplingParams
+
+    llm: Any = LLM(job["folder"], **engine_options(job))
+    vocab = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    for batch in job["batches"]:
+        generator = torch.Generator().manual_seed(batch)
+        ids = torch.randint(10, vocab, (batch, job["input_len"]), generator=generator).tolist()
+        prompts = [{"prompt_token_ids": row} for row in ids]
+
+        def once(tokens: int, prompts: list[Any] = prompts) -> float:
+            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            start = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            return time.perf_counter() - start
+
+        before = sampled()
+        for tokens in (1, job["output_len"]):
+            once(tokens)
+        short = sorted(once(1) for _ in range(job["repeats"]))
+        long = sorted(once(job["output_len"]) for _ in range(job["repeats"]))
+        steps = job["output_len"] - 1
+        middle = [1000 * (value - statistics.median(short)) / steps for value in long]
+        row = {
+            "tool": "latency", "batch": batch, "ms_first_token": 1000 * statistics.median(short),
+            "ms_per_step": statistics.median(middle), "ms_per_step_p20": middle[len(middle) // 5],
+            "ms_per_step_p80": middle[-1 - len(middle) // 5], **saving(before),
+        }  # fmt: skip
+        print("ROW " + json.dumps(row), flush=True)
+
+
+def run_latency(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `measure_latency`, run in a process whose memory ends with it."""
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+
+
+def cli_flags(job: dict[str, Any]) -> list[str]:
+    """The flags that dense and sparse engines of `vllm bench` share."""
+    most = job["input_len"] + job["output_len"] + 16
+    flags = ["--model", job["folder"], "--dtype", job["dtype"], "--max-model-len", str(most)]
+    return [*flags, "--no-enable-prefix-caching", *(["--enforce-eager"] if job["eager"] else [])]
+
+
+def run_throughput(job: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+    """`vllm bench throughput` with random prompts."""
+    output = work / "throughput.json"
+    lengths = ["--random-input-len", str(job["input_len"]), "--random-output-len", str(job["output_len"])]
+    command = [*CLI, "bench", "throughput", *cli_flags(job), "--dataset-name", "random", *lengths]
+    command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
+    subprocess.run(command, check=True)
+    return [{"tool": "throughput", **json.loads(output.read_text(encoding="utf-8"))}]
+
+
+def run_serve(job: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+    """`vllm bench serve` against a server of this job, at each number of requests at once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *cli_flags(job), "--port", port]
+    )
+    rows = []
+    try:
+        _wait_for(server, port)
+        for batch in job["batches"]:
+            output = work / "serve.json"
+            lengths = ["--random-input-len", str(job["input_len"]), "--random-output-len", str(job["output_len"])]
+            command = [*CLI, "bench", "serve", "--model", job["folder"], "--port", port, "--ignore-eos"]
+            command += ["--dataset-name", "random", *lengths, "--max-concurrency", str(batch)]
+            command += ["--num-prompts", str(max(4 * batch, 8)), "--save-result", "--result-filename", str(output)]
+            subprocess.run(command, check=True)
+            found = json.loads(output.read_text(encoding="utf-8"))
+            kept = {key: value for key, value in found.items() if isinstance(value, int | float)}
+            rows.append({"tool": "serve", "batch": batch, **kept})
+    finally:
+        server.terminate()
+        server.wait(60)
+    return rows
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: str) -> None:
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+        except OSError:
+            time.sleep(1)
+        else:
+            return
+    raise SystemExit("the server did not start")
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row its time over that of the dense model of the same group and batch size."""
+    keys = {"latency": "ms_per_step", "serve": "median_tpot_ms", "throughput": "elapsed_time"}
+    dense = {(row["group"], row["tool"], row.get("batch")): row for row in rows if row["sparsity"] is None}
+    for row in rows:
+        base, key = dense.get((row["group"], row["tool"], row.get("batch"))), keys[row["tool"]]
+        if base is not None and row["sparsity"] is not None and base.get(key):
+            row["over_dense"] = row[key] / base[key]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--shape", choices=list(SHAPES), action="append", default=[])
+    parser.add_argument("--folder", type=Path, action="append", default=[])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--tools", nargs="+", choices=["latency", "throughput", "serve"], default=["latency"])
+    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=129)
+    parser.add_argument("--num-prompts", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true", help="no graphs and no compilation, for a dry run")
+    parser.add_argument("--work", type=Path, default=Path("vllm_bench"), help="folder for the models that it writes")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", help="folder whose tokenizer a shape gets: throughput and serve need one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures group after group and writes the rows so far after each model."""
+    arguments = parse()
+    if arguments.worker:
+        measure_latency(json.loads(arguments.worker))
+        return
+    names = ("batches", "input_len", "output_len", "num_prompts", "repeats", "dtype", "eager")
+    common = {name: getattr(arguments, name) for name in names}
+    dtype = getattr(torch, arguments.dtype)
+    work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
+    for name in arguments.shape:
+        writers.append((name, functools.partial(write_shape, name, arguments, dtype)))
+    for path in arguments.folder:
+        writers.append((str(path), functools.partial(write_densified, path, work)))
+    rows: list[dict[str, Any]] = []
+    for group, write in writers:
+        for job in [{**own, **common, "group": group} for own in write()]:
+            found: list[dict[str, Any]] = []
+            if "latency" in arguments.tools:
+                found += run_latency(job)
+            if "throughput" in arguments.tools:
+                found += run_throughput(job, arguments.work)
+            if "serve" in arguments.tools:
+                found += run_serve(job, arguments.work)
+            own = {key: job[key] for key in ("group", "model", "sparsity", "dtype", "input_len", "output_len")}
+            rows += [{**own, **row} for row in found]
+            add_ratios(rows)
+            for row in rows[-len(found) :]:
+                print(json.dumps(row))
+            if arguments.output is not None:  # after each model, as a lent machine may go
+                record = {"environment": environment(), "rows": rows}
+                arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""SIGTERM in a training: it is written down at the end of the step, and the process ends.
+
+Slurm and Kubernetes send it to a job that has to leave its node, some time before they kill it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class TrainingStopped(SystemExit):
+    """A training ended early, after a SIGTERM, and wrote a checkpoint; a script that does not catch it exits with 143.
+
+    Attributes:
+        message: which checkpoint goes on from there.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(EXIT_TERMINATED)
+        self.message = message
+
+
+class StopRequest:
+    """Whether this process was asked to end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler: a second signal ends the process at once, as it would have done without."""
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def noted_sigterm(request: StopRequest, listens: bool) -> Iterator[None]:
+    """Notes a SIGTERM inside the block, if `listens` and nobody else handles it; otherwise it does what it did."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not (listens and in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
+        yield
+        return
+    signal.signal(signal.SIGTERM, request.note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def keep_workers(loader: Any) -> Any:
+    """A data loader whose workers outlive a SIGTERM to all processes of a job: the last step may still read."""
+    base = getattr(loader, "base_dataloader", loader)
+    if getattr(base, "num_workers", 0):
+        base.worker_init_fn = partial(_ignore_sigterm, base.worker_init_fn)
+    return loader
+
+
+def _ignore_sigterm(first: Callable[[int], object] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if first is not None:
+        first(worker)

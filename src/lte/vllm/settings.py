@@ -1,0 +1,113 @@
+"""What a deployment of an LTE folder runs with: the folder's settings, and what `--hf-overrides` changes of them.
+
+`--hf-overrides '{"lte_threshold": 0.4}'` moves the threshold, `{"lte_target_sparsity": 0.6}` takes that point of the
+curve that `lte calibrate` measured, `{"lte_weights": "int8"}` rounds the FFNs' weights to 8 bits while they are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lte.config import LteConfig, check_choice, check_expert_size
+from lte.hf.families import family_of
+from lte.hf.loading import method_settings
+from lte.hf.sparsity_curve import curve_of
+from lte.ops.arguments import EXPERT_SIZES
+
+WEIGHTS = ("native", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What the FFNs of a served model need to know.
+
+    Attributes:
+        config: of the method.
+        threshold: tau of this deployment.
+        num_neurons: F of an FFN.
+        num_experts: E of an FFN.
+        weights: one of `WEIGHTS`.
+        active_fraction: expected share of active experts by layer, empty if unknown; kernels are chosen by it.
+        sparsity: expected share of neurons off, `None` if unknown.
+    """
+
+    config: LteConfig
+    threshold: float
+    num_neurons: int
+    num_experts: int
+    weights: str
+    active_fraction: tuple[float, ...]
+    sparsity: float | None
+
+    @property
+    def threshold_logit(self) -> float:
+        """The logit that a score must exceed."""
+        return math.log(self.threshold / (1 - self.threshold))
+
+    def fraction_of(self, layer: int) -> float | None:
+        """The expected share of active experts of a layer."""
+        return self.active_fraction[layer] if layer < len(self.active_fraction) else None
+
+
+def serve_settings(hf_config: Any) -> ServeSettings:
+    """The settings of a deployment by the config that vLLM has read, overrides included.
+
+    Raises:
+        ValueError: for a folder of another method or of a newer lte, an expert size without kernels, or overrides that
+            do not fit.
+    """
+    own = getattr(hf_config, "lte", None)
+    if isinstance(own, dict) and "version" not in own:
+        raise ValueError(
+            f"hf-overrides must not replace the field lte, got lte={own}; set lte_threshold, lte_target_sparsity or "
+            "lte_weights instead"
+        )
+    found = method_settings(hf_config)
+    if found is None or found["name"] != LteConfig.name:
+        name = "no method" if found is None else f"the method {found['name']}"
+        raise ValueError(
+            f"vLLM serves models of the method {LteConfig.name}, got a folder of {name}; `lte.densify_(model)` makes a "
+            "dense model of it that any engine serves"
+        )
+    config = LteConfig.from_dict(found)
+    neurons = getattr(hf_config, family_of(hf_config).neurons_field) or 4 * hf_config.hidden_size  # GPT-2 has None
+    experts = check_expert_size(neurons, config.expert_size)
+    if config.expert_size not in EXPERT_SIZES:
+        known = ", ".join(map(str, EXPERT_SIZES))
+        raise ValueError(f"expert_size must be one of {known} for the kernels, got expert_size={config.expert_size}")
+    weights = getattr(hf_config, "lte_weights", None) or "native"
+    check_choice("lte_weights", weights, WEIGHTS)
+    threshold, fractions = _operating_point(hf_config, config)
+    sparsity = 1 - sum(fractions) / len(fractions) if fractions else None
+    return ServeSettings(
+        config=config,
+        threshold=threshold,
+        num_neurons=neurons,
+        num_experts=experts,
+        weights=weights,
+        active_fraction=fractions,
+        sparsity=sparsity,
+    )
+
+
+def _operating_point(hf_config: Any, config: LteConfig) -> tuple[float, tuple[float, ...]]:
+    """The threshold, and the active fractions by layer that are expected at it, none if nothing is known."""
+    threshold = getattr(hf_config, "lte_threshold", None)
+    target = getattr(hf_config, "lte_target_sparsity", None)
+    if threshold is not None and target is not None:
+        raise ValueError(
+            f"lte_threshold or lte_target_sparsity must be given, not both, got lte_threshold={threshold} and "
+            f"lte_target_sparsity={target}"
+        )
+    if target is not None:
+        point = curve_of(hf_config).at_target(target).point
+        return point.threshold, tuple(1 - share for share in point.layer_sparsity)
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold < 1:
+            raise ValueError(f"lte_threshold must lie in (0, 1), got lte_threshold={threshold!r}")
+        if threshold != config.threshold:
+            return float(threshold), ()
+    measured = (getattr(hf_config, "lte_measurement", None) or {}).get("active_fraction") or ()
+    return config.threshold, tuple(measured) if len(measured) == hf_config.num_hidden_layers else ()

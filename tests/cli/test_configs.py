@@ -1,0 +1,122 @@
+"""`lte configs`, the launch files of the examples, and runs that a launcher starts or ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from lte.launch import FOLDER, shipped_configs
+from tests.cli.conftest import SHORT
+from tests.processes import ROOT, run_processes
+
+
+def test_they_are_listed_printed_and_copied(run: Callable[..., Any], tmp_path: Path) -> None:
+    listed = run("configs").output
+    assert [line.partition(":")[0] for line in listed.splitlines()] == ["fsdp2", "zero2", "zero3"]
+    printed = run("configs", "fsdp2").output
+    assert printed == (FOLDER / "fsdp2.yaml").read_text()
+    copied = run("configs", "zero3", "--output", tmp_path)
+    assert f"Written to {tmp_path / 'zero3.yaml'}" in copied.output
+    assert (tmp_path / "zero3.yaml").read_text() == (FOLDER / "zero3.yaml").read_text()
+    again = run("configs", "zero3", "--output", tmp_path / "zero3.yaml")
+    assert again.exit_code == 1
+    assert "output must be a new file, got output=" in again.output
+    assert "name must be one of" in run("configs", "zero4").output
+    assert "name must be given with output" in run("configs", "--output", tmp_path).output
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_accelerate_reads_them(name: str) -> None:
+    read = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    kind = "FSDP" if name == "fsdp2" else "DEEPSPEED"
+    assert read.distributed_type.value == kind
+    if kind == "FSDP":
+        assert read.fsdp_config["fsdp_version"] == 2
+        assert read.fsdp_config["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
+    else:
+        assert read.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+def test_the_launch_files_say_that_they_were_not_run_and_use_flags_that_there_are() -> None:
+    flags = (ROOT / "docs" / "cli.md").read_text()
+    for name in ("slurm.sbatch", "kubernetes.yaml"):
+        text = (ROOT / "examples" / "cluster" / name).read_text()
+        assert "NOT RUN" in text
+        own = text.partition("-m lte train")[2]
+        words = [word.strip("'\"") for word in own.split() if word.startswith("--")]
+        assert len(words) >= 8
+        assert all(f"`{word}`" in flags or f"{word} " in flags or f"{word}/" in flags for word in words)
+    job = yaml.safe_load((ROOT / "examples" / "cluster" / "kubernetes.yaml").read_text())
+    assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+def test_a_sigterm_ends_a_run_and_the_same_command_goes_on(dense_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    # Long enough that a signal meets it.
+    own = [*SHORT, "--stage1-steps", "80", "--stage2-steps", "80", "--save-steps", "20"]
+    command = [sys.executable, "-m", "lte", "train", "--resume", "--model", str(dense_folder), *own]
+    command += ["--output", str(output)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as first:
+        log = output / "checkpoints"
+        begun = time.monotonic()
+        # Its first checkpoint says that it trains.
+        while not list(log.glob("checkpoint-*/lte_manifest.json")):
+            assert first.poll() is None
+            assert time.monotonic() - begun < 120
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        _, said = first.communicate(timeout=60)
+        assert time.monotonic() - asked < 60
+    assert first.returncode == 143
+    assert "Stopped: the training ended after step" in said
+    assert f"Go on with: lte train --resume --output {output}" in " ".join(said.split())
+    (newest,) = log.glob("checkpoint-*")
+    step = json.loads((newest / "trainer_state.json").read_text())["global_step"]
+    assert f"after step {step} of" in said
+    assert not (output / "config.json").exists()
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (output / "result.json").exists()
+    logged = json.loads((output / "training_log.json").read_text())
+    steps = [entry["step"] for entry in logged if "task_loss" in entry]
+    # One curve, as of a run that nothing had stopped.
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (2, 160)
+
+
+@pytest.mark.slow
+def test_a_run_in_shards_ends_with_one_folder(dense_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["train", "--model", dense_folder, "--output", output, *SHORT, "--batch-size", "2", "--lora-rank", "2"]
+    said = run_processes(2, "tests.cli.train_in_shards", *arguments)
+    # What the first process says, and no other one.
+    assert said.count("Saved to") == 1
+    record = json.loads((output / "result.json").read_text())
+    assert record["sparsity"] == pytest.approx(0.5, abs=0.05)
+    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert sum("router.weight" in name for name in adapter) == 2
+    state = load_file(output / "model.safetensors")
+    weight = next(name for name in state if name.endswith("layers.0.mlp.router.weight"))
+    kept = next(value for name, value in adapter.items() if name.endswith("layers.0.mlp.router.weight"))
+    assert torch.equal(state[weight], kept)
+    assert state[weight].any()

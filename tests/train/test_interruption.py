@@ -1,0 +1,251 @@
+"""SIGTERM, losses that are not finite, memory that is not enough, processes that die, and curves that go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from lte.train.checkpoints import newest_checkpoint
+from lte.train.config import TrainConfig
+from lte.train.curves import named_run, write_in_one_place
+from lte.train.interruption import EXIT_TERMINATED, StopRequest, TrainingStopped, keep_workers, noted_sigterm
+from lte.train.objective import NonFiniteLossError
+from lte.train.two_stage import training_arguments
+from tests.processes import ROOT
+from tests.train.toy import STEPS, trainer_of
+
+
+class At(TrainerCallback):
+    """Does something at the end of some steps."""
+
+    def __init__(self, action: Any, *steps: int):
+        self.action, self.steps = action, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            self.action()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def weights_of(trainer: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_a_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    whole = trainer_of(tmp_path / "whole")
+    whole.train()
+    first = trainer_of(tmp_path / "run", callbacks=[At(terminate, 2)], save_steps=100)
+    with pytest.raises(TrainingStopped, match="143") as stopped:
+        first.train()
+    assert stopped.value.code == EXIT_TERMINATED == 143
+    assert f"after step 2 of {STEPS} by SIGTERM; {tmp_path / 'run' / 'checkpoint-2'} holds" in stopped.value.message
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    again = trainer_of(tmp_path / "run", save_steps=100)
+    again.train(resume_from_checkpoint=True)
+    expected = weights_of(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(again).items())
+
+
+def test_a_handler_of_the_callers_own_stays(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        trainer_of(tmp_path, callbacks=[At(terminate, 2)]).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+
+
+def test_a_run_without_checkpoints_ends_at_once(tmp_path: Path) -> None:
+    handlers: list[Any] = []
+    look = At(lambda: handlers.append(signal.getsignal(signal.SIGTERM)), 2)
+    trainer_of(tmp_path, callbacks=[look], save_strategy="no").train()
+    assert handlers == [signal.SIG_DFL]
+
+
+def test_a_second_sigterm_is_not_caught() -> None:
+    request = StopRequest()
+    with noted_sigterm(request, True):
+        terminate()
+        assert request.asked
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+class WhoAmI(torch.utils.data.Dataset):
+    """Says what a worker does at a SIGTERM."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> bool:
+        return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_workers_of_the_data_outlive_a_sigterm() -> None:
+    started: list[int] = []
+    loader = keep_workers(torch.utils.data.DataLoader(WhoAmI(), num_workers=1, worker_init_fn=started.append))
+    assert [bool(each) for each in loader] == [True]
+
+
+class Nan(TrainerCallback):
+    """Makes the task's loss of some steps NaN, by a weight, and puts it back."""
+
+    def __init__(self, *steps: int):
+        self.steps = steps
+        self.before: Tensor | None = None
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            self.before = model.model.norm.weight.detach().clone()
+            self.weights.append({name: value.clone() for name, value in model.state_dict().items()})
+            model.model.norm.weight.data.fill_(float("nan"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.before is not None:
+            model.model.norm.weight.data.copy_(self.before)
+            self.before = None
+            now = model.state_dict()
+            assert all(torch.equal(value, now[name]) for name, value in self.weights[-1].items())
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+    planted = Nan(1, 2, 4)
+    trainer = trainer_of(tmp_path, callbacks=[planted], on_nonfinite="skip")
+    trainer.train()
+    assert len(planted.weights) == 3
+    assert trainer.skipped_steps == 3
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry.get("skipped_steps", 0) for entry in logs] == [0, 1, 2, 2, 3, 3]
+    assert all(torch.isfinite(torch.tensor([entry["loss"], entry.get("eta", 0.0)])).all() for entry in logs)
+    assert all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
+    # Half of the steps trained on their tokens.
+    whole = trainer_of(tmp_path / "whole", save_strategy="no")
+    whole.train()
+    assert trainer.tokens_trained * 2 == whole.tokens_trained
+    again = trainer_of(tmp_path, on_nonfinite="skip")
+    again.train(resume_from_checkpoint=True)
+    assert again.skipped_steps == 3
+
+
+def test_ten_of_them_in_a_row_end_the_run(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, callbacks=[Nan(*range(2, 30))], on_nonfinite="skip", max_steps=30, save_steps=100)
+    with pytest.raises(
+        NonFiniteLossError, match="the losses of 10 steps in a row are not finite, the last one at step 12"
+    ):
+        trainer.train()
+
+
+def test_without_the_setting_the_first_one_ends_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss became nan at step 2 .* on_nonfinite=skip leaves such steps"
+    ):
+        trainer_of(tmp_path, callbacks=[Nan(2)]).train()
+    with pytest.raises(ValueError, match=r"on_nonfinite must be one of .*stop.*skip.*got on_nonfinite='?never"):
+        TrainConfig(on_nonfinite="never")  # type: ignore[arg-type]
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, on_nonfinite="skip", save_strategy="no")
+    step = type(trainer).training_step
+
+    def overflowing(*args: Any, **kwargs: Any) -> Tensor:
+        loss = step(trainer, *args, **kwargs)
+        if trainer.state.global_step == 3:
+            trainer.model.model.norm.weight.grad.fill_(float("inf"))
+        return loss
+
+    trainer.training_step = overflowing
+    trainer.train()
+    assert trainer.skipped_steps == 1
+
+
+def test_memory_that_is_not_enough_names_what_to_lower(tmp_path: Path) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    trainer = trainer_of(tmp_path, callbacks=[At(full, 2)], gradient_accumulation_steps=2)
+    rule = r"lower the batch size \(per_device_train_batch_size=4\) to 2 and raise gradient_accumulation_steps=2 to 4; "
+    with pytest.raises(torch.OutOfMemoryError, match=rf"{rule}set gradient_checkpointing.*Tried to allocate 20.00 MiB"):
+        trainer.train()
+
+
+def test_a_resumed_run_writes_its_curves_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    output = tmp_path / "my-run" / "checkpoints"
+    names = [named_run(output, ["wandb"]) for _ in range(2)]
+    assert names[0] == names[1] == f"my-run-{os.environ['WANDB_RUN_ID']}"
+    assert os.environ["WANDB_RESUME"] == "allow"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    monkeypatch.delenv("WANDB_RESUME")
+    assert named_run(tmp_path / "other" / "checkpoints", ["tensorboard"]) not in names
+    assert "WANDB_RUN_ID" not in os.environ
+    assert named_run(tmp_path / "none", []) is None
+    assert not (tmp_path / "none").exists()
+    assert training_arguments(TrainConfig(report_to="tensorboard"), output, 10).run_name == names[0]
+
+
+def test_the_events_of_both_lie_in_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stop, resume in ((2, False), (None, True)):
+        callbacks = [At(terminate, stop)] if stop else []
+        trainer = trainer_of(tmp_path, callbacks=callbacks, report_to="tensorboard", save_steps=100)
+        write_in_one_place(trainer.callback_handler.callbacks, tmp_path)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except TrainingStopped:
+            assert stop
+    assert [path.name for path in tmp_path.glob("runs/*")]
+    assert not list(tmp_path.glob("runs/*/*"))
+    found = EventAccumulator(str(tmp_path / "runs"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/task_loss")] == list(range(1, STEPS + 1))
+
+
+CRASHING = """
+import sys
+import torch
+from tests.train.toy import trainer_of
+from tests.train.test_interruption import At
+import os
+torch.set_num_threads(1)
+def crash():
+    raise RuntimeError("a planted crash in process 1")
+trainer_of(sys.argv[1], callbacks=[At(crash, 2)] if os.environ["RANK"] == "1" else []).train()
+print("the end")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_down_and_its_reason_is_on_the_screen(tmp_path: Path) -> None:
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    start = time.monotonic()
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "crashing.py"), str(tmp_path / "run")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    # Its start, imports of both processes above all, is a part of it.
+    assert time.monotonic() - start < 100
+    assert done.returncode != 0
+    assert "a planted crash in process 1" in done.stderr
+    assert "the end" not in done.stdout

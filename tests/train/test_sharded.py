@@ -1,0 +1,163 @@
+"""FSDP2 and DDP over two processes (gloo, CPU) do what one does with twice the batch, and go on from each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lte.train.sharding import check_kind
+from tests.processes import made_once, run_processes
+from tests.train.toy import trainer_of
+
+SETTINGS = {
+    "learning_rate": 3e-3, "logging_steps": 1, "save_steps": 4, "router_fit_tokens": 512, "calibration_tokens": 2048,
+    "stage1_steps": 10, "stage2_steps": 10,
+}  # fmt: skip
+FEW = {**SETTINGS, "stage1_steps": 3, "stage2_steps": 3, "save_steps": 2}
+NARROW = {"gradient_accumulation_steps": 2, "bf16": True}
+METHOD = {"method": "sigma_moe", "config": {"expert_dropout": 0.0}, "train": {**FEW, "recipe": "method"}}
+# Of each: what accelerate's launcher sets beside the usual (none at all is DDP), and how it trains.
+CASES: list[dict[str, Any]] = [
+    {"name": "fsdp", "fsdp": {}, "train": SETTINGS},
+    {"name": "annealed", "fsdp": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "uneven": True,
+     "train": {**FEW, "recipe": "annealed"}},
+    {"name": "ddp", "uneven": True, "train": {**SETTINGS, "recipe": "annealed"}},
+    {"name": "dense", "fsdp": {}, "method": "dense", "train": {**FEW, "recipe": "dense"}},
+    {"name": "method", "fsdp": {}, **METHOD},
+    {"name": "narrow", "fsdp": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train": {**FEW, **NARROW}},
+]  # fmt: skip
+LORA = {"fsdp": {}, "train": {**FEW, "recipe": "annealed", "lora_rank": 2}}
+# In both stages routers train or are frozen; the checkpoint that is gone on from is of stage 2.
+AGAIN: list[dict[str, Any]] = [
+    {"name": "lora", **LORA},
+    {"name": "lora_cut", "folder": "lora_run", "stop_at": 5, **LORA},
+    {"name": "lora_resumed", "folder": "lora_run", "resume": True, **LORA},
+    {"name": "cut", "folder": "run", "stop_at": 5, "fsdp": {}, "train": SETTINGS},
+    {"name": "resumed", "folder": "run_again", "resume": True, "fsdp": {}, "train": SETTINGS},
+]
+
+
+def launch(count: int, root: Path, cases: list[dict[str, Any]]) -> None:
+    run_processes(count, "tests.train.sharded_in_process", root, json.dumps(cases), launched=True)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders of what one process and what two processes found."""
+
+    def make(root: Path) -> None:
+        launch(2, root / "2", [case for case in (*CASES, *AGAIN) if case["name"] != "resumed"])
+        # One process goes on from the checkpoints of two.
+        shutil.copytree(root / "2" / "run", root / "1" / "run_again")
+        launch(1, root / "1", [*CASES, AGAIN[-1]])
+
+    root = made_once(tmp_path_factory, "sharded", make)
+    return {count: root / str(count) for count in (1, 2)}
+
+
+def found_by(root: Path, name: str, rank: int = 0) -> dict[str, Any]:
+    return torch.load(root / name / f"rank{rank}.pt")
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Losses and sparsity within 1e-4 in every step, and at most 0.1% of decisions apart."""
+    pairs = [(mine, theirs) for mine, theirs in zip(one["log"], two["log"], strict=True) if "task_loss" in mine]
+    assert len(pairs) >= 6
+    for mine, theirs in pairs:
+        terms = {"task_loss", "efficiency_loss", "separability_loss", "active_fraction", "auxiliary_loss"} & set(mine)
+        assert [theirs[term] for term in terms] == pytest.approx([mine[term] for term in terms], abs=1e-4)
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5, abs=1e-4)
+        assert theirs["eta"] == pytest.approx(mine["eta"], rel=1e-3)
+    if one["decisions"] is not None:
+        assert (one["decisions"] != two["decisions"]).float().mean() <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["name"] != "narrow"])
+def test_two_processes_do_what_one_does(roots: dict[int, Path], name: str) -> None:
+    one, two, other = found_by(roots[1], name), found_by(roots[2], name), found_by(roots[2], name, rank=1)
+    assert two["kinds"] == (["Parameter"] if name == "ddp" else ["DTensor"])
+    check_same(one, two)
+    assert furthest(two["weights"], other["weights"]) == 0
+    # The thresholds are in the biases.
+    biases = {key: value for key, value in one["weights"].items() if key.endswith("router.bias")}
+    assert bool(biases) == (name not in ("dense", "method"))
+    assert not biases or furthest(biases, {key: two["weights"][key] for key in biases}) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_does_what_one_process_does(roots: dict[int, Path], tmp_path: Path) -> None:
+    cases = [{**CASES[1], "name": f"zero{stage}", "zero": stage} for stage in (2, 3)]
+    launch(2, tmp_path, [{name: value for name, value in case.items() if name != "fsdp"} for case in cases])
+    one = found_by(roots[1], "annealed")
+    for stage in (2, 3):
+        two = found_by(tmp_path, f"zero{stage}")
+        # Of ZeRO-3 the model that the first process gets: the sharded one runs in all processes at once.
+        check_same(one, {**two, "decisions": two["decisions" if stage == 2 else "made_decisions"]})
+        assert any(name.startswith("checkpoint-6/global_step") for name in two["files"])
+
+
+@pytest.mark.slow
+def test_routers_are_in_fp32_beside_layers_in_bf16(roots: dict[int, Path]) -> None:
+    one, two = found_by(roots[1], "narrow"), found_by(roots[2], "narrow")
+    assert one["router_dtypes"] == two["router_dtypes"] == ["torch.float32"]
+    assert two["layer_dtypes"] == ["torch.bfloat16"]
+    losses = [[entry["task_loss"] for entry in found["log"] if "task_loss" in entry] for found in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert (one["decisions"] != two["decisions"]).float().mean() < 0.03
+
+
+@pytest.mark.slow
+def test_a_process_goes_on_from_the_shards_of_two(roots: dict[int, Path]) -> None:
+    whole, resumed = found_by(roots[2], "fsdp"), found_by(roots[1], "resumed")
+    assert any("pytorch_model_fsdp_0/__1_0.distcp" in name for name in found_by(roots[2], "cut")["files"])
+    last = [entry for entry in whole["log"] if "task_loss" in entry][-1]
+    again = [entry for entry in resumed["log"] if "task_loss" in entry]
+    assert len(again) == 20
+    assert again[-1]["task_loss"] == pytest.approx(last["task_loss"], abs=1e-4)
+    assert (whole["decisions"] != resumed["decisions"]).float().mean() <= 1e-3
+
+
+@pytest.mark.slow
+def test_adapters_go_on_with_their_routers(roots: dict[int, Path]) -> None:
+    whole, resumed = found_by(roots[2], "lora"), found_by(roots[2], "lora_resumed")
+    assert furthest(whole["weights"], resumed["weights"]) == 0
+    assert any("modules_to_save" in name for name in whole["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "lora"])
+def test_the_first_process_gets_the_whole_model(roots: dict[int, Path], name: str) -> None:
+    found, other = found_by(roots[2], name), found_by(roots[2], name, rank=1)
+    assert torch.equal(found["made_decisions"], found["decisions"])
+    assert other["made"] is None
+    if name == "fsdp":
+        assert furthest(found["made"], found["weights"]) == 0
+    else:
+        assert not any("lora" in key for key in found["made"])
+
+
+def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "run")
+    trainer.train()
+    newest = tmp_path / "run" / "checkpoint-6"
+    check_kind(newest, None)
+    with pytest.raises(
+        ValueError, match=r"must be sharded as it was, got shards of FSDP where .* is of a model that is"
+    ):
+        check_kind(newest, "FSDP")
+    (newest / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(ValueError, match=r"must be sharded as it was, got a model that is whole in each process where"):
+        check_kind(newest, None)
