@@ -233,6 +233,38 @@ print("the end")
 """
 
 
+NAN_IN_ONE = """
+import os
+import sys
+import torch
+from tests.train.toy import trainer_of
+torch.set_num_threads(1)
+trainer = trainer_of(sys.argv[1], on_nonfinite="skip", save_strategy="no")
+with_routing = trainer._with_routing
+def planted(task, *rest):
+    broken = os.environ["RANK"] == "0" and trainer.state.global_step in (1, 3)
+    return with_routing(task * float("nan") if broken else task, *rest)
+trainer._with_routing = planted
+trainer.train()
+assert trainer.skipped_steps == 2, trainer.skipped_steps
+logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+assert all(0 < entry["task_loss"] < 10 for entry in logged) and len(logged) == 6, logged
+"""
+
+
+@pytest.mark.slow
+def test_a_step_is_left_out_and_logged_where_one_process_alone_is_not_finite(tmp_path: Path) -> None:
+    (tmp_path / "nan_in_one.py").write_text(NAN_IN_ONE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "nan_in_one.py"), str(tmp_path / "run")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down_and_its_reason_is_on_the_screen(tmp_path: Path) -> None:
     (tmp_path / "crashing.py").write_text(CRASHING)
