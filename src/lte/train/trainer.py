@@ -284,7 +284,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             resumed = None if self._resumed is None else str(self._resumed)
             with explained_memory(self.args), noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
                 output = super().train(resumed, *args, **kwargs)
-            if self.stops:
+            # A signal that came in the last save or evaluation is seen here, by the process that got it.
+            if self.stops or self.stop_request.asked:
                 raise TrainingStopped(self._where_it_stopped())
             self._set_thresholds()
         return output
@@ -292,7 +293,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
     def _where_it_stopped(self) -> str:
         step = self.state.global_step
         newest = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        return f"the training ended after step {step} of {self.state.max_steps} by SIGTERM; {newest} holds all of it"
+        kept = "holds all of it" if newest.is_dir() else "was not written, go on from the newest one"
+        return f"the training ended after step {step} of {self.state.max_steps} by SIGTERM; {newest} {kept}"
 
     def get_train_dataloader(self) -> Any:
         """As the trainer's; a SIGTERM to all processes of a job leaves its workers for the last step."""
