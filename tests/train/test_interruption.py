@@ -238,6 +238,11 @@ def test_a_gradient_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     assert trainer.skipped_steps == 1
 
 
+def test_gradients_without_a_norm_cannot_be_left_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_grad_norm must be positive with on_nonfinite=skip.* max_grad_norm=0.0;"):
+        trainer_of(tmp_path, on_nonfinite="skip", max_grad_norm=0.0)
+
+
 def test_memory_that_is_not_enough_names_what_to_lower(tmp_path: Path) -> None:
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -255,6 +260,11 @@ def test_a_resumed_run_writes_its_curves_where_it_began(tmp_path: Path, monkeypa
     names = [named_run(output, ["wandb"]) for _ in range(2)]
     assert names[0] == names[1] == f"my-run-{os.environ['WANDB_RUN_ID']}"
     assert os.environ["WANDB_RESUME"] == "allow"
+    # Another run of the same process does not go on with the curves of this one; what the user set stays.
+    assert named_run(tmp_path / "next" / "checkpoints", ["wandb"]) == f"next-{os.environ['WANDB_RUN_ID']}"
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    named_run(output, ["wandb"])
+    assert os.environ["WANDB_RUN_ID"] == "mine"
     monkeypatch.delenv("WANDB_RUN_ID")
     monkeypatch.delenv("WANDB_RESUME")
     assert named_run(tmp_path / "other" / "checkpoints", ["tensorboard"]) not in names

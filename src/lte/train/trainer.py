@@ -196,6 +196,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 "on_nonfinite must be stop with DeepSpeed, whose optimiser takes its steps by itself, got "
                 "on_nonfinite=skip; take FSDP2, or stop"
             )
+        if self.routing.on_nonfinite == "skip" and not self.args.max_grad_norm > 0:
+            raise ValueError(
+                "max_grad_norm must be positive with on_nonfinite=skip, which goes by the norm of the gradients, got "
+                f"max_grad_norm={self.args.max_grad_norm}; take a large one to clip nothing"
+            )
         if not self.is_deepspeed_enabled:
             # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
             self.accelerator.gradient_accumulation_steps = 1
