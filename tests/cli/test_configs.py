@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,16 @@ def test_they_are_listed_printed_and_copied(run: Callable[..., Any], tmp_path: P
     assert "name must be given with output" in run("configs", "--output", tmp_path).output
 
 
+def test_commands_that_we_name_say_how_many_processes() -> None:
+    """accelerate takes none of the configs without."""
+    named = re.findall(
+        r"accelerate launch --config_file \S+(?:\s+\S+){2}",
+        "\n".join(path.read_text() for path in [*(ROOT / "docs").glob("*.md"), *FOLDER.glob("*.yaml")]),
+    )
+    assert len(named) >= 7
+    assert all("--num_processes" in command for command in named)
+
+
 @pytest.mark.parametrize("name", shipped_configs())
 def test_accelerate_reads_them(name: str) -> None:
     read = load_config_from_file(str(FOLDER / f"{name}.yaml"))
@@ -58,6 +69,7 @@ def test_the_launch_files_say_that_they_were_not_run_and_use_flags_that_there_ar
         own = text.partition("-m lte train")[2]
         words = [word.strip("'\"") for word in own.split() if word.startswith("--")]
         assert len(words) >= 8
+        assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in text
         assert all(f"`{word}`" in flags or f"{word} " in flags or f"{word}/" in flags for word in words)
     job = yaml.safe_load((ROOT / "examples" / "cluster" / "kubernetes.yaml").read_text())
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 60

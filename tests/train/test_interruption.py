@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from lte.train import interruption
 from lte.train.checkpoints import newest_checkpoint
 from lte.train.config import TrainConfig
 from lte.train.curves import named_run, write_in_one_place
@@ -22,7 +23,7 @@ from lte.train.interruption import EXIT_TERMINATED, StopRequest, TrainingStopped
 from lte.train.objective import NonFiniteLossError
 from lte.train.two_stage import training_arguments
 from tests.processes import ROOT
-from tests.train.toy import STEPS, trainer_of
+from tests.train.toy import STEPS, toy_rows, trainer_of
 
 
 class At(TrainerCallback):
@@ -77,12 +78,75 @@ def test_a_run_without_checkpoints_ends_at_once(tmp_path: Path) -> None:
     assert handlers == [signal.SIG_DFL]
 
 
-def test_a_second_sigterm_is_not_caught() -> None:
+def test_a_sigterm_that_a_launcher_passes_on_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
     request = StopRequest()
     with noted_sigterm(request, True):
         terminate()
+        terminate()
         assert request.asked
+        assert not raised
+        monkeypatch.setattr(interruption, "REPEATED_S", 0.0)
+        terminate()
+        assert raised == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_that_comes_in_the_block_stays() -> None:
+    with noted_sigterm(StopRequest(), True):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.signal(signal.SIGTERM, signal.SIG_DFL) is signal.SIG_IGN
+
+
+class Watch(TrainerCallback):
+    """Notes after which steps a checkpoint was written or the model evaluated."""
+
+    def __init__(self, action: Any = None):
+        self.events: list[tuple[str, int]] = []
+        self.action = action
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append(("save", state.global_step))
+        if self.action is not None and state.global_step == state.max_steps:
+            self.action()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append(("evaluation", state.global_step))
+
+
+def test_a_sigterm_writes_one_checkpoint_and_evaluates_nothing(tmp_path: Path) -> None:
+    watch = Watch()
+    trainer = trainer_of(
+        tmp_path,
+        callbacks=[At(terminate, 2), watch],
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        max_steps=-1,
+        eval_dataset=toy_rows(8, 16),
+    )
+    with pytest.raises(TrainingStopped):
+        trainer.train()
+    assert watch.events == [("save", 2)]
+
+
+def test_the_checkpoint_of_a_sigterm_stays_beside_the_best_one(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, callbacks=[At(terminate, 5)], stage1_ratio=0.2, save_total_limit=1, eval_strategy="steps",
+        eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", eval_dataset=toy_rows(8, 16),
+    )  # fmt: skip
+    with pytest.raises(TrainingStopped, match="143"):
+        trainer.train()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_a_sigterm_in_the_last_save_ends_the_run_too(tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped) as stopped:
+        trainer_of(tmp_path, callbacks=[Watch(terminate)]).train()
+    assert (
+        f"after step {STEPS} of {STEPS} by SIGTERM; {tmp_path / f'checkpoint-{STEPS}'} holds" in stopped.value.message
+    )
+    trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
 class WhoAmI(torch.utils.data.Dataset):
@@ -174,6 +238,11 @@ def test_a_gradient_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     assert trainer.skipped_steps == 1
 
 
+def test_gradients_without_a_norm_cannot_be_left_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_grad_norm must be positive with on_nonfinite=skip.* max_grad_norm=0.0;"):
+        trainer_of(tmp_path, on_nonfinite="skip", max_grad_norm=0.0)
+
+
 def test_memory_that_is_not_enough_names_what_to_lower(tmp_path: Path) -> None:
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -191,6 +260,11 @@ def test_a_resumed_run_writes_its_curves_where_it_began(tmp_path: Path, monkeypa
     names = [named_run(output, ["wandb"]) for _ in range(2)]
     assert names[0] == names[1] == f"my-run-{os.environ['WANDB_RUN_ID']}"
     assert os.environ["WANDB_RESUME"] == "allow"
+    # Another run of the same process does not go on with the curves of this one; what the user set stays.
+    assert named_run(tmp_path / "next" / "checkpoints", ["wandb"]) == f"next-{os.environ['WANDB_RUN_ID']}"
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    named_run(output, ["wandb"])
+    assert os.environ["WANDB_RUN_ID"] == "mine"
     monkeypatch.delenv("WANDB_RUN_ID")
     monkeypatch.delenv("WANDB_RESUME")
     assert named_run(tmp_path / "other" / "checkpoints", ["tensorboard"]) not in names
@@ -231,6 +305,38 @@ def crash():
 trainer_of(sys.argv[1], callbacks=[At(crash, 2)] if os.environ["RANK"] == "1" else []).train()
 print("the end")
 """
+
+
+NAN_IN_ONE = """
+import os
+import sys
+import torch
+from tests.train.toy import trainer_of
+torch.set_num_threads(1)
+trainer = trainer_of(sys.argv[1], on_nonfinite="skip", save_strategy="no")
+with_routing = trainer._with_routing
+def planted(task, *rest):
+    broken = os.environ["RANK"] == "0" and trainer.state.global_step in (1, 3)
+    return with_routing(task * float("nan") if broken else task, *rest)
+trainer._with_routing = planted
+trainer.train()
+assert trainer.skipped_steps == 2, trainer.skipped_steps
+logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+assert all(0 < entry["task_loss"] < 10 for entry in logged) and len(logged) == 6, logged
+"""
+
+
+@pytest.mark.slow
+def test_a_step_is_left_out_and_logged_where_one_process_alone_is_not_finite(tmp_path: Path) -> None:
+    (tmp_path / "nan_in_one.py").write_text(NAN_IN_ONE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "nan_in_one.py"), str(tmp_path / "run")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

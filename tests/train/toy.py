@@ -32,7 +32,7 @@ def trainer_of(folder: Path, rows: Any = None, target: float = 0.5, **options: A
     sizes = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1}
     tokens = {"router_fit_tokens": 128, "calibration_tokens": 256}
     saving = {"save_strategy": "steps", "save_steps": 2, "report_to": "none", "use_cpu": True}
-    extra = {name: options.pop(name) for name in ("callbacks", "teacher") if name in options}
+    extra = {name: options.pop(name) for name in ("callbacks", "teacher", "eval_dataset") if name in options}
     model = lte.sparsify_(
         tiny_dense_model(), lte.LteConfig(expert_size=8, grouping="random", target_sparsity=target, seed=1)
     )

@@ -113,8 +113,8 @@ def train(
 
     Without `--train` and `--task` it learns on a small text that comes with Python. After an interruption:
     `lte train --resume --output out`. On several GPUs: `torchrun --nproc-per-node 2 -m lte train ...`; in shards:
-    `accelerate launch --config_file fsdp2.yaml -m lte train ...`, with a file from `lte configs`. With `--resume` from
-    the start, the same command begins a run and goes on with it.
+    `accelerate launch --config_file fsdp2.yaml --num_processes 8 -m lte train ...`, with a file from `lte configs`.
+    With `--resume` from the start, the same command begins a run and goes on with it.
     """
     values = merge_settings(given, config)
     run = build(RunConfig, values)

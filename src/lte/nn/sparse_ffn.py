@@ -175,7 +175,8 @@ class SparseFfn(WrappedFfn):
 
     def check_shares(self) -> None:
         """Raises a `ValueError` where processes would have to share an expert, under tensor parallelism."""
-        weight = self.part(self.layout.down).weight
+        # Some quantised projections have none.
+        weight = getattr(self.part(self.layout.down), "weight", None)
         if isinstance(weight, DTensor):
             check_expert_shares(self.num_experts, weight.device_mesh.size())
 

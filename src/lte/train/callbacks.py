@@ -43,10 +43,19 @@ class RoutingCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.trainer.control_sparsity()
         if self.trainer.stops:
-            control.should_save = control.should_training_stop = True
+            # Until the process is killed there may be time for a checkpoint, not for an evaluation before it.
+            control.should_save, control.should_evaluate = True, False
+            control.should_training_stop = True
         if self.trainer.schedule.starts_stage2(state.global_step):
             # An entry of the log is of one stage.
             control.should_log = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.trainer.stops:
+            # The checkpoint is written. The trainer would write it again, or delete it for the best one.
+            control.should_save = control.should_evaluate = False
+            state.best_model_checkpoint = None
         return control
 
 

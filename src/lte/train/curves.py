@@ -11,6 +11,8 @@ from lte.files import write_text_atomic
 from lte.train.processes import is_main_process
 
 RUN_ID_FILE = "run_id"
+# Which this process gave to W&B: a later run of the process has its own.
+_GIVEN: set[str] = set()
 
 
 def named_run(output: Path, reporters: list[str]) -> str | None:
@@ -30,7 +32,9 @@ def named_run(output: Path, reporters: list[str]) -> str | None:
         write_text_atomic(path, uuid.uuid4().hex[:8] + "\n")
     run_id = path.read_text(encoding="utf-8").strip()
     if "wandb" in reporters:
-        os.environ.setdefault("WANDB_RUN_ID", run_id)
+        if os.environ.get("WANDB_RUN_ID") in (None, *_GIVEN):
+            os.environ["WANDB_RUN_ID"] = run_id
+            _GIVEN.add(run_id)
         os.environ.setdefault("WANDB_RESUME", "allow")
     folder = output.absolute()
     return f"{(folder.parent if folder.name == 'checkpoints' else folder).name}-{run_id}"

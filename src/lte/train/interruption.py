@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
+# Slurm signals all processes of a step, launchers too, which pass the signal on: both are one request.
+REPEATED_S = 5.0
 
 
 class TrainingStopped(SystemExit):
@@ -32,12 +35,21 @@ class StopRequest:
     """Whether this process was asked to end."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked_at: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether the signal came."""
+        return self.asked_at is not None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler: a second signal ends the process at once, as it would have done without."""
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        """The handler: one more signal, `REPEATED_S` or later after the first, ends the process at once."""
+        now = time.monotonic()
+        if self.asked_at is None:
+            self.asked_at = now
+        elif now - self.asked_at >= REPEATED_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 @contextmanager
@@ -51,14 +63,16 @@ def noted_sigterm(request: StopRequest, listens: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Unless somebody put a handler of their own there meanwhile.
+        if signal.getsignal(signal.SIGTERM) == request.note:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def keep_workers(loader: Any) -> Any:
     """A data loader whose workers outlive a SIGTERM to all processes of a job: the last step may still read."""
     base = getattr(loader, "base_dataloader", loader)
     if getattr(base, "num_workers", 0):
-        base.worker_init_fn = partial(_ignore_sigterm, base.worker_init_fn)
+        base.worker_init_fn = partial(_ignore_sigterm, getattr(base, "worker_init_fn", None))
     return loader
 
 

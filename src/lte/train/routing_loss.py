@@ -202,6 +202,7 @@ class RoutingLoss(AnyTrainer):
             loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
         total = (passes * loss).detach()
         if not self._check_finite(total):
+            self._collect({**terms, "loss_total": total, **routing}, counts=False)
             return loss
         if routing:
             # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
@@ -330,19 +331,22 @@ class RoutingLoss(AnyTrainer):
             "on_nonfinite=skip leaves such steps out."
         )
 
-    def _collect(self, terms: dict[str, Tensor]) -> None:
+    def _collect(self, terms: dict[str, Tensor], counts: bool = True) -> None:
+        """Adds up the terms of a pass; of one that does not count their names alone, which all processes must share."""
         for name, value in terms.items():
             key = LOG_KEYS.get(name, name)
             total, count = self.sums.get(key, (0.0, 0))
-            self.sums[key] = (total + value.detach(), count + 1)
+            self.sums[key] = (total + (value.detach() if counts else torch.zeros_like(value)), count + counts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of all terms since the last entry, the active fraction of each layer, eta, and the target."""
         if "loss" in logs and self.sums:
-            logs.update(self._means())
-            logs.update(eta=self.eta, target_sparsity=self.schedule.target_at(self.state.global_step))
-            if self.prices is not None:
-                logs.update(self.prices.logged())
+            means = self._means()
+            if means:
+                logs.update(means)
+                logs.update(eta=self.eta, target_sparsity=self.schedule.target_at(self.state.global_step))
+                if self.prices is not None:
+                    logs.update(self.prices.logged())
             self.sums.clear()
         if "loss" in logs and self.skipped_steps:
             logs["skipped_steps"] = self.skipped_steps
@@ -351,13 +355,20 @@ class RoutingLoss(AnyTrainer):
         super().log(logs, *args, **kwargs)
 
     def _means(self) -> dict[str, float]:
-        """The mean of each term over all processes; of one with a value per layer a mean for each, `layers/...`."""
-        by_name = {name: torch.as_tensor(total) / count for name, (total, count) in self.sums.items()}
-        means = self.accelerator.reduce(torch.cat([mean.reshape(-1) for mean in by_name.values()]), reduction="mean")
+        """The mean of each term over all processes; of one with a value per layer a mean for each, `layers/...`.
+
+        A process without a pass that counts has no part in it; where none has one, there are no means.
+        """
+        by_name = {name: torch.as_tensor(total) / max(1, count) for name, (total, count) in self.sums.items()}
+        flat = torch.cat([mean.reshape(-1) for mean in by_name.values()])
+        counts = flat.new_tensor([float(any(count for _, count in self.sums.values()))])
+        *means, share = self.accelerator.reduce(torch.cat([flat, counts]), reduction="mean").tolist()
+        if not share:
+            return {}
         names: list[str] = []
         for name, mean in by_name.items():
             names += [name] if mean.ndim == 0 else [f"layers/{name}_{layer:02d}" for layer in range(len(mean))]
-        return dict(zip(names, means.tolist(), strict=True))
+        return dict(zip(names, (mean / share for mean in means), strict=True))
 
 
 def num_tokens_of(inputs: dict[str, Any], device: torch.device) -> Tensor:

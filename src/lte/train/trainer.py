@@ -196,6 +196,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 "on_nonfinite must be stop with DeepSpeed, whose optimiser takes its steps by itself, got "
                 "on_nonfinite=skip; take FSDP2, or stop"
             )
+        if self.routing.on_nonfinite == "skip" and not self.args.max_grad_norm > 0:
+            raise ValueError(
+                "max_grad_norm must be positive with on_nonfinite=skip, which goes by the norm of the gradients, got "
+                f"max_grad_norm={self.args.max_grad_norm}; take a large one to clip nothing"
+            )
         if not self.is_deepspeed_enabled:
             # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
             self.accelerator.gradient_accumulation_steps = 1
@@ -284,7 +289,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             resumed = None if self._resumed is None else str(self._resumed)
             with explained_memory(self.args), noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
                 output = super().train(resumed, *args, **kwargs)
-            if self.stops:
+            # A signal that came in the last save or evaluation is seen here, by the process that got it.
+            if self.stops or self.stop_request.asked:
                 raise TrainingStopped(self._where_it_stopped())
             self._set_thresholds()
         return output
@@ -292,7 +298,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
     def _where_it_stopped(self) -> str:
         step = self.state.global_step
         newest = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        return f"the training ended after step {step} of {self.state.max_steps} by SIGTERM; {newest} holds all of it"
+        kept = "holds all of it" if newest.is_dir() else "was not written, go on from the newest one"
+        return f"the training ended after step {step} of {self.state.max_steps} by SIGTERM; {newest} {kept}"
 
     def get_train_dataloader(self) -> Any:
         """As the trainer's; a SIGTERM to all processes of a job leaves its workers for the last step."""
