@@ -104,7 +104,8 @@ def check_streamed(command: str, model: str, output: str, dtype: str | None) -> 
     check_place("output", output, folder=True)
     if Path(model).expanduser().is_dir() and Path(model).expanduser().resolve() == Path(output).expanduser().resolve():
         raise ValueError(f"output must be another folder than model, got output={output} for both")
-    is_sparse = "lte" in settings or "lte_method" in settings
+    # The slot of an LTE model, and that of all other methods.
+    is_sparse = not settings.keys().isdisjoint({"lte", "lte_method"})
     if settings and command == "convert" and is_sparse:
         raise ValueError(f"model must be dense, got {model}, which a method changed; lte densify makes it dense again")
     if settings and command == "densify" and not is_sparse:
