@@ -30,7 +30,7 @@ logging.disable_progress_bar()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--faults`: how many processes the fault injection kills."""
-    parser.addoption("--faults", type=int, default=30, help="kills of the fault injection (tests/faults)")
+    parser.addoption("--faults", type=int, default=16, help="kills of the fault injection (tests/faults)")
 
 
 @pytest.fixture(autouse=True)
