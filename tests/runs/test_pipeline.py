@@ -101,16 +101,6 @@ def test_thresholds_are_set_on_the_calibration_text(
     assert work.info["calibration"]["documents"] == 1
 
 
-def test_a_dense_start_is_refused_where_one_process_alone_has_the_weights(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        monkeypatch.setenv(name, "true")
-    settings = ModelSettings(start=str(llama), config=CONFIG, train=TRAIN)
-    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading must be false where the neurons of a dense"):
-        make_model(settings, workload(llama), tmp_path)
-
-
 def test_an_lte_folder_keeps_its_settings_but_the_target(llama: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     lte.sparsify_(model, LteConfig(target_sparsity=0.3, expert_size=EXPERT_SIZE))

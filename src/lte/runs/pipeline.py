@@ -29,7 +29,7 @@ from lte.train.combinations import retargeted
 from lte.train.config import TrainConfig
 from lte.train.optimisers import cast_weights_
 from lte.train.processes import training_device
-from lte.train.sharding import gathered, is_in_shards, loads_on_first_alone
+from lte.train.sharding import gathered, is_in_shards
 from lte.train.summary import TrainingSummary
 from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
 
@@ -169,11 +169,6 @@ def _with_method(settings: ModelSettings, model: Any, work: Workload) -> Any:
         return _retargeted(model, config, settings.changed)
     if config is None or (settings.train.recipe == "dense" and METHODS[config.name].sparse_ffns):
         return model
-    if loads_on_first_alone():
-        raise ValueError(
-            "fsdp_cpu_ram_efficient_loading must be false where the neurons of a dense model are grouped, which each "
-            "process does on weights of its own, got true; start from a folder of lte convert, or set it to false"
-        )
     method, batches = METHODS[config.name], None
     if method.needs_calibration(config):
         tokens = GROUPING_TOKENS if method.sparse_ffns else settings.train.calibration_tokens

@@ -7,7 +7,6 @@ back to a model that one process holds.
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +23,6 @@ from lte.nn.shards import whole_state
 ShardKind = Literal["FSDP", "DeepSpeed"]
 # What Trainer writes into a checkpoint of each kind: a file or folder of which the name begins so.
 _KINDS: dict[ShardKind, str] = {"FSDP": "pytorch_model_fsdp", "DeepSpeed": "global_step"}
-
-
-def loads_on_first_alone() -> bool:
-    """Whether only the first process of each node reads weights (`fsdp_cpu_ram_efficient_loading`)."""
-    return all(
-        os.environ.get(name, "false").lower() in ("1", "true", "yes", "y", "t", "on")
-        for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    )
 
 
 def prepare_fsdp_(plugin: Any, args: Any, model: nn.Module, checkpointing: str | None) -> str | None:
