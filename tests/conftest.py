@@ -29,8 +29,9 @@ logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--faults`: how many processes the fault injection kills."""
+    """`--faults`: how many processes the fault injection kills; `--every-engine`: whether vLLM serves all there is."""
     parser.addoption("--faults", type=int, default=16, help="kills of the fault injection (tests/faults)")
+    parser.addoption("--every-engine", action="store_true", help="all families and ways of serving (tests/vllm)")
 
 
 @pytest.fixture(autouse=True)
