@@ -38,7 +38,7 @@ def test_the_continuous_integration_says_that_it_is_one(tmp_path: Path) -> None:
     make.chmod(0o755)
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["vllm-env CI=true", "test CI=true", "lint CI=true"], done.stderr
+    assert done.stdout.splitlines() == ["--jobs=2 CI=true", "test CI=true", "lint CI=true"], done.stderr
 
 
 def test_a_slow_page_fails_outside_of_ci_alone(
