@@ -35,21 +35,20 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte
+from lte.bench.shapes import SHAPES as LLAMA_SHAPES
+from lte.bench.shapes import random_model
 from lte.nn.router import ALWAYS_ON_LOGIT
 from lte.records import environment
 
-SHAPES: dict[str, dict[str, int]] = {
-    "7b": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000,
-    },
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": LLAMA_SHAPES["llama2-7b"],
     "1.5b": {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-        "num_key_value_heads": 2, "vocab_size": 151936,
+        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096,
     },
     "tiny": {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "vocab_size": 512,
+        "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 4096,
     },
 }  # fmt: skip
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -59,15 +58,8 @@ CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 def write_shape(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Writes the dense folder of a shape and a sparse one for each sparsity; what to measure, the dense one first."""
     work, sparsities = arguments.work, arguments.sparsities
-    config = transformers.LlamaConfig(**SHAPES[name], max_position_embeddings=4096, tie_word_embeddings=False)
     torch.manual_seed(0)
-    with transformers.initialization.no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.normal_(std=parameter.shape[1] ** -0.5)
-        else:
-            parameter.fill_(1.0)
+    model = random_model(transformers.LlamaConfig(**SHAPES[name]), torch.device("cpu"), dtype)
     model.save_pretrained(work / f"{name}-dense")
     jobs = [{"model": f"{name} dense", "folder": str(work / f"{name}-dense"), "sparsity": None}]
     lte.sparsify_(model, lte.LteConfig(grouping="contiguous"))

@@ -20,17 +20,24 @@ def run_processes(count: int, *arguments: object, timeout_s: float = 300, launch
 
     With `launched` one process is started as several are, too.
     """
+    done = launch(count, "-m", *arguments, timeout_s=timeout_s, launched=launched)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def launch(
+    count: int, *arguments: object, timeout_s: float, launched: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python arguments` as `run_processes` does, and returns however it ended."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     launcher = launcher if count > 1 or launched else []
-    command = [sys.executable, *launcher, "-m", *map(str, arguments)]
+    command = [sys.executable, *launcher, *map(str, arguments)]
     # What is on the path already stays: it may be the transformers version under test.
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < 2:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, or one and two processes would differ in device
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from lte.train.curves import named_run, write_in_one_place
 from lte.train.interruption import EXIT_TERMINATED, StopRequest, TrainingStopped, keep_workers, noted_sigterm
 from lte.train.objective import NonFiniteLossError
 from lte.train.two_stage import training_arguments
-from tests.processes import ROOT
+from tests.processes import launch
 from tests.train.toy import STEPS, toy_rows, trainer_of
 
 
@@ -329,27 +327,15 @@ assert all(0 < entry["task_loss"] < 10 for entry in logged) and len(logged) == 6
 @pytest.mark.slow
 def test_a_step_is_left_out_and_logged_where_one_process_alone_is_not_finite(tmp_path: Path) -> None:
     (tmp_path / "nan_in_one.py").write_text(NAN_IN_ONE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "nan_in_one.py"), str(tmp_path / "run")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = launch(2, tmp_path / "nan_in_one.py", tmp_path / "run", timeout_s=120)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down_and_its_reason_is_on_the_screen(tmp_path: Path) -> None:
     (tmp_path / "crashing.py").write_text(CRASHING)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
     start = time.monotonic()
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "crashing.py"), str(tmp_path / "run")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = launch(2, tmp_path / "crashing.py", tmp_path / "run", timeout_s=120)
     # Its start, imports of both processes above all, is a part of it.
     assert time.monotonic() - start < 100
     assert done.returncode != 0

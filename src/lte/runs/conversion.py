@@ -250,24 +250,6 @@ def _written(
     start: float,
 ) -> Conversion:
     """Writes all shards that are not there yet, and then the rest of the folder, which no other process may have."""
-    with folder_lock(folder.output):
-        folder.begin()
-        return _with_shards(folder, checkpoint, made, tensors, what, start)
-
-
-def _with_shards(
-    folder: StreamedFolder,
-    checkpoint: Checkpoint,
-    made: Any,
-    tensors: Callable[[int], Iterable[NewTensor]],
-    what: str,
-    start: float,
-) -> Conversion:
-    kept = [index for index in range(folder.num_shards) if folder.is_written(index)]
-    missing = [index for index in range(folder.num_shards) if index not in kept]
-    folder.require_room(sum(tensor.num_bytes for index in missing for tensor in tensors(index)))
-    for index in tracked(missing, what):
-        folder.write_shard(index, tensors(index))
     tokenizer: list[str] = []
 
     def save(place: Path) -> list[str]:
@@ -278,7 +260,14 @@ def _with_shards(
         own_card = (folder.output / CARD_FILE).is_file() or not is_ours(made)
         return sorted(names - ({CARD_FILE} if own_card else set()))
 
-    folder.finish(save)
+    with folder_lock(folder.output):
+        folder.begin()
+        kept = [index for index in range(folder.num_shards) if folder.is_written(index)]
+        missing = [index for index in range(folder.num_shards) if index not in kept]
+        folder.require_room(sum(tensor.num_bytes for index in missing for tensor in tensors(index)))
+        for index in tracked(missing, what):
+            folder.write_shard(index, tensors(index))
+        folder.finish(save)
     return Conversion(
         folder.output, folder.num_shards - len(kept), len(kept), time.monotonic() - start, bool(tokenizer)
     )
