@@ -20,7 +20,7 @@ from lte.train import optimisers
 from lte.train.config import TrainConfig
 from lte.train.optimisers import OPTIMISERS, cast_weights_, optimiser_arguments, warn_of_lost_steps
 from lte.train.trainer import LteTrainer
-from lte.train.two_stage import train_two_stage
+from lte.train.two_stage import train_two_stage, training_arguments
 from tests.tiny_models import tiny_dense_model
 from tests.train.toy import toy_rows, trainer_of
 
@@ -195,11 +195,17 @@ def test_the_optimiser_of_the_settings(options: dict[str, Any], cuda: bool, expe
     assert tuple(optimiser_arguments(config(**options), cuda).values()) == expected
 
 
+def test_the_memory_of_squared_gradients_reaches_the_optimiser(tmp_path: Path) -> None:
+    assert training_arguments(config(adam_beta2=0.95), tmp_path, 10).adam_beta2 == 0.95
+    assert training_arguments(config(), tmp_path, 10).adam_beta2 == 0.999
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: config(optim="sgd"), "optim must be one of adamw_torch, .*got optim='?sgd"),
         (lambda: config(weights_dtype="float16"), "weights_dtype must be one of float32, bfloat16, got"),
+        (lambda: config(adam_beta2=1.0), r"adam_beta2 must lie in \[0, 1\), got adam_beta2=1.0"),
         (
             lambda: config(weights_dtype="bfloat16", lora_rank=4, lora_4bit=True),
             "weights_dtype must be float32 with lora_4bit, whose weights are in 4 bits, got weights_dtype=bfloat16",

@@ -184,6 +184,7 @@ class TrainConfig(RecipeSettings):
     stage2_steps: int = option(-1, "Optimiser steps of stage 2; overrides stage2_epochs when positive.")
     learning_rate: float = option(3e-4, "Peak learning rate of the model.")
     weight_decay: float = option(0.0, "AdamW weight decay.")
+    adam_beta2: float = option(0.999, "AdamW's decay of the squared gradients' mean.")
     warmup_ratio: float = option(0.06, "Share of each stage's steps with a rising learning rate.")
     batch_size: int = option(8, "Sequences per device and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
@@ -258,6 +259,7 @@ class TrainConfig(RecipeSettings):
                 f"{self.report_to}, or say none"
             )
         check_fraction("warmup_ratio", self.warmup_ratio)
+        check_fraction("adam_beta2", self.adam_beta2)
         check_fraction("distillation_weight", self.distillation_weight, upper_closed=True)
         if self.lora_4bit and self.lora_rank is None:
             raise ValueError("lora_rank must be given with lora_4bit, got lora_rank=None")

@@ -138,6 +138,7 @@ def training_arguments(
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         bf16=config.bf16,
