@@ -26,6 +26,7 @@ COMMANDS = {
     "token.",
     "steadiness": "Says how steady the routing is: decisions and tokens that number formats, batches and kernels "
     "change.",
+    "unions": "Says what several tokens leave off together: neighbours, random ones, and those of different texts.",
     "calibrate": "Measures the curve of quality, sparsity, bytes and time over a folder's one threshold, and sets the "
     "threshold.",
     "generate": "Continues a prompt and says how fast, and what share of its neurons the model used for this text.",

@@ -125,7 +125,8 @@ def test_a_measurement_of_an_earlier_version_tells_no_cost() -> None:
     found = measure_sparsity(model, calibration_batches())
     names = ("sparsity", "tokens", "active_fraction", "expert_use", "score_histogram", "near_threshold", "threshold")
     earlier = Measurement.from_dict({name: value for name, value in found.to_dict().items() if name in names})
-    assert earlier == replace(found, weights_read=None, dense_weights=None, selector_weights=None)
+    since = {"weights_read": None, "dense_weights": None, "selector_weights": None, "union_sparsity": {}}
+    assert earlier == replace(found, **since)
     with pytest.raises(ValueError, match="measurement must say what was read, got one of an earlier version"):
         measured_cost(model, earlier)
 

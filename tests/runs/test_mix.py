@@ -65,6 +65,9 @@ def test_records_hold_each_kind_by_name(tmp_path: Path, texts: Path) -> None:
         assert low <= record["value"] <= high
     assert 0 <= records["lte"]["metrics"]["sparsity_bread"] <= 1
     assert 0 <= records["lte"]["metrics"]["near_threshold_bread"] <= 1
+    together = [records["lte"]["metrics"][f"union_sparsity_{tokens}_bread"] for tokens in (2, 4, 8, 16)]
+    assert together == sorted(together, reverse=True)
+    assert together[0] <= records["lte"]["metrics"]["sparsity_bread"]
     assert records["lte"]["tokens_trained"] > 0
     assert records["original"]["tokens_trained"] == 0
     assert records["dense"]["tokens_trained"] == records["lte"]["tokens_trained"]

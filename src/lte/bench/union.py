@@ -14,6 +14,7 @@ from torch import Tensor
 from lte.bench.routing import recorded_masks
 from lte.bench.rows import Row, is_dense
 from lte.bench.session import Session
+from lte.nn.unions import off_of_texts
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 POSITIONS = 64
@@ -37,8 +38,7 @@ def union_table(masks: Sequence[Tensor], batches: Sequence[int] = BATCHES) -> li
         groups = masks[0].shape[0] // batch
         if groups == 0:
             continue
-        unions = [mask[: groups * batch].unflatten(0, (groups, batch)).any(1).float().mean() for mask in masks]
-        union = torch.stack(unions).mean().item()
+        union = 1 - torch.stack([off_of_texts(mask, batch).mean() for mask in masks]).mean().item()
         rows.append({"batch": batch, "union": union, "independent": 1 - (1 - active) ** batch, "groups": groups})
     return rows
 

@@ -21,9 +21,11 @@ from lte.data.rows import routing_masks
 from lte.eval.inference import hard_inference, model_device, moved_batches
 from lte.hf.inputs import run_without_logits
 from lte.nn.metering import MeteredModule, Reading, metered_modules
+from lte.nn.unions import count_unions
 
 HISTOGRAM_BINS = 40
 NEAR_THRESHOLD = 0.1
+UNION_TOKENS = (2, 4, 8, 16)
 # Scores that one histogram call takes: it counts in fp32, which is exact up to here.
 HISTOGRAM_CHUNK = 1 << 24
 
@@ -46,6 +48,9 @@ class Measurement:
         score_histogram: share of the scores in each of K equal bins on [0, 1], [L][K].
         near_threshold: share of scores within 0.1 of tau, by layer, [L].
         threshold: tau.
+        union_sparsity: share of the experts that 2, 4, 8 and 16 consecutive counted tokens of a row leave off together,
+            also across the ends of documents, by the number and by layer, [L]; without numbers for which there are no
+            such tokens.
     """
 
     sparsity: float
@@ -59,6 +64,7 @@ class Measurement:
     score_histogram: list[list[float]] = field(default_factory=list)
     near_threshold: list[float] = field(default_factory=list)
     threshold: float = 0.5
+    union_sparsity: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def has_routing(self) -> bool:
@@ -92,7 +98,7 @@ class Measurement:
             values.setdefault("layer_sparsity", [1 - active for active in values["active_fraction"]])
         known = {f.name for f in fields(cls)}
         required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-        required |= _ROUTING - {"threshold"} if _ROUTING & set(values) else set()
+        required |= _ROUTING - {"threshold", "union_sparsity"} if _ROUTING & set(values) else set()
         missing, unknown = sorted(required - set(values)), sorted(set(values) - known)
         if missing or unknown:
             raise ValueError(
@@ -102,7 +108,7 @@ class Measurement:
         return cls(**values)
 
 
-_ROUTING = {"active_fraction", "expert_use", "score_histogram", "near_threshold", "threshold"}
+_ROUTING = {"active_fraction", "expert_use", "score_histogram", "near_threshold", "threshold", "union_sparsity"}
 
 
 class _ModuleCounts:
@@ -128,7 +134,7 @@ class _ModuleCounts:
         counts = {"tokens": keep.sum(), "weights": (reading.weights.flatten() * keep).sum()}
         self.selector = reading.selector
         if reading.logits is not None:
-            counts |= self._routing(reading, keep)
+            counts |= self._routing(reading, keep) | self._unions(reading, keep.view(mask.shape))
         elif reading.neurons is not None:
             counts["neurons"] = (reading.neurons.flatten() * keep).sum()
         for name, count in counts.items():
@@ -149,9 +155,22 @@ class _ModuleCounts:
             "bins": _histogram(scores, keep),
         }
 
+    def _unions(self, reading: Reading, keep: Tensor) -> dict[str, Tensor]:
+        assert reading.logits is not None
+        active = (reading.logits > reading.threshold_logit).view(*keep.shape, -1)
+        found = {}
+        for tokens in UNION_TOKENS:
+            found[f"union {tokens}"], found[f"chunks {tokens}"] = count_unions(active, keep, tokens)
+        return found
+
     @property
     def tokens(self) -> int:
         return int(self.sums.get("tokens", 0))
+
+    def union_sparsity(self, tokens: int) -> float | None:
+        """Share of experts that so many consecutive tokens leave off; `None` where there were no such tokens."""
+        chunks = int(self.sums[f"chunks {tokens}"])
+        return 1 - int(self.sums[f"union {tokens}"]) / chunks / len(self.sums["active"]) if chunks else None
 
     @property
     def expert_use(self) -> Tensor:
@@ -256,12 +275,14 @@ def _routing_details(layers: list[_ModuleCounts]) -> dict[str, Any]:
     totals = [layer.tokens * len(shares) for layer, shares in zip(layers, use, strict=True)]
     if any(int(count.sum()) != total for count, total in zip(bins, totals, strict=True)):
         raise ValueError("router scores must be numbers, got NaN; the model's weights are damaged")
+    unions = {str(tokens): [layer.union_sparsity(tokens) for layer in layers] for tokens in UNION_TOKENS}
     return {
         "active_fraction": [float(shares.mean()) for shares in use],
         "expert_use": [shares.tolist() for shares in use],
         "score_histogram": [(count / total).tolist() for count, total in zip(bins, totals, strict=True)],
         "near_threshold": [int(layer.sums["near"]) / total for layer, total in zip(layers, totals, strict=True)],
         "threshold": layers[0].threshold,
+        "union_sparsity": {name: found for name, found in unions.items() if None not in found},
     }
 
 

@@ -102,7 +102,7 @@ def record_routing(model: Any, token_ids: Sequence[int]) -> TokenRouting:
     check_tokens(model, torch.tensor([list(token_ids)]))
     ffns = list(require_sparse_ffns(part).values())
     ids = torch.tensor([list(token_ids)], device=model_device(part))
-    with _recorded(ffns), hard_inference(part):
+    with recorded_logits(ffns), hard_inference(part):
         part(input_ids=ids, use_cache=False)
         recorded = [_layer_routing(ffn, len(token_ids)) for ffn in ffns]
     packed, logits = (np.stack(layers) for layers in zip(*recorded, strict=True))
@@ -110,7 +110,8 @@ def record_routing(model: Any, token_ids: Sequence[int]) -> TokenRouting:
 
 
 @contextmanager
-def _recorded(ffns: Sequence[SparseFfn]) -> Iterator[None]:
+def recorded_logits(ffns: Sequence[SparseFfn]) -> Iterator[None]:
+    """Has sparse FFNs keep the router logits of their last call in a block."""
     before = [ffn.record_logits for ffn in ffns]
     for ffn in ffns:
         ffn.record_logits, ffn.logits = True, None

@@ -147,6 +147,8 @@ class TextWorkload(Workload):
                 if measurement.has_routing:
                     near = measurement.near_threshold
                     result.metrics[f"near_threshold_{name}"] = sum(near) / len(near)
+                    for tokens, by_layer in measurement.union_sparsity.items():
+                        result.metrics[f"union_sparsity_{tokens}_{name}"] = sum(by_layer) / len(by_layer)
         return result
 
     def _evaluate(self, model: Any, rows: Any) -> tuple[PerplexityResult, Measurement | None]:

@@ -11,7 +11,6 @@ Shapes: B sequences, T tokens, D hidden size, F neurons, E experts of S = F / E 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from lte.hf.install import require_sparse_ffns
 from lte.hf.projections import base_of
 from lte.methods.lte import evaluating
 from lte.nn.balanced_kmeans import reassign
-from lte.nn.hooks import before_each_call
+from lte.nn.hooks import before_each_call, watched_activations
 from lte.nn.sparse_ffn import SparseFfn
 from lte.train.combinations import refuse_moments
 
@@ -95,7 +94,7 @@ def kept_contributions(model: nn.Module, batches: Sequence[Batch], thresholds: T
     def look(name: str, x: Tensor, hidden: Tensor) -> None:
         kept[name].update(hidden, ffns[name].router(x), masks[name])
 
-    with evaluating(model, "hard"), _watched(ffns, look):
+    with evaluating(model, "hard"), watched_activations(ffns, look):
         for batch in batches:
             masks.update(routing_masks(model, list(ffns), batch))
             run_without_logits(model, batch)
@@ -112,26 +111,6 @@ def _threshold_of(model: nn.Module, ffns: dict[str, SparseFfn], batch: Batch, th
         run_without_logits(model, batch)
     masks = routing_masks(model, list(ffns), batch)
     return thresholds([logits[name] for name in ffns], [masks[name] for name in ffns])
-
-
-@contextmanager
-def _watched(ffns: dict[str, SparseFfn], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls `look` with the input [..., D] of each FFN and its activations [..., F] before any switching."""
-    inputs: dict[str, Tensor] = {}
-    spread = {name: ffn for name, ffn in ffns.items() if ffn.block}
-
-    def keep(name: str, args: tuple[Any, ...]) -> None:
-        inputs[name] = args[0]
-
-    def compute(name: str, args: tuple[Any, ...]) -> None:
-        ffn = ffns[name]
-        # The module of a spread FFN gets what its up projection gives.
-        hidden = ffn.activation_function(args[0]) if ffn.block else ffn.intermediate(args[0])
-        look(name, inputs.pop(name) if ffn.block else args[0], hidden)
-
-    readers = {name: ffn.reader for name, ffn in spread.items()}
-    with before_each_call(readers, keep), before_each_call(ffns, compute):
-        yield
 
 
 @dataclass(frozen=True)
