@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,17 @@ from lte.bench.bytes import router_bytes
 from lte.bench.models import model_pair
 from lte.bench.routing import active_count
 from lte.bench.rows import REQUIRED_FIELDS
+from lte.bench.shapes import shape_config
+from lte.eval.flops import meta_model
 from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
+from lte.nn.wrapped_ffn import numbers_in_4_bits
 from lte.ops.step import engines
 from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
 from lte.runs.conversion import convert_folder
+from lte.train import adapters
+from lte.train.config import TrainConfig
 from tests.cli.conftest import save_tiny_model
 from tests.hf.gguf_files import tiny_llama, train_tokenizer, write_gguf
 from tests.hf.step_models import take_reference_engines
@@ -220,6 +226,75 @@ class TestRoundedSteps:
             module.main([folder, *flags, "--repeats", "2", "--output", str(tmp_path / "rows.json")])
         rows = read_json(tmp_path / "rows.json")["rows"]
         assert [row.get("note") for row in rows] == ["NoPlanError: it is Monday"] * 2 + [None]
+
+
+class TestTrainingSpeed:
+    FLAGS = (
+        *["--shape", "tiny", "--batch", "2", "--length", "32", "--steps", "4", "--warm-up", "1", "--expert-size", "16"],
+        *["--optim", "adamw_torch", "--lora-rank", "4", "--teacher"],
+    )
+
+    def test_each_training_has_a_row_for_each_stage_with_and_without_lte(self, script: Any, tmp_path: Path) -> None:
+        pytest.importorskip("bitsandbytes")
+        module, output = script("training_speed"), tmp_path / "rows.json"
+        module.main([*self.FLAGS, "--output", str(output)])
+        content = read_json(output)
+        assert {"git_commit", "hardware", "versions"} <= set(content)
+        found = {(row["training"], row["model"], row["stage"]): row for row in content["rows"]}
+        assert len(found) == len(content["rows"]) == 3 * 2 * 2
+        for (kind, model, stage), row in found.items():
+            dense = found[kind, "dense", stage]
+            assert row["samples"] == 2
+            assert row["tokens_per_s"] == pytest.approx(1e3 * 2 * 32 / row["median_ms"])
+            assert row["speed_over_dense"] == dense["median_ms"] / row["median_ms"]
+            assert (row["sparsity"] is None) == (model == "dense")
+            assert row["model_flops_utilisation"] is None
+        size = {kind: found[kind, "lte", 1]["estimated_memory_bytes"]["weights"] for kind in module.KINDS}
+        assert size["qlora"] < size["full"] < size["lora"]
+
+    def test_flops_are_those_of_all_products(self, script: Any) -> None:
+        module = script("training_speed")
+        args = module.parse(["--shape", "llama2-7b", "--kinds", "full", "lora"])
+        weights = sum(p.numel() for p in meta_model(shape_config("llama2-7b")).parameters()) - 32000 * 4096
+        scores = 32 * 2 * 2048 * 4096
+        assert module.training_flops(args, "full") == pytest.approx(6 * weights + 3 * scores, rel=1e-4)
+        assert module.training_flops(args, "lora") == pytest.approx(4 * weights + 3 * scores, rel=1e-4)
+        args.teacher = True
+        assert module.training_flops(args, "full") == pytest.approx(8 * weights + 4 * scores, rel=1e-4)
+
+    @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install bitsandbytes)")
+    def test_weights_in_4_bits_are_those_that_loading_gives(self, script: Any, tmp_path: Path) -> None:
+        from bitsandbytes.nn import Linear4bit
+
+        module = script("training_speed")
+        model = module.make_model(module.parse(self.FLAGS), "qlora", sparse=True)
+        model.save_pretrained(tmp_path)
+        loaded = adapters._in_4_bits(model, tmp_path, TrainConfig(lora_rank=4, lora_4bit=True, bf16=True))
+        module.pack_4_bits_(model)
+        others = dict(loaded.named_modules())
+        assert all(type(module) is type(others[name]) for name, module in model.named_modules())
+        packed = [name for name, each in others.items() if isinstance(each, Linear4bit)]
+        assert len(packed) == 2 * 7
+        for name in packed:
+            found, expected = model.get_submodule(name), others[name]
+            assert found.compute_dtype == expected.compute_dtype == torch.bfloat16
+            assert torch.equal(numbers_in_4_bits(found), numbers_in_4_bits(expected))
+
+    def test_too_little_memory_is_a_row(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: Any) -> None:
+            raise torch.OutOfMemoryError("it is full")
+
+        module, output = script("training_speed"), tmp_path / "rows.json"
+        monkeypatch.setattr(module, "train", fail)
+        module.main([*self.FLAGS, "--kinds", "full", "--output", str(output)])
+        assert read_json(output)["rows"] == [
+            {"training": "full", "model": "dense", "note": "out of memory: it is full"}
+        ]
+
+    def test_settings_that_measure_nothing_are_refused(self, script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            script("training_speed").main([*self.FLAGS, "--warm-up", "3"])
+        assert "--warm-up must leave two of the steps, got --warm-up 3 of 4" in capsys.readouterr().err
 
 
 def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(

@@ -37,13 +37,12 @@ def logits_of(model):
 def train(model, folder, **options):
     settings = {"max_steps": 16, "calibration_tokens": 8192, "learning_rate": 1e-2}
     peft_config = options.pop("peft_config", None)
-    more = {} if peft_config is None else {"peft_config": peft_config}
     trainer = LteTrainer(
         model,
         arguments(folder, **{**settings, **options}),
         train_dataset=toy_rows(256),
         data_collator=LmCollator(PAD),
-        **more,
+        peft_config=peft_config,
     )
     trainer.train()
     return trainer

@@ -100,6 +100,9 @@ def test_with_adapters_they_and_the_routers_train() -> None:
     assert found.weights == sum(p.nbytes for p in adapted.parameters())
     in_4_bits = estimate_memory(model_of(), config(lora_rank=4, lora_4bit=True), LENGTH)
     assert in_4_bits.weights < estimate_memory(model_of(), config(lora_rank=4), LENGTH).weights
+    # All that is not in 4 bits is then in bf16, and autocast copies the adapters alone.
+    autocast = estimate_memory(model_of(), config(lora_rank=4, lora_4bit=True, bf16=True), LENGTH)
+    assert autocast.weights < in_4_bits.weights
 
 
 def test_what_saves_memory_lowers_the_estimate() -> None:

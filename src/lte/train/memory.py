@@ -89,7 +89,7 @@ def estimate_memory(
     trained = [each for each in parameters if each.trains]
     name = optimiser_name(config, cuda=True)
     in_bf16 = config.bf16 and config.weights_dtype == "float32"
-    copies = 2.0 * sum(each.numel for each in parameters if each.is_matrix and in_bf16)
+    copies = 2.0 * sum(each.numel for each in parameters if each.is_matrix and each.bytes_each == 4 and in_bf16)
     tokens = config.batch_size * sequence_length
     return MemoryEstimate(
         weights=sum(each.numel * each.bytes_each for each in parameters) + copies,
@@ -107,7 +107,7 @@ def _parameters(model: Any, config: TrainConfig) -> Iterator[_Parameter]:
     head = unwrapped(model).get_output_embeddings()
     kept = embeddings | ({id(head.weight)} if head is not None else set())
     own = {id(p) for ffn in wrapped_ffns(model).values() for p in ffn.own_parameters()}
-    narrow = 2.0 if config.weights_dtype == "bfloat16" else 4.0
+    narrow = 2.0 if config.weights_dtype == "bfloat16" or (config.lora_4bit and config.bf16) else 4.0
     for name, p in model.named_parameters():
         is_router = not FP32_NAMES.isdisjoint(name.split("."))
         trains = p.requires_grad and (config.trainable == "all" or (id(p) in own and config.trainable == "ffn"))

@@ -116,6 +116,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             kwargs["peft_config"] = with_routers(kwargs["peft_config"], args[0] if args else kwargs.get("model"))
             if "peft_config" not in inspect.signature(super().__init__).parameters:
                 args, kwargs = _adapted(args, kwargs)
+        elif "peft_config" in kwargs:
+            # Not every trainer has one that is None.
+            del kwargs["peft_config"]
         config = getattr(args[0] if args else kwargs.get("model"), "config", None)
         # Trainer switches it off for good.
         self._use_cache: bool | None = getattr(config, "use_cache", None)

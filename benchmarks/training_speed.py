@@ -1,0 +1,339 @@
+"""What training with LTE costs beside the same training without it: time, memory and use of the GPU, in both stages.
+
+A model of a known shape with random weights, made on the device, trains on random tokens by `lte.LteTrainer`: all of
+its weights (`full`), LoRA adapters (`lora`), or adapters over weights in 4 bits (`qlora`). Once with the recipe `dense`
+on the stock model, once with LTE, in both stages; batch, optimiser, checkpointing and teacher are the same.
+
+    python benchmarks/training_speed.py --output results/training_speed_7b.json
+    python benchmarks/training_speed.py --shape qwen2.5-1.5b --teacher --output results/training_speed_1_5b.json
+
+On several GPUs whole in each process, or in shards of FSDP2, which bitsandbytes' optimisers do not take:
+
+    torchrun --nproc-per-node 2 benchmarks/training_speed.py --shape qwen2.5-1.5b --kinds full --output OUT
+    accelerate launch --config_file src/lte/launch/fsdp2.yaml --num_processes 2 benchmarks/training_speed.py \\
+        --kinds full --optim adamw_torch_fused --output OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+import lte
+from lte.bench.shapes import SHAPES, random_model, shape_config
+from lte.bench.timing import Times
+from lte.data.rows import TokenRows
+from lte.eval.flops import flops_per_token
+from lte.files import write_json_atomic
+from lte.records import environment
+from lte.runs.memory import free_memory
+from lte.train.config import Optim, TrainConfig
+from lte.train.memory import estimate_memory
+from lte.train.optimisers import optimiser_arguments
+from lte.train.processes import is_main_process, num_processes, training_device
+from lte.train.two_stage import training_arguments
+
+KINDS = ("full", "lora", "qlora")
+# Products of dense bf16 matrices per second, without sparsity, by what a GPU's name holds: NVIDIA's data sheets.
+PEAK_FLOPS = {"H200": 989.5e12, "H100 80GB HBM3": 989.5e12, "A100": 312e12, "B200": 2250e12}
+
+
+class StepClock(TrainerCallback):
+    """Notes when each step begins, and the peak of memory until then; the first steps of a stage are not counted.
+
+    Args:
+        steps: of each stage.
+        warm_up: of these, those that are left out, with the last one, which nothing follows.
+    """
+
+    def __init__(self, steps: int, warm_up: int):
+        self.steps, self.warm_up = steps, warm_up
+        self.begins: list[float] = []
+        self.peaks: list[int] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.peaks.append(torch.cuda.max_memory_allocated())
+            if state.global_step % self.steps in (0, self.warm_up):
+                torch.cuda.reset_peak_memory_stats()
+        self.begins.append(time.perf_counter())
+
+    def samples_ms(self, stage: int) -> list[float]:
+        """Milliseconds of each counted step of a stage."""
+        end = stage * self.steps
+        return [1e3 * (after - before) for before, after in itertools.pairwise(self.begins[:end][-self._counted :])]
+
+    def peak_bytes(self, stage: int) -> int | None:
+        """The peak of memory in the counted steps of a stage, on the process's GPU; `None` on a CPU."""
+        return self.peaks[stage * self.steps - 1] if self.peaks else None
+
+    def first_peak_bytes(self) -> int | None:
+        """The peak before the first counted step: that of making the model, fitting its routers, and warming up."""
+        return max(self.peaks[: self.warm_up + 1]) if self.peaks else None
+
+    @property
+    def _counted(self) -> int:
+        return self.steps - self.warm_up
+
+
+def make_config(args: argparse.Namespace, kind: str, recipe: str) -> TrainConfig:
+    """The settings as of `lte train`."""
+    in_4_bits = kind == "qlora"
+    return TrainConfig(
+        recipe=recipe,  # type: ignore[arg-type]
+        stage1_steps=args.steps,
+        stage2_steps=args.steps,
+        learning_rate=1e-5,
+        # So that in so few steps they switch some experts off.
+        router_learning_rate=1e-2,
+        batch_size=args.batch,
+        bf16=in_4_bits or args.weights_dtype == "float32",
+        weights_dtype="float32" if in_4_bits else args.weights_dtype,
+        optim=args.optim,
+        gradient_checkpointing=args.checkpointing,
+        compile=args.compile and not in_4_bits,
+        distillation_weight=1.0 if args.teacher else 0.0,
+        lora_rank=None if kind == "full" else args.lora_rank,
+        lora_4bit=in_4_bits,
+        calibration_tokens=0,
+        dataloader_num_workers=0,
+        logging_steps=args.steps,
+        report_to="none",
+    )
+
+
+def make_model(args: argparse.Namespace, kind: str, sparse: bool) -> nn.Module:
+    """A model with random weights on the device, of LTE or stock; the same ones each time."""
+    config = make_config(args, kind, "dense")
+    dtype = torch.bfloat16 if config.lora_4bit or config.weights_dtype == "bfloat16" else torch.float32
+    model = random_model(shape_config(args.shape, args.layers), training_device(), dtype)
+    if sparse:
+        settings = lte.LteConfig(
+            expert_size=args.expert_size, grouping="contiguous", target_sparsity=args.target_sparsity
+        )
+        model = lte.sparsify_(model, settings)
+    return model
+
+
+def pack_4_bits_(model: Any) -> None:
+    """Turns the linear layers of the blocks into NF4 where they are, as loading with `load_in_4bit` would."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is head:
+            continue
+        sizes = (module.in_features, module.out_features, module.bias is not None)
+        packed = Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+        weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False)
+        packed.weight, packed.bias = weight.to(module.weight.device), module.bias
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, packed)
+    # By which peft knows it.
+    model.is_loaded_in_4bit = True
+
+
+def random_rows(args: argparse.Namespace) -> TokenRows:
+    """As many rows of random tokens as both stages take."""
+    vocabulary = SHAPES[args.shape]["vocab_size"]
+    rows = 2 * args.steps * args.batch * num_processes()
+    ids = np.random.default_rng(0).integers(vocabulary, size=(rows, args.length))
+    return TokenRows(ids, ids)
+
+
+def train(args: argparse.Namespace, kind: str, sparse: bool) -> dict[str, Any]:
+    """Trains a new model through both stages; its clock, the sparsity of each stage, and what memory was expected."""
+    from peft import LoraConfig
+
+    config = make_config(args, kind, "straight_through" if sparse else "dense")
+    model, clock = make_model(args, kind, sparse), StepClock(args.steps, args.warm_up)
+    teacher = make_teacher(args) if args.teacher else None
+    estimate = estimate_memory(model, config, args.length, teacher)
+    if config.lora_4bit:
+        pack_4_bits_(model)
+    adapters: Any = None
+    if config.lora_rank:
+        # As `lte train --lora-rank` makes them.
+        alpha = 2 * config.lora_rank
+        adapters = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = random_rows(args)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(config, Path(folder), len(rows))
+        arguments.save_strategy, arguments.disable_tqdm = SaveStrategy.NO, True
+        free_memory(compiled=config.compile)
+        trainer = lte.LteTrainer(
+            model, arguments, train_dataset=rows, teacher=teacher, peft_config=adapters, callbacks=[clock]
+        )
+        trainer.train()
+    active = {
+        entry["stage"]: entry["active_fraction"] for entry in trainer.state.log_history if "active_fraction" in entry
+    }
+    sparsity = {stage: 1 - value for stage, value in active.items()}
+    return {"clock": clock, "sparsity": sparsity, "estimate": {**asdict(estimate), "total": estimate.total}}
+
+
+def make_teacher(args: argparse.Namespace) -> nn.Module:
+    """The stock model in bf16, as `lte train` holds a teacher."""
+    return random_model(shape_config(args.shape, args.layers), training_device(), torch.bfloat16)
+
+
+def training_flops(args: argparse.Namespace, kind: str) -> float:
+    """FLOPs for each token that the training of the dense model needs: the same for LTE, so that ratios are of time.
+
+    2 for each weight of a linear layer and of the head, 2 T A for each block of attention of width A over T causal
+    tokens; twice that in the backward pass, where the weights under adapters get no gradient. A teacher has a forward
+    pass. What is computed again, adapters and routers do not count.
+    """
+    config = shape_config(args.shape, args.layers)
+    linear = flops_per_token(config) + 2 * config.vocab_size * config.hidden_size
+    width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
+    scores = 2 * args.length * width * config.num_hidden_layers
+    passes = 3 if kind == "full" else 2
+    return passes * linear + 3 * scores + (linear + scores if args.teacher else 0)
+
+
+def measure(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
+    """A row for each stage of the dense training and of LTE's; where memory is not enough, a row that says so."""
+    found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for _, sparse in itertools.product(range(args.rounds), (False, True)):
+        try:
+            found[sparse].append(train(args, kind, sparse))
+        except torch.OutOfMemoryError as error:
+            return [{"training": kind, "model": "lte" if sparse else "dense", "note": f"out of memory: {error}"[:400]}]
+        free_memory(compiled=args.compile)
+    rows = [row(args, kind, sparse, stage, found[sparse]) for stage in (1, 2) for sparse in (False, True)]
+    for dense, with_lte in zip(rows[::2], rows[1::2], strict=True):
+        for each in (dense, with_lte):
+            each["speed_over_dense"] = dense["median_ms"] / each["median_ms"]
+            peak = each["peak_memory_bytes"]
+            each["memory_over_dense"] = None if peak is None else peak / dense["peak_memory_bytes"]
+    return rows
+
+
+def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a stage took, over all rounds; peaks are of the process that had the highest."""
+    clocks = [each["clock"] for each in found]
+    times = Times.of([value for clock in clocks for value in clock.samples_ms(stage)])
+    tokens = args.batch * args.length * num_processes()
+    tokens_per_s = 1e3 * tokens / times.median_ms
+    peak_flops = next((value for name, value in PEAK_FLOPS.items() if name in _gpu_name()), None)
+    flops = tokens_per_s * training_flops(args, kind) / num_processes()
+    return {
+        "training": kind,
+        "model": "lte" if sparse else "dense",
+        "stage": stage,
+        **asdict(times),
+        "samples": sum(len(clock.samples_ms(stage)) for clock in clocks),
+        "tokens_per_step": tokens,
+        "tokens_per_s": tokens_per_s,
+        "model_flops_per_s_per_gpu": flops,
+        "model_flops_utilisation": None if peak_flops is None else flops / peak_flops,
+        "peak_memory_bytes": _highest(max((clock.peak_bytes(stage) or 0) for clock in clocks)),
+        "first_peak_memory_bytes": _highest(max((clock.first_peak_bytes() or 0) for clock in clocks)),
+        "estimated_memory_bytes": found[-1]["estimate"],
+        "sparsity": found[-1]["sparsity"].get(stage),
+    }
+
+
+def _gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def _highest(peak: int) -> int | None:
+    """The highest of all processes; `None` where there is no GPU."""
+    peaks: list[Any] = [peak]
+    if dist.is_initialized():
+        peaks = [None] * dist.get_world_size()
+        dist.all_gather_object(peaks, peak)
+    return max(peaks) or None
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows for reading."""
+    lines = []
+    for each in rows:
+        name = f"{each['training']:>6} {each['model']:>6}"
+        if "note" in each:
+            lines.append(f"{name}  {each['note'][:100]}")
+            continue
+        use, peak = each["model_flops_utilisation"], each["peak_memory_bytes"]
+        lines.append(
+            f"{name} stage {each['stage']}  {each['median_ms']:8.1f} ms ({each['p20_ms']:.1f}-{each['p80_ms']:.1f})  "
+            f"{each['tokens_per_s']:8.0f} tokens/s  x{each['speed_over_dense']:.3f} speed"
+            + (f"  MFU {use:.1%}" if use else "")
+            + (f"  {peak / 1e9:.1f} GB x{each['memory_over_dense']:.3f}" if peak else "")
+        )
+    return lines
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--layers", type=int, help="the first so many layers; unset: all")
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--batch", type=int, default=4, help="rows of each process and pass")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=12, help="of each stage")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps of each stage that are not counted")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each training runs, in turns")
+    parser.add_argument("--teacher", action="store_true", help="distil from the dense model in bf16")
+    parser.add_argument("--optim", choices=get_args(Optim), default="adamw_bnb_8bit")
+    parser.add_argument("--weights-dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                        help="float32: with autocast in bf16")  # fmt: skip
+    parser.add_argument("--lora-rank", type=int, default=64)
+    parser.add_argument("--expert-size", type=int, default=32)
+    parser.add_argument("--target-sparsity", type=float, default=0.5)
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action="store_true", help="compile layers and loss, but of qlora")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(arguments)
+    if not 0 <= args.warm_up <= args.steps - 2:
+        parser.error(f"--warm-up must leave two of the steps, got --warm-up {args.warm_up} of {args.steps}")
+    needed = {"lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}
+    missing = {name for kind in args.kinds for name in needed.get(kind, []) if find_spec(name) is None}
+    if missing:
+        parser.error(f"--kinds {' '.join(args.kinds)} needs {' and '.join(sorted(missing))}: pip install them")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    optimiser_arguments(make_config(args, "full", "dense"), torch.cuda.is_available())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(training_device())
+    rows: list[dict[str, Any]] = []
+    for kind in args.kinds:
+        found = measure(args, kind)
+        rows += found
+        if is_main_process():
+            print("\n".join(table(found)), flush=True)
+            if args.output:
+                write(args, rows)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """All rows until now with their settings and where they were measured, so that a run that is cut keeps some."""
+    config = {key: value for key, value in vars(args).items() if key != "output"}
+    plain = {"benchmark": "training_speed", "config": config, "processes": num_processes()}
+    write_json_atomic(args.output, {**plain, "rows": rows, **environment()})
+
+
+if __name__ == "__main__":
+    main()
