@@ -45,7 +45,7 @@ EXAMPLES = {
     "ablations/switching": 12,
     "ablations/wikipedia_recipe": 4,
     "ablations/wikipedia_fewer_articles": 6,
-    "recipe/ideas": 46,
+    "recipe/ideas": 49,
     "recipe/steady": 12,
     "recipe/teacher": 3,
     "recipe/tokens": 7,
