@@ -51,6 +51,25 @@ def test_a_file_gives_its_model_whatever_its_name(path: Path, model: LlamaForCau
     assert load_tokenizer(path)("upon a time")["input_ids"]
 
 
+def test_metadata_are_read_anew_only_when_the_file_changes(
+    path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    reader = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *args, **kwargs: read.append(args) or reader(*args, **kwargs))
+    config, words = load_config(str(path)), load_tokenizer(path)
+    count = len(read)
+    assert count > 0
+    config.vocab_size = 1
+    words.chat_template = "another"
+    assert load_config(str(path)).vocab_size == tokenizer.get_vocab_size()
+    assert load_tokenizer(path).chat_template is None
+    assert len(read) == count
+    write_gguf(path, tiny_llama(tokenizer.get_vocab_size(), max_position_embeddings=96), tokenizer)
+    assert load_config(str(path)).max_position_embeddings == 96
+    assert len(read) > count
+
+
 def test_a_classifier_starts_from_a_file(path: Path, model: LlamaForCausalLM) -> None:
     loaded = load_task_model(path, get_task("sst2"), load_tokenizer(path))
     assert loaded.config.num_labels == 2

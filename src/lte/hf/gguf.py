@@ -7,6 +7,7 @@ chat template, rotary scaling, the sliding window); anything else that does not 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
@@ -82,6 +83,12 @@ class GgufFile:
     kinds: dict[str, int] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
     sentences: list[list[int]] = field(default_factory=list)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """When the file was changed, in nanoseconds, and its size in bytes: of the first, where there are several."""
+        status = self.path.stat()
+        return status.st_mtime_ns, status.st_size
 
     def of_architecture(self, key: str) -> Any:
         """The metadata of the architecture, `llama.KEY` say."""
@@ -259,6 +266,13 @@ def gguf_config(path: str | Path) -> Any:
             that cannot be expressed.
     """
     file = read_gguf(path, parts=True)
+    return copy.deepcopy(_config_of(path, *file.version))
+
+
+@lru_cache(maxsize=2)
+def _config_of(path: str | Path, changed_ns: int, size: int) -> Any:
+    """`gguf_config`, read once: transformers takes seconds to read the metadata of a large vocabulary."""
+    file = read_gguf(path, parts=True)
     try:
         config = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
     except (ValueError, KeyError, OSError) as error:
@@ -337,6 +351,15 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ValueError: if the file has none, or if the tokenizer that transformers builds is not the file's.
     """
     file = read_gguf(path, parts=True)
+    tokenizer = copy.deepcopy(_tokenizer_of(path, *file.version))
+    file.sentences[:] = [tokenizer(sentence)["input_ids"] for sentence in _SENTENCES]
+    return tokenizer
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_of(path: str | Path, changed_ns: int, size: int) -> PreTrainedTokenizerBase:
+    """`gguf_tokenizer`, built once."""
+    file = read_gguf(path, parts=True)
     if not has_tokenizer(path):
         raise ValueError(f"{path} must hold a tokenizer, got none in its metadata; take a file with tokenizer.ggml.*")
     count = len(file.of_tokenizer("tokens"))
@@ -350,7 +373,6 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path} must hold a tokenizer that transformers can build: {error}") from error
     tokenizer = _with_own_tokens(tokenizer, file)
     _check_tokenizer(tokenizer, file)
-    file.sentences[:] = [tokenizer(sentence)["input_ids"] for sentence in _SENTENCES]
     return tokenizer
 
 
