@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import sys
@@ -17,6 +18,7 @@ import torch
 import lte
 from lte.bench import timing
 from lte.bench.bytes import router_bytes
+from lte.bench.gate import GateError
 from lte.bench.models import model_pair
 from lte.bench.routing import active_count
 from lte.bench.rows import REQUIRED_FIELDS
@@ -295,6 +297,56 @@ class TestTrainingSpeed:
         with pytest.raises(SystemExit):
             script("training_speed").main([*self.FLAGS, "--warm-up", "3"])
         assert "--warm-up must leave two of the steps, got --warm-up 3 of 4" in capsys.readouterr().err
+
+
+class TestBlockSparseTraining:
+    @pytest.mark.parametrize("experts", [1, 2])
+    def test_gathered_experts_have_the_gradients_of_masked_ones(self, script: Any, experts: int) -> None:
+        module, mask = script("block_sparse_training"), torch.rand(24, 6) < 0.4
+        # One that nobody wants, one that all want, and a token that wants none.
+        mask[:, 0], mask[:, 1], mask[3] = False, True, False
+        shapes, size = [(24, 8), (48, 8), (48, 8), (8, 48)], 8
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        groups, grad = module.Groups.of(mask, experts, size), torch.randn(24, 8)
+        found = module.gradients(functools.partial(module.grouped_ffn, groups), inputs, grad)
+        expected = module.gradients(functools.partial(module.masked_ffn, mask), inputs, grad)
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+
+    def test_tiles_that_no_token_needs(self, script: Any) -> None:
+        module = script("block_sparse_training")
+        # Two kinds of tokens in turn, each of which wants one half of 8 experts.
+        mask = torch.zeros(32, 8, dtype=torch.bool)
+        mask[::2, :4], mask[1::2, 4:] = True, True
+        assert module.tile_share(mask, (16, 8), 4, sort=False) == 1
+        assert module.tile_share(mask, (16, 8), 4, sort=True) == 0.5
+        assert module.tile_share(mask[:16:2], (8, 32), 4, sort=False) == 1
+
+    def test_rows_of_random_and_of_recorded_masks(self, script: Any, tmp_path: Path) -> None:
+        module = script("block_sparse_training")
+        flags = ["--tokens", "128", "--repeats", "1", "--output", str(tmp_path / "rows.json")]
+        module.main(["--shapes", "tiny", "--expert-size", "16", "--sparsities", "0.5", *flags])
+        (row,) = read_json(tmp_path / "rows.json")["rows"]
+        assert row["sparsity"] == 0.5
+        assert [each["provider"] for each in row["times"]] == ["dense", "masked", "grouped 1", "grouped 4"]
+        masked = row["times"][1]
+        assert all(each["speed_over_masked"] == masked["median_ms"] / each["median_ms"] for each in row["times"])
+        module.main(["--model", save_sparse_model(tmp_path), "--length", "16", *flags])
+        rows = read_json(tmp_path / "rows.json")["rows"]
+        assert [each["tokens"] for each in rows] == [128] * 2
+        assert all(0 < each["sparsity"] < 1 for each in rows)
+
+    def test_a_product_that_is_missing_is_noted_and_a_wrong_one_refused(self, script: Any) -> None:
+        module, inputs, grad = script("block_sparse_training"), [torch.ones(2, requires_grad=True)], torch.ones(2)
+
+        def missing(x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such kernel")
+
+        runs = {"masked": lambda x: 2 * x, "grouped 1": missing}
+        assert module.check(runs, inputs, grad) == {"grouped 1": "RuntimeError: no such kernel"}
+        assert list(runs) == ["masked"]
+        with pytest.raises(GateError, match="output of grouped 1"):
+            module.check({"masked": lambda x: 2 * x, "grouped 1": lambda x: 3 * x}, inputs, grad)
 
 
 def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(
