@@ -290,11 +290,11 @@ def _activity(
         what = f"always_on={config.always_on}" if config.always_on else f'grouping="{config.grouping}"'
         raise ValueError(f"{what} must get calibration batches, got calibration=None")
     downs: dict[str, Any] = {name: ffn.get_submodule(family.layout.down) for name, ffn in ffns.items()}
-    seen = {name: _collectors(config, family.layout.matrix(down)) for name, down in downs.items()}
+    seen = {name: collectors(config, family.layout.matrix(down)) for name, down in downs.items()}
     masks: dict[str, Tensor] = {}
 
     def collect(name: str, args: tuple[Any, ...]) -> None:
-        seen[name].update(_counted_tokens(args[0], masks[name]))
+        seen[name].update(counted_tokens(args[0], masks[name]))
 
     with before_each_call(downs, collect):
         for batch in tracked(calibration, "Comparing when neurons are active"):
@@ -303,7 +303,13 @@ def _activity(
     return seen
 
 
-def _collectors(config: LteConfig, down: Tensor) -> Activity:
+def collectors(config: LteConfig, down: Tensor) -> Activity:
+    """What looks at an FFN's neurons for the groups of a config.
+
+    Args:
+        config: of which `grouping` and `always_on` count.
+        down: the weight [D, F] of its down projection.
+    """
     features = _collector(config.grouping, down) if config.grouping in CALIBRATED_GROUPINGS else None
     return Activity(features, UsageCounts(down.float().norm(dim=0)) if config.always_on else None)
 
@@ -314,6 +320,6 @@ def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | Contrib
     return ContributionProducts(down.float().norm(dim=0))
 
 
-def _counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The rows [N, F] of hidden [..., F] that are no padding, by mask [B, T]."""
+def counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The rows [N, F] of what goes into a down projection, [..., F], that are no padding, by mask [B, T]."""
     return hidden.flatten(0, -2)[mask.to(hidden.device).flatten()]
