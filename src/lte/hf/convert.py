@@ -202,7 +202,7 @@ def neuron_order(features: Tensor, config: LteConfig, seed: int, seen: Activity 
         features: what k-means groups, the (gate) input weights [F, D].
         config: of which `expert_size`, `grouping` and `always_on` count.
         seed: of this FFN's groups.
-        seen: what the neurons did on calibration text, for configs that need it.
+        seen: what the neurons did on calibration text, for configs that need it; its sums are lost.
     """
     seen = seen or Activity(None, None)
     number, size = len(features), config.expert_size
@@ -215,7 +215,10 @@ def neuron_order(features: Tensor, config: LteConfig, seed: int, seen: Activity 
     if len(first):
         index = others.to(features.device)
         features = features[index] if seen.features is None else features[index][:, index]
-    order = group_neurons(features, num_neurons=len(others), expert_size=size, method=config.grouping, seed=seed)
+    # What the neurons did is looked at once.
+    order = group_neurons(
+        features, num_neurons=len(others), expert_size=size, method=config.grouping, seed=seed, overwrite=True
+    )
     return torch.cat([first, others[order]])
 
 
