@@ -75,11 +75,11 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 
 def convert_on_random_text(dense: Path, sparse: Path, expert_size: int, grouping: str, tokens: int) -> None:
-    """As `lte convert` with text, which needs a tokenizer: on rows of 1024 random tokens."""
+    """As `lte convert` with text, which needs a tokenizer: on rows of 512 random tokens."""
     import lte
     from lte.runs.conversion import convert_folder
 
-    rows = torch.randint(LLAMA2_7B["vocab_size"], (max(1, tokens // 1024), min(tokens, 1024))).split(2)
+    rows = torch.randint(LLAMA2_7B["vocab_size"], (max(1, tokens // 512), min(tokens, 512))).split(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = lte.LteConfig(expert_size=expert_size, grouping=grouping)  # type: ignore[arg-type]
     convert_folder(dense, sparse, config, calibration=[{"input_ids": each} for each in rows], device=device)

@@ -117,6 +117,23 @@ def test_a_sigterm_ends_a_run_and_the_same_command_goes_on(dense_folder: Path, t
 
 
 @pytest.mark.slow
+def test_accelerate_launches_the_command_in_two_processes(dense_folder: Path, tmp_path: Path) -> None:
+    output, launcher = tmp_path / "out", [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(FOLDER / "fsdp2.yaml"), "--num_processes", "2", "-m", "lte"]
+    arguments = ["train", "--model", str(dense_folder), "--output", str(output), *SHORT, "--batch-size", "2"]
+    done = subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    # Each of the two says that it holds the whole model, as there are no GPUs.
+    assert done.stderr.count("UserWarning: accelerate shards models on GPUs alone") == 2
+    assert done.stdout.count("Saved to") == 1
+    record = json.loads((output / "result.json").read_text())
+    assert record["tokens_trained"] == 12 * 2 * 2 * 32
+    assert record["sparsity"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.slow
 def test_a_run_in_shards_ends_with_one_folder(dense_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["train", "--model", dense_folder, "--output", output, *SHORT, "--batch-size", "2", "--lora-rank", "2"]

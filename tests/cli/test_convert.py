@@ -114,6 +114,17 @@ def test_a_sparse_model_and_its_own_folder_are_refused(
     assert "output must be another folder than model" in run("convert", copy, "--output", copy).stderr
 
 
+def test_an_adapter_is_refused_by_name(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    message = f"Error: model must be a whole model to be read layer by layer, got {adapter}, an adapter of peft; merge"
+    assert message in run("convert", adapter, "--output", tmp_path / "out").stderr
+    # Some trainers save the config of the base beside it.
+    shutil.copy(dense_folder / "config.json", adapter)
+    assert message in run("convert", adapter, "--output", tmp_path / "out").stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_a_gpu_that_is_not_there(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     failed = run("convert", dense_folder, "--output", tmp_path / "out", "--device", "cuda")

@@ -18,8 +18,8 @@ from lte.progress import duration, shown_on
 from lte.settings import build
 
 DEVICES = ("auto", "cpu", "cuda")
-TOGETHER_TOKENS = 2048
-"""Tokens whose activations are in memory at once: 45 MB for each of some tensors at F = 11008."""
+TOGETHER_TOKENS = 512
+"""Tokens whose activations are in memory at once: 22 MB in fp32 for each of some tensors at F = 11008."""
 SETTINGS = (
     "target_sparsity",
     "expert_size",
@@ -150,6 +150,12 @@ def check_streamed(command: str, model: str, output: str, dtype: str | None) -> 
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPE_NAMES)
+    adapter = Path(model).expanduser() / "adapter_config.json"
+    if adapter.is_file() and not list(adapter.parent.glob("model*.safetensors")):
+        raise ValueError(
+            f"model must be a whole model to be read layer by layer, got {model}, an adapter of peft; merge it into "
+            "its base (merge_and_unload) and save that, or give the base"
+        )
     settings = check_model("model", model)
     check_place("output", output, folder=True)
     if Path(model).expanduser().is_dir() and Path(model).expanduser().resolve() == Path(output).expanduser().resolve():
