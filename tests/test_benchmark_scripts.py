@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.machinery
+import json
 import sys
 import types
 from importlib.util import find_spec
@@ -256,13 +257,13 @@ class TestTrainingSpeed:
 
     def test_flops_are_those_of_all_products(self, script: Any) -> None:
         module = script("training_speed")
-        args = module.parse(["--shape", "llama2-7b", "--kinds", "full", "lora"])
-        weights = sum(p.numel() for p in meta_model(shape_config("llama2-7b")).parameters()) - 32000 * 4096
+        config = shape_config("llama2-7b")
+        weights = sum(p.numel() for p in meta_model(config).parameters()) - 32000 * 4096
         scores = 32 * 2 * 2048 * 4096
-        assert module.training_flops(args, "full") == pytest.approx(6 * weights + 3 * scores, rel=1e-4)
-        assert module.training_flops(args, "lora") == pytest.approx(4 * weights + 3 * scores, rel=1e-4)
-        args.teacher = True
-        assert module.training_flops(args, "full") == pytest.approx(8 * weights + 4 * scores, rel=1e-4)
+        flops = functools.partial(module.training_flops, config, length=2048)
+        assert flops("full") == pytest.approx(6 * weights + 3 * scores, rel=1e-4)
+        assert flops("lora") == pytest.approx(4 * weights + 3 * scores, rel=1e-4)
+        assert flops("full", teacher=True) == pytest.approx(8 * weights + 4 * scores, rel=1e-4)
 
     @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install bitsandbytes)")
     def test_weights_in_4_bits_are_those_that_loading_gives(self, script: Any, tmp_path: Path) -> None:
@@ -297,6 +298,37 @@ class TestTrainingSpeed:
         with pytest.raises(SystemExit):
             script("training_speed").main([*self.FLAGS, "--warm-up", "3"])
         assert "--warm-up must leave two of the steps, got --warm-up 3 of 4" in capsys.readouterr().err
+
+
+class TestTrainingCost:
+    def test_a_table_of_arithmetic_and_of_what_was_measured(self, script: Any, tmp_path: Path) -> None:
+        module, page = script("training_cost"), tmp_path / "page.md"
+        page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
+        row = {"training": "lora", "model": "lte", "tokens_per_s": 2000.0, "peak_memory_bytes": 4e10,
+               "model_flops_utilisation": 0.25}  # fmt: skip
+        rows = [{**row, "stage": 1}, {**row, "stage": 2, "tokens_per_s": 1000.0}]
+        config = {"shape": "llama2-7b", "length": 2048, "teacher": False, "batch": 4, "checkpointing": True}
+        measured = {"config": {**config, "layers": None}, "processes": 1, "rows": rows}
+        (tmp_path / "measured.json").write_text(json.dumps(measured))
+        module.main(["--measured", str(tmp_path / "measured.json"), "--page", str(page)])
+        lines = page.read_text().splitlines()
+        assert (lines[0], lines[-1]) == ("before", "after")
+        assert "old" not in lines
+        cells = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines if line.startswith("| ")}
+        # 1e8 tokens at the mean of both stages, in time: 1333 tokens per second.
+        assert cells["| 7B", "LoRA"][2:4] == ["40\\*", "1"]
+        assert cells["| 7B", "LoRA"][-1] == "21\\* |"
+        assert "\\*" not in "".join(cells["| 7B", "full"])
+        # What is not measured takes the utilisation of what is.
+        again = module.hours("llama2-7b", "lora", [], [0.25], 1e8)
+        assert module.hours("llama2-7b", "lora", [], [0.5], 1e8) == pytest.approx(again / 2)
+
+    def test_the_page_holds_what_the_script_writes(self, script: Any, tmp_path: Path) -> None:
+        module, page = script("training_cost"), SCRIPTS.parent / "docs" / "scaling.md"
+        copy = tmp_path / "page.md"
+        copy.write_text(page.read_text())
+        module.main(["--page", str(copy)])
+        assert copy.read_text() == page.read_text()
 
 
 class TestBlockSparseTraining:
