@@ -19,9 +19,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+import lte
 from lte.launch import FOLDER, shipped_configs
+from lte.runs.conversion import convert_folder
 from tests.cli.conftest import SHORT
 from tests.processes import ROOT, run_processes
+from tests.tiny_models import EXPERT_SIZE
 
 
 def test_they_are_listed_printed_and_copied(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -149,3 +152,21 @@ def test_a_run_in_shards_ends_with_one_folder(dense_folder: Path, tmp_path: Path
     kept = next(value for name, value in adapter.items() if name.endswith("layers.0.mlp.router.weight"))
     assert torch.equal(state[weight], kept)
     assert state[weight].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+def test_weights_are_read_once_where_a_run_starts_from_a_folder_of_lte(
+    dense_folder: Path, tmp_path: Path, rank: list[str]
+) -> None:
+    convert_folder(dense_folder, tmp_path / "start", lte.LteConfig(expert_size=EXPERT_SIZE))
+    outputs = {}
+    for start in (dense_folder, tmp_path / "start"):
+        output = outputs[start] = tmp_path / f"out-{start.name}"
+        settings = [*SHORT, "--batch-size", "2", *rank]
+        said = run_processes(2, "tests.cli.train_in_shards", "train", "--model", start, "--output", output, *settings)
+        assert "process 0 reads weights" in said
+        assert ("process 1 reads weights" in said) == (start == dense_folder)
+    found, wanted = (load_file(output / "model.safetensors") for output in outputs.values())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

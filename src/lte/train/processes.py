@@ -28,6 +28,12 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def reads_weights_once() -> bool:
+    """Whether the first process alone is to read weights: `fsdp_cpu_ram_efficient_loading` in accelerate's config."""
+    wanted = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return num_processes() > 1 and all(os.environ.get(name, "false").lower() in ("true", "1") for name in wanted)
+
+
 def launched(arguments: str) -> str:
     """The `lte` command with these arguments, behind the launcher that started this process with others, if one did."""
     processes = num_processes()
