@@ -6,12 +6,13 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lte.train.sharding import check_kind
+from lte.train.sharding import check_kind, prepare_fsdp_
 from tests.processes import made_once, run_processes
 from tests.train.toy import trainer_of
 
@@ -170,3 +171,19 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
     (newest / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(ValueError, match=r"must be sharded as it was, got a model that is whole in each process where"):
         check_kind(newest, None)
+
+
+@pytest.mark.parametrize(
+    ("version", "optim", "message"),
+    [
+        (1, "adamw_torch", "fsdp_version must be 2, got fsdp_version=1; take accelerate's config from lte configs"),
+        (
+            2,
+            "adamw_bnb_8bit",
+            "optim must be none of bitsandbytes, .* with FSDP, got optim=adamw_bnb_8bit; take adamw_",
+        ),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(version: int, optim: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_fsdp_(SimpleNamespace(fsdp_version=version), SimpleNamespace(optim=optim), torch.nn.Module(), None)
