@@ -3,6 +3,7 @@
 The checkpoint is written a tensor at a time, too, and removed at the end; both folders take 27 GB of disk.
 
 python benchmarks/conversion.py --folder /tmp/conversion --output results/conversion.json
+python benchmarks/conversion.py --folder /tmp/conversion --layers 3 --grouping contribution --tokens 2048 --output OUT
 """
 
 from __future__ import annotations
@@ -73,6 +74,17 @@ def measured(command: list[str]) -> dict[str, Any]:
     }
 
 
+def convert_on_random_text(dense: Path, sparse: Path, expert_size: int, grouping: str, tokens: int) -> None:
+    """As `lte convert` with text, which needs a tokenizer: on rows of 512 random tokens."""
+    import lte
+    from lte.runs.conversion import convert_folder
+
+    rows = torch.randint(LLAMA2_7B["vocab_size"], (max(1, tokens // 512), min(tokens, 512))).split(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = lte.LteConfig(expert_size=expert_size, grouping=grouping)  # type: ignore[arg-type]
+    convert_folder(dense, sparse, config, calibration=[{"input_ids": each} for each in rows], device=device)
+
+
 def size(folder: Path) -> int:
     """Bytes of weights in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -89,13 +101,22 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=LLAMA2_7B["num_hidden_layers"])
     parser.add_argument("--expert-size", default="32")
+    parser.add_argument("--grouping", default="kmeans")
+    parser.add_argument("--tokens", type=int, default=0, help="random ones, for groupings by activations")
+    parser.add_argument("--convert-alone", action="store_true", help="a folder that is there; by the script itself")
     parser.add_argument("--keep", action="store_true", help="keep both folders")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     dense, sparse, back = args.folder / "dense", args.folder / "sparse", args.folder / "back"
+    if args.convert_alone:
+        convert_on_random_text(dense, sparse, int(args.expert_size), args.grouping, args.tokens)
+        return
     make_checkpoint(dense, args.layers)
     lte = [sys.executable, "-m", "lte"]
-    convert = measured([*lte, "convert", str(dense), "--output", str(sparse), "--expert-size", args.expert_size])
+    settings = ["--expert-size", args.expert_size, "--grouping", args.grouping]
+    on_text = [sys.executable, __file__, "--folder", str(args.folder), "--tokens", str(args.tokens), "--convert-alone"]
+    plain = [*lte, "convert", str(dense), "--output", str(sparse)]
+    convert = measured([*(on_text if args.tokens else plain), *settings])
     shapes = {"layers": args.layers, "dense_bytes": size(dense), "sparse_bytes": size(sparse)}
     shapes["layer_bytes"] = layer_bytes(sparse)
     if not args.keep:
@@ -103,7 +124,8 @@ def main() -> None:
     densify = measured([*lte, "densify", str(sparse), "--output", str(back)])
     result = {
         "benchmark": "conversion", "model": "LLaMA2-7B's shape, random bf16 weights in one file", **shapes,
-        "expert_size": int(args.expert_size), "grouping": "kmeans", "threads": torch.get_num_threads(),
+        "expert_size": int(args.expert_size), "grouping": args.grouping, "tokens": args.tokens,
+        "threads": torch.get_num_threads(),
         "convert": convert, "densify": densify, **environment(),
     }  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -192,19 +192,24 @@ def make_teacher(args: argparse.Namespace) -> nn.Module:
     return random_model(shape_config(args.shape, args.layers), training_device(), torch.bfloat16)
 
 
-def training_flops(args: argparse.Namespace, kind: str) -> float:
+def training_flops(config: Any, kind: str, length: int, teacher: bool = False) -> float:
     """FLOPs for each token that the training of the dense model needs: the same for LTE, so that ratios are of time.
 
     2 for each weight of a linear layer and of the head, 2 T A for each block of attention of width A over T causal
     tokens; twice that in the backward pass, where the weights under adapters get no gradient. A teacher has a forward
     pass. What is computed again, adapters and routers do not count.
+
+    Args:
+        config: of the model.
+        kind: one of `KINDS`.
+        length: T.
+        teacher: whether there is one, of the same size.
     """
-    config = shape_config(args.shape, args.layers)
     linear = flops_per_token(config) + 2 * config.vocab_size * config.hidden_size
     width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    scores = 2 * args.length * width * config.num_hidden_layers
+    scores = 2 * length * width * config.num_hidden_layers
     passes = 3 if kind == "full" else 2
-    return passes * linear + 3 * scores + (linear + scores if args.teacher else 0)
+    return passes * linear + 3 * scores + (linear + scores if teacher else 0)
 
 
 def measure(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
@@ -232,7 +237,8 @@ def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: li
     tokens = args.batch * args.length * num_processes()
     tokens_per_s = 1e3 * tokens / times.median_ms
     peak_flops = next((value for name, value in PEAK_FLOPS.items() if name in _gpu_name()), None)
-    flops = tokens_per_s * training_flops(args, kind) / num_processes()
+    needed = training_flops(shape_config(args.shape, args.layers), kind, args.length, args.teacher)
+    flops = tokens_per_s * needed / num_processes()
     return {
         "training": kind,
         "model": "lte" if sparse else "dense",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
+import json
 import sys
 import types
 from importlib.util import find_spec
@@ -17,6 +19,7 @@ import torch
 import lte
 from lte.bench import timing
 from lte.bench.bytes import router_bytes
+from lte.bench.gate import GateError
 from lte.bench.models import model_pair
 from lte.bench.routing import active_count
 from lte.bench.rows import REQUIRED_FIELDS
@@ -254,13 +257,13 @@ class TestTrainingSpeed:
 
     def test_flops_are_those_of_all_products(self, script: Any) -> None:
         module = script("training_speed")
-        args = module.parse(["--shape", "llama2-7b", "--kinds", "full", "lora"])
-        weights = sum(p.numel() for p in meta_model(shape_config("llama2-7b")).parameters()) - 32000 * 4096
+        config = shape_config("llama2-7b")
+        weights = sum(p.numel() for p in meta_model(config).parameters()) - 32000 * 4096
         scores = 32 * 2 * 2048 * 4096
-        assert module.training_flops(args, "full") == pytest.approx(6 * weights + 3 * scores, rel=1e-4)
-        assert module.training_flops(args, "lora") == pytest.approx(4 * weights + 3 * scores, rel=1e-4)
-        args.teacher = True
-        assert module.training_flops(args, "full") == pytest.approx(8 * weights + 4 * scores, rel=1e-4)
+        flops = functools.partial(module.training_flops, config, length=2048)
+        assert flops("full") == pytest.approx(6 * weights + 3 * scores, rel=1e-4)
+        assert flops("lora") == pytest.approx(4 * weights + 3 * scores, rel=1e-4)
+        assert flops("full", teacher=True) == pytest.approx(8 * weights + 4 * scores, rel=1e-4)
 
     @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install bitsandbytes)")
     def test_weights_in_4_bits_are_those_that_loading_gives(self, script: Any, tmp_path: Path) -> None:
@@ -295,6 +298,87 @@ class TestTrainingSpeed:
         with pytest.raises(SystemExit):
             script("training_speed").main([*self.FLAGS, "--warm-up", "3"])
         assert "--warm-up must leave two of the steps, got --warm-up 3 of 4" in capsys.readouterr().err
+
+
+class TestTrainingCost:
+    def test_a_table_of_arithmetic_and_of_what_was_measured(self, script: Any, tmp_path: Path) -> None:
+        module, page = script("training_cost"), tmp_path / "page.md"
+        page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
+        row = {"training": "lora", "model": "lte", "tokens_per_s": 2000.0, "peak_memory_bytes": 4e10,
+               "model_flops_utilisation": 0.25}  # fmt: skip
+        rows = [{**row, "stage": 1}, {**row, "stage": 2, "tokens_per_s": 1000.0}]
+        config = {"shape": "llama2-7b", "length": 2048, "teacher": False, "batch": 4, "checkpointing": True}
+        measured = {"config": {**config, "layers": None}, "processes": 1, "rows": rows}
+        (tmp_path / "measured.json").write_text(json.dumps(measured))
+        module.main(["--measured", str(tmp_path / "measured.json"), "--page", str(page)])
+        lines = page.read_text().splitlines()
+        assert (lines[0], lines[-1]) == ("before", "after")
+        assert "old" not in lines
+        cells = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines if line.startswith("| ")}
+        # 1e8 tokens at the mean of both stages, in time: 1333 tokens per second.
+        assert cells["| 7B", "LoRA"][2:4] == ["40\\*", "1"]
+        assert cells["| 7B", "LoRA"][-1] == "21\\* |"
+        assert "\\*" not in "".join(cells["| 7B", "full"])
+        # What is not measured takes the utilisation of what is.
+        again = module.hours("llama2-7b", "lora", [], [0.25], 1e8)
+        assert module.hours("llama2-7b", "lora", [], [0.5], 1e8) == pytest.approx(again / 2)
+
+    def test_the_page_holds_what_the_script_writes(self, script: Any, tmp_path: Path) -> None:
+        module, page = script("training_cost"), SCRIPTS.parent / "docs" / "scaling.md"
+        copy = tmp_path / "page.md"
+        copy.write_text(page.read_text())
+        module.main(["--page", str(copy)])
+        assert copy.read_text() == page.read_text()
+
+
+class TestBlockSparseTraining:
+    @pytest.mark.parametrize("experts", [1, 2])
+    def test_gathered_experts_have_the_gradients_of_masked_ones(self, script: Any, experts: int) -> None:
+        module, mask = script("block_sparse_training"), torch.rand(24, 6) < 0.4
+        # One that nobody wants, one that all want, and a token that wants none.
+        mask[:, 0], mask[:, 1], mask[3] = False, True, False
+        shapes, size = [(24, 8), (48, 8), (48, 8), (8, 48)], 8
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        groups, grad = module.Groups.of(mask, experts, size), torch.randn(24, 8)
+        found = module.gradients(functools.partial(module.grouped_ffn, groups), inputs, grad)
+        expected = module.gradients(functools.partial(module.masked_ffn, mask), inputs, grad)
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+
+    def test_tiles_that_no_token_needs(self, script: Any) -> None:
+        module = script("block_sparse_training")
+        # Two kinds of tokens in turn, each of which wants one half of 8 experts.
+        mask = torch.zeros(32, 8, dtype=torch.bool)
+        mask[::2, :4], mask[1::2, 4:] = True, True
+        assert module.tile_share(mask, (16, 8), 4, sort=False) == 1
+        assert module.tile_share(mask, (16, 8), 4, sort=True) == 0.5
+        assert module.tile_share(mask[:16:2], (8, 32), 4, sort=False) == 1
+
+    def test_rows_of_random_and_of_recorded_masks(self, script: Any, tmp_path: Path) -> None:
+        module = script("block_sparse_training")
+        flags = ["--tokens", "128", "--repeats", "1", "--output", str(tmp_path / "rows.json")]
+        module.main(["--shapes", "tiny", "--expert-size", "16", "--sparsities", "0.5", *flags])
+        (row,) = read_json(tmp_path / "rows.json")["rows"]
+        assert row["sparsity"] == 0.5
+        assert [each["provider"] for each in row["times"]] == ["dense", "masked", "grouped 1", "grouped 4"]
+        masked = row["times"][1]
+        assert all(each["speed_over_masked"] == masked["median_ms"] / each["median_ms"] for each in row["times"])
+        module.main(["--model", save_sparse_model(tmp_path), "--length", "16", *flags])
+        rows = read_json(tmp_path / "rows.json")["rows"]
+        assert [each["tokens"] for each in rows] == [128] * 2
+        assert all(0 < each["sparsity"] < 1 for each in rows)
+
+    def test_a_product_that_is_missing_is_noted_and_a_wrong_one_refused(self, script: Any) -> None:
+        module, inputs, grad = script("block_sparse_training"), [torch.ones(2, requires_grad=True)], torch.ones(2)
+
+        def missing(x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such kernel")
+
+        runs = {"masked": lambda x: 2 * x, "grouped 1": missing}
+        assert module.check(runs, inputs, grad) == {"grouped 1": "RuntimeError: no such kernel"}
+        assert list(runs) == ["masked"]
+        with pytest.raises(GateError, match="output of grouped 1"):
+            module.check({"masked": lambda x: 2 * x, "grouped 1": lambda x: 3 * x}, inputs, grad)
 
 
 def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(

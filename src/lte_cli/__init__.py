@@ -18,8 +18,9 @@ def main() -> None:
     global is_running
     is_running = True
     sys.stdout, sys.stderr = _forgiving(sys.stdout, 1), _forgiving(sys.stderr, 2)
-    # transformers loads torchao where it is installed, which then names those of its kernels that fit no GPU here.
-    for name in ("torchao", "torch.utils._pytree"):
+    # transformers loads torchao and bitsandbytes where they are installed, which then name their kernels that fit no
+    # GPU or CPU here.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import_module("lte_cli.commands").app(prog_name="lte")

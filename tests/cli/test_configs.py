@@ -19,9 +19,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+import lte
 from lte.launch import FOLDER, shipped_configs
+from lte.runs.conversion import convert_folder
 from tests.cli.conftest import SHORT
 from tests.processes import ROOT, run_processes
+from tests.tiny_models import EXPERT_SIZE
 
 
 def test_they_are_listed_printed_and_copied(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -117,14 +120,24 @@ def test_a_sigterm_ends_a_run_and_the_same_command_goes_on(dense_folder: Path, t
 
 
 @pytest.mark.slow
-def test_a_run_in_shards_ends_with_one_folder(dense_folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    arguments = ["train", "--model", dense_folder, "--output", output, *SHORT, "--batch-size", "2", "--lora-rank", "2"]
-    said = run_processes(2, "tests.cli.train_in_shards", *arguments)
-    # What the first process says, and no other one.
-    assert said.count("Saved to") == 1
+def test_accelerate_launches_the_command_in_two_processes(dense_folder: Path, tmp_path: Path) -> None:
+    output, launcher = tmp_path / "out", [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(FOLDER / "fsdp2.yaml"), "--num_processes", "2", "-m", "lte"]
+    arguments = ["train", "--model", str(dense_folder), "--output", str(output), *SHORT, "--batch-size", "2"]
+    done = subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    # Each of the two says that it holds the whole model, as there are no GPUs.
+    assert done.stderr.count("UserWarning: accelerate shards models on GPUs alone") == 2
+    assert done.stdout.count("Saved to") == 1
     record = json.loads((output / "result.json").read_text())
+    assert record["tokens_trained"] == 12 * 2 * 2 * 32
     assert record["sparsity"] == pytest.approx(0.5, abs=0.05)
+
+
+def check_adapter(output: Path) -> None:
+    """The routers of an adapter are those of the model that has it merged."""
     adapter = load_file(output / "adapter" / "adapter_model.safetensors")
     assert sum("router.weight" in name for name in adapter) == 2
     state = load_file(output / "model.safetensors")
@@ -132,3 +145,26 @@ def test_a_run_in_shards_ends_with_one_folder(dense_folder: Path, tmp_path: Path
     kept = next(value for name, value in adapter.items() if name.endswith("layers.0.mlp.router.weight"))
     assert torch.equal(state[weight], kept)
     assert state[weight].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+def test_a_run_in_shards_ends_with_one_folder_and_reads_weights_once_from_a_folder_of_lte(
+    dense_folder: Path, tmp_path: Path, rank: list[str]
+) -> None:
+    convert_folder(dense_folder, tmp_path / "start", lte.LteConfig(expert_size=EXPERT_SIZE))
+    outputs = {}
+    for start in (dense_folder, tmp_path / "start"):
+        output = outputs[start] = tmp_path / f"out-{start.name}"
+        settings = [*SHORT, "--batch-size", "2", *rank]
+        said = run_processes(2, "tests.cli.train_in_shards", "train", "--model", start, "--output", output, *settings)
+        assert "process 0 reads weights" in said
+        assert ("process 1 reads weights" in said) == (start == dense_folder)
+        # What the first process says, and no other one.
+        assert said.count("Saved to") == 1
+        assert json.loads((output / "result.json").read_text())["sparsity"] == pytest.approx(0.5, abs=0.05)
+        if rank:
+            check_adapter(output)
+    found, wanted = (load_file(output / "model.safetensors") for output in outputs.values())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -51,6 +51,16 @@ def test_it_trains_to_what_the_dense_model_trains_to(
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+def test_groups_by_activations_on_text(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--grouping", "contribution", "--expert-size", EXPERT_SIZE, "--device", "cpu"]
+    text = ["--texts", "pydoc-topics", "--sequence-length", "64", "--calibration-tokens", "512"]
+    result = run("convert", dense_folder, "--output", tmp_path / "out", *options, *text)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["lte"]
+    assert found["grouping"] == "contribution"
+    assert len(lte.sparse_ffns(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 2
+
+
 def test_back_to_dense(
     converted: tuple[Path, str], dense_folder: Path, run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -76,7 +86,10 @@ def test_the_same_command_is_told_that_it_is_done(
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("convert", ["--grouping", "contribution"], "grouping must go by weights where a model is converted layer by"),
+        ("convert", ["--grouping", "contribution"], "--texts must be given with grouping=contribution, which goes by"),
+        ("convert", ["--always-on", "0.1"], "--texts must be given with always_on=0.1, which goes by activations"),
+        ("convert", ["--texts", "pydoc-topics"], "--texts must be given with a grouping by activations, got it with"),
+        ("convert", ["--sequence-length", "64"], "--sequence-length must be given with a grouping by activations"),
         ("convert", ["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got dtype='int8'"),
         ("convert", ["--device", "tpu"], "device must be one of auto, cpu, cuda, got device='tpu'"),
         ("densify", [], "model must be an LTE folder or one of another method, got"),
@@ -99,6 +112,17 @@ def test_a_sparse_model_and_its_own_folder_are_refused(
     assert "lte densify makes it dense again" in failed.stderr
     copy = shutil.copytree(dense_folder, tmp_path / "dense")
     assert "output must be another folder than model" in run("convert", copy, "--output", copy).stderr
+
+
+def test_an_adapter_is_refused_by_name(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    message = f"Error: model must be a whole model to be read layer by layer, got {adapter}, an adapter of peft; merge"
+    assert message in run("convert", adapter, "--output", tmp_path / "out").stderr
+    # Some trainers save the config of the base beside it.
+    shutil.copy(dense_folder / "config.json", adapter)
+    assert message in run("convert", adapter, "--output", tmp_path / "out").stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import lte
 from lte.hf import streaming
+from lte.hf.streamed_activity import StreamedActivity
 from lte.hf.streaming import WORK_FOLDER, StreamedFolder
 from lte.hf.tensor_files import NewTensor, write_tensors
 from lte.runs import conversion
@@ -79,6 +80,65 @@ def test_other_settings(changes: dict[str, Any], dense: Path, tmp_path: Path) ->
     config = lte.LteConfig(expert_size=EXPERT_SIZE, **changes)
     convert_folder(dense, tmp_path / "sparse", config)
     assert_same(tmp_path / "sparse", converted_in_memory(dense, config))
+
+
+def text_of(model_type: str = "llama") -> list[dict[str, Tensor]]:
+    """Batches with padding, and of another length."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randint(3, 40, shape, generator=generator) for shape in ((2, 12), (1, 20)))
+    padded = {"input_ids": first, "attention_mask": torch.ones_like(first)}
+    padded["attention_mask"][1, 7:] = 0
+    return [padded, {"input_ids": second}]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    "changes",
+    [{"grouping": "contribution", "always_on": 0.2}, {"grouping": "coactivation"}, {"always_on": 0.2}],
+    ids=["contribution", "coactivation", "kmeans"],
+)
+def test_groups_by_activations(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    tiny_dense_model(model_type).to(torch.bfloat16).save_pretrained(dense)
+    config = lte.LteConfig(expert_size=EXPERT_SIZE, seed=3, **changes)
+    if tiny_config(model_type).is_encoder_decoder:
+        with pytest.raises(ValueError, match="grouping must go by weights where an encoder-decoder is converted layer"):
+            convert_folder(dense, sparse, config, calibration=text_of())
+        return
+    convert_folder(dense, sparse, config, calibration=text_of())
+    model = auto_class(model_type).from_pretrained(dense, dtype="auto")
+    lte.sparsify_(model, config, calibration=text_of()).save_pretrained(tmp_path / "in-memory")
+    assert_same(sparse, tmp_path / "in-memory")
+    assert not (sparse / WORK_FOLDER).exists()
+
+
+def test_goes_on_with_the_hidden_states_that_are_kept(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse, config = tmp_path / "sparse", lte.LteConfig(expert_size=EXPERT_SIZE, grouping="contribution")
+    write, run, ran = StreamedFolder.write_shard, StreamedActivity._run, []
+
+    def fail(folder: StreamedFolder, index: int, tensors: Any) -> None:
+        if index == 1:
+            raise OSError("no room")
+        write(folder, index, tensors)
+
+    def note(activity: StreamedActivity, block: str) -> None:
+        ran.append(block)
+        run(activity, block)
+
+    monkeypatch.setattr(StreamedActivity, "_run", note)
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamedFolder, "write_shard", fail)
+        with pytest.raises(OSError, match="no room"):
+            convert_folder(dense, sparse, config, calibration=text_of())
+    with pytest.raises(ValueError, match=r"output must be new .* begun with another settings"):
+        convert_folder(dense, sparse, config, calibration=text_of()[:1])
+    convert_folder(dense, sparse, config, calibration=text_of())
+    assert ran == ["model.layers.0", "model.layers.1"]
+    model = auto_class("llama").from_pretrained(dense, dtype="auto")
+    lte.sparsify_(model, config, calibration=text_of()).save_pretrained(tmp_path / "in-memory")
+    assert_same(sparse, tmp_path / "in-memory")
 
 
 def test_another_dtype(dense: Path, tmp_path: Path) -> None:
@@ -193,8 +253,8 @@ def test_refuses_another_conversion_in_the_same_folder(dense: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grouping": "contribution"}, r"grouping must go by weights .* got grouping=contribution"),
-        ({"always_on": 0.1}, r"grouping must go by weights .* got always_on=0.1"),
+        ({"grouping": "contribution"}, r"calibration must hold batches of text for grouping=contribution, .* got none"),
+        ({"always_on": 0.1}, r"calibration must hold batches of text for always_on=0.1, .* got none; give text"),
         ({"expert_size": 7}, "expert_size must divide the number of FFN neurons"),
         ({"threshold": 0.95}, r"threshold must lie in \(0, 0.9\] for new routers"),
     ],

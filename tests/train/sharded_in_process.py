@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 import lte
@@ -42,6 +43,18 @@ FSDP = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_CONFIG_FILE": ""}
+
+
+# Of each training with DDP in this process, whether its gradients lie in DDP's buckets alone.
+gradients_in_buckets: list[bool] = []
+
+
+class RecordedDataParallel(DistributedDataParallel):
+    """Remembers where its gradients lie."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        gradients_in_buckets.append(self.gradient_as_bucket_view)
 
 
 class Stopped(Exception):
@@ -126,6 +139,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
         if type(module) in dtypes:
             # In the module's own pass, when its weights are there; in evaluation they are in fp32.
             module.register_forward_pre_hook(partial(note_dtype, dtypes))
+    gradients_in_buckets.clear()
     try:
         summary = train_two_stage(model, rows, config, folder, resume=bool(case.get("resume")), callbacks=callbacks)
         log = summary.log_history
@@ -141,6 +155,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
         "weights": state,
         "log": log,
         "kinds": kinds,
+        "gradients_in_buckets": list(gradients_in_buckets),
         "files": files,
         "decisions": None if case.get("zero") == 3 else decisions(model),
     } | {
@@ -153,6 +168,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     two_stage.LteTrainer = OnCpus  # type: ignore[misc]
+    torch.nn.parallel.DistributedDataParallel = RecordedDataParallel  # type: ignore[misc]
     root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

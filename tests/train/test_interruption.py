@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from lte.cli.command import explanation
 from lte.train import interruption
 from lte.train.checkpoints import newest_checkpoint
 from lte.train.config import TrainConfig
@@ -126,6 +127,35 @@ def test_a_sigterm_writes_one_checkpoint_and_evaluates_nothing(tmp_path: Path) -
     with pytest.raises(TrainingStopped):
         trainer.train()
     assert watch.events == [("save", 2)]
+
+
+class InEvaluation(TrainerCallback):
+    """Sends a SIGTERM with the first batch of an evaluation, and counts the batches of all of them."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches += 1
+        if self.batches == 1:
+            terminate()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_a_sigterm_ends_an_evaluation_and_leaves_a_checkpoint(tmp_path: Path, strategy: str) -> None:
+    seen, watch = InEvaluation(), Watch()
+    settings = {"eval_strategy": "steps", "eval_steps": 5, "metric_for_best_model": "eval_loss", "stage1_ratio": 0.2}
+    rows = {"eval_dataset": toy_rows(32, 16), "per_device_eval_batch_size": 8}
+    saving = {"save_strategy": strategy, "save_steps": 100}
+    trainer = trainer_of(tmp_path, callbacks=[seen, watch], **settings, **rows, **saving)
+    with pytest.raises(TrainingStopped) as stopped:
+        trainer.train()
+    assert f"after step 5 of {STEPS} by SIGTERM; {tmp_path / 'checkpoint-5'} holds" in stopped.value.message
+    assert seen.batches == 1
+    assert watch.events == [("save", 5)]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert trainer.state.best_model_checkpoint is None
+    assert not any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
 def test_the_checkpoint_of_a_sigterm_stays_beside_the_best_one(tmp_path: Path) -> None:
@@ -247,8 +277,15 @@ def test_memory_that_is_not_enough_names_what_to_lower(tmp_path: Path) -> None:
 
     trainer = trainer_of(tmp_path, callbacks=[At(full, 2)], gradient_accumulation_steps=2)
     rule = r"lower the batch size \(per_device_train_batch_size=4\) to 2 and raise gradient_accumulation_steps=2 to 4; "
-    with pytest.raises(torch.OutOfMemoryError, match=rf"{rule}set gradient_checkpointing.*Tried to allocate 20.00 MiB"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=rf"{rule}set gradient_checkpointing.*Tried to allocate 20.00 MiB"
+    ) as caught:
         trainer.train()
+    # The command adds nothing of its own.
+    assert explanation(caught.value) == str(caught.value)
+    assert str(explanation(torch.OutOfMemoryError("full"))).startswith(
+        "the GPU is out of memory; lower --batch-size or"
+    )
 
 
 def test_a_resumed_run_writes_its_curves_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

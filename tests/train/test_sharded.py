@@ -6,12 +6,13 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lte.train.sharding import check_kind
+from lte.train.sharding import check_kind, prepare_fsdp_
 from tests.processes import made_once, run_processes
 from tests.train.toy import trainer_of
 
@@ -28,6 +29,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "annealed", "fsdp": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "uneven": True,
      "train": {**FEW, "recipe": "annealed"}},
     {"name": "ddp", "uneven": True, "train": {**SETTINGS, "recipe": "annealed"}},
+    {"name": "ddp_even", "train": {**FEW, "even_weight": 0.3}},
     {"name": "dense", "fsdp": {}, "method": "dense", "train": {**FEW, "recipe": "dense"}},
     {"name": "method", "fsdp": {}, **METHOD},
     {"name": "narrow", "fsdp": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train": {**FEW, **NARROW}},
@@ -75,7 +77,8 @@ def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
     pairs = [(mine, theirs) for mine, theirs in zip(one["log"], two["log"], strict=True) if "task_loss" in mine]
     assert len(pairs) >= 6
     for mine, theirs in pairs:
-        terms = {"task_loss", "efficiency_loss", "separability_loss", "active_fraction", "auxiliary_loss"} & set(mine)
+        terms = {"task_loss", "efficiency_loss", "separability_loss", "active_fraction", "auxiliary_loss", "even_loss"}
+        terms &= set(mine)
         assert [theirs[term] for term in terms] == pytest.approx([mine[term] for term in terms], abs=1e-4)
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5, abs=1e-4)
         assert theirs["eta"] == pytest.approx(mine["eta"], rel=1e-3)
@@ -87,9 +90,16 @@ def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", [case["name"] for case in CASES if case["name"] != "narrow"])
 def test_two_processes_do_what_one_does(roots: dict[int, Path], name: str) -> None:
     one, two, other = found_by(roots[1], name), found_by(roots[2], name), found_by(roots[2], name, rank=1)
-    assert two["kinds"] == (["Parameter"] if name == "ddp" else ["DTensor"])
+    is_ddp = name.startswith("ddp")
+    assert two["kinds"] == (["Parameter"] if is_ddp else ["DTensor"])
+    # Else a GPU would hold every gradient twice.
+    assert two["gradients_in_buckets"] == ([True] if is_ddp else [])
     check_same(one, two)
     assert furthest(two["weights"], other["weights"]) == 0
+    if name == "ddp_even":
+        assert all("even_loss" in entry for entry in two["log"] if "task_loss" in entry)
+        for key, weight in one["weights"].items():
+            torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=1e-5, msg=key)
     # The thresholds are in the biases.
     biases = {key: value for key, value in one["weights"].items() if key.endswith("router.bias")}
     assert bool(biases) == (name not in ("dense", "method"))
@@ -161,3 +171,19 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
     (newest / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(ValueError, match=r"must be sharded as it was, got a model that is whole in each process where"):
         check_kind(newest, None)
+
+
+@pytest.mark.parametrize(
+    ("version", "optim", "message"),
+    [
+        (1, "adamw_torch", "fsdp_version must be 2, got fsdp_version=1; take accelerate's config from lte configs"),
+        (
+            2,
+            "adamw_bnb_8bit",
+            "optim must be none of bitsandbytes, .* with FSDP, got optim=adamw_bnb_8bit; take adamw_",
+        ),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(version: int, optim: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_fsdp_(SimpleNamespace(fsdp_version=version), SimpleNamespace(optim=optim), torch.nn.Module(), None)

@@ -1,4 +1,4 @@
-"""One process of `test_multi_process`: trains a tiny model with the settings that it is given and saves its weights."""
+"""One process of several: trains a tiny model with the settings that it is given and saves its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import sys
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import lte
 from lte.train.config import TrainConfig
@@ -15,24 +14,11 @@ from lte.train.two_stage import train_two_stage
 from tests.tiny_models import tiny_dense_model
 from tests.train.toy import toy_rows
 
-gradients_in_buckets: list[bool] = []
-
-
-class RecordedDataParallel(DistributedDataParallel):
-    """Remembers where its gradients lie."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        gradients_in_buckets.append(self.gradient_as_bucket_view)
-
-
 if __name__ == "__main__":
-    torch.nn.parallel.DistributedDataParallel = RecordedDataParallel
     folder, options = sys.argv[1], json.loads(sys.argv[2])
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8, grouping="random"))
     summary = train_two_stage(model, toy_rows(), TrainConfig(**options), folder)
     rank = os.environ.get("RANK", "0")
-    found = {"weights": model.state_dict(), "log": summary.log_history, "gradients_in_buckets": gradients_in_buckets}
-    torch.save(found, f"{folder}/rank{rank}.pt")
+    torch.save({"weights": model.state_dict(), "log": summary.log_history}, f"{folder}/rank{rank}.pt")

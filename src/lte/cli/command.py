@@ -101,6 +101,9 @@ def explanation(error: Exception) -> str | None:
     """What to tell the user of an error that a user can cause and mend, `None` of a bug."""
     # An error of a module can only come where that is loaded.
     torch, objective = sys.modules.get("torch"), sys.modules.get("lte.train.objective")
+    memory = sys.modules.get("lte.train.memory")
+    if memory is not None and isinstance(error, memory.TrainingMemoryError):
+        return str(error)
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"the GPU is out of memory; lower --batch-size or --sequence-length ({error})"
     known = USER_ERRORS if objective is None else (*USER_ERRORS, objective.NonFiniteLossError)

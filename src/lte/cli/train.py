@@ -130,7 +130,7 @@ def train(
     from lte.train.checkpoints import clean_up, folder_lock, newest_checkpoint
     from lte.train.interruption import TrainingStopped
     from lte.train.optimisers import warn_of_lost_steps
-    from lte.train.processes import is_main_process
+    from lte.train.processes import is_main_process, launched
 
     quiet_transformers()
     warn_of_lost_steps(train_config)
@@ -142,7 +142,7 @@ def train(
         teacher=run.model if run.distill_from == "initial" else run.distill_from,
         changed=frozenset(values),
     )
-    again = f"lte train --resume --output {shlex.quote(run.output)}"
+    again = launched(f"train --resume --output {shlex.quote(run.output)}")
     with folder_lock(output) if is_main_process() else nullcontext():
         if is_main_process():
             # What another process wrote before it gave the folder free.

@@ -16,7 +16,7 @@ from lte.runs.workload import Workload
 from lte.train.config import TrainConfig
 from lte.train.disk_space import RunFiles, check_run_space
 from lte.train.memory import estimate_memory, gpu_bytes
-from lte.train.processes import is_main_process, num_processes
+from lte.train.processes import is_main_process, num_processes, reads_weights_once, training_device
 from lte.train.two_stage import stage_steps
 
 MEMORY_HINT = (
@@ -63,7 +63,9 @@ class TrainWatcher(Watcher):
         self.console.print(f"Data: {work.name}, {sizes}.", highlight=False, markup=False)
         for line in work.announcements:
             self.console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
-        if work.measures_first:
+        # One that waits for its shards lies on the CPU, in the first process alone.
+        is_there = all(p.device == training_device() for p in model.parameters())
+        if work.measures_first and is_there and (is_main_process() or not reads_weights_once()):
             start = time.monotonic()
             found = work.measure(model)
             self._measured_s = time.monotonic() - start

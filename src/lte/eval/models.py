@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte.config import DTYPE_NAMES, KERNELS, check_choice
@@ -21,11 +22,12 @@ from lte.hf.checkpoints import load_whole, reading, record_checksums
 from lte.hf.dense import load_dense_model, model_location
 from lte.hf.families import family_of
 from lte.hf.gguf import gguf_config
-from lte.hf.loading import is_ours, method_settings
+from lte.hf.loading import FP32_NAMES, is_ours, method_settings
 from lte.methods import METHODS
 from lte.records import ResultRecord, result_record
 from lte.train.processes import training_device
 
+Place = Literal["device", "cpu", "nowhere"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
@@ -60,13 +62,15 @@ def is_lte(config: Any) -> bool:
     return name in METHODS and METHODS[name].sparse_ffns
 
 
-def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
+def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "off", *, to: Place = "device") -> Any:
     """A dense or LTE model on the GPU if there is one.
 
     Args:
         name_or_path: hub name, folder, or GGUF file.
         dtype: a key of `DTYPES`.
         kernels: one of `lte.eval.kernels.KERNELS`, what computes the FFNs of an LTE model.
+        to: `cpu` leaves it there, for what puts it in shards on GPUs; `nowhere`, for the other processes of that, reads
+            no weight of an LTE model, which then hold anything.
 
     Raises:
         ValueError: for an unknown dtype, kernels or family, or a path that does not exist.
@@ -76,11 +80,28 @@ def load_any_model(name_or_path: str, dtype: str = "float32", kernels: str = "of
     config = load_config(name_or_path)
     family_of(config)
     model: Any
+    if to == "nowhere":
+        return _unread(config, DTYPES[dtype]).eval()
     if is_lte(config):
         model = load_whole(AutoModelForCausalLM, model_location(name_or_path), dtype=DTYPES[dtype])
     else:
         model = load_dense_model(name_or_path, DTYPES[dtype])
-    return use_kernels_(model.to(training_device()).eval(), kernels)
+    return use_kernels_((model.to(training_device()) if to == "device" else model).eval(), kernels)
+
+
+def _unread(config: Any, dtype: torch.dtype) -> Any:
+    """A model with the buffers that it makes itself, and parameters whose memory is reserved and never touched.
+
+    accelerate knows parameters by where they lie, so they must lie somewhere.
+    """
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, parameter in list(model.named_parameters()):
+        own = torch.float32 if not FP32_NAMES.isdisjoint(name.split(".")) else dtype
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, nn.Parameter(torch.empty(parameter.shape, dtype=own)))
+    model.tie_weights()
+    return model
 
 
 def max_positions(model: Any) -> int | None:

@@ -202,7 +202,7 @@ def neuron_order(features: Tensor, config: LteConfig, seed: int, seen: Activity 
         features: what k-means groups, the (gate) input weights [F, D].
         config: of which `expert_size`, `grouping` and `always_on` count.
         seed: of this FFN's groups.
-        seen: what the neurons did on calibration text, for configs that need it.
+        seen: what the neurons did on calibration text, for configs that need it; its sums are lost.
     """
     seen = seen or Activity(None, None)
     number, size = len(features), config.expert_size
@@ -215,7 +215,10 @@ def neuron_order(features: Tensor, config: LteConfig, seed: int, seen: Activity 
     if len(first):
         index = others.to(features.device)
         features = features[index] if seen.features is None else features[index][:, index]
-    order = group_neurons(features, num_neurons=len(others), expert_size=size, method=config.grouping, seed=seed)
+    # What the neurons did is looked at once.
+    order = group_neurons(
+        features, num_neurons=len(others), expert_size=size, method=config.grouping, seed=seed, overwrite=True
+    )
     return torch.cat([first, others[order]])
 
 
@@ -290,11 +293,11 @@ def _activity(
         what = f"always_on={config.always_on}" if config.always_on else f'grouping="{config.grouping}"'
         raise ValueError(f"{what} must get calibration batches, got calibration=None")
     downs: dict[str, Any] = {name: ffn.get_submodule(family.layout.down) for name, ffn in ffns.items()}
-    seen = {name: _collectors(config, family.layout.matrix(down)) for name, down in downs.items()}
+    seen = {name: collectors(config, family.layout.matrix(down)) for name, down in downs.items()}
     masks: dict[str, Tensor] = {}
 
     def collect(name: str, args: tuple[Any, ...]) -> None:
-        seen[name].update(_counted_tokens(args[0], masks[name]))
+        seen[name].update(counted_tokens(args[0], masks[name]))
 
     with before_each_call(downs, collect):
         for batch in tracked(calibration, "Comparing when neurons are active"):
@@ -303,7 +306,13 @@ def _activity(
     return seen
 
 
-def _collectors(config: LteConfig, down: Tensor) -> Activity:
+def collectors(config: LteConfig, down: Tensor) -> Activity:
+    """What looks at an FFN's neurons for the groups of a config.
+
+    Args:
+        config: of which `grouping` and `always_on` count.
+        down: the weight [D, F] of its down projection.
+    """
     features = _collector(config.grouping, down) if config.grouping in CALIBRATED_GROUPINGS else None
     return Activity(features, UsageCounts(down.float().norm(dim=0)) if config.always_on else None)
 
@@ -314,6 +323,6 @@ def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | Contrib
     return ContributionProducts(down.float().norm(dim=0))
 
 
-def _counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The rows [N, F] of hidden [..., F] that are no padding, by mask [B, T]."""
+def counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The rows [N, F] of what goes into a down projection, [..., F], that are no padding, by mask [B, T]."""
     return hidden.flatten(0, -2)[mask.to(hidden.device).flatten()]

@@ -7,6 +7,7 @@ model and of its files. A process that was killed goes on with the layer that it
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from lte.hf.convert import neuron_order, permuted, require_dense
 from lte.hf.families import Family, block_name, dense_ffns
 from lte.hf.install import StockFfn, check_reachable, install_sparse_ffns_, new_router, num_neurons, wrapped_ffns
 from lte.hf.loading import become_sparse_, is_ours
-from lte.hf.streaming import Checkpoint, StreamedFolder, by_block, open_checkpoint, saved_names
+from lte.hf.streamed_activity import StreamedActivity
+from lte.hf.streaming import WORK_FOLDER, Checkpoint, StreamedFolder, by_block, open_checkpoint, saved_names
 from lte.hf.tensor_files import NewTensor
 from lte.methods import densify_
 from lte.progress import tracked
@@ -57,6 +59,7 @@ def convert_folder(
     output: str | Path,
     config: LteConfig | None = None,
     *,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Conversion:
@@ -68,26 +71,32 @@ def convert_folder(
     Args:
         model: hub name, folder with safetensors, or GGUF file, the first of those of a model in parts.
         output: a new folder, or one that was begun.
-        config: of the model; `None` takes `LteConfig()`. Its grouping must go by weights.
+        config: of the model; `None` takes `LteConfig()`.
+        calibration: batches of text as for `lte.sparsify_`, for configs that group by activations. One batch at a time
+            goes through a block; hidden states of all of them are in memory, and on the disk until the end.
         dtype: of the weights; `None` keeps that of the checkpoint. Routers are in float32.
-        device: that groups the neurons.
+        device: that groups the neurons, and runs the blocks for groupings by activations.
 
     Raises:
-        ValueError: for settings that do not fit the model, groupings that need text, or another model in `output`.
+        ValueError: for settings that do not fit the model, groupings that need text without any, or another model in
+            `output`.
         UnreadableModelError: if the checkpoint does not hold the whole model, or numbers that are not finite.
         OSError: if writing fails; the same call goes on from there.
     """
     start, config = time.monotonic(), config or LteConfig()
-    _check_config(config)
+    batches = _check_text(config, calibration)
     checkpoint = open_checkpoint(model, dtype)
     family = require_dense(checkpoint.model, weightless=True)
-    layers = _Layers(checkpoint, family, config, torch.device(device))
+    device, work = torch.device(device), Path(output).expanduser() / WORK_FOLDER
+    activity = StreamedActivity(checkpoint, family, config, batches, device, work) if batches else None
+    layers = _Layers(checkpoint, family, config, device, activity)
     sparse = copy.deepcopy(checkpoint.model)
     install_sparse_ffns_(sparse, family, config)
     become_sparse_(sparse, family, config)
     written = {own: saved for saved, own in saved_names(sparse).items()}
     groups = by_block(written, map(block_name, layers.ffns))
-    folder = StreamedFolder(output, _plan("convert", checkpoint, sparse, config.to_dict()), len(groups))
+    settings = {**config.to_dict(), **({"text": _hash_of(batches)} if batches else {})}
+    folder = StreamedFolder(output, _plan("convert", checkpoint, sparse, settings), len(groups))
 
     def tensors(index: int) -> list[NewTensor]:
         layers.orders.clear()
@@ -96,14 +105,29 @@ def convert_folder(
     return _written(folder, checkpoint, sparse, tensors, "Converting layers", start)
 
 
-def _check_config(config: LteConfig) -> None:
+def _check_text(config: LteConfig, calibration: Iterable[Mapping[str, Tensor]] | None) -> list[Mapping[str, Tensor]]:
+    """The batches of text that a config needs, none for one that goes by weights."""
     config.check_new()
-    if config.needs_text:
+    if not config.needs_text:
+        return []
+    batches = list(calibration or ())
+    if not batches:
         what = f"always_on={config.always_on}" if config.always_on else f"grouping={config.grouping}"
         raise ValueError(
-            f"grouping must go by weights where a model is converted layer by layer (kmeans, random, contiguous), got "
-            f"{what}, which needs the activations of a loaded model; use lte train or lte.sparsify_ for it"
+            f"calibration must hold batches of text for {what}, which goes by activations, got none; give text (lte "
+            "convert --texts FILE), or group by weights (kmeans, random, contiguous)"
         )
+    return batches
+
+
+def _hash_of(batches: Iterable[Mapping[str, Tensor]]) -> str:
+    """SHA-256 of the numbers of all batches."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            found.update(f"{name}{tuple(tensor.shape)}".encode())
+            found.update(tensor.cpu().long().numpy().tobytes())
+    return found.hexdigest()
 
 
 class _Layers:
@@ -114,14 +138,23 @@ class _Layers:
         family: its row.
         config: of the LTE model.
         device: that groups neurons.
+        activity: of the FFNs on text, for a config that needs it.
 
     Attributes:
         ffns: the stock FFNs by name.
         orders: of the neurons of the FFNs that were looked at, to be cleared.
     """
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, config: LteConfig, device: torch.device):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        config: LteConfig,
+        device: torch.device,
+        activity: StreamedActivity | None = None,
+    ):
         self.checkpoint, self.family, self.config, self.device = checkpoint, family, config, device
+        self.activity = activity
         self.ffns = dense_ffns(checkpoint.model, family)
         self.orders: dict[str, Tensor] = {}
         self._stock = {name: StockFfn(i, ffn, family.layout) for i, (name, ffn) in enumerate(self.ffns.items())}
@@ -156,9 +189,11 @@ class _Layers:
 
     def _order(self, ffn: str) -> Tensor:
         stock, layout = self._stock[ffn], self.family.layout
+        # First: the block that it runs is gone then.
+        seen = None if self.activity is None else self.activity.of(ffn)
         features = self.checkpoint.read(f"{ffn}.{layout.gate or layout.up}.weight")
         features = (features.T if layout.transposed else features)[: stock.num_neurons].to(self.device)
-        return neuron_order(features, self.config, self.config.seed + stock.index)
+        return neuron_order(features, self.config, self.config.seed + stock.index, seen)
 
     def _buffer(self, name: str) -> Tensor:
         """What the model's class makes itself, and its file may leave out."""

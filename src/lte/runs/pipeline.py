@@ -18,17 +18,18 @@ import torch
 
 import lte
 from lte.config import MethodConfig
+from lte.eval.models import is_lte, load_config
 from lte.hf.install import sparse_ffns
 from lte.methods import METHODS
 from lte.methods.moefication import relu_fy_
 from lte.runs.own_answers import calibrate_on_answers_
-from lte.runs.workload import Workload
+from lte.runs.workload import TextWorkload, Workload
 from lte.train.adapters import merge_lora, merge_sharded_lora, with_lora
 from lte.train.callbacks import StepTimes
 from lte.train.combinations import retargeted
 from lte.train.config import TrainConfig
 from lte.train.optimisers import cast_weights_
-from lte.train.processes import training_device
+from lte.train.processes import is_main_process, reads_weights_once, training_device
 from lte.train.sharding import gathered, is_in_shards
 from lte.train.summary import TrainingSummary
 from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
@@ -110,7 +111,7 @@ def make_model(
     # What a new head starts from.
     torch.manual_seed(settings.train.seed)
     start = time.monotonic()
-    model = work.load_model(settings.start)
+    model = _loaded(settings, work)
     if work.train is None:
         work.load_data(model)
     watcher.loaded(model)
@@ -160,6 +161,21 @@ def make_model(
     elif settings.config is not None and METHODS[settings.config.name].fit is not None:
         lte.calibrate_(model, _calibration(settings, model, work), max_tokens=None)
     return model, summary
+
+
+def _loaded(settings: ModelSettings, work: Workload) -> Any:
+    """The model to begin with, on the device that trains.
+
+    Where the first process alone reads weights, it has them on its CPU until accelerate hands out the shards, and those
+    of the others hold anything. That takes an LTE model: its neurons are not grouped any more.
+    """
+    once = reads_weights_once() and settings.changed is not None and isinstance(work, TextWorkload)
+    if not (once and is_lte(load_config(settings.start))):
+        return work.load_model(settings.start)
+    if is_main_process():
+        return work.load_model(settings.start, to="cpu")
+    # In the dtype that they will train in: to cast them would touch their memory.
+    return work.load_model(settings.start, settings.train.weights_dtype, to="nowhere")
 
 
 def _with_method(settings: ModelSettings, model: Any, work: Workload) -> Any:

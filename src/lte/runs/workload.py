@@ -23,7 +23,7 @@ from lte.data.tasks.registry import TaskConfig, get_task
 from lte.data.tasks.task import GenerationTask
 from lte.eval.generation import generate_answers
 from lte.eval.kernels import use_kernels_
-from lte.eval.models import DTYPES, held_out_batches, load_any_model, load_config, max_positions
+from lte.eval.models import DTYPES, Place, held_out_batches, load_any_model, load_config, max_positions
 from lte.eval.perplexity import PerplexityResult, evaluate_model
 from lte.eval.sparsity import Measurement
 from lte.eval.tasks import TaskResult, answered_row, check_task, evaluate_task
@@ -72,8 +72,13 @@ class Workload(ABC):
         self.info: dict[str, Any] = {}
 
     @abstractmethod
-    def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
-        """A dense or LTE model with the head that is wanted here, on the GPU if there is one."""
+    def load_model(
+        self, name_or_path: str, dtype: str = "float32", kernels: str = "off", *, to: Place = "device"
+    ) -> Any:
+        """A dense or LTE model with the head that is wanted here, on the GPU if there is one.
+
+        Of language models `to` is as for `load_any_model`.
+        """
 
     @abstractmethod
     def load_teacher(self, name_or_path: str) -> Any:
@@ -117,10 +122,12 @@ class TextWorkload(Workload):
         self.name, self.settings = config.task, {"data": vars(config)}
         self.collator = LmCollator(tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
-    def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
+    def load_model(
+        self, name_or_path: str, dtype: str = "float32", kernels: str = "off", *, to: Place = "device"
+    ) -> Any:
         """A language model."""
         check_next_token(load_config(name_or_path))
-        return load_any_model(name_or_path, dtype, kernels)
+        return load_any_model(name_or_path, dtype, kernels, to=to)
 
     def load_teacher(self, name_or_path: str) -> Any:
         """A dense language model."""
@@ -195,7 +202,9 @@ class TaskWorkload(Workload):
         # Heads are random before training, and generations are slow.
         self.measures_first = self.metric == "perplexity"
 
-    def load_model(self, name_or_path: str, dtype: str = "float32", kernels: str = "off") -> Any:
+    def load_model(
+        self, name_or_path: str, dtype: str = "float32", kernels: str = "off", *, to: Place = "device"
+    ) -> Any:
         """A model with the task's head; a new one if it is to be trained."""
         check_choice("dtype", dtype, tuple(DTYPES))
         check_choice("kernels", kernels, KERNELS)

@@ -20,7 +20,7 @@ from lte.hf.install import wrapped_ffns
 from lte.nn.shards import whole_state
 from lte.nn.wrapped_ffn import numbers_in_4_bits
 from lte.train.config import TrainConfig
-from lte.train.processes import is_main_process
+from lte.train.processes import is_main_process, reads_weights_once
 from lte.train.sharding import unsharded_class
 
 BASE, ADAPTER = "base", "adapter"
@@ -101,7 +101,7 @@ def with_lora(model: Any, config: TrainConfig, folder: Path) -> Any:
     with processes.main_process_first():
         if not (base / "config.json").exists():
             model.save_pretrained(base)
-        else:
+        elif not reads_weights_once():
             # Of the run that is resumed: neurons may come out grouped otherwise on another machine.
             saved = load_whole(type(model), {"pretrained_model_name_or_path": base}, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())

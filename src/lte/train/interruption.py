@@ -31,6 +31,10 @@ class TrainingStopped(SystemExit):
         self.message = message
 
 
+class EvaluationCutError(Exception):
+    """Ends an evaluation inside a training after a SIGTERM, so that there is time for the checkpoint."""
+
+
 class StopRequest:
     """Whether this process was asked to end."""
 

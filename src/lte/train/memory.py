@@ -178,12 +178,19 @@ def _loss(model: Any, config: TrainConfig, tokens: int, distils: bool) -> float:
     return chunk * vocabulary * 4 * _OF_CHUNK + (4 * head.weight.numel() if trains else 0)
 
 
+class TrainingMemoryError(torch.OutOfMemoryError):
+    """Too little memory for a training; the message names the settings to lower."""
+
+
 @contextmanager
 def explained_memory(args: Any) -> Iterator[None]:
     """Says what to lower where a GPU's memory is not enough.
 
     Args:
         args: `transformers.TrainingArguments`.
+
+    Raises:
+        TrainingMemoryError: in the place of `torch.OutOfMemoryError`.
     """
     try:
         yield
@@ -195,7 +202,7 @@ def explained_memory(args: Any) -> Iterator[None]:
             less = f"lower the batch size (per_device_train_batch_size={rows}) to {rows // 2}"
             hints = [f"{less} and raise gradient_accumulation_steps={passes} to {2 * passes}", *hints]
         hints += ["shorten the rows", "take an optimiser with narrow moments, LoRA, or more GPUs (FSDP2)"]
-        raise torch.OutOfMemoryError(
+        raise TrainingMemoryError(
             f"the training needs more memory than there is: {'; '.join(hints)}. {error}"
         ) from error
 

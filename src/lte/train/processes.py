@@ -28,6 +28,24 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def reads_weights_once() -> bool:
+    """Whether the first process alone is to read weights: `fsdp_cpu_ram_efficient_loading` in accelerate's config."""
+    wanted = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return num_processes() > 1 and all(os.environ.get(name, "false").lower() in ("true", "1") for name in wanted)
+
+
+def launched(arguments: str) -> str:
+    """The `lte` command with these arguments, behind the launcher that started this process with others, if one did."""
+    processes = num_processes()
+    if processes == 1:
+        return f"lte {arguments}"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return f"accelerate launch --config_file CONFIG --num_processes {processes} -m lte {arguments}"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    several = f"--nnodes {nodes} " if nodes > 1 else ""
+    return f"torchrun {several}--nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', processes)} -m lte {arguments}"
+
+
 def autocast(config: TrainConfig) -> torch.autocast:
     """bf16 autocast where the config asks for it. Around single passes: it keeps its copies of weights until it ends,
     so that weights which an optimiser changes inside would be used as they were."""

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from lte.hf.inputs import unwrapped
 from lte.nn.router import Router
 from lte.nn.shards import whole_state
+from lte.train.optimisers import OPTIMISERS
 
 ShardKind = Literal["FSDP", "DeepSpeed"]
 # What Trainer writes into a checkpoint of each kind: a file or folder of which the name begins so.
@@ -40,8 +41,14 @@ def prepare_fsdp_(plugin: Any, args: Any, model: nn.Module, checkpointing: str |
         What they call it if it is on now.
 
     Raises:
-        ValueError: for FSDP of version 1.
+        ValueError: for FSDP of version 1, and an optimiser of bitsandbytes, whose kernels take no shards.
     """
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim in OPTIMISERS and OPTIMISERS[optim].package == "bitsandbytes":
+        raise ValueError(
+            f"optim must be none of bitsandbytes, which takes no shards, with FSDP, got optim={optim}; take "
+            "adamw_torch_fused"
+        )
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version must be 2, got fsdp_version={plugin.fsdp_version}; take accelerate's config from lte configs"

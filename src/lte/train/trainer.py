@@ -58,7 +58,7 @@ from lte.train.disk_space import check_space, what_to_delete
 from lte.train.documents import separators_of
 from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
 from lte.train.fingerprint import run_fingerprint
-from lte.train.interruption import StopRequest, TrainingStopped, keep_workers, noted_sigterm
+from lte.train.interruption import EvaluationCutError, StopRequest, TrainingStopped, keep_workers, noted_sigterm
 from lte.train.layer_budgets import BUDGET_TOKENS, budgets, loss_rises
 from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
@@ -390,7 +390,12 @@ class RoutingMixin(RoutingLoss, RoutingControl):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the trainer's; where the loss alone is asked for, without the logits of all tokens if it can be."""
+        """As the trainer's; where the loss alone is asked for, without the logits of all tokens if it can be.
+
+        Inside a training a SIGTERM to any process ends the evaluation here.
+        """
+        if self.is_in_train and self._asked_anywhere():
+            raise EvaluationCutError
         self._loss_alone = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
@@ -615,8 +620,24 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         sums = self.accelerator.reduce(torch.stack([active, tokens]).float().to(self.args.device), reduction="sum")
         return 1 - (sums[0] / sums[1].clamp_min(1)).mean().item()
 
+    def _asked_anywhere(self) -> bool:
+        asked = torch.tensor(int(self.stop_request.asked), device=self.args.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum") if self.accelerator.num_processes > 1 else asked)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the trainer's; of one that a SIGTERM has cut there are no metrics, and a checkpoint follows."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationCutError:
+            self.stops = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """While the target still rises no checkpoint is the best one: it would be the least sparse."""
+        if self.stops:
+            # Saved, as the best ones alone may be, without being one of them.
+            return True
         if self.ffns and self.stage.number == 1 and self.schedule.stage1_steps < self.schedule.max_steps:
             return False
         return super()._determine_best_metric(metrics=metrics, trial=trial)

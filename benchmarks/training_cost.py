@@ -1,0 +1,164 @@
+"""What training with LTE costs by the size of the model: memory, disk and hours, for docs/scaling.md.
+
+Memory and disk are what `lte train` says at its start, from the shapes of the model alone. Hours are the FLOPs of the
+dense training over what a GPU does of its peak, which is measured (benchmarks/training_speed.py) or, without a
+measurement, assumed. Where the very shape and kind of training was measured, memory and hours are those of the run.
+
+    python benchmarks/training_cost.py --page docs/scaling.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from training_speed import KINDS, PEAK_FLOPS, make_config, parse, training_flops
+from transformers import AutoModelForCausalLM
+
+import lte
+from lte.bench.shapes import shape_config
+from lte.hf.families import family_of
+from lte.hf.install import install_sparse_ffns_
+from lte.records import read_json
+from lte.train.disk_space import RunFiles
+from lte.train.memory import MemoryEstimate, estimate_memory
+
+SIZES = {"1.5B": "qwen2.5-1.5b", "7B": "llama2-7b", "13B": "llama2-13b", "70B": "llama2-70b"}
+NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+BEGIN, END = "<!-- benchmarks/training_cost.py writes from here -->", "<!-- to here -->"
+# Of a GPU's peak, where nothing was measured.
+ASSUMED = 0.35
+TOKENS, LENGTH, BATCH = 1e8, 2048, 4
+# Bytes of a GPU that a training may take, with room for CUDA and for what is split badly.
+USABLE = 72e9
+MARK = r"\*"
+
+
+def sparse_model(shape: str) -> Any:
+    """An LTE model without weights."""
+    config = shape_config(shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        install_sparse_ffns_(model, family_of(config), lte.LteConfig(expert_size=32))
+    return model
+
+
+def estimates(shape: str, kind: str) -> tuple[MemoryEstimate, RunFiles]:
+    """Memory and disk of a training of the kind."""
+    flags = ["--shape", shape, "--kinds", kind, "--batch", str(BATCH), "--length", str(LENGTH)]
+    config, model = make_config(parse(flags), kind, "straight_through"), sparse_model(shape)
+    return estimate_memory(model, config, LENGTH), RunFiles.of(model, config)
+
+
+def gpus(memory: MemoryEstimate, shape: str) -> int:
+    """How many GPUs of 80 GB it takes; with more than one, weights, gradients and moments are in shards (FSDP2).
+
+    Each GPU then has one block whole, and its logits at once: in bf16, their logarithms and a gradient in fp32.
+    """
+    if memory.total <= USABLE:
+        return 1
+    config = shape_config(shape)
+    split = memory.weights + memory.gradients + memory.moments
+    whole = memory.weights / config.num_hidden_layers + memory.activations
+    whole += BATCH * LENGTH * config.vocab_size * 14
+    return next(2**power for power in range(1, 12) if split / 2**power + whole <= USABLE)
+
+
+def measured_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows of LTE on one GPU, each with the settings of its file."""
+    found = []
+    for content in map(read_json, files):
+        if content["processes"] == 1:
+            rows = [row for row in content["rows"] if row["model"] == "lte" and "note" not in row]
+            found += [{**row, "config": content["config"]} for row in rows]
+    return found
+
+
+def of_run(rows: Sequence[dict[str, Any]], shape: str, kind: str) -> list[dict[str, Any]]:
+    """The rows of just this training: both stages, with the batch and length of the table and without a teacher."""
+    wanted = {"shape": shape, "length": LENGTH, "batch": BATCH, "teacher": False, "checkpointing": True, "layers": None}
+    return [
+        row for row in rows if row["training"] == kind and all(row["config"].get(key) == wanted[key] for key in wanted)
+    ]
+
+
+def hours(
+    shape: str, kind: str, measured: Sequence[dict[str, Any]], utilisation: Sequence[float], tokens: float
+) -> float:
+    """Hours of one H200 for so many tokens, half of them in each stage.
+
+    Args:
+        shape: of the model.
+        kind: of the training.
+        measured: rows of this very training, if there are any.
+        utilisation: of the peak, of other trainings of the kind; the mean counts.
+        tokens: of both stages.
+    """
+    if measured:
+        return tokens * statistics.fmean(1 / row["tokens_per_s"] for row in measured) / 3600
+    rate = statistics.fmean(utilisation) * PEAK_FLOPS["H200"] / training_flops(shape_config(shape), kind, LENGTH)
+    return tokens / rate / 3600
+
+
+def table(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of the table, and what they rest on."""
+    use = {kind: _utilisation(measured, kind) for kind in KINDS}
+    heads = ["size", "training", "GPU memory, GB", "GPUs of 80 GB", "folder, GB", "disk in training, GB", "hours"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for size, shape in SIZES.items():
+        for kind in KINDS:
+            memory, files = estimates(shape, kind)
+            own = of_run(measured, shape, kind)
+            peaks = [row["peak_memory_bytes"] for row in own if row["peak_memory_bytes"]]
+            cells = [
+                *(size, NAMES[kind]),
+                _number(max(peaks) / 1e9) + MARK if peaks else _number(memory.total / 1e9),
+                *(str(gpus(memory, shape)), _number(files.model / 1e9), _number(files.most / 1e9)),
+                _number(hours(shape, kind, own, use[kind] or [ASSUMED], TOKENS)) + (MARK if own else ""),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    rates = [
+        f"{NAMES[kind]} " + (f"{statistics.fmean(found):.0%} (measured)" if found else f"{ASSUMED:.0%} (assumed)")
+        for kind, found in use.items()
+    ]
+    stars = "Numbers with a star are measured, all others arithmetic" if measured else "All of it is arithmetic"
+    return [*lines, "", f"{stars}. Hours rest on these shares of an H200's peak in bf16: {', '.join(rates)}."]
+
+
+def _utilisation(measured: Sequence[dict[str, Any]], kind: str) -> list[float]:
+    found = [row["model_flops_utilisation"] for row in measured if row["training"] == kind]
+    return [value for value in found if value]
+
+
+def _number(value: float) -> str:
+    """Two digits."""
+    digits = max(0, 1 - math.floor(math.log10(value))) if value else 0
+    return f"{round(value, 1 - math.floor(math.log10(value))) if value else 0:.{digits}f}"
+
+
+def write_page(page: Path, lines: Sequence[str]) -> None:
+    """Puts the lines between the marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = sorted((Path(__file__).parents[1] / "results").glob("training_speed*.json"))
+    parser.add_argument("--measured", type=Path, nargs="*", default=known, help="unset: results/training_speed*.json")
+    parser.add_argument("--page", type=Path, help="whose table is written anew")
+    args = parser.parse_args(arguments)
+    lines = table(measured_rows(args.measured))
+    print("\n".join(lines))
+    if args.page:
+        write_page(args.page, lines)
+
+
+if __name__ == "__main__":
+    main()
