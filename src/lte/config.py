@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
-Grouping = Literal["kmeans", "coactivation", "contribution", "random", "contiguous"]
-CALIBRATED_GROUPINGS = ("coactivation", "contribution")
+Grouping = Literal["kmeans", "coactivation", "contribution", "chunks", "random", "contiguous"]
+CALIBRATED_GROUPINGS = ("coactivation", "contribution", "chunks")
 FfnMode = Literal["dense", "soft", "straight_through", "hard"]
 
 CONFIG_VERSION = 2
@@ -164,8 +164,8 @@ class LteConfig(MethodConfig):
         target_sparsity: share of FFN neurons that a token shall skip, mean over tokens and layers, in [0, 1).
         expert_size: neurons per expert; it must divide the number of FFN neurons.
         grouping: how neurons are put into experts: balanced `kmeans` on their (gate) input weights as in the
-            paper, `coactivation` or `contribution` on calibration text, `random`, or `contiguous` (the order of
-            the checkpoint).
+            paper, `coactivation` or `contribution` on calibration text, `chunks`, which is `contribution` to 8 tokens
+            in a row, `random`, or `contiguous` (the order of the checkpoint).
         router_rank: rank of a low-rank router D -> rank -> E; `None` is the paper's single linear layer,
             D -> E.
         threshold: tau; an expert is active where its router score exceeds it. At most 0.9 where routers are new,

@@ -17,7 +17,7 @@ from lte.hf.install import check_reachable, check_unchunked, drop_down_bias_, nu
 from lte.hf.loading import is_ours
 from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
 from lte.nn.all_or_nothing import all_or_nothing, on_failure
-from lte.nn.clustering import CoactivationCounts, ContributionProducts, UsageCounts, group_neurons
+from lte.nn.clustering import ChunkProducts, CoactivationCounts, ContributionProducts, UsageCounts, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 from lte.progress import tracked
@@ -177,10 +177,16 @@ class Activity:
     features: CoactivationCounts | ContributionProducts | None
     usage: UsageCounts | None
 
-    def update(self, hidden: Tensor) -> None:
-        for collector in (self.features, self.usage):
-            if collector is not None:
-                collector.update(hidden)
+    def update(self, hidden: Tensor, mask: Tensor) -> None:
+        """Adds activations [B, T, F], or [B T, F], of the tokens of a mask [B, T]."""
+        mask = mask.to(hidden.device)
+        counted = _counted_tokens(hidden, mask)
+        if isinstance(self.features, ChunkProducts):
+            self.features.update_rows(hidden.reshape(*mask.shape, -1), mask)
+        elif self.features is not None:
+            self.features.update(counted)
+        if self.usage is not None:
+            self.usage.update(counted)
 
 
 def _neuron_orders(
@@ -294,7 +300,7 @@ def _activity(
     masks: dict[str, Tensor] = {}
 
     def collect(name: str, args: tuple[Any, ...]) -> None:
-        seen[name].update(_counted_tokens(args[0], masks[name]))
+        seen[name].update(args[0], masks[name])
 
     with before_each_call(downs, collect):
         for batch in tracked(calibration, "Comparing when neurons are active"):
@@ -311,9 +317,10 @@ def _collectors(config: LteConfig, down: Tensor) -> Activity:
 def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | ContributionProducts:
     if grouping == "coactivation":
         return CoactivationCounts(down.shape[1])
-    return ContributionProducts(down.float().norm(dim=0))
+    kind = ChunkProducts if grouping == "chunks" else ContributionProducts
+    return kind(down.float().norm(dim=0))
 
 
 def _counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     """The rows [N, F] of hidden [..., F] that are no padding, by mask [B, T]."""
-    return hidden.flatten(0, -2)[mask.to(hidden.device).flatten()]
+    return hidden.flatten(0, -2)[mask.flatten()]

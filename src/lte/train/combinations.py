@@ -61,7 +61,7 @@ def check_combination(
     check_regrouping(train, 1 in stages, has_adapters=train.lora_rank is not None)
     if train.regroup_count and train.optim == "adamw_bnb_8bit":
         refuse_moments(train.optim, "moments in blocks of its own")
-    if train.union_weight and train.union_tokens > sequence_length:
+    if (train.union_weight or train.price_on == "union") and train.union_tokens > sequence_length:
         raise ValueError(
             f"union_tokens must be at most sequence_length={sequence_length}, as rows without a whole chunk have no "
             f"union loss, got union_tokens={train.union_tokens}; lower it"
