@@ -112,7 +112,7 @@ class SteppingMixin:
 def _is_plain(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for nothing but tokens, scores and logits of a model that can give them by steps."""
     given = {name for name, value in model_kwargs.items() if value is not None}
-    asked = ("output_attentions", "output_hidden_states", "compile_config", "is_assistant")
+    asked = ("output_attentions", "output_hidden_states", "compile_config")
     return (
         given <= _INPUTS
         and bool(model_kwargs.get("use_cache"))
@@ -279,7 +279,9 @@ class _Generation:
         model_kwargs: dict[str, Any],
     ) -> Any:
         """As `_sample` of transformers."""
-        logits = self.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True).logits[:, -1]
+        # An assistant has read the tokens before its last ones in an earlier call.
+        first = not generation_config.is_assistant
+        logits = self.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first).logits[:, -1]
         returned, scores, raw_logits = generation_config.return_dict_in_generate, list[Tensor](), list[Tensor]()
         ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         pad: Any = generation_config._pad_token_tensor
