@@ -24,6 +24,7 @@ SETTINGS = (
     "router_rank",
     "threshold",
     "always_on",
+    "router_context",
     "dropped_bias",
     "seed",
 )

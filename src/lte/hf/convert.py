@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, check_expert_size
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
-from lte.hf.install import check_reachable, check_unchunked, drop_down_bias_, num_neurons, sparse_ffns, wrapped_ffns
+from lte.hf.install import (
+    check_reachable,
+    check_unchunked,
+    drop_down_bias_,
+    forget_context_,
+    num_neurons,
+    sparse_ffns,
+    wrapped_ffns,
+)
 from lte.hf.loading import is_ours
 from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
 from lte.nn.all_or_nothing import all_or_nothing, on_failure
@@ -31,6 +39,7 @@ def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
         family: its row.
         stock_config: what the stock FFNs are made from.
     """
+    forget_context_(model)
     for name, wrapped in wrapped_ffns(model).items():
         if family.layout.spread:
             wrapped.leave_()
