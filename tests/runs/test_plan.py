@@ -47,6 +47,7 @@ EXAMPLES = {
     "ablations/wikipedia_fewer_articles": 6,
     "recipe/ideas": 34,
     "recipe/steady": 12,
+    "recipe/company": 34,
     "recipe/teacher": 3,
     "recipe/tokens": 7,
 }
