@@ -15,6 +15,7 @@ import argparse
 import inspect
 import shlex
 import statistics
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         explain(model, rows, measured, prompts)
         engines = {PLAIN: has_engine(model), **{f"{s:g}": has_engine(draft) for s, draft in drafts.items()}}
     common = {"benchmark": "speculation", "dtype": args.dtype, "batch": 1, "max_tokens": args.tokens}
-    command = shlex.join(["python", "benchmarks/speculation.py", *(arguments or []), "--output", str(args.output)])
+    command = shlex.join(["python", "benchmarks/speculation.py", *(sys.argv[1:] if arguments is None else arguments)])
     header = {"model": args.folder, "assistant": args.assistant, "whole_steps": engines, "command": command}
     write_rows(args.output, [{**common, **row} for row in rows], **header)
     for row in rows:

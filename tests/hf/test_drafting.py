@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import lte
 from lte.eval.answers import first_difference, generate_greedily
@@ -19,6 +21,8 @@ from tests.hf.step_models import STEP_TYPES, accelerated, step_model
 from tests.tiny_models import PAD, VOCAB, tiny_dense_model, tiny_sparse_model
 
 TOKENS = 30
+# Transformers takes tokens of padding in what an assistant reads for padding, wherever they are.
+NEVER: dict[str, Any] = {"suppress_tokens": [PAD]}
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +74,38 @@ def test_answers_are_those_of_plain_decoding(model_type: str, prompt: Tensor) ->
 def test_a_draft_at_the_same_threshold_is_always_right(make: Any, prompt: Tensor) -> None:
     model = make("qwen2", use_sliding_window=False)
     draft, clock = propose_(lte.draft_of(model, 0.5), 4), PassClock()
-    # Transformers takes tokens of padding in what an assistant reads for padding, wherever they are.
-    never: dict[str, Any] = {"suppress_tokens": [PAD]}
-    found = generate_greedily(model, prompt, TOKENS, assistant_model=draft, streamer=clock, **never)
-    assert torch.equal(found, generate_greedily(model, prompt, TOKENS, **never))
+    found = generate_greedily(model, prompt, TOKENS, assistant_model=draft, streamer=clock, **NEVER)
+    assert torch.equal(found, generate_greedily(model, prompt, TOKENS, **NEVER))
     assert (clock.passes, clock.tokens) == (TOKENS // 5, TOKENS)
     # Where an engine computes the model, drafts are written by whole decoding steps, too.
     assert has_engine(draft) == (make is accelerated)
+
+
+def test_drafts_read_what_was_kept_by_steps_too(prompt: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = accelerated("qwen2", use_sliding_window=False)
+    draft, read = propose_(lte.draft_of(model, 0.7), 4), list[int]()
+    prefill = type(draft)._prefill
+
+    def counted(self: Any, input_ids: Tensor, config: Any, kwargs: Any, **settings: Any) -> Any:
+        if self is draft:
+            read.append(input_ids.shape[1] - kwargs["past_key_values"].get_seq_length())
+        return prefill(self, input_ids, config, kwargs, **settings)
+
+    monkeypatch.setattr(type(draft), "_prefill", functools.wraps(prefill)(counted))
+    plain = generate_greedily(model, prompt, TOKENS, **NEVER)
+    assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=draft, **NEVER), plain)
+    # The prompt; and before the last token, of which there is no step to be had.
+    assert read in ([32], [32, 1], [32, 2])
+    # A cache that is one token behind, and one that is three.
+    for missing, by_modules in ((1, []), (3, [3])):
+        kept = DynamicCache(config=draft.config)
+        with torch.no_grad():
+            draft.model(input_ids=plain[:, : 40 - missing], past_key_values=kept, use_cache=True)
+        read.clear()
+        found = generate_greedily(draft, plain[:, :40], 6, past_key_values=kept)
+        assert read == by_modules
+        assert torch.equal(found, generate_greedily(draft, plain[:, :40], 6))
+        assert kept.get_seq_length() == 45
 
 
 def test_a_draft_has_the_weights_of_its_model_and_a_threshold_of_its_own(prompt: Tensor) -> None:
