@@ -26,6 +26,7 @@ from lte.bench.rows import REQUIRED_FIELDS
 from lte.bench.shapes import shape_config
 from lte.eval.flops import meta_model
 from lte.eval.models import load_any_model
+from lte.eval.speculation import PassClock
 from lte.hf.dense import load_tokenizer
 from lte.nn.wrapped_ffn import numbers_in_4_bits
 from lte.ops.step import engines
@@ -379,6 +380,56 @@ class TestBlockSparseTraining:
         assert list(runs) == ["masked"]
         with pytest.raises(GateError, match="output of grouped 1"):
             module.check({"masked": lambda x: 2 * x, "grouped 1": lambda x: 3 * x}, inputs, grad)
+
+
+class TestSpeculation:
+    def test_a_row_for_each_provider_and_kind(self, script: Any, tmp_path: Path) -> None:
+        module, folder = script("speculation"), save_sparse_model(tmp_path)
+        (tmp_path / "prompts.json").write_text(
+            json.dumps({"edits": ["a b c a b c a b"], "chats": ["Who?", "Why is it?"]})
+        )
+        flags = ["--dtype", "float32", "--lookup", "3", "--drafts", "0.6", "--draft-tokens", "2", "--tokens", "24"]
+        flags += ["--rounds", "2", "--prompts", str(tmp_path / "prompts.json"), "--assistant", folder]
+        module.main([folder, *flags, "--output", str(tmp_path / "rows.json")])
+        found = read_json(tmp_path / "rows.json")
+        names = ["plain", "plain, by modules", "lookup of 3", "draft at 0.6, 2 tokens", "assistant, 2 tokens"]
+        names.append("the draft at 0.6 alone")
+        assert [(row["kind"], row["provider"]) for row in found["rows"]] == [
+            (kind, name) for kind in ("edits", "chats") for name in names
+        ]
+        for row in found["rows"]:
+            assert row["prompts"] == {"edits": 1, "chats": 2}[row["kind"]]
+            assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            assert row["git_commit"] == environment()["git_commit"]
+            if not row["provider"].startswith("the draft"):
+                assert row["equal_answers"] == row["prompts"]
+                assert row["differences"] == []
+            if row["provider"].startswith("plain"):
+                assert row["tokens_per_pass"] == 1
+        # The assistant is the model itself: what it proposes stays, up to 3 tokens at a time.
+        assert all(
+            1.5 < row["tokens_per_pass"] <= 3 for row in found["rows"] if row["provider"].startswith("assistant")
+        )
+        assert found["rows"][0]["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+
+    def test_differences_are_explained(self, script: Any) -> None:
+        module = script("speculation")
+        model, clock = randomise_routers_(lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8))), PassClock()
+        for count in (4, 1, 1):
+            clock.put(torch.zeros(count))
+        one, other = torch.tensor([5, 6, 7]), torch.tensor([5, 8, 7])
+        prompts = [("chats", torch.tensor([[3, 4]]))]
+        measured = {"plain": [(one, [clock])], "lookup of 3": [(other, [clock])]}
+        rows = module.rows_of("chats", measured, prompts)
+        assert [row["equal_answers"] for row in rows] == [1, 0]
+        module.explain(model, rows, measured, prompts)
+        (difference,) = rows[1]["differences"]
+        assert (difference["prompt"], difference["place"]) == (0, 1)
+        with torch.no_grad():
+            best = model(torch.tensor([[3, 4, 5]])).logits[0, -1].double().topk(2).values
+        assert difference["logit_gap"] == pytest.approx((best[0] - best[1]).item(), rel=1e-4)
+        assert 0 <= difference["score_distance"] < 0.5
+        assert module.place_of_difference(torch.tensor([1, 2]), torch.tensor([1, 2, 3])) == 2
 
 
 def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(

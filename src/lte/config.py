@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
-Grouping = Literal["kmeans", "coactivation", "contribution", "random", "contiguous"]
-CALIBRATED_GROUPINGS = ("coactivation", "contribution")
+Grouping = Literal["kmeans", "coactivation", "contribution", "chunks", "random", "contiguous"]
+CALIBRATED_GROUPINGS = ("coactivation", "contribution", "chunks")
 FfnMode = Literal["dense", "soft", "straight_through", "hard"]
 
 CONFIG_VERSION = 2
@@ -164,8 +164,8 @@ class LteConfig(MethodConfig):
         target_sparsity: share of FFN neurons that a token shall skip, mean over tokens and layers, in [0, 1).
         expert_size: neurons per expert; it must divide the number of FFN neurons.
         grouping: how neurons are put into experts: balanced `kmeans` on their (gate) input weights as in the
-            paper, `coactivation` or `contribution` on calibration text, `random`, or `contiguous` (the order of
-            the checkpoint).
+            paper, `coactivation` or `contribution` on calibration text, `chunks`, which is `contribution` to 8 tokens
+            in a row, `random`, or `contiguous` (the order of the checkpoint).
         router_rank: rank of a low-rank router D -> rank -> E; `None` is the paper's single linear layer,
             D -> E.
         threshold: tau; an expert is active where its router score exceeds it. At most 0.9 where routers are new,
@@ -174,6 +174,9 @@ class LteConfig(MethodConfig):
         always_on: share of experts that every token computes, in [0, 1), at least one if it is not 0: they hold the
             neurons that are most often among a token's tenth of largest contributions on calibration text, and the
             router decides on the others. They count as active.
+        router_context: of how many tokens before its own, in the same document, a router reads the mean besides its
+            own; 0 for none. Learned summaries of them are kept in the cache. No kernel and no engine computes such
+            routers: plain PyTorch runs the model.
         dropped_bias: whether training adds to every FFN's output a vector that starts as the mean of what is dropped
             (SPON, arXiv 2512.12744). It is the bias of the down projection, which gets one where the family has none.
         seed: seed of the grouping and of the router's initialisation.
@@ -185,11 +188,13 @@ class LteConfig(MethodConfig):
     router_rank: int | None = None
     threshold: float = 0.5
     always_on: float = 0.0
+    router_context: int = 0
     dropped_bias: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole_number("router_context", self.router_context, 0)
         check_fraction("always_on", self.always_on)
         check_choice("grouping", self.grouping, get_args(Grouping))
         if self.expert_size < 1:

@@ -334,7 +334,7 @@ def test_the_dense_control_is_a_stock_model(dense_folder: Path, run: Callable[..
     assert record["value"] == pytest.approx(record["perplexity_before"], rel=0.1)
 
 
-@pytest.mark.parametrize("grouping", ["coactivation", "contribution"])
+@pytest.mark.parametrize("grouping", ["coactivation", "contribution", "chunks"])
 def test_grouping_by_activity_gets_its_text(
     dense_folder: Path, run: Callable[..., Any], tmp_path: Path, grouping: str
 ) -> None:
@@ -372,6 +372,10 @@ def test_grouping_by_activity_gets_its_text(
         ),
         (
             ["--model", "MODEL", "--output", "OUT", "--union-weight", "1", "--union-tokens", "64"],
+            "union_tokens must be at most sequence_length=32",
+        ),
+        (
+            ["--model", "MODEL", "--output", "OUT", "--price-on", "union", "--union-tokens", "64"],
             "union_tokens must be at most sequence_length=32",
         ),
         (

@@ -131,7 +131,7 @@ def always_on(model_type: str = "llama", share: float = 0.25, **options: Any) ->
     return lte.sparsify_(model, config, calibration=text_for(model))
 
 
-@pytest.mark.parametrize("grouping", ["random", "contiguous", "kmeans", "coactivation", "contribution"])
+@pytest.mark.parametrize("grouping", ["random", "contiguous", "kmeans", "coactivation", "contribution", "chunks"])
 def test_the_most_used_neurons_lie_in_the_experts_that_are_always_on(grouping: str, relative_rms: Measure) -> None:
     tokens, dense = TEXT[0]["input_ids"], tiny_dense_model()
     hidden: list[Tensor] = []

@@ -63,7 +63,7 @@ def test_whole_experts_are_kept_as_many_as_the_target_says(method: str) -> None:
     assert len(kept[..., 0].flatten(0, 1).gt(0).unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("grouping", ["coactivation", "contribution"])
+@pytest.mark.parametrize("grouping", ["coactivation", "contribution", "chunks"])
 def test_groupings_on_text_need_text(grouping: Any, tokens: Tensor) -> None:
     config = config_for("sigma_moe", grouping=grouping)
     with pytest.raises(ValueError, match="sigma_moe must get calibration batches, got none; pass calibration"):
@@ -190,7 +190,7 @@ def test_the_entropy_loss_is_lowest_for_a_broad_selection_over_the_tokens_that_c
     [
         (NoisyTopkConfig, {"load_weight": -1}, "load_weight must not be negative, got load_weight=-1"),
         (NoisyTopkConfig, {"importance_weight": -1}, "importance_weight must not be negative, got"),
-        (NoisyTopkConfig, {"grouping": "size"}, "grouping must be one of kmeans, coactivation, contribution"),
+        (NoisyTopkConfig, {"grouping": "size"}, "grouping must be one of kmeans, coactivation, contribution, chunks"),
         (SigmaMoeConfig, {"entropy_weight": -1}, "entropy_weight must not be negative, got entropy_weight=-1"),
         (SigmaMoeConfig, {"expert_dropout": 1.0}, r"expert_dropout must lie in \[0, 1\), got expert_dropout=1.0"),
     ],

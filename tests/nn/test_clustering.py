@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from lte.nn.balanced_kmeans import MAX_NORM, integer_gram, partition
-from lte.nn.clustering import CoactivationCounts, ContributionProducts, check_expert_size, group_neurons, inertia
+from lte.nn.clustering import (
+    ChunkProducts,
+    CoactivationCounts,
+    ContributionProducts,
+    check_expert_size,
+    group_neurons,
+    inertia,
+)
 
-METHODS = ["kmeans", "coactivation", "contribution", "random", "contiguous"]
+METHODS = ["kmeans", "coactivation", "contribution", "chunks", "random", "contiguous"]
 SHAPES = [(64, 100, 32), (96, 8, 32), (100, 24, 10), (64, 7, 64), (64, 5, 1), (1536, 16, 32)]
 
 
@@ -28,6 +35,12 @@ def purity(labels, order, expert_size):
 
 def features_of(weights, method):
     """What `method` takes for neurons whose activations are the rows of `weights`."""
+    if method == "chunks":
+        products = ChunkProducts(weights.norm(dim=1), chunk=2)
+        tokens = weights.shape[1] + weights.shape[1] % 2
+        rows = torch.nn.functional.pad(weights, (0, tokens - weights.shape[1])).T[None]
+        products.update_rows(rows, torch.ones(1, tokens, dtype=torch.bool))
+        return products.gram
     if method not in ("coactivation", "contribution"):
         return weights
     collector = (
@@ -206,6 +219,28 @@ def test_contributions_are_the_centred_roots_of_what_neurons_add():
     added = torch.einsum("ti,di->tid", hidden, down).norm(dim=2).sqrt()
     profiles = added - added.mean(1, keepdim=True)
     torch.testing.assert_close(products.gram.double(), profiles.T @ profiles, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_are_the_means_of_whole_chunks_that_count():
+    hidden, down = torch.randn(2, 7, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 2] = False
+    products = ChunkProducts(down.norm(dim=0), chunk=3)
+    products.update_rows(hidden.float(), mask)
+    added = torch.einsum("rti,di->rtid", hidden, down).norm(dim=3).sqrt()
+    profiles = added - added.mean(2, keepdim=True)
+    rows = torch.stack([profiles[r, start : start + 3].mean(0) for r, start in ((0, 0), (0, 3), (1, 3))])
+    torch.testing.assert_close(products.gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_group_what_is_strong_in_the_same_stretches():
+    labels = torch.arange(8).repeat_interleave(16)[torch.randperm(128)]
+    topics = torch.randint(0, 8, (60, 1, 1))
+    # Within a stretch each token uses a random half of the set; no two neurons of a set always go together.
+    strong = (labels == topics) & (torch.rand(60, 8, 128) < 0.5)
+    products = ChunkProducts(torch.ones(128))
+    products.update_rows(torch.where(strong, 1.0, 0.01), torch.ones(60, 8, dtype=torch.bool))
+    assert purity(labels, order_of(products.gram, 16, "chunks"), 16) == 1
 
 
 def test_coactivation_keeps_more_pairs_inside_experts_than_chance():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lte.nn.locality import UNION_SHARPNESS, predecessor_loss, union_loss
+from lte.nn.locality import UNION_SHARPNESS, chunk_efficiency_loss, predecessor_loss, union_loss
+from lte.nn.losses import efficiency_loss
 
 L, B, T, E = 2, 2, 9, 3
 # A document ends inside the first row, and the second row ends with padding.
@@ -68,6 +69,28 @@ def test_union_loss_is_that_of_whole_chunks_of_one_document(mask: Tensor | None,
     torch.testing.assert_close(torch.autograd.grad(found.sum(), given), torch.autograd.grad(wanted.sum(), given))
 
 
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_the_price_of_a_chunk_is_that_of_its_largest_score(mask: Tensor | None) -> None:
+    given, values = logits(), []
+    for row in range(B):
+        for start in range(0, T - 2, 3):
+            places = range(start, start + 3)
+            if all(FOLLOWS[row, t] for t in places[1:]) and (mask is None or all(mask[row, t] for t in places)):
+                mean = sum((UNION_SHARPNESS * given[:, row, t]).exp() for t in places) / 3
+                values.append((mean.log() / UNION_SHARPNESS).sigmoid().square().mean(-1))
+    wanted = torch.stack(values).mean(0)
+    found = chunk_efficiency_loss(given, FOLLOWS, mask, chunk=3)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), given), torch.autograd.grad(wanted.sum(), given))
+    # Tokens that choose alike cost what each of them costs alone, also where all of them are on.
+    for logit in (3.0, -1.0):
+        alike = torch.full((L, B, T, E), logit, requires_grad=True)
+        loss = chunk_efficiency_loss(alike, FOLLOWS, chunk=3)
+        torch.testing.assert_close(loss, efficiency_loss(alike.sigmoid(), layers=True))
+        assert torch.autograd.grad(loss.sum(), alike)[0][:, 1].lt(0).logical_not().all()
+        assert torch.autograd.grad(chunk_efficiency_loss(alike, FOLLOWS, chunk=3).sum(), alike)[0][:, 1].all()
+
+
 def test_equal_neighbours_and_experts_that_are_always_on_cost_and_push_nothing() -> None:
     same = torch.randn(1, 1, 1, E, dtype=torch.float64).expand(L, B, T, E).clone().requires_grad_()
     loss = predecessor_loss(same, FOLLOWS)
@@ -90,5 +113,6 @@ def test_nothing_in_the_next_document_matters() -> None:
 
 
 def test_rows_shorter_than_a_chunk_have_no_union() -> None:
-    loss = union_loss(logits(), FOLLOWS, chunk=T + 1)
-    assert loss.tolist() == [0.0] * L
+    for loss in (union_loss(logits(), FOLLOWS, chunk=T + 1), chunk_efficiency_loss(logits(), FOLLOWS, chunk=T + 1)):
+        assert loss.tolist() == [0.0] * L
+        assert loss.requires_grad

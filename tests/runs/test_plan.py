@@ -48,6 +48,7 @@ EXAMPLES = {
     "recipe/ideas": 20,
     "recipe/ideas_low_rate": 26,
     "recipe/steady": 12,
+    "recipe/company": 34,
     "recipe/teacher": 3,
     "recipe/tokens": 7,
 }

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, default_data
 import lte
 from lte.data.rows import LmCollator, TokenRows, token_mask
 from lte.nn.evenness import EVEN_SHARPNESS
-from lte.nn.locality import predecessor_loss, union_loss
+from lte.nn.locality import chunk_efficiency_loss, predecessor_loss, union_loss
 from lte.nn.losses import efficiency_loss, margin_loss
 from lte.train.added_terms import AddedTerms
 from lte.train.arguments import LteTrainingArguments
@@ -169,6 +169,7 @@ def test_compiled_and_checkpointed_training_is_the_eager_one(
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **{**kwargs, "backend": counter}))
     torch.compiler.reset()
     options = {**ALL, "match_to": match_to, "max_steps": 4, "router_fit_tokens": 0, CHECKPOINTING: checkpointing}
+    options["price_on"] = "union"
     found = []
     for compiled in (False, True):
         model = sparse_model()
@@ -247,6 +248,29 @@ def test_neighbours_come_to_share_experts(tmp_path: Path) -> None:
         found.append(differing(model))
     assert found[1] < 0.8 * found[0]
     assert found[2] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("budgets", ["free", "sensitivity"])
+def test_the_price_is_on_the_chunks(tmp_path: Path, budgets: str) -> None:
+    """One step of stage 1 with an eta of its own, or prices by layer, against the formula."""
+    model, rows = sparse_model(), rows_with_documents()
+    options = {"price_on": "union", "union_tokens": 4, "stage1_ratio": 1.0, "router_fit_tokens": 0}
+    options |= {"eta": 0.7} if budgets == "free" else {"layer_budgets": budgets}
+    twin = copy.deepcopy(model)
+    trainer, found = train(tmp_path, model, rows, **options)
+    batch = LmCollator(PAD)([rows[i] for i in range(4)])
+    for ffn in lte.sparse_ffns(twin).values():
+        ffn.set_mode("straight_through")
+        ffn.record_logits = True
+    task, _ = language_terms(twin(batch["input_ids"], use_cache=False).logits, batch["labels"])
+    follows = follows_document(batch, (EOS,))
+    prices = [chunk_efficiency_loss(ffn.logits[None], follows, chunk=4)[0] for ffn in lte.sparse_ffns(twin).values()]
+    eta = 0.7 if budgets == "free" else 0.03
+    (task + eta * torch.stack(prices).mean()).backward()
+    assert trainer.state.log_history[0]["chunk_efficiency_loss"] == pytest.approx(torch.stack(prices).mean().item())
+    assert "efficiency_loss" in trainer.state.log_history[0]
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def active_by_row(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -357,6 +381,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     model = lte.sparsify_(BertForSequenceClassification(config), lte.LteConfig(expert_size=8))
     with pytest.raises(ValueError, match="union_weight must be 0 for models that do not predict"):
         LteTrainer(model, arguments(tmp_path, union_weight=1.0), train_dataset=[])
+    with pytest.raises(ValueError, match="price_on must be mean for models that do not predict the next token"):
+        LteTrainer(model, arguments(tmp_path, price_on="union"), train_dataset=[])
 
 
 def test_a_margin_needs_the_stage_that_it_acts_in(tmp_path: Path) -> None:
@@ -367,7 +393,7 @@ def test_a_margin_needs_the_stage_that_it_acts_in(tmp_path: Path) -> None:
 def test_batches_without_tokens_have_no_neighbours(tmp_path: Path) -> None:
     model = sparse_model()
     embedded = [{"inputs_embeds": torch.randn(8, 32), "labels": torch.arange(8)} for _ in range(4)]
-    with pytest.raises(ValueError, match="union_weight must be 0 where a batch does not hold the input_ids"):
+    with pytest.raises(ValueError, match="union_weight must be 0, and price_on mean, where a batch"):
         LteTrainer(
             model,
             arguments(tmp_path, max_steps=1, union_weight=1.0, stage1_ratio=0.0, remove_unused_columns=False),
@@ -384,6 +410,7 @@ def test_batches_without_tokens_have_no_neighbours(tmp_path: Path) -> None:
         ("match_weight", -1.0, "match_weight must not be negative"),
         ("even_weight", -0.1, "even_weight must not be negative, got even_weight=-0.1"),
         ("union_tokens", 1, "union_tokens must be at least 2"),
+        ("price_on", "chunks", "price_on must be one of mean, union"),
         ("match_to", "students", "match_to must be one of teacher, own"),
         ("layer_budgets", "sensitive", "layer_budgets must be one of free, sensitivity"),
     ],

@@ -27,6 +27,7 @@ SETTINGS = (
     "router_rank",
     "threshold",
     "always_on",
+    "router_context",
     "dropped_bias",
     "seed",
 )

@@ -157,7 +157,7 @@ class _ModuleCounts:
 
     def _unions(self, reading: Reading, keep: Tensor) -> dict[str, Tensor]:
         assert reading.logits is not None
-        active = (reading.logits > reading.threshold_logit).view(*keep.shape, -1)
+        active = (reading.logits > reading.threshold_logit).reshape(*keep.shape, -1)
         found = {}
         for tokens in UNION_TOKENS:
             found[f"union {tokens}"], found[f"chunks {tokens}"] = count_unions(active, keep, tokens)

@@ -151,6 +151,11 @@ def _check_same(name: str, ffn: AcceleratedFfn | QuantizedFfn, weights: WeightFo
 
 def _check_ffn(name: str, ffn: SparseFfn, weights: WeightFormat) -> str:
     """The kernels' name for the FFN's activation, if they can compute it."""
+    if ffn.router.context:
+        raise ValueError(
+            f"router_context must be 0 for the kernels, which route each token by itself, got {ffn.router.context} in "
+            f"{name}; run the model without accelerate_"
+        )
     if any(is_sharded(parameter) for parameter in ffn.own_parameters()):
         raise ValueError(
             f"model must lie whole in this process to run on the kernels, got {name} in parts; load it without tp_plan"

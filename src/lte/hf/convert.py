@@ -13,11 +13,19 @@ from transformers import PreTrainedModel
 from lte.config import CALIBRATED_GROUPINGS, Grouping, LteConfig, check_expert_size
 from lte.hf.families import Family, dense_ffns, family_of
 from lte.hf.inputs import padding_masks, run_without_logits
-from lte.hf.install import check_reachable, check_unchunked, drop_down_bias_, num_neurons, sparse_ffns, wrapped_ffns
+from lte.hf.install import (
+    check_reachable,
+    check_unchunked,
+    drop_down_bias_,
+    forget_context_,
+    num_neurons,
+    sparse_ffns,
+    wrapped_ffns,
+)
 from lte.hf.loading import is_ours
 from lte.hf.projections import base_of, is_plain_projection, permute_adapters_, projection_name
 from lte.nn.all_or_nothing import all_or_nothing, on_failure
-from lte.nn.clustering import CoactivationCounts, ContributionProducts, UsageCounts, group_neurons
+from lte.nn.clustering import ChunkProducts, CoactivationCounts, ContributionProducts, UsageCounts, group_neurons
 from lte.nn.hooks import before_each_call
 from lte.nn.sparse_ffn import FfnLayout
 from lte.progress import tracked
@@ -31,6 +39,7 @@ def unwrap_ffns_(model: nn.Module, family: Family, stock_config: Any) -> None:
         family: its row.
         stock_config: what the stock FFNs are made from.
     """
+    forget_context_(model)
     for name, wrapped in wrapped_ffns(model).items():
         if family.layout.spread:
             wrapped.leave_()
@@ -177,10 +186,16 @@ class Activity:
     features: CoactivationCounts | ContributionProducts | None
     usage: UsageCounts | None
 
-    def update(self, hidden: Tensor) -> None:
-        for collector in (self.features, self.usage):
-            if collector is not None:
-                collector.update(hidden)
+    def update(self, hidden: Tensor, mask: Tensor) -> None:
+        """Adds activations [B, T, F], or [B T, F], of the tokens of a mask [B, T]."""
+        mask = mask.to(hidden.device)
+        counted = _counted_tokens(hidden, mask)
+        if isinstance(self.features, ChunkProducts):
+            self.features.update_rows(hidden.reshape(*mask.shape, -1), mask)
+        elif self.features is not None:
+            self.features.update(counted)
+        if self.usage is not None:
+            self.usage.update(counted)
 
 
 def _neuron_orders(
@@ -297,7 +312,7 @@ def _activity(
     masks: dict[str, Tensor] = {}
 
     def collect(name: str, args: tuple[Any, ...]) -> None:
-        seen[name].update(counted_tokens(args[0], masks[name]))
+        seen[name].update(args[0], masks[name])
 
     with before_each_call(downs, collect):
         for batch in tracked(calibration, "Comparing when neurons are active"):
@@ -320,9 +335,10 @@ def collectors(config: LteConfig, down: Tensor) -> Activity:
 def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | ContributionProducts:
     if grouping == "coactivation":
         return CoactivationCounts(down.shape[1])
-    return ContributionProducts(down.float().norm(dim=0))
+    kind = ChunkProducts if grouping == "chunks" else ContributionProducts
+    return kind(down.float().norm(dim=0))
 
 
-def counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+def _counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     """The rows [N, F] of what goes into a down projection, [..., F], that are no padding, by mask [B, T]."""
-    return hidden.flatten(0, -2)[mask.to(hidden.device).flatten()]
+    return hidden.flatten(0, -2)[mask.flatten()]

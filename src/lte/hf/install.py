@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import LteConfig, check_expert_size
-from lte.hf.families import Family, dense_ffns
+from lte.hf.families import Family, block_name, dense_ffns
 from lte.hf.projections import base_of
 from lte.nn.router import Router
+from lte.nn.router_context import ContextReader, fill_positions
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
 
@@ -117,6 +119,9 @@ def check_reachable(config: LteConfig, num_experts: int) -> None:
 def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) -> None:
     """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
 
+    if config.router_context:
+        read_context_(model, family)
+
     def build(stock: StockFfn) -> SparseFfn:
         router = new_router(stock, config, stock.device)
         if config.dropped_bias:
@@ -132,13 +137,45 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
     install_wrapped_ffns_(model, family, build)
 
 
+def read_context_(model: nn.Module, family: Family) -> None:
+    """Has the blocks of a decoder hand cache and positions to their FFNs, whose routers read the tokens before.
+
+    Raises:
+        ValueError: for a family whose blocks are not told of them.
+    """
+    names = list(dense_ffns(model, family))
+    blocks = {name: model.get_submodule(block_name(name)) for name in names}
+    for name, block in blocks.items():
+        told = inspect.signature(block.forward).parameters
+        own = name.removeprefix(f"{block_name(name)}.")
+        if family.layout.spread or "." in own or not {"position_ids", "past_key_values"} <= set(told):
+            raise ValueError(
+                f"router_context must be 0 for {family.model_type}, whose blocks are not told where a token stands; "
+                "Llama, Mistral, Qwen, Gemma and Phi-3 models take it"
+            )
+    for place, (name, block) in enumerate(blocks.items()):
+        own = name.removeprefix(f"{block_name(name)}.")
+        block.register_forward_pre_hook(ContextReader(own, place, len(names)), with_kwargs=True)
+    decoder = model.get_submodule(block_name(names[0]).rpartition(".")[0].rpartition(".")[0])
+    decoder.register_forward_pre_hook(fill_positions, with_kwargs=True)
+
+
+def forget_context_(model: nn.Module) -> None:
+    """Takes back what `read_context_` has done."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, ContextReader) or hook is fill_positions:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def new_router(stock: StockFfn, config: LteConfig, device: torch.device) -> Router:
     """The untrained router of an FFN, in fp32; on the meta device it has no numbers."""
     num_experts = check_expert_size(stock.num_neurons, config.expert_size)
     always_on = config.num_always_on(num_experts)
     factory = {"device": device, "dtype": torch.float32}
-    router = Router(stock.hidden_size, num_experts, config.router_rank, always_on, **factory)
-    if device.type != "meta" and config.router_rank:
+    router = Router(stock.hidden_size, num_experts, config.router_rank, always_on, config.router_context, **factory)
+    if device.type != "meta" and (config.router_rank or config.router_context):
         router.reset_parameters(torch.Generator(device).manual_seed(config.seed + stock.index))
     return router
 

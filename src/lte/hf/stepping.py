@@ -42,6 +42,8 @@ _INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "lo
 _LOOP = ("_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 # Room for further tokens that a dynamic cache gets at least: it then grows by doubling.
 ROOM = 1024
+# So many tokens that a cache lacks are read one after the other, as an assistant has them between two drafts.
+READ_BY_STEPS = 2
 
 
 @dataclass
@@ -112,7 +114,7 @@ class SteppingMixin:
 def _is_plain(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for nothing but tokens, scores and logits of a model that can give them by steps."""
     given = {name for name, value in model_kwargs.items() if value is not None}
-    asked = ("output_attentions", "output_hidden_states", "compile_config", "is_assistant")
+    asked = ("output_attentions", "output_hidden_states", "compile_config")
     return (
         given <= _INPUTS
         and bool(model_kwargs.get("use_cache"))
@@ -169,7 +171,7 @@ def _begin(
     if reason is not None:
         _tell(model, reason)
         return None
-    return _Generation(model, plan, engine_of(model, plan), cache, length, length + steps, starts)
+    return _Generation(model, plan, engine_of(model, plan), cache, past, length, length + steps, starts)
 
 
 def _tell(model: Any, reason: str) -> None:
@@ -257,6 +259,7 @@ class _Generation:
     """One call of `generate`.
 
     Attributes:
+        past: tokens that the cache holds before the call.
         length: L.
         longest: tokens that the cache will hold at most.
     """
@@ -265,6 +268,7 @@ class _Generation:
     plan: DecoderPlan
     engine: Engine
     cache: Any
+    past: int
     length: int
     longest: int
     starts: Tensor
@@ -279,13 +283,13 @@ class _Generation:
         model_kwargs: dict[str, Any],
     ) -> Any:
         """As `_sample` of transformers."""
-        logits = self.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True).logits[:, -1]
+        logits, caches = self._read(input_ids, generation_config, model_kwargs)
         returned, scores, raw_logits = generation_config.return_dict_in_generate, list[Tensor](), list[Tensor]()
         ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         pad: Any = generation_config._pad_token_tensor
         pad = None if pad is None else pad.to(input_ids.device)
         unfinished = input_ids.new_ones(len(input_ids))
-        caches, told, ahead = _Caches(self), _Told(input_ids), _runs_ahead(input_ids.device)
+        told, ahead = _Told(input_ids), _runs_ahead(input_ids.device)
         try:
             while True:
                 # Processors write into them, and the next step, too.
@@ -330,6 +334,20 @@ class _Generation:
             past_key_values=self.cache,
         )
 
+    def _read(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> tuple[Tensor, _Caches]:
+        """The logits after the prompt, and the caches that hold it: by modules, or a token or two by steps."""
+        missing = self.length - self.past
+        if self.past and missing <= READ_BY_STEPS:
+            caches = _Caches(self, self.past)
+            for tokens in input_ids[:, -missing:].unbind(1):
+                logits = caches.step(tokens.contiguous())
+                caches.count()
+            return logits, caches
+        # An assistant has read the tokens before its last ones in an earlier call.
+        first = not generation_config.is_assistant
+        found = self.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
+        return found.logits[:, -1], _Caches(self, self.length)
+
 
 class _Caches:
     """The layers of a generation's cache as the engine takes them, and what they hold.
@@ -338,8 +356,8 @@ class _Caches:
         length: tokens that they hold.
     """
 
-    def __init__(self, generation: _Generation):
-        self.generation, self.length = generation, generation.length
+    def __init__(self, generation: _Generation, length: int):
+        self.generation, self.length = generation, length
         self.layers: list[LayerCache] = []
         grows = any(type(layer) is DynamicLayer for layer in generation.cache.layers)
         self.room = min(generation.longest, self.length + max(self.length, ROOM)) if grows else generation.longest

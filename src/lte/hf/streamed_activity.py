@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lte.config import LteConfig
 from lte.files import replaced_atomically
-from lte.hf.convert import Activity, collectors, counted_tokens
+from lte.hf.convert import Activity, collectors
 from lte.hf.families import Family, block_name, dense_ffns
 from lte.hf.inputs import model_inputs, padding_masks
 from lte.hf.streaming import Checkpoint
@@ -121,7 +121,7 @@ class StreamedActivity:
             seen = {name: collectors(self.config, self.family.layout.matrix(down)) for name, down in downs.items()}
 
             def collect(name: str, args: tuple[Any, ...]) -> None:
-                seen[name].update(counted_tokens(args[0], masks[name]))
+                seen[name].update(args[0], masks[name])
 
             with before_each_call(downs, collect):
                 for place, (batch, calls) in enumerate(zip(self.batches, self._calls, strict=True)):

@@ -36,13 +36,13 @@ def group_neurons(
 
     Args:
         features: for `kmeans` the (gate) input weights [F, D]; for `coactivation` the counts [F, F] of
-            `CoactivationCounts`, for `contribution` the products [F, F] of `ContributionProducts`; ignored otherwise.
-            CUDA tensors are grouped on their device.
+            `CoactivationCounts`, for `contribution` the products [F, F] of `ContributionProducts`, for `chunks` those
+            of `ChunkProducts`; ignored otherwise. CUDA tensors are grouped on their device.
         num_neurons: F.
         expert_size: S.
         method: `kmeans` (balanced k-means, the paper's choice), `coactivation` (neurons that fire together; the
             balanced graph split of MoEfication, arXiv 2110.01786), `contribution` (balanced k-means on how strongly
-            neurons contribute to each token), `random`, or `contiguous`.
+            neurons contribute to each token), `chunks` (to each chunk of tokens in a row), `random`, or `contiguous`.
         seed: of the neurons that start the experts, and of the random groups.
         overwrite: whether counts and products may be lost, which saves the memory of a second [F, F].
 
@@ -121,7 +121,8 @@ def _symmetric_(matrix: Tensor, function: Callable[[Tensor, Tensor], Tensor]) ->
     return matrix
 
 
-_SIMILARITIES = {"kmeans": integer_gram, "coactivation": _coactivation_graph_, "contribution": _contribution_gram_}
+_SIMILARITIES = {"kmeans": integer_gram, "coactivation": _coactivation_graph_}
+_SIMILARITIES |= dict.fromkeys(("contribution", "chunks"), _contribution_gram_)
 
 
 def inertia(features: Tensor, order: Tensor, expert_size: int) -> float:
@@ -200,8 +201,42 @@ class ContributionProducts:
     @torch.no_grad()
     def update(self, intermediate: Tensor) -> None:
         """Adds the intermediate activations [T, F] of some tokens."""
+        profiles = self._profiles(intermediate)
+        self.gram.addmm_(profiles.T, profiles)
+
+    def _profiles(self, intermediate: Tensor) -> Tensor:
         profiles = (intermediate.float().abs() * self.down_norms).sqrt()
-        profiles -= profiles.mean(1, keepdim=True)
+        return profiles.sub_(profiles.mean(-1, keepdim=True))
+
+
+class ChunkProducts(ContributionProducts):
+    """As `ContributionProducts`, of profiles over chunks of tokens in a row: the means of the tokens' profiles.
+
+    Neurons with like profiles are strong in the same stretches of text, so that neighbouring tokens need the same
+    experts.
+
+    Args:
+        down_norms: ||w_down,i|| of each neuron, [F].
+        chunk: tokens.
+    """
+
+    def __init__(self, down_norms: Tensor, chunk: int = 8):
+        super().__init__(down_norms)
+        self.chunk = chunk
+
+    @torch.no_grad()
+    def update_rows(self, intermediate: Tensor, mask: Tensor) -> None:
+        """Adds the intermediate activations [B, T, F] of rows, by chunks from their start.
+
+        Args:
+            intermediate: of all tokens.
+            mask: bool [B, T], which tokens count; a chunk does if all of its tokens do.
+        """
+        whole = mask.shape[1] // self.chunk * self.chunk
+        shape = whole // self.chunk, self.chunk
+        counted = mask[:, :whole].unflatten(1, shape).all(2)
+        chunks = intermediate[:, :whole].unflatten(1, shape)[counted]
+        profiles = self._profiles(chunks).mean(1)
         self.gram.addmm_(profiles.T, profiles)
 
 

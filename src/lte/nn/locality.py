@@ -1,18 +1,20 @@
 """Losses that make neighbouring tokens share experts, after BlockFFN (Song et al., arXiv 2507.08771).
 
 What a chunk of tokens reads is the union of their experts: tokens that choose alike make batches of drafts and prompts
-cheaper. Both losses stay within one document.
+cheaper. All losses stay within one document.
 
 Shapes: L layers, B sequences, T tokens, E experts. Logits are [L, B, T, E] in fp32; B and T may be flattened to one.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lte.nn.losses import masked_mean
+from lte.nn.losses import efficiency_loss, masked_mean
 
 UNION_SHARPNESS = 4.0
 """Of the sigmoid that says how likely an expert is on, where a union is taken.
@@ -70,14 +72,43 @@ def union_loss(
     Returns:
         A value per layer, [L].
     """
+    chunks, counted = _chunks(logits, follows, token_mask, chunk)
+    if not chunks.numel():
+        return 0.0 * logits.flatten(1).sum(1)
+    log_off = -F.softplus(UNION_SHARPNESS * (chunks - threshold_logit)).sum(3)
+    return masked_mean(-torch.expm1(log_off), counted, layers=True)
+
+
+def chunk_efficiency_loss(
+    logits: Tensor, follows: Tensor, token_mask: Tensor | None = None, *, chunk: int = 8
+) -> Tensor:
+    """The efficiency loss of chunks in place of tokens: mean of sigmoid(s)^2 over experts and chunks.
+
+    s = log(mean(exp(4 s_t))) / 4 is close to the largest logit of the chunk's tokens, which says whether any of them
+    switches the expert on, and it is their common logit where they choose alike: then this is the loss of Eq. 5. The
+    union itself has next to no gradient as long as most tokens switch an expert on, and so cannot be the price.
+
+    Args:
+        logits: [L, B, T, E].
+        follows: as for `predecessor_loss`.
+        token_mask: as for `predecessor_loss`.
+        chunk: as for `union_loss`.
+
+    Returns:
+        A value per layer, [L].
+    """
+    chunks, counted = _chunks(logits, follows, token_mask, chunk)
+    if not chunks.numel():
+        return 0.0 * logits.flatten(1).sum(1)
+    pooled = (torch.logsumexp(UNION_SHARPNESS * chunks, dim=3) - math.log(chunk)) / UNION_SHARPNESS
+    return efficiency_loss(torch.sigmoid(pooled), counted, layers=True)
+
+
+def _chunks(logits: Tensor, follows: Tensor, token_mask: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """Logits cut into chunks [L, B, C, chunk, E], and which chunks count [B, C]; none of rows shorter than a chunk."""
     logits = logits.reshape(len(logits), *follows.shape, -1)
     whole = follows.shape[1] // chunk * chunk
-    if not whole:
-        # Rows that are shorter than a chunk have none.
-        return 0.0 * logits.sum((1, 2, 3))
-    counted = follows[:, :whole].unflatten(1, (-1, chunk))[..., 1:].all(-1)
+    counted = follows[:, :whole].unflatten(1, (whole // chunk, chunk))[..., 1:].all(-1)
     if token_mask is not None:
-        counted = counted & token_mask[:, :whole].unflatten(1, (-1, chunk)).all(-1)
-    sharp = UNION_SHARPNESS * (logits[:, :, :whole].unflatten(2, (-1, chunk)) - threshold_logit)
-    log_off = -F.softplus(sharp).sum(3)
-    return masked_mean(-torch.expm1(log_off), counted, layers=True)
+        counted = counted & token_mask[:, :whole].unflatten(1, (whole // chunk, chunk)).all(-1)
+    return logits[:, :, :whole].unflatten(2, (whole // chunk, chunk)), counted

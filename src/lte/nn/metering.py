@@ -37,13 +37,13 @@ class OfThread(threading.local):
     Attributes:
         inputs: what the up projection of a spread FFN has read, one place for each call of its block that is not over.
         left: what the last call has left: `reading`, see `MeteredModule`; `logits` of a router, [..., E]; `routing`, of
-            which an FFN makes its auxiliary loss; `output` and `own` of a sparse FFN. A dictionary, as compiled code
-            would not write attributes back.
+            which an FFN makes its auxiliary loss; `output` and `own` of a sparse FFN; `context`, cache and positions of
+            the call at work. A dictionary, as compiled code would not write attributes back.
     """
 
     def __init__(self) -> None:
         self.inputs: list[Tensor | None] = []
-        self.left: dict[str, Any] = dict.fromkeys(("reading", "logits", "routing", "output", "own"))
+        self.left: dict[str, Any] = dict.fromkeys(("reading", "logits", "routing", "output", "own", "context"))
 
     def __reduce__(self) -> tuple[type[OfThread], tuple[()]]:
         return OfThread, ()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lte.nn.router_context import RANK
 from lte.nn.shards import assign_
 
 # sigmoid(INITIAL_LOGIT) = 0.95: every expert starts on, far from the pole of the separability loss at
@@ -17,6 +19,10 @@ INITIAL_LOGIT = 3.0
 ALWAYS_ON_LOGIT = 1000.0
 """The bias of experts that are always on, whose weights are 0: far above any shift of thresholds, and the score is 1 to
 the last bit in every dtype, so that no loss has a gradient there."""
+
+
+ROUTER_PARTS = ("weight", "bias", "down", "context_down", "context_weight")
+"""All parameters that a router may have."""
 
 
 class Fp32Linear(torch.autograd.Function):
@@ -67,14 +73,28 @@ class Router(nn.Module):
         num_experts: E.
         rank: rank of the low-rank form, `None` for the full D -> E layer.
         always_on: how many experts, the first ones, are always on.
+        context: of how many tokens before a router also reads the mean, see `lte.nn.router_context`: s then has C m
+            added, for the mean m of the summaries P x of those tokens. It starts with C = 0 and a random P.
     """
 
-    # That of routers that earlier versions pickled.
+    # Those of routers that earlier versions pickled.
     always_on = 0
+    context = 0
 
-    def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None, always_on: int = 0, **factory: Any):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        rank: int | None = None,
+        always_on: int = 0,
+        context: int = 0,
+        **factory: Any,
+    ):
         super().__init__()
-        self.always_on = always_on
+        self.always_on, self.context = always_on, context
+        width = min(RANK, hidden_size)
+        self.context_down = nn.Parameter(torch.empty(width, hidden_size, **factory)) if context else None
+        self.context_weight = nn.Parameter(torch.empty(num_experts, width, **factory)) if context else None
         self.down = nn.Parameter(torch.empty(rank, hidden_size, **factory)) if rank else None
         self.weight = nn.Parameter(torch.empty(num_experts, rank or hidden_size, **factory))
         self.bias = nn.Parameter(torch.empty(num_experts, **factory))
@@ -86,6 +106,10 @@ class Router(nn.Module):
         nn.init.constant_(self.bias, INITIAL_LOGIT)
         if self.down is not None:
             nn.init.normal_(self.down, std=math.sqrt(1 / self.down.shape[-1]), generator=generator)
+        if self.context_down is not None:
+            assert self.context_weight is not None
+            nn.init.normal_(self.context_down, std=math.sqrt(1 / self.context_down.shape[-1]), generator=generator)
+            nn.init.zeros_(self.context_weight)
         self.pin_()
 
     @torch.no_grad()
@@ -93,6 +117,9 @@ class Router(nn.Module):
         """Makes the experts that are always on so, whatever was written into their rows."""
         if self.always_on:
             self.weight[: self.always_on] = 0
+            if self.context:
+                assert self.context_weight is not None
+                self.context_weight[: self.always_on] = 0
             self.bias[: self.always_on] = ALWAYS_ON_LOGIT
 
     @torch.no_grad()
@@ -104,8 +131,25 @@ class Router(nn.Module):
         assign_(self.weight, weight)
         assign_(self.bias, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps hidden states [..., D] to fp32 logits [..., E]."""
+    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Maps hidden states [..., D] to fp32 logits [..., E].
+
+        Args:
+            x: of tokens.
+            before: gives for their summaries [..., R] the means of those before each; for routers with a context.
+
+        Raises:
+            ValueError: if it is missing there.
+        """
+        added = None
+        if self.context:
+            if before is None:
+                raise ValueError(
+                    f"router_context must be 0 where a router is asked about hidden states alone, got "
+                    f"router_context={self.context}"
+                )
+            added = Fp32Linear.apply(before(Fp32Linear.apply(x, self.context_down, None)), self.context_weight, None)
         if self.down is not None:
             x = Fp32Linear.apply(x, self.down, None)
-        return Fp32Linear.apply(x, self.weight, self.bias)
+        logits = Fp32Linear.apply(x, self.weight, self.bias)
+        return logits if added is None else logits + added

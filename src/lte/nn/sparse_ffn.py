@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from lte.config import FfnMode, check_choice
 from lte.nn.metering import Reading
-from lte.nn.router import Router
+from lte.nn.router import ROUTER_PARTS, Router
+from lte.nn.router_context import context_of
 from lte.nn.shards import whole_shape
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
 
@@ -124,7 +125,7 @@ class SparseFfn(WrappedFfn):
             return None
         neurons = (self.logits > self.threshold_logit).sum(-1) * (self.num_neurons // self.num_experts)
         # By name: adapters keep other routers beside the active one.
-        matrices = (self.router.weight, self.router.down)
+        matrices = [getattr(self.router, name, None) for name in ROUTER_PARTS if name != "bias"]
         selector = sum(matrix.numel() for matrix in matrices if matrix is not None)
         weights = neurons * (self.num_inputs + 1) * self.hidden_size
         return Reading(weights, selector, neurons, self.logits, self.threshold_logit)
@@ -218,10 +219,15 @@ class SparseFfn(WrappedFfn):
         return scale_experts(hidden, self.gate_values(self._route(x)))
 
     def _route(self, x: Tensor) -> Tensor:
-        logits = self.router(x)
+        # A router with adapters around it, which some are, has the attributes of the one inside.
+        logits = self.router(x, self._context) if self.router.context else self.router(x)
         if self.record_logits and self._counts:
             self.logits = logits
         return logits
+
+    def _context(self, summaries: Tensor) -> Tensor:
+        """The means before each of the summaries [..., R] that the router has made of the tokens of this call."""
+        return context_of(self._of_thread.left, summaries, self.router.context)
 
     def extra_repr(self) -> str:
         size = self.num_neurons // self.num_experts

@@ -29,6 +29,7 @@ from lte.hf.streamed_activity import StreamedActivity
 from lte.hf.streaming import WORK_FOLDER, Checkpoint, StreamedFolder, by_block, open_checkpoint, saved_names
 from lte.hf.tensor_files import NewTensor
 from lte.methods import densify_
+from lte.nn.router import ROUTER_PARTS
 from lte.progress import tracked
 
 TOGETHER_BYTES = 2**30
@@ -164,7 +165,7 @@ class _Layers:
         self._places: dict[str, tuple[str, str]] = {}
         for name in self.ffns:
             router = f"{name}.{layout.activation}.router" if layout.spread else f"{name}.router"
-            self._places |= {f"{router}.{part}": (name, part) for part in ("weight", "bias", "down")}
+            self._places |= {f"{router}.{part}": (name, part) for part in ROUTER_PARTS}
             for projection in layout.projections:
                 self._places |= {f"{name}.{projection}.{part}": (name, projection) for part in ("weight", "bias")}
 

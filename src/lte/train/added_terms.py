@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lte.nn.evenness import even_loss, row_active_shares
-from lte.nn.locality import predecessor_loss, union_loss
+from lte.nn.locality import chunk_efficiency_loss, predecessor_loss, union_loss
 from lte.nn.losses import margin_loss, mean_over_layers
 from lte.train.config import RecipeSettings
 
@@ -25,6 +25,8 @@ class AddedTerms:
         even: of `lte.nn.evenness.even_loss`.
         width: the margin, in logits.
         chunk: tokens of which a union is taken.
+        priced_chunks: whether chunks of so many tokens have the price that a recipe puts on tokens:
+            `lte.nn.locality.chunk_efficiency_loss`.
     """
 
     margin: float = 0.0
@@ -33,6 +35,7 @@ class AddedTerms:
     even: float = 0.0
     width: float = 1.0
     chunk: int = 8
+    priced_chunks: bool = False
 
     @classmethod
     def at(cls, settings: RecipeSettings, share_of_stage2: float) -> AddedTerms:
@@ -45,6 +48,7 @@ class AddedTerms:
             even=settings.even_weight,
             width=settings.margin_width,
             chunk=settings.union_tokens,
+            priced_chunks=settings.price_on == "union",
         )
 
     @property
@@ -55,10 +59,10 @@ class AddedTerms:
     @property
     def neighbours(self) -> bool:
         """Whether a term is on that is about neighbouring tokens."""
-        return bool(self.predecessor or self.union)
+        return bool(self.predecessor or self.union or self.priced_chunks)
 
     def __bool__(self) -> bool:
-        return bool(self.names)
+        return bool(self.names or self.priced_chunks)
 
 
 def added_terms(
@@ -79,6 +83,9 @@ def added_terms(
         terms: which are on.
         target_active: the share of experts that shall be active after this step, a scalar on the device of the first
             stack; `None` without the term on even rows. A tensor, as compiled code would be made anew for each number.
+
+    Returns:
+        Scalars; where chunks have the price also `chunk_efficiency` and `chunk_efficiency_by_layer`, [L].
     """
     stacks = list(zip(logits, token_masks, strict=True))
     device = logits[0].device
@@ -96,6 +103,12 @@ def added_terms(
         ]
     # Stacks are on several devices if the model is.
     terms_found = {name: mean_over_layers([value.to(device) for value in values]) for name, values in found.items()}
+    if follows is not None and terms.priced_chunks:
+        priced = [
+            chunk_efficiency_loss(each, follows.to(each.device), mask, chunk=terms.chunk) for each, mask in stacks
+        ]
+        by_layer = torch.cat([value.to(device) for value in priced])
+        terms_found |= {"chunk_efficiency": by_layer.mean(), "chunk_efficiency_by_layer": by_layer}
     if target_active is not None and terms.even:
         rows = [row_active_shares(*stack, threshold_logit=threshold_logit) for stack in stacks]
         shares, counted = (torch.cat([each.to(device) for each in values]) for values in zip(*rows, strict=True))

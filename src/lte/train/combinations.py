@@ -8,7 +8,7 @@ from dataclasses import replace
 from lte.config import LteConfig
 from lte.train.config import RecipeSettings, TrainConfig
 
-FIXED = ("expert_size", "grouping", "router_rank", "threshold", "always_on", "dropped_bias")
+FIXED = ("expert_size", "grouping", "router_rank", "threshold", "always_on", "router_context", "dropped_bias")
 """Settings that an LTE model keeps."""
 
 
@@ -61,10 +61,16 @@ def check_combination(
     check_regrouping(train, 1 in stages, has_adapters=train.lora_rank is not None)
     if train.regroup_count and train.optim == "adamw_bnb_8bit":
         refuse_moments(train.optim, "moments in blocks of its own")
-    if train.union_weight and train.union_tokens > sequence_length:
+    if (train.union_weight or train.price_on == "union") and train.union_tokens > sequence_length:
         raise ValueError(
             f"union_tokens must be at most sequence_length={sequence_length}, as rows without a whole chunk have no "
             f"union loss, got union_tokens={train.union_tokens}; lower it"
+        )
+    if config is not None and config.router_context and (train.regroup_count or config.dropped_bias):
+        other = "regroup_count" if train.regroup_count else "dropped_bias"
+        raise ValueError(
+            f"router_context must be 0 with {other}, which asks routers about tokens by themselves, got "
+            f"router_context={config.router_context}"
         )
     if config is not None and config.dropped_bias:
         if train.lora_rank is not None:

@@ -13,6 +13,7 @@ RouterTraining = Literal["trained", "frozen"]
 Trainable = Literal["all", "ffn", "routers"]
 MatchTo = Literal["teacher", "own"]
 Budgets = Literal["free", "sensitivity"]
+PriceOn = Literal["mean", "union"]
 OnNonfinite = Literal["stop", "skip"]
 Dtype = Literal["float32", "bfloat16"]
 Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"]
@@ -88,6 +89,12 @@ class RecipeSettings:
         0.0, "Weight of the share of experts that any token of a chunk switches on; 0: without.", affects="routing"
     )
     union_tokens: int = option(8, "Consecutive tokens in such a chunk.", affects="routing")
+    price_on: PriceOn = option(
+        "mean",
+        "What the price of the target is on. mean: the experts of each token; union: those of chunks of union_tokens "
+        "tokens in a row, so that experts that neighbours share are cheap. The target is that of tokens either way.",
+        affects="routing",
+    )
     even_weight: float = option(
         0.0,
         "Weight of the squared distance of each row's share of active neurons to the target, as a share of it, which "
@@ -141,6 +148,7 @@ class RecipeSettings:
     def _check_losses(self) -> None:
         check_choice("match_to", self.match_to, get_args(MatchTo))
         check_choice("layer_budgets", self.layer_budgets, get_args(Budgets))
+        check_choice("price_on", self.price_on, get_args(PriceOn))
         for name in ("match_weight", "margin_weight", "predecessor_weight", "union_weight", "even_weight"):
             check_not_negative(name, getattr(self, name))
         check_fraction("margin_start", self.margin_start)

@@ -33,7 +33,7 @@ from lte.train.sparsity_controller import target_logit
 
 # What a term of `routing_terms` is called in the log, if not by its own name.
 LOG_KEYS = {"efficiency": "efficiency_loss", "separability": "separability_loss", "active_by_layer": "active"}
-LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "even", "match")}
+LOG_KEYS |= {name: f"{name}_loss" for name in ("margin", "predecessor", "union", "even", "match", "chunk_efficiency")}
 # The log's names of each layer's active fraction, before its number.
 LAYER_PREFIX = "layers/active_"
 
@@ -214,14 +214,16 @@ class RoutingLoss(AnyTrainer):
 
     def _weighted(self, routing: dict[str, Tensor]) -> Tensor:
         """The terms on router logits with their weights; takes out what is of no use in the log."""
-        by_layer = routing.pop("efficiency_by_layer")
+        by_layer, mean = routing.pop("efficiency_by_layer"), routing["efficiency"]
+        if self.terms.priced_chunks:
+            by_layer, mean = routing.pop("chunk_efficiency_by_layer"), routing["chunk_efficiency"]
         if self.prices is not None and self.stage.controls_eta:
             added = (self.prices.etas(by_layer.device) * by_layer).mean()
         else:
-            added = self.eta * routing["efficiency"]
+            added = self.eta * mean
         if self.stage.number == 1 and self.routing.separability_weight:
             added = added + self.routing.separability_weight * routing["separability"]
-        if self.terms:
+        if self.terms.names:
             added = added + weighted_sum({name: routing[name] for name in self.terms.names}, self.terms)
         return added
 
@@ -279,8 +281,8 @@ class RoutingLoss(AnyTrainer):
         ids = self._inputs.get("input_ids")
         if ids is None or any(stack[0, ..., 0].numel() != ids.numel() for stack in stacks):
             raise ValueError(
-                "predecessor_weight and union_weight must be 0 where a batch does not hold the input_ids of all routed "
-                f"tokens, got {', '.join(self._inputs)} of {type(self).__name__}"
+                "predecessor_weight and union_weight must be 0, and price_on mean, where a batch does not hold the "
+                f"input_ids of all routed tokens, got {', '.join(self._inputs)} of {type(self).__name__}"
             )
         return follows_document(self._inputs, self.separators)
 

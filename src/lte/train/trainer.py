@@ -242,11 +242,12 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             refuse_bias_of_adapters()
 
     def _check_neighbours(self) -> None:
-        for name in ("predecessor_weight", "union_weight"):
-            if getattr(self.routing, name) and self.ffns and not self.predicts_next_token:
+        for name, without in (("predecessor_weight", 0), ("union_weight", 0), ("price_on", "mean")):
+            given = getattr(self.routing, name)
+            if given != without and self.ffns and not self.predicts_next_token:
                 raise ValueError(
-                    f"{name} must be 0 for models that do not predict the next token, got "
-                    f"{name}={getattr(self.routing, name)} for {type(self.model).__name__}"
+                    f"{name} must be {without} for models that do not predict the next token, got {name}={given} for "
+                    f"{type(self.model).__name__}"
                 )
 
     def _check_own_loss(self) -> None:

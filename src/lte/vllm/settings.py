@@ -72,6 +72,11 @@ def serve_settings(hf_config: Any) -> ServeSettings:
             "dense model of it that any engine serves"
         )
     config = LteConfig.from_dict(found)
+    if config.router_context:
+        raise ValueError(
+            "router_context must be 0 for vLLM, whose caches do not keep what the routers read of earlier tokens, got "
+            f"router_context={config.router_context}; transformers runs the folder"
+        )
     neurons = getattr(hf_config, family_of(hf_config).neurons_field) or 4 * hf_config.hidden_size  # GPT-2 has None
     experts = check_expert_size(neurons, config.expert_size)
     if config.expert_size not in EXPERT_SIZES:

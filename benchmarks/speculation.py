@@ -1,0 +1,272 @@
+"""Speculative decoding of single requests over plain decoding, of one trained folder on edits of code and on chats.
+
+    python benchmarks/speculation.py out --drafts 0.8 0.9 --output speculation.json
+
+All go through `generate` of transformers. `plain` is the accelerated model as ever, by whole decoding steps where an
+engine computes it; `plain, by modules` the same without these, as the passes of speculative decoding run. `lookup`
+proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_tokens); `draft` is the model itself at a
+higher threshold, beside its ceiling: how much faster it writes alone. With --assistant also another model proposes.
+Answers are greedy, and times are those after the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import shlex
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from ffn_rows import write_rows
+from torch import Tensor
+
+import lte
+from lte.bench.timing import Times
+from lte.eval.answers import first_difference
+from lte.eval.inference import hard_inference
+from lte.eval.models import load_any_model
+from lte.eval.speculation import PassClock, closest_call
+from lte.hf.dense import load_tokenizer
+from lte.hf.sparsity_curve import threshold_of
+from lte.hf.stepping import has_engine
+from lte.methods.lte import logit_quantile, logit_shares
+from lte.records import read_json
+
+PLAIN, BY_MODULES = "plain", "plain, by modules"
+Answer = Callable[[Tensor, PassClock], Tensor]
+
+CODE = [
+    *(textwrap.TextWrapper._wrap_chunks, textwrap.TextWrapper._handle_long_word, textwrap.dedent),
+    *(
+        shlex.shlex.read_token,
+        inspect.getsourcefile,
+        inspect.getcomments,
+        statistics.quantiles,
+        argparse.Action.__init__,
+    ),
+]
+EDIT = "Add type hints to all parameters of this code and change nothing else. Answer with the whole code.\n\n{code}"
+CHATS = [
+    "Explain in a few sentences how a binary search works, and when it fails.",
+    "Write a short letter to a neighbour about a parcel that came to the wrong house.",
+    "What is the difference between a process and a thread?",
+    "Give me a recipe for a simple vegetable soup for four people.",
+    "Summarise the causes of the First World War for a pupil of twelve.",
+    "Write a Python function that finds the longest word in a file, and explain it.",
+    "Why is the sky blue at noon and red in the evening?",
+    "Plan a weekend in a small town by the sea with two children.",
+]
+
+
+def prompts_of(tokenizer: Any, args: argparse.Namespace) -> list[tuple[str, Tensor]]:
+    """The kind and the tokens [1, T] of each prompt."""
+    edits = [EDIT.format(code=textwrap.dedent(inspect.getsource(each))) for each in CODE]
+    texts: dict[str, list[str]] = {"edits": edits, "chats": CHATS}
+    if args.prompts is not None:
+        texts = read_json(args.prompts)
+    found = []
+    for kind, each in texts.items():
+        for text in each[: args.count]:
+            if tokenizer.chat_template is not None:
+                messages = [{"role": "user", "content": text}]
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+            found.append((kind, torch.tensor([ids[-args.prompt_length :]])))
+    return found
+
+
+def answering(model: Any, args: argparse.Namespace, **settings: Any) -> Answer:
+    """A function that continues a prompt, and returns the answer [T]."""
+
+    def answer(ids: Tensor, clock: PassClock) -> Tensor:
+        moved = ids.to(model.device)
+        pad = model.generation_config.pad_token_id
+        made = model.generate(
+            moved, attention_mask=torch.ones_like(moved), do_sample=False, max_new_tokens=args.tokens,
+            pad_token_id=pad if pad is not None else 0, streamer=clock, **settings,
+        )  # fmt: skip
+        return made[0, ids.shape[1] :].cpu()
+
+    return answer
+
+
+def by_modules(model: Any, run: Answer) -> Answer:
+    """As `run`, without whole decoding steps: these leave a model alone whose loop somebody has a part of."""
+
+    def answer(ids: Tensor, clock: PassClock) -> Tensor:
+        model.prepare_inputs_for_generation = model.prepare_inputs_for_generation
+        try:
+            return run(ids, clock)
+        finally:
+            del model.prepare_inputs_for_generation
+
+    return answer
+
+
+def drafts_of(model: Any, prompts: list[tuple[str, Tensor]], args: argparse.Namespace) -> dict[float, Any]:
+    """The model at thresholds that leave off about so much of these prompts."""
+    found: dict[float, Any] = {}
+    if not args.drafts:
+        return found
+    shares, _ = logit_shares(model, lte.sparse_ffns(model), [{"input_ids": ids.to(model.device)} for _, ids in prompts])
+    tau = next(iter(lte.sparse_ffns(model).values())).threshold_logit
+    for sparsity in args.drafts:
+        draft = lte.draft_of(model, threshold_of(tau + logit_quantile(shares, sparsity)))
+        found[sparsity] = draft
+    return found
+
+
+def providers_of(model: Any, drafts: dict[float, Any], args: argparse.Namespace) -> dict[str, Answer]:
+    """What is timed, by name."""
+    plain = answering(model, args)
+    found = {PLAIN: plain, BY_MODULES: by_modules(model, plain)}
+    for number in args.lookup:
+        found[f"lookup of {number}"] = answering(model, args, prompt_lookup_num_tokens=number)
+    assistants = {f"draft at {sparsity:g}": draft for sparsity, draft in drafts.items()}
+    if args.assistant is not None:
+        assistants["assistant"] = lte.accelerate_(load_any_model(args.assistant, args.dtype))
+    for name, assistant in assistants.items():
+        for number in args.draft_tokens:
+            found[f"{name}, {number} tokens"] = assisted(model, assistant, number, args)
+    for sparsity, draft in drafts.items():
+        found[ceiling_name(sparsity)] = answering(draft, args)
+    return found
+
+
+def ceiling_name(sparsity: float) -> str:
+    """Of the draft alone, whose answers are its own."""
+    return f"the draft at {sparsity:g} alone"
+
+
+def assisted(model: Any, assistant: Any, number: int, args: argparse.Namespace) -> Answer:
+    """The model with an assistant that proposes just so many tokens at a time."""
+    run = answering(model, args, assistant_model=assistant)
+
+    def answer(ids: Tensor, clock: PassClock) -> Tensor:
+        settings = {"num_assistant_tokens": number, "num_assistant_tokens_schedule": "constant"}
+        for name, value in {**settings, "assistant_confidence_threshold": 0.0}.items():
+            setattr(assistant.generation_config, name, value)
+        return run(ids, clock)
+
+    return answer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Times what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a saved LTE model")
+    parser.add_argument("--assistant", help="a saved LTE model with the same tokens that proposes, too")
+    parser.add_argument("--lookup", nargs="*", type=int, default=[5, 10])
+    parser.add_argument("--drafts", nargs="*", type=float, default=[0.8, 0.9], help="sparsities of self-drafting")
+    parser.add_argument("--draft-tokens", nargs="+", type=int, default=[3, 5])
+    parser.add_argument("--prompts", type=Path, help="JSON: lists of prompts by kind; by default edits and chats")
+    parser.add_argument("--count", type=int, default=8, help="prompts of each kind")
+    parser.add_argument("--prompt-length", type=int, default=1024, help="tokens of a prompt that are kept, the last")
+    parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
+    parser.add_argument("--rounds", type=int, default=3, help="after one that is not timed")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    model = lte.accelerate_(load_any_model(args.folder, args.dtype))
+    prompts = prompts_of(load_tokenizer(args.folder), args)
+    with hard_inference(model):
+        drafts = drafts_of(model, prompts, args)
+        runs = providers_of(model, drafts, args)
+        measured = measure(runs, prompts, args.rounds)
+        rows = [row for kind in dict.fromkeys(kind for kind, _ in prompts) for row in rows_of(kind, measured, prompts)]
+        explain(model, rows, measured, prompts)
+        engines = {PLAIN: has_engine(model), **{f"{s:g}": has_engine(draft) for s, draft in drafts.items()}}
+    common = {"benchmark": "speculation", "dtype": args.dtype, "batch": 1, "max_tokens": args.tokens}
+    command = shlex.join(["python", "benchmarks/speculation.py", *(sys.argv[1:] if arguments is None else arguments)])
+    header = {"model": args.folder, "assistant": args.assistant, "whole_steps": engines, "command": command}
+    write_rows(args.output, [{**common, **row} for row in rows], **header)
+    for row in rows:
+        print({name: value for name, value in row.items() if name != "differences"}, flush=True)
+
+
+@torch.no_grad()
+def measure(
+    runs: dict[str, Answer], prompts: list[tuple[str, Tensor]], rounds: int
+) -> dict[str, list[tuple[Tensor, list[PassClock]]]]:
+    """Of each provider, for each prompt: its answer, and the clocks of the rounds; the providers take turns."""
+    found: dict[str, list[tuple[Tensor, list[PassClock]]]] = {name: [] for name in runs}
+    for number, (kind, ids) in enumerate(prompts):
+        clocks: dict[str, list[PassClock]] = {name: [] for name in runs}
+        answers: dict[str, Tensor] = {}
+        for turn in range(rounds + 1):
+            for name, run in runs.items():
+                clock = PassClock()
+                answers[name] = run(ids, clock)
+                # The first turn compiles, and sets up memory.
+                clocks[name] += [clock] if turn else []
+        for name, answer in answers.items():
+            found[name].append((answer, clocks[name]))
+        print(f"prompt {number + 1} of {len(prompts)}, {kind}: {ids.shape[1]} tokens", flush=True)
+    return found
+
+
+def rows_of(
+    kind: str, measured: dict[str, list[tuple[Tensor, list[PassClock]]]], prompts: list[tuple[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """A row for each provider: times of a token, how many times as fast as plain decoding, and how many at a time."""
+    places = [index for index, (each, _) in enumerate(prompts) if each == kind]
+
+    def medians(name: str) -> list[float]:
+        return [statistics.median(clock.ms_per_token for clock in measured[name][index][1]) for index in places]
+
+    found, plain = [], medians(PLAIN)
+    for name, results in measured.items():
+        clocks = [clock for index in places for clock in results[index][1]]
+        ratios = Times.of([one / other for one, other in zip(plain, medians(name), strict=True)])
+        differing = {
+            index: place_of_difference(measured[PLAIN][index][0], results[index][0])
+            for index in places
+            if not torch.equal(measured[PLAIN][index][0], results[index][0])
+        }
+        found.append(
+            {
+                "provider": name,
+                "kind": kind,
+                "prompts": len(places),
+                **asdict(Times.of([clock.ms_per_token for clock in clocks])),
+                "speedup": {"median": ratios.median_ms, "p20": ratios.p20_ms, "p80": ratios.p80_ms},
+                "tokens": sum(clock.tokens for clock in clocks) / len(clocks),
+                "tokens_per_pass": sum(clock.tokens for clock in clocks) / sum(clock.passes for clock in clocks),
+                "equal_answers": len(places) - len(differing),
+                "differences": [{"prompt": index, "place": place} for index, place in differing.items()],
+            }
+        )
+    return found
+
+
+def place_of_difference(one: Tensor, other: Tensor) -> int:
+    """Where two answers first differ, or the shorter one ends."""
+    length = min(len(one), len(other))
+    found = first_difference(one[:length], other[:length])
+    return length if found is None else found
+
+
+def explain(
+    model: Any,
+    rows: list[dict[str, Any]],
+    measured: dict[str, list[tuple[Tensor, list[PassClock]]]],
+    prompts: list[tuple[str, Tensor]],
+) -> None:
+    """Adds to each difference from plain decoding how close the model was to it; see `closest_call`."""
+    for row in rows:
+        if row["provider"].startswith("the draft"):
+            continue
+        for each in row["differences"]:
+            answer = measured[PLAIN][each["prompt"]][0]
+            text = torch.cat([prompts[each["prompt"]][1][0], answer[: each["place"]]])
+            each.update(closest_call(model, text))
+
+
+if __name__ == "__main__":
+    main()
