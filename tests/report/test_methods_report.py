@@ -15,6 +15,7 @@ from rich.console import Console
 from lte.records import ResultRecord
 from lte.report.figures import curve_styles, tradeoff_figure
 from lte.report.methods_report import tradeoff_texts, write_methods_report
+from lte.report.palette import OTHERS, light
 from lte.report.points import find_tradeoffs
 from lte.report.tables import (
     TextTable,
@@ -68,7 +69,7 @@ def test_each_panel_draws_means_with_bars_both_ways() -> None:
 
 def test_fourteen_methods_look_different_and_the_legend_covers_no_panel() -> None:
     figure = tradeoff_figure(compared(*records_of()))
-    looks = set(curve_styles(METHODS).values())
+    looks = set(curve_styles([compared(*records_of())]).values())
     assert len({look[:2] for look in looks}) == len(METHODS)
     assert len(legend_of(figure)) == 1 + len(METHODS)
     figure.canvas.draw()
@@ -79,12 +80,12 @@ def test_fourteen_methods_look_different_and_the_legend_covers_no_panel() -> Non
     assert all(axis.get_tightbbox().y0 >= legend.y1 for axis in figure.axes)  # type: ignore[union-attr]
 
 
-def test_known_methods_keep_their_look_and_others_take_what_is_left() -> None:
-    all_styles = curve_styles(METHODS)
-    assert curve_styles(["teal", "lte"]) == {name: all_styles[name] for name in ("lte", "teal")}
-    mixed = curve_styles(["lte", "a", "b"])
-    assert len(set(mixed.values())) == 3
-    assert mixed["lte"] == all_styles["lte"]
+def test_curves_of_a_method_share_its_colour_and_differ_in_marker_and_dash() -> None:
+    records = [record("dense"), *(record(label=name) for name in ("lte", "lte-frozen")), record("teal"), record("x")]
+    styles = curve_styles([compared(*records)])
+    assert styles["lte"][0] == styles["lte-frozen"][0] == light("lte")
+    assert {styles["lte"][1:], styles["lte-frozen"][1:]} == {("o", "-"), ("s", "--")}
+    assert (styles["teal"][0], styles["x"][0]) == (light("teal"), light(OTHERS[0]))
 
 
 def test_a_panel_without_numbers_says_why() -> None:

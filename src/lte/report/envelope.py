@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lte.report.points import OURS, Point, Statistic, Tradeoff, interpolate
+from lte.report.points import OURS, Point, Tradeoff, interpolate
 
 
 @dataclass(frozen=True)
@@ -102,31 +102,30 @@ def _standing(
     standings = [
         replace(
             alone,
-            rival=rival,
+            rival=rival.curve,
             rival_value=value,
             behind=tradeoff.metric.drop(own.mean, value),
-            sd=math.hypot(own.spread, seeds.spread),
-            seeds=min(own.n, seeds.n),
+            sd=math.hypot(own.spread, rival.value.spread),
+            seeds=min(own.n, rival.value.n),
         )
         for points in rivals
-        for rival, value, seeds in _at_most(points, megabytes)
+        for rival, value in at_most(points, megabytes)
     ]
     # A rival that is clearly better comes before one that is better on average, but not clearly so.
     return max(standings, key=lambda standing: (not standing.on_envelope, standing.behind), default=alone)
 
 
-def _at_most(points: Sequence[Point], megabytes: float) -> list[tuple[str, float, Statistic]]:
+def at_most(points: Sequence[Point], megabytes: float) -> list[tuple[Point, float]]:
     """A curve's measured points with at most so many bytes, and the curve at exactly so many.
 
     Returns:
-        Name, value, and whose spread and seeds count: between two points those of the nearer one.
+        The point whose spread and seeds count, between two points the nearer one, and the value.
     """
     known = [(point.megabytes.mean, point) for point in points if point.megabytes is not None]
-    found = [(point.curve, point.value.mean, point.value) for size, point in known if size <= megabytes]
+    found = [(point, point.value.mean) for size, point in known if size <= megabytes]
     value = interpolate(points, "megabytes", megabytes, "value")
     if value is not None:
-        _, nearest = min(known, key=lambda pair: abs(pair[0] - megabytes))
-        found.append((nearest.curve, value, nearest.value))
+        found.append((min(known, key=lambda pair: abs(pair[0] - megabytes))[1], value))
     return found
 
 

@@ -1,14 +1,15 @@
 """Figures of trade-offs, and what all figures share: size and resolution, colours, plain axes, and saving.
 
-Figures are made without pyplot, so that importing lte leaves a notebook's backend as it is. Colours are the
-Okabe-Ito set, which colour-blind readers tell apart; every curve has a marker or a dash of its own besides.
+Figures are made without pyplot, so that importing lte leaves a notebook's backend as it is. Colours are those of
+`lte.report.palette`, one for each method; the curves of a method have markers and dashes of their own.
 Points are means over the seeds of one setting, bars one standard deviation both ways.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from lte.files import replaced_atomically
-from lte.report.curves import curve_places
+from lte.report.palette import colour_names, light
 from lte.report.paper import PAPER_SUFFIX, paper_markers, visible_markers
 from lte.report.points import Point, Tradeoff
 
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
-YELLOW, BLACK, GREY = "#E69F00", "#000000", "#6B6B6B"
+GREY = light("quiet")
 DPI = 150
 
 
@@ -47,7 +47,6 @@ def plain_axes(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">", "p", "d")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
 _DENSE_DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (5, 1)))
@@ -77,18 +76,23 @@ def logarithmic_values(axis: Axes) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def curve_styles(names: Iterable[str]) -> dict[str, Style]:
-    """A colour, marker and dash for each curve: those of its own for a known method, the next free ones for others.
+def curve_styles(tradeoffs: Sequence[Tradeoff]) -> dict[str, Style]:
+    """The colour of its method, a marker and a dash for each curve; those of one method differ in both.
 
     Args:
-        names: of all curves of all figures that shall agree.
+        tradeoffs: of all figures that shall agree.
     """
-    # 7 colours and 13 markers: no pair comes again before the 92nd curve.
-    colours, markers, dashes = len(_COLOURS), len(_MARKERS), len(_DASHES)
-    return {
-        name: (_COLOURS[place % colours], _MARKERS[place % markers], _DASHES[place // colours % dashes])
-        for name, place in curve_places(names).items()
-    }
+    methods = {name: points[0].method for each in tradeoffs for name, points in each.curves.items()}
+    methods |= {marker.method: marker.method for each in tradeoffs for marker in paper_markers(each)}
+    colours, seen, found = colour_names(methods.values()), Counter[str](), {}
+    # The curve that is named as its method comes first.
+    for name in sorted(methods, key=lambda name: (name != methods[name], name)):
+        place = seen[methods[name]]
+        first = list(colours).index(methods[name]) if place == 0 else 0
+        marker = _MARKERS[(first + place) % len(_MARKERS)]
+        found[name] = (light(colours[methods[name]]), marker, _DASHES[place % len(_DASHES)])
+        seen[methods[name]] += 1
+    return found
 
 
 def tradeoff_figure(tradeoff: Tradeoff, styles: Mapping[str, Style] | None = None) -> Figure:
@@ -98,14 +102,14 @@ def tradeoff_figure(tradeoff: Tradeoff, styles: Mapping[str, Style] | None = Non
 
     Args:
         tradeoff: with at least one point.
-        styles: from `curve_styles` over all figures that shall agree; `None` takes this one's curves alone.
+        styles: from `curve_styles` of all figures that shall agree; `None` takes those of this one.
 
     Raises:
         ValueError: if no run of the tradeoff has a value.
     """
     if not tradeoff.points():
         raise ValueError("tradeoff must hold at least one run with a value, got none")
-    styles = styles or curve_styles(tradeoff.curves)
+    styles = styles or curve_styles([tradeoff])
     figure, grid = new_figure(11.5, 9.5, 2, 2)
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     axes = list(grid.flat)
@@ -139,10 +143,9 @@ def _draw_panel(axis: Axes, tradeoff: Tradeoff, quantity: str, styles: Mapping[s
     for name, points in tradeoff.curves.items():
         _draw_curve(axis, name, points, quantity, styles[name])
     markers = [marker for marker in visible_markers(tradeoff) if quantity in marker.x]
-    own = {**curve_styles(marker.method for marker in markers), **styles}
     for marker in markers:
         # Hollow, in the look of the method's own curve.
-        colour, shape, _ = own[marker.method]
+        colour, shape, _ = styles[marker.method]
         (line,) = axis.plot([marker.x[quantity]], [marker.value], shape, color=colour, label=marker.label)
         line.set(markerfacecolor="none", markersize=9)
     _scale(axis, tradeoff, quantity)

@@ -71,7 +71,7 @@ def write_methods_report(folder: str | Path, tradeoffs: Sequence[Tradeoff], limi
         raise ValueError("tradeoffs must hold at least one, got none")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    styles = curve_styles(name for tradeoff in tradeoffs for name in tradeoff.curves)
+    styles = curve_styles(tradeoffs)
     files, parts = [folder / "report.csv"], ["# Methods compared", _LEGEND]
     rows = [row for tradeoff in tradeoffs for row in csv_rows(tradeoff)]
     write_text_atomic(files[0], csv_text(rows, tuple(rows[0])) if rows else "")

@@ -273,7 +273,8 @@ const Shell = (() => {
   function axis(settings) {
     const line = { lineStyle: { color: colour('line') } };
     return { axisLine: line, axisTick: line, splitLine: { show: false }, ...settings,
-      axisLabel: { color: colour('quiet'), ...settings.axisLabel }, nameTextStyle: { color: colour('quiet') } };
+      axisLabel: { color: colour('quiet'), ...settings.axisLabel },
+      nameTextStyle: { color: colour('quiet'), ...settings.nameTextStyle } };
   }
 
   function tooltip(formatter, settings = {}) {
