@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from lte.report.envelope import at_most
@@ -53,17 +52,16 @@ def loss_at(tradeoff: Tradeoff, points: Sequence[Point], share: float) -> tuple[
     return min(losses, key=lambda pair: pair[0], default=None)
 
 
-def rivals(tradeoff: Tradeoff, limit: float, most: int = 3) -> list[str]:
-    """The methods beside LTE that lose least, on average over `SHARES`; a share that a curve does not reach counts as
-    four times the goal, and more than that as that.
-    """
-
-    def mean(name: str) -> float:
-        losses = [loss_at(tradeoff, tradeoff.curves[name], share) for share in SHARES[:-1]]
-        return fmean(4 * limit if found is None else min(found[0], 4 * limit) for found in losses)
-
-    others = {method: mean(name) for method, name in main_curves(tradeoff).items() if method != OURS}
-    return sorted(others, key=lambda method: others[method])[:most]
+def rivals(tradeoff: Tradeoff, most: int = 3) -> list[str]:
+    """The methods beside LTE that lose least: by their places at each of `SHARES`, behind those that reach it."""
+    curves = {method: tradeoff.curves[name] for method, name in main_curves(tradeoff).items() if method != OURS}
+    places: dict[str, int] = dict.fromkeys(curves, 0)
+    for share in SHARES[:-1]:
+        found = {method: loss_at(tradeoff, points, share) for method, points in curves.items()}
+        losses = sorted(each[0] for each in found.values() if each is not None)
+        for method, each in found.items():
+            places[method] += len(curves) if each is None else losses.index(each[0])
+    return sorted(places, key=lambda method: (places[method], method))[:most]
 
 
 def pareto_front(tradeoff: Tradeoff, quantity: str, larger_is_cheaper: bool = False) -> list[Point]:
@@ -141,70 +139,69 @@ def _first_share(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> floa
 
 
 def main_result(rows: Sequence[dict[str, Any]], share: float) -> str:
-    """The outcome of the overview in a sentence or two, whichever way it went."""
+    """The outcome of the overview in a sentence, whichever way it went."""
     place, part = SHARES.index(share), "half" if share == HALF else f"{100 * share:.0f}%"
-    found = {
-        method: {row["name"]: cells[place] for row in rows if (cells := row["cells"].get(method)) and cells[place]}
-        for row in rows
-        for method in row["cells"]
-    }
-    found = {method: cells for method, cells in found.items() if cells}
+    found: dict[str, Cells] = defaultdict(dict)
+    for row in rows:
+        for method, cells in row["cells"].items():
+            if cells[place]:
+                found[method][row["name"]] = cells[place] | {"goal": row["goal"], "metric": row["metric"]}
     if not found:
         return "No method can be compared here: no result with known bytes stands beside a dense model's."
-    ours = found.pop(OURS, None)
-    start = f"Reading at most {part} of the dense model's weight bytes"
-    if ours is None:
-        start += ", where LTE was not measured"
-    elif len(rows) == 1:
-        ((task, cell),) = ours.items()
-        row, verdict = rows[0], "meets" if cell["met"] else "misses"
-        spread = "" if cell["sd"] is None else f" ± {_plain(cell['sd'])}"
-        start += (
-            f", LTE loses {_plain(cell['lost'])}{spread} {row['metric']} on {task} ({_seeds([cell])}), "
-            f"which {verdict} the goal of at most {row['goal']:g}"
-        )
-    else:
-        start += f", LTE loses no more quality than the goal allows on {_met(ours)} tasks ({_seeds(ours.values())})"
+    ours = found.pop(OURS, {})
     shared = {
-        method: {task: cell for task, cell in cells.items() if ours is None or task in ours}
+        method: {task: cell for task, cell in cells.items() if not ours or task in ours}
         for method, cells in found.items()
     }
-    shared = {method: cells for method, cells in shared.items() if cells}
-    if not shared:
-        return f"{start}; no other method was measured with that few."
-    best = max(shared, key=lambda name: (_count(shared[name]), _count(shared[name]) / len(shared[name]), name))
-    if ours is None:
-        return f"{start}, {_words(best)} does best: it stays within the goal on {_met(shared[best])} tasks."
-    if len(rows) == 1:
-        task = next(iter(ours))
-        best = min(shared, key=lambda name: shared[name][task]["lost"])
-        return f"{start}; {_words(best)}, the best other method, loses {_plain(shared[best][task]['lost'])}."
+    start = f"Reading at most {part} of the dense model's weight bytes{_of_lte(ours, len(rows) == 1)}"
+    return start + _of_others(ours, {method: cells for method, cells in shared.items() if cells}, len(rows) == 1)
+
+
+Cells = dict[str, dict[str, Any]]
+"""The cells of a method by task."""
+
+
+def _of_lte(ours: Cells, is_one: bool) -> str:
+    if not ours:
+        return ", where LTE was not measured"
+    seeds = sorted({cell["seeds"] for cell in ours.values()})
+    said = f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seed{'s' * (seeds[-1] > 1)}"
+    if not is_one:
+        return f", LTE loses no more quality than the goal allows on {_met(ours)} tasks ({said})"
+    ((task, cell),) = ours.items()
+    spread = "" if cell["sd"] is None else f" ± {cell['sd']:.3g}"
+    return (
+        f", LTE loses {cell['lost']:.3g}{spread} {cell['metric']} on {task} ({said}), which "
+        f"{'meets' if cell['met'] else 'misses'} the goal of at most {cell['goal']:g}"
+    )
+
+
+def _of_others(ours: Cells, others: dict[str, Cells], is_one: bool) -> str:
+    if not others:
+        return "; no other method was measured with that few."
+
+    def rank(method: str) -> tuple[int, float, float]:
+        cells = others[method].values()
+        return _count(others[method]), -len(cells), -sum(cell["lost"] / (cell["goal"] or 1.0) for cell in cells)
+
+    best = max(others, key=rank)
+    name = best.replace("_", " ")
+    if not ours:
+        return f", {name} does best: it stays within the goal on {_met(others[best])} tasks."
+    if is_one:
+        (cell,) = others[best].values()
+        return f"; {name}, the best other method, loses {cell['lost']:.3g}."
     least = sum(
-        all(cells[task]["lost"] >= cell["lost"] for cells in shared.values() if task in cells)
+        all(cells[task]["lost"] >= cell["lost"] for cells in others.values() if task in cells)
         for task, cell in ours.items()
     )
-    return (
-        f"{start}, and less than any other method on {least}; of the others {_words(best)} does best, within the goal on "
-        f"{_met(shared[best])}."
-    )
+    within = f"of the others {name} does best, within the goal on {_met(others[best])}"
+    return f", and on {least} no other method loses less; {within}."
 
 
-def _count(cells: dict[str, Any]) -> int:
+def _count(cells: Cells) -> int:
     return sum(cell["met"] for cell in cells.values())
 
 
-def _met(cells: dict[str, Any]) -> str:
+def _met(cells: Cells) -> str:
     return f"{_count(cells)} of {len(cells)}"
-
-
-def _seeds(cells: Any) -> str:
-    counts = sorted({cell["seeds"] for cell in cells})
-    return f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-
-
-def _words(method: str) -> str:
-    return method.replace("_", " ")
-
-
-def _plain(value: float) -> str:
-    return f"{value:.3g}"

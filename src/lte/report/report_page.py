@@ -100,7 +100,7 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
         "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better, "decimals": metric.decimals},
         "goal": goal(tradeoff, limit),
         "points": [_point(tradeoff, point, point.curve in main) for point in points],
-        "rivals": rivals(tradeoff, goal(tradeoff, limit)),
+        "rivals": rivals(tradeoff),
         "fronts": {axis: [place[id(point)] for point in front] for axis, front in fronts.items()},
         "failed": [_failed(record) for record in tradeoff.failed],
         "paper": [_paper_point(tradeoff, marker) for marker in paper_markers(tradeoff)],

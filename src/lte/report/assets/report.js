@@ -55,14 +55,13 @@
     table.setAttribute('aria-label', 'Quality lost by task and method');
     Shell.rove(table, 'a');
     return [table, element('p', { class: 'quiet' }, `The goal is the loss that the paper allows: ${[...new Set(overview.rows.map(({ goal, metric }) => `${goal} ${metric}`))].join(', ')}.${
-      none.length ? ` Not measured with that few bytes: ${none.map(methodName).join(', ')}.` : ''}`)];
+      none.length ? ` Not measured with that few bytes: ${none.map((method) => Charts.clip(methodName(method), 30)).join(', ')}.` : ''}`)];
   }
 
   function showOverview() {
     const section = box('overview');
-    section.hidden = !overview.rows.length;
-    box('overview').append(element('h2', { id: 'glance', class: 'unseen' }, 'At a glance'), element('p', { class: 'answer' }, overview.sentence));
-    if (section.hidden) return;
+    section.append(element('h2', { id: 'glance', class: 'unseen' }, 'At a glance'), element('p', { class: 'answer' }, overview.sentence));
+    if (!overview.rows.length) return;
     const map = element('div', { class: 'sideways', tabindex: '-1' });
     const draw = (place) => map.replaceChildren(...heatMap(place));
     const share = Shell.choice('Quality lost where at most', overview.shares.map((each, place) => [Charts.share(each), place]), draw,
@@ -100,7 +99,7 @@
     box('task').replaceChildren(element('div', { class: 'task-head' }, heading, list.box), element('p', { class: 'quiet' }, comparison.title), task.box,
       ...folded('Ablations and variants', ...task.variants()),
       ...folded('Inside the models: layers, routers, training', ...columns(layerPanels(comparison))),
-      ...folded(`All ${comparison.points.length} results as a table`, ...(task.table ? [task.table.box] : [])),
+      ...folded(`All results as a table: ${comparison.points.length}`, ...(task.table ? [task.table.box] : [])),
       ...folded(`In words and in tables: the goal, the upper envelope, the paper${failed.length ? ', failed runs' : ''}`,
         ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)), ...tables.map((table) => table.box), ...failed));
     document.body.dataset.shown = found.name;
@@ -128,7 +127,7 @@
     box('about').append(element('p', {}, `A sparse model computes only those neurons of its feed-forward layers that a token needs. Made by lte ${version} from ${
       Shell.count(files.length)} result ${files.length === 1 ? 'file' : 'files'}. Means over seeds, ± one standard deviation of a sample; “-” is a number that the ` +
       'files do not have. FLOPs and bytes are of the block linears per token at batch size 1, routers included, as shares of the dense model’s. ' +
-      `The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`), ...folded('Files', element('ul', {}, ...files.map((file) => element('li', {}, file)))));
+      `The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`), ...(files.length ? folded('Files', element('ul', {}, ...files.map((file) => element('li', {}, file)))) : []));
   }
 
   async function start() {
@@ -137,6 +136,7 @@
     box('task').hidden = !comparisons.length;
     if (comparisons.length) {
       await showTask(state.get('task'));
+      if (!task.chart) box('task').querySelectorAll('.folded').forEach((each) => { each.open = true; });
       state.onChange(() => showTask(state.get('task'), true));
     }
     await showSpeed();

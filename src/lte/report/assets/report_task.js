@@ -33,7 +33,11 @@ class Task {
     this.chart = null;
     if (measured.length) {
       const cost = choice('Cost', measured.map(([key, { text }]) => [text, key]), (key) => this.show({ cost: key }), { name: 'cost' });
-      const range = choice('Range', RANGES, (goals) => this.show({ goals }), { name: 'range' });
+      const sparse = this.known.filter((point) => !point.is_dense);
+      const ours = sparse.filter(({ method }) => method === 'lte');
+      const least = Math.min(...(ours.length ? ours : sparse).map(({ lost }) => lost));
+      const range = choice('Range', RANGES, (goals) => this.show({ goals }), { name: 'range',
+        chosen: RANGES.findIndex(([, goals]) => least === Infinity || least <= goals * this.goal) });
       Object.assign(this, { cost: cost.value, goals: range.value });
       this.chart = this.add(Charts.linePicture({
         label: `Quality lost against cost, ${this.title}`, describe: (width) => this.describe(width),
@@ -49,9 +53,8 @@ class Task {
     }
     this.table = this.points.length ? this.add(new SortableTable({ ...this.results, csv: this.csvTable(), best: this.metric,
       icon: (place) => `var(--${Shell.data.colours[this.points[place].method]})`, onChoose: (place) => this.pin(this.points[place]) })) : null;
-    this.box = element('div', {}, ...(this.chart ? [element('div', { class: 'beside' },
-      element('div', { class: 'panel' }, this.controls, this.chart.box), this.panel)] : this.points.length ? [element('p', {},
-        'There is no dense model or no known cost to compare with.'), this.panel] : []));
+    this.box = element('div', { class: this.chart && 'beside' }, ...(this.chart
+      ? [element('div', { class: 'panel' }, this.controls, this.chart.box)] : []), ...(this.points.length ? [this.panel] : []));
     this.fill();
     this.say();
   }
@@ -151,7 +154,7 @@ class Task {
     this.said.textContent = 'The further down, the less quality is lost; the further right, the less a token costs. The wide grey line ' +
       'is the Pareto front: no other method is better in both. Bars are one standard deviation over seeds, the dashed line is ' +
       `the dense reference, an arrow at the edge a loss beyond the range. Drag moves, Ctrl and the wheel zoom.${
-        missing.length ? ` Not on this axis, since it ${why}: ${missing.map(methodName).join(', ')}.` : ''}${this.paperLines().length
+        missing.length ? ` Not on this axis, since it ${why}: ${missing.map((method) => Charts.clip(methodName(method), 30)).join(', ')}.` : ''}${this.paperLines().length
         ? ' Hollow diamonds are the paper’s numbers, of other models and settings.' : ''}`;
   }
 
@@ -198,7 +201,7 @@ class Task {
     this.panel.replaceChildren(element('h3', {}, this.pins.length === 2 ? 'Two points compared' : 'The pinned point'),
       ...(this.pins.length ? [...heads, Shell.table('', [{ words: 'fact' }, ...this.pins.map((_, place) => (place ? 'B' : 'A'))], rows)] : []),
       ...(this.pins.length < 2 ? [element('p', { class: 'quiet' }, this.pins.length ? 'Pin a second point to see how their settings differ.'
-        : 'Choose a point, with the mouse or with arrow keys and Enter, to see its runs here.')] : [this.difference()]),
+        : 'Choose a point of the picture, with the mouse or with arrow keys and Enter, or a name in the table of all results.')] : [this.difference()]),
       ...this.pins.map((point, place) => this.runs(point, place)));
   }
 
