@@ -117,7 +117,7 @@ const Charts = (() => {
     places.toReversed().forEach((each, row, all) => { each.at = Math.max(each.at, row ? all[row - 1].at + step : scale(y.min)); });
     return { type: 'scatter', name: 'names', silent: true, symbolSize: 0.01, z: 7, clip: false,
       data: places.map(({ line, at }) => ({ value: [edge, back(at)], label: { color: line.pale ? Shell.colour('quiet') : line.colour,
-        formatter: clip(line.label ?? line.name, Math.floor((room - 16) / 6.5)), fontWeight: line.pale ? 'normal' : 'bold' } })),
+        formatter: clip(line.label ?? line.name, Math.floor((room - 18) / 7.2)), fontWeight: line.pale ? 'normal' : 'bold' } })),
       label: { show: true, position: 'right', fontSize: 12 }, labelLayout: { x: width - room + 16, align: 'left' },
       markLine: { silent: true, symbol: 'none', precision: 12, label: { show: false }, lineStyle: { type: 'solid', width: 1, opacity: 0.35 },
         data: places.map(({ line, from, at }) => [{ coord: from, lineStyle: { color: line.colour } }, { coord: [edge, back(at)] }]) } };

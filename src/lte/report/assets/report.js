@@ -131,6 +131,7 @@
   }
 
   async function start() {
+    document.body.dataset.busy = 'yes';
     showOverview();
     showAbout();
     box('task').hidden = !comparisons.length;
@@ -140,7 +141,8 @@
       state.onChange(() => showTask(state.get('task'), true));
     }
     await showSpeed();
-    document.body.dataset.ready = 'true';
+    delete document.body.dataset.busy;
+    document.body.dataset.ready = 'yes';
   }
 
   start();
