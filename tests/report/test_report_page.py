@@ -18,7 +18,6 @@ from lte.report.inputs import Bench
 from lte.report.points import find_tradeoffs
 from lte.report.report_page import (
     MOST_STEPS,
-    final_eta,
     history_data,
     html_report,
     report_data,
@@ -62,7 +61,6 @@ def test_each_run_says_where_it_comes_from() -> None:
     (run,) = tradeoff["points"][0]["runs"]
     assert run["seed"] == 7
     assert run["value"] == 25.0
-    assert run["eta"] == 0.5
     assert run["hardware"] == "a CPU, 2 cores"
     assert run["versions"] == {"python": "3.11", "torch": "2.13"}
     assert {name: run[name] for name in facts} == facts
@@ -134,7 +132,7 @@ def test_a_long_history_keeps_its_ends() -> None:
     shares = [[step / 1000, 1.0] for step in steps]
     found = history_data(record(layer_history={"step": steps, "stage": [1] * 500, "active_fraction": shares}))
     assert found is not None
-    assert len(found["step"]) == len(found["active_fraction"]) == len(found["stage"]) == MOST_STEPS
+    assert len(found["step"]) == len(found["active_fraction"]) == MOST_STEPS
     assert (found["step"][0], found["step"][-1]) == (0, 998)
     assert found["active_fraction"][-1] == [0.998, 1.0]
 
@@ -142,22 +140,6 @@ def test_a_long_history_keeps_its_ends() -> None:
 @pytest.mark.parametrize("held", [None, [1], {}, {"step": [1, 2], "active_fraction": [[0.5]]}, {"step": [1]}])
 def test_a_record_without_a_whole_history_has_none(held: Any) -> None:
     assert history_data(record(layer_history=held)) is None
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"eta": 0.25, "config": {"train": {"eta": 1.0}}}, 0.25),
-        ({"config": {"train": {"eta": 1.0}}, "log": [{"eta": 0.5}]}, 1.0),
-        ({"config": {"train": {"eta": None}}, "log": [{"eta": 0.5}, {"eta": 0.75}, {"step": 3}]}, 0.75),
-        ({"log": [{"eta": 0.5}, {"eta": 0.0}]}, 0.5),
-        ({"log": [{"eta": 0.0}]}, None),
-        ({"config": {"train": None}, "log": 3}, None),
-        ({"eta": math.nan}, None),
-    ],
-)
-def test_the_eta_of_a_run(fields: dict[str, Any], expected: float | None) -> None:
-    assert final_eta(record(**fields)) == expected
 
 
 def test_a_bench_file_becomes_groups_of_rows() -> None:

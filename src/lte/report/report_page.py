@@ -15,7 +15,6 @@ from lte import __version__
 from lte.files import json_ready, write_text_atomic
 from lte.records import ResultRecord
 from lte.report.bench import bench_data
-from lte.report.curves import field_value
 from lte.report.inputs import Bench
 from lte.report.methods_report import tradeoff_texts
 from lte.report.overview import goal, labels, main_curves, overview, pareto_front, rivals
@@ -167,23 +166,9 @@ def run_data(record: ResultRecord, value: float | None) -> dict[str, Any]:
         "seed": record.seed,
         "value": value,
         **{name: record[name] for name in _DETAILS},
-        "eta": final_eta(record),
         "routing": routing_data(record),
         "history": history_data(record),
     }
-
-
-def final_eta(record: ResultRecord) -> float | None:
-    """The weight of the efficiency loss at the end of a run; `None` where the record does not say it.
-
-    The record's own `eta`, else the one that its settings fix, else the last in its training log that is not 0: entries
-    of frozen routers, and of a training without this loss, have 0.
-    """
-    logged = [entry.get("eta") for entry in _list(record.log) if isinstance(entry, Mapping)]
-    for eta in (record.eta, field_value(record, "config.train.eta"), *filter(None, reversed(logged))):
-        if _is_number(eta):
-            return float(eta)
-    return None
 
 
 def routing_data(record: ResultRecord) -> dict[str, Any] | None:
@@ -212,7 +197,7 @@ def history_data(record: ResultRecord) -> dict[str, Any] | None:
     """Active fractions over training, at `MOST_STEPS` evenly spaced steps at most; `None` where there are none.
 
     Returns:
-        `step` [S], `stage` [S], `active_fraction` [S, L].
+        `step` [S], `active_fraction` [S, L].
     """
     history = record.layer_history
     if not isinstance(history, Mapping):
@@ -224,11 +209,8 @@ def history_data(record: ResultRecord) -> dict[str, Any] | None:
     # The first, the last, and evenly spaced ones between.
     kept = [round(place * (count - 1) / (MOST_STEPS - 1)) for place in range(MOST_STEPS)]
     kept = kept if count > MOST_STEPS else list(range(count))
-    stages = _list(history.get("stage"))
-    stages = stages if len(stages) == len(steps) else [None] * len(steps)
     return {
         "step": [steps[place] for place in kept],
-        "stage": [stages[place] for place in kept],
         "active_fraction": [[_rounded(share, 3) for share in shares[place]] for place in kept],
     }
 

@@ -35,7 +35,7 @@ def test_text_from_files_stays_text(page: Chrome) -> None:
 def test_nothing_is_cut_or_scrolls_sideways(page: Chrome, width: int) -> None:
     set_screen(page, width, 900)
     page.execute_script(OPEN)
-    plot(page, "Sparsity against eta")
+    plot(page, "Experts that")
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     for each in page.find_elements(By.CSS_SELECTOR, ".plot canvas"):
         assert each.size["width"] <= width

@@ -94,7 +94,7 @@ def test_variants_have_a_picture_of_their_own(page: Chrome) -> None:
     assert [value for value, _ in values] == [1.0, 2.0]
 
 
-def test_layers_routers_and_eta_are_those_of_the_records(page: Chrome) -> None:
+def test_layers_and_routers_are_those_of_the_records(page: Chrome) -> None:
     assert drawn(page, "Share of neurons")["lte, target 50%"] == [[0, 0.5], [1, 1.0]]
     found = drawn(page, "Over the training")
     steps, shares = HISTORY["step"], HISTORY["active_fraction"]
@@ -109,7 +109,6 @@ def test_layers_routers_and_eta_are_those_of_the_records(page: Chrome) -> None:
     assert (
         "Of 8 experts 1 were never used on 1,000 tokens, and 5 by every token." in page.find_element(By.ID, "task").text
     )
-    assert drawn(page, "Sparsity against eta")["lte"] == [[0.25, 0.5], [0.5, 0.75]]
 
 
 def test_times_and_batches_are_those_of_lte_bench(page: Chrome) -> None:

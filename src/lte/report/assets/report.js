@@ -11,7 +11,8 @@
   /* The points of a cell and of the best other one, or of LTE's. */
   function pinsOf(row, method, place) {
     const cell = (name) => row?.cells[name]?.[place];
-    const others = Object.keys(row?.cells ?? {}).filter((name) => name !== 'lte' && cell(name)).sort((a, b) => cell(a).lost - cell(b).lost);
+    const others = Object.keys(row?.cells ?? {}).filter((name) => name !== 'lte' && cell(name))
+      .sort((a, b) => cell(a).lost - cell(b).lost);
     return [cell('lte'), cell(method === 'lte' ? others[0] : method)].filter(Boolean).map(({ point }) => point);
   }
 
@@ -22,17 +23,20 @@
   }
 
   /* Three figures, three decimals at most. */
-  const lossText = (lost) => String(Number(lost.toPrecision(Math.abs(lost) < 0.1 ? 2 : 3)).toFixed(Math.abs(lost) < 1 ? 3 : Math.abs(lost) < 10 ? 2 : 0)).replace('-', '−');
+  const lossText = (lost) => String(Number(lost.toPrecision(Math.abs(lost) < 0.1 ? 2 : 3))
+    .toFixed(Math.abs(lost) < 1 ? 3 : Math.abs(lost) < 10 ? 2 : 0)).replace('-', '−');
 
   function cellOf(row, method, place) {
     const cell = row.cells[method]?.[place];
     if (cell === undefined) return element('td', {});
     if (cell === null) return element('td', { class: 'none', title: 'not measured with that few bytes' }, '–');
     const { lost, sd, seeds, met } = cell;
-    const words = `${row.name}, ${methodName(method)}: loses ${Charts.short(lost)}${sd === null ? '' : ` ± ${Charts.short(sd)}`} ${row.metric}, ` +
+    const spread = sd === null ? '' : ` ± ${Charts.short(sd)}`;
+    const words = `${row.name}, ${methodName(method)}: loses ${Charts.short(lost)}${spread} ${row.metric}, ` +
       `goal of ${row.goal} ${met ? 'met' : 'missed'}, ${seeds} ${seeds === 1 ? 'seed' : 'seeds'}`;
     const best = Object.values(row.cells).every((each) => !each[place] || each[place].lost >= lost);
-    const made = element('td', { class: best && 'best' }, element('a', { href: state.href({ task: row.name, pins: pinsOf(row, method, place).join() }), title: words },
+    const made = element('td', { class: best && 'best' }, element('a',
+      { href: state.href({ task: row.name, pins: pinsOf(row, method, place).join() }), title: words },
       `${met ? '✓' : '✗'} ${lossText(lost)}`,
       element('small', {}, ` ×${seeds}`)));
     paint(made, cell, row.goal);
@@ -49,28 +53,36 @@
       dot.style.background = `var(--${data.colours[method]})`;
       return element('th', { scope: 'col' }, dot, methodName(method));
     });
-    const rows = rowsShown.map((row) => element('tr', {}, element('th', { scope: 'row' }, element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` }, ...Shell.breakable(row.name))),
+    const rows = rowsShown.map((row) => element('tr', {}, element('th', { scope: 'row' },
+      element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` },
+      ...Shell.breakable(row.name))),
       ...methods.map((method) => cellOf(row, method, place))));
-    const table = element('table', { class: 'heat' }, element('thead', {}, element('tr', {}, element('th', { scope: 'col' }, 'task'), ...head)), element('tbody', {}, ...rows));
+    const table = element('table', { class: 'heat' }, element('thead', {},
+      element('tr', {}, element('th', { scope: 'col' }, 'task'), ...head)), element('tbody', {}, ...rows));
     table.setAttribute('aria-label', 'Quality lost by task and method');
     Shell.rove(table, 'a');
-    return [table, element('p', { class: 'quiet' }, `The goal is the loss that the paper allows: ${[...new Set(overview.rows.map(({ goal, metric }) => `${goal} ${metric}`))].join(', ')}.${
-      none.length ? ` Not measured with that few bytes: ${none.map((method) => Charts.clip(methodName(method), 30)).join(', ')}.` : ''}`)];
+    const goals = [...new Set(overview.rows.map(({ goal, metric }) => `${goal} ${metric}`))];
+    const rest = none.map((method) => Charts.clip(methodName(method), 30));
+    return [table, element('p', { class: 'quiet' }, `The goal is the loss that the paper allows: ${goals.join(', ')}.`,
+      rest.length ? ` Not measured with that few bytes: ${rest.join(', ')}.` : '')];
   }
 
   function showOverview() {
     const section = box('overview');
-    section.append(element('h2', { id: 'glance', class: 'unseen' }, 'At a glance'), element('p', { class: 'answer' }, overview.sentence));
+    section.append(element('h2', { id: 'glance', class: 'unseen' }, 'At a glance'),
+      element('p', { class: 'answer' }, overview.sentence));
     if (!overview.rows.length) return;
     const map = element('div', { class: 'sideways', tabindex: '-1' });
     const draw = (place) => map.replaceChildren(...heatMap(place));
-    const share = Shell.choice('Quality lost where at most', overview.shares.map((each, place) => [Charts.share(each), place]), draw,
+    const share = Shell.choice('Quality lost where at most', overview.shares.map((each, place) => [Charts.share(each),
+      place]), draw,
       { name: 'share', chosen: overview.shares.indexOf(overview.share) });
     share.box.append(' of the dense model’s bytes are read');
     draw(share.value);
     shareList = share;
     section.append(element('div', { class: 'controls' }, share.box, element('span', { class: 'quiet' },
-      '✓ within the goal, ✗ not; ×3: three seeds; framed: the least of its row; –: not measured with that few. A cell leads to its task.')), map);
+      '✓ within the goal, ✗ not; ×3: three seeds; framed: the least of its row; –: not measured with that few. ' +
+      'A cell leads to its task.')), map);
   }
 
   function columns(panels) {
@@ -88,20 +100,24 @@
     task?.remove();
     inside.forEach((picture) => picture.remove());
     inside = [];
-    task = new Task(comparison, pinsOf(overview.rows.find((row) => row.name === found.name), 'lte', Number(shareList?.select.selectedIndex)));
+    task = new Task(comparison, pinsOf(overview.rows.find((row) => row.name === found.name), 'lte',
+      Number(shareList?.select.selectedIndex)));
     const list = Shell.choice('Task', comparisons.map((each) => [each.name, each.name]), (chosen) => {
       state.set({ task: chosen, pins: null });
       showTask(chosen);
     }, { chosen: comparisons.indexOf(found) });
     const heading = element('h2', { id: 'task-name', tabindex: '-1' }, found.name);
     const tables = comparison.tables.map((table) => new SortableTable({ ...table, best: comparison.metric }));
-    const failed = comparison.failed.map((run) => element('p', {}, element('strong', {}, `${run.name}, seed ${run.seed}: ${run.why}`), ' ', run.command ?? run.source));
-    box('task').replaceChildren(element('div', { class: 'task-head' }, heading, list.box), element('p', { class: 'quiet' }, comparison.title), task.box,
+    const failed = comparison.failed.map((run) => element('p', {},
+      element('strong', {}, `${run.name}, seed ${run.seed}: ${run.why}`), ' ', run.command ?? run.source));
+    box('task').replaceChildren(element('div', { class: 'task-head' }, heading, list.box),
+      element('p', { class: 'quiet' }, comparison.title), task.box,
       ...folded('Ablations and variants', ...task.variants()),
       ...folded('Inside the models: layers, routers, training', ...columns(layerPanels(comparison))),
       ...folded(`All results as a table: ${comparison.points.length}`, ...(task.table ? [task.table.box] : [])),
-      ...folded(`In words and in tables: the goal, the upper envelope, the paper${failed.length ? ', failed runs' : ''}`,
-        ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)), ...tables.map((table) => table.box), ...failed));
+      ...folded(`In words and in tables: goal, upper envelope, the paper${failed.length ? ', failed runs' : ''}`,
+        ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)),
+          ...tables.map((table) => table.box), ...failed));
     document.body.dataset.shown = found.name;
     if (focus) {
       heading.focus({ preventScroll: true });
@@ -118,16 +134,20 @@
     box('speed').hidden = !panels.length;
     if (panels.length) {
       box('speed').append(element('h2', { id: 'speed-name' }, 'Measured speed'), element('p', { class: 'quiet' },
-        'What lte bench timed, by machine and model; not of one task.'), panels[0].box, element('div', { class: 'columns two' }, ...panels.slice(1).map((panel) => panel.box)));
+        'What lte bench timed, by machine and model; not of one task.'), panels[0].box,
+          element('div', { class: 'columns two' }, ...panels.slice(1).map((panel) => panel.box)));
     }
   }
 
   function showAbout() {
     const { files, version } = data;
-    box('about').append(element('p', {}, `A sparse model computes only those neurons of its feed-forward layers that a token needs. Made by lte ${version} from ${
-      Shell.count(files.length)} result ${files.length === 1 ? 'file' : 'files'}. Means over seeds, ± one standard deviation of a sample; “-” is a number that the ` +
-      'files do not have. FLOPs and bytes are of the block linears per token at batch size 1, routers included, as shares of the dense model’s. ' +
-      `The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`), ...(files.length ? folded('Files', element('ul', {}, ...files.map((file) => element('li', {}, file)))) : []));
+    const count = `${Shell.count(files.length)} result ${files.length === 1 ? 'file' : 'files'}`;
+    box('about').append(element('p', {},
+      'A sparse model computes only those neurons of its feed-forward layers that a ' +
+      `token needs. Made by lte ${version} from ${count}. Means over seeds, ± one standard deviation of a sample; “-” is a ` +
+      'number that the files do not have. FLOPs and bytes are of the block linears per token at batch size 1, routers ' +
+      `included, as shares of the dense model’s. The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`),
+    ...(files.length ? folded('Files', element('ul', {}, ...files.map((file) => element('li', {}, file)))) : []));
   }
 
   async function start() {

@@ -19,7 +19,8 @@ function choicePanel(title, label, entries, describe, options = {}) {
     picture.draw();
   }, { chosen: options.chosen ?? 0, name: options.name });
   choose(list.value);
-  return { picture, box: element('div', { class: 'panel' }, element('h3', {}, title), element('div', { class: 'controls' }, list.box), said, picture.box) };
+  return { picture, box: element('div', { class: 'panel' }, element('h3', {}, title),
+    element('div', { class: 'controls' }, list.box), said, picture.box) };
 }
 
 /* The mean over the seeds of a point, layer by layer. */
@@ -33,52 +34,59 @@ const byLayer = (values) => values.map((y, x) => ({ x, y })).filter(({ y }) => C
 const layerAxis = (count) => ({ name: 'layer', whole: true, min: 0, max: Math.max(count - 1, 1), label: String });
 
 function layerPanels({ points }) {
-  const runsWith = (test) => points.flatMap((point) => point.runs.filter(test).map((run) => [`${titleOf(point)}, seed ${run.seed}`, run]));
+  const runsWith = (test) => points.flatMap((point) => point.runs.filter(test)
+    .map((run) => [`${titleOf(point)}, seed ${run.seed}`, run]));
   const curves = [...Map.groupBy(points.filter((point) => layerMeans(point).length), (point) => point.curve)];
-  const most = (entries, size) => Math.max(0, entries.findIndex(([, each]) => size(each) === Math.max(...entries.map(([, other]) => size(other)))));
+  const most = (entries, size) => Math.max(0, entries.findIndex(([, each]) =>
+    size(each) === Math.max(...entries.map(([, other]) => size(other)))));
   const routed = runsWith(({ routing }) => routing?.histogram);
   const counted = runsWith(({ routing }) => routing?.dead);
-  const etas = points.map((point) => ({ point, x: mean(point.runs.map(({ eta }) => eta).filter(Charts.isNumber)), y: point.runs.length && point.costs.sparsity }))
-    .filter(({ x, y }) => x !== null && Charts.isNumber(y));
   return [
     choicePanel('Share of neurons computed, by layer', 'Method', curves, (found) => ({
       x: layerAxis(layerMeans(found[0]).length), y: { ...PERCENT, name: 'neurons computed' },
       tell: ({ line, x, y }) => `${Charts.clip(line)}\nlayer ${x}: ${Charts.share(y)} computed`,
-      lines: found.map((point, place) => ({ name: titleOf(point), label: point.target === null ? point.name : `target ${Charts.share(point.target)}`,
-        colour: Charts.colourOf(point.method), dash: Charts.dash(place), symbol: Charts.symbol(place), size: 7, points: byLayer(layerMeans(point)) })),
-    }), { chosen: most(curves, (found) => found.length), caption: 'After training, mean over seeds: the lower, the more of a layer is skipped.' }),
-    choicePanel('Over the training', 'Run', runsWith((run) => run.history), ({ history: { step, active_fraction: shares } }) => ({
+      lines: found.map((point, place) => ({ name: titleOf(point),
+        label: point.target === null ? point.name : `target ${Charts.share(point.target)}`,
+        colour: Charts.colourOf(point.method), dash: Charts.dash(place), symbol: Charts.symbol(place), size: 7,
+          points: byLayer(layerMeans(point)) })),
+    }), { chosen: most(curves, (found) => found.length),
+      caption: 'After training, mean over seeds: the lower, the more of a layer is skipped.' }),
+    choicePanel('Over the training', 'Run', runsWith((run) => run.history),
+      ({ history: { step, active_fraction: shares } }) => ({
       x: { name: 'step', whole: true }, y: { ...PERCENT, name: 'neurons computed' },
       tell: ({ line, x, y }) => `${line}, step ${x}: ${Charts.share(y)} computed`,
-      lines: [...shares[0].map((_, layer) => ({ name: `layer ${layer}`, hidden: true, pale: true, size: 0, width: 1.5, opacity: 0.7, colour: Shell.ramp()[2 + Math.round((7 * layer) / shares[0].length)],
+      lines: [...shares[0].map((_, layer) => ({ name: `layer ${layer}`, hidden: true, pale: true, size: 0, width: 1.5,
+        opacity: 0.7, colour: Shell.ramp()[2 + Math.round((7 * layer) / shares[0].length)],
         points: byLayer(shares.map((layers) => layers[layer])).map(({ x, y }) => ({ x: step[x], y })) })),
-      { name: 'all layers', colour: Shell.colour('on'), width: 4, size: 0, points: shares.map((layers, at) => ({ x: step[at], y: mean(layers.filter(Charts.isNumber)) })) }],
+      { name: 'all layers', colour: Shell.colour('on'), width: 4, size: 0,
+        points: shares.map((layers, at) => ({ x: step[at], y: mean(layers.filter(Charts.isNumber)) })) }],
     }), { caption: 'A thin line is a layer, the later ones stronger, and the thick one their mean.' }),
     choicePanel('Router scores around the threshold', 'Run', routed, ({ routing: { histogram, threshold } }) => {
       const unit = Shell.data.histogram_unit;
       const bins = histogram[0].length;
       const bars = (units) => units.map((count, bin) => ({ x: (bin + 0.5) / bins, y: (count ?? 0) * unit }));
-      return { x: { name: 'router score', min: 0, max: 1, interval: 0.1, label: (value) => value.toFixed(1) }, y: { name: 'share of the scores', share: true, min: 0 },
-        tell: ({ line, x, y }) => `${line}\nscore ${(x - 0.5 / bins).toFixed(3)} to ${(x + 0.5 / bins).toFixed(3)}: ${Charts.share(y, 2)}`,
+      return { x: { name: 'router score', min: 0, max: 1, interval: 0.1, label: (value) => value.toFixed(1) },
+        y: { name: 'share of the scores', share: true, min: 0 },
+        tell: ({ line, x, y }) =>
+          `${line}\nscore ${(x - 0.5 / bins).toFixed(3)} to ${(x + 0.5 / bins).toFixed(3)}: ${Charts.share(y, 2)}`,
         marks: [{ xAxis: threshold ?? 0.5, label: `on above ${Charts.short(threshold ?? 0.5)}` }],
-        lines: [{ name: 'all layers', colour: Shell.colour('on'), size: 0, area: true, points: bars(histogram[0].map((_, bin) => mean(histogram.map((layer) => layer[bin] ?? 0)))) },
-          ...histogram.map((units, layer) => ({ name: `layer ${layer}`, hidden: true, pale: true, size: 0, width: 1, opacity: 0.3, colour: Shell.colour('quiet'), points: bars(units) }))] };
-    }, { chosen: most(routed, ({ routing }) => routing.tokens ?? 0), caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near it are a clear choice. Thin lines are single layers.' }),
+        lines: [{ name: 'all layers', colour: Shell.colour('on'), size: 0, area: true,
+          points: bars(histogram[0].map((_, bin) => mean(histogram.map((layer) => layer[bin] ?? 0)))) },
+          ...histogram.map((units, layer) => ({ name: `layer ${layer}`, hidden: true, pale: true, size: 0, width: 1,
+            opacity: 0.3, colour: Shell.colour('quiet'), points: bars(units) }))] };
+    }, { chosen: most(routed, ({ routing }) => routing.tokens ?? 0),
+      caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near it are ' +
+        'a clear choice. Thin lines are single layers.' }),
     choicePanel('Experts that are never and always on', 'Run', counted, ({ routing: { dead, always_on: always } }) => ({
-      x: layerAxis(dead.length), y: { name: 'experts', whole: true, min: 0 }, tell: ({ line, x, y }) => `layer ${x}: ${y} experts ${line}`,
-      lines: [['never on', dead, 'less'], ['always on', always, 'more']].map(([name, values, shade], place) => ({ name, colour: Shell.colour(shade), symbol: Charts.symbol(place), points: byLayer(values) })),
+      x: layerAxis(dead.length), y: { name: 'experts', whole: true, min: 0 },
+        tell: ({ line, x, y }) => `layer ${x}: ${y} experts ${line}`,
+      lines: [['never on', dead, 'less'], ['always on', always, 'more']].map(([name, values, shade],
+        place) => ({ name, colour: Shell.colour(shade), symbol: Charts.symbol(place), points: byLayer(values) })),
     }), { say: ({ routing: { dead, always_on: always, experts, tokens } }) => {
       const sum = (values) => Shell.count(values.reduce((total, value) => total + value, 0));
-      return `Of ${sum(experts)} experts ${sum(dead)} were never used${tokens ? ` on ${Shell.count(tokens)} tokens` : ''}, and ${sum(always)} by every token.`;
+      const on = tokens ? ` on ${Shell.count(tokens)} tokens` : '';
+      return `Of ${sum(experts)} experts ${sum(dead)} were never used${on}, and ${sum(always)} by every token.`;
     }, caption: 'Both are capacity that routing does not use.' }),
-    choicePanel('Sparsity against eta', 'Points', etas.length ? [['all', etas]] : [], (found) => {
-      const base = Charts.logBase(found.map(({ x }) => x));
-      const shown = found.filter(({ x }) => !base || x > 0);
-      return { x: { name: 'eta, the weight of the efficiency loss', log: base, min: base ? undefined : 0 }, y: { ...PERCENT, name: 'FFN sparsity' },
-        tell: ({ title, x, y }) => `${Charts.clip(title)}\neta ${Charts.short(x)}, FFN sparsity ${Charts.share(y)}`,
-        lines: [...Map.groupBy(shown, ({ point }) => point.curve)].map(([name, items], place) => ({ name, symbol: Charts.symbol(place), colour: Charts.colourOf(items[0].point.method), hidden: items.length < 2, scatter: items.length < 2,
-          points: items.map(({ point, x, y }) => ({ x, y, title: titleOf(point) })).sort((a, b) => a.x - b.x) })) };
-    }, { caption: 'eta tells the training how much skipping is worth against quality.' }),
   ].filter(Boolean);
 }
 
@@ -98,7 +106,8 @@ function bytesAlone(rows, factor) {
   const sparse = rows.filter((row) => !row.is_dense && Charts.isNumber(row.bandwidth_ms));
   const ours = sparse.filter(({ provider }) => provider.startsWith('lte'));
   const name = (ours.length ? ours : sparse).at(-1)?.provider;
-  return sparse.filter(({ provider }) => provider === name).map((row) => ({ x: row.sparsity, y: row.bandwidth_ms * factor })).sort((a, b) => a.x - b.x);
+  return sparse.filter(({ provider }) => provider === name).map((row) =>
+    ({ x: row.sparsity, y: row.bandwidth_ms * factor })).sort((a, b) => a.x - b.x);
 }
 
 function describeLatency({ rows }) {
@@ -109,44 +118,66 @@ function describeLatency({ rows }) {
   const base = Charts.logBase(timed.map((row) => row.median_ms), 8);
   const ours = (name) => name.startsWith('lte');
   return {
-    x: { ...PERCENT, name: 'FFN sparsity' }, y: { name: `median time in ${unit}`, log: base, min: base ? undefined : 0 },
-    tell: ({ line, x, y, low, high, own }) => [line, own === undefined ? 'the time that the bytes alone take' : own || `${Charts.share(x)} sparsity`,
-      `${Charts.short(y)} ${unit}${low === undefined ? '' : ` (${Charts.short(low)} to ${Charts.short(high)})`}`].join('\n'),
-    lines: [...groups.map(([name, found], place) => ({ name, colour: Charts.colourOf(name), symbol: Charts.symbol(place), dash: Charts.dash(place), width: ours(name) ? 3 : 2, size: 8,
+    x: { ...PERCENT, name: 'FFN sparsity' }, y: { name: `median time in ${unit}`, log: base,
+      min: base ? undefined : 0 },
+    tell: ({ line, x, y, low, high, own }) => [line, own === undefined ? 'the time that the bytes alone take' : own
+      || `${Charts.share(x)} sparsity`,
+      `${Charts.short(y)} ${unit}${low === undefined ? '' : ` (${Charts.short(low)} to ${Charts.short(high)})`}`].join(
+        '\n'),
+    lines: [...groups.map(([name, found], place) => ({ name, colour: Charts.colourOf(name),
+      symbol: Charts.symbol(place), dash: Charts.dash(place), width: ours(name) ? 3 : 2, size: 8,
       level: found.every((row) => row.is_dense) ? found[0].median_ms * factor : undefined,
-      points: found.map((row) => ({ x: row.sparsity, y: row.median_ms * factor, low: row.p20_ms * factor, high: row.p80_ms * factor,
-        own: row.is_dense ? 'dense' : (row.setting || '').startsWith('own') ? settingText(row.setting) : '' })).sort((a, b) => a.x - b.x) })),
-    ...(alone.length ? [{ name: 'bytes alone', colour: Shell.colour('ink'), dash: 'dashed', size: 0, points: alone }] : [])],
+      points: found.map((row) => ({ x: row.sparsity, y: row.median_ms * factor, low: row.p20_ms * factor,
+        high: row.p80_ms * factor,
+        own: row.is_dense ? 'dense' : (row.setting || '').startsWith('own') ? settingText(row.setting) : '' }))
+          .sort((a, b) => a.x - b.x) })),
+    ...(alone.length ? [{ name: 'bytes alone', colour: Shell.colour('ink'), dash: 'dashed', size: 0, points: alone }]
+      : [])],
   };
 }
 
 /* Ratios or shares by batch; lines: [name, points, dash]. */
 function describeBatches(lines, y, marks = []) {
   const all = lines.flatMap(([, points]) => points.map(({ x }) => x));
-  return { x: { name: 'batch: texts decoded together', log: Math.min(...all) < Math.max(...all) ? 2 : undefined, min: Math.min(...all), label: String }, y, marks,
+  return { x: { name: 'batch: texts decoded together', log: Math.min(...all) < Math.max(...all) ? 2 : undefined,
+    min: Math.min(...all), label: String }, y, marks,
     tell: ({ line, x, y: value }) => `${line}\nbatch ${x}: ${y.share ? Charts.share(value) : Charts.short(value)}`,
-    lines: lines.map(([name, points, dash], place) => ({ name, points, dash, colour: Charts.shade(place, lines.length), symbol: Charts.symbol(place) })) };
+    lines: lines.map(([name, points, dash], place) => ({ name, points, dash, colour: Charts.shade(place, lines.length),
+      symbol: Charts.symbol(place) })) };
 }
 
 /* What was timed: whole steps before single FFNs, then the most sparsities. */
 function speedPanels(benches) {
-  const rank = ({ title, rows }) => 1000 * title.startsWith('decoding') + new Set(rows.map(({ sparsity }) => sparsity)).size;
-  const groups = benches.flatMap(({ latency }) => latency).filter(({ rows }) => rows.some((row) => Charts.isNumber(row.median_ms)))
+  const rank = ({ title, rows }) => 1000 * title.startsWith('decoding') +
+    new Set(rows.map(({ sparsity }) => sparsity)).size;
+  const groups = benches.flatMap(({ latency }) => latency).filter(({ rows }) =>
+    rows.some((row) => Charts.isNumber(row.median_ms)))
     .sort((a, b) => rank(b) - rank(a));
   const unions = benches.filter(({ union }) => union.length);
   const evens = benches.filter(({ break_even: found }) => found.length);
   return [
-    choicePanel('Measured time against sparsity', 'Measurement', groups.map((group) => [group.title, group]), describeLatency, { name: 'timed', height: () => 440,
-      caption: 'Medians, with bars from the 20th to the 80th percentile. The dashed line is how long reading the needed weights alone takes at the speed at which the machine copies memory, which a model that fits a cache can beat. Dense implementations are level lines.' }),
-    choicePanel('Weights that all texts of a batch can skip', 'Measurement', unions.map((bench) => [bench.name, bench]), ({ union }) => describeBatches([
+    choicePanel('Measured time against sparsity', 'Measurement', groups.map((group) => [group.title, group]),
+      describeLatency, { name: 'timed', height: () => 440,
+      caption: 'Medians, with bars from the 20th to the 80th percentile. The dashed line is how long reading the needed ' +
+        'weights alone takes at the speed at which the machine copies memory, which a model that fits a cache can ' +
+        'beat. Dense implementations are level lines.' }),
+    choicePanel('Weights that all texts of a batch can skip', 'Measurement', unions.map((bench) => [bench.name, bench]),
+      ({ union }) => describeBatches([
       ['measured', union.map((row) => ({ x: row.batch, y: 1 - row.union }))],
-      ['if independent', union.filter((row) => Charts.isNumber(row.independent)).map((row) => ({ x: row.batch, y: 1 - row.independent })), 'dashed'],
-    ], { ...PERCENT, name: 'share skipped by all' }), { caption: 'What one text of a batch needs must be read for all of them; the second line is what it would be if texts chose independently.' }),
-    choicePanel('Batches against the fastest dense implementation', 'Measurement', evens.map((bench) => [bench.name, bench]), ({ break_even: rows }) => describeBatches(
-      rows.map((row) => [`${row.benchmark}, ${settingText(row.setting)}`, row.batches.map((batch, place) => ({ x: batch, y: row.ratios[place] }))]),
+      ['if independent', union.filter((row) => Charts.isNumber(row.independent))
+        .map((row) => ({ x: row.batch, y: 1 - row.independent })), 'dashed'],
+    ], { ...PERCENT, name: 'share skipped by all' }),
+      { caption: 'What one text of a batch needs must be read for all of them; the second line is what it would be if ' +
+        'texts chose independently.' }),
+    choicePanel('Batches against the fastest dense implementation', 'Measurement',
+      evens.map((bench) => [bench.name, bench]), ({ break_even: rows }) => describeBatches(
+      rows.map((row) => [`${row.benchmark}, ${settingText(row.setting)}`,
+        row.batches.map((batch, place) => ({ x: batch, y: row.ratios[place] }))]),
       { name: 'time over dense', min: 0 }, [{ yAxis: 1, label: 'as fast as dense' }]), {
-      say: ({ break_even: rows }) => rows.map((row) => `${row.benchmark}, ${settingText(row.setting)}: ${row.break_even === null
-        ? `faster than dense up to batch ${row.batches.at(-1)}, the largest measured` : `no longer faster than dense from batch ${row.break_even}`}.`).join(' '),
+      say: ({ break_even: rows }) =>
+        rows.map((row) => `${row.benchmark}, ${settingText(row.setting)}: ${row.break_even === null
+        ? `faster than dense up to batch ${row.batches.at(-1)}, the largest measured`
+          : `no longer faster than dense from batch ${row.break_even}`}.`).join(' '),
       caption: 'Below the dashed line the sparse model is faster than the dense one.' }),
   ].filter(Boolean);
 }

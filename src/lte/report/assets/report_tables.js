@@ -18,7 +18,8 @@ function csvOf(header, rows) {
 }
 
 /* Columns in which more is better, beside a metric of that kind: the first click shows the best on top. */
-const MORE_IS_BETTER = ['FFN sparsity', 'weights not read', 'seeds', 'bytes saved', 'FFN bytes saved', 'FFN sparsity there',
+const MORE_IS_BETTER = ['FFN sparsity', 'weights not read', 'seeds', 'bytes saved', 'FFN bytes saved',
+  'FFN sparsity there',
   'target', 'on the envelope'];
 
 class SortableTable {
@@ -60,7 +61,8 @@ class SortableTable {
       if (icon) icon.style.background = this.icon(place);
       const name = this.onChoose ? [element('button', { type: 'button', class: 'choose' },
         element('span', { class: 'clamped', title: text }, ...words))] : words;
-      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, ...(icon ? [element('span', { class: 'named' },
+      return element('th', { scope: 'row', class: 'words', dir: 'auto' },
+        ...(icon ? [element('span', { class: 'named' },
         icon, ...name)] : name));
     });
     const made = element('tr', {}, ...cells);

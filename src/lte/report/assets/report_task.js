@@ -5,7 +5,8 @@ const COSTS = {
   bytes: { text: 'Bytes read', name: 'share of the dense model’s bytes that is read', share: true, inverse: true },
   flops: { text: 'FLOPs', name: 'share of the dense model’s FLOPs', share: true, inverse: true },
   sparsity: { text: 'FFN sparsity', name: 'share of FFN neurons that is skipped', share: true },
-  time: { text: 'Measured time', name: 'decoding time over that of the dense model beside it', share: true, inverse: true },
+  time: { text: 'Measured time', name: 'decoding time over that of the dense model beside it', share: true,
+    inverse: true },
 };
 /* How far up the picture goes, in goals. */
 const RANGES = [['around the goal', 3], ['wider', 12], ['everything', Infinity]];
@@ -24,7 +25,8 @@ class Task {
     const { element, choice, state } = Shell;
     this.places = new Map(this.points.map((point, place) => [point, place]));
     const kept = state.get('pins');
-    this.pins = (kept === null ? pins : kept.split(',').filter((text) => text)).map((place) => this.points[Number(place)]).filter(Boolean);
+    this.pins = (kept === null ? pins : kept.split(',').filter((text) => text))
+      .map((place) => this.points[Number(place)]).filter(Boolean);
     this.known = this.points.filter((point) => point.is_main && point.lost !== null);
     const measured = Object.entries(COSTS).filter(([key]) => this.known.some((point) => point.costs[key] !== null));
     this.panel = element('aside', { class: 'panel pins', 'aria-label': 'Pinned points', tabindex: '-1' });
@@ -32,7 +34,8 @@ class Task {
     this.pictures = [];
     this.chart = null;
     if (measured.length) {
-      const cost = choice('Cost', measured.map(([key, { text }]) => [text, key]), (key) => this.show({ cost: key }), { name: 'cost' });
+      const cost = choice('Cost', measured.map(([key, { text }]) => [text, key]), (key) => this.show({ cost: key }),
+        { name: 'cost' });
       const sparse = this.known.filter((point) => !point.is_dense);
       const ours = sparse.filter(({ method }) => method === 'lte');
       const least = Math.min(...(ours.length ? ours : sparse).map(({ lost }) => lost));
@@ -48,16 +51,23 @@ class Task {
         button.addEventListener('click', () => this.zoom(factor));
         return button;
       });
-      Shell.rove(this.zooms = element('span', { class: 'zooms', role: 'group', 'aria-label': 'Zoom' }, ...zooms), 'button');
+      Shell.rove(this.zooms = element('span', { class: 'zooms', role: 'group', 'aria-label': 'Zoom' }, ...zooms),
+        'button');
       this.controls = element('div', { class: 'controls' }, cost.box, range.box, this.zooms);
     }
-    this.table = this.points.length ? this.add(new SortableTable({ ...this.results, csv: this.csvTable(), best: this.metric,
-      icon: (place) => `var(--${Shell.data.colours[this.points[place].method]})`, onChoose: (place) => this.pin(this.points[place]) })) : null;
+    this.table = this.points.length ? this.add(new SortableTable({ ...this.results, csv: this.csvTable(),
+      best: this.metric,
+      icon: (place) => `var(--${Shell.data.colours[this.points[place].method]})`,
+        onChoose: (place) => this.pin(this.points[place]) })) : null;
     this.box = element('div', { class: this.chart && 'beside' }, ...(this.chart
-      ? [element('div', { class: 'panel' }, this.controls, this.chart.box)] : []), ...(this.points.length ? [this.panel] : []));
+      ? [element('div', { class: 'panel' }, this.controls, this.chart.box)] : []),
+        ...(this.points.length ? [this.panel] : []));
     this.fill();
     this.say();
   }
+
+  /* A value of the metric, as a text. */
+  form = (value) => (Charts.isNumber(value) ? value.toFixed(this.metric.decimals) : '-');
 
   add(picture) {
     this.pictures.push(picture);
@@ -92,9 +102,8 @@ class Task {
     const least = Math.min(0, ...points.map(({ lost }) => lost));
     const top = this.goals * this.goal;
     const title = `${name} lost against dense, lower is better`;
-    /* Everything fits: round limits by ECharts. */
     if (!(most > top)) return { name: title };
-    return { name: title, min: Math.max(Math.floor(least / this.goal), -this.goals) * this.goal, max: top };
+    return { name: title, min: Math.max(Math.floor((3 * least) / top), -2) * (top / 3), max: top, interval: top / 3 };
   }
 
   describe(width) {
@@ -106,23 +115,30 @@ class Task {
       const { method } = points[0];
       const strong = method === 'lte' || this.rivals.includes(method);
       const sign = cost.inverse ? -1 : 1;
-      return { name, label: methodName(method), colour: strong ? Charts.colourOf(method) : Shell.colour('quiet'), pale: !strong, opacity: strong ? 1 : 0.45,
-        width: method === 'lte' ? 4 : strong ? 2.5 : 1.5, size: method === 'lte' ? 13 : strong ? 10 : 6, symbol: Charts.symbol(method === 'lte' ? 0 : place + 1),
-        hidden: !strong && width < 560, points: points.map((point) => this.item(point, point.costs[this.cost])).sort((a, b) => sign * (a.x - b.x)) };
+      return { name, label: methodName(method), colour: strong ? Charts.colourOf(method) : Shell.colour('quiet'),
+        pale: !strong, opacity: strong ? 1 : 0.45,
+        width: method === 'lte' ? 4 : strong ? 2.5 : 1.5, size: method === 'lte' ? 13 : strong ? 10 : 6,
+          symbol: Charts.symbol(method === 'lte' ? 0 : place + 1),
+        hidden: !strong && width < 560, points: points.map((point) => this.item(point, point.costs[this.cost]))
+          .sort((a, b) => sign * (a.x - b.x)) };
     });
-    const front = this.fronts[this.cost].map((place) => this.points[place]).filter((point) => point.costs[this.cost] !== null);
+    const front = this.fronts[this.cost].map((place) => this.points[place])
+      .filter((point) => point.costs[this.cost] !== null);
     const least = Math.min(1, ...shown.map((point) => point.costs[this.cost]));
     const step = width < 560 ? 0.2 : cost.inverse ? 0.05 : 0.1;
     return {
       x: { ...cost, min: cost.inverse ? Math.max(Math.floor((least - 0.01) / step) * step, 0) : 0,
-        max: Math.max(cost.inverse ? 1.02 : 1, ...shown.map((point) => point.costs[this.cost] + 0.02)), interval: step, label: (value) => (value > 1.01 ? '' : Charts.share(value, 0)) },
+        max: Math.max(cost.inverse ? 1.02 : 1, ...shown.map((point) => point.costs[this.cost] + 0.02)), interval: step,
+          label: (value) => (value > 1.01 ? '' : Charts.share(value, 0)) },
       y, tell: (data) => this.tell(data),
       marks: [{ yAxis: this.goal, label: `goal: at most ${this.goal}` }],
       lines: [
         { name: 'dense', colour: Shell.colour('dense'), level: 0, dash: 'dashed', hidden: true, symbol: 'rect',
           band: reference.value.sd && [-reference.value.sd, reference.value.sd],
-          points: [{ ...this.item(reference, reference.costs[this.cost] ?? (cost.inverse ? 1 : 0)), low: 0, high: 0 }] },
-        { name: 'Pareto front', colour: Shell.colour('ink'), width: 9, opacity: 0.16, size: 0, hidden: true, silent: true,
+          points: [{ ...this.item(reference, reference.costs[this.cost] ?? (cost.inverse ? 1 : 0)), low: 0,
+            high: 0 }] },
+        { name: 'Pareto front', colour: Shell.colour('ink'), width: 9, opacity: 0.16, size: 0, hidden: true,
+          silent: true,
           points: front.map((point) => ({ x: point.costs[this.cost], y: point.lost })) },
         ...lines, ...this.paperLines()],
     };
@@ -130,32 +146,39 @@ class Task {
 
   /* The paper's numbers share one hollow symbol. */
   paperLines() {
-    const found = this.paper.filter((marker) => Charts.isNumber(marker.costs[this.cost]) && Charts.isNumber(marker.lost));
+    const found = this.paper.filter((marker) => Charts.isNumber(marker.costs[this.cost])
+      && Charts.isNumber(marker.lost));
     return found.length ? [{ name: 'the paper', colour: Shell.colour('ink'), scatter: true, symbol: 'diamond', size: 13,
-      points: found.map((marker) => ({ x: marker.costs[this.cost], y: marker.lost, hollow: true, title: marker.label, paper: true })) }] : [];
+      points: found.map((marker) => ({ x: marker.costs[this.cost], y: marker.lost, hollow: true, title: marker.label,
+        paper: true })) }] : [];
   }
 
   tell({ place, title, x, y, paper, beyond, name }) {
     const point = this.points[place];
-    const { decimals } = this.metric;
-    const form = (value) => value.toFixed(decimals);
-    const lost = `${form(y ?? point.lost)} ${this.metric.name} lost`;
+    const lost = `${this.form(y)} ${this.metric.name} lost`;
     if (paper) return `${title}\n${lost}\nof other models and settings`;
-    const cost = name ? Charts.share(point.costs.bytes) : Charts.share(x);
-    return [Charts.clip(title ?? titleOf(point)), `${lost}${spread(point, form)} (${seeds(point)})`,
-      `${cost} of the ${name ? 'bytes' : COSTS[this.cost].text.toLowerCase()}`, ...(beyond ? ['beyond this range'] : []), 'Enter or click pins it'].join('\n');
+    const cost = name ? `${Charts.share(point.costs.bytes)} of the bytes`
+      : `${Charts.share(x)} of the ${COSTS[this.cost].text.toLowerCase()}`;
+    return [Charts.clip(title), `${lost}${spread(point, this.form)} (${seeds(point)})`, cost,
+      ...(beyond ? ['beyond this range'] : []), 'Enter or click pins it'].join('\n');
   }
 
   say() {
     if (!this.chart) return;
-    const missing = [...new Set(this.known.filter((point) => !point.is_dense).map(({ method }) => method))].filter((method) =>
-      !this.known.some((point) => point.method === method && point.costs[this.cost] !== null));
+    const of = (test) => [...new Set(this.known.filter((point) => !point.is_dense && test(point))
+      .map(({ method }) => method))];
+    const there = of((point) => point.costs[this.cost] !== null);
+    const missing = of(() => true).filter((method) => !there.includes(method))
+      .map((method) => Charts.clip(methodName(method), 30));
     const why = this.cost === 'sparsity' ? 'skips no whole neurons or was not measured' : 'was not measured';
-    this.said.textContent = 'The further down, the less quality is lost; the further right, the less a token costs. The wide grey line ' +
-      'is the Pareto front: no other method is better in both. Bars are one standard deviation over seeds, the dashed line is ' +
-      `the dense reference, an arrow at the edge a loss beyond the range. Drag moves, Ctrl and the wheel zoom.${
-        missing.length ? ` Not on this axis, since it ${why}: ${missing.map((method) => Charts.clip(methodName(method), 30)).join(', ')}.` : ''}${this.paperLines().length
-        ? ' Hollow diamonds are the paper’s numbers, of other models and settings.' : ''}`;
+    this.said.textContent = [
+      'The further down, the less quality is lost; the further right, the less a token costs.',
+      'The wide grey line is the Pareto front: no other method is better in both.',
+      'Bars are one standard deviation over seeds, the dashed line is the dense reference, an arrow at the edge a loss',
+      'beyond the range. Drag moves, Ctrl and the wheel zoom.',
+      ...(missing.length ? [`Not on this axis, since it ${why}: ${missing.join(', ')}.`] : []),
+      ...(this.paperLines().length ? ['Hollow diamonds are the paper’s numbers, of other models and settings.'] : []),
+    ].join(' ');
   }
 
   /* A picture for each folder that holds other settings of a method than its main curve. */
@@ -165,24 +188,31 @@ class Task {
     const main = this.known.filter((point) => point.method === 'lte');
     const boxes = groups.map(([group, found]) => {
       const targets = new Set(found.map((point) => point.target));
-      const shown = [...main.filter((point) => targets.has(point.target) && found.some(({ method }) => method === 'lte')), ...found];
+      const shown = [...main.filter((point) => targets.has(point.target)
+        && found.some(({ method }) => method === 'lte')), ...found];
       const picture = this.add(Charts.dotPicture({
-        label: `Variants in ${group || 'these files'}`, caption: '', onPick: ({ data }) => this.pin(this.points[data?.place]),
+        label: `Variants in ${group || 'these files'}`, caption: '',
+          onPick: ({ data }) => this.pin(this.points[data?.place]),
         describe: () => ({
-          x: { name: `${this.metric.name} lost against dense` }, tell: (data) => this.tell(data), marks: [{ xAxis: 0 }, { xAxis: this.goal }],
-          items: shown.map((point) => ({ ...this.item(point, point.lost), name: `${point.name} ${point.target === null ? '' : Charts.share(point.target)} · ${Charts.share(point.costs.bytes, 0)} of bytes`, y: point.lost, colour: Charts.colourOf(point.method) })),
+          x: { name: `${this.metric.name} lost against dense` }, tell: (data) => this.tell(data),
+            marks: [{ xAxis: 0 }, { xAxis: this.goal }],
+          items: shown.map((point) => ({ ...this.item(point, point.lost),
+            name: [point.name, ...(point.target === null ? [] : [Charts.share(point.target)]), '·',
+              Charts.share(point.costs.bytes, 0), 'of bytes'].join(' '), colour: Charts.colourOf(point.method) })),
         }) }));
       return Shell.element('div', { class: 'panel' }, Shell.element('h3', {}, group || 'Variants'), picture.box);
     });
-    return boxes.length ? [Shell.element('p', { class: 'caption' }, 'Other settings of a method than that of its curve above, by the folder ' +
-      'of their files: quality lost against dense, and the share of its bytes that is read. The dashed lines are dense and the goal.'),
+    return boxes.length ? [Shell.element('p', { class: 'caption' },
+      'Other settings of a method than that of its curve above, by the folder ' +
+      'of their files: quality lost against dense, and the share of its bytes. Dashed lines are dense and the goal.'),
     Shell.element('div', { class: 'columns two' }, ...boxes)] : [];
   }
 
   /* Of three pins the first goes; a pinned point is unpinned. */
   pin(point) {
     if (!point) return;
-    this.pins = this.pins.includes(point) ? this.pins.filter((each) => each !== point) : [...this.pins, point].slice(-2);
+    this.pins = this.pins.includes(point) ? this.pins.filter((each) => each !== point)
+      : [...this.pins, point].slice(-2);
     Shell.state.set({ pins: this.pins.map((each) => this.places.get(each)).join(',') || 'none' });
     this.fill();
     this.pictures.forEach((picture) => picture.draw?.());
@@ -190,18 +220,22 @@ class Task {
 
   fill() {
     const { element } = Shell;
-    const facts = ['quality lost', this.metric.name, ...Object.values(COSTS).map(({ text }) => `${text}, of dense`.replace('sparsity, of dense', 'sparsity')), 'target', 'seeds'];
-    const values = (point) => [`${point.lost === null ? '-' : point.lost.toFixed(this.metric.decimals)}${spread(point, (sd) => sd.toFixed(this.metric.decimals))}`,
-      point.value.mean.toFixed(this.metric.decimals), ...Object.keys(COSTS).map((key) => Charts.share(point.costs[key])),
-      Charts.share(point.target), point.value.n];
+    const facts = ['quality lost', this.metric.name, ...Object.values(COSTS)
+      .map(({ text }) => `${text}, of dense`.replace('sparsity, of dense', 'sparsity')), 'target', 'seeds'];
+    const values = (point) => [`${this.form(point.lost)}${spread(point, this.form)}`, this.form(point.value.mean),
+      ...Object.keys(COSTS).map((key) => Charts.share(point.costs[key])), Charts.share(point.target), point.value.n];
     const told = this.pins.map(values);
     const heads = this.pins.map((point, place) => element('div', { class: 'pin' },
       element('strong', {}, `${place ? 'B' : 'A'}: ${titleOf(point)}`), this.unpin(point)));
-    const rows = facts.map((name, row) => [name, ...told.map((each) => each[row])]).filter(([, ...found]) => found.some((value) => value !== '-'));
+    const rows = facts.map((name, row) => [name, ...told.map((each) => each[row])])
+      .filter(([, ...found]) => found.some((value) => value !== '-'));
     this.panel.replaceChildren(element('h3', {}, this.pins.length === 2 ? 'Two points compared' : 'The pinned point'),
-      ...(this.pins.length ? [...heads, Shell.table('', [{ words: 'fact' }, ...this.pins.map((_, place) => (place ? 'B' : 'A'))], rows)] : []),
-      ...(this.pins.length < 2 ? [element('p', { class: 'quiet' }, this.pins.length ? 'Pin a second point to see how their settings differ.'
-        : 'Choose a point of the picture, with the mouse or with arrow keys and Enter, or a name in the table of all results.')] : [this.difference()]),
+      ...(this.pins.length ? [...heads, Shell.table('', [{ words: 'fact' },
+        ...this.pins.map((_, place) => (place ? 'B' : 'A'))], rows)] : []),
+      ...(this.pins.length < 2 ? [element('p', { class: 'quiet' },
+        this.pins.length ? 'Pin a second point to see how their settings differ.'
+        : 'Choose a point, with the mouse or with arrow keys and Enter, or a name in the table of all results.')]
+          : [this.difference()]),
       ...this.pins.map((point, place) => this.runs(point, place)));
   }
 
@@ -217,22 +251,32 @@ class Task {
   /* The settings of the first runs that are not the same. */
   difference() {
     const flat = (value, path = '') => (value !== null && typeof value === 'object' && !Array.isArray(value)
-      ? Object.entries(value).flatMap(([name, inner]) => flat(inner, path ? `${path}.${name}` : name)) : [[path, typeof value === 'string' ? value : JSON.stringify(value)]]);
-    const [one, other] = this.pins.map(({ runs: [run], method }) => new Map(flat({ method, tokens_trained: run.tokens_trained, method_config: run.method_config, config: run.config })));
-    const rows = [...new Set([...one.keys(), ...other.keys()])].filter((name) => one.get(name) !== other.get(name)).map((name) =>
+      ? Object.entries(value).flatMap(([name, inner]) => flat(inner, path ? `${path}.${name}` : name))
+        : [[path, typeof value === 'string' ? value : JSON.stringify(value)]]);
+    const [one, other] = this.pins.map(({ runs: [run], method }) =>
+      new Map(flat({ method, tokens_trained: run.tokens_trained, method_config: run.method_config,
+      config: run.config })));
+    const rows = [...new Set([...one.keys(), ...other.keys()])].filter((name) => one.get(name) !== other.get(name))
+      .map((name) =>
       [name, { words: one.get(name) ?? '-' }, { words: other.get(name) ?? '-' }]);
-    return Shell.scrollBox('Settings that differ', rows.length ? Shell.table('Settings that differ', [{ words: 'setting' }, { words: 'A' }, { words: 'B' }], rows)
+    return Shell.scrollBox('Settings that differ', rows.length
+      ? Shell.table('Settings that differ', [{ words: 'setting' }, { words: 'A' }, { words: 'B' }], rows)
       : Shell.element('p', { class: 'quiet' }, 'Their settings are the same.'));
   }
 
   runs(point, place) {
     const { element } = Shell;
-    const facts = [['command', 'Command'], ['source', 'File'], ['hardware', 'Hardware'], ['git_commit', 'Commit'], ['versions', 'Versions'],
-      ['tokens_trained', 'Tokens trained'], ['wall_time_s', 'Seconds'], ['method_config', 'Method'], ['config', 'Config']];
-    const text = (value) => (value !== null && typeof value === 'object' ? JSON.stringify(value, null, 1) : String(value ?? 'not in the record'));
-    return element('details', { class: 'runs' }, element('summary', {}, `Runs of ${place ? 'B' : 'A'}`), ...point.runs.flatMap((run) => [
-      element('h4', {}, `Seed ${run.seed}: ${this.metric.name} ${Charts.isNumber(run.value) ? run.value.toFixed(this.metric.decimals) : run.why ?? '-'}`),
-      element('dl', { class: 'run-facts' }, ...facts.flatMap(([key, name]) => [element('dt', {}, name), element('dd', {}, text(run[key]))]))]));
+    const facts = [['command', 'Command'], ['source', 'File'], ['hardware', 'Hardware'], ['git_commit', 'Commit'],
+      ['versions', 'Versions'],
+      ['tokens_trained', 'Tokens trained'], ['wall_time_s', 'Seconds'], ['method_config', 'Method'],
+        ['config', 'Config']];
+    const text = (value) => (value !== null && typeof value === 'object' ? JSON.stringify(value, null, 1)
+      : String(value ?? 'not in the record'));
+    return element('details', { class: 'runs' }, element('summary', {}, `Runs of ${place ? 'B' : 'A'}`),
+      ...point.runs.flatMap((run) => [
+      element('h4', {}, `Seed ${run.seed}: ${this.metric.name} ${this.form(run.value)}`),
+      element('dl', { class: 'run-facts' }, ...facts.flatMap(([key, name]) => [element('dt', {}, name),
+        element('dd', {}, text(run[key]))]))]));
   }
 
   csvTable() {

@@ -77,7 +77,7 @@ const Shell = (() => {
       value: entries[select.selectedIndex]?.[1] };
   }
 
-  /* Makes one tab stop of what a box holds: arrow keys, Home and End move within it, up and down to what stands there. */
+  /* Makes one tab stop of what a box holds; arrow keys, Home and End move within it. */
   function rove(box, selector) {
     const all = () => [...box.querySelectorAll(selector)].filter((each) => each.offsetParent);
     const stop = (goal) => all().forEach((each) => { each.tabIndex = each === goal ? 0 : -1; });
@@ -87,7 +87,8 @@ const Shell = (() => {
       const found = all();
       const place = found.indexOf(event.target);
       if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
-      const middle = (each) => { const { x, y, width, height } = each.getBoundingClientRect(); return [x + width / 2, y + height / 2]; };
+      const middle = (each) => { const { x, y, width, height } = each.getBoundingClientRect(); return [x + width / 2,
+        y + height / 2]; };
       const [left, top] = middle(event.target);
       const away = (sign) => found.filter((each) => sign * (middle(each)[1] - top) > 4).sort((a, b) => {
         const [[ax, ay], [bx, by]] = [middle(a), middle(b)];
@@ -123,7 +124,8 @@ const Shell = (() => {
 
   /* Black or white, whichever reads better on a colour (WCAG's relative luminance). */
   function inkOn(rgb) {
-    const linear = rgb.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4));
+    const linear = rgb.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92
+      : ((value / 255 + 0.055) / 1.055) ** 2.4));
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 ? '#000000' : '#ffffff';
   }
 
@@ -138,7 +140,8 @@ const Shell = (() => {
 
   /* A table; a cell is text, or { words } for text that is not a number, or { mark: [before, marked, after] }. */
   function table(title, headings, rows) {
-    const head = headings.map((name) => element('th', { scope: 'col', class: name.words !== undefined && 'words' }, name.words ?? name));
+    const head = headings.map((name) => element('th', { scope: 'col', class: name.words !== undefined && 'words' },
+      name.words ?? name));
     const body = rows.map((row) => element('tr', {}, ...row.map((value, index) => cell(value, index === 0))));
     return element('table', {}, captionOf(title), element('thead', {}, element('tr', {}, ...head)),
       element('tbody', {}, ...body));
@@ -147,7 +150,8 @@ const Shell = (() => {
   function cell(value, first) {
     if (value !== null && typeof value === 'object') {
       const [before, marked, after] = value.mark ?? [value.words, '', ''];
-      return element('td', { class: 'words', dir: 'auto' }, before, ...(marked ? [element('mark', {}, marked)] : []), after);
+      return element('td', { class: 'words', dir: 'auto' }, before, ...(marked ? [element('mark', {}, marked)] : []),
+        after);
     }
     return first ? element('th', { scope: 'row' }, String(value)) : element('td', {}, String(value));
   }
@@ -211,7 +215,8 @@ const Shell = (() => {
     }
 
     walk(event) {
-      const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Enter: [0, 0] }[event.key];
+      const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
+        Enter: [0, 0] }[event.key];
       if (!step || !this.chart || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();
       const found = this.items();
