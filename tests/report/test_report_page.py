@@ -208,6 +208,7 @@ def held_data(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', page, re.DOTALL)
     assert found
     data = json.loads(found[1])
+    data["benches"] = data["benches"] and json.loads(zlib.decompress(base64.b64decode(data["benches"])))
     data["comparisons"] = [
         json.loads(zlib.decompress(base64.b64decode(each["packed"]))) for each in data["comparisons"]
     ]
