@@ -29,11 +29,11 @@ def main_curves(tradeoff: Tradeoff) -> dict[str, str]:
     for name, points in tradeoff.curves.items():
         curves[points[0].method].append(name)
 
-    def rank(name: str) -> tuple[bool, int, float, str]:
+    def rank(name: str) -> tuple[bool, int, bool, float, str]:
         points = tradeoff.curves[name]
         fewest = min((point.mean("megabytes") or float("inf") for point in points), default=0.0)
         is_named = name.split(",")[0] == points[0].method
-        return not is_named, -sum(point.value.n for point in points), fewest, name
+        return not is_named, -sum(point.value.n for point in points), "," in name, fewest, name
 
     return {method: min(names, key=rank) for method, names in curves.items()}
 
