@@ -42,8 +42,10 @@ const Charts = (() => {
     const power = 10 ** Math.floor(Math.log10(rough));
     const interval = Math.max([1, 2, 5, 10].find((step) => step * power >= rough) * power, described.whole ? 1 : 0);
     const end = (value, round) => Number((round(value / interval) * interval).toPrecision(12));
+    /* Nothing is more than all of it. */
+    const most = described.share && high <= 1 ? 1 : Infinity;
     return { ...described, interval, min: min ?? end(low - interval * 0.05, Math.floor),
-      max: max ?? end(high + interval * 0.05, Math.ceil) };
+      max: max ?? Math.min(end(high + interval * 0.05, Math.ceil), most) };
   }
 
   /* The base of a logarithmic axis, where values are too far apart for a linear one. */
@@ -93,7 +95,8 @@ const Charts = (() => {
         step: area && 'middle',
       lineStyle: { color: colour, width: line.scatter ? 0 : width, type: line.dash ?? 'solid',
         opacity: line.opacity ?? 1 },
-      emphasis: { focus: 'series' }, blur: { lineStyle: { opacity: 0.2 }, itemStyle: { opacity: 0.2 } },
+      emphasis: { focus: 'series' }, blur: { lineStyle: { opacity: 0.5 * Math.min(line.opacity ?? 1, 0.4) },
+        itemStyle: { opacity: 0.2 } },
       markArea: line.band && { silent: true, itemStyle: { color: colour, opacity: 0.15 },
         data: [[{ yAxis: line.band[0] }, { yAxis: line.band[1] }]] },
       markLine: { silent: true, symbol: 'none', precision: 12, label: { show: false }, animation: false,
@@ -135,7 +138,8 @@ const Charts = (() => {
         label: { color: line.pale ? Shell.colour('quiet') : line.colour,
         formatter: clip(line.label ?? line.name, Math.floor((room - 18) / 7.2)),
           fontWeight: line.pale ? 'normal' : 'bold' } })),
-      label: { show: true, position: 'right', fontSize: 12 }, labelLayout: { x: width - room + 16, align: 'left' },
+      label: { show: true, position: 'right', fontSize: 12 }, blur: { label: { opacity: 1 } },
+        labelLayout: { x: width - room + 16, align: 'left' },
       markLine: { silent: true, symbol: 'none', precision: 12, label: { show: false },
         lineStyle: { type: 'solid', width: 1, opacity: 0.35 },
         data: places.map(({ line, from, at }) => [{ coord: from, lineStyle: { color: line.colour } },

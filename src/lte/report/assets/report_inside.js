@@ -17,7 +17,7 @@ function choicePanel(title, label, entries, describe, options = {}) {
   const list = choice(label, entries, (value) => {
     choose(value);
     picture.draw();
-  }, { chosen: options.chosen ?? 0, name: options.name });
+  }, { name: options.name });
   choose(list.value);
   return { picture, box: element('div', { class: 'panel' }, element('h3', {}, title),
     element('div', { class: 'controls' }, list.box), said, picture.box) };
@@ -33,12 +33,13 @@ function layerMeans(point) {
 const byLayer = (values) => values.map((y, x) => ({ x, y })).filter(({ y }) => Charts.isNumber(y));
 const layerAxis = (count) => ({ name: 'layer', whole: true, min: 0, max: Math.max(count - 1, 1), label: String });
 
-function layerPanels({ points }) {
+function layerPanels(comparison) {
+  /* The curve of LTE first, of its points that of most seeds. */
+  const rank = (point) => (point.is_main && point.method === 'lte' ? point.runs.length : 0);
+  const points = [...comparison.points].sort((a, b) => rank(b) - rank(a));
   const runsWith = (test) => points.flatMap((point) => point.runs.filter(test)
     .map((run) => [`${titleOf(point)}, seed ${run.seed}`, run]));
   const curves = [...Map.groupBy(points.filter((point) => layerMeans(point).length), (point) => point.curve)];
-  const most = (entries, size) => Math.max(0, entries.findIndex(([, each]) =>
-    size(each) === Math.max(...entries.map(([, other]) => size(other)))));
   const routed = runsWith(({ routing }) => routing?.histogram);
   const counted = runsWith(({ routing }) => routing?.dead);
   return [
@@ -46,10 +47,11 @@ function layerPanels({ points }) {
       x: layerAxis(layerMeans(found[0]).length), y: { ...PERCENT, name: 'neurons computed' },
       tell: ({ line, x, y }) => `${Charts.clip(line)}\nlayer ${x}: ${Charts.share(y)} computed`,
       lines: found.map((point, place) => ({ name: titleOf(point),
-        label: point.target === null ? point.name : `target ${Charts.share(point.target)}`,
+        label: new Set(found.map(({ target }) => target)).size < found.length ? point.name
+          : `target ${Charts.share(point.target)}`,
         colour: Charts.colourOf(point.method), dash: Charts.dash(place), symbol: Charts.symbol(place), size: 7,
           points: byLayer(layerMeans(point)) })),
-    }), { chosen: most(curves, (found) => found.length),
+    }), {
       caption: 'After training, mean over seeds: the lower, the more of a layer is skipped.' }),
     choicePanel('Over the training', 'Run', runsWith((run) => run.history),
       ({ history: { step, active_fraction: shares } }) => ({
@@ -74,8 +76,7 @@ function layerPanels({ points }) {
           points: bars(histogram[0].map((_, bin) => mean(histogram.map((layer) => layer[bin] ?? 0)))) },
           ...histogram.map((units, layer) => ({ name: `layer ${layer}`, hidden: true, pale: true, size: 0, width: 1,
             opacity: 0.3, colour: Shell.colour('quiet'), points: bars(units) }))] };
-    }, { chosen: most(routed, ({ routing }) => routing.tokens ?? 0),
-      caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near it are ' +
+    }, { caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near it are ' +
         'a clear choice. Thin lines are single layers.' }),
     choicePanel('Experts that are never and always on', 'Run', counted, ({ routing: { dead, always_on: always } }) => ({
       x: layerAxis(dead.length), y: { name: 'experts', whole: true, min: 0 },

@@ -234,7 +234,6 @@ const Shell = (() => {
       for (const type of ['highlight', 'showTip']) this.chart.dispatchAction({ type, seriesIndex, dataIndex });
       const { formatter } = this.chart.getOption().tooltip?.[0] ?? {};
       this.told.textContent = typeof formatter === 'function' ? formatter(this.item) : String(this.item.value);
-      this.onWalk?.(this.item);
     }
 
     leave() {
