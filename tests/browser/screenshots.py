@@ -39,9 +39,8 @@ CODE = """def read_rows(path):
 RESULTS = Path(__file__).parents[2] / "results"
 PAGES = ("report", "inspector")
 # Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
-HEIGHTS = {"report": {390: 1900, 800: 1750, 1440: 1500}, "inspector": {360: 2100, 800: 1480, 1600: 1350}}
-# What README shows of the report.
-FIRST_SCREEN = (960, 600)
+HEIGHTS = {360: 2100, 390: 1900, 800: 1480, 1440: 1500, 1600: 1350}
+WIDTHS = {"report": (390, 800, 1440), "inspector": (360, 800, 1600)}
 THEMES = ("light", "dark")
 MAX_BYTES = 120 * 1024
 
@@ -67,12 +66,11 @@ def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:
     return pages
 
 
-def take(browser: Any, page: Path, picture: Path, size: tuple[int, int], theme: str) -> None:
-    """One picture of the upper part of a page."""
-    browser.get("about:blank")
+def take(browser: Any, page: Path, picture: Path, width: int, theme: str, height: int | None = None) -> None:
+    """One picture of a page, down to a height."""
     browser.get(page.as_uri())
-    save_screenshot(browser, picture, size[0], theme == "dark")
-    shrink(picture, size[1])
+    save_screenshot(browser, picture, width, theme == "dark")
+    shrink(picture, height or HEIGHTS[width])
     size = picture.stat().st_size
     print(f"{picture}: {size / 1024:.0f} KiB{', more than intended' if size > MAX_BYTES else ''}")
 
@@ -103,13 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pages = {}
         if "report" in wanted:
             pages["report"] = write_report(Path(folder), given.results, given.by)
-            take(browser, pages["report"], given.folder / "report.png", FIRST_SCREEN, "light")
+            # What the README shows.
+            take(browser, pages["report"], given.folder / "report.png", 960, "light", 600)
         if "inspector" in wanted:
             pages["inspector"], two_texts = write_inspectors(Path(folder), given.model)
-            take(browser, two_texts, given.folder / "inspector_two_texts.png", (1600, HEIGHTS["inspector"][1600]), "light")
+            take(browser, two_texts, given.folder / "inspector_two_texts.png", 1600, "light")
         for (name, page), theme in product(pages.items(), THEMES):
-            for size in HEIGHTS[name].items():
-                take(browser, page, given.folder / f"{name}_{size[0]}_{theme}.png", size, theme)
+            for width in WIDTHS[name]:
+                take(browser, page, given.folder / f"{name}_{width}_{theme}.png", width, theme)
 
 
 if __name__ == "__main__":
