@@ -106,7 +106,7 @@ def _top(tradeoff: Tradeoff, points: Mapping[str, Sequence[Point]], limit: float
     """The upper end of the axis of losses."""
     ours = points.get(OURS) or [point for found in points.values() for point in found]
     least = min(tradeoff.drop(point) or 0.0 for point in ours)
-    return next((goals * limit for goals in _RANGES if least <= goals * limit), math.inf)
+    return next((goals * limit for goals in _RANGES if limit and least <= goals * limit), math.inf)
 
 
 def _draw_dense(axis: Axes, tradeoff: Tradeoff, limit: float) -> None:

@@ -7,6 +7,7 @@
   let task = null;
   let inside = [];
   let shareList = null;
+  let asked = null;
 
   /* The points of a cell and of the best other one, or of LTE's. */
   function pinsOf(row, method, place) {
@@ -18,7 +19,8 @@
 
   /* A cell in the colour of its loss: the further from the goal, the stronger. */
   function paint(cell, { lost, met }, goal) {
-    const strength = met ? 12 + 30 * Math.min(1 - lost / goal, 1) : 10 + 12 * Math.min(lost / goal - 1, 3);
+    const goals = lost / (goal || 1);
+    const strength = met ? 12 + 30 * Math.min(1 - goals, 1) : 10 + 12 * Math.min(goals - 1, 3);
     cell.style.background = `color-mix(in srgb, var(--${met ? 'good' : 'bad'}) ${Math.round(strength)}%, var(--paper))`;
   }
 
@@ -96,7 +98,9 @@
 
   async function showTask(name, focus = false) {
     const found = comparisons.find((each) => each.name === name) ?? first();
+    asked = name;
     const comparison = await Shell.unpack(found.packed);
+    if (asked !== name) return;
     task?.remove();
     inside.forEach((picture) => picture.remove());
     inside = [];

@@ -18,52 +18,53 @@ const mean = (values) => (values.length ? values.reduce((sum, value) => sum + va
 const spread = (point, form) => (point.value.sd === null ? '' : ` ± ${form(point.value.sd)}`);
 const seeds = ({ value }) => `${value.n} ${value.n === 1 ? 'seed' : 'seeds'}`;
 
+function button(text, onClick, label = null) {
+  const made = Shell.element('button', { type: 'button', 'aria-label': label }, text);
+  made.addEventListener('click', onClick);
+  return made;
+}
+
 class Task {
   /* pins: the places of the points to begin with. */
   constructor(comparison, pins) {
     Object.assign(this, comparison);
-    const { element, choice, state } = Shell;
+    const { element } = Shell;
     this.places = new Map(this.points.map((point, place) => [point, place]));
-    const kept = state.get('pins');
-    this.pins = (kept === null ? pins : kept.split(',').filter((text) => text))
-      .map((place) => this.points[Number(place)]).filter(Boolean);
+    const kept = Shell.state.get('pins')?.split(',') ?? pins;
+    this.pins = kept.map((place) => this.points[Number(place || NaN)]).filter(Boolean);
     this.known = this.points.filter((point) => point.is_main && point.lost !== null);
-    const measured = Object.entries(COSTS).filter(([key]) => this.known.some((point) => point.costs[key] !== null));
+    const costs = Object.entries(COSTS).filter(([key]) => this.known.some((point) => point.costs[key] !== null));
     this.panel = element('aside', { class: 'panel pins', 'aria-label': 'Pinned points', tabindex: '-1' });
-    this.said = element('p', { class: 'caption' });
     this.pictures = [];
-    this.chart = null;
-    if (measured.length) {
-      const cost = choice('Cost', measured.map(([key, { text }]) => [text, key]), (key) => this.show({ cost: key }),
-        { name: 'cost' });
-      const sparse = this.known.filter((point) => !point.is_dense);
-      const ours = sparse.filter(({ method }) => method === 'lte');
-      const least = Math.min(...(ours.length ? ours : sparse).map(({ lost }) => lost));
-      const range = choice('Range', RANGES, (goals) => this.show({ goals }), { name: 'range',
-        chosen: RANGES.findIndex(([, goals]) => least === Infinity || least <= goals * this.goal) });
-      Object.assign(this, { cost: cost.value, goals: range.value });
-      this.chart = this.add(Charts.linePicture({
-        label: `Quality lost against cost, ${this.title}`, describe: (width) => this.describe(width),
-        height: (width) => (width < 500 ? 400 : 470), onPick: ({ data }) => this.pin(this.points[data?.place]) }));
-      this.chart.box.querySelector('.caption').replaceWith(this.said);
-      const zooms = [['Zoom in', 0.7], ['Zoom out', 1.4], ['Reset', 0]].map(([text, factor]) => {
-        const button = element('button', { type: 'button' }, text);
-        button.addEventListener('click', () => this.zoom(factor));
-        return button;
-      });
-      Shell.rove(this.zooms = element('span', { class: 'zooms', role: 'group', 'aria-label': 'Zoom' }, ...zooms),
-        'button');
-      this.controls = element('div', { class: 'controls' }, cost.box, range.box, this.zooms);
-    }
+    const chart = costs.length ? [element('div', { class: 'panel' }, ...this.makeChart(costs))] : [];
     this.table = this.points.length ? this.add(new SortableTable({ ...this.results, csv: this.csvTable(),
-      best: this.metric,
-      icon: (place) => `var(--${Shell.data.colours[this.points[place].method]})`,
-        onChoose: (place) => this.pin(this.points[place]) })) : null;
-    this.box = element('div', { class: this.chart && 'beside' }, ...(this.chart
-      ? [element('div', { class: 'panel' }, this.controls, this.chart.box)] : []),
-        ...(this.points.length ? [this.panel] : []));
+      best: this.metric, icon: (place) => `var(--${Shell.data.colours[this.points[place].method]})`,
+      onChoose: (place) => this.pin(this.points[place]) })) : null;
+    this.box = element('div', { class: this.chart && 'beside' }, ...chart, ...(this.points.length ? [this.panel] : []));
     this.fill();
+  }
+
+  /* The controls and the picture; costs: the entries of COSTS that were measured. */
+  makeChart(costs) {
+    const { element, choice } = Shell;
+    const cost = choice('Cost', costs.map(([key, { text }]) => [text, key]), (key) => this.show({ cost: key }),
+      { name: 'cost' });
+    const sparse = this.known.filter((point) => !point.is_dense);
+    const ours = sparse.filter(({ method }) => method === 'lte');
+    const least = Math.min(...(ours.length ? ours : sparse).map(({ lost }) => lost));
+    const range = choice('Range', RANGES, (goals) => this.show({ goals }), { name: 'range',
+      chosen: RANGES.findIndex(([, goals]) => goals === Infinity || least <= goals * this.goal) });
+    Object.assign(this, { cost: cost.value, goals: range.value });
+    this.chart = this.add(Charts.linePicture({
+      label: `Quality lost against cost, ${this.title}`, describe: (width) => this.describe(width),
+      height: (width) => (width < 500 ? 400 : 470), onPick: ({ data }) => this.pin(this.points[data?.place]) }));
+    this.said = this.chart.box.querySelector('.caption');
     this.say();
+    const zooms = element('span', { class: 'zooms', role: 'group', 'aria-label': 'Zoom' },
+      ...[['Zoom in', 0.7], ['Zoom out', 1.4], ['Reset', 0]].map(([text, factor]) =>
+        button(text, () => this.zoom(factor))));
+    Shell.rove(zooms, 'button');
+    return [element('div', { class: 'controls' }, cost.box, range.box, zooms), this.chart.box];
   }
 
   /* A value of the metric, as a text. */
@@ -102,7 +103,7 @@ class Task {
     const least = Math.min(0, ...points.map(({ lost }) => lost));
     const top = this.goals * this.goal;
     const title = `${name} lost against dense, lower is better`;
-    if (!(most > top)) return { name: title };
+    if (!top || !(most > top)) return { name: title };
     return { name: title, min: Math.max(Math.floor((3 * least) / top), -2) * (top / 3), max: top, interval: top / 3 };
   }
 
@@ -164,7 +165,6 @@ class Task {
   }
 
   say() {
-    if (!this.chart) return;
     const of = (test) => [...new Set(this.known.filter((point) => !point.is_dense && test(point))
       .map(({ method }) => method))];
     const there = of((point) => point.costs[this.cost] !== null);
@@ -226,7 +226,10 @@ class Task {
       ...Object.keys(COSTS).map((key) => Charts.share(point.costs[key])), Charts.share(point.target), point.value.n];
     const told = this.pins.map(values);
     const heads = this.pins.map((point, place) => element('div', { class: 'pin' },
-      element('strong', {}, `${place ? 'B' : 'A'}: ${titleOf(point)}`), this.unpin(point)));
+      element('strong', {}, `${place ? 'B' : 'A'}: ${titleOf(point)}`), button('Unpin', () => {
+        this.pin(point);
+        this.panel.focus();
+      }, `Unpin ${titleOf(point)}`)));
     const rows = facts.map((name, row) => [name, ...told.map((each) => each[row])])
       .filter(([, ...found]) => found.some((value) => value !== '-'));
     this.panel.replaceChildren(element('h3', {}, this.pins.length === 2 ? 'Two points compared' : 'The pinned point'),
@@ -239,26 +242,16 @@ class Task {
       ...this.pins.map((point, place) => this.runs(point, place)));
   }
 
-  unpin(point) {
-    const button = Shell.element('button', { type: 'button', 'aria-label': `Unpin ${titleOf(point)}` }, 'Unpin');
-    button.addEventListener('click', () => {
-      this.pin(point);
-      this.panel.focus();
-    });
-    return button;
-  }
-
   /* The settings of the first runs that are not the same. */
   difference() {
     const flat = (value, path = '') => (value !== null && typeof value === 'object' && !Array.isArray(value)
       ? Object.entries(value).flatMap(([name, inner]) => flat(inner, path ? `${path}.${name}` : name))
         : [[path, typeof value === 'string' ? value : JSON.stringify(value)]]);
-    const [one, other] = this.pins.map(({ runs: [run], method }) =>
-      new Map(flat({ method, tokens_trained: run.tokens_trained, method_config: run.method_config,
-      config: run.config })));
+    const settings = ({ runs: [{ tokens_trained, method_config, config }], method }) =>
+      new Map(flat({ method, tokens_trained, method_config, config }));
+    const [one, other] = this.pins.map(settings);
     const rows = [...new Set([...one.keys(), ...other.keys()])].filter((name) => one.get(name) !== other.get(name))
-      .map((name) =>
-      [name, { words: one.get(name) ?? '-' }, { words: other.get(name) ?? '-' }]);
+      .map((name) => [name, { words: one.get(name) ?? '-' }, { words: other.get(name) ?? '-' }]);
     return Shell.scrollBox('Settings that differ', rows.length
       ? Shell.table('Settings that differ', [{ words: 'setting' }, { words: 'A' }, { words: 'B' }], rows)
       : Shell.element('p', { class: 'quiet' }, 'Their settings are the same.'));
@@ -266,16 +259,15 @@ class Task {
 
   runs(point, place) {
     const { element } = Shell;
-    const facts = [['command', 'Command'], ['source', 'File'], ['hardware', 'Hardware'], ['git_commit', 'Commit'],
-      ['versions', 'Versions'],
-      ['tokens_trained', 'Tokens trained'], ['wall_time_s', 'Seconds'], ['method_config', 'Method'],
-        ['config', 'Config']];
+    const facts = { command: 'Command', source: 'File', hardware: 'Hardware', git_commit: 'Commit',
+      versions: 'Versions', tokens_trained: 'Tokens trained', wall_time_s: 'Seconds', method_config: 'Method',
+      config: 'Config' };
     const text = (value) => (value !== null && typeof value === 'object' ? JSON.stringify(value, null, 1)
       : String(value ?? 'not in the record'));
     return element('details', { class: 'runs' }, element('summary', {}, `Runs of ${place ? 'B' : 'A'}`),
       ...point.runs.flatMap((run) => [
       element('h4', {}, `Seed ${run.seed}: ${this.metric.name} ${this.form(run.value)}`),
-      element('dl', { class: 'run-facts' }, ...facts.flatMap(([key, name]) => [element('dt', {}, name),
+      element('dl', { class: 'run-facts' }, ...Object.entries(facts).flatMap(([key, name]) => [element('dt', {}, name),
         element('dd', {}, text(run[key]))]))]));
   }
 
