@@ -35,8 +35,10 @@ const Charts = (() => {
     const found = values.filter((value) => isNumber(value) && !(log && value <= 0));
     if (!found.length || described.interval) return described;
     let [low, high] = [min ?? Math.min(...found), max ?? Math.max(...found)];
-    if (log) return { ...described, min: min ?? log ** Math.floor(Math.log(low) / Math.log(log)),
-      max: max ?? log ** Math.ceil(Math.log(high) / Math.log(log)) };
+    if (log) {
+      const [from, to] = [Math.floor(Math.log(low) / Math.log(log)), Math.ceil(Math.log(high) / Math.log(log))];
+      return { ...described, min: min ?? log ** from, max: max ?? log ** to, interval: Math.ceil((to - from) / 6) };
+    }
     if (!(high > low)) [low, high] = [min ?? low - (Math.abs(low) || 1) / 2, max ?? high + (Math.abs(high) || 1) / 2];
     const rough = (high - low) / 5;
     const power = 10 ** Math.floor(Math.log10(rough));

@@ -65,7 +65,7 @@
     Shell.rove(table, 'a');
     const goals = [...new Set(overview.rows.map(({ goal, metric }) => `${goal} ${metric}`))];
     const rest = none.map((method) => Charts.clip(methodName(method), 30));
-    return [table, element('p', { class: 'quiet' }, `The goal is the loss that the paper allows: ${goals.join(', ')}.`,
+    return [table, element('p', { class: 'quiet' }, `The goal is to lose at most ${goals.join(', ')}.`,
       rest.length ? ` Not measured with that few bytes: ${rest.join(', ')}.` : '')];
   }
 

@@ -154,8 +154,9 @@ function speedPanels(benches) {
   const groups = benches.flatMap(({ latency }) => latency).filter(({ rows }) =>
     rows.some((row) => Charts.isNumber(row.median_ms)))
     .sort((a, b) => rank(b) - rank(a));
-  const unions = benches.filter(({ union }) => union.length);
-  const evens = benches.filter(({ break_even: found }) => found.length);
+  const unions = benches.filter(({ union }) => union.length).sort((a, b) => b.union.length - a.union.length);
+  const batches = ({ break_even: found }) => Math.max(0, ...found.map((row) => row.batches.length));
+  const evens = benches.filter(batches).sort((a, b) => batches(b) - batches(a));
   return [
     choicePanel('Measured time against sparsity', 'Measurement', groups.map((group) => [group.title, group]),
       describeLatency, { name: 'timed', height: () => 440,
