@@ -42,10 +42,11 @@ def open_results(page: Chrome) -> None:
 
 def test_a_cell_leads_to_its_task(page: Chrome) -> None:
     choose(page, "Quality lost where", "80%")
+    choose(page, "Cost", "FLOPs")
     click(page, page.find_element(By.CSS_SELECTOR, ".heat tr:last-child a"))
     WebDriverWait(page, 5).until(lambda _: page.execute_script("return document.body.dataset.shown") == "sst2")
     WebDriverWait(page, 5).until(lambda _: focused(page).text == "sst2")
-    assert address(page) == {"share": "80%", "task": "sst2", "pins": "1"}
+    assert address(page) == {"share": "80%", "cost": "FLOPs", "task": "sst2", "pins": "1"}
     assert pinned(page) == ["A: lte, target 50%"]
     page.back()
     WebDriverWait(page, 5).until(lambda _: page.execute_script("return document.body.dataset.shown") == "lm")

@@ -37,10 +37,12 @@
     const words = `${row.name}, ${methodName(method)}: loses ${Charts.short(lost)}${spread} ${row.metric}, ` +
       `goal of ${row.goal} ${met ? 'met' : 'missed'}, ${seeds} ${seeds === 1 ? 'seed' : 'seeds'}`;
     const best = Object.values(row.cells).every((each) => !each[place] || each[place].lost >= lost);
-    const made = element('td', { class: best && 'best' }, element('a',
-      { href: state.href({ task: row.name, pins: pinsOf(row, method, place).join() }), title: words },
-      `${met ? '✓' : '✗'} ${lossText(lost)}`,
-      element('small', {}, ` ×${seeds}`)));
+    const changes = { task: row.name, pins: pinsOf(row, method, place).join() };
+    const link = element('a', { href: state.href(changes), title: words }, `${met ? '✓' : '✗'} ${lossText(lost)}`,
+      element('small', {}, ` ×${seeds}`));
+    /* What was chosen since stays. */
+    link.addEventListener('click', () => { link.href = state.href(changes); });
+    const made = element('td', { class: best && 'best' }, link);
     paint(made, cell, row.goal);
     return made;
   }
@@ -150,7 +152,7 @@
       'A sparse model computes only those neurons of its feed-forward layers that a ' +
       `token needs. Made by lte ${version} from ${count}. Means over seeds, ± one standard deviation of a sample; “-” is a ` +
       'number that the files do not have. FLOPs and bytes are of the block linears per token at batch size 1, routers ' +
-      `included, as shares of the dense model’s. The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`),
+      `included, as shares of the dense model’s; 1 G is 2^30. The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`),
     ...(files.length ? folded('Files', element('ul', {}, ...files.map((file) => element('li', {}, file)))) : []));
   }
 
