@@ -37,10 +37,10 @@ CODE = """def read_rows(path):
             yield [float(value) for value in line.split(",")]
 """
 RESULTS = Path(__file__).parents[2] / "results"
-SHOWN = [RESULTS / "wikipedia" / "records.jsonl", RESULTS / "bench"]
 PAGES = ("report", "inspector")
 # Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
-HEIGHTS = {360: 2100, 800: 1480, 1600: 1350}
+HEIGHTS = {360: 2100, 390: 1900, 800: 1480, 1440: 1500, 1600: 1350}
+WIDTHS = {"report": (390, 800, 1440), "inspector": (360, 800, 1600)}
 THEMES = ("light", "dark")
 MAX_BYTES = 120 * 1024
 
@@ -66,11 +66,11 @@ def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:
     return pages
 
 
-def take(browser: Any, page: Path, picture: Path, width: int, theme: str) -> None:
-    """One picture of a page."""
+def take(browser: Any, page: Path, picture: Path, width: int, theme: str, height: int | None = None) -> None:
+    """One picture of a page, down to a height."""
     browser.get(page.as_uri())
     save_screenshot(browser, picture, width, theme == "dark")
-    shrink(picture, HEIGHTS[width])
+    shrink(picture, height or HEIGHTS[width])
     size = picture.stat().st_size
     print(f"{picture}: {size / 1024:.0f} KiB{', more than intended' if size > MAX_BYTES else ''}")
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/images"))
     parser.add_argument("pages", nargs="*", metavar="page", help="report or inspector; both where it is left out")
     parser.add_argument("--model", help="folder of a trained LTE model for the inspector")
-    parser.add_argument("--results", type=Path, nargs="+", default=SHOWN)
+    parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS])
     parser.add_argument("--by", nargs="*", default=[], help="as of `lte report`: fields that tell curves apart")
     given = parser.parse_args(arguments)
     if unknown := set(given.pages) - set(PAGES):
@@ -101,11 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pages = {}
         if "report" in wanted:
             pages["report"] = write_report(Path(folder), given.results, given.by)
+            # What the README shows.
+            take(browser, pages["report"], given.folder / "report.png", 960, "light", 600)
         if "inspector" in wanted:
             pages["inspector"], two_texts = write_inspectors(Path(folder), given.model)
             take(browser, two_texts, given.folder / "inspector_two_texts.png", 1600, "light")
-        for (name, page), width, theme in product(pages.items(), HEIGHTS, THEMES):
-            take(browser, page, given.folder / f"{name}_{width}_{theme}.png", width, theme)
+        for (name, page), theme in product(pages.items(), THEMES):
+            for width in WIDTHS[name]:
+                take(browser, page, given.folder / f"{name}_{width}_{theme}.png", width, theme)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ import base64
 import hashlib
 import html
 import json
+import re
+import zlib
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
+
+from lte.report.palette import style_sheet
 
 MAX_TOKENS = 2000
 """Of a text on the inspector's page, unless another number is asked for."""
@@ -20,8 +24,12 @@ MAX_TOKENS = 2000
 # In JSON these characters occur in strings alone, where they may be written as escapes.
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
+_PLACE = re.compile(r"(?<![\w.~…/<])(?:~|[A-Za-z]:)?/(?:[^\s/'\"<>:;,|]+/)+")
 
-def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, connects: bool = False) -> str:
+
+def render_page(
+    title: str, body: str, data: Any, scripts: Sequence[str], *, styles: Sequence[str] = (), connects: bool = False
+) -> str:
     """A page as one HTML text.
 
     Scripts run in their order after ECharts (`echarts`) and the shell (`Shell`: see `assets/shell.js`), each in strict
@@ -32,12 +40,13 @@ def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, con
         body: trusted HTML of the main part.
         data: what JSON can hold; not-a-number is refused.
         scripts: file names in `assets`.
+        styles: file names in `assets`, after the palette and `shell.css`.
         connects: whether the page may send requests to the server that it came from.
 
     Raises:
         ValueError: for a number in `data` that is not finite, or a script that would end its own element.
     """
-    style = read_asset("shell.css")
+    style = style_sheet() + "".join(map(read_asset, ("shell.css", *styles)))
     sources = {name: read_asset(name) for name in ("echarts.min.js", "shell.js", *scripts)}
     for name, source in sources.items():
         if "</script" in source.lower():
@@ -72,8 +81,28 @@ def embed_json(data: Any) -> str:
     return text.translate(_ESCAPES).encode("utf-8", "replace").decode("utf-8")
 
 
+def without_places(value: Any) -> Any:
+    """JSON's values without the folders of absolute paths, which say where somebody's files are: `…/model.gguf`."""
+    if isinstance(value, str):
+        return _PLACE.sub("…/", value)
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    if isinstance(value, dict):
+        return {without_places(name): without_places(each) for name, each in value.items()}
+    return value
+
+
 def _source_hash(source: str) -> str:
     return f"'sha256-{pack_base64(hashlib.sha256(source.encode()).digest())}'"
+
+
+def pack_json(data: Any) -> str:
+    """JSON deflated, for what is large and not needed at once: `Shell.unpack` reads it.
+
+    Raises:
+        ValueError: for a number that is not finite.
+    """
+    return pack_base64(zlib.compress(embed_json(data).encode("utf-8"), 9))
 
 
 def pack_base64(values: bytes) -> str:
