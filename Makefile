@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 CHROMIUM := chromium chromium-driver
+AXE := 4.14.1
 
 .PHONY: chromium demo test vllm-env lint format docs clean
 
@@ -12,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lte demo --output demo-output
 
 # The engines of tests/vllm start once for each file, so a file stays with one worker.
-test: $(VENV)/.installed chromium
+test: $(VENV)/.installed chromium .axe/node_modules
 	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/vllm
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/vllm
 
@@ -32,6 +33,11 @@ chromium:
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CHROMIUM) >/dev/null; \
 	} || echo "The browser tests need Chromium, which was not installed: apt-get install $(CHROMIUM)"
+
+# axe-core tells what on a page keeps people out; nothing but its tests needs it, and they are skipped without.
+.axe/node_modules:
+	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix .axe axe-core@$(AXE) || \
+		echo "The accessibility tests need axe-core, which npm did not install"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -59,4 +65,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .vllm-env demo-output build dist src/*.egg-info
+	rm -rf $(VENV) .vllm-env .axe demo-output build dist src/*.egg-info

@@ -6,13 +6,14 @@ import base64
 import hashlib
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 from lte.report import page
-from lte.report.page import embed_json, read_asset, render_page
+from lte.report.page import embed_json, pack_json, read_asset, render_page
 
 NASTY = "</script><script>alert(1)</script> <!-- &amp; \u2028 \u2029 'x' 😀 \x00"
 
@@ -64,6 +65,13 @@ def test_numbers_that_json_does_not_have_and_broken_text() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         embed_json({"loss": float("nan")})
     assert json.loads(embed_json("a\ud800b")) == "a?b"
+
+
+def test_packed_data_is_the_same_data() -> None:
+    packed = pack_json({"prompt": NASTY})
+    assert json.loads(zlib.decompress(base64.b64decode(packed))) == {"prompt": NASTY}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pack_json([float("inf")])
 
 
 @pytest.mark.parametrize("connects", [False, True])

@@ -10,9 +10,12 @@ import base64
 import hashlib
 import html
 import json
+import zlib
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
+
+from lte.report.palette import style_sheet
 
 MAX_TOKENS = 2000
 """Of a text on the inspector's page, unless another number is asked for."""
@@ -21,7 +24,9 @@ MAX_TOKENS = 2000
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
-def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, connects: bool = False) -> str:
+def render_page(
+    title: str, body: str, data: Any, scripts: Sequence[str], *, styles: Sequence[str] = (), connects: bool = False
+) -> str:
     """A page as one HTML text.
 
     Scripts run in their order after ECharts (`echarts`) and the shell (`Shell`: see `assets/shell.js`), each in strict
@@ -32,12 +37,13 @@ def render_page(title: str, body: str, data: Any, scripts: Sequence[str], *, con
         body: trusted HTML of the main part.
         data: what JSON can hold; not-a-number is refused.
         scripts: file names in `assets`.
+        styles: file names in `assets`, after the palette and `shell.css`.
         connects: whether the page may send requests to the server that it came from.
 
     Raises:
         ValueError: for a number in `data` that is not finite, or a script that would end its own element.
     """
-    style = read_asset("shell.css")
+    style = style_sheet() + "".join(map(read_asset, ("shell.css", *styles)))
     sources = {name: read_asset(name) for name in ("echarts.min.js", "shell.js", *scripts)}
     for name, source in sources.items():
         if "</script" in source.lower():
@@ -74,6 +80,15 @@ def embed_json(data: Any) -> str:
 
 def _source_hash(source: str) -> str:
     return f"'sha256-{pack_base64(hashlib.sha256(source.encode()).digest())}'"
+
+
+def pack_json(data: Any) -> str:
+    """JSON deflated, for what is large and not needed at once: `Shell.unpack` reads it.
+
+    Raises:
+        ValueError: for a number that is not finite.
+    """
+    return pack_base64(zlib.compress(embed_json(data).encode("utf-8"), 9))
 
 
 def pack_base64(values: bytes) -> str:

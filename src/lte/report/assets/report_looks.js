@@ -16,17 +16,6 @@ const Looks = (() => {
     'M19 10L2 1V19Z', 'M10 0L20 7.5L16 19H4L0 7.5Z', 'M10 0L16 10L10 20L4 10Z'];
   const DASHES = ['solid', 'dashed', 'dotted', [9, 3, 2, 3]];
   const ICON_DASHES = { solid: 'none', dashed: '10 5', dotted: '4 4' };
-  let palette = null;
-  let paletteIsDark = null;
-
-  function colours() {
-    if (paletteIsDark !== Shell.isDark()) {
-      paletteIsDark = Shell.isDark();
-      palette = Array.from({ length: COLOURS }, (_, place) => Shell.colour(`curve-${place}`));
-    }
-    return palette;
-  }
-
   /* Dense models are lines in the colour of text, told apart by their dashes. */
   const DENSE_DASHES = ['dashed', 'dotted', [9, 3, 2, 3], 'solid'];
   const dense = (place) => ({ colour: Shell.colour('quiet'), dash: DENSE_DASHES[place % DENSE_DASHES.length],
@@ -35,7 +24,7 @@ const Looks = (() => {
   function of(name) {
     const place = Shell.data.places[name] ?? 0;
     const path = SYMBOLS[place % SYMBOLS.length];
-    return { colour: colours()[place % COLOURS], path, symbol: `path://${path}`, variable: `--curve-${place % COLOURS}`,
+    return { colour: Shell.colour(`curve-${place % COLOURS}`), path, symbol: `path://${path}`, variable: `--curve-${place % COLOURS}`,
       dash: DASHES[Math.floor(place / COLOURS) % DASHES.length] };
   }
 

@@ -1,5 +1,6 @@
 'use strict';
-/* What all pages share: building elements, the theme, pictures with a caption and a table, numbers as text. */
+/* What all pages share: building elements, the address, the theme, pictures with a caption and a table, numbers as
+   text. */
 const Shell = (() => {
   const data = JSON.parse(document.getElementById('page-data').textContent);
   const pictures = new Set();
@@ -15,14 +16,90 @@ const Shell = (() => {
     return made;
   }
 
+  /* What the address keeps behind its #: `task=stsb&theme=dark`. A link and a reload show the same page again. */
+  const state = {
+    all: () => new URLSearchParams(location.hash.slice(1)),
+    get: (name, otherwise = null) => state.all().get(name) ?? otherwise,
+    href(changes) {
+      const found = state.all();
+      for (const [name, value] of Object.entries(changes)) {
+        if (value === null || value === '') found.delete(name);
+        else found.set(name, value);
+      }
+      return `#${found}`;
+    },
+    /* Tells no listener: who sets something shows it. */
+    set: (changes) => history.replaceState(null, '', state.href(changes)),
+    /* When another address is followed, a link on the page say. */
+    onChange: (listener) => addEventListener('hashchange', listener),
+  };
+
+  /* Links within the page move there and leave the address alone. */
+  document.addEventListener('click', (event) => {
+    const goal = document.getElementById(event.target.closest?.('a[href^="#"]')?.getAttribute('href').slice(1) ?? '');
+    if (goal) {
+      event.preventDefault();
+      goal.tabIndex = -1;
+      goal.focus();
+      goal.scrollIntoView();
+    }
+  });
+
+  /* What Python's pack_json packed. */
+  async function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'))).json();
+  }
+
   /* The colour that a custom property has in the present theme. */
+  const colours = new Map();
   function colour(name) {
-    const probe = element('span', { hidden: true });
-    probe.style.color = `var(--${name})`;
-    document.body.append(probe);
-    const found = getComputedStyle(probe).color;
-    probe.remove();
-    return found;
+    if (!colours.has(name)) {
+      const probe = element('span', { hidden: true });
+      probe.style.color = `var(--${name})`;
+      document.body.append(probe);
+      colours.set(name, getComputedStyle(probe).color);
+      probe.remove();
+    }
+    return colours.get(name);
+  }
+
+  /* A drop-down list; entries are [text, value]. With a name the address keeps what is chosen, by its text. */
+  function choice(label, entries, onChange, { name = null, chosen = 0 } = {}) {
+    const select = element('select', {}, ...entries.map(([text]) => element('option', {}, text)));
+    const kept = name ? entries.findIndex(([text]) => text === state.get(name)) : -1;
+    select.selectedIndex = kept < 0 ? chosen : kept;
+    select.addEventListener('change', () => {
+      if (name) state.set({ [name]: select.value });
+      onChange(entries[select.selectedIndex][1]);
+    });
+    return { select, box: element('label', { hidden: entries.length < 2 }, `${label} `, select),
+      value: entries[select.selectedIndex]?.[1] };
+  }
+
+  /* Makes one tab stop of what a box holds: arrow keys, Home and End move within it, up and down to what stands there. */
+  function rove(box, selector) {
+    const all = () => [...box.querySelectorAll(selector)].filter((each) => each.offsetParent);
+    const stop = (goal) => all().forEach((each) => { each.tabIndex = each === goal ? 0 : -1; });
+    box.querySelectorAll(selector).forEach((each, place) => { each.tabIndex = place ? -1 : 0; });
+    box.addEventListener('focusin', (event) => event.target.matches(selector) && stop(event.target));
+    box.addEventListener('keydown', (event) => {
+      const found = all();
+      const place = found.indexOf(event.target);
+      if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
+      const middle = (each) => { const { x, y, width, height } = each.getBoundingClientRect(); return [x + width / 2, y + height / 2]; };
+      const [left, top] = middle(event.target);
+      const away = (sign) => found.filter((each) => sign * (middle(each)[1] - top) > 4).sort((a, b) => {
+        const [[ax, ay], [bx, by]] = [middle(a), middle(b)];
+        return sign * (ay - by) || Math.abs(ax - left) - Math.abs(bx - left);
+      })[0];
+      const goal = { ArrowLeft: () => found[place - 1], ArrowRight: () => found[place + 1], Home: () => found[0],
+        End: () => found.at(-1), ArrowUp: () => away(-1), ArrowDown: () => away(1) }[event.key]?.();
+      if (goal) {
+        event.preventDefault();
+        goal.focus();
+      }
+    });
   }
 
   /* A name as children of an element: it may break after each underscore and slash before it breaks within a word. */
@@ -32,25 +109,15 @@ const Shell = (() => {
 
   const prefersDark = matchMedia('(prefers-color-scheme: dark)');
 
-  function isDark() {
-    return (document.documentElement.dataset.theme || (prefersDark.matches ? 'dark' : 'light')) === 'dark';
-  }
-
-  /* Cividis: it rises evenly in lightness, also for colour-blind eyes. More is darker on white and lighter on black. */
-  const CIVIDIS = ['#00224e', '#123570', '#3b496c', '#575d6d', '#707173', '#8a8678', '#a59c74', '#c3b369', '#e1cc55',
-    '#fee838'];
-
-  function ramp() {
-    return isDark() ? CIVIDIS : [...CIVIDIS].reverse();
-  }
+  /* From little to much: darker on white, and lighter on black. */
+  const ramp = () => Array.from({ length: 10 }, (_, step) => colour(`ramp-${step}`));
 
   /* The ramp's colour at a share in [0, 1], as three numbers. */
   function rampColour(share) {
-    const colours = ramp();
-    const place = Math.min(Math.max(share, 0), 1) * (colours.length - 1);
-    const below = Math.min(Math.floor(place), colours.length - 2);
-    const parts = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
-    const [low, high] = [parts(colours[below]), parts(colours[below + 1])];
+    const shades = ramp();
+    const place = Math.min(Math.max(share, 0), 1) * (shades.length - 1);
+    const below = Math.min(Math.floor(place), shades.length - 2);
+    const [low, high] = [shades[below], shades[below + 1]].map((shade) => shade.match(/\d+/g).map(Number));
     return low.map((value, index) => Math.round(value + (high[index] - value) * (place - below)));
   }
 
@@ -90,18 +157,29 @@ const Shell = (() => {
     return element('div', { class: 'scroll', tabindex: '0', role: 'region', 'aria-label': label }, ...children);
   }
 
-  /* A picture with its sentence and its table.
+  /* A picture with its sentence and its table. The keyboard reaches its items: arrow keys walk, Enter is a click.
      options: what ECharts draws, made anew for each draw. rows: the table's title, headings and rows.
      height: in pixels, for a width. onPick: called with the parameters of a click. */
   class Picture {
     constructor({ label, caption, options, rows, height, onPick = null }) {
       Object.assign(this, { options, rows, height });
-      this.plot = element('div', { class: 'plot', role: 'img', 'aria-label': label });
+      this.plot = element('div', { class: 'plot', role: 'application', tabindex: '0', 'aria-label': label,
+        'aria-roledescription': 'chart' });
+      this.told = element('p', { class: 'unseen', 'aria-live': 'polite' });
       this.tableBox = scrollBox(`${label}, as a table`);
-      this.details = element('details', {}, element('summary', {}, 'Show as table'), this.tableBox);
-      this.box = element('div', {}, this.plot, element('p', { class: 'caption' }, caption), this.details);
+      const saves = ['PNG', 'SVG'].map((kind) => {
+        const button = element('button', { type: 'button' }, `Save as ${kind}`);
+        button.addEventListener('click', () => this.save(kind));
+        return button;
+      });
+      this.details = element('details', {}, element('summary', {}, 'Show as table'),
+        element('div', { class: 'save' }, ...saves), this.tableBox);
+      this.box = element('div', {}, this.plot, this.told, element('p', { class: 'caption' }, caption), this.details);
       this.details.addEventListener('toggle', () => this.fillTable());
+      this.plot.addEventListener('keydown', (event) => this.walk(event));
+      this.plot.addEventListener('blur', () => this.leave());
       this.onPick = onPick;
+      this.item = null;
       this.width = 0;
       pictures.add(this);
       this.observer = new ResizeObserver(() => {
@@ -123,6 +201,54 @@ const Shell = (() => {
       const base = { animation: false, textStyle: { color: colour('ink'), fontFamily: 'system-ui, sans-serif' } };
       this.chart.setOption({ ...base, ...this.options(this.width) }, true);
       this.fillTable();
+    }
+
+    /* Items by series: those that a mouse would reach. */
+    items() {
+      return this.chart.getOption().series.map(({ data, silent, name }, seriesIndex) => (silent ? [] : data ?? []).map(
+        (each, dataIndex) => ({ seriesIndex, dataIndex, seriesName: name, name: each?.name ?? '', data: each,
+          value: each?.value ?? each }))).filter((found) => found.length);
+    }
+
+    walk(event) {
+      const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Enter: [0, 0] }[event.key];
+      if (!step || !this.chart || event.ctrlKey || event.metaKey || event.altKey) return;
+      event.preventDefault();
+      const found = this.items();
+      if (!found.length) return;
+      if (event.key === 'Enter') {
+        if (this.item) this.onPick?.(this.item);
+        return;
+      }
+      const row = Math.max(found.findIndex(([first]) => first.seriesIndex === this.item?.seriesIndex), 0);
+      const goal = this.item ? found[(row + step[0] + found.length) % found.length] : found[0];
+      const place = this.item ? this.item.dataIndex + step[1] : 0;
+      this.leave();
+      this.item = goal[Math.min(Math.max(place, 0), goal.length - 1)];
+      const { seriesIndex, dataIndex } = this.item;
+      for (const type of ['highlight', 'showTip']) this.chart.dispatchAction({ type, seriesIndex, dataIndex });
+      const { formatter } = this.chart.getOption().tooltip?.[0] ?? {};
+      this.told.textContent = typeof formatter === 'function' ? formatter(this.item) : String(this.item.value);
+      this.onWalk?.(this.item);
+    }
+
+    leave() {
+      if (this.item) for (const type of ['downplay', 'hideTip']) this.chart?.dispatchAction({ type });
+      this.item = null;
+    }
+
+    /* A file of the picture as it is shown. */
+    save(kind) {
+      let address = this.chart.getDataURL({ pixelRatio: 2, backgroundColor: colour('paper') });
+      if (kind === 'SVG') {
+        const drawn = echarts.init(null, null, { renderer: 'svg', ssr: true, width: this.width,
+          height: this.plot.clientHeight });
+        drawn.setOption({ ...this.chart.getOption(), backgroundColor: colour('paper') });
+        address = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(drawn.renderToSVGString())}`;
+        drawn.dispose();
+      }
+      const name = this.plot.getAttribute('aria-label').replace(/[^\w]+/g, '-').slice(0, 60).toLowerCase();
+      element('a', { href: address, download: `${name}.${kind.toLowerCase()}` }).click();
     }
 
     /* Draws with the next frame, once, however often it is asked for until then. */
@@ -159,14 +285,21 @@ const Shell = (() => {
   const onTheme = (listener) => listeners.add(listener);
 
   function redraw() {
+    colours.clear();
     listeners.forEach((listener) => listener());
     pictures.forEach((picture) => picture.draw());
   }
 
   const theme = document.getElementById('theme');
-  theme.addEventListener('change', () => {
+  function showTheme() {
+    theme.value = state.get('theme', '');
     if (theme.value) document.documentElement.dataset.theme = theme.value;
     else delete document.documentElement.dataset.theme;
+  }
+  showTheme();
+  theme.addEventListener('change', () => {
+    state.set({ theme: theme.value });
+    showTheme();
     redraw();
   });
   prefersDark.addEventListener('change', redraw);
@@ -176,6 +309,6 @@ const Shell = (() => {
     listeners.clear();
   }
 
-  return { data, element, breakable, captionOf, colour, isDark, ramp, rampColour, inkOn, count, percent, table,
-    scrollBox, Picture, axis, tooltip, onTheme, clearPictures };
+  return { data, state, unpack, element, breakable, choice, rove, captionOf, colour, ramp, rampColour, inkOn,
+    count, percent, table, scrollBox, Picture, axis, tooltip, onTheme, clearPictures };
 })();
