@@ -31,11 +31,6 @@ In 1874 a mill was built at the second bend, and for forty years it ground all t
 stopped," wrote the miller's daughter, "not even on the day the bridge fell."
 
 Today the mill is a museum. Children push the great wheel by hand, and the café is open from May to September."""
-CODE = """def read_rows(path):
-    with open(path) as file:
-        for line in file:
-            yield [float(value) for value in line.split(",")]
-"""
 RESULTS = Path(__file__).parents[2] / "results"
 SHOWN = [RESULTS / "wikipedia" / "records.jsonl", RESULTS / "bench"]
 PAGES = ("report", "inspector")
@@ -59,18 +54,19 @@ def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:
     else:
         loaded = load_inspected_model(model, "float32", "off")
         inspector = Inspector(loaded, load_tokenizer(model), name=Path(model).resolve().name)
-    runs = [inspector.run(NamedText(name, text)) for name, text in (("mill.txt", STORY), ("rows.py", CODE))]
+    texts = {"mill.txt": STORY, "road.txt": STORY.replace("river", "road").replace("wheat", "gold")}
+    runs = [inspector.run(NamedText(name, text)) for name, text in texts.items()]
     pages = folder / "inspector.html", folder / "two_texts.html"
     for page, shown in zip(pages, (runs[:1], runs), strict=True):
         page.write_text(inspector_page(inspector_data(shown)), encoding="utf-8")
     return pages
 
 
-def take(browser: Any, page: Path, picture: Path, width: int, theme: str) -> None:
-    """One picture of a page."""
+def take(browser: Any, page: Path, picture: Path, width: int, theme: str, height: int | None = None) -> None:
+    """One picture of a page, down to a height."""
     browser.get(page.as_uri())
     save_screenshot(browser, picture, width, theme == "dark")
-    shrink(picture, HEIGHTS[width])
+    shrink(picture, height or HEIGHTS[width])
     size = picture.stat().st_size
     print(f"{picture}: {size / 1024:.0f} KiB{', more than intended' if size > MAX_BYTES else ''}")
 
@@ -104,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "inspector" in wanted:
             pages["inspector"], two_texts = write_inspectors(Path(folder), given.model)
             take(browser, two_texts, given.folder / "inspector_two_texts.png", 1600, "light")
+            # What the README shows.
+            take(browser, pages["inspector"], given.folder / "inspector.png", 1000, "light", 600)
         for (name, page), width, theme in product(pages.items(), HEIGHTS, THEMES):
             take(browser, page, given.folder / f"{name}_{width}_{theme}.png", width, theme)
 

@@ -33,14 +33,14 @@ from tests.browser.inspector.page import (
 class TestControls:
     def test_choosing_a_token_by_mouse_and_keys(self, page: Chrome, run: dict[str, Any]) -> None:
         find(page, "#token-0-4").click()
-        assert told(page).startswith("token 5 of ")
+        assert told(page).startswith("This is token 5 of ")
         box = find(page, ".token-text")
         tab_to(page, box)
         last = len(run["ids"])
         steps = [(Keys.ARROW_RIGHT, 6), (Keys.ARROW_LEFT, 5), (Keys.PAGE_DOWN, 15), (Keys.PAGE_UP, 5)]
         for key, expected in [*steps, (Keys.END, last), (Keys.ARROW_RIGHT, last), (Keys.HOME, 1), (Keys.ARROW_LEFT, 1)]:
             press(page, key)
-            assert told(page).startswith(f"token {expected} of "), key
+            assert told(page).startswith(f"This is token {expected} of "), key
             chosen = page.find_elements(By.CSS_SELECTOR, "[aria-selected=true]")
             assert [each.get_attribute("id") for each in chosen] == [f"token-0-{expected - 1}"]
             assert box.get_attribute("aria-activedescendant") == f"token-0-{expected - 1}"
@@ -48,7 +48,7 @@ class TestControls:
         press(page, Keys.ARROW_DOWN)
         assert int(state(page)["token"]) > 0
         press(page, Keys.ARROW_UP)
-        assert told(page).startswith("token 1 of ")
+        assert told(page).startswith("This is token 1 of ")
 
     def test_the_chosen_token_is_in_sight_at_once(
         self, browser: Chrome, pages: dict[str, str], run: dict[str, Any]
@@ -170,7 +170,7 @@ class TestControls:
         find(page, "[type=search]").send_keys("1.2")
         address = page.current_url
         open_page(page, address)
-        assert told(page).startswith("token 10 of ")
+        assert told(page).startswith("This is token 10 of ")
         assert Select(find(page, ".text select")).first_selected_option.text == "surprise of what came"
         assert page.execute_script("return document.documentElement.dataset.theme") == "dark"
         assert len(page.find_elements(By.CSS_SELECTOR, ".experts button")) == 1

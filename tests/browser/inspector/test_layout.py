@@ -50,6 +50,7 @@ class TestReading:
         browser.execute_script("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
         settle(browser)
         assert browser.execute_script("return document.documentElement.scrollWidth") == width
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".plot canvas")) >= 5
         assert cut_labels(browser) == []
 
     def test_the_text_comes_first_and_the_panel_stays_beside_it(self, browser: Chrome, pages: dict[str, str]) -> None:

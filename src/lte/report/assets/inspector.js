@@ -60,7 +60,7 @@
       names.forEach(([, { name }], index) => { select.options[index].textContent = name(state); });
       const { centre } = kind.scales[state.run];
       const [least, most] = kind.ends;
-      legend.replaceChildren(`${least < centre ? 'less, ' : ''}${kind.words(least)}`, element('span', { class: 'ramp' }), `${kind.words(most)}${most > centre ? ', more' : ''}`,
+      legend.replaceChildren(`${least < centre ? 'less, ' : ''}${kind.words(least)}`, element('span', { class: 'ramp' }), `${kind.words(most)}${most > centre && kind.mean !== 'off' ? ', more' : ''}`,
         element('span', {}, `no colour: ${kind.mean ?? 'the mean'}${kind.centre && !centre ? '' : `, ${kind.words(centre)}`}`));
       texts.forEach((text) => text.paint(kind));
     }
@@ -168,7 +168,7 @@
     async function follow(answer) {
       live.replaceChildren(visible(text.value));
       live.hidden = false;
-      status.textContent = 'The model is writing; the bars are the share of its neurons that each token used.';
+      status.textContent = 'The model is writing; each token is filled to the share of the neurons that it used.';
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       let kept = '';
       for (let part = await reader.read(); !part.done; part = await reader.read()) {

@@ -42,7 +42,7 @@ class TokenPanel {
     const { routing, token } = state;
     this.title.textContent = `“${routing.list.label(token)}”`;
     const skipped = routing.all - routing.totals[token];
-    this.told.textContent = `${nameOf(state, state.run)}token ${Shell.count(token + 1)} of ${Shell.count(routing.length)}: it skipped ` +
+    this.told.textContent = `${nameOf(state, state.run) || 'This is '}token ${Shell.count(token + 1)} of ${Shell.count(routing.length)}: it skipped ` +
       `${Shell.count(skipped)} of ${Shell.count(routing.all)} experts and used ${Shell.percent(routing.totals[token] / routing.all)} of the FFN neurons.`;
     this.showFacts();
     this.showNext();
