@@ -83,7 +83,10 @@ def test_two_models(run: Callable[..., Any], sparse_folder: Path, text: Path, tm
     result = run("inspect", sparse_folder, "--text", text, "--compare-model", second, "--html", page)
     assert result.exit_code == 0, result.output
     shown = runs_of(page)
-    assert [one["model"] for one in shown] == [str(sparse_folder), str(second)]
+    assert [one["model"] for one in shown] == ["sparse", "second"]
+    alike = save_sparse_model(tmp_path / "other" / "sparse", seed=1)
+    assert run("inspect", sparse_folder, "--text", text, "--compare-model", alike, "--html", page).exit_code == 0
+    assert [one["model"] for one in runs_of(page)] == [str(sparse_folder), str(alike)]
     assert shown[0]["ids"] == shown[1]["ids"]
     assert shown[0]["active"] != shown[1]["active"]
 

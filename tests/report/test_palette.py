@@ -9,7 +9,7 @@ from lte.report.palette import COLOURS, OTHERS, RAMP, colour_names
 
 TEXT = ("ink", "quiet", "link", "mark", "problem", "second", "good", "bad")
 # Surfaces, and lines between them.
-SURFACES = ("paper", "panel", "line", "off")
+SURFACES = ("paper", "panel", "line", "off", "usual")
 MODELS = [name for name in COLOURS if name == "lte" or name in OTHERS or name in ("dense", "random_router")]
 
 

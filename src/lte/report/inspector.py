@@ -208,7 +208,7 @@ def _what_if(routing: TokenRouting) -> dict[str, Any]:
     """What other thresholds would switch on, if the scores stayed as they are; the model's own is among them."""
     logits = routing.logits[routing.logits < 100]  # without experts that are always on
     own = routing.threshold_logit
-    steps = np.unique(np.append(np.quantile(logits, 1 - _SHARES) if logits.size else [], own))
+    steps = np.sort(np.append(np.quantile(logits, 1 - _SHARES) if logits.size else [], own))
     return {
         "thresholds": [1 / (1 + math.exp(-float(step))) for step in steps],
         "own": int(np.searchsorted(steps, own)),

@@ -22,6 +22,7 @@ COLOURS: dict[str, tuple[str, str]] = {
     # Neurons: computed or skipped; more or less of them than is usual.
     "on": ("#5b4bb7", "#a99cf0"),
     "off": ("#e3e6ea", "#343942"),
+    "usual": ("#c3bdea", "#4b4577"),
     "more": ("#5b4bb7", "#a99cf0"),
     "less": ("#9a6c00", "#f0c04a"),
     # A goal that is met or missed.

@@ -12,7 +12,7 @@ from selenium.webdriver import Chrome
 from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
 from lte.report.inspector_server import InspectorServer
 from tests.browser.inspector.page import open_page
-from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, sparse_model
+from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, large_run, sparse_model
 
 # Hebrew and a mark that turns the direction, a special token in writing, and enough for columns of several tokens.
 LONG = NASTY + " \u05d0\u05d1\u05d2 \u202eabc\u202c </s>" + PLAIN * 3
@@ -41,13 +41,15 @@ def other(inspector: Inspector) -> dict[str, Any]:
 def pages(
     run: dict[str, Any], other: dict[str, Any], inspector: Inspector, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """Addresses of pages: `one` text; `two` texts; two `models` on one text; a `single` token; an `encoder`."""
+    """Addresses of pages: `one` text; `two` texts; two `models` on one text; a `single` token; an `encoder`;
+    two models of other `shapes`."""
     second = Inspector(sparse_model(seed=1), inspector.tokenizer, "second").run(NamedText("text.txt", LONG))
     encoder = Inspector(sparse_model("bert"), inspector.tokenizer, "encoder").run(NamedText("text.txt", PLAIN))
     single = inspector.run(NamedText("a.txt", "a"))
     folder = tmp_path_factory.mktemp("pages")
     found = {}
     shown = {"one": [run], "two": [run, other], "models": [run, second], "single": [single], "encoder": [encoder]}
+    shown["shapes"] = [run, large_run(run, 50, layers=3, experts=5)]
     for name, runs in shown.items():
         path = folder / f"{name}.html"
         path.write_text(inspector_page(inspector_data(runs)), encoding="utf-8")

@@ -253,3 +253,11 @@ class TestComparison:
         assert first == second
         # Experts of two models have nothing in common: the map shows those of the chosen run.
         assert "in both" not in find(browser, ".side .legend").text
+
+    def test_two_models_of_other_shapes(self, browser: Chrome, pages: dict[str, str], run: dict[str, Any]) -> None:
+        open_page(browser, f"{pages['shapes']}#expert={run['experts'] - 1}&step=3")
+        choose_token(browser, 7, run=1)
+        assert told_expert(browser).startswith("Expert 0 of layer 0")
+        assert "of 15 experts" in told(browser)
+        assert not re.search("NaN|undefined", find(browser, "#page").text)
+        assert not browser.find_elements(By.XPATH, "//h2[starts-with(., 'The difference')]")

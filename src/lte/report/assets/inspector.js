@@ -71,7 +71,7 @@
       reset.disabled = step === own;
       told.textContent = state.routings.map((run, index) => {
         const share = meanOf(run.shares(step));
-        return `${nameOf(state, index)}threshold ${run.what_if.thresholds[step].toFixed(3)}${step === own ? ', the model’s own' : ''}: ${percent(share)} of the neurons, ` +
+        return `${nameOf(state, index)}threshold ${run.what_if.thresholds[Math.min(step, run.what_if.thresholds.length - 1)].toFixed(3)}${step === own ? ', the model’s own' : ''}: ${percent(share)} of the neurons, ` +
           `${percent(run.work('flops', share))} of the FLOPs, ${percent(run.work('bytes', share))} of the bytes`;
       }).join('; ');
       slider.setAttribute('aria-valuetext', told.textContent);

@@ -107,7 +107,7 @@ class Routing {
   /* The share of the neurons that each token uses; at a threshold of the what-if slider what it would use. */
   shares(step = null) {
     if (step === null || step === this.what_if.own) return this.totals.map((total) => total / this.all);
-    const start = step * this.length;
+    const start = Math.min(step, this.what_if.thresholds.length - 1) * this.length;
     return Array.from(this.steps.subarray(start, start + this.length), (total) => total / this.all);
   }
 
@@ -224,6 +224,10 @@ class State extends EventTarget {
     const changed = Object.keys(changes).filter((name) => this[name] !== changes[name]);
     if (!changed.length) return;
     Object.assign(this, changes);
+    /* Another model may have fewer of both. */
+    for (const [name, length] of [['layer', this.routing.layers], ['expert', this.routing.experts]]) {
+      if (this[name] >= length) this[name] = 0;
+    }
     Shell.state.set(Object.fromEntries(changed.map((name) => [name, this[name]])));
     this.dispatchEvent(new CustomEvent('change', { detail: changed }));
   }
