@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -13,6 +14,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.browser.chromium import settle
+
+# A little more than PAUSE_MS of the page.
+PAUSE_S = 0.12
 
 
 def unpack(text: str, dtype: str, *shape: int) -> np.ndarray:
@@ -37,7 +41,8 @@ def open_page(browser: Chrome, address: str) -> None:
 
 
 def state(browser: Chrome) -> dict[str, str]:
-    """What the address holds."""
+    """What the address holds; it follows when no key was pressed for a moment."""
+    time.sleep(PAUSE_S)
     return {name: found[0] for name, found in parse_qs(urlparse(browser.current_url).fragment).items()}
 
 
@@ -102,6 +107,7 @@ def pick(browser: Chrome, box: WebElement, x: float, y: float, series: int = 0) 
 
 def choose_token(browser: Chrome, token: int, run: int = 0) -> None:
     browser.execute_script("arguments[0].click()", find(browser, f"#token-{run}-{token}"))
+    time.sleep(PAUSE_S)
     settle(browser)
 
 

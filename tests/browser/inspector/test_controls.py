@@ -168,6 +168,7 @@ class TestControls:
         Select(find(page, ".text select")).select_by_value("surprise")
         Select(find(page, "#theme")).select_by_visible_text("dark")
         find(page, "[type=search]").send_keys("1.2")
+        assert state(page)["find"] == "1.2"
         address = page.current_url
         open_page(page, address)
         assert told(page).startswith("This is token 10 of ")

@@ -180,12 +180,16 @@ class Reference {
   }
 }
 
+/* What takes longer than a frame waits until no key was pressed for so long. */
+const PAUSE_MS = 80;
+
 /* What a reader has chosen, one choice for the whole page, kept in the address. A token belongs to a run; `at` finds it
    or its counterpart in another. */
 class State extends EventTarget {
   constructor(routings, pairs) {
     super();
     this.routings = routings;
+    this.unsaved = {};
     this.partners = routings.map((routing) => new Array(routing.length).fill(-1));
     for (const [a, b, size] of pairs) {
       for (let index = 0; index < size; index++) {
@@ -228,7 +232,10 @@ class State extends EventTarget {
     for (const [name, length] of [['layer', this.routing.layers], ['expert', this.routing.experts]]) {
       if (this[name] >= length) this[name] = 0;
     }
-    Shell.state.set(Object.fromEntries(changed.map((name) => [name, this[name]])));
+    /* A browser takes a few changes of the address in a second, and a held key makes more. */
+    Object.assign(this.unsaved, Object.fromEntries(changed.map((name) => [name, this[name]])));
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => Shell.state.set(this.unsaved), PAUSE_MS);
     this.dispatchEvent(new CustomEvent('change', { detail: changed }));
   }
 

@@ -24,6 +24,7 @@ class TokenPanel {
       this.title, this.told, this.facts, this.next,
       element('h3', {}, 'Its experts'), this.legend, this.picture.box, this.unusual, this.chosen);
     state.onChange(['run', 'token', 'step'], () => this.show());
+    this.showExpert();
     state.onChange(['layer', 'expert'], (names) => {
       this.showExpert();
       this.picture.drawSoon();
@@ -46,9 +47,12 @@ class TokenPanel {
       `${Shell.count(skipped)} of ${Shell.count(routing.all)} experts and used ${Shell.percent(routing.totals[token] / routing.all)} of the FFN neurons.`;
     this.showFacts();
     this.showNext();
-    this.showUnusual();
-    this.showExpert();
-    this.picture.drawSoon();
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => {
+      this.showUnusual();
+      this.showExpert();
+      this.picture.draw();
+    }, PAUSE_MS);
   }
 
   showFacts() {
