@@ -11,7 +11,8 @@ class Atlas {
     this.source = element('p', { class: 'quiet' });
     this.picture = new Shell.Picture({
       label: 'Points of all experts, how selective each is over how often it is on',
-      caption: 'A point is an expert: to the right those that most tokens of the reference text switch on, on top those that ' +
+      caption: 'A point is an expert: to the right those that most tokens of the reference text switch on, on top ' +
+        'those that ' +
         'are on for the same tokens again and for few others. Pale ones are not among those found.',
       height: () => 300,
       options: () => this.options(),
@@ -54,11 +55,14 @@ class Atlas {
     this.shown = all.map((expert) => ({ ...expert, found: this.matches(expert) }));
     const found = this.shown.filter((expert) => expert.found);
     const count = (mark) => Shell.count(all.filter((expert) => expert.mark === mark).length);
-    this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(all.length)} experts, the most selective first; ` +
+    this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(all.length)} experts, the most selective ` +
+      `first; ` +
       `${count('always on')} always on, ${count('dead')} dead.`;
     this.list.replaceChildren(...found.slice(0, 12).map((expert) => Shell.element('li', {}, this.button(expert))));
-    this.source.textContent = [`How often, and for which tokens, was counted on ${known.text}, ${Shell.count(known.list.length)} tokens.`,
-      'Selective is 1 − p / q: p is the share of its tokens that switch the expert on, q the chance that it is on again at ' +
+    this.source.textContent = [`How often, and for which tokens, was counted on ${known.text}, ` +
+      `${Shell.count(known.list.length)} tokens.`,
+      'Selective is 1 − p / q: p is the share of its tokens that switch the expert on, q the chance that it is on ' +
+      'again at ' +
       'another place of a token for which it is on.', ...known.notes].join(' ');
     this.picture.drawSoon();
   }
@@ -66,7 +70,8 @@ class Atlas {
   button({ layer, expert, use, selectivity, mark, labels }) {
     const button = Shell.element('button', { type: 'button' }, Shell.element('b', {}, `${layer}.${expert}`),
       ` ${labels.slice(0, 4).join(' · ')} `,
-      Shell.element('span', { class: 'quiet' }, `${mark || `on for ${Shell.percent(use)}`}, selective ${selectivity.toFixed(2)}`));
+      Shell.element('span', { class: 'quiet' },
+        `${mark || `on for ${Shell.percent(use)}`}, selective ${selectivity.toFixed(2)}`));
     button.addEventListener('click', () => this.state.set({ layer, expert }));
     return button;
   }
@@ -81,20 +86,25 @@ class Atlas {
     const symbols = { 'always on': 'diamond', dead: 'triangle' };
     return {
       grid: { left: 52, right: 14, top: 16, bottom: 46 },
-      tooltip: Shell.tooltip(({ value, data }) => `layer ${value[2]}, expert ${value[3]}${data.words ? `, ${data.words}` : ''}\non for ` +
+      tooltip: Shell.tooltip(({ value,
+        data }) => `layer ${value[2]}, expert ${value[3]}${data.words ? `, ${data.words}` : ''}\non for ` +
         `${Shell.percent(value[0])}, selective ${value[1].toFixed(2)}`),
       xAxis: shareAxis({ name: 'tokens for which it is on', nameLocation: 'middle', nameGap: 28, min: 0, max: 1 }),
       yAxis: Shell.axis({ type: 'value', name: 'selective', nameLocation: 'middle', nameGap: 36, min: 0, max: 1 }),
-      series: [{ type: 'scatter', color: Shell.colour('on'), emphasis: { scale: 2, itemStyle: { color: Shell.colour('mark'), opacity: 1 } },
-        data: this.shown.map(({ layer, expert, use, selectivity, mark, found }) => ({ value: [use, selectivity, layer, expert], words: mark,
+      series: [{ type: 'scatter', color: Shell.colour('on'), emphasis: { scale: 2,
+        itemStyle: { color: Shell.colour('mark'), opacity: 1 } },
+        data: this.shown.map(({ layer, expert, use, selectivity, mark, found }) => ({ value: [use, selectivity, layer,
+          expert], words: mark,
           symbol: symbols[mark] ?? 'circle', symbolSize: mark ? 11 : 6,
           itemStyle: { opacity: found ? 0.6 : 0.08, ...(mark && { color: Shell.colour('second') }) } })) }],
     };
   }
 
   rows() {
-    return ['Experts, the most selective first', ['layer.expert', 'on for', 'selective', { words: 'mark' }, { words: 'strongest tokens' }],
-      this.shown.filter(({ found }) => found).map(({ layer, expert, use, selectivity, mark, labels }) => [`${layer}.${expert}`,
+    return ['Experts, the most selective first', ['layer.expert', 'on for', 'selective', { words: 'mark' },
+      { words: 'strongest tokens' }],
+      this.shown.filter(({ found }) => found).map(({ layer, expert, use, selectivity, mark,
+        labels }) => [`${layer}.${expert}`,
         Shell.percent(use), selectivity.toFixed(2), { words: mark }, { words: labels.join(' · ') }])];
   }
 }

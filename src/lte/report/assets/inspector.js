@@ -5,44 +5,19 @@
 (() => {
   const { element, count, percent } = Shell;
 
-  const relative = (kind) => (run) => sumOf(run.cost[kind]) / sumOf(run.cost[`dense_${kind}`]);
-  /* Name, value, its words, and the words of a difference. */
-  const ROWS = [
-    ['tokens', (run) => run.length, count, count],
-    ['FFN neurons used per token', (run) => 1 - run.sparsity, (share) => percent(share, 2), points],
-    ['skipped: sparsity', (run) => run.sparsity, (share) => percent(share, 2), points],
-    ['target sparsity', (run) => run.target, (share) => percent(share, 1), points],
-    ['sparsity measured when it was saved', (run) => run.measured ?? NaN, (share) => (Number.isNaN(share) ? 'not measured' : percent(share, 2)), points],
-    ['least of a token', (run) => Math.min(...run.shares()), percent, points],
-    ['most of a token', (run) => Math.max(...run.shares()), percent, points],
-    ['experts that some token uses', (run) => run.union, (share) => percent(share, 2), points],
-    ['FLOPs over dense', relative('flops'), (share) => percent(share, 2), points],
-    ['bytes over dense', relative('bytes'), (share) => percent(share, 2), points],
-    ['MFLOPs per token, routers', (run) => run.cost.flops.routers / 1e6, (value) => value.toPrecision(4)],
-    ['layers, each with experts of neurons', (run) => `${run.layers} layers, ${run.experts} experts of ${run.expert_size}`, String],
-  ];
+  const relative = (run, kind) => percent(sumOf(run.cost[kind]) / sumOf(run.cost[`dense_${kind}`]), 2);
 
-  function keyNumbers(state) {
-    const { routings } = state;
-    const several = routings.length > 1;
-    const rows = ROWS.map(([name, value, words, difference]) => {
-      const values = routings.map(value);
-      const change = several && difference ? values[1] - values[0] : NaN;
-      const told = Number.isNaN(change) ? '' : `${change < 0 ? '−' : '+'}${difference(Math.abs(change))}`;
-      return [name, ...values.map((each) => words(each)), ...(several ? [told] : [])];
-    });
-    const names = several ? ['A', 'B', 'B less A'] : ['this text'];
-    return element('details', { class: 'numbers' }, element('summary', {}, 'All key numbers'),
-      Shell.scrollBox('Key numbers', Shell.table('Key numbers', ['', ...names], rows)));
-  }
-
-  function sentence(state, index) {
-    const run = state.routings[index];
+  function sentence(run, index, state) {
     const measured = run.measured === null ? '' : `, ${percent(run.measured)} measured when it was saved`;
-    const whole = run.reads_at_once ? 'An encoder reads all tokens in one go, so bytes hold for texts of one token.' : '';
-    return element('p', { class: 'told' }, element('b', {}, `${nameOf(state, index)}${run.text} on ${run.model}`), ` skips ${percent(run.sparsity)} ` +
-      `of the FFN neurons per token (target ${percent(run.target, 0)}${measured}): ${percent(relative('flops')(run))} of the dense model’s FLOPs, ` +
-      `${percent(relative('bytes')(run))} of its bytes. ${whole}`);
+    const pass = run.reads_at_once ? 'an encoder reads all tokens in one go, so bytes hold for texts of one token; '
+      : '';
+    return element('p', { class: 'told' }, element('b', {}, `${nameOf(state, index)}${run.text} on ${run.model}`),
+      ` skips ${percent(run.sparsity)} of the FFN neurons per token (target ${percent(run.target, 0)}${measured}): ` +
+      `${relative(run, 'flops')} of the dense model’s FLOPs, ${relative(run, 'bytes')} of its bytes. `, element('span',
+        { class: 'quiet' },
+        `${count(run.length)} tokens; ${run.layers} layers, each with ${run.experts} experts of ${run.expert_size} ` +
+        `neurons; ` +
+        `${pass}some token uses ${percent(run.union)} of the experts.`));
   }
 
   /* The text or both texts, what colours them, and the what-if slider. */
@@ -51,7 +26,8 @@
     const names = Object.entries(COLOURINGS).filter(([, { offered }]) => offered?.(state) ?? true);
     const select = element('select', {}, ...names.map(([value]) => element('option', { value })));
     const legend = element('p', { class: 'legend' });
-    const slider = element('input', { type: 'range', min: '0', max: String(state.routing.what_if.thresholds.length - 1), step: '1' });
+    const slider = element('input', { type: 'range', min: '0',
+      max: String(state.routing.what_if.thresholds.length - 1), step: '1' });
     const told = element('output', {});
     const reset = element('button', { type: 'button' }, 'The model’s own');
     function paint() {
@@ -60,8 +36,10 @@
       names.forEach(([, { name }], index) => { select.options[index].textContent = name(state); });
       const { centre } = kind.scales[state.run];
       const [least, most] = kind.ends;
-      legend.replaceChildren(`${least < centre ? 'less, ' : ''}${kind.words(least)}`, element('span', { class: 'ramp' }), `${kind.words(most)}${most > centre && kind.mean !== 'off' ? ', more' : ''}`,
-        element('span', {}, `no colour: ${kind.mean ?? 'the mean'}${kind.centre && !centre ? '' : `, ${kind.words(centre)}`}`));
+      legend.replaceChildren(`${least < centre ? 'less, ' : ''}${kind.words(least)}`, element('span',
+        { class: 'ramp' }), `${kind.words(most)}${most > centre && kind.mean !== 'off' ? ', more' : ''}`,
+        element('span', {}, `no colour: ` +
+          `${kind.mean ?? 'the mean'}${kind.centre && !centre ? '' : `, ${kind.words(centre)}`}`));
       texts.forEach((text) => text.paint(kind));
     }
     function showStep() {
@@ -70,8 +48,9 @@
       slider.value = String(step);
       reset.disabled = step === own;
       told.textContent = state.routings.map((run, index) => {
-        const share = meanOf(run.shares(step));
-        return `${nameOf(state, index)}threshold ${run.what_if.thresholds[Math.min(step, run.what_if.thresholds.length - 1)].toFixed(3)}${step === own ? ', the model’s own' : ''}: ${percent(share)} of the neurons, ` +
+        const [share, { thresholds }] = [meanOf(run.shares(step)), run.what_if];
+        return `${nameOf(state, index)}threshold ${thresholds[Math.min(step, thresholds.length - 1)].toFixed(3)}` +
+          `${step === own ? ', the model’s own' : ''}: ${percent(share)} of the neurons, ` +
           `${percent(run.work('flops', share))} of the FLOPs, ${percent(run.work('bytes', share))} of the bytes`;
       }).join('; ');
       slider.setAttribute('aria-valuetext', told.textContent);
@@ -83,24 +62,31 @@
     });
     reset.addEventListener('click', () => state.set({ step: null }));
     state.onChange(['colour', 'step'], paint);
-    state.onChange(['layer', 'expert'], (changed) => { if (changed.includes(state.colour) || state.colour === 'expert') paint(); });
+    state.onChange(['layer', 'expert'], (changed) => { if (changed.includes(state.colour) ||
+      state.colour === 'expert') paint(); });
     state.onChange(['step', 'run'], showStep);
     const columns = texts.map(({ text, routing }, index) => element('div', {},
-      ...(texts.length > 1 ? [element('h3', {}, `${nameOf(state, index)}${routing.text}, ${routing.model}`)] : []), text));
-    const explained = element('p', { class: 'caption' }, 'Every piece is a token, the unit in which the model reads. Its feed-forward neurons ' +
-      'are grouped into experts, and a router switches on for each token those it needs. Choose a token with a click or the arrow keys.');
+      ...(texts.length > 1 ? [element('h3', {}, `${nameOf(state, index)}${routing.text}, ${routing.model}`)] : []),
+        text));
+    const explained = element('p', { class: 'caption' },
+      'Every piece is a token, the unit in which the model reads. Its feed-forward neurons ' +
+      'are grouped into experts, and a router switches on for each token those it needs. Choose a token with a ' +
+      'click or the arrow keys.');
     const box = element('section', { class: 'panel text', 'aria-label': 'The text, token by token' },
       element('div', { class: 'controls' }, element('label', {}, 'Colour by ', select), legend),
       element('div', { class: `columns ${texts.length > 1 ? 'two' : ''}` }, ...columns), explained,
-      element('div', { class: 'controls' }, element('label', { class: 'wide' }, 'What if the threshold were ', slider), reset),
-      element('p', { class: 'quiet' }, told, '. What another threshold costs is computed from the scores of this pass; what it would do to the ' +
+      element('div', { class: 'controls' }, element('label', { class: 'wide' }, 'What if the threshold were ', slider),
+        reset),
+      element('p', { class: 'quiet' }, told,
+        '. What another threshold costs is computed from the scores of this pass; what it would do to the ' +
         'quality is not known until it is measured.'));
     return { box, show: () => { paint(); showStep(); texts.forEach((text) => text.select()); } };
   }
 
   /* Pictures under a heading, where there are two with one for each run. */
   function pictureSection(state, title, ...pictures) {
-    const boxes = pictures.flatMap(({ box }, run) => (pictures.length > 1 ? [element('h3', {}, `${nameOf(state, run)}${state.routings[run].text}, ` +
+    const boxes = pictures.flatMap(({ box }, run) => (pictures.length > 1 ? [element('h3', {},
+      `${nameOf(state, run)}${state.routings[run].text}, ` +
       state.routings[run].model)] : []).concat(box));
     return element('section', { class: 'panel' }, element('h2', { class: 'first' }, title), ...boxes);
   }
@@ -112,7 +98,8 @@
       page.replaceChildren();
       return;
     }
-    const known = references.map((reference, index) => new Reference(reference, runs.find((run) => run.reference === index).experts));
+    const known = references.map((reference, index) => new Reference(reference,
+      runs.find((run) => run.reference === index).experts));
     const routings = runs.map((run) => new Routing(run, known[run.reference]));
     const state = new State(routings, pairs);
     const text = textSection(state);
@@ -120,22 +107,27 @@
     const atlas = new Atlas(state);
     const each = (picture) => routings.map((_, run) => picture(state, run));
     const sections = [
-      state.partners[0].some((partner) => partner >= 0) && runs.length > 1 && pictureSection(state, 'The difference', differenceBars(state)),
+      state.partners[0].some((partner) => partner >= 0) && runs.length > 1 && pictureSection(state, 'The difference',
+        differenceBars(state)),
       pictureSection(state, 'The whole text, layer by layer', ...each(layerMap)),
-      routings.every(({ next }) => next) && routings.some(({ length }) => length > 2) && pictureSection(state, 'Does it spend more where it is less sure?', whyScatter(state)),
+      routings.every(({ next }) => next) && routings.some(({ length }) => length > 2) && pictureSection(state,
+        'Does it spend more where it is less sure?', whyScatter(state)),
       atlas.box,
       pictureSection(state, 'What other thresholds would cost', ...each(whatIfCurve)),
     ].filter(Boolean);
-    const notes = routings.flatMap((routing, index) => routing.notes.map((note) => element('p', { class: 'note' }, `${nameOf(state, index)}${note}`)));
-    page.replaceChildren(...routings.map((_, index) => sentence(state, index)), ...notes, keyNumbers(state),
+    const notes = routings.flatMap((routing, index) => routing.notes.map((note) => element('p', { class: 'note' },
+      `${nameOf(state, index)}${note}`)));
+    page.replaceChildren(...routings.map((run, index) => sentence(run, index, state)), ...notes,
       element('div', { class: 'inspector' }, text.box, panel.box, element('div', { class: 'rest' }, ...sections)));
     [text, panel, atlas].forEach((part) => part.show());
   }
 
   /* The form of a served page. What is typed outlives a reload; Ctrl+Enter sends it. */
   function serve(form) {
-    const [text, compare, status, problem] = ['text', 'compare', 'state', 'problem'].map((name) => document.getElementById(`ask-${name}`));
-    const [inspect, generate, stop] = ['inspect', 'generate', 'stop'].map((name) => document.getElementById(`ask-${name}`));
+    const [text, compare, status, problem] = ['text', 'compare', 'state',
+      'problem'].map((name) => document.getElementById(`ask-${name}`));
+    const [inspect, generate, stop] = ['inspect', 'generate',
+      'stop'].map((name) => document.getElementById(`ask-${name}`));
     const live = document.getElementById('ask-live');
     for (const field of [text, compare]) {
       field.value = sessionStorage.getItem(field.id) ?? '';
@@ -149,7 +141,8 @@
       [inspect.disabled, generate.disabled, stop.hidden] = [true, true, path !== 'generate'];
       status.textContent = 'The model is reading…';
       try {
-        const answer = await fetch(path, { method: 'POST', headers: { 'Content-Type': 'application/json' }, signal: control.signal,
+        const answer = await fetch(path, { method: 'POST', headers: { 'Content-Type': 'application/json' },
+          signal: control.signal,
           body: JSON.stringify({ text: text.value, compare: compare.value }) });
         if (!answer.ok) throw new Error((await answer.json()).error);
         show(await read(answer));

@@ -5,9 +5,11 @@
 const LEFT = 46;
 const SIDES = [['on', 'circle'], ['second', 'diamond']];
 
-const layerAxis = (layers, settings = {}) => Shell.axis({ type: 'category', data: upTo(layers).map(String), inverse: true,
+const layerAxis = (layers, settings = {}) => Shell.axis({ type: 'category', data: upTo(layers).map(String),
+  inverse: true,
   name: 'layer', nameLocation: 'start', ...settings });
-const shareAxis = (settings = {}) => Shell.axis({ type: 'value', axisLabel: { formatter: (value) => Shell.percent(value, 0) },
+const shareAxis = (settings = {}) => Shell.axis({ type: 'value',
+  axisLabel: { formatter: (value) => Shell.percent(value, 0) },
   splitNumber: 4, ...settings });
 const nameOf = (state, run) => (state.routings.length > 1 ? `${'AB'[run]}: ` : '');
 
@@ -46,19 +48,26 @@ function layerMap(state, run) {
         grid: [{ left: LEFT, right: 100, top: 26, bottom: 42 }, { right: 10, width: 76, top: 26, bottom: 42 }],
         tooltip: Shell.tooltip(({ seriesIndex, value, dataIndex }) => (seriesIndex === 1
           ? `layer ${dataIndex}: ${Shell.percent(value)} on`
-          : `${words(value[0])}\nlayer ${value[1]}: ${value[2].toFixed(group > 1 ? 1 : 0)} of ${routing.experts} experts on`)),
+          : `${words(value[0])}\nlayer ${value[1]}: ${value[2].toFixed(group > 1 ? 1 : 0)} of ${routing.experts} ` +
+            `experts on`)),
         xAxis: [Shell.axis({ type: 'category', name: 'token', nameLocation: 'middle', nameGap: 26,
           data: groups().map((column) => String(column * group + 1)) }),
-        shareAxis({ gridIndex: 1, min: 0, max: 1, interval: 1, axisLabel: { showMinLabel: false, formatter: (value) => Shell.percent(value, 0) } })],
-        yAxis: [layerAxis(routing.layers), layerAxis(routing.layers, { gridIndex: 1, name: '', axisLabel: { show: false } })],
+        shareAxis({ gridIndex: 1, min: 0, max: 1, interval: 1, axisLabel: { showMinLabel: false,
+          formatter: (value) => Shell.percent(value, 0) } })],
+        yAxis: [layerAxis(routing.layers), layerAxis(routing.layers, { gridIndex: 1, name: '',
+          axisLabel: { show: false } })],
         visualMap: { show: false, seriesIndex: 0, min: 0, max: routing.experts, dimension: 2,
           inRange: { color: [Shell.colour('off'), Shell.colour('on')] } },
-        series: [{ type: 'heatmap', progressive: 0, emphasis: { itemStyle: { borderColor: Shell.colour('mark'), borderWidth: 1 } },
-          data: groups().flatMap((column) => upTo(routing.layers).map((layer) => [column, layer, mean(layer, column)])) },
-        { type: 'bar', xAxisIndex: 1, yAxisIndex: 1, color: Shell.colour('on'), data: upTo(routing.layers).map(layerMean) }],
+        series: [{ type: 'heatmap', progressive: 0, emphasis: { itemStyle: { borderColor: Shell.colour('mark'),
+          borderWidth: 1 } },
+          data: groups().flatMap((column) => upTo(routing.layers).map((layer) => [column, layer, mean(layer,
+            column)])) },
+        { type: 'bar', xAxisIndex: 1, yAxisIndex: 1, color: Shell.colour('on'),
+          data: upTo(routing.layers).map(layerMean) }],
       };
     },
-    rows: () => ['Experts on, by token (row) and layer (column)', ['tokens', { words: 'text' }, 'neurons used', ...upTo(routing.layers)
+    rows: () => ['Experts on, by token (row) and layer (column)', ['tokens', { words: 'text' }, 'neurons used',
+      ...upTo(routing.layers)
       .map((layer) => `layer ${layer}`)], groups().map((column) => [column * group + 1, { words: words(column) },
       Shell.percent(meanOf(upTo(routing.layers).map((layer) => mean(layer, column))) / routing.experts),
       ...upTo(routing.layers).map((layer) => mean(layer, column).toFixed(group > 1 ? 1 : 0))])],
@@ -69,7 +78,8 @@ function layerMap(state, run) {
   }
   function follow() {
     const token = state.at(run);
-    pointOut(picture, 0, token === null ? null : upTo(routing.layers).map((layer) => Math.floor(token / group) * routing.layers + layer));
+    pointOut(picture, 0, token === null ? null
+      : upTo(routing.layers).map((layer) => Math.floor(token / group) * routing.layers + layer));
   }
   state.onChange(['run', 'token'], follow);
   return picture;
@@ -83,7 +93,8 @@ function differenceBars(state) {
   let values = [];
   const picture = new Shell.Picture({
     label: 'Bars of the difference in neurons used, B less A, by token',
-    caption: 'A bar is a token that both read, in the order of A: above the line B uses more of its neurons for it, below less.',
+    caption: 'A bar is a token that both read, in the order of A: above the line B uses more of its neurons for it, ' +
+      'below less.',
     height: () => 190,
     onPick: ({ dataIndex }) => state.set({ run: 0, token: pairs[dataIndex][0] }),
     options: () => {
@@ -91,16 +102,21 @@ function differenceBars(state) {
       values = pairs.map(([a, b]) => second[b] - first[a]);
       return {
         grid: { left: 60, right: 12, top: 14, bottom: 42 },
-        tooltip: Shell.tooltip(({ dataIndex, value }) => `${told(pairs[dataIndex])}: ${value > 0 ? '+' : '−'}${points(Math.abs(value))}`),
+        tooltip: Shell.tooltip(({ dataIndex,
+          value }) => `${told(pairs[dataIndex])}: ${value > 0 ? '+' : '−'}${points(Math.abs(value))}`),
         xAxis: Shell.axis({ type: 'category', name: 'token of A', nameLocation: 'middle', nameGap: 26,
           data: pairs.map(([a]) => String(a + 1)), axisLine: { onZero: false } }),
-        yAxis: shareAxis({ axisLabel: { formatter: (value) => `${Math.round(100 * value)}` }, name: 'points', nameLocation: 'middle', nameGap: 40 }),
-        series: [{ type: 'bar', data: values.map((value) => ({ value, itemStyle: { color: Shell.colour(value < 0 ? 'less' : 'more') } })),
+        yAxis: shareAxis({ axisLabel: { formatter: (value) => `${Math.round(100 * value)}` }, name: 'points',
+          nameLocation: 'middle', nameGap: 40 }),
+        series: [{ type: 'bar', data: values.map((value) => ({ value, itemStyle: { color: Shell.colour(value < 0
+          ? 'less' : 'more') } })),
           emphasis: { itemStyle: { color: Shell.colour('mark') } } }],
       };
     },
-    rows: () => ['Neurons used by token', ['token of A', { words: 'text' }, 'A', 'B', 'B less A'], pairs.map(([a, b], place) =>
-      [a + 1, { words: told([a, b]) }, Shell.percent(shares()[0][a]), Shell.percent(shares()[1][b]), points(values[place])])],
+    rows: () => ['Neurons used by token', ['token of A', { words: 'text' }, 'A', 'B', 'B less A'], pairs.map(([a, b],
+      place) =>
+      [a + 1, { words: told([a, b]) }, Shell.percent(shares()[0][a]), Shell.percent(shares()[1][b]),
+        points(values[place])])],
   });
   state.onChange(['step'], () => picture.drawSoon());
   state.onChange(['run', 'token'], () => {
@@ -114,7 +130,8 @@ function differenceBars(state) {
 function whyScatter(state) {
   const kinds = [['surprise', 'surprise of the token, bits'], ['entropy', 'entropy of what comes next, bits']];
   /* The first token follows nothing. */
-  const data = (routing, kind) => Array.from(routing[kind], (value, token) => [value, routing.totals[token] / routing.all, token])
+  const data = (routing, kind) => Array.from(routing[kind], (value, token) => [value,
+    routing.totals[token] / routing.all, token])
     .slice(kind === 'surprise' ? 1 : 0);
   const correlation = (routing, kind) => {
     const found = data(routing, kind);
@@ -126,7 +143,8 @@ function whyScatter(state) {
   }).join(', ')}`).join('; ');
   const picture = new Shell.Picture({
     label: 'Points of the neurons used by each token over its surprise and over the entropy of what comes next',
-    caption: 'A point is a token. Left, how surprising the token was; right, how open the model finds what comes next; ' +
+    caption: 'A point is a token. Left, how surprising the token was; right, how open the model finds what comes ' +
+      'next; ' +
       `the height is the share of its neurons it used. Rank correlation (Spearman): ${sentence}.`,
     height: (width) => (width < 560 ? 470 : 270),
     onPick: ({ value, seriesIndex }) => state.set({ run: seriesIndex >> 1, token: value[2] }),
@@ -136,17 +154,22 @@ function whyScatter(state) {
       return {
         grid: kinds.map((_, index) => (narrow ? { left: LEFT, right: 14, top: 14 + 235 * index, height: 170 }
           : { left: index ? '56%' : LEFT, right: index ? 14 : '52%', top: 14, bottom: 46 })),
-        tooltip: Shell.tooltip(({ value, seriesIndex }) => `${state.routings[seriesIndex >> 1].list.label(value[2])}\n${bits(value[0])}, ` +
+        tooltip: Shell.tooltip(({ value,
+          seriesIndex }) => `${state.routings[seriesIndex >> 1].list.label(value[2])}\n${bits(value[0])}, ` +
           `${Shell.percent(value[1])} of the neurons`),
-        xAxis: kinds.map(([, name], index) => Shell.axis({ type: 'value', gridIndex: index, name, nameLocation: 'middle', nameGap: 28, splitNumber: 4 })),
+        xAxis: kinds.map(([, name], index) => Shell.axis({ type: 'value', gridIndex: index, name,
+          nameLocation: 'middle', nameGap: 28, splitNumber: 4 })),
         yAxis: kinds.map((_, index) => shareAxis({ gridIndex: index, scale: true })),
-        series: state.routings.flatMap((routing, run) => kinds.map(([kind], index) => ({ type: 'scatter', symbol: SIDES[run][1], symbolSize: 7,
-          xAxisIndex: index, yAxisIndex: index, color: Shell.colour(SIDES[run][0]), itemStyle: { opacity: 0.55 }, data: data(routing, kind),
+        series: state.routings.flatMap((routing, run) => kinds.map(([kind], index) => ({ type: 'scatter',
+          symbol: SIDES[run][1], symbolSize: 7,
+          xAxisIndex: index, yAxisIndex: index, color: Shell.colour(SIDES[run][0]), itemStyle: { opacity: 0.55 },
+            data: data(routing, kind),
           name: `${nameOf(state, run)}${kind}`,
           emphasis: { scale: 1.8, itemStyle: { color: Shell.colour('mark'), opacity: 1 } } }))),
       };
     },
-    rows: () => ['Neurons used, surprise and entropy by token', ['token', { words: 'text' }, 'neurons used', 'surprise, bits', 'entropy of the next, bits'],
+    rows: () => ['Neurons used, surprise and entropy by token', ['token', { words: 'text' }, 'neurons used',
+      'surprise, bits', 'entropy of the next, bits'],
       state.routings.flatMap((routing, run) => upTo(routing.length).map((token) => [`${nameOf(state, run)}${token + 1}`,
         { words: routing.list.label(token) }, Shell.percent(routing.totals[token] / routing.all),
         token ? routing.surprise[token].toFixed(2) : '', routing.entropy[token].toFixed(2)]))],
@@ -171,17 +194,22 @@ function whatIfCurve(state, run) {
     ['bytes read', 'quiet', (share) => routing.work('bytes', share)]];
   const picture = new Shell.Picture({
     label: `${nameOf(state, run)}Lines of what the text would use and cost over the router’s threshold`,
-    caption: 'Over the threshold: the share of the FFN neurons that a token of this text would use, and its work over that of ' +
-      'the dense model, block by block without head and attention scores. The lines mark the model’s own threshold, full, and the slider’s, dashed.',
+    caption: 'Over the threshold: the share of the FFN neurons that a token of this text would use, and its work ' +
+      'over that of ' +
+      'the dense model, block by block without head and attention scores. The lines mark the model’s own threshold, ' +
+      'full, and the slider’s, dashed.',
     height: () => 250,
     onPick: ({ dataIndex }) => state.set({ step: dataIndex === own ? null : dataIndex }),
     options: () => ({
       legend: { top: 0, left: LEFT, textStyle: { color: Shell.colour('ink') } },
       grid: { left: LEFT, right: 16, top: 34, bottom: 46 },
-      tooltip: Shell.tooltip(({ seriesName, value }) => `threshold ${value[0].toFixed(3)}: ${Shell.percent(value[1])} of ${seriesName}`),
-      xAxis: Shell.axis({ type: 'value', name: 'threshold of the router’s score', nameLocation: 'middle', nameGap: 28, scale: true }),
+      tooltip: Shell.tooltip(({ seriesName,
+        value }) => `threshold ${value[0].toFixed(3)}: ${Shell.percent(value[1])} of ${seriesName}`),
+      xAxis: Shell.axis({ type: 'value', name: 'threshold of the router’s score', nameLocation: 'middle', nameGap: 28,
+        scale: true }),
       yAxis: shareAxis({ min: 0, max: 1 }),
-      series: lines.map(([name, shade, value], index) => ({ type: 'line', name, color: Shell.colour(shade), symbol: SIDES[index % 2][1],
+      series: lines.map(([name, shade, value], index) => ({ type: 'line', name, color: Shell.colour(shade),
+        symbol: SIDES[index % 2][1],
         lineStyle: { type: ['solid', 'dashed', 'dotted'][index] },
         data: thresholds.map((threshold, step) => [threshold, value(shares[step])]),
         markLine: index ? undefined : { silent: true, symbol: 'none', animation: false, label: { show: false },
@@ -189,7 +217,8 @@ function whatIfCurve(state, run) {
             { xAxis: thresholds[step], lineStyle: { type, color: Shell.colour(line) } })) } })),
     }),
     rows: () => ['By threshold', ['threshold', ...lines.map(([name]) => name)], thresholds.map((threshold, step) =>
-      [`${threshold.toFixed(3)}${step === own ? ' (own)' : ''}`, ...lines.map(([, , value]) => Shell.percent(value(shares[step])))])],
+      [`${threshold.toFixed(3)}${step === own ? ' (own)' : ''}`, ...lines.map(([, ,
+        value]) => Shell.percent(value(shares[step])))])],
   });
   state.onChange(['step'], () => picture.drawSoon());
   return picture;

@@ -1,17 +1,19 @@
 'use strict';
-/* What the page knows of a text: its tokens, their routing and what the model expected, as it lies packed in the data. */
+/* What the page knows of a text: its tokens, their routing and what the model expected, packed as in the data. */
 
 function bytesOf(text) {
-  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  /* Browsers from before 2025 lack the first. */
+  return Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }
 
 const numbersOf = (text, Kind = Float32Array) => new Kind(bytesOf(text).buffer);
-const BIT_COUNTS = Uint8Array.from({ length: 256 }, (_, byte) => [...byte.toString(2)].filter((bit) => bit === '1').length);
+const BIT_COUNTS = Uint8Array.from({ length: 256 }, (_,
+  byte) => [...byte.toString(2)].filter((bit) => bit === '1').length);
 const CONTROLS = { '\n': '⏎', '\r': '␍', '\t': '⇥' };
 /* Marks that have no width, or turn the direction of what follows. */
 const UNSEEN = /[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]/g;
 
-/* Text on one line, with signs for what has none of its own; a mark that would join what stands before gets a carrier. */
+/* Text on one line, with signs for what has none of its own; a mark that would join what is before gets a carrier. */
 function visible(text) {
   const shown = text.replace(/[\u0000-\u001f\u007f]/g,
     (control) => CONTROLS[control] ?? String.fromCharCode(0x2400 + Math.min(control.charCodeAt(0), 0x21)))
@@ -81,7 +83,8 @@ class Routing {
       this.counts[Math.floor(index / this.stride)] += BIT_COUNTS[byte];
     });
     this.all = run.layers * run.experts;
-    this.totals = upTo(this.length).map((token) => upTo(run.layers).reduce((sum, layer) => sum + this.count(layer, token), 0));
+    this.totals = upTo(this.length).map((token) => upTo(run.layers).reduce((sum, layer) => sum + this.count(layer,
+      token), 0));
     this.steps = numbersOf(run.what_if.counts, Uint16Array);
     if (run.next) {
       this.surprise = numbersOf(run.next.surprise);
@@ -136,7 +139,7 @@ class Routing {
     return { on: found.on.sort((a, b) => a.use - b.use), off: found.off.sort((a, b) => b.use - a.use) };
   }
 
-  /* 0 off, 1 on, 2 on though at most a quarter of the reference's tokens switch it on, 3 off though three quarters do. */
+  /* 0 off, 1 on, 2 on though at most a quarter of the reference's tokens use it, 3 off though three quarters do. */
   kind(layer, token, expert) {
     const use = this.known.use(layer, expert);
     return this.isOn(layer, token, expert) ? (use <= 0.25 ? 2 : 1) : (use >= 0.75 ? 3 : 0);
@@ -211,8 +214,11 @@ class State extends EventTarget {
     const most = totals.indexOf(totals.reduce((best, total) => Math.max(best, total), 0));
     const token = whole('token', length, most);
     const [first] = this.routings[run].unusual(token).on;
-    Object.assign(this, { run, token, layer: whole('layer', layers, first?.layer ?? 0), expert: whole('expert', experts, first?.expert ?? 0),
-      step: whole('step', thresholds.length, null), colour: Shell.state.get('colour', this.partners.some((found) => found.some((partner) => partner >= 0)) ? 'difference' : 'share'), find: Shell.state.get('find', '') });
+    Object.assign(this, { run, token, layer: whole('layer', layers, first?.layer ?? 0), expert: whole('expert',
+      experts, first?.expert ?? 0),
+      step: whole('step', thresholds.length, null), colour: Shell.state.get('colour',
+        this.partners.some((found) => found.some((partner) => partner >= 0)) ? 'difference' : 'share'),
+        find: Shell.state.get('find', '') });
   }
 
   get routing() {

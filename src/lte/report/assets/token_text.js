@@ -8,9 +8,11 @@ const points = (share) => `${(100 * share).toFixed(1)} points`;
    centre and sorted: the mean, and the values among which a percentile counts. */
 const COLOURINGS = {
   share: { name: () => 'FFN neurons used', words: (value) => Shell.percent(value),
-    values: (run, { step }) => run.shares(run.length && step), centre: (run) => run.known.mean, sorted: (run) => run.known.sorted,
+    values: (run, { step }) => run.shares(run.length && step), centre: (run) => run.known.mean,
+      sorted: (run) => run.known.sorted,
     mean: 'the model’s mean on its reference text' },
-  difference: { name: () => 'difference, B less A', words: (value) => `${value > 0 ? '+' : '−'}${points(Math.abs(value))}`,
+  difference: { name: () => 'difference, B less A',
+    words: (value) => `${value > 0 ? '+' : '−'}${points(Math.abs(value))}`,
     centre: () => 0, mean: 'no difference',
     values: (run, state) => {
       const here = state.routings.indexOf(run);
@@ -27,7 +29,8 @@ const COLOURINGS = {
     offered: ({ routings }) => routings.every(({ next }) => next) },
   layer: { name: ({ layer }) => `experts on in layer ${layer}`, words: (value) => value.toFixed(1).replace('.0', ''),
     values: (run, { layer }) => upTo(run.length).map((token) => (layer < run.layers ? run.count(layer, token) : NaN)) },
-  expert: { name: ({ layer, expert }) => `whether expert ${expert} of layer ${layer} is on`, words: (value) => ['off', 'on'][value],
+  expert: { name: ({ layer, expert }) => `whether expert ${expert} of layer ${layer} is on`, words: (value) => ['off',
+    'on'][value],
     values: (run, { layer, expert }) => upTo(run.length).map((token) => (layer < run.layers && expert < run.experts
       ? run.isOn(layer, token, expert) : NaN)),
     centre: () => 0, mean: 'off' },
@@ -39,7 +42,8 @@ function colouring(state) {
   const found = COLOURINGS[kind] ?? COLOURINGS.share;
   const values = state.routings.map((run) => found.values(run, state));
   const pooled = Float64Array.from(values.flat().filter((value) => !Number.isNaN(value))).sort();
-  const scales = state.routings.map((run, index) => ({ values: values[index], centre: found.centre?.(run) ?? meanOf(pooled),
+  const scales = state.routings.map((run, index) => ({ values: values[index], centre: found.centre?.(run) ??
+    meanOf(pooled),
     sorted: found.sorted?.(run) ?? pooled }));
   return { ...found, scales, ends: [pooled[0], pooled.at(-1)] };
 }
@@ -71,14 +75,16 @@ class TokenText {
     const shown = text ? visible(text).replaceAll('⏎', '⏎\n') : list.label(token);
     const kinds = ['token', !text && 'entry', list.special.has(token) && 'special'].filter(Boolean);
     return Shell.element('span', { class: kinds.join(' '), role: 'option', id: `token-${this.index}-${token}`,
-      'aria-label': !shown.trim() && 'white space', title: list.special.has(token) && 'a special token', 'aria-selected': 'false' }, shown);
+      'aria-label': !shown.trim() && 'white space', title: list.special.has(token) && 'a special token',
+        'aria-selected': 'false' }, shown);
   }
 
   onKey(event) {
     const last = this.spans.length - 1;
     const now = this.state.at(this.index) ?? 0;
     const goals = { ArrowLeft: now - 1, ArrowRight: now + 1, PageUp: now - 10, PageDown: now + 10, Home: 0, End: last };
-    const goal = { ArrowUp: () => this.lineAway(now, -1), ArrowDown: () => this.lineAway(now, 1) }[event.key]?.() ?? goals[event.key];
+    const goal = { ArrowUp: () => this.lineAway(now, -1), ArrowDown: () => this.lineAway(now, 1) }[event.key]?.() ??
+      goals[event.key];
     if (goal === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     this.state.set({ run: this.index, token: Math.min(Math.max(goal, 0), last) });
@@ -86,17 +92,13 @@ class TokenText {
 
   /* The token of the line above or below that stands nearest to the chosen one. */
   lineAway(now, step) {
+    const away = ({ offsetTop }, top) => step * (offsetTop - top) > 4;
     const { offsetTop: top, offsetLeft: left } = this.spans[now];
-    let best = now;
-    let line = null;
-    for (let index = best + step; index >= 0 && index < this.spans.length; index += step) {
-      const span = this.spans[index];
-      if (Math.abs(span.offsetTop - top) < 4) continue;
-      if (line !== null && Math.abs(span.offsetTop - line) >= 4) break;
-      if (line === null || Math.abs(span.offsetLeft - left) < Math.abs(this.spans[best].offsetLeft - left)) best = index;
-      line = span.offsetTop;
-    }
-    return best;
+    const first = this.spans.slice(step < 0 ? 0 : now, step < 0 ? now : undefined).filter((span) => away(span,
+      top)).at(step < 0 ? -1 : 0);
+    const line = this.spans.filter((span) => first && Math.abs(span.offsetTop - first.offsetTop) < 4);
+    const far = (span) => Math.abs(span.offsetLeft - left);
+    return line.length ? this.spans.indexOf(line.reduce((best, span) => (far(span) < far(best) ? span : best))) : now;
   }
 
   paint({ scales }) {
@@ -121,6 +123,7 @@ class TokenText {
     this.text.setAttribute('aria-activedescendant', this.chosen.id);
     const { offsetTop: top, offsetHeight: height } = this.chosen;
     if (top < this.text.scrollTop) this.text.scrollTop = top - height;
-    else if (top + height > this.text.scrollTop + this.text.clientHeight) this.text.scrollTop = top + 2 * height - this.text.clientHeight;
+    else if (top + height > this.text.scrollTop + this.text.clientHeight) this.text.scrollTop = top +
+      2 * height - this.text.clientHeight;
   }
 }
