@@ -5,7 +5,7 @@
 (() => {
   const { element, count, percent } = Shell;
 
-  const relative = (run, kind) => percent(sumOf(run.cost[kind]) / sumOf(run.cost[`dense_${kind}`]), 2);
+  const relative = (run, kind) => percent(sumOf(run.cost[kind]) / sumOf(run.cost[`dense_${kind}`]));
 
   function sentence(run, index, state) {
     const measured = run.measured === null ? '' : `, ${percent(run.measured)} measured when it was saved`;
@@ -17,7 +17,7 @@
         { class: 'quiet' },
         `${count(run.length)} tokens; ${run.layers} layers, each with ${run.experts} experts of ${run.expert_size} ` +
         `neurons; ` +
-        `${pass}some token uses ${percent(run.union)} of the experts.`));
+        `${pass}${percent(run.union)} of the experts are used by some token.`));
   }
 
   /* The text or both texts, what colours them, and the what-if slider. */
