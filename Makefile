@@ -11,6 +11,9 @@ AXE := 4.14.1
 
 demo: $(VENV)/.installed
 	$(BIN)/lte demo --output demo-output
+	$(BIN)/lte report demo-output --html demo-output/report.html > demo-output/report.txt
+	$(BIN)/lte inspect demo-output --text docs/tour.md --html demo-output/inspect.html
+	@echo "Open in a browser: demo-output/report.html, demo-output/inspect.html"
 
 # The engines of tests/vllm start once for each file, so a file stays with one worker.
 test: $(VENV)/.installed chromium .axe/node_modules

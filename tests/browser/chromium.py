@@ -78,7 +78,8 @@ def save_screenshot(browser: webdriver.Chrome, path: Path, width: int, dark: boo
 
 
 def settle(browser: webdriver.Chrome) -> None:
-    """Waits until two frames were drawn."""
-    browser.execute_async_script(
-        "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
-    )
+    """Waits until the page is not busy any more, and two frames were drawn."""
+    browser.execute_async_script("""const [done] = arguments;
+      const next = (frames) => requestAnimationFrame(() =>
+        ('busy' in document.body.dataset ? next(2) : frames ? next(frames - 1) : done()));
+      next(1);""")

@@ -32,12 +32,11 @@ stopped," wrote the miller's daughter, "not even on the day the bridge fell."
 
 Today the mill is a museum. Children push the great wheel by hand, and the café is open from May to September."""
 RESULTS = Path(__file__).parents[2] / "results"
-SHOWN = [RESULTS / "wikipedia" / "records.jsonl", RESULTS / "bench"]
 PAGES = ("report", "inspector")
 # Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
-HEIGHTS = {360: 2100, 800: 1480, 1600: 1350}
+HEIGHTS = {390: 1900, 800: 1480, 1440: 1500}
 THEMES = ("light", "dark")
-MAX_BYTES = 120 * 1024
+MAX_BYTES = 128 * 1024
 
 
 def write_report(folder: Path, results: Sequence[Path], by: Sequence[str]) -> Path:
@@ -84,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/images"))
     parser.add_argument("pages", nargs="*", metavar="page", help="report or inspector; both where it is left out")
     parser.add_argument("--model", help="folder of a trained LTE model for the inspector")
-    parser.add_argument("--results", type=Path, nargs="+", default=SHOWN)
+    parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS])
     parser.add_argument("--by", nargs="*", default=[], help="as of `lte report`: fields that tell curves apart")
     given = parser.parse_args(arguments)
     if unknown := set(given.pages) - set(PAGES):
@@ -97,9 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pages = {}
         if "report" in wanted:
             pages["report"] = write_report(Path(folder), given.results, given.by)
+            # What the README shows.
+            take(browser, pages["report"], given.folder / "report.png", 960, "light", 600)
         if "inspector" in wanted:
             pages["inspector"], two_texts = write_inspectors(Path(folder), given.model)
-            take(browser, two_texts, given.folder / "inspector_two_texts.png", 1600, "light")
+            take(browser, two_texts, given.folder / "inspector_two_texts.png", 1440, "light", 1200)
             # What the README shows.
             take(browser, pages["inspector"], given.folder / "inspector.png", 1000, "light", 600)
         for (name, page), width, theme in product(pages.items(), HEIGHTS, THEMES):

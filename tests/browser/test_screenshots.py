@@ -49,6 +49,6 @@ def test_a_model_of_ones_own_gives_the_same_picture_again(started: Chrome, tmp_p
         page, two_texts = screenshots.write_inspectors(folder, str(save_sparse_model(tmp_path / "my-model")))
         assert "my-model" in page.read_text(encoding="utf-8")
         assert "road.txt" in two_texts.read_text(encoding="utf-8")
-        screenshots.take(started, page, folder / "page.png", 360, "dark")
+        screenshots.take(started, page, folder / "page.png", 390, "dark")
         pictures.append((folder / "page.png").read_bytes())
     assert pictures[0] == pictures[1]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lte.cli.demo_steps import MIN_STEPS, Budget
+from tests.report.test_report_page import held_data
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,16 @@ def test_it_ends_with_the_speed_of_both_models(demo: Any) -> None:
         assert f"{rates[1]} dense (plain transformers" in place
         assert ratio in place
     assert ratio in " ".join(text.split()).partition("6/6 Report")[2]
+
+
+def test_its_folder_can_be_reported(demo: Any, run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run("report", demo[0], "--html", tmp_path / "report.html")
+    assert result.exit_code == 0, result.output
+    ((comparison,),) = [held_data((tmp_path / "report.html").read_text())["comparisons"]]
+    points = {point["name"]: point["lost"] for point in comparison["points"]}
+    assert {"dense", "sparse", "sparse, untrained"} <= points.keys()
+    assert points["dense"] == 0
+    assert f"lte report {demo[0]} --html" in demo[1]
 
 
 def test_a_second_run_replaces_the_first(demo: Any, run: Callable[..., Any]) -> None:

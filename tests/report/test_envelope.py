@@ -1,4 +1,4 @@
-"""The saving in bytes of the FFNs, and from which one on LTE is on the envelope."""
+"""The saving in bytes of the FFNs, and what rounded weights count for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 
 from lte.eval.flops import count_linear_weights, flops_per_token
 from lte.records import ResultRecord
-from lte.report.envelope import dense_ffn_share, envelope_sentences, lte_standings
-from lte.report.points import Tradeoff
+from lte.report.envelope import dense_ffn_share, lte_standings
 from lte.report.tables import envelope_table
 from tests.report.sample_records import record
 from tests.report.test_points import compared
@@ -30,11 +29,6 @@ def lte(sparsity: float, value: float, **changes: Any) -> ResultRecord:
 
 
 DENSE = point("dense", 0.0, 20.0)
-
-
-def sentence(tradeoff: Tradeoff) -> str:
-    (found,) = (each for each in envelope_sentences(tradeoff, lte_standings(tradeoff)) if "FFNs' bytes" in each)
-    return found
 
 
 def test_the_saving_is_a_share_of_the_dense_ffns_with_routers_against_it() -> None:
@@ -78,51 +72,6 @@ def test_what_records_do_not_tell_is_not_said(records: list[ResultRecord]) -> No
     assert dense_ffn_share(tradeoff) is None
     standings = lte_standings(tradeoff)
     assert all(standing.ffn_saving is None for standing in standings)
-    assert "FFNs' bytes" not in " ".join(envelope_sentences(tradeoff, standings))
-
-
-def test_the_lowest_saving_from_which_lte_is_on_the_envelope() -> None:
-    others = [point("cats", 0.25, 20.1), point("cats", 0.75, 30.0)]
-    own = [lte(0.3, 24.0), lte(0.5, 21.0), lte(0.7, 22.0), lte(0.9, 40.0)]
-    assert sentence(compared(DENSE, *others, *own[1:3])) == (
-        "With routers counted, LTE is on the upper envelope from 46.7% of the FFNs' bytes saved on, at each of its "
-        "best points up to 66.7%."
-    )
-    assert sentence(compared(DENSE, *others, *own)).endswith(
-        "from 46.7% of the FFNs' bytes saved on, at each of its best points up to 66.7%; no other method was measured "
-        "with 86.7% saved or more."
-    )
-
-
-def test_a_gap_in_the_middle_counts_from_above() -> None:
-    others = [point("cats", 0.5, 20.6), point("cats", 0.75, 30.0)]
-    own = [lte(0.3, 20.5), lte(0.45, 21.0), lte(0.7, 22.0)]
-    assert "envelope at 66.7% of the FFNs' bytes saved, but not at 41.7%." in sentence(compared(DENSE, *others, *own))
-
-
-def test_a_best_point_that_saves_the_most() -> None:
-    others = [point("cats", 0.5, 20.6), point("cats", 0.75, 30.0)]
-    assert sentence(compared(DENSE, *others, lte(0.45, 22.5), lte(0.7, 22.0))) == (
-        "With routers counted, LTE is on the upper envelope at 66.7% of the FFNs' bytes saved, where it is no worse "
-        "than at any smaller saving."
-    )
-    # Nothing is said of a point that saves nothing.
-    assert sentence(compared(DENSE, *others, lte(0.0, 19.0, label="on"), lte(0.7, 22.0))).endswith("bytes saved.")
-
-
-def test_a_point_that_another_of_lte_beats_does_not_count() -> None:
-    others = [point("cats", 0.5, 23.0), point("cats", 0.75, 30.0)]
-    own = [lte(0.45, 22.0), lte(0.45, 24.0, label="worse"), lte(0.7, 27.0)]
-    assert "from 41.7% of" in sentence(compared(DENSE, *others, *own))
-
-
-def test_lte_off_the_envelope_and_alone() -> None:
-    assert sentence(compared(DENSE, point("cats", 0.75, 20.5), lte(0.7, 22.0))) == (
-        "LTE is not on the upper envelope at its largest saving of the FFNs' bytes, 66.7%."
-    )
-    assert sentence(compared(DENSE, lte(0.5, 21.0), lte(0.7, 22.0))) == (
-        "No other method was measured where LTE saves 46.7% of the FFNs' bytes or more."
-    )
 
 
 def test_rounded_weights_stand_beside_all_others_but_are_no_reference() -> None:
@@ -144,4 +93,3 @@ def test_rounded_weights_stand_beside_all_others_but_are_no_reference() -> None:
     # The dense model in int8 reads fewer bytes than LTE at 50%, and is better.
     assert standings[0.5].rival_value == 19.9
     assert not standings[0.5].on_envelope
-    assert "of the FFNs' bytes" in sentence(tradeoff)

@@ -77,6 +77,15 @@ def test_other_files_in_a_folder_are_skipped_and_named(tmp_path: Path) -> None:
         load_inputs([tmp_path, tmp_path / "clusters.json"])
 
 
+def test_records_by_name_are_labelled_so(tmp_path: Path) -> None:
+    content = {"dense": record("dense"), "sparse, untrained": record(value=90.0), "sparse": record()}
+    write_json_atomic(tmp_path / "report.json", content)
+    for path in (tmp_path, tmp_path / "report.json"):
+        (tradeoff,) = find_tradeoffs(load_inputs([path]).records)
+        assert list(tradeoff.curves) == ["sparse", "sparse, untrained"]
+        assert [point.curve for point in tradeoff.dense] == ["dense"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -13,8 +13,9 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from lte.records import ResultRecord
-from lte.report.figures import curve_styles, tradeoff_figure
+from lte.report.figures import tradeoff_figure
 from lte.report.methods_report import tradeoff_texts, write_methods_report
+from lte.report.palette import light
 from lte.report.points import find_tradeoffs
 from lte.report.tables import (
     TextTable,
@@ -50,69 +51,56 @@ def cells(table: TextTable, name: str) -> list[str]:
     return [row[table.header.index(name)] for row in table.rows]
 
 
-def test_each_panel_draws_means_with_bars_both_ways() -> None:
-    timed = {"latency_ms": 3.0, "latency_dense_ms": 4.0}
-    figure = tradeoff_figure(compared(*records_of(("lte",), **timed)))
-    labels = [axis.get_xlabel().split(",")[0].split("(")[0].strip() for axis in figure.axes]
-    assert labels == ["FFN sparsity", "GFLOPs per token", "MB of weights read per token", "decoding step"]
-    expected = ([0.5, 0.8], [1.0, 1.0], [3.0, 3.0], [3.0, 3.0])
-    for axis, x in zip(figure.axes, expected, strict=True):
-        (container,) = axis.containers
-        line, _, bars = container.lines  # type: ignore[attr-defined]
-        assert list(line.get_xdata()) == x
-        assert list(line.get_ydata()) == [25.5, 28.5]
-        assert len(bars) == 2
-        assert len(axis.patches) == 1, "the spread of the dense model"
-    assert legend_of(figure) == ["dense (20.50)", "lte (2 seeds)"]
+def spread_of(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    """The points of each line with a legend."""
+    (axis,) = figure.axes
+    found = {str(line.get_label()): line for line in axis.get_lines()}
+    found |= {str(each.get_label()): each.lines[0] for each in axis.containers}  # type: ignore[attr-defined]
+    return {
+        name: list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for name, line in found.items()
+        if name[0] != "_"
+    }
 
 
-def test_fourteen_methods_look_different_and_the_legend_covers_no_panel() -> None:
+def test_the_figure_draws_losses_over_bytes_with_bars() -> None:
+    figure = tradeoff_figure(compared(*records_of(("lte",))), 3.0)
+    drawn = spread_of(figure)
+    assert drawn["lte (2 seeds)"] == [(0.75, 5.0), (0.75, 8.0)]
+    assert drawn["Pareto front"] == [(1.0, 0.0), (0.75, 5.0)]
+    assert legend_of(figure) == ["dense (20.50)", "goal: 3 lost at most", "Pareto front", "lte (2 seeds)"]
+    (axis,) = figure.axes
+    (container,) = axis.containers
+    assert len(container.lines[2]) == 1, "bars of the losses"  # type: ignore[attr-defined]
+    assert axis.get_ylim()[1] == 9.0
+    assert axis.xaxis_inverted()
+
+
+def test_what_lies_beyond_three_goals_is_an_arrow_at_the_edge() -> None:
+    near = record(value=20.4, bytes_per_token=2e6)
+    figure = tradeoff_figure(compared(record("dense"), near, record("kla", value=5264.0, bytes_per_token=1e6)))
+    (axis,) = figure.axes
+    arrows = [line for line in axis.get_lines() if line.get_marker() == "^" and len(line.get_xdata())]  # type: ignore[arg-type]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in arrows] == [([0.25], [1.5])]
+    # Where LTE itself lies beyond, so does the edge.
+    assert tradeoff_figure(compared(record("dense"), record())).axes[0].get_ylim()[1] == 6.0
+
+
+def test_lte_and_the_best_others_have_their_colours_and_the_rest_is_pale() -> None:
     figure = tradeoff_figure(compared(*records_of()))
-    looks = set(curve_styles(METHODS).values())
-    assert len({look[:2] for look in looks}) == len(METHODS)
-    assert len(legend_of(figure)) == 1 + len(METHODS)
+    (axis,) = figure.axes
+    colours = {each.get_label(): each.lines[0].get_color() for each in axis.containers}  # type: ignore[attr-defined]
+    assert colours["lte (2 seeds)"] == light("lte")
+    assert colours["static_pruning (2 seeds)"] == light("static_pruning")
+    assert list(colours.values()).count(light("quiet")) == len(METHODS) - 4
     figure.canvas.draw()
-    legend = figure.legends[0].get_window_extent()
-    assert legend.x0 >= 0
-    assert legend.x1 <= figure.bbox.x1
-    assert legend.y0 >= 0
-    assert all(axis.get_tightbbox().y0 >= legend.y1 for axis in figure.axes)  # type: ignore[union-attr]
+    assert figure.legends[0].get_window_extent().x0 >= axis.get_window_extent().x1
 
 
-def test_known_methods_keep_their_look_and_others_take_what_is_left() -> None:
-    all_styles = curve_styles(METHODS)
-    assert curve_styles(["teal", "lte"]) == {name: all_styles[name] for name in ("lte", "teal")}
-    mixed = curve_styles(["lte", "a", "b"])
-    assert len(set(mixed.values())) == 3
-    assert mixed["lte"] == all_styles["lte"]
-
-
-def test_a_panel_without_numbers_says_why() -> None:
-    note = "no kernels for this method"
-    figure = tradeoff_figure(compared(*records_of(("cats",), latency_note=note)))
-    assert [text.get_text() for text in figure.axes[3].texts] == [f"not measured:\n{note}"]
-    assert not figure.axes[3].get_lines()
-
-
-def test_values_far_apart_are_on_a_logarithmic_axis() -> None:
-    wide = tradeoff_figure(compared(record("dense"), record("kla", value=5264.0)))
-    assert wide.axes[0].get_yscale() == "log"
-    assert tradeoff_figure(compared(record("dense"), record())).axes[0].get_yscale() == "linear"
-    shares = [record("dense", metric="accuracy", value=0.9), record("kla", metric="accuracy", value=0.1)]
-    assert tradeoff_figure(compared(*shares)).axes[0].get_yscale() == "linear"
-
-
-def test_the_papers_numbers_are_hollow_and_those_far_off_are_counted() -> None:
-    records = [{**each, "task": "wikitext103"} for each in records_of(("lte",))]
-    figure = tradeoff_figure(compared(*records))
-    hollow = [line for line in figure.axes[1].get_lines() if str(line.get_label()).endswith("(paper)")]
-    assert {line.get_label() for line in hollow} == {"LTE (paper)", "Deja Vu (paper)", "MoEfication (paper)"}
-    assert all(line.get_markerfacecolor() == "none" for line in hollow)
-    assert legend_of(figure)[:2] == ["dense (20.50)", "lte (2 seeds)"]
-    assert set(legend_of(figure)[2:]) == {line.get_label() for line in hollow}
-    title = " ".join(figure.get_suptitle().split())
-    assert "other models and settings" in title
-    assert "7 of the paper's numbers are far from ours and left out" in title
+def test_without_a_dense_model_the_metric_is_over_sparsity() -> None:
+    figure = tradeoff_figure(compared(record(value=25.0), record(value=28.0, sparsity=0.8, target_sparsity=0.8)))
+    assert spread_of(figure) == {"lte": [(0.5, 25.0), (0.8, 28.0)]}
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("FFN sparsity", "perplexity")
 
 
 def test_a_comparison_without_values_has_no_figure() -> None:
@@ -210,11 +198,11 @@ def test_the_folder_holds_tables_figures_and_commands(tmp_path: Path) -> None:
     names = ["report.csv", "lm-test-perplexity.png", "xsum-test-rougeL.png", "report.md"]
     assert [path.name for path in files] == names
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)
-    assert all(imread(path).shape[1] == 1725 for path in files[1:3])
+    assert all(imread(path).shape[1] == 1350 for path in files[1:3])
     text = files[-1].read_text()
     for part in ("## lm, test: tiny, perplexity", "### Failed runs", "### Fewest GFLOPs per token", f"`{command}`"):
         assert part in text
-    assert "![perplexity against sparsity, GFLOPs, bytes and latency](lm-test-perplexity.png)" in text
+    assert "![perplexity lost against the share of bytes that is read](lm-test-perplexity.png)" in text
     assert text.count("The paper: arXiv 2402.06126.") == 1
     assert "\n\n\n" not in text
     rows = list(csv.DictReader((tmp_path / "new" / "report.csv").open()))

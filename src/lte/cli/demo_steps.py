@@ -348,7 +348,8 @@ class Demo(Watcher):
             f"Target sparsity {100 * self.target_sparsity:g}%, measured {100 * measurement.sparsity:.2f}%. "
             f"{self.facts['total_s'] / 60:.1f} minutes, {self.facts['peak_gb']:.1f} GB. Report: {path}\n"
             f"Speed of {self.facts['speed']}.\n"
-            f"Try: lte inspect {self.output}; lte generate {self.output} --prompt 'A list is'",
+            f"Try: lte report {self.output} --html report.html; lte inspect {self.output}; "
+            f"lte generate {self.output} --prompt 'A list is'",
             highlight=False,
             soft_wrap=True,
         )

@@ -1,14 +1,11 @@
-"""The curves of result records: their names, split where one would hold a target and a seed twice, and their places.
-
-A place is a curve's number in the lists of colours and markers, the same in all pictures.
-"""
+"""The curves of result records: their names, split where one would hold a target and a seed twice."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,9 +17,6 @@ from lte.records import ResultRecord
 SETTINGS = ("label", "group", "tokens_trained", "method_config", "config")
 """Fields of a record that say what was run."""
 FOLDER, FILE = "folder", "file"
-# These have the same place everywhere; other curves get what is left.
-_METHODS: tuple[str, ...] = ("lte", "static_pruning", "cats", "teal", "wina", "wanda", "kla")
-_METHODS += ("moefication", "deja_vu", "sigma_moe", "noisy_topk", "random_router")
 # How the fields end that hold the name of a run.
 _NAME = ".name"
 # A setting whose text is longer is no part of a name.
@@ -85,18 +79,6 @@ def flat_fields(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 def field_text(value: Any) -> str:
     """A value as a part of a curve's name."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def curve_places(names: Iterable[str]) -> dict[str, int]:
-    """A place for each curve: its own for a known method, the next free one for others.
-
-    Args:
-        names: of all curves of all figures that shall agree.
-    """
-    names = sorted(set(names))
-    places = {name: _METHODS.index(name) for name in names if name in _METHODS}
-    free = (place for place in range(len(names) + len(_METHODS)) if place not in places.values())
-    return {name: places[name] if name in places else next(free) for name in names}
 
 
 @dataclass(frozen=True)

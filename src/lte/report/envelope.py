@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lte.report.points import OURS, Point, Statistic, Tradeoff, interpolate
+from lte.report.points import OURS, Point, Tradeoff, interpolate
 
 
 @dataclass(frozen=True)
@@ -102,105 +101,28 @@ def _standing(
     standings = [
         replace(
             alone,
-            rival=rival,
+            rival=rival.curve,
             rival_value=value,
             behind=tradeoff.metric.drop(own.mean, value),
-            sd=math.hypot(own.spread, seeds.spread),
-            seeds=min(own.n, seeds.n),
+            sd=math.hypot(own.spread, rival.value.spread),
+            seeds=min(own.n, rival.value.n),
         )
         for points in rivals
-        for rival, value, seeds in _at_most(points, megabytes)
+        for rival, value in at_most(points, megabytes)
     ]
     # A rival that is clearly better comes before one that is better on average, but not clearly so.
     return max(standings, key=lambda standing: (not standing.on_envelope, standing.behind), default=alone)
 
 
-def _at_most(points: Sequence[Point], megabytes: float) -> list[tuple[str, float, Statistic]]:
+def at_most(points: Sequence[Point], megabytes: float) -> list[tuple[Point, float]]:
     """A curve's measured points with at most so many bytes, and the curve at exactly so many.
 
     Returns:
-        Name, value, and whose spread and seeds count: between two points those of the nearer one.
+        The point whose spread and seeds count, between two points the nearer one, and the value.
     """
     known = [(point.megabytes.mean, point) for point in points if point.megabytes is not None]
-    found = [(point.curve, point.value.mean, point.value) for size, point in known if size <= megabytes]
+    found = [(point, point.value.mean) for size, point in known if size <= megabytes]
     value = interpolate(points, "megabytes", megabytes, "value")
     if value is not None:
-        _, nearest = min(known, key=lambda pair: abs(pair[0] - megabytes))
-        found.append((nearest.curve, value, nearest.value))
+        found.append((min(known, key=lambda pair: abs(pair[0] - megabytes))[1], value))
     return found
-
-
-def envelope_sentences(tradeoff: Tradeoff, standings: Sequence[Standing]) -> list[str]:
-    """What the standings say: a sentence for each curve of LTE, one about the saving from which LTE is on the envelope,
-    in bytes of the FFNs, and one about seeds where there is one seed alone.
-    """
-    if not standings:
-        return ["No point of LTE with known bytes beside a dense model: nothing is said of the envelope."]
-    by_curve = itertools.groupby(standings, lambda standing: standing.point.curve)
-    found = [_sentence(tradeoff, name, list(own)) for name, own in by_curve]
-    of_ffns = [standing for standing in standings if standing.ffn_saving is not None]
-    if of_ffns and all(standing.ffn_saving is not None or standing.point.is_rounded for standing in standings):
-        found.append(_ffn_sentence(tradeoff, of_ffns))
-    if any(standing.seeds < 2 for standing in standings):
-        found.append("Where one side has a single seed, its standard deviation counts as 0.")
-    return found
-
-
-def _sentence(tradeoff: Tradeoff, name: str, standings: Sequence[Standing]) -> str:
-    compared = [standing for standing in standings if standing.rival is not None]
-    alone = [standing for standing in standings if standing.rival is None]
-    parts = []
-    on = [standing for standing in compared if standing.on_envelope]
-    if on:
-        parts.append(f"on the upper envelope of all methods, within one standard deviation, at {_savings(on)}")
-    elif compared:
-        parts.append("nowhere on the upper envelope of all methods")
-    for standing in compared:
-        if not standing.on_envelope and standing.behind is not None:
-            by = tradeoff.metric.format(standing.behind)
-            parts.append(f"at {_savings([standing])} {standing.rival} is better by {by} {tradeoff.metric.name}")
-    if alone:
-        parts.append(f"at {_savings(alone)} no other method was measured with as few")
-    return f"{name}: {'; '.join(parts)}."
-
-
-def _savings(standings: Sequence[Standing]) -> str:
-    return f"{', '.join(f'{100 * standing.saving:.1f}%' for standing in standings)} of the bytes saved"
-
-
-def _ffn_sentence(tradeoff: Tradeoff, standings: Sequence[Standing]) -> str:
-    """The lowest saving of the FFNs' bytes from which all best points of LTE are on the envelope."""
-    saving = [standing for standing in standings if standing.saving > 0] or standings
-    best = [standing for standing in saving if not _is_beaten(tradeoff, standing, saving)]
-    best.sort(key=lambda standing: -standing.saving)
-    held = list(itertools.takewhile(lambda standing: standing.on_envelope, best))
-    compared = [standing for standing in held if standing.rival is not None]
-    if not held:
-        return f"LTE is not on the upper envelope at its largest saving of the FFNs' bytes, {_ffn_saving(best[0])}."
-    if not compared:
-        return f"No other method was measured where LTE saves {_ffn_saving(held[-1])} of the FFNs' bytes or more."
-    alone = held[: len(held) - len(compared)]
-    rest = f"; no other method was measured with {_ffn_saving(alone[-1])} saved or more" if alone else ""
-    lowest = f"{_ffn_saving(held[-1])} of the FFNs' bytes saved"
-    if len(compared) == 1:
-        where = f"at {lowest}"
-    else:
-        where = f"from {lowest} on, at each of its best points up to {_ffn_saving(compared[0])}"
-    if len(held) < len(best):
-        where += f", but not at {_ffn_saving(best[len(held)])}"
-    elif len(compared) == 1 and len(held) < len(saving):
-        where += ", where it is no worse than at any smaller saving"
-    return f"With routers counted, LTE is on the upper envelope {where}{rest}."
-
-
-def _is_beaten(tradeoff: Tradeoff, standing: Standing, others: Sequence[Standing]) -> bool:
-    """Whether another point of LTE saves as much and is as good, and is better in one of both."""
-    for other in others:
-        worse = tradeoff.metric.drop(other.point.value.mean, standing.point.value.mean)
-        if other.saving >= standing.saving and worse <= 0 and (other.saving > standing.saving or worse < 0):
-            return True
-    return False
-
-
-def _ffn_saving(standing: Standing) -> str:
-    return f"{100 * (standing.ffn_saving or 0.0):.1f}%"

@@ -1,14 +1,14 @@
-"""Figures of trade-offs, and what all figures share: size and resolution, colours, plain axes, and saving.
+"""The figure of a trade-off, and what all figures share: size and resolution, plain axes, and saving.
 
-Figures are made without pyplot, so that importing lte leaves a notebook's backend as it is. Colours are the
-Okabe-Ito set, which colour-blind readers tell apart; every curve has a marker or a dash of its own besides.
-Points are means over the seeds of one setting, bars one standard deviation both ways.
+Figures are made without pyplot, so that importing lte leaves a notebook's backend as it is. Colours are those of
+`lte.report.palette`, in its light theme.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from lte.files import replaced_atomically
-from lte.report.curves import curve_places
-from lte.report.paper import PAPER_SUFFIX, paper_markers, visible_markers
-from lte.report.points import Point, Tradeoff
+from lte.report.overview import goal, main_curves, pareto_front, rivals
+from lte.report.palette import colour_names, light
+from lte.report.points import OURS, Point, Statistic, Tradeoff
 
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
-YELLOW, BLACK, GREY = "#E69F00", "#000000", "#6B6B6B"
+GREY = light("quiet")
 DPI = 150
 
 
@@ -47,26 +46,9 @@ def plain_axes(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">", "p", "d")
-_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
-_DENSE_DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (5, 1)))
-
-# Values further apart than this are drawn on a logarithmic axis, where lower is better.
-MOST_ON_A_LINEAR_AXIS = 3
-
-# What fits beside each other below the panels.
-LEGEND_CHARACTERS = 160
-
-Style = tuple[str, str, Any]
-"""Colour, marker, and dash."""
-# What each panel has on its x axis: a quantity of a `Point`, and how it is called.
-PANELS = {
-    "sparsity": "FFN sparsity, measured (share of neurons not computed per token)",
-    "gflops": "GFLOPs per token, routers included (block linears, 1 G = 2^30)",
-    "megabytes": "MB of weights read per token (batch 1)",
-    "latency_ms": "decoding step, measured median (ms, batch 1)",
-}
+# How many goals the figure goes up: the first that LTE stays within, else everything.
+_RANGES = (3, 12)
+_MARKERS = "osD^vPX*<h>pd"
 
 
 def logarithmic_values(axis: Axes) -> None:
@@ -77,133 +59,88 @@ def logarithmic_values(axis: Axes) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def curve_styles(names: Iterable[str]) -> dict[str, Style]:
-    """A colour, marker and dash for each curve: those of its own for a known method, the next free ones for others.
+def tradeoff_figure(tradeoff: Tradeoff, limit: float | None = None) -> Figure:
+    """Quality lost against the dense reference over the share of its bytes that is read, as on the page.
 
-    Args:
-        names: of all curves of all figures that shall agree.
-    """
-    # 7 colours and 13 markers: no pair comes again before the 92nd curve.
-    colours, markers, dashes = len(_COLOURS), len(_MARKERS), len(_DASHES)
-    return {
-        name: (_COLOURS[place % colours], _MARKERS[place % markers], _DASHES[place // colours % dashes])
-        for name, place in curve_places(names).items()
-    }
-
-
-def tradeoff_figure(tradeoff: Tradeoff, styles: Mapping[str, Style] | None = None) -> Figure:
-    """Quality against FFN sparsity, GFLOPs, bytes, and latency of a token, a panel each.
-
-    Numbers of the paper for the same task are hollow markers.
+    LTE and the best others have their colours, the rest is pale; bars are one standard deviation, the wide grey line is
+    the Pareto front, and an arrow at the upper edge a loss beyond it. Without a dense model, or bytes, it is the metric
+    over FFN sparsity.
 
     Args:
         tradeoff: with at least one point.
-        styles: from `curve_styles` over all figures that shall agree; `None` takes this one's curves alone.
+        limit: the loss that is the goal; `None` takes the metric's own.
 
     Raises:
         ValueError: if no run of the tradeoff has a value.
     """
     if not tradeoff.points():
         raise ValueError("tradeoff must hold at least one run with a value, got none")
-    styles = styles or curve_styles(tradeoff.curves)
-    figure, grid = new_figure(11.5, 9.5, 2, 2)
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
-    axes = list(grid.flat)
-    for axis, quantity in zip(axes, PANELS, strict=True):
-        _draw_panel(axis, tradeoff, quantity, styles)
-    lines = [line for text in (tradeoff.title, "; ".join(_notes(tradeoff))) for line in textwrap.wrap(text, 110)]
-    figure.suptitle("\n".join(lines), fontsize=11)
-    # Of all panels, since a curve may lack the quantity of the first.
-    found = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
-    found.sort(key=lambda pair: pair[1].endswith(PAPER_SUFFIX))
-    handles: dict[str, Any] = {}
-    for handle, label in found:
-        handles.setdefault(label, handle)
-    columns = max(1, min(4, LEGEND_CHARACTERS // max(map(len, handles))))
-    look = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "frameon": False}
-    figure.legend(list(handles.values()), list(handles), **look)
+    figure, axis = new_figure(9, 4.8)
+    main = main_curves(tradeoff)
+    points = {method: tradeoff.curves[name] for method, name in main.items()}
+    compared = any(tradeoff.share(point, "megabytes") for found in points.values() for point in found)
+    cost = (lambda point: tradeoff.share(point, "megabytes")) if compared else (lambda point: point.mean("sparsity"))
+    drop = (lambda point: tradeoff.drop(point)) if compared else (lambda point: point.value.mean)
+    top = _top(tradeoff, points, goal(tradeoff, limit)) if compared else math.inf
+    strong, colours = {OURS, *rivals(tradeoff)}, colour_names(points)
+    if compared:
+        _draw_dense(axis, tradeoff, goal(tradeoff, limit))
+        front = pareto_front(tradeoff, "megabytes")
+        line = [(cost(point), drop(point)) for point in front]
+        axis.plot(*zip(*line, strict=True), color=light("ink"), alpha=0.15, linewidth=7, label="Pareto front")
+    for place, (method, found) in enumerate(sorted(points.items(), key=lambda pair: pair[0] not in strong)):
+        known = [(x, drop(point) or 0.0, point.value) for point in found if (x := cost(point)) is not None]
+        known.sort(key=lambda item: item[0])
+        look: dict[str, Any] = {
+            "color": light(colours[method]) if method in strong else light("quiet"),
+            "marker": _MARKERS[place % 13],
+        }
+        look |= {"alpha": 1.0 if method in strong else 0.4, "linewidth": 3 if method == OURS else 1.5}
+        _draw_curve(axis, method, known, top, look)
+    _name_axes(axis, tradeoff, compared, top)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def _draw_panel(axis: Axes, tradeoff: Tradeoff, quantity: str, styles: Mapping[str, Style]) -> None:
-    axis.set_xlabel(PANELS[quantity])
-    if all(getattr(point, quantity) is None for point in tradeoff.points()):
-        notes = {record.latency_note for point in tradeoff.points() for record in point.records} - {None, ""}
-        why = f":\n{textwrap.fill(min(map(str, notes)), 50)}" if quantity == "latency_ms" and notes else ""
-        axis.set(xticks=[], yticks=[])
-        look: dict[str, Any] = {"ha": "center", "va": "center", "color": GREY, "fontsize": 9}
-        axis.text(0.5, 0.5, f"not measured{why}", transform=axis.transAxes, **look)
-        return
-    for place, point in enumerate(tradeoff.dense):
-        _draw_dense(axis, tradeoff, point, quantity, _DENSE_DASHES[place % len(_DENSE_DASHES)])
-    for name, points in tradeoff.curves.items():
-        _draw_curve(axis, name, points, quantity, styles[name])
-    markers = [marker for marker in visible_markers(tradeoff) if quantity in marker.x]
-    own = {**curve_styles(marker.method for marker in markers), **styles}
-    for marker in markers:
-        # Hollow, in the look of the method's own curve.
-        colour, shape, _ = own[marker.method]
-        (line,) = axis.plot([marker.x[quantity]], [marker.value], shape, color=colour, label=marker.label)
-        line.set(markerfacecolor="none", markersize=9)
-    _scale(axis, tradeoff, quantity)
+def _top(tradeoff: Tradeoff, points: Mapping[str, Sequence[Point]], limit: float) -> float:
+    """The upper end of the axis of losses."""
+    ours = points.get(OURS) or [point for found in points.values() for point in found]
+    least = min(tradeoff.drop(point) or 0.0 for point in ours)
+    return next((goals * limit for goals in _RANGES if least <= goals * limit), math.inf)
 
 
-def _draw_curve(axis: Axes, name: str, points: Sequence[Point], quantity: str, style: Style) -> None:
-    known = [(x, point.value) for point in points if (x := getattr(point, quantity)) is not None]
+def _draw_dense(axis: Axes, tradeoff: Tradeoff, limit: float) -> None:
+    assert tradeoff.reference is not None
+    value = tradeoff.reference.value
+    axis.axhline(0, color=light("dense"), linestyle="--", label=f"dense ({tradeoff.metric.format(value.mean)})")
+    axis.axhspan(-value.spread, value.spread, color=light("dense"), alpha=0.12, linewidth=0)
+    axis.axhline(limit, color=light("dense"), linestyle=":", label=f"goal: {limit:g} lost at most")
+
+
+def _draw_curve(
+    axis: Axes, method: str, known: Sequence[tuple[float, float, Statistic]], top: float, look: dict[str, Any]
+) -> None:
+    """A curve of points (cost, loss, statistic), and arrows for those beyond the top."""
     if not known:
         return
-    colour, marker, dash = style
-    known.sort(key=lambda pair: pair[0].mean)
-    x, y = zip(*known, strict=True)
-    seeds = max(value.n for value in y)
-    axis.errorbar(
-        [each.mean for each in x],
-        [each.mean for each in y],
-        xerr=[each.spread for each in x] if seeds > 1 else None,
-        yerr=[each.spread for each in y] if seeds > 1 else None,
-        color=colour,
-        marker=marker,
-        linestyle=dash,
-        linewidth=1.4,
-        markersize=6,
-        capsize=3,
-        label=f"{name} ({seeds} seeds)" if seeds > 1 else name,
-    )
+    x, y, values = zip(*known, strict=True)
+    seeds = max(value.n for value in values)
+    label = f"{method} ({seeds} seeds)" if seeds > 1 else method
+    bars = [value.spread for value in values] if seeds > 1 else None
+    axis.errorbar(x, y, yerr=bars, capsize=3, elinewidth=1.5, label=label, **look)
+    beyond = [place for place, loss in zip(x, y, strict=True) if loss > top]
+    axis.plot(beyond, [top] * len(beyond), **{**look, "marker": "^", "linewidth": 0}, clip_on=False, fillstyle="none")
 
 
-def _draw_dense(axis: Axes, tradeoff: Tradeoff, point: Point, quantity: str, dash: Any) -> None:
-    mean, spread = point.value.mean, point.value.spread
-    label = f"{point.curve} ({tradeoff.metric.format(mean)})"
-    axis.axhline(mean, color=GREY, linestyle=dash, linewidth=1.4, label=label)
-    if spread:
-        axis.axhspan(mean - spread, mean + spread, color=GREY, alpha=0.15, linewidth=0)
-    x = point.mean(quantity)
-    if x is not None and quantity != "sparsity":
-        axis.plot([x], [mean], "|", color=GREY, markersize=14)
-
-
-def _scale(axis: Axes, tradeoff: Tradeoff, quantity: str) -> None:
+def _name_axes(axis: Axes, tradeoff: Tradeoff, compared: bool, top: float) -> None:
     name = tradeoff.metric.name
-    axis.set_ylabel(f"{name} (per token)" if name == "perplexity" else name)
-    values = [point.value.mean for point in tradeoff.points()]
-    if not tradeoff.metric.higher_is_better and max(values) > MOST_ON_A_LINEAR_AXIS * min(values) > 0:
-        logarithmic_values(axis)
-    if quantity == "sparsity":
-        axis.set_xlim(-0.01, 1.01)
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    else:
-        # Where all points lie close together, those on the right get no margin by themselves.
-        axis.set_xlim(0, 1.03 * axis.get_xlim()[1])
+    axis.set_title("\n".join(textwrap.wrap(tradeoff.title, 90)), fontsize=11)
+    axis.set_ylabel(f"{name} lost against dense, lower is better" if compared else name)
+    axis.set_xlabel("share of the dense model's bytes that is read" if compared else "FFN sparsity")
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if compared:
+        axis.invert_xaxis()
+        axis.set_ylim(top=None if top == math.inf else top)
+        lowest = min((tradeoff.drop(point) or 0.0) - point.value.spread for point in tradeoff.points())
+        axis.set_ylim(bottom=max(lowest * 1.1, -top))
     plain_axes(axis)
-
-
-def _notes(tradeoff: Tradeoff) -> list[str]:
-    notes = []
-    if tradeoff.failed:
-        notes.append(f"{len(tradeoff.failed)} runs without a finite value are left out")
-    drawn, known = len(visible_markers(tradeoff)), len(paper_markers(tradeoff))
-    if drawn:
-        notes.append("hollow: the paper's numbers, of other models and settings, GFLOPs as a share of dense ones")
-    if drawn < known:
-        notes.append(f"{known - drawn} of the paper's numbers are far from ours and left out")
-    return notes

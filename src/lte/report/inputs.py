@@ -52,8 +52,8 @@ def load_inputs(paths: Sequence[str | Path]) -> Inputs:
 
     A folder stands for all files `*.json` and packed records in it and in the folders below, hidden ones left out; a
     `records.jsonl` for its records, and the name of a packed file for its record. A JSON object with the required
-    fields of a result record is one; one with `rows`, each with the required fields of a benchmark's row, is a
-    benchmark.
+    fields of a result record is one; one that holds such by name, as `lte demo` writes, stands for them, labelled so;
+    one with `rows`, each with the required fields of a benchmark's row, is a benchmark.
 
     Raises:
         ValueError: for a path that does not exist, paths without any file, a file named among the paths that is
@@ -61,10 +61,13 @@ def load_inputs(paths: Sequence[str | Path]) -> Inputs:
     """
     inputs = Inputs()
     for file, (content, is_named) in _contents(paths).items():
-        if isinstance(content, Mapping) and "rows" in content and (is_named or _has_bench_rows(content["rows"])):
+        if isinstance(content, Mapping) and content and all(map(_is_record, content.values())):
+            labelled = ({**each, "label": each.get("label") or name} for name, each in content.items())
+            inputs.records.extend(ResultRecord.from_dict(each, str(file)) for each in labelled)
+        elif isinstance(content, Mapping) and "rows" in content and (is_named or _has_bench_rows(content["rows"])):
             _check_rows(file, content["rows"])
             inputs.benches.append(Bench(content, str(file)))
-        elif is_named or (isinstance(content, Mapping) and all(name in content for name in REQUIRED_FIELDS)):
+        elif is_named or _is_record(content):
             inputs.records.extend(with_question_sets(ResultRecord.from_dict(content, str(file))))
         else:
             inputs.skipped.append(str(file))
@@ -108,6 +111,10 @@ def _contents(paths: Sequence[str | Path]) -> dict[Path, tuple[Any, bool]]:
         names = ", ".join(map(str, paths)) or "no path"
         raise ValueError(f"paths must hold at least one result record (*.json), got none in {names}")
     return found
+
+
+def _is_record(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(name in content for name in REQUIRED_FIELDS)
 
 
 def _has_bench_rows(rows: Any) -> bool:

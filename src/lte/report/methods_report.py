@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lte.bench.rows import csv_text
 from lte.files import write_text_atomic
-from lte.report.envelope import envelope_sentences, lte_standings
+from lte.report.envelope import lte_standings
+from lte.report.overview import overview
 from lte.report.paper import paper_numbers
 from lte.report.points import Tradeoff
 from lte.report.tables import (
@@ -46,8 +47,11 @@ def tradeoff_texts(tradeoff: Tradeoff, limit: float | None = None) -> list[str |
         texts = [reference_text(tradeoff), *latency_texts(tradeoff), *question_texts(tradeoff)]
         parts = [results_table(tradeoff), *texts, *parts]
         parts.append(cheapest_table(tradeoff, allowed))
-        parts += envelope_sentences(tradeoff, standings)
-        parts += [envelope_table(tradeoff, standings) if standings else None, paper_table(tradeoff, limit)]
+        parts += [
+            overview([tradeoff], limit)["sentence"],
+            envelope_table(tradeoff, standings) if standings else None,
+            paper_table(tradeoff, limit),
+        ]
     return [part for part in parts if part is not None]
 
 
@@ -65,13 +69,12 @@ def write_methods_report(folder: str | Path, tradeoffs: Sequence[Tradeoff], limi
     Raises:
         ValueError: if there is no tradeoff.
     """
-    from lte.report.figures import curve_styles, save_figure, tradeoff_figure  # matplotlib is slow to load
+    from lte.report.figures import save_figure, tradeoff_figure  # matplotlib is slow to load
 
     if not tradeoffs:
         raise ValueError("tradeoffs must hold at least one, got none")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    styles = curve_styles(name for tradeoff in tradeoffs for name in tradeoff.curves)
     files, parts = [folder / "report.csv"], ["# Methods compared", _LEGEND]
     rows = [row for tradeoff in tradeoffs for row in csv_rows(tradeoff)]
     write_text_atomic(files[0], csv_text(rows, tuple(rows[0])) if rows else "")
@@ -79,8 +82,8 @@ def write_methods_report(folder: str | Path, tradeoffs: Sequence[Tradeoff], limi
         parts += [f"## {tradeoff.title}, {tradeoff.metric.name}"]
         if tradeoff.points():
             files.append(folder / f"{_file_name(tradeoff, tradeoffs)}.png")
-            save_figure(tradeoff_figure(tradeoff, styles), files[-1])
-            parts.append(f"![{tradeoff.metric.name} against sparsity, GFLOPs, bytes and latency]({files[-1].name})")
+            save_figure(tradeoff_figure(tradeoff, limit), files[-1])
+            parts.append(f"![{tradeoff.metric.name} lost against the share of bytes that is read]({files[-1].name})")
         parts += _markdown(tradeoff, limit)
     files.append(folder / "report.md")
     write_text_atomic(files[-1], "\n\n".join(parts) + "\n")

@@ -17,19 +17,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lte.eval.sparsity import Measurement
 from lte.report.bench import setting_words
-from lte.report.figures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    SKY,
-    YELLOW,
-    logarithmic_values,
-    new_figure,
-    plain_axes,
-)
+from lte.report.figures import GREY, logarithmic_values, new_figure, plain_axes
+from lte.report.palette import OTHERS, RAMP, light
 
 
 def router_health_figure(measurement: Measurement) -> Figure:
@@ -48,7 +37,7 @@ def router_health_figure(measurement: Measurement) -> Figure:
         aspect="auto",
         interpolation="nearest",
         extent=(0, 1, layers - 0.5, -0.5),
-        cmap="cividis",
+        cmap="cividis_r",
         norm=PowerNorm(0.5, vmin=0),
     )
     right.axvline(measurement.threshold, color="white", linewidth=1.6, linestyle="--")
@@ -68,12 +57,16 @@ def router_health_figure(measurement: Measurement) -> Figure:
 def _draw_active_fractions(axis: Axes, measurement: Measurement) -> None:
     layers = range(len(measurement.active_fraction))
     experts = [len(use) for use in measurement.expert_use]
-    axis.barh(layers, measurement.active_fraction, color=SKY, height=0.8, label="active, mean over tokens")
+    axis.barh(
+        layers, measurement.active_fraction, color=light("on"), alpha=0.6, height=0.8, label="active, mean over tokens"
+    )
     mean = 1 - measurement.sparsity
-    axis.axvline(mean, color=BLUE, linestyle="--", linewidth=1.4, label=f"active, all layers: {100 * mean:.1f}%")
+    axis.axvline(
+        mean, color=light("ink"), linestyle="--", linewidth=1.4, label=f"active, all layers: {100 * mean:.1f}%"
+    )
     for counts, colour, marker, text in (
-        (measurement.dead_experts, ORANGE, "X", "never active"),
-        (measurement.always_on_experts, BLACK, "o", "always active"),
+        (measurement.dead_experts, light("less"), "X", "never active"),
+        (measurement.always_on_experts, light("ink"), "o", "always active"),
     ):
         # Layers without such experts get no marker: a column of zeros would hide the few that have some.
         found = [(n / e, layer) for n, e, layer in zip(counts, experts, layers, strict=True) if n]
@@ -149,14 +142,14 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # Label, colour, and dash of each curve.
 _CURVES: dict[str, tuple[str, str, str]] = {
-    "task_loss": ("next token", BLUE, "-"),
-    "distillation_loss": ("KL from the teacher", PINK, "-"),
-    "active_fraction": ("active experts", BLUE, "-"),
-    "target": ("target", BLACK, "--"),
-    "near_threshold": ("scores within 0.1 of tau", ORANGE, ":"),
-    "efficiency_loss": ("efficiency", GREEN, "-"),
-    "separability_loss": ("separability", ORANGE, "-"),
-    "eta": ("eta", GREEN, "-"),
+    "task_loss": ("next token", light("lte"), "-"),
+    "distillation_loss": ("KL from the teacher", light("second"), "-"),
+    "active_fraction": ("active experts", light("on"), "-"),
+    "target": ("target", light("ink"), "--"),
+    "near_threshold": ("scores within 0.1 of tau", light("less"), ":"),
+    "efficiency_loss": ("efficiency", light("on"), "-"),
+    "separability_loss": ("separability", light("less"), "-"),
+    "eta": ("eta", light("second"), "-"),
 }
 
 
@@ -180,16 +173,16 @@ def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]
 def _mark_stages(axis: Axes, boundary: int, last: int) -> None:
     """Shades stage 2 and names both stages at the top."""
     axis.set_xlim(0, 1.02 * last)
-    axis.axvspan(boundary, 1.02 * last, color=YELLOW, alpha=0.1, linewidth=0)
+    axis.axvspan(boundary, 1.02 * last, color=light("second"), alpha=0.1, linewidth=0)
     for x, text in ((boundary / 2, "stage 1"), ((boundary + last) / 2, "stage 2")):
         axis.text(x, 1.0, text, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
 
 
 Row = dict[str, Any]
-_OURS = ((BLUE, "o"), (GREEN, "s"), (SKY, "D"))
-_OTHERS = ((PINK, "^"), (YELLOW, "v"))
-_DENSE = ((ORANGE, "-"), (ORANGE, "--"), (ORANGE, ":"), (YELLOW, "-."))
-_SETTINGS = (BLUE, GREEN, SKY, PINK, YELLOW, BLACK)
+_OURS = tuple((light("lte"), marker) for marker in ("o", "s", "D"))
+_OTHERS = tuple((light(name), marker) for name, marker in zip(OTHERS, "^vP", strict=False))
+_DENSE = tuple((light("dense"), dash) for dash in ("-", "--", ":", "-."))
+_SETTINGS = tuple(day for day, _ in RAMP[4:])
 _TITLES = {"ffn": "FFN", "decode": "decoding step"}
 
 # Eager and compiled steps are too far apart for one.
@@ -236,7 +229,7 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
         _draw_provider(axis, line, colour, marker)
     if ours:
         sparsities, times = [row["sparsity"] for row in ours[-1]], [row["bandwidth_ms"] for row in ours[-1]]
-        axis.plot(sparsities, times, "--", color=BLACK, linewidth=1.2, label="bytes at the copy bandwidth")
+        axis.plot(sparsities, times, "--", color=light("ink"), linewidth=1.2, label="bytes at the copy bandwidth")
     axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
     slowest, fastest = max(row["median_ms"] for row in rows), min(row["median_ms"] for row in rows)
     if slowest > MOST_ON_A_LINEAR_AXIS * fastest:

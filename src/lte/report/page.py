@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -22,6 +23,8 @@ MAX_TOKENS = 2000
 
 # In JSON these characters occur in strings alone, where they may be written as escapes.
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+_PLACE = re.compile(r"(?<![\w.~…/<])(?:~|[A-Za-z]:)?/(?:[^\s/'\"<>:;,|]+/)+")
 
 
 def render_page(
@@ -76,6 +79,17 @@ def embed_json(data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A lone surrogate is no text that UTF-8 could hold.
     return text.translate(_ESCAPES).encode("utf-8", "replace").decode("utf-8")
+
+
+def without_places(value: Any) -> Any:
+    """JSON's values without the folders of absolute paths, which say where somebody's files are: `…/model.gguf`."""
+    if isinstance(value, str):
+        return _PLACE.sub("…/", value)
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    if isinstance(value, dict):
+        return {without_places(name): without_places(each) for name, each in value.items()}
+    return value
 
 
 def _source_hash(source: str) -> str:

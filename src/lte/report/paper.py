@@ -97,17 +97,6 @@ def paper_markers(tradeoff: Tradeoff) -> list[PaperMarker]:
     return found
 
 
-def visible_markers(tradeoff: Tradeoff) -> list[PaperMarker]:
-    """The paper's points in the range of ours and a quarter of it on either side; others would squash our curves."""
-    values = [point.value.mean for point in tradeoff.points()]
-    if not values:
-        return []
-    margin = (max(values) - min(values)) / 4
-    return [
-        marker for marker in paper_markers(tradeoff) if min(values) - margin <= marker.value <= max(values) + margin
-    ]
-
-
 def _marker(row: Mapping[str, Any], x: dict[str, float], value: float) -> PaperMarker:
     return PaperMarker(row["method"], f"{paper_numbers()['names'][row['method']]}{PAPER_SUFFIX}", x, value)
 

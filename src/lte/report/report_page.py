@@ -15,31 +15,24 @@ from lte import __version__
 from lte.files import json_ready, write_text_atomic
 from lte.records import ResultRecord
 from lte.report.bench import bench_data
-from lte.report.curves import curve_places, field_value
 from lte.report.inputs import Bench
 from lte.report.methods_report import tradeoff_texts
-from lte.report.page import read_asset, render_page
-from lte.report.paper import paper_markers, paper_numbers, visible_markers
-from lte.report.points import DENSE, Point, Tradeoff, value_of
-from lte.report.tables import QUANTITIES, TextTable, csv_rows, failure_text, point_name, results_table
+from lte.report.overview import goal, labels, main_curves, overview, pareto_front, rivals
+from lte.report.page import pack_json, read_asset, render_page, without_places
+from lte.report.palette import colour_names
+from lte.report.paper import PaperMarker, paper_markers, paper_numbers
+from lte.report.points import Point, Tradeoff, value_of
+from lte.report.tables import TextTable, csv_rows, failure_text, point_name, results_table
 
-SCRIPTS = (
-    "report_looks.js",
-    "report_tables.js",
-    "report_details.js",
-    "report_tradeoff.js",
-    "report_layers.js",
-    "report_routers.js",
-    "report_bench.js",
-    "report.js",
-)
+SCRIPTS = ("charts.js", "report_tables.js", "report_task.js", "report_inside.js", "report.js")
 TITLE = "What skipping neurons costs and saves"
 
 
 def html_report(data: dict[str, Any]) -> str:
-    """The page for what `report_data` returned."""
-    # The shell knows its own style alone; report.js adds this one.
-    return render_page(TITLE, read_asset("report.html"), {**data, "style": read_asset("report.css")}, SCRIPTS)
+    """The page for what `report_data` returned; what is large in it is packed."""
+    comparisons = [{"name": each["name"], "packed": pack_json(each)} for each in data["comparisons"]]
+    packed = {**data, "comparisons": comparisons, "benches": pack_json(data["benches"]) if data["benches"] else None}
+    return render_page(TITLE, read_asset("report.html"), packed, SCRIPTS, styles=("report.css",))
 
 
 def write_html_report(
@@ -51,7 +44,7 @@ def write_html_report(
         path: of the file; folders are made if missing.
         tradeoffs: from `find_tradeoffs`; may be empty.
         benches: files of `lte bench`.
-        limit: the drop for the table of fewest GFLOPs, as for `tradeoff_texts`.
+        limit: the loss of quality that is the goal; `None` takes the metric's own.
     """
     write_text_atomic(path, html_report(report_data(tradeoffs, benches, limit)))
     return Path(path)
@@ -60,45 +53,56 @@ def write_html_report(
 def report_data(
     tradeoffs: Sequence[Tradeoff], benches: Sequence[Bench] = (), limit: float | None = None
 ) -> dict[str, Any]:
-    """The data of the page; a number that is not known, or not finite, is `None`.
+    """The data of the page; a number that is not known, or not finite, is `None`, and no path is absolute.
 
     Args:
         tradeoffs: from `find_tradeoffs`; may be empty.
         benches: files of `lte bench`.
-        limit: the drop for the table of fewest GFLOPs, as for `tradeoff_texts`.
+        limit: the loss of quality that is the goal; `None` takes the metric's own.
     """
-    names = [name for tradeoff in tradeoffs for name in tradeoff.curves]
-    names += [marker.method for tradeoff in tradeoffs for marker in paper_markers(tradeoff)]
     measured = [bench_data(bench) for bench in benches]
-    names += [row["provider"] for each in measured for group in each["latency"] for row in group["rows"]]
+    methods = [point.method for tradeoff in tradeoffs for point in tradeoff.points()]
+    providers = [row["provider"] for each in measured for group in each["latency"] for row in group["rows"]]
+    records = [record for each in tradeoffs for point in each.points() for record in point.records]
+    failed = [record for each in tradeoffs for record in each.failed]
+    sources = {*(record.source for record in (*records, *failed)), *(bench.source for bench in benches)}
+    named = zip(tradeoffs, labels(tradeoffs), strict=True)
     ready: dict[str, Any] = json_ready(
         {
             "version": __version__,
-            "places": curve_places(names),
+            "colours": colour_names([*methods, *providers]),
             "histogram_unit": HISTOGRAM_UNIT,
             "paper": paper_numbers()["source"],
-            "comparisons": [tradeoff_data(tradeoff, limit) for tradeoff in tradeoffs],
+            "overview": overview(tradeoffs, limit),
+            "comparisons": [{"name": name, **tradeoff_data(tradeoff, limit)} for tradeoff, name in named],
             "benches": measured,
+            "files": sorted(sources),
         }
     )
-    return ready
+    return without_places(ready)
+
+
+AXES = {"bytes": "megabytes", "flops": "gflops", "sparsity": "sparsity", "time": "latency_ratio"}
+"""What a cost is called on the page, and the quantity of a `Point`."""
 
 
 def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, Any]:
     """One trade-off: its points with their runs, the paper's points, the tables, and what sentences say of it."""
     parts = tradeoff_texts(tradeoff, limit)
     tables = [part for part in parts if isinstance(part, TextTable)]
-    markers, visible = paper_markers(tradeoff), visible_markers(tradeoff)
-    metric = tradeoff.metric
+    metric, points = tradeoff.metric, tradeoff.points()
+    main = set(main_curves(tradeoff).values())
+    fronts = {axis: pareto_front(tradeoff, quantity, axis == "sparsity") for axis, quantity in AXES.items()}
+    place = {id(point): index for index, point in enumerate(points)}
     return {
         "title": f"{tradeoff.title}, {metric.name}",
-        "task": tradeoff.task,
-        "model": tradeoff.model,
         "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better, "decimals": metric.decimals},
-        "points": [_point(tradeoff, point) for point in tradeoff.points()],
+        "goal": goal(tradeoff, limit),
+        "points": [_point(tradeoff, point, point.curve in main) for point in points],
+        "rivals": rivals(tradeoff),
+        "fronts": {axis: [place[id(point)] for point in front] for axis, front in fronts.items()},
         "failed": [_failed(record) for record in tradeoff.failed],
-        "paper": [asdict(marker) for marker in visible],
-        "paper_left_out": len(markers) - len(visible),
+        "paper": [_paper_point(tradeoff, marker) for marker in paper_markers(tradeoff)],
         "sentences": [part for part in parts if isinstance(part, str)],
         "results": _table(results_table(tradeoff)),
         "tables": [_table(table) for table in tables if table.title != tradeoff.title],
@@ -106,18 +110,38 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
     }
 
 
-def _point(tradeoff: Tradeoff, point: Point) -> dict[str, Any]:
+def _point(tradeoff: Tradeoff, point: Point, is_main: bool) -> dict[str, Any]:
     return {
+        # The curve of a method needs no more than its name.
+        "name": point.method if is_main and point.label in (None, point.method) else point_name(point),
         "curve": point.curve,
-        "name": point_name(point),
         "method": point.method,
         "target": point.target,
-        "is_dense": point.method == DENSE,
+        "is_dense": point in tradeoff.dense,
         "is_reference": point is tradeoff.reference,
-        "drop": tradeoff.drop(point),
-        **{name: (found := getattr(point, name)) and asdict(found) for name in QUANTITIES},
+        "is_main": is_main,
+        "group": Path(point.records[0].source).parent.name,
+        "lost": tradeoff.drop(point),
+        "value": asdict(point.value),
+        "costs": {axis: _cost(tradeoff, point, quantity) for axis, quantity in AXES.items()},
         "runs": [run_data(record, value_of(record, tradeoff.metric.name)) for record in point.records],
     }
+
+
+def _cost(tradeoff: Tradeoff, point: Point, quantity: str) -> float | None:
+    """A cost as a share of the dense model's; weights that are left out neuron by neuron are no neurons skipped."""
+    if quantity in ("megabytes", "gflops"):
+        return tradeoff.share(point, quantity)
+    found = point.mean(quantity)
+    share = tradeoff.share(point, "megabytes")
+    return None if quantity == "sparsity" and found == 0 and share is not None and share < 0.99 else found
+
+
+def _paper_point(tradeoff: Tradeoff, marker: PaperMarker) -> dict[str, Any]:
+    dense = tradeoff.reference.mean("gflops") if tradeoff.reference else None
+    costs = {"sparsity": marker.x.get("sparsity"), "flops": marker.x["gflops"] / dense if dense else None}
+    lost = tradeoff.metric.drop(marker.value, tradeoff.reference.value.mean) if tradeoff.reference else None
+    return {"label": marker.label, "method": marker.method, "costs": costs, "lost": lost}
 
 
 def _failed(record: ResultRecord) -> dict[str, Any]:
@@ -142,23 +166,9 @@ def run_data(record: ResultRecord, value: float | None) -> dict[str, Any]:
         "seed": record.seed,
         "value": value,
         **{name: record[name] for name in _DETAILS},
-        "eta": final_eta(record),
         "routing": routing_data(record),
         "history": history_data(record),
     }
-
-
-def final_eta(record: ResultRecord) -> float | None:
-    """The weight of the efficiency loss at the end of a run; `None` where the record does not say it.
-
-    The record's own `eta`, else the one that its settings fix, else the last in its training log that is not 0: entries
-    of frozen routers, and of a training without this loss, have 0.
-    """
-    logged = [entry.get("eta") for entry in _list(record.log) if isinstance(entry, Mapping)]
-    for eta in (record.eta, field_value(record, "config.train.eta"), *filter(None, reversed(logged))):
-        if _is_number(eta):
-            return float(eta)
-    return None
 
 
 def routing_data(record: ResultRecord) -> dict[str, Any] | None:
@@ -187,7 +197,7 @@ def history_data(record: ResultRecord) -> dict[str, Any] | None:
     """Active fractions over training, at `MOST_STEPS` evenly spaced steps at most; `None` where there are none.
 
     Returns:
-        `step` [S], `stage` [S], `active_fraction` [S, L].
+        `step` [S], `active_fraction` [S, L].
     """
     history = record.layer_history
     if not isinstance(history, Mapping):
@@ -199,11 +209,8 @@ def history_data(record: ResultRecord) -> dict[str, Any] | None:
     # The first, the last, and evenly spaced ones between.
     kept = [round(place * (count - 1) / (MOST_STEPS - 1)) for place in range(MOST_STEPS)]
     kept = kept if count > MOST_STEPS else list(range(count))
-    stages = _list(history.get("stage"))
-    stages = stages if len(stages) == len(steps) else [None] * len(steps)
     return {
         "step": [steps[place] for place in kept],
-        "stage": [stages[place] for place in kept],
         "active_fraction": [[_rounded(share, 3) for share in shares[place]] for place in kept],
     }
 

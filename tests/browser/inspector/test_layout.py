@@ -27,6 +27,7 @@ class TestReading:
         plots = page.find_elements(By.CSS_SELECTOR, ".plot")
         assert len(plots) == 5
         for plot in plots:
+            assert plot.get_attribute("role") == "application"
             assert plot.accessible_name
             assert plot.find_element(By.XPATH, "following::p[@class='caption'][1]").text.endswith(".")
         levels = [

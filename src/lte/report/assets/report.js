@@ -1,106 +1,168 @@
 'use strict';
-/* The page: a task at a time with its sections, then the timings. */
+/* The page: all tasks and methods at a glance, one task, and what was timed. */
 (() => {
-  const { element, data } = Shell;
-  const switches = new Switches('Methods: colour and symbol, switch off and on');
+  const { element, data, state } = Shell;
+  const { overview, comparisons } = data;
+  const box = (id) => document.getElementById(id);
+  let task = null;
+  let inside = [];
+  let shareList = null;
 
-  function section(id, title, ...content) {
-    return element('section', { 'aria-labelledby': id }, element('h2', { id }, title), ...content);
+  /* The points of a cell and of the best other one, or of LTE's. */
+  function pinsOf(row, method, place) {
+    const cell = (name) => row?.cells[name]?.[place];
+    const others = Object.keys(row?.cells ?? {}).filter((name) => name !== 'lte' && cell(name))
+      .sort((a, b) => cell(a).lost - cell(b).lost);
+    return [cell('lte'), cell(method === 'lte' ? others[0] : method)].filter(Boolean).map(({ point }) => point);
   }
 
-  /* What would fill a section, folded away. */
-  function absent(text) {
-    return element('details', {}, element('summary', {}, 'Nothing to show yet: what would fill this'),
-      element('p', { class: 'caption' }, text));
+  /* A cell in the colour of its loss: the further from the goal, the stronger. */
+  function paint(cell, { lost, met }, goal) {
+    const strength = met ? 12 + 30 * Math.min(1 - lost / goal, 1) : 10 + 12 * Math.min(lost / goal - 1, 3);
+    cell.style.background = `color-mix(in srgb, var(--${met ? 'good' : 'bad'}) ${Math.round(strength)}%, var(--paper))`;
   }
 
-  const boxOr = (part, need) => (part.isEmpty ? absent(need) : part.box);
+  /* Three figures, three decimals at most. */
+  const lossText = (lost) => String(Number(lost.toPrecision(Math.abs(lost) < 0.1 ? 2 : 3))
+    .toFixed(Math.abs(lost) < 1 ? 3 : Math.abs(lost) < 10 ? 2 : 0)).replace('-', '−');
 
-  const SECTIONS = [['tradeoff', 'Trade-off curves'], ['tables', 'Tables'], ['layers', 'Layers'],
-    ['routers', 'Routers'],
-    ['eta', 'eta against sparsity'], ['latency', 'Latency'], ['batch', 'Batch']];
-  const title = Object.fromEntries(SECTIONS);
-  let parts = [];
-
-  function showComparison(comparison) {
-    parts.forEach((part) => part.remove());
-    const tradeoff = comparison.points.length ? new Tradeoff(comparison, switches) : null;
-    const [curves, history, routers, eta] = [new LayerCurves(comparison), new LayerHistory(comparison),
-      new Routers(comparison), new EtaPlot(comparison, switches)];
-    parts = [tradeoff, curves, history, routers, eta].filter(Boolean);
-    document.getElementById('shown').replaceChildren(
-      section('short', 'In short', ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)),
-        element('p', { class: 'caption' },
-          'A model is on the upper envelope where no other method that reads as few bytes is clearly better.')),
-      section('tradeoff', title.tradeoff, tradeoff?.box ?? absent(NEEDS.values)),
-      section('tables', title.tables, ...tables(comparison)),
-      section('layers', title.layers, boxOr(curves, NEEDS.layers), boxOr(history, NEEDS.history)),
-      section('routers', title.routers, boxOr(routers, NEEDS.routers)),
-      section('eta', title.eta, boxOr(eta, NEEDS.eta)),
-    );
+  function cellOf(row, method, place) {
+    const cell = row.cells[method]?.[place];
+    if (cell === undefined) return element('td', {});
+    if (cell === null) return element('td', { class: 'none', title: 'not measured with that few bytes' }, '–');
+    const { lost, sd, seeds, met } = cell;
+    const spread = sd === null ? '' : ` ± ${Charts.short(sd)}`;
+    const words = `${row.name}, ${methodName(method)}: loses ${Charts.short(lost)}${spread} ${row.metric}, ` +
+      `goal of ${row.goal} ${met ? 'met' : 'missed'}, ${seeds} ${seeds === 1 ? 'seed' : 'seeds'}`;
+    const best = Object.values(row.cells).every((each) => !each[place] || each[place].lost >= lost);
+    const made = element('td', { class: best && 'best' }, element('a',
+      { href: state.href({ task: row.name, pins: pinsOf(row, method, place).join() }), title: words },
+      `${met ? '✓' : '✗'} ${lossText(lost)}`,
+      element('small', {}, ` ×${seeds}`)));
+    paint(made, cell, row.goal);
+    return made;
   }
 
-  const NEEDS = {
-    records: 'Result records, the JSON files that lte eval --json and the experiments write, fill it.',
-    values: 'All runs of this task failed: result records with a finite value fill it.',
-    layers: 'Result records with measurement.active_fraction, which lte eval --json writes for models with routers, ' +
-      'fill it.',
-    history: 'Result records with layer_history, the active fraction of each layer at steps of the training, show ' +
-      'it over the training too.',
-    routers: 'Result records with measurement.score_histogram or measurement.expert_use, which lte eval --json ' +
-      'writes for models with routers, fill it.',
-    eta: 'Result records with a fixed config.train.eta, an eta of their own, or a log of one, fill it; these have ' +
-      'none.',
-    latency: 'Files that lte bench --output writes, with timings of one FFN or of a decoding step, fill it.',
-    batch: 'Files that lte bench --output writes for several batches (break_even) or for a model folder with texts ' +
-      '(union) fill it.',
-  };
-
-  function tables(comparison) {
-    const details = new DetailsPanel(comparison.metric);
-    const isFailed = (table) => table.title === 'Failed runs';
-    const made = comparison.tables.map((table) => {
-      const choose = (place, opener) => details.show(comparison.failed[place].name, [comparison.failed[place]], opener);
-      return element('div', { class: 'panel' }, element('h3', {}, table.title),
-        new SortableTable({ ...table, isTitled: true, onChoose: isFailed(table) ? choose : null }).box,
-        ...(isFailed(table) ? [details.box] : []));
+  function heatMap(place) {
+    const rowsShown = overview.rows.filter((row) => Object.values(row.cells).some((cells) => cells[place]));
+    const count = (method) => rowsShown.filter((row) => row.cells[method]?.[place]).length;
+    const methods = overview.methods.filter(count).sort((a, b) => (b === 'lte') - (a === 'lte') || count(b) - count(a));
+    const none = overview.methods.filter((method) => !count(method));
+    const head = methods.map((method) => {
+      const dot = element('span', { class: 'dot' });
+      dot.style.background = `var(--${data.colours[method]})`;
+      return element('th', { scope: 'col' }, dot, methodName(method));
     });
-    const source = comparison.tables.some((table) => table.title.startsWith('The paper'))
-      ? [element('p', { class: 'quiet' }, `The paper: ${data.paper}.`)] : [];
-    return made.length ? [...made, ...source] : [absent(NEEDS.records)];
+    const rows = rowsShown.map((row) => element('tr', {}, element('th', { scope: 'row' },
+      element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` },
+      ...Shell.breakable(row.name))),
+      ...methods.map((method) => cellOf(row, method, place))));
+    const table = element('table', { class: 'heat' }, element('thead', {},
+      element('tr', {}, element('th', { scope: 'col' }, 'task'), ...head)), element('tbody', {}, ...rows));
+    table.setAttribute('aria-label', 'Quality lost by task and method');
+    Shell.rove(table, 'a');
+    const goals = [...new Set(overview.rows.map(({ goal, metric }) => `${goal} ${metric}`))];
+    const rest = none.map((method) => Charts.clip(methodName(method), 30));
+    return [table, element('p', { class: 'quiet' }, `The goal is the loss that the paper allows: ${goals.join(', ')}.`,
+      rest.length ? ` Not measured with that few bytes: ${rest.join(', ')}.` : '')];
   }
 
-  function start() {
-    const { comparisons, benches } = data;
-    const choice = choiceOf('Task and model', comparisons.map((comparison) => [comparison.title, comparison]),
-      showComparison);
-    document.getElementById('contents').append(element('ul', {}, ...SECTIONS.map(([id, name]) =>
-      element('li', {}, element('a', { href: `#${id}` }, name)))));
-    const box = document.getElementById('comparison');
-    if (comparisons.length) {
-      const name = comparisons.length > 1 ? [element('div', { class: 'controls' }, choice.box)]
-        : [element('p', { class: 'lead' }, element('strong', {}, comparisons[0].title))];
-      box.append(...name, element('div', { id: 'shown' }));
-      showComparison(comparisons[0]);
-    } else {
-      box.append(...SECTIONS.slice(0, 5).map(([id, name]) => section(id, name, absent(NEEDS[id] ?? NEEDS.records))));
+  function showOverview() {
+    const section = box('overview');
+    section.append(element('h2', { id: 'glance', class: 'unseen' }, 'At a glance'),
+      element('p', { class: 'answer' }, overview.sentence));
+    if (!overview.rows.length) return;
+    const map = element('div', { class: 'sideways', tabindex: '-1' });
+    const draw = (place) => map.replaceChildren(...heatMap(place));
+    const share = Shell.choice('Quality lost where at most', overview.shares.map((each, place) => [Charts.share(each),
+      place]), draw,
+      { name: 'share', chosen: overview.shares.indexOf(overview.share) });
+    share.box.append(' of the dense model’s bytes are read');
+    draw(share.value);
+    shareList = share;
+    section.append(element('div', { class: 'controls' }, share.box, element('span', { class: 'quiet' },
+      '✓ within the goal, ✗ not; ×3: three seeds; framed: the least of its row; –: not measured with that few. ' +
+      'A cell leads to its task.')), map);
+  }
+
+  function columns(panels) {
+    inside.push(...panels.map(({ picture }) => picture));
+    return panels.length ? [element('div', { class: 'columns two' }, ...panels.map((panel) => panel.box))] : [];
+  }
+
+  function folded(title, ...content) {
+    return content.length ? [element('details', { class: 'folded' }, element('summary', {}, title), ...content)] : [];
+  }
+
+  async function showTask(name, focus = false) {
+    const found = comparisons.find((each) => each.name === name) ?? first();
+    const comparison = await Shell.unpack(found.packed);
+    task?.remove();
+    inside.forEach((picture) => picture.remove());
+    inside = [];
+    task = new Task(comparison, pinsOf(overview.rows.find((row) => row.name === found.name), 'lte',
+      Number(shareList?.select.selectedIndex)));
+    const list = Shell.choice('Task', comparisons.map((each) => [each.name, each.name]), (chosen) => {
+      state.set({ task: chosen, pins: null });
+      showTask(chosen);
+    }, { chosen: comparisons.indexOf(found) });
+    const heading = element('h2', { id: 'task-name', tabindex: '-1' }, found.name);
+    const tables = comparison.tables.map((table) => new SortableTable({ ...table, best: comparison.metric }));
+    const failed = comparison.failed.map((run) => element('p', {},
+      element('strong', {}, `${run.name}, seed ${run.seed}: ${run.why}`), ' ', run.command ?? run.source));
+    box('task').replaceChildren(element('div', { class: 'task-head' }, heading, list.box),
+      element('p', { class: 'quiet' }, comparison.title), task.box,
+      ...folded('Ablations and variants', ...task.variants()),
+      ...folded('Inside the models: layers, routers, training', ...columns(layerPanels(comparison))),
+      ...folded(`All results as a table: ${comparison.points.length}`, ...(task.table ? [task.table.box] : [])),
+      ...folded(`In words and in tables: goal, upper envelope, the paper${failed.length ? ', failed runs' : ''}`,
+        ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)),
+          ...tables.map((table) => table.box), ...failed));
+    document.body.dataset.shown = found.name;
+    if (focus) {
+      heading.focus({ preventScroll: true });
+      box('task').scrollIntoView();
     }
-    const [latency, batch] = [new LatencyPlot(benches), new BatchPlots(benches)];
-    document.getElementById('benches').append(section('latency', title.latency, boxOr(latency, NEEDS.latency)),
-      section('batch', title.batch, boxOr(batch, NEEDS.batch)));
-    about(comparisons, benches);
   }
 
-  function about(comparisons, benches) {
-    const runs = comparisons.flatMap(({ points, failed }) => [...points.flatMap((point) => point.runs), ...failed]);
-    const files = [...new Set([...runs, ...benches].map(({ source }) => source))];
+  /* Without a choice: the first of the overview. */
+  const first = () => comparisons[overview.rows[0]?.comparison ?? 0];
+
+  async function showSpeed() {
+    const benches = data.benches ? await Shell.unpack(data.benches) : [];
+    const panels = speedPanels(benches);
+    box('speed').hidden = !panels.length;
+    if (panels.length) {
+      box('speed').append(element('h2', { id: 'speed-name' }, 'Measured speed'), element('p', { class: 'quiet' },
+        'What lte bench timed, by machine and model; not of one task.'), panels[0].box,
+          element('div', { class: 'columns two' }, ...panels.slice(1).map((panel) => panel.box)));
+    }
+  }
+
+  function showAbout() {
+    const { files, version } = data;
     const count = `${Shell.count(files.length)} result ${files.length === 1 ? 'file' : 'files'}`;
-    document.getElementById('about').append(element('p', {},
-      `Made by lte ${data.version} from ${count}. Means over seeds, ± one standard deviation of a sample; ` +
-      '“-” is a number that the files do not have. FLOPs and bytes are of the block linears per token at batch ' +
-        'size 1, routers included. Charts: Apache ECharts, Apache-2.0.'),
-    ...(files.length ? [element('details', {}, element('summary', {}, 'Files'),
-      element('ul', {}, ...files.map((file) => element('li', {}, file))))] : []));
+    box('about').append(element('p', {},
+      'A sparse model computes only those neurons of its feed-forward layers that a ' +
+      `token needs. Made by lte ${version} from ${count}. Means over seeds, ± one standard deviation of a sample; “-” is a ` +
+      'number that the files do not have. FLOPs and bytes are of the block linears per token at batch size 1, routers ' +
+      `included, as shares of the dense model’s. The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`),
+    ...(files.length ? folded('Files', element('ul', {}, ...files.map((file) => element('li', {}, file)))) : []));
+  }
+
+  async function start() {
+    document.body.dataset.busy = 'yes';
+    showOverview();
+    showAbout();
+    box('task').hidden = !comparisons.length;
+    if (comparisons.length) {
+      await showTask(state.get('task'));
+      if (!task.chart) box('task').querySelectorAll('.folded').forEach((each) => { each.open = true; });
+      state.onChange(() => showTask(state.get('task'), true));
+    }
+    await showSpeed();
+    delete document.body.dataset.busy;
+    document.body.dataset.ready = 'yes';
   }
 
   start();

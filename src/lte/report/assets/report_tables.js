@@ -17,12 +17,17 @@ function csvOf(header, rows) {
   return [header, ...rows].map((row) => `${row.map(cell).join(',')}\n`).join('');
 }
 
+/* Columns in which more is better, beside a metric of that kind: the first click shows the best on top. */
+const MORE_IS_BETTER = ['FFN sparsity', 'weights not read', 'seeds', 'bytes saved', 'FFN bytes saved',
+  'FFN sparsity there',
+  'target', 'on the envelope'];
+
 class SortableTable {
   /* csv: header and rows for the copy, in the order of `rows`; without it what is shown is copied.
-     isTitled: whether a heading says the title. icon: for the first cell of a row.
+     best: the metric. isTitled: whether a heading says the title. icon: the colour beside a name.
      onChoose: makes a button of the first cell, called with the row's place. */
-  constructor({ title, isTitled = false, header, rows, left, csv = null, icon = null, onChoose = null }) {
-    Object.assign(this, { title, header, rows, left, csv, icon, onChoose });
+  constructor({ title, isTitled = false, header, rows, left, csv = null, best = null, icon = null, onChoose = null }) {
+    Object.assign(this, { title, header, rows, left, csv, best, icon, onChoose });
     this.order = rows.map((_, place) => place);
     this.column = null;
     this.descending = false;
@@ -43,6 +48,7 @@ class SortableTable {
       Shell.scrollBox(title, table));
     this.rowElements = rows.map((row, place) => this.rowElement(row, place));
     this.fill();
+    Shell.rove(table, 'button');
   }
 
   rowElement(row, place) {
@@ -51,14 +57,16 @@ class SortableTable {
       if (column >= this.left && column > 0) return element('td', {}, text);
       const words = Shell.breakable(text);
       if (column > 0) return element('td', { class: 'words', dir: 'auto' }, ...words);
-      const icon = this.icon?.(place);
+      const icon = this.icon && element('span', { class: 'dot' });
+      if (icon) icon.style.background = this.icon(place);
       const name = this.onChoose ? [element('button', { type: 'button', class: 'choose' },
         element('span', { class: 'clamped', title: text }, ...words))] : words;
-      return element('th', { scope: 'row', class: 'words', dir: 'auto' }, ...(icon ? [element('span', { class: 'named' },
+      return element('th', { scope: 'row', class: 'words', dir: 'auto' },
+        ...(icon ? [element('span', { class: 'named' },
         icon, ...name)] : name));
     });
     const made = element('tr', {}, ...cells);
-    if (this.onChoose) made.addEventListener('click', () => this.onChoose(place, cells[0].querySelector('button')));
+    if (this.onChoose) made.addEventListener('click', () => this.onChoose(place));
     return made;
   }
 
@@ -66,9 +74,11 @@ class SortableTable {
     this.body.replaceChildren(...this.order.map((place) => this.rowElements[place]));
   }
 
-  /* Rising first, then falling; what is not known comes last both ways. */
+  /* The best first, then the worst; what is not known comes last both ways. */
   sort(column) {
-    this.descending = this.column === column && !this.descending;
+    const more = MORE_IS_BETTER.includes(this.header[column])
+      || (this.best?.higher_is_better && this.header[column] === this.best.name);
+    this.descending = this.column === column ? !this.descending : Boolean(more);
     this.column = column;
     const keys = this.rows.map((row) => numberIn(row[column]));
     const sign = this.descending ? -1 : 1;
@@ -82,10 +92,6 @@ class SortableTable {
     this.headings.forEach((heading, place) => heading.setAttribute('aria-sort',
       place !== column ? 'none' : this.descending ? 'descending' : 'ascending'));
     this.fill();
-  }
-
-  choose(place) {
-    this.rowElements.forEach((row, index) => row.classList.toggle('chosen', index === place));
   }
 
   csvText() {

@@ -77,7 +77,7 @@ const Shell = (() => {
       value: entries[select.selectedIndex]?.[1] };
   }
 
-  /* Makes one tab stop of what a box holds: arrow keys, Home and End move within it, up and down to what stands there. */
+  /* Makes one tab stop of what a box holds; arrow keys, Home and End move within it. */
   function rove(box, selector) {
     const all = () => [...box.querySelectorAll(selector)].filter((each) => each.offsetParent);
     const stop = (goal) => all().forEach((each) => { each.tabIndex = each === goal ? 0 : -1; });
@@ -87,7 +87,8 @@ const Shell = (() => {
       const found = all();
       const place = found.indexOf(event.target);
       if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
-      const middle = (each) => { const { x, y, width, height } = each.getBoundingClientRect(); return [x + width / 2, y + height / 2]; };
+      const middle = (each) => { const { x, y, width, height } = each.getBoundingClientRect(); return [x + width / 2,
+        y + height / 2]; };
       const [left, top] = middle(event.target);
       const away = (sign) => found.filter((each) => sign * (middle(each)[1] - top) > 4).sort((a, b) => {
         const [[ax, ay], [bx, by]] = [middle(a), middle(b)];
@@ -112,21 +113,6 @@ const Shell = (() => {
   /* From little to much: darker on white, and lighter on black. */
   const ramp = () => Array.from({ length: 10 }, (_, step) => colour(`ramp-${step}`));
 
-  /* The ramp's colour at a share in [0, 1], as three numbers. */
-  function rampColour(share) {
-    const shades = ramp();
-    const place = Math.min(Math.max(share, 0), 1) * (shades.length - 1);
-    const below = Math.min(Math.floor(place), shades.length - 2);
-    const [low, high] = [shades[below], shades[below + 1]].map((shade) => shade.match(/\d+/g).map(Number));
-    return low.map((value, index) => Math.round(value + (high[index] - value) * (place - below)));
-  }
-
-  /* Black or white, whichever reads better on a colour (WCAG's relative luminance). */
-  function inkOn(rgb) {
-    const linear = rgb.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 ? '#000000' : '#ffffff';
-  }
-
   const whole = new Intl.NumberFormat('en');
   const count = (value) => whole.format(value);
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
@@ -138,7 +124,8 @@ const Shell = (() => {
 
   /* A table; a cell is text, or { words } for text that is not a number, or { mark: [before, marked, after] }. */
   function table(title, headings, rows) {
-    const head = headings.map((name) => element('th', { scope: 'col', class: name.words !== undefined && 'words' }, name.words ?? name));
+    const head = headings.map((name) => element('th', { scope: 'col', class: name.words !== undefined && 'words' },
+      name.words ?? name));
     const body = rows.map((row) => element('tr', {}, ...row.map((value, index) => cell(value, index === 0))));
     return element('table', {}, captionOf(title), element('thead', {}, element('tr', {}, ...head)),
       element('tbody', {}, ...body));
@@ -147,7 +134,8 @@ const Shell = (() => {
   function cell(value, first) {
     if (value !== null && typeof value === 'object') {
       const [before, marked, after] = value.mark ?? [value.words, '', ''];
-      return element('td', { class: 'words', dir: 'auto' }, before, ...(marked ? [element('mark', {}, marked)] : []), after);
+      return element('td', { class: 'words', dir: 'auto' }, before, ...(marked ? [element('mark', {}, marked)] : []),
+        after);
     }
     return first ? element('th', { scope: 'row' }, String(value)) : element('td', {}, String(value));
   }
@@ -211,7 +199,8 @@ const Shell = (() => {
     }
 
     walk(event) {
-      const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Enter: [0, 0] }[event.key];
+      const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
+        Enter: [0, 0] }[event.key];
       if (!step || !this.chart || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();
       const found = this.items();
@@ -229,7 +218,6 @@ const Shell = (() => {
       for (const type of ['highlight', 'showTip']) this.chart.dispatchAction({ type, seriesIndex, dataIndex });
       const { formatter } = this.chart.getOption().tooltip?.[0] ?? {};
       this.told.textContent = typeof formatter === 'function' ? formatter(this.item) : String(this.item.value);
-      this.onWalk?.(this.item);
     }
 
     leave() {
@@ -273,7 +261,8 @@ const Shell = (() => {
   function axis(settings) {
     const line = { lineStyle: { color: colour('line') } };
     return { axisLine: line, axisTick: line, splitLine: { show: false }, ...settings,
-      axisLabel: { color: colour('quiet'), ...settings.axisLabel }, nameTextStyle: { color: colour('quiet') } };
+      axisLabel: { color: colour('quiet'), ...settings.axisLabel },
+      nameTextStyle: { color: colour('quiet'), ...settings.nameTextStyle } };
   }
 
   function tooltip(formatter, settings = {}) {
@@ -309,6 +298,6 @@ const Shell = (() => {
     listeners.clear();
   }
 
-  return { data, state, unpack, element, breakable, choice, rove, captionOf, colour, ramp, rampColour, inkOn,
+  return { data, state, unpack, element, breakable, choice, rove, captionOf, colour, ramp,
     count, percent, table, scrollBox, Picture, axis, tooltip, onTheme, clearPictures };
 })();
