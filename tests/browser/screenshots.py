@@ -31,18 +31,12 @@ In 1874 a mill was built at the second bend, and for forty years it ground all t
 stopped," wrote the miller's daughter, "not even on the day the bridge fell."
 
 Today the mill is a museum. Children push the great wheel by hand, and the café is open from May to September."""
-CODE = """def read_rows(path):
-    with open(path) as file:
-        for line in file:
-            yield [float(value) for value in line.split(",")]
-"""
 RESULTS = Path(__file__).parents[2] / "results"
 PAGES = ("report", "inspector")
 # Widths, and how much of a page is kept, in CSS pixels: as far as the first picture of its data.
-HEIGHTS = {360: 2100, 390: 1900, 800: 1480, 1440: 1500, 1600: 1350}
-WIDTHS = {"report": (390, 800, 1440), "inspector": (360, 800, 1600)}
+HEIGHTS = {390: 1900, 800: 1480, 1440: 1500}
 THEMES = ("light", "dark")
-MAX_BYTES = 120 * 1024
+MAX_BYTES = 128 * 1024
 
 
 def write_report(folder: Path, results: Sequence[Path], by: Sequence[str]) -> Path:
@@ -59,7 +53,8 @@ def write_inspectors(folder: Path, model: str | None) -> tuple[Path, Path]:
     else:
         loaded = load_inspected_model(model, "float32", "off")
         inspector = Inspector(loaded, load_tokenizer(model), name=Path(model).resolve().name)
-    runs = [inspector.run(NamedText(name, text)) for name, text in (("mill.txt", STORY), ("rows.py", CODE))]
+    texts = {"mill.txt": STORY, "road.txt": STORY.replace("river", "road").replace("wheat", "gold")}
+    runs = [inspector.run(NamedText(name, text)) for name, text in texts.items()]
     pages = folder / "inspector.html", folder / "two_texts.html"
     for page, shown in zip(pages, (runs[:1], runs), strict=True):
         page.write_text(inspector_page(inspector_data(shown)), encoding="utf-8")
@@ -105,10 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             take(browser, pages["report"], given.folder / "report.png", 960, "light", 600)
         if "inspector" in wanted:
             pages["inspector"], two_texts = write_inspectors(Path(folder), given.model)
-            take(browser, two_texts, given.folder / "inspector_two_texts.png", 1600, "light")
-        for (name, page), theme in product(pages.items(), THEMES):
-            for width in WIDTHS[name]:
-                take(browser, page, given.folder / f"{name}_{width}_{theme}.png", width, theme)
+            take(browser, two_texts, given.folder / "inspector_two_texts.png", 1440, "light", 1200)
+            # What the README shows.
+            take(browser, pages["inspector"], given.folder / "inspector.png", 1000, "light", 600)
+        for (name, page), width, theme in product(pages.items(), HEIGHTS, THEMES):
+            take(browser, page, given.folder / f"{name}_{width}_{theme}.png", width, theme)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,14 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def runs_of(page: Path) -> list[dict[str, Any]]:
+def data_of(page: Path) -> dict[str, Any]:
     found = re.search(r'id="page-data">(.*?)</script>', page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert found is not None
-    return json.loads(found[1])["runs"]
+    return json.loads(found[1])
+
+
+def runs_of(page: Path) -> list[dict[str, Any]]:
+    return data_of(page)["runs"]
 
 
 def test_a_page_of_a_text(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -69,8 +73,8 @@ def test_two_texts(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp
     assert run("inspect", sparse_folder, *flags).exit_code == 0
     shown = runs_of(tmp_path / "page.html")
     assert [one["text"] for one in shown] == ["text.txt", "other.txt"]
-    assert shown[0]["reference"] == shown[1]["reference"]
-    assert shown[0]["reference"]["text"] == "other.txt"
+    assert [one["reference"] for one in shown] == [0, 0]
+    assert [one["text"] for one in data_of(tmp_path / "page.html")["references"]] == ["other.txt"]
 
 
 def test_two_models(run: Callable[..., Any], sparse_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -79,7 +83,10 @@ def test_two_models(run: Callable[..., Any], sparse_folder: Path, text: Path, tm
     result = run("inspect", sparse_folder, "--text", text, "--compare-model", second, "--html", page)
     assert result.exit_code == 0, result.output
     shown = runs_of(page)
-    assert [one["model"] for one in shown] == [str(sparse_folder), str(second)]
+    assert [one["model"] for one in shown] == ["sparse", "second"]
+    alike = save_sparse_model(tmp_path / "other" / "sparse", seed=1)
+    assert run("inspect", sparse_folder, "--text", text, "--compare-model", alike, "--html", page).exit_code == 0
+    assert [one["model"] for one in runs_of(page)] == [str(sparse_folder), str(alike)]
     assert shown[0]["ids"] == shown[1]["ids"]
     assert shown[0]["active"] != shown[1]["active"]
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lte.eval.text_tokens import encode_text
+from lte.eval.text_tokens import encode_text, readable_entries
 from lte.hf.dense import load_tokenizer
 from tests.cli.conftest import save_tiny_model
 
@@ -47,6 +47,20 @@ def test_special_tokens_and_the_spaces_between_words(with_marks: Any) -> None:
     tokens = encode_text(with_marks, "river  castle town", 10)
     assert tokens.texts == ["", "river", "  castle", " town", ""]
     assert tokens.entries == ["[CLS]", "river", "[UNK]", "town", "[SEP]"]
+    assert tokens.special == [True, False, True, False, True]
+
+
+def test_a_special_token_that_a_text_holds_in_writing_is_one(with_marks: Any) -> None:
+    tokens = encode_text(with_marks, "river [SEP] town", 10)
+    assert [text for text, special in zip(tokens.texts, tokens.special, strict=True) if special] == ["", " [SEP]", ""]
+
+
+def test_entries_are_text_or_bytes_and_never_an_alphabet_of_bytes(byte_level: Any) -> None:
+    ids = byte_level("a \n😀", add_special_tokens=False)["input_ids"]
+    assert readable_entries(byte_level, ids) == ["a", " ", "\n", "byte F0", "byte 9F", "byte 98", "byte 80"]
+    pieces = Tokenizer(models.WordLevel({"[UNK]": 0, "\u2581the": 1, "<0xF0>": 2, "##ing": 3}, "[UNK]"))
+    found = readable_entries(PreTrainedTokenizerFast(tokenizer_object=pieces), [1, 2, 3])
+    assert found == [" the", "byte F0", "##ing"]
 
 
 def test_a_long_text_is_cut_before_what_closes_it(with_marks: Any) -> None:

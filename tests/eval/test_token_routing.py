@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 import lte
+import lte.eval.inference
 from lte.eval.flops import count_linear_weights, flops_per_token
+from lte.eval.next_tokens import next_tokens
 from lte.eval.sparsity import measure_sparsity
-from lte.eval.token_routing import TokenRouting, record_routing, routed_part, strongest_tokens, text_cost
+from lte.eval.token_routing import (
+    TokenRouting,
+    counts_at,
+    record_routing,
+    record_text,
+    routed_part,
+    selectivity,
+    strongest_tokens,
+    text_cost,
+)
 from tests.tiny_models import EXPERT_SIZE, LAYERS, NEURONS, VOCAB, tiny_dense_model, tiny_sparse_model
 
 EXPERTS = NEURONS // EXPERT_SIZE
@@ -112,6 +123,53 @@ class TestStrongestTokens:
     def test_other_tokens_than_those_routed(self) -> None:
         with pytest.raises(ValueError, match="token_ids must be the 4 tokens of the routing, got 3"):
             strongest_tokens(routing_of(self.LOGITS), self.IDS[:3])
+
+
+def test_selectivity_by_hand() -> None:
+    # Tokens 7 7 8 8 9: an expert for 7 alone, one of half the places of each, one always on, one never, one for 9.
+    on = np.array([[1, 1, 0, 0, 1], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
+    found = selectivity(routing_of(np.where(on.T, 1.0, -1.0)[None]), [7, 7, 8, 8, 9])[0]
+    # The first: p = 2/4 of the tokens that occur twice, q = 1; the token that occurs once says nothing.
+    assert found[:3].tolist() == pytest.approx([0.5, 0, 0])
+    assert np.isnan(found[3:]).all()
+
+
+def test_counts_at_other_thresholds_are_those_of_the_scores() -> None:
+    model, ids = tiny_sparse_model(), row_of(9)
+    routing = record_routing(model, ids)
+    found = counts_at(routing, np.array([routing.threshold_logit, 0.3, 1e9]))
+    np.testing.assert_array_equal(found[0], routing.active_experts.sum(0))
+    np.testing.assert_array_equal(found[1], (routing.logits > 0.3).sum((0, 2)))
+    assert not found[2].any()
+
+
+def test_surprise_and_entropy_are_those_of_the_models_own_logits(model_type: str) -> None:
+    model, ids = tiny_sparse_model(model_type), row_of(9)
+    routing, predictions = record_text(model, ids)
+    np.testing.assert_array_equal(routing.packed, record_routing(model, ids).packed)
+    if "bert" in model_type or model_type.startswith(("electra", "t5")):
+        assert predictions is None
+        return
+    assert predictions is not None
+    with torch.no_grad(), lte.eval.inference.hard_inference(model):
+        chances = model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
+    bits = -chances.log2()
+    assert np.isnan(predictions.surprise[0])
+    expected = [bits[place, token].item() for place, token in enumerate(ids[1:])]
+    np.testing.assert_allclose(predictions.surprise[1:], expected, rtol=1e-4)
+    np.testing.assert_allclose(predictions.entropy, (chances * bits).sum(-1), rtol=1e-4)
+    best = chances.topk(5)
+    np.testing.assert_array_equal(predictions.likeliest, best.indices)
+    np.testing.assert_allclose(predictions.probabilities, best.values, rtol=1e-4)
+
+
+def test_logits_that_are_no_numbers() -> None:
+    with pytest.raises(ValueError, match="logits must be numbers, got NaN or infinity"):
+        next_tokens(torch.full((3, 8), float("nan")), [1, 2, 3])
+    # A vocabulary entry that is ruled out is none of them.
+    logits = torch.zeros(2, 4)
+    logits[:, 3] = -float("inf")
+    assert next_tokens(logits, [1, 2]).entropy.tolist() == pytest.approx([np.log2(3)] * 2)
 
 
 def test_costs_by_hand() -> None:

@@ -51,14 +51,30 @@ def large_run(run: dict[str, Any], tokens: int = 2000, layers: int = 30, experts
     active = random.random((layers, tokens, experts)) < use
     ids = random.zipf(1.3, tokens) % 49_000
     words = [f" wörd{identifier}" for identifier in ids]
-    text = {"ids": ids.tolist(), "tokens": words, "entries": words, "total_tokens": tokens}
+    text = {"ids": ids.tolist(), "tokens": words, "entries": {}, "special": [], "total_tokens": tokens}
     shape = (layers, experts, run["reference"]["strongest"])
     reference = run["reference"] | {
         "tokens": text,
-        "use": pack_base64(use.astype("<f4").tobytes()),
-        "positions": pack_base64(random.integers(tokens, size=shape).astype("<i4").tobytes()),
-        "scores": pack_base64(random.random(shape).astype("<f4").tobytes()),
-        "switched_on": pack_base64(random.integers(1, 5, shape).astype("<i4").tobytes()),
+        "use": _packed(use, "<f4"),
+        "selectivity": _packed(random.random((layers, experts)), "<f4"),
+        "positions": _packed(random.integers(tokens, size=shape), "<i4"),
+        "scores": _packed(random.random(shape), "<f4"),
+        "switched_on": _packed(random.integers(1, 5, shape), "<i4"),
     }
+    following = {
+        "surprise": _packed(random.gamma(2, 3, tokens), "<f4"),
+        "entropy": _packed(random.gamma(2, 2, tokens), "<f4"),
+        "words": words,
+        "likeliest": _packed(random.integers(tokens, size=(tokens, 5)), "<i4"),
+        "probabilities": _packed(random.random((tokens, 5)) / 5, "<f4"),
+    }
+    steps = np.linspace(0.05, 0.95, 20)
+    counts = (layers * experts * (1 - steps[:, None]) * random.uniform(0.8, 1, tokens)).astype(int)
+    what_if = {"thresholds": steps.tolist(), "own": 10, "counts": _packed(counts, "<u2")}
     packed = pack_base64(np.packbits(active, axis=-1).tobytes())
-    return {**run, **text, "layers": layers, "experts": experts, "active": packed, "reference": reference}
+    shown = {"layers": layers, "experts": experts, "active": packed, "reference": reference}
+    return {**run, **text, **shown, "next": following, "what_if": what_if}
+
+
+def _packed(values: np.ndarray, dtype: str) -> str:
+    return pack_base64(values.astype(dtype).tobytes())

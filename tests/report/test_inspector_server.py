@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lte.report import inspector_server
-from lte.report.inspector import Inspector, NamedText
+from lte.report.inspector import Inspector, NamedText, inspector_data
 from lte.report.inspector_server import ADDRESS, MAX_BODY_BYTES, InspectorServer
 from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, sparse_model
 
@@ -65,9 +65,35 @@ def test_the_page_and_its_headers(server: InspectorServer) -> None:
 def test_a_text_comes_back_as_the_data_of_the_page(server: InspectorServer, inspector: Inspector) -> None:
     status, answer = post(server, {"text": NASTY})
     assert status == 200
-    assert answer["runs"] == [inspector.run(NamedText("your text", NASTY))]
+    assert answer == inspector_data([inspector.run(NamedText("your text", NASTY))], served=True)
     status, answer = post(server, {"text": PLAIN, "compare": NASTY})
     assert [run["text"] for run in answer["runs"]] == ["your text", "your second text"]
+
+
+def test_a_text_is_continued_line_by_line(server: InspectorServer, inspector: Inspector) -> None:
+    body = json.dumps({"text": "while"}).encode()
+    response, answer = ask(server, "POST", "/generate", body, **{"Content_Type": "application/json"})
+    assert (response.status, response.headers["Content-Type"]) == (200, "application/x-ndjson")
+    *tokens, last = map(json.loads, answer.splitlines())
+    expected = list(inspector.generate(NamedText("t", "while")))
+    assert tokens == [{name: token[name] for name in ("entry", "share")} for token in expected]
+    (run,) = last["runs"]
+    assert run["text"] == "your text, continued"
+    assert "".join(run["tokens"]).startswith("while")
+    # Once more: the model is free again, and as it was.
+    assert post(server, {"text": "while"})[0] == 200
+    response, answer = ask(server, "POST", "/generate", b'{"text": ""}', **{"Content_Type": "application/json"})
+    assert (response.status, json.loads(answer)["error"][:37]) == (400, "text must hold at least one token, go")
+
+
+def test_a_client_that_leaves_while_the_model_writes_frees_it(server: InspectorServer) -> None:
+    body = b'{"text": "while"}'
+    with socket.create_connection((ADDRESS, server.server_port)) as client:
+        client.sendall(head(server, len(body)).replace(b"/inspect", b"/generate") + body)
+        assert client.recv(100)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    assert post(server, {"text": "a"})[0] == 200
+    assert not server.busy.locked()
 
 
 def test_it_listens_on_the_loopback_address_alone(server: InspectorServer) -> None:
@@ -203,7 +229,9 @@ def test_whatever_json_comes_is_answered_in_json(server: InspectorServer, conten
     start, _, answer = send(server, head(server, len(body)) + body).partition(b"\r\n\r\n")
     status = int(start.split()[1])
     assert status in (200, 400), (content, start)
-    assert set(json.loads(answer)) == ({"error"} if status == 400 else {"runs", "served", "max_tokens"})
+    assert set(json.loads(answer)) == (
+        {"error"} if status == 400 else {"runs", "references", "pairs", "served", "max_tokens"}
+    )
 
 
 def test_clients_that_go_away_or_send_too_little(

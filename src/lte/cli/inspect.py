@@ -28,7 +28,7 @@ class TextConfig:
         port: Port of --serve; 0 takes a free one.
         compare_text: File with a second text to show beside the first.
         compare_model: Folder with a second LTE model to show the text on, beside the first.
-        reference: File with the text whose tokens show what an expert is for; by default the text itself.
+        reference: File with the text whose tokens show what an expert is for and what is usual; unset: a bundled one.
         max_tokens: Tokens of a text at most; the rest is left out.
         dtype: Of the weights, float32, bfloat16 or float16.
         kernels: What computes the FFNs, auto, off or int8, as for `lte generate`.

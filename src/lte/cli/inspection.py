@@ -98,9 +98,10 @@ def write_inspector(model: str, method: str, config: TextConfig) -> None:
         texts.append(read_text(config.compare_text, "--compare-text"))
     if config.compare_model is not None:
         check_method(config.compare_model, describe(config.compare_model)["method"])
-    recorded = _record(model, texts, config)
-    if config.compare_model is not None:
-        recorded += _record(config.compare_model, texts, config)
+    models = [model] if config.compare_model is None else [model, config.compare_model]
+    recorded = [
+        run for each, name in zip(models, _names(models), strict=True) for run in _record(each, name, texts, config)
+    ]
     path = Path(config.html).expanduser()
     write_text_atomic(path, inspector_page(inspector_data(recorded)))
     for run in recorded:
@@ -108,18 +109,22 @@ def write_inspector(model: str, method: str, config: TextConfig) -> None:
     typer.echo(f"Wrote {path}; open it in a browser.")
 
 
-def _record(model: str, texts: list[NamedText], config: TextConfig) -> list[dict[str, Any]]:
-    inspector = _inspector(model, config)
+def _record(model: str, name: str, texts: list[NamedText], config: TextConfig) -> list[dict[str, Any]]:
+    inspector = _inspector(model, name, config)
     return [inspector.run(text) for text in texts]
 
 
-def _inspector(model: str, config: TextConfig) -> Inspector:
+def _inspector(model: str, name: str, config: TextConfig) -> Inspector:
     reference = None if config.reference is None else read_text(config.reference, "--reference")
     loaded = load_inspected_model(model, config.dtype, config.kernels)
-    # The name alone: a page that is passed on need not tell where the folder was.
-    folder = Path(model).expanduser()
-    name = folder.resolve().name if folder.exists() and config.compare_model is None else model
     return Inspector(loaded, load_tokenizer(model), name, config.max_tokens, reference)
+
+
+def _names(models: list[str]) -> list[str]:
+    """The names of folders alone: a page that is passed on need not tell where they were, unless two are alike."""
+    paths = [Path(model).expanduser() for model in models]
+    names = [path.resolve().name if path.exists() else model for path, model in zip(paths, models, strict=True)]
+    return names if len(set(names)) == len(set(models)) else models
 
 
 def _tell(run: Mapping[str, Any]) -> None:
@@ -135,7 +140,7 @@ def serve_inspector(model: str, method: str, config: TextConfig) -> None:
     check_method(model, method)
     given = [(config.text, "--text"), (config.compare_text, "--compare-text")]
     texts = [read_text(path, flag) for path, flag in given if path is not None]
-    inspector = _inspector(model, config)
+    inspector = _inspector(model, _names([model])[0], config)
     runs = [inspector.run(text) for text in texts]
     for run in runs:
         _tell(run)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# GPT-2's alphabet, in which byte-level vocabularies write bytes.
+_BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}
 
 
 @dataclass(frozen=True)
@@ -14,13 +20,15 @@ class TextTokens:
         ids: token ids, [T].
         texts: the stretch of the text that each token stands for, white space before it included, [T]. It is empty for
             a special token, and for all but the first token of a character that takes several.
-        entries: the vocabulary entry of each token, [T].
+        entries: the vocabulary entry of each token in words, see `readable_entries`, [T].
+        special: whether a token is a special one, which a text can also hold in writing, [T].
         total: how many tokens the whole text has.
     """
 
     ids: list[int]
     texts: list[str]
     entries: list[str]
+    special: list[bool]
     total: int
 
     def __len__(self) -> int:
@@ -58,7 +66,38 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int) -> TextTokens:
         texts = _stretches(text, encoded["offset_mapping"])
     else:
         texts = [tokenizer.decode([token]) for token in ids]
-    return TextTokens(ids, texts, [str(entry) for entry in tokenizer.convert_ids_to_tokens(ids)], total)
+    marked = special_ids(tokenizer)
+    return TextTokens(ids, texts, readable_entries(tokenizer, ids), [token in marked for token in ids], total)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of all special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {token for token, entry in added.items() if entry.special}
+
+
+def readable_entries(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The vocabulary entries of tokens as one would read them: text, or `byte F0 9F` for a part of a character."""
+    entries = [str(entry) for entry in tokenizer.convert_ids_to_tokens(list(ids))]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in f"{backend.pre_tokenizer}{backend.decoder}"
+    special = special_ids(tokenizer)
+    return [
+        entry if token in special else _readable(entry, byte_level) for token, entry in zip(ids, entries, strict=True)
+    ]
+
+
+def _readable(entry: str, byte_level: bool) -> str:
+    if byte_level and all(sign in _BYTES for sign in entry):
+        raw = bytes(_BYTES[sign] for sign in entry)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return f"byte {raw.hex(' ').upper()}"
+    if len(entry) == 6 and entry.startswith("<0x"):
+        return f"byte {entry[3:5]}"
+    # SentencePiece's space.
+    return entry.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
 
 def _stretches(text: str, offsets: list[tuple[int, int]]) -> list[str]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lte.eval.flops import count_linear_weights
 from lte.eval.inference import hard_inference, model_device
+from lte.eval.next_tokens import NextTokens, next_tokens
+from lte.hf.families import family_of
 from lte.hf.inputs import check_tokens, unwrapped
 from lte.hf.install import require_sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
@@ -33,11 +35,13 @@ class TokenRouting:
         packed: bits of the active experts, the first expert in the highest bit, uint8 [L, T, ceil(E / 8)].
         logits: router logits, fp32 [L, T, E].
         expert_size: neurons of an expert.
+        threshold_logit: above which an expert is active.
     """
 
     packed: np.ndarray
     logits: np.ndarray
     expert_size: int
+    threshold_logit: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,6 +86,21 @@ def routed_part(model: Any) -> nn.Module:
     return inner.get_encoder() if inner.config.is_encoder_decoder else inner.base_model
 
 
+def predicts_next(model: Any) -> bool:
+    """Whether a model writes token by token and has the head for it."""
+    inner = unwrapped(model)
+    writes = next(iter(family_of(inner.config).models)) == "AutoModelForCausalLM"
+    return writes and inner.get_output_embeddings() is not None
+
+
+def record_text(model: Any, token_ids: Sequence[int]) -> tuple[TokenRouting, NextTokens | None]:
+    """As `record_routing`, and what the same pass predicts; `None` of a model that does not write token by token."""
+    if not predicts_next(model):
+        return record_routing(model, token_ids), None
+    routing, output = _record(model, token_ids, model)
+    return routing, next_tokens(output.logits[0], token_ids)
+
+
 def record_routing(model: Any, token_ids: Sequence[int]) -> TokenRouting:
     """Runs one text through an LTE model in hard mode, accelerated or plain as it is, and keeps its routing.
 
@@ -95,31 +114,35 @@ def record_routing(model: Any, token_ids: Sequence[int]) -> TokenRouting:
         ValueError: for a dense model, no tokens or some that the model does not have, or router logits that are not
             finite.
     """
+    require_sparse_ffns(model)
+    return _record(model, token_ids, routed_part(model))[0]
+
+
+def _record(model: Any, token_ids: Sequence[int], part: nn.Module) -> tuple[TokenRouting, Any]:
     if len(token_ids) == 0:
         raise ValueError("token_ids must hold at least one token, got none")
-    require_sparse_ffns(model)
-    part = routed_part(model)
-    check_tokens(model, torch.tensor([list(token_ids)]))
     ffns = list(require_sparse_ffns(part).values())
+    check_tokens(model, torch.tensor([list(token_ids)]))
     ids = torch.tensor([list(token_ids)], device=model_device(part))
     with recorded_logits(ffns), hard_inference(part):
-        part(input_ids=ids, use_cache=False)
-        recorded = [_layer_routing(ffn, len(token_ids)) for ffn in ffns]
-    packed, logits = (np.stack(layers) for layers in zip(*recorded, strict=True))
-    return TokenRouting(packed, logits, ffns[0].num_neurons // ffns[0].num_experts)
+        output = part(input_ids=ids, use_cache=False)
+        found = [_layer_routing(ffn, len(token_ids)) for ffn in ffns]
+    packed, logits = (np.stack(layers) for layers in zip(*found, strict=True))
+    size = ffns[0].num_neurons // ffns[0].num_experts
+    return TokenRouting(packed, logits, size, ffns[0].threshold_logit), output
 
 
 @contextmanager
 def recorded_logits(ffns: Sequence[SparseFfn]) -> Iterator[None]:
-    """Has sparse FFNs keep the router logits of their last call in a block."""
+    """Has FFNs keep the router logits of each pass in a block."""
     before = [ffn.record_logits for ffn in ffns]
     for ffn in ffns:
         ffn.record_logits, ffn.logits = True, None
     try:
         yield
     finally:
-        for ffn, recorded in zip(ffns, before, strict=True):
-            ffn.record_logits, ffn.logits = recorded, None
+        for ffn, did in zip(ffns, before, strict=True):
+            ffn.record_logits, ffn.logits = did, None
 
 
 def _layer_routing(ffn: SparseFfn, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,6 +212,41 @@ def _best_positions(logits: np.ndarray, order: np.ndarray, starts: np.ndarray) -
     """Where each distinct token has its highest logit, the first of equals, int [V, E]."""
     places = np.split(order, starts[1:])
     return np.stack([place[logits[place].argmax(0)] for place in places])
+
+
+def selectivity(routing: TokenRouting, token_ids: Sequence[int]) -> np.ndarray:
+    """How far the token alone tells that an expert is on: 1 - p / q, at least 0, float64 [L, E].
+
+    p is the share of tokens that activate it, q the chance that it is on at another place of a token at which it is on.
+    0 is an expert that does not care which token it is, near 1 one that is seldom on, and then for the same tokens.
+    Tokens that occur once say nothing of q; without any other it is not a number.
+
+    Args:
+        routing: of a text with L layers, T tokens, E experts.
+        token_ids: the text, [T].
+    """
+    _, kinds, counts = np.unique(np.asarray(token_ids), return_inverse=True, return_counts=True)
+    order, starts = np.argsort(kinds, kind="stable"), np.cumsum(counts) - counts
+    often = counts > 1
+    on = np.add.reduceat(routing.active[:, order].astype(np.float64), starts, axis=1)[:, often]
+    again = (on * (on - 1) / (counts[often, None] - 1)).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # p and q of the same tokens.
+        return np.clip(1 - on.sum(1) ** 2 / counts[often].sum() / again, 0, 1)
+
+
+def counts_at(routing: TokenRouting, thresholds: np.ndarray) -> np.ndarray:
+    """How many experts of all layers would be on for each token at other thresholds, with the scores as they are.
+
+    Args:
+        routing: of the text.
+        thresholds: as logits, [K].
+
+    Returns:
+        int64 [K, T].
+    """
+    ordered = np.sort(routing.logits.transpose(1, 0, 2).reshape(routing.shape[1], -1), axis=1)
+    return ordered.shape[1] - np.stack([np.searchsorted(row, thresholds, side="right") for row in ordered], axis=1)
 
 
 @dataclass(frozen=True)

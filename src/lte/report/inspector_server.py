@@ -13,9 +13,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from typing import Any
 
 from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
@@ -124,6 +125,16 @@ class InspectorServer(ThreadingHTTPServer):
         with self.busy:
             return inspector_data([self.inspector.run(text) for text in texts], served=True)
 
+    def generate(self, request: dict[str, str]) -> Generator[dict[str, Any]]:
+        """Each token that follows the request's text, and at last the page's data of both together."""
+        text = NamedText("your text, continued", request["text"])
+        with self.busy:
+            added = []
+            for token in self.inspector.generate(text):
+                added.append(token.pop("id"))
+                yield token
+            yield inspector_data([self.inspector.continued(text, added)], served=True)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: InspectorServer
@@ -190,15 +201,28 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
 
     def _record(self) -> None:
-        if self.path != "/inspect":
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "Texts go to /inspect.")
+        if self.path not in ("/inspect", "/generate"):
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "Texts go to /inspect or /generate.")
         origin = self.headers.get("Origin")
         if origin is not None and origin.removeprefix("http://") not in self.server.hosts():
             raise _RefusedError(HTTPStatus.FORBIDDEN, "Texts are taken from this server's own page alone.")
         # Forms of other pages cannot send this type without asking first.
         if self.headers.get_content_type() != "application/json":
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Texts must come as application/json.")
-        self._send_json(HTTPStatus.OK, self.server.record(_parse(self._body())))
+        request = _parse(self._body())
+        if self.path == "/inspect":
+            self._send_json(HTTPStatus.OK, self.server.record(request))
+        else:
+            self._send_lines(self.server.generate(request))
+
+    def _send_lines(self, lines: Generator[dict[str, Any]]) -> None:
+        """A line of JSON for each; closing the connection, on either side, is the end."""
+        with contextlib.closing(lines):
+            # What is wrong with the text comes out with the first.
+            first = next(lines)
+            self._send_head("application/x-ndjson")
+            for line in chain([first], lines):
+                self.wfile.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -231,11 +255,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, "application/json", json.dumps(content, allow_nan=False).encode())
 
     def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+        self._send_head(kind, status, {"Content-Length": str(len(content))})
+        self.wfile.write(content)
+
+    def _send_head(self, kind: str, status: HTTPStatus = HTTPStatus.OK, more: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+        for name, value in {**_HEADERS, "Content-Type": kind, **(more or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Leaves the terminal alone."""

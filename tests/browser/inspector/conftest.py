@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ from selenium.webdriver import Chrome
 from lte.report.inspector import Inspector, NamedText, inspector_data, inspector_page
 from lte.report.inspector_server import InspectorServer
 from tests.browser.inspector.page import open_page
-from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, sparse_model
+from tests.report.inspected import NASTY, PLAIN, byte_level_tokenizer, large_run, sparse_model
 
-# Enough that the map has to be moved.
-LONG = NASTY + PLAIN * 6
+# Hebrew and a mark that turns the direction, a special token in writing, and enough for columns of several tokens.
+LONG = NASTY + " \u05d0\u05d1\u05d2 \u202eabc\u202c </s>" + PLAIN * 3
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +32,25 @@ def run(inspector: Inspector) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def pages(run: dict[str, Any], inspector: Inspector, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of pages: `one` text; `two` texts; two `models` on one text."""
-    other = inspector.run(NamedText("other.txt", PLAIN))
+def other(inspector: Inspector) -> dict[str, Any]:
+    """Another text on the same model."""
+    return inspector.run(NamedText("other.txt", PLAIN))
+
+
+@pytest.fixture(scope="session")
+def pages(
+    run: dict[str, Any], other: dict[str, Any], inspector: Inspector, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Addresses of pages: `one` text; `two` texts; two `models` on one text; a `single` token; an `encoder`;
+    two models of other `shapes`."""
     second = Inspector(sparse_model(seed=1), inspector.tokenizer, "second").run(NamedText("text.txt", LONG))
+    encoder = Inspector(sparse_model("bert"), inspector.tokenizer, "encoder").run(NamedText("text.txt", PLAIN))
+    single = inspector.run(NamedText("a.txt", "a"))
     folder = tmp_path_factory.mktemp("pages")
     found = {}
-    for name, runs in {"one": [run], "two": [run, other], "models": [run, second]}.items():
+    shown = {"one": [run], "two": [run, other], "models": [run, second], "single": [single], "encoder": [encoder]}
+    shown["shapes"] = [run, large_run(run, 50, layers=3, experts=5)]
+    for name, runs in shown.items():
         path = folder / f"{name}.html"
         path.write_text(inspector_page(inspector_data(runs)), encoding="utf-8")
         found[name] = path.as_uri()
@@ -59,12 +70,6 @@ def serve(inspector: Inspector) -> Iterator[Callable[[], str]]:
         yield start
         server.shutdown()
         thread.join(10)
-
-
-@pytest.fixture
-def screenshots(tmp_path: Path) -> Path:
-    """Where screenshots go."""
-    return tmp_path / "screenshots"
 
 
 @pytest.fixture

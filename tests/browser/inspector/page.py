@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import numpy as np
 from selenium.webdriver import ActionChains, Chrome, Keys
@@ -13,9 +15,17 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.browser.chromium import settle
 
+# A little more than PAUSE_MS of the page.
+PAUSE_S = 0.12
+
+
+def unpack(text: str, dtype: str, *shape: int) -> np.ndarray:
+    """An array of the page's data."""
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape or -1)
+
 
 def active_of(run: dict[str, Any]) -> np.ndarray:
-    packed = np.frombuffer(base64.b64decode(run["active"]), "u1").reshape(run["layers"], len(run["ids"]), -1)
+    packed = unpack(run["active"], "u1", run["layers"], len(run["ids"]), -1)
     return np.unpackbits(packed, axis=-1, count=run["experts"]).astype(bool)
 
 
@@ -24,17 +34,29 @@ def find(place: Chrome | WebElement, selector: str) -> WebElement:
 
 
 def open_page(browser: Chrome, address: str) -> None:
-    """Opens a page and waits until it has drawn itself."""
+    """Opens a page, also one that differs in its # alone, and waits until it has drawn itself."""
+    browser.get("about:blank")
     browser.get(address)
-    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".run .plot canvas"))
+    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".side .plot canvas"))
+
+
+def state(browser: Chrome) -> dict[str, str]:
+    """What the address holds; it follows when no key was pressed for a moment."""
+    time.sleep(PAUSE_S)
+    return {name: found[0] for name, found in parse_qs(urlparse(browser.current_url).fragment).items()}
 
 
 def panel(browser: Chrome, heading: str) -> WebElement:
-    return browser.find_element(By.XPATH, f"//section[h3[starts-with(., '{heading}')]]")
+    return browser.find_element(By.XPATH, f"//section[h2[starts-with(., '{heading}')]]")
 
 
-def told(browser: Chrome, heading: str) -> str:
-    return find(panel(browser, heading), ".told").text
+def told(browser: Chrome) -> str:
+    """The sentence about the chosen token."""
+    return find(browser, ".side > .told").text
+
+
+def told_expert(browser: Chrome) -> str:
+    return find(browser, ".side section").text
 
 
 def press(browser: Chrome, *keys: str) -> None:
@@ -45,41 +67,53 @@ def press(browser: Chrome, *keys: str) -> None:
 def tab_to(browser: Chrome, wanted: WebElement) -> None:
     """Reaches an element by the Tab key alone."""
     browser.execute_script("document.activeElement.blur(); window.getSelection().removeAllRanges()")
-    for _ in range(60):
-        press(browser, Keys.TAB)
+    for _ in range(80):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
         if browser.switch_to.active_element == wanted:
+            settle(browser)
             return
     raise AssertionError(f"the Tab key does not reach {wanted.tag_name} {wanted.text[:40]}")
 
 
 def table_rows(box: WebElement) -> list[list[str]]:
-    """The table of a panel, opened; white space at the ends of cells is left out."""
-    rows = box.find_elements(By.CSS_SELECTOR, "tbody tr")
-    return [[cell.get_attribute("textContent").strip() for cell in row.find_elements(By.XPATH, "*")] for row in rows]
+    """The first table of a box; white space at the ends of cells is left out."""
+    rows = "[...arguments[0].querySelector('tbody').rows]"
+    cells = f"{rows}.map((row) => [...row.cells].map((cell) => cell.textContent.trim()))"
+    return box.parent.execute_script(f"return {cells}", box)
 
 
-def open_table(browser: Chrome, heading: str) -> list[list[str]]:
-    details = find(panel(browser, heading), "details")
+def open_table(box: WebElement) -> list[list[str]]:
+    """The table of the first picture in a box."""
+    details = find(box, "details")
     if details.get_attribute("open") is None:
-        find(details, "summary").click()
-        WebDriverWait(browser, 5).until(lambda _: details.find_elements(By.TAG_NAME, "td"))
+        box.parent.execute_script("arguments[0].open = true", details)
+        WebDriverWait(box.parent, 5).until(lambda _: details.find_elements(By.TAG_NAME, "td"))
     return table_rows(details)
 
 
-def pick(browser: Chrome, heading: str, x: float, y: float) -> None:
+def pick(browser: Chrome, box: WebElement, x: float, y: float, series: int = 0) -> None:
     """Clicks into a picture, at a place in its plot's coordinates of ECharts."""
-    plot = find(panel(browser, heading), ".plot")
-    script = (
-        "return echarts.getInstanceByDom(arguments[0]).convertToPixel({seriesIndex: 0}, [arguments[1], arguments[2]])"
-    )
-    left, top = browser.execute_script(script, plot, x, y)
+    plot = find(box, ".plot")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    settle(browser)
+    chart = "echarts.getInstanceByDom(arguments[0])"
+    script = f"return {chart}.convertToPixel({{seriesIndex: arguments[3]}}, [arguments[1], arguments[2]])"
+    left, top = browser.execute_script(script, plot, x, y, series)
     size = plot.size
     offset = (round(left - size["width"] / 2), round(top - size["height"] / 2))
     ActionChains(browser).move_to_element_with_offset(plot, *offset).click().perform()
     settle(browser)
 
 
-def choose_token(browser: Chrome, token: int) -> None:
-    browser.execute_script("arguments[0].click()", find(browser, f"#token-0-{token}"))
+def choose_token(browser: Chrome, token: int, run: int = 0) -> None:
+    browser.execute_script("arguments[0].click()", find(browser, f"#token-{run}-{token}"))
+    time.sleep(PAUSE_S)
     settle(browser)
+
+
+def tints(browser: Chrome, run: int = 0) -> list[tuple[float, bool]]:
+    """How strongly each token is coloured, in percent, and whether as less than the mean."""
+    spans = f"[...document.querySelectorAll('[id^=token-{run}-]')]"
+    tint = "parseFloat(span.style.getPropertyValue('--tint'))"
+    script = f"return {spans}.map((span) => [{tint}, span.classList.contains('less')])"
+    return [(tint, less) for tint, less in browser.execute_script(script)]

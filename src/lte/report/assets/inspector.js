@@ -1,146 +1,207 @@
 'use strict';
-/* The inspector: one column for each run, an overview over both, and on a served page a form for another text. */
+/* The inspector: the text of one run or two with a panel beside it, pictures of the whole below, and on a served page a
+   form for another text. */
 
 (() => {
   const { element, count, percent } = Shell;
-  const MARKS = [['on', 'solid', 'circle'], ['second', 'dashed', 'diamond']];
 
-  function titleOf(routing, index, several) {
-    return several ? `${'AB'[index]}: ${routing.text}, ${routing.model}` : `${routing.text}, ${routing.model}`;
+  const relative = (run, kind) => percent(sumOf(run.cost[kind]) / sumOf(run.cost[`dense_${kind}`]));
+
+  function sentence(run, index, state) {
+    const measured = run.measured === null ? '' : `, ${percent(run.measured)} measured when it was saved`;
+    const pass = run.reads_at_once ? 'an encoder reads all tokens in one go, so bytes hold for texts of one token; '
+      : '';
+    return element('p', { class: 'told' }, element('b', {}, `${nameOf(state, index)}${run.text} on ${run.model}`),
+      ` skips ${percent(run.sparsity)} of the FFN neurons per token (target ${percent(run.target, 0)}${measured}): ` +
+      `${relative(run, 'flops')} of the dense model’s FLOPs, ${relative(run, 'bytes')} of its bytes. `, element('span',
+        { class: 'quiet' },
+        `${count(run.length)} tokens; ${run.layers} layers, each with ${run.experts} experts of ${run.expert_size} ` +
+        `neurons; ` +
+        `${pass}${percent(run.union)} of the experts are used by some token.`));
   }
 
-  /* Lowest and highest values in all runs, so that a colour means the same in both columns. */
-  function scaleOf(routings) {
-    return { share: rangeOf(routings.flatMap((routing) => [...routing.shares])),
-      count: rangeOf(routings.flatMap((routing) => [...routing.counts])) };
-  }
-
-  function rangeOf(values) {
-    return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
-  }
-
-  function column(routing, index, scale, several) {
-    const choice = new Choice(routing);
-    const views = [new TokenText(routing, choice, scale, `token-${index}`), new LayerMap(routing, choice, scale),
-      new ExpertMap(routing, choice), new ExpertPanel(routing, choice), new Costs(routing)];
-    const heading = element('h2', {}, titleOf(routing, index, several));
-    const notes = routing.notes.map((note) => element('p', { class: 'note' }, note));
-    const box = element('section', { class: 'run', 'aria-label': titleOf(routing, index, several) }, heading, ...notes,
-      ...views.map((view) => view.box));
-    return { box, choice, show: () => views.forEach((view) => view.show?.()) };
-  }
-
-  const points = (share) => `${(100 * share).toFixed(2)} points`;
-
-  /* Name, value, its words, and the words of a difference. */
-  const ROWS = [
-    ['tokens', (routing) => routing.length, count, count],
-    ['layers x experts of neurons', (routing) => `${routing.layers} x ${routing.experts} of ${routing.expert_size}`, String],
-    ['FFN neurons used per token', (routing) => 1 - routing.sparsity, (share) => percent(share, 2), points],
-    ['least, most of a token', (routing) => rangeOf([...routing.shares]),
-      (shares) => shares.map((share) => percent(share)).join(', ')],
-    ['experts that some token uses', (routing) => routing.union, (share) => percent(share, 2), points],
-    ['FLOPs over dense', (routing) => sumOf(routing.cost.flops) / sumOf(routing.cost.dense_flops), (share) => percent(share, 2), points],
-    ['bytes over dense', (routing) => sumOf(routing.cost.bytes) / sumOf(routing.cost.dense_bytes), (share) => percent(share, 2), points],
-  ];
-
-  function overview(routings) {
-    const several = routings.length > 1;
-    const names = several ? routings.map((_, index) => 'AB'[index]) : ['this text'];
-    const rows = ROWS.map(([name, value, words, difference]) => {
-      const values = routings.map(value);
-      const change = several && difference ? values[1] - values[0] : null;
-      const told = change === null ? '' : `${change < 0 ? '−' : '+'}${difference(Math.abs(change))}`;
-      return [name, ...values.map(words), ...(several ? [told] : [])];
+  /* The text or both texts, what colours them, and the what-if slider. */
+  function textSection(state) {
+    const texts = state.routings.map((_, index) => new TokenText(index, state));
+    const names = Object.entries(COLOURINGS).filter(([, { offered }]) => offered?.(state) ?? true);
+    const select = element('select', {}, ...names.map(([value]) => element('option', { value })));
+    const legend = element('p', { class: 'legend' });
+    const slider = element('input', { type: 'range', min: '0',
+      max: String(state.routing.what_if.thresholds.length - 1), step: '1' });
+    const told = element('output', {});
+    const reset = element('button', { type: 'button' }, 'The model’s own');
+    function paint() {
+      const kind = colouring(state);
+      select.value = names.some(([value]) => value === state.colour) ? state.colour : 'share';
+      names.forEach(([, { name }], index) => { select.options[index].textContent = name(state); });
+      const { centre } = kind.scales[state.run];
+      const [least, most] = kind.ends;
+      legend.replaceChildren(`${least < centre ? 'less, ' : ''}${kind.words(least)}`, element('span',
+        { class: 'ramp' }), `${kind.words(most)}${most > centre && kind.mean !== 'off' ? ', more' : ''}`,
+        element('span', {}, `no colour: ` +
+          `${kind.mean ?? 'the mean'}${kind.centre && !centre ? '' : `, ${kind.words(centre)}`}`));
+      texts.forEach((text) => text.paint(kind));
+    }
+    function showStep() {
+      const { own } = state.routing.what_if;
+      const step = Math.min(state.step ?? own, state.routing.what_if.thresholds.length - 1);
+      slider.value = String(step);
+      reset.disabled = step === own;
+      told.textContent = state.routings.map((run, index) => {
+        const [share, { thresholds }] = [meanOf(run.shares(step)), run.what_if];
+        return `${nameOf(state, index)}threshold ${thresholds[Math.min(step, thresholds.length - 1)].toFixed(3)}` +
+          `${step === own ? ', the model’s own' : ''}: ${percent(share)} of the neurons, ` +
+          `${percent(run.work('flops', share))} of the FLOPs, ${percent(run.work('bytes', share))} of the bytes`;
+      }).join('; ');
+      slider.setAttribute('aria-valuetext', told.textContent);
+    }
+    select.addEventListener('change', () => state.set({ colour: select.value }));
+    slider.addEventListener('input', () => {
+      const step = Number(slider.value);
+      state.set({ step: step === state.routing.what_if.own ? null : step });
     });
-    const layers = Array.from({ length: Math.max(...routings.map((routing) => routing.layers)) }, (_, layer) => layer);
-    const picture = new Shell.Picture({
-      label: 'Lines of the share of experts that are on, by layer',
-      caption: 'Each point is a layer, from the first on the left to the last on the right, and its height the share of ' +
-        'the experts of that layer that a token switches on, mean over the text.',
-      height: () => 220,
-      options: () => layerLines(routings, names, layers),
-      rows: () => ['Share of experts on by layer', ['layer', ...names], layers.map((layer) => [layer,
-        ...routings.map((routing) => (layer < routing.layers ? percent(routing.layerShare(layer)) : ''))])],
-    });
-    const heading = element('h2', { class: 'first' }, several ? 'A and B at a glance' : 'At a glance');
-    const box = element('section', { class: 'panel overview', 'aria-label': 'Overview' }, heading,
-      Shell.scrollBox('Key numbers', Shell.table(several ? 'Key numbers, and B less A' : 'Key numbers',
-        ['', ...names, ...(several ? ['difference'] : [])], rows)), picture.box);
-    return { box, picture };
+    reset.addEventListener('click', () => state.set({ step: null }));
+    state.onChange(['colour', 'step'], paint);
+    state.onChange(['layer', 'expert'], (changed) => { if (changed.includes(state.colour) ||
+      state.colour === 'expert') paint(); });
+    state.onChange(['step', 'run'], showStep);
+    const columns = texts.map(({ text, routing }, index) => element('div', {},
+      ...(texts.length > 1 ? [element('h3', {}, `${nameOf(state, index)}${routing.text}, ${routing.model}`)] : []),
+        text));
+    const explained = element('p', { class: 'caption' },
+      'Every piece is a token, the unit in which the model reads. Its feed-forward neurons ' +
+      'are grouped into experts, and a router switches on for each token those it needs. Choose a token with a ' +
+      'click or the arrow keys.');
+    const box = element('section', { class: 'panel text', 'aria-label': 'The text, token by token' },
+      element('div', { class: 'controls' }, element('label', {}, 'Colour by ', select), legend),
+      element('div', { class: `columns ${texts.length > 1 ? 'two' : ''}` }, ...columns), explained,
+      element('div', { class: 'controls' }, element('label', { class: 'wide' }, 'What if the threshold were ', slider),
+        reset),
+      element('p', { class: 'quiet' }, told,
+        '. What another threshold costs is computed from the scores of this pass; what it would do to the ' +
+        'quality is not known until it is measured.'));
+    return { box, show: () => { paint(); showStep(); texts.forEach((text) => text.select()); } };
   }
 
-  function layerLines(routings, names, layers) {
-    return {
-      legend: { show: routings.length > 1, top: 0, textStyle: { color: Shell.colour('ink') } },
-      grid: { left: LEFT, right: 16, top: 30, bottom: 44 },
-      tooltip: Shell.tooltip(({ seriesName, dataIndex, value }) => `${seriesName}, layer ${dataIndex}: ${percent(value)}`),
-      xAxis: Shell.axis({ type: 'category', data: layers.map(String), name: 'layer', nameLocation: 'middle', nameGap: 28 }),
-      yAxis: Shell.axis({ type: 'value', min: 0, max: 1, axisLabel: { formatter: (value) => percent(value, 0) } }),
-      series: routings.map((routing, index) => {
-        const [shade, dash, symbol] = MARKS[index];
-        return { type: 'line', name: names[index], symbol, symbolSize: 7, showAllSymbol: true, lineStyle: { type: dash, width: 2 },
-          color: Shell.colour(shade), data: Array.from({ length: routing.layers }, (_, layer) => routing.layerShare(layer)) };
-      }),
-    };
+  /* Pictures under a heading, where there are two with one for each run. */
+  function pictureSection(state, title, ...pictures) {
+    const boxes = pictures.flatMap(({ box }, run) => (pictures.length > 1 ? [element('h3', {},
+      `${nameOf(state, run)}${state.routings[run].text}, ` +
+      state.routings[run].model)] : []).concat(box));
+    return element('section', { class: 'panel' }, element('h2', { class: 'first' }, title), ...boxes);
   }
 
-  function show({ runs }) {
+  function show({ runs, references, pairs }) {
     Shell.clearPictures();
-    const routings = runs.map((run) => new Routing(run));
-    const several = routings.length > 1;
-    const top = document.getElementById('overview');
-    const place = document.getElementById('runs');
-    place.className = several ? 'columns two' : 'columns one';
-    if (!routings.length) {
-      top.replaceChildren();
-      place.replaceChildren();
+    const page = document.getElementById('page');
+    if (!runs.length) {
+      page.replaceChildren();
       return;
     }
-    const scale = scaleOf(routings);
-    const columns = routings.map((routing, index) => column(routing, index, scale, several));
-    const summary = overview(routings);
-    top.replaceChildren(summary.box);
-    place.replaceChildren(...columns.map(({ box }) => box));
-    columns.forEach((each) => each.show());
-    if (several) link(routings, columns.map(({ choice }) => choice));
+    const known = references.map((reference, index) => new Reference(reference,
+      runs.find((run) => run.reference === index).experts));
+    const routings = runs.map((run) => new Routing(run, known[run.reference]));
+    const state = new State(routings, pairs);
+    const text = textSection(state);
+    const panel = new TokenPanel(state);
+    const atlas = new Atlas(state);
+    const each = (picture) => routings.map((_, run) => picture(state, run));
+    const sections = [
+      state.partners[0].some((partner) => partner >= 0) && runs.length > 1 && pictureSection(state, 'The difference',
+        differenceBars(state)),
+      pictureSection(state, 'The whole text, layer by layer', ...each(layerMap)),
+      routings.every(({ next }) => next) && routings.some(({ length }) => length > 2) && pictureSection(state,
+        'Does it spend more where it is less sure?', whyScatter(state)),
+      atlas.box,
+      pictureSection(state, 'What other thresholds would cost', ...each(whatIfCurve)),
+    ].filter(Boolean);
+    const notes = routings.flatMap((routing, index) => routing.notes.map((note) => element('p', { class: 'note' },
+      `${nameOf(state, index)}${note}`)));
+    page.replaceChildren(...routings.map((run, index) => sentence(run, index, state)), ...notes,
+      element('div', { class: 'inspector' }, text.box, panel.box, element('div', { class: 'rest' }, ...sections)));
+    [text, panel, atlas].forEach((part) => part.show());
   }
 
-  /* Where both runs read the same tokens, a token that is chosen in one is chosen in the other. */
-  function link(routings, [first, second]) {
-    const [one, other] = routings.map((routing) => routing.ids);
-    if (one.length !== other.length || one.some((id, index) => id !== other[index])) return;
-    first.onChange(['token'], () => second.set({ token: first.token }));
-    second.onChange(['token'], () => first.set({ token: second.token }));
-  }
-
-  async function ask(event) {
-    event.preventDefault();
-    const [text, compare, state, problem] = ['text', 'compare', 'state', 'problem'].map((name) => document.getElementById(`ask-${name}`));
-    const button = event.target.querySelector('button');
-    problem.hidden = true;
-    button.disabled = true;
-    state.textContent = 'The model is reading…';
-    try {
-      const answer = await fetch('inspect', { method: 'POST', headers: { 'Content-Type': 'application/json' },
-        body: JSON.stringify({ text: text.value, compare: compare.value }) });
-      const found = await answer.json();
-      if (!answer.ok) throw new Error(found.error);
-      show(found);
-      state.textContent = 'Done; the pictures are below.';
-    } catch (error) {
-      problem.textContent = error.message;
-      problem.hidden = false;
-      state.textContent = '';
-    } finally {
-      button.disabled = false;
+  /* The form of a served page. What is typed outlives a reload; Ctrl+Enter sends it. */
+  function serve(form) {
+    const [text, compare, status, problem] = ['text', 'compare', 'state',
+      'problem'].map((name) => document.getElementById(`ask-${name}`));
+    const [inspect, generate, stop] = ['inspect', 'generate',
+      'stop'].map((name) => document.getElementById(`ask-${name}`));
+    const live = document.getElementById('ask-live');
+    for (const field of [text, compare]) {
+      field.value = sessionStorage.getItem(field.id) ?? '';
+      field.addEventListener('input', () => sessionStorage.setItem(field.id, field.value));
     }
+    let control = null;
+
+    async function post(path, read) {
+      control = new AbortController();
+      problem.hidden = true;
+      [inspect.disabled, generate.disabled, stop.hidden] = [true, true, path !== 'generate'];
+      status.textContent = 'The model is reading…';
+      try {
+        const answer = await fetch(path, { method: 'POST', headers: { 'Content-Type': 'application/json' },
+          signal: control.signal,
+          body: JSON.stringify({ text: text.value, compare: compare.value }) });
+        if (!answer.ok) throw new Error((await answer.json()).error);
+        show(await read(answer));
+        sessionStorage.setItem('ask-shown', path);
+        status.textContent = 'Done; the text is below.';
+      } catch (error) {
+        problem.textContent = error.message;
+        problem.hidden = error.name === 'AbortError';
+        status.textContent = error.name === 'AbortError' ? 'Stopped.' : '';
+      } finally {
+        [inspect.disabled, generate.disabled, stop.hidden] = [false, false, true];
+      }
+    }
+
+    /* Lines of JSON, a token each, shown as they come; the last is the page of all. */
+    async function follow(answer) {
+      live.replaceChildren(visible(text.value));
+      live.hidden = false;
+      status.textContent = 'The model is writing; each token is filled to the share of the neurons that it used.';
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      let kept = '';
+      for (let part = await reader.read(); !part.done; part = await reader.read()) {
+        const lines = (kept + part.value).split('\n');
+        kept = lines.pop();
+        for (const found of lines.map((line) => JSON.parse(line))) {
+          if (found.error) throw new Error(found.error);
+          if (found.runs) return found;
+          const token = element('span', { class: 'live', title: percent(found.share) }, visible(found.entry));
+          token.style.setProperty('--share', `${100 * found.share}%`);
+          live.append(token);
+        }
+      }
+      throw new Error('The server stopped in the middle of the text.');
+    }
+
+    const ask = () => {
+      live.hidden = true;
+      return post('inspect', (answer) => answer.json());
+    };
+    form.hidden = false;
+    form.addEventListener('submit', (event) => {
+      event.preventDefault();
+      ask();
+    });
+    form.addEventListener('keydown', (event) => {
+      if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && !inspect.disabled) ask();
+    });
+    generate.addEventListener('click', () => post('generate', follow));
+    stop.addEventListener('click', () => control.abort());
+    for (const example of form.querySelectorAll('[data-example]')) {
+      example.addEventListener('click', () => {
+        text.value = example.dataset.example;
+        text.dispatchEvent(new Event('input'));
+        if (!inspect.disabled) ask();
+      });
+    }
+    if (text.value && sessionStorage.getItem('ask-shown') && !Shell.data.runs.length) ask();
   }
 
-  if (Shell.data.served) {
-    const form = document.getElementById('ask');
-    form.hidden = false;
-    form.addEventListener('submit', ask);
-  }
+  if (Shell.data.served) serve(document.getElementById('ask'));
   show(Shell.data);
 })();

@@ -1,23 +1,57 @@
 'use strict';
-/* The routing of one text, as it lies packed in the page's data. */
+/* What the page knows of a text: its tokens, their routing and what the model expected, packed as in the data. */
 
 function bytesOf(text) {
-  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  /* Browsers from before 2025 lack the first. */
+  return Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }
 
-const BIT_COUNTS = Uint8Array.from({ length: 256 }, (_, byte) => [...byte.toString(2)].filter((bit) => bit === '1').length);
+const numbersOf = (text, Kind = Float32Array) => new Kind(bytesOf(text).buffer);
+const BIT_COUNTS = Uint8Array.from({ length: 256 }, (_,
+  byte) => [...byte.toString(2)].filter((bit) => bit === '1').length);
 const CONTROLS = { '\n': '⏎', '\r': '␍', '\t': '⇥' };
+/* Marks that have no width, or turn the direction of what follows. */
+const UNSEEN = /[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]/g;
 
-/* Text on one line, with signs for what has none of its own; a mark that would join what stands before gets a carrier. */
+/* Text on one line, with signs for what has none of its own; a mark that would join what is before gets a carrier. */
 function visible(text) {
   const shown = text.replace(/[\u0000-\u001f\u007f]/g,
-    (control) => CONTROLS[control] ?? String.fromCharCode(0x2400 + Math.min(control.charCodeAt(0), 0x21)));
+    (control) => CONTROLS[control] ?? String.fromCharCode(0x2400 + Math.min(control.charCodeAt(0), 0x21)))
+    .replace(UNSEEN, (mark) => `‹U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, '0')}›`);
   return /^\p{M}/u.test(shown) ? `◌${shown}` : shown;
 }
 
+const sumOf = (parts) => Object.values(parts).reduce((sum, value) => sum + value, 0);
+const meanOf = (values) => sumOf(values) / values.length;
+const upTo = (length) => Array.from({ length }, (_, index) => index);
+
+/* Where a value stands among sorted ones: the share that is below it, of equal ones half. */
+function rankOf(sorted, value) {
+  const below = (includes) => {
+    let [low, high] = [0, sorted.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (sorted[middle] < value || (includes && sorted[middle] === value)) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
+  return (below(false) + below(true)) / 2 / sorted.length;
+}
+
+/* Spearman's rank correlation; not a number where one side is constant. */
+function spearman(first, second) {
+  const [a, b] = [first, second].map((values) => {
+    const sorted = Float64Array.from(values).sort();
+    return Array.from(values, (value) => rankOf(sorted, value) - 0.5);
+  });
+  const product = (one, other) => one.reduce((sum, value, index) => sum + value * other[index], 0);
+  return product(a, b) / Math.sqrt(product(a, a) * product(b, b));
+}
+
 class TokenList {
-  constructor({ ids, tokens, entries, total_tokens: total }) {
-    Object.assign(this, { ids, texts: tokens, entries, total });
+  constructor({ ids, tokens, entries, special, total_tokens: total }) {
+    Object.assign(this, { ids, texts: tokens, entries, total, special: new Set(special) });
     this.occurrences = new Map();
     for (const id of ids) this.occurrences.set(id, (this.occurrences.get(id) ?? 0) + 1);
   }
@@ -39,8 +73,8 @@ class TokenList {
 }
 
 class Routing {
-  constructor(run) {
-    Object.assign(this, run);
+  constructor(run, known) {
+    Object.assign(this, run, { known });
     this.list = new TokenList(run);
     this.bits = bytesOf(run.active);
     this.stride = Math.ceil(run.experts / 8);
@@ -48,8 +82,16 @@ class Routing {
     this.bits.forEach((byte, index) => {
       this.counts[Math.floor(index / this.stride)] += BIT_COUNTS[byte];
     });
-    this.shares = Float64Array.from({ length: this.length }, (_, token) => this.total(token) / (run.layers * run.experts));
-    this.known = new Reference(run, this.list);
+    this.all = run.layers * run.experts;
+    this.totals = upTo(this.length).map((token) => upTo(run.layers).reduce((sum, layer) => sum + this.count(layer,
+      token), 0));
+    this.steps = numbersOf(run.what_if.counts, Uint16Array);
+    if (run.next) {
+      this.surprise = numbersOf(run.next.surprise);
+      this.entropy = numbersOf(run.next.entropy);
+      this.places = numbersOf(run.next.likeliest, Int32Array);
+      this.chances = numbersOf(run.next.probabilities);
+    }
   }
 
   get length() {
@@ -65,75 +107,147 @@ class Routing {
     return this.counts[layer * this.length + token];
   }
 
-  /* How many experts of all layers a token switches on. */
-  total(token) {
-    let sum = 0;
-    for (let layer = 0; layer < this.layers; layer++) sum += this.count(layer, token);
-    return sum;
+  /* The share of the neurons that each token uses; at a threshold of the what-if slider what it would use. */
+  shares(step = null) {
+    if (step === null || step === this.what_if.own) return this.totals.map((total) => total / this.all);
+    const start = Math.min(step, this.what_if.thresholds.length - 1) * this.length;
+    return Array.from(this.steps.subarray(start, start + this.length), (total) => total / this.all);
   }
 
-  /* Share of a layer's experts that are on, mean over tokens. */
-  layerShare(layer) {
-    let sum = 0;
-    for (let token = 0; token < this.length; token++) sum += this.count(layer, token);
-    return sum / (this.length * this.experts);
+  /* Work per token over that of the dense model, if a share of the neurons is used. */
+  work(kind, share) {
+    const [now, dense] = [this.cost[kind], this.cost[`dense_${kind}`]];
+    return (now.attention + dense.ffn * share + now.routers) / sumOf(dense);
   }
 
-  activeExperts(layer, token) {
-    return Array.from({ length: this.experts }, (_, expert) => expert).filter((expert) => this.isOn(layer, token, expert));
+  /* The likeliest next tokens after a token, each with its probability. */
+  likeliest(token) {
+    const count = this.places.length / this.length;
+    return upTo(count).map((rank) => token * count + rank)
+      .map((place) => [visible(this.next.words[this.places[place]]), this.chances[place]]);
+  }
+
+  /* Of a token the experts that are on though few tokens switch them on, and off though most do, rarest first. */
+  unusual(token) {
+    const found = { on: [], off: [] };
+    for (let layer = 0; layer < this.layers; layer++) {
+      for (let expert = 0; expert < this.experts; expert++) {
+        const kind = this.kind(layer, token, expert);
+        if (kind > 1) found[kind === 2 ? 'on' : 'off'].push({ layer, expert, use: this.known.use(layer, expert) });
+      }
+    }
+    return { on: found.on.sort((a, b) => a.use - b.use), off: found.off.sort((a, b) => b.use - a.use) };
+  }
+
+  /* 0 off, 1 on, 2 on though at most a quarter of the reference's tokens use it, 3 off though three quarters do. */
+  kind(layer, token, expert) {
+    const use = this.known.use(layer, expert);
+    return this.isOn(layer, token, expert) ? (use <= 0.25 ? 2 : 1) : (use >= 0.75 ? 3 : 0);
   }
 }
 
-/* What the reference text tells about each expert. */
+/* What the reference text tells about each expert, and about what is usual. */
 class Reference {
-  constructor(run, ownTokens) {
-    const { reference } = run;
-    Object.assign(this, { text: reference.text, notes: reference.notes, experts: run.experts, kept: reference.strongest });
-    this.list = reference.tokens ? new TokenList(reference.tokens) : ownTokens;
-    this.isOwn = !reference.tokens;
-    this.shares = new Float32Array(bytesOf(reference.use).buffer);
-    this.positions = new Int32Array(bytesOf(reference.positions).buffer);
-    this.scores = new Float32Array(bytesOf(reference.scores).buffer);
-    this.switchedOn = new Int32Array(bytesOf(reference.switched_on).buffer);
+  constructor(reference, experts) {
+    Object.assign(this, { text: reference.text, notes: reference.notes, experts, kept: reference.strongest });
+    this.list = new TokenList(reference.tokens);
+    this.uses = numbersOf(reference.use);
+    this.selective = numbersOf(reference.selectivity);
+    this.sorted = numbersOf(reference.shares);
+    this.mean = meanOf(this.sorted);
+    this.positions = numbersOf(reference.positions, Int32Array);
+    this.scores = numbersOf(reference.scores);
+    this.switchedOn = numbersOf(reference.switched_on, Int32Array);
   }
 
   use(layer, expert) {
-    return this.shares[layer * this.experts + expert];
+    return this.uses[layer * this.experts + expert];
+  }
+
+  selectivity(layer, expert) {
+    return this.selective[layer * this.experts + expert];
+  }
+
+  /* Whether an expert is on for no token or for every one, in words. */
+  mark(layer, expert) {
+    return { 0: 'dead', 1: 'always on' }[this.use(layer, expert)] ?? '';
   }
 
   strongest(layer, expert) {
     const start = (layer * this.experts + expert) * this.kept;
-    const found = [];
-    for (let index = start; index < start + this.kept && this.positions[index] >= 0; index++) {
-      const position = this.positions[index];
-      const occurrences = this.list.occurrences.get(this.list.ids[position]);
-      found.push({ position, score: this.scores[index], switchedOn: this.switchedOn[index], occurrences });
-    }
-    return found;
+    return upTo(this.kept).map((rank) => start + rank).filter((place) => this.positions[place] >= 0).map((place) => {
+      const position = this.positions[place];
+      return { position, score: this.scores[place], switchedOn: this.switchedOn[place],
+        occurrences: this.list.occurrences.get(this.list.ids[position]) };
+    });
   }
 }
 
-/* What a reader has chosen in one run: a token, a layer, an expert. */
-class Choice extends EventTarget {
-  /* At first it is the token that used most of the network, and the first expert that it switched on. */
-  constructor(routing) {
+/* What takes longer than a frame waits until no key was pressed for so long. */
+const PAUSE_MS = 80;
+
+/* What a reader has chosen, one choice for the whole page, kept in the address. A token belongs to a run; `at` finds it
+   or its counterpart in another. */
+class State extends EventTarget {
+  constructor(routings, pairs) {
     super();
-    const token = routing.shares.indexOf(routing.shares.reduce((most, share) => Math.max(most, share), 0));
-    const layers = Array.from({ length: routing.layers }, (_, index) => index);
-    const layer = Math.max(layers.findIndex((index) => routing.count(index, token) > 0), 0);
-    Object.assign(this, { token, layer, expert: routing.activeExperts(layer, token)[0] ?? 0 });
+    this.routings = routings;
+    this.unsaved = {};
+    this.partners = routings.map((routing) => new Array(routing.length).fill(-1));
+    for (const [a, b, size] of pairs) {
+      for (let index = 0; index < size; index++) {
+        this.partners[0][a + index] = b + index;
+        this.partners[1][b + index] = a + index;
+      }
+    }
+    this.read();
+  }
+
+  /* From the address, where it says something that is there; else the token that used most, and its rarest expert. */
+  read() {
+    const whole = (name, length, otherwise) => {
+      const found = Number.parseInt(Shell.state.get(name), 10);
+      return found >= 0 && found < length ? found : otherwise;
+    };
+    const run = whole('run', this.routings.length, 0);
+    const { totals, length, layers, experts, what_if: { thresholds } } = this.routings[run];
+    const most = totals.indexOf(totals.reduce((best, total) => Math.max(best, total), 0));
+    const token = whole('token', length, most);
+    const [first] = this.routings[run].unusual(token).on;
+    Object.assign(this, { run, token, layer: whole('layer', layers, first?.layer ?? 0), expert: whole('expert',
+      experts, first?.expert ?? 0),
+      step: whole('step', thresholds.length, null), colour: Shell.state.get('colour',
+        this.partners.some((found) => found.some((partner) => partner >= 0)) ? 'difference' : 'share'),
+        find: Shell.state.get('find', '') });
+  }
+
+  get routing() {
+    return this.routings[this.run];
+  }
+
+  at(run) {
+    const found = run === this.run ? this.token : this.partners[this.run][this.token];
+    return found < 0 ? null : found;
   }
 
   set(changes) {
     const changed = Object.keys(changes).filter((name) => this[name] !== changes[name]);
     if (!changed.length) return;
     Object.assign(this, changes);
+    /* Another model may have fewer of both. */
+    for (const [name, length] of [['layer', this.routing.layers], ['expert', this.routing.experts]]) {
+      if (this[name] >= length) this[name] = 0;
+    }
+    /* A browser takes a few changes of the address in a second, and a held key makes more. */
+    Object.assign(this.unsaved, Object.fromEntries(changed.map((name) => [name, this[name]])));
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => Shell.state.set(this.unsaved), PAUSE_MS);
     this.dispatchEvent(new CustomEvent('change', { detail: changed }));
   }
 
   onChange(names, listener) {
     this.addEventListener('change', (event) => {
-      if (event.detail.some((name) => names.includes(name))) listener();
+      if (event.detail.some((name) => names.includes(name))) listener(event.detail);
     });
   }
 }

@@ -113,22 +113,6 @@ const Shell = (() => {
   /* From little to much: darker on white, and lighter on black. */
   const ramp = () => Array.from({ length: 10 }, (_, step) => colour(`ramp-${step}`));
 
-  /* The ramp's colour at a share in [0, 1], as three numbers. */
-  function rampColour(share) {
-    const shades = ramp();
-    const place = Math.min(Math.max(share, 0), 1) * (shades.length - 1);
-    const below = Math.min(Math.floor(place), shades.length - 2);
-    const [low, high] = [shades[below], shades[below + 1]].map((shade) => shade.match(/\d+/g).map(Number));
-    return low.map((value, index) => Math.round(value + (high[index] - value) * (place - below)));
-  }
-
-  /* Black or white, whichever reads better on a colour (WCAG's relative luminance). */
-  function inkOn(rgb) {
-    const linear = rgb.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92
-      : ((value / 255 + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 ? '#000000' : '#ffffff';
-  }
-
   const whole = new Intl.NumberFormat('en');
   const count = (value) => whole.format(value);
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
@@ -314,6 +298,6 @@ const Shell = (() => {
     listeners.clear();
   }
 
-  return { data, state, unpack, element, breakable, choice, rove, captionOf, colour, ramp, rampColour, inkOn,
+  return { data, state, unpack, element, breakable, choice, rove, captionOf, colour, ramp,
     count, percent, table, scrollBox, Picture, axis, tooltip, onTheme, clearPictures };
 })();

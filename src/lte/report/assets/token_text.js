@@ -1,124 +1,129 @@
 'use strict';
-/* The text token by token, coloured by how much of the network each used; a list box in which one token is chosen. */
+/* The text token by token, tinted by how far each is from the mean; a list box in which one token is chosen. */
+
+const bits = (value) => `${value.toFixed(1)} bits`;
+const points = (share) => `${(100 * share).toFixed(1)} points`;
+
+/* What tokens can be coloured by. values: of a run, one number for each token, not a number where there is none.
+   centre and sorted: the mean, and the values among which a percentile counts. */
+const COLOURINGS = {
+  share: { name: () => 'FFN neurons used', words: (value) => Shell.percent(value),
+    values: (run, { step }) => run.shares(run.length && step), centre: (run) => run.known.mean,
+      sorted: (run) => run.known.sorted,
+    mean: 'the model’s mean on its reference text' },
+  difference: { name: () => 'difference, B less A',
+    words: (value) => `${value > 0 ? '+' : '−'}${points(Math.abs(value))}`,
+    centre: () => 0, mean: 'no difference',
+    values: (run, state) => {
+      const here = state.routings.indexOf(run);
+      const [own, other] = [here, 1 - here].map((index) => state.routings[index].shares(state.step));
+      return own.map((share, token) => {
+        const partner = state.partners[here][token];
+        return partner < 0 ? NaN : (here ? 1 : -1) * (share - other[partner]);
+      });
+    },
+    offered: ({ routings }) => routings.length > 1 },
+  surprise: { name: () => 'surprise of what came', words: bits, values: (run) => [NaN, ...run.surprise.subarray(1)],
+    offered: ({ routings }) => routings.every(({ next }) => next) },
+  entropy: { name: () => 'entropy of what comes next', words: bits, values: (run) => Array.from(run.entropy),
+    offered: ({ routings }) => routings.every(({ next }) => next) },
+  layer: { name: ({ layer }) => `experts on in layer ${layer}`, words: (value) => value.toFixed(1).replace('.0', ''),
+    values: (run, { layer }) => upTo(run.length).map((token) => (layer < run.layers ? run.count(layer, token) : NaN)) },
+  expert: { name: ({ layer, expert }) => `whether expert ${expert} of layer ${layer} is on`, words: (value) => ['off',
+    'on'][value],
+    values: (run, { layer, expert }) => upTo(run.length).map((token) => (layer < run.layers && expert < run.experts
+      ? run.isOn(layer, token, expert) : NaN)),
+    centre: () => 0, mean: 'off' },
+};
+
+/* How all runs are coloured now: one scale for all but the neurons used, where each model has its own mean. */
+function colouring(state) {
+  const kind = COLOURINGS[state.colour]?.offered?.(state) === false ? 'share' : state.colour;
+  const found = COLOURINGS[kind] ?? COLOURINGS.share;
+  const values = state.routings.map((run) => found.values(run, state));
+  const pooled = Float64Array.from(values.flat().filter((value) => !Number.isNaN(value))).sort();
+  const scales = state.routings.map((run, index) => ({ values: values[index], centre: found.centre?.(run) ??
+    meanOf(pooled),
+    sorted: found.sorted?.(run) ?? pooled }));
+  return { ...found, scales, ends: [pooled[0], pooled.at(-1)] };
+}
+
+/* How far a value is from the centre, on percentiles: from -1, the least of all, to 1, the most. */
+function farFrom(value, { centre, sorted }) {
+  if (Number.isNaN(value)) return NaN;
+  const [rank, middle] = [value, centre].map((each) => rankOf(sorted, each));
+  return value > centre ? (rank - middle) / (1 - middle || 1) : (rank - middle) / (middle || 1);
+}
 
 class TokenText {
-  constructor(routing, choice, scale, prefix) {
-    Object.assign(this, { routing, choice, scale, prefix });
-    const { element } = Shell;
-    this.spans = Array.from({ length: routing.length }, (_, index) => this.span(index));
-    this.text = element('div', { class: 'token-text', role: 'listbox', tabindex: '0', dir: 'auto',
-      'aria-label': 'Tokens of the text', 'aria-orientation': 'horizontal' }, ...this.spans);
-    this.colouring = element('select', {}, element('option', { value: 'share' }, 'share of the neurons used'),
-      element('option', { value: 'layer' }, 'experts on in the chosen layer'),
-      element('option', { value: 'expert' }, 'whether the chosen expert is on'));
-    this.legend = element('p', { class: 'legend' });
-    this.told = element('p', { 'aria-live': 'polite', class: 'told' });
-    this.box = element('section', { class: 'panel' }, element('h3', {}, 'The text, token by token'),
-      element('div', { class: 'controls' }, element('label', {}, 'Colour by ', this.colouring)),
-      this.legend, this.text, this.told,
-      element('p', { class: 'caption' }, 'Every coloured piece is a token, the unit in which the model reads; the ' +
-        'darker it is (the lighter, on a dark page), the more of the network the model used for it. Choose a token with ' +
-        'a click or with the arrow keys to see more of it below.'));
-    this.listen();
-  }
-
-  span(index) {
-    const { list } = this.routing;
-    const text = list.texts[index];
-    const shown = text ? visible(text).replaceAll('⏎', '⏎\n') : list.label(index);
-    return Shell.element('span', { class: text ? 'token' : 'token entry', role: 'option', id: `${this.prefix}-${index}`,
-      'aria-selected': 'false' }, shown);
-  }
-
-  listen() {
+  constructor(index, state) {
+    Object.assign(this, { index, state, routing: state.routings[index] });
+    this.spans = upTo(this.routing.length).map((token) => this.span(token));
+    this.text = Shell.element('div', { class: 'token-text', role: 'listbox', tabindex: '0', dir: 'ltr',
+      'aria-label': `Tokens of ${this.routing.text}`, 'aria-orientation': 'horizontal' }, ...this.spans);
     this.text.addEventListener('click', (event) => {
-      const index = this.spans.indexOf(event.target);
-      if (index >= 0) this.choice.set({ token: index });
+      const token = this.spans.indexOf(event.target);
+      if (token >= 0) state.set({ run: index, token });
     });
     this.text.addEventListener('keydown', (event) => this.onKey(event));
-    this.colouring.addEventListener('change', () => this.paint());
-    this.choice.onChange(['token'], () => this.select(true));
-    this.choice.onChange(['layer', 'expert'], () => {
-      if (this.colouring.value !== 'share') this.paint();
-    });
-    Shell.onTheme(() => this.paint());
+    state.onChange(['run', 'token'], () => this.select());
+  }
+
+  span(token) {
+    const { list } = this.routing;
+    const text = list.texts[token];
+    const shown = text ? visible(text).replaceAll('⏎', '⏎\n') : list.label(token);
+    const kinds = ['token', !text && 'entry', list.special.has(token) && 'special'].filter(Boolean);
+    return Shell.element('span', { class: kinds.join(' '), role: 'option', id: `token-${this.index}-${token}`,
+      'aria-label': !shown.trim() && 'white space', title: list.special.has(token) && 'a special token',
+        'aria-selected': 'false' }, shown);
   }
 
   onKey(event) {
     const last = this.spans.length - 1;
-    const now = this.choice.token;
+    const now = this.state.at(this.index) ?? 0;
     const goals = { ArrowLeft: now - 1, ArrowRight: now + 1, PageUp: now - 10, PageDown: now + 10, Home: 0, End: last };
-    const goal = { ArrowUp: () => this.lineAway(-1), ArrowDown: () => this.lineAway(1) }[event.key]?.() ?? goals[event.key];
+    const goal = { ArrowUp: () => this.lineAway(now, -1), ArrowDown: () => this.lineAway(now, 1) }[event.key]?.() ??
+      goals[event.key];
     if (goal === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    this.choice.set({ token: Math.min(Math.max(goal, 0), last) });
+    this.state.set({ run: this.index, token: Math.min(Math.max(goal, 0), last) });
   }
 
   /* The token of the line above or below that stands nearest to the chosen one. */
-  lineAway(step) {
-    const { offsetTop: top, offsetLeft: left } = this.spans[this.choice.token];
-    let best = this.choice.token;
-    let line = null;
-    for (let index = best + step; index >= 0 && index < this.spans.length; index += step) {
-      const span = this.spans[index];
-      if (Math.abs(span.offsetTop - top) < 4) continue;
-      if (line !== null && Math.abs(span.offsetTop - line) >= 4) break;
-      if (line === null || Math.abs(span.offsetLeft - left) < Math.abs(this.spans[best].offsetLeft - left)) best = index;
-      line = span.offsetTop;
-    }
-    return best;
+  lineAway(now, step) {
+    const away = ({ offsetTop }, top) => step * (offsetTop - top) > 4;
+    const { offsetTop: top, offsetLeft: left } = this.spans[now];
+    const first = this.spans.slice(step < 0 ? 0 : now, step < 0 ? now : undefined).filter((span) => away(span,
+      top)).at(step < 0 ? -1 : 0);
+    const line = this.spans.filter((span) => first && Math.abs(span.offsetTop - first.offsetTop) < 4);
+    const far = (span) => Math.abs(span.offsetLeft - left);
+    return line.length ? this.spans.indexOf(line.reduce((best, span) => (far(span) < far(best) ? span : best))) : now;
   }
 
-  /* What a token is coloured by: its value, and the lowest and highest value. */
-  measure() {
-    const { routing, choice, scale } = this;
-    if (this.colouring.value === 'expert') {
-      return { value: (token) => routing.isOn(choice.layer, token, choice.expert), low: 0, high: 1, words: ['off', 'on'] };
-    }
-    if (this.colouring.value === 'layer') {
-      const [low, high] = scale.count;
-      const words = [`${low}`, `${high} of ${routing.experts} experts in layer ${choice.layer}`];
-      return { value: (token) => routing.count(choice.layer, token), low, high, words };
-    }
-    const [low, high] = scale.share;
-    return { value: (token) => routing.shares[token], low, high,
-      words: [Shell.percent(low), `${Shell.percent(high)} of the FFN neurons`] };
-  }
-
-  paint() {
-    const { value, low, high, words } = this.measure();
+  paint({ scales }) {
+    const scale = scales[this.index];
     this.spans.forEach((span, token) => {
-      const rgb = Shell.rampColour((value(token) - low) / (high - low || 1));
-      span.style.backgroundColor = `rgb(${rgb.join(',')})`;
-      span.style.color = Shell.inkOn(rgb);
+      const far = farFrom(scale.values[token], scale);
+      span.style.setProperty('--tint', `${Math.round(45 * Math.abs(far)) || 0}%`);
+      span.classList.toggle('less', far < 0);
+      span.classList.toggle('alone', Number.isNaN(far));
     });
-    const ramp = Shell.element('span', { class: 'ramp' });
-    ramp.style.background = `linear-gradient(to right, ${Shell.ramp().join(',')})`;
-    this.legend.replaceChildren(words[0], ramp, words[1]);
   }
 
-  select(follow) {
-    const { routing, choice } = this;
+  /* Marks the chosen token or its counterpart, and scrolls the box, not the page, to it. */
+  select() {
     this.chosen?.setAttribute('aria-selected', 'false');
-    this.chosen = this.spans[choice.token];
+    this.chosen = this.spans[this.state.at(this.index) ?? -1];
+    if (!this.chosen) {
+      this.text.removeAttribute('aria-activedescendant');
+      return;
+    }
     this.chosen.setAttribute('aria-selected', 'true');
     this.text.setAttribute('aria-activedescendant', this.chosen.id);
-    if (follow) this.reveal();
-    const total = routing.layers * routing.experts;
-    this.told.textContent = `Token ${Shell.count(choice.token + 1)} of ${Shell.count(routing.length)}, ` +
-      `“${routing.list.label(choice.token)}”: ${Shell.count(routing.total(choice.token))} of ${Shell.count(total)} ` +
-      `experts are on, ${Shell.percent(routing.shares[choice.token])} of the FFN neurons.`;
-  }
-
-  /* Scrolls the box, and not the page, to the chosen token. */
-  reveal() {
     const { offsetTop: top, offsetHeight: height } = this.chosen;
     if (top < this.text.scrollTop) this.text.scrollTop = top - height;
-    else if (top + height > this.text.scrollTop + this.text.clientHeight) this.text.scrollTop = top + 2 * height - this.text.clientHeight;
-  }
-
-  show() {
-    this.paint();
-    this.select(false);
+    else if (top + height > this.text.scrollTop + this.text.clientHeight) this.text.scrollTop = top +
+      2 * height - this.text.clientHeight;
   }
 }

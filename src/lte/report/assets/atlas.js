@@ -1,0 +1,110 @@
+'use strict';
+/* The atlas of experts: all of one model, by how often each is on and how far the token alone decides it. */
+
+class Atlas {
+  constructor(state) {
+    Object.assign(this, { state, shown: [] });
+    const { element } = Shell;
+    this.find = element('input', { type: 'search', value: state.find, list: 'atlas-words', size: '18' });
+    this.list = element('ol', { class: 'experts' });
+    this.told = element('p', { 'aria-live': 'polite' });
+    this.source = element('p', { class: 'quiet' });
+    this.picture = new Shell.Picture({
+      label: 'Points of all experts, how selective each is over how often it is on',
+      caption: 'A point is an expert: to the right those that most tokens of the reference text switch on, on top ' +
+        'those that ' +
+        'are on for the same tokens again and for few others. Pale ones are not among those found.',
+      height: () => 300,
+      options: () => this.options(),
+      rows: () => this.rows(),
+      onPick: ({ value }) => state.set({ layer: value[2], expert: value[3] }),
+    });
+    const words = ['always on', 'dead'].map((value) => element('option', { value }));
+    this.box = element('section', { class: 'panel' }, element('h2', { class: 'first' }, 'Atlas of experts'),
+      element('div', { class: 'controls' }, element('label', {}, 'Find a token, or an expert’s number ', this.find,
+        element('datalist', { id: 'atlas-words' }, ...words))),
+      this.told, this.list, this.picture.box, this.source);
+    this.find.addEventListener('input', () => state.set({ find: this.find.value }));
+    state.onChange(['find', 'run'], () => this.show());
+    state.onChange(['layer', 'expert'], () => this.follow());
+  }
+
+  /* All experts of the model of the chosen token, most selective first. */
+  all() {
+    const { layers, experts, known } = this.state.routing;
+    const found = upTo(layers * experts).map((place) => {
+      const [layer, expert] = [Math.floor(place / experts), place % experts];
+      const labels = known.strongest(layer, expert).map(({ position }) => known.list.label(position));
+      return { layer, expert, use: known.use(layer, expert), selectivity: known.selectivity(layer, expert),
+        mark: known.mark(layer, expert), labels };
+    });
+    return found.sort((a, b) => b.selectivity - a.selectivity);
+  }
+
+  /* 17 is that expert of all layers, 3.17 that of layer 3, `dead` and `always on` those; all else is a token. */
+  matches({ layer, expert, mark, labels }) {
+    const wanted = this.state.find.trim().toLowerCase();
+    if (!wanted) return true;
+    if (/^\d+(\.\d+)?$/.test(wanted) && [`${expert}`, `${layer}.${expert}`].includes(wanted)) return true;
+    return wanted === mark || labels.some((label) => label.trim().toLowerCase() === wanted);
+  }
+
+  show() {
+    const { known } = this.state.routing;
+    const all = this.all();
+    this.shown = all.map((expert) => ({ ...expert, found: this.matches(expert) }));
+    const found = this.shown.filter((expert) => expert.found);
+    const count = (mark) => Shell.count(all.filter((expert) => expert.mark === mark).length);
+    this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(all.length)} experts, the most selective ` +
+      `first; ` +
+      `${count('always on')} always on, ${count('dead')} dead.`;
+    this.list.replaceChildren(...found.slice(0, 12).map((expert) => Shell.element('li', {}, this.button(expert))));
+    this.source.textContent = [`How often, and for which tokens, was counted on ${known.text}, ` +
+      `${Shell.count(known.list.length)} tokens.`,
+      'Selective is 1 − p / q: p is the share of its tokens that switch the expert on, q the chance that it is on ' +
+      'again at ' +
+      'another place of a token for which it is on.', ...known.notes].join(' ');
+    this.picture.drawSoon();
+  }
+
+  button({ layer, expert, use, selectivity, mark, labels }) {
+    const button = Shell.element('button', { type: 'button' }, Shell.element('b', {}, `${layer}.${expert}`),
+      ` ${labels.slice(0, 4).join(' · ')} `,
+      Shell.element('span', { class: 'quiet' },
+        `${mark || `on for ${Shell.percent(use)}`}, selective ${selectivity.toFixed(2)}`));
+    button.addEventListener('click', () => this.state.set({ layer, expert }));
+    return button;
+  }
+
+  follow() {
+    const { layer, expert } = this.state;
+    pointOut(this.picture, 0, this.shown.findIndex((each) => each.layer === layer && each.expert === expert));
+  }
+
+  options() {
+    queueMicrotask(() => this.follow());
+    const symbols = { 'always on': 'diamond', dead: 'triangle' };
+    return {
+      grid: { left: 52, right: 14, top: 16, bottom: 46 },
+      tooltip: Shell.tooltip(({ value,
+        data }) => `layer ${value[2]}, expert ${value[3]}${data.words ? `, ${data.words}` : ''}\non for ` +
+        `${Shell.percent(value[0])}, selective ${value[1].toFixed(2)}`),
+      xAxis: shareAxis({ name: 'tokens for which it is on', nameLocation: 'middle', nameGap: 28, min: 0, max: 1 }),
+      yAxis: Shell.axis({ type: 'value', name: 'selective', nameLocation: 'middle', nameGap: 36, min: 0, max: 1 }),
+      series: [{ type: 'scatter', color: Shell.colour('on'), emphasis: { scale: 2,
+        itemStyle: { color: Shell.colour('mark'), opacity: 1 } },
+        data: this.shown.map(({ layer, expert, use, selectivity, mark, found }) => ({ value: [use, selectivity, layer,
+          expert], words: mark,
+          symbol: symbols[mark] ?? 'circle', symbolSize: mark ? 11 : 6,
+          itemStyle: { opacity: found ? 0.6 : 0.08, ...(mark && { color: Shell.colour('second') }) } })) }],
+    };
+  }
+
+  rows() {
+    return ['Experts, the most selective first', ['layer.expert', 'on for', 'selective', { words: 'mark' },
+      { words: 'strongest tokens' }],
+      this.shown.filter(({ found }) => found).map(({ layer, expert, use, selectivity, mark,
+        labels }) => [`${layer}.${expert}`,
+        Shell.percent(use), selectivity.toFixed(2), { words: mark }, { words: labels.join(' · ') }])];
+  }
+}
