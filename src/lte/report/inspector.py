@@ -19,6 +19,7 @@ from lte.eval.token_routing import (
     counts_at,
     predicts_next,
     record_text,
+    recorded_logits,
     selectivity,
     strongest_tokens,
     text_cost,
