@@ -127,7 +127,7 @@ def table(measured: Sequence[dict[str, Any]]) -> list[str]:
         for kind, found in use.items()
     ]
     stars = "Numbers with a star are measured, all others arithmetic" if measured else "All of it is arithmetic"
-    return [*lines, "", f"{stars}. Hours rest on these shares of an H200's peak in bf16: {', '.join(rates)}."]
+    return [*lines, "", f"{stars}. Hours rest on shares of an H200's peak in bf16:", f"{', '.join(rates)}."]
 
 
 def _utilisation(measured: Sequence[dict[str, Any]], kind: str) -> list[float]:

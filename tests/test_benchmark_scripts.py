@@ -238,6 +238,7 @@ class TestTrainingSpeed:
         *["--optim", "adamw_torch", "--lora-rank", "4", "--teacher"],
     )
 
+    @pytest.mark.slow
     def test_each_training_has_a_row_for_each_stage_with_and_without_lte(self, script: Any, tmp_path: Path) -> None:
         pytest.importorskip("bitsandbytes")
         module, output = script("training_speed"), tmp_path / "rows.json"
