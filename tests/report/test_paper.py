@@ -10,7 +10,7 @@ import pytest
 
 from lte.records import ResultRecord
 from lte.report.envelope import lte_standings
-from lte.report.paper import paper_markers, paper_numbers, paper_rows
+from lte.report.paper import paper_numbers, paper_points, paper_rows
 from lte.report.points import Cheapest, Tradeoff, cheapest_within, interpolate
 from tests.report.sample_records import record
 from tests.report.test_points import compared
@@ -175,14 +175,14 @@ def test_glue_and_latency() -> None:
     assert paper_rows(compared(DENSE, point("lte", 0.5, 20.0, 5.0))) == []
 
 
-def test_markers_stand_in_the_scale_of_our_dense_model() -> None:
-    markers = paper_markers(on_task("xsum", "rougeL", point("dense", 0.0, 0.4, 10.0)))
-    lte = next(marker for marker in markers if marker.method == "lte")
-    assert lte.x == {"gflops": pytest.approx(5.38 / 12.06 * 10), "sparsity": 0.84}
-    assert lte.value == pytest.approx(0.35)
-    assert len(markers) == 4
-    assert paper_markers(on_task("xsum", "rougeL", point("lte", 0.5, 0.4, 10.0))) == []
-    assert paper_markers(on_task("xsum", "bleu", point("dense", 0.0, 0.4, 10.0))) == []
+def test_the_papers_points_are_shares_of_its_dense_model() -> None:
+    points = paper_points(on_task("xsum", "rougeL", point("dense", 0.0, 0.4, 10.0)))
+    lte = next(each for each in points if each["label"] == "LTE (paper)")
+    assert lte["costs"] == {"flops": pytest.approx(5.38 / 12.06), "sparsity": 0.84}
+    assert lte["lost"] == pytest.approx(0.05)
+    assert len(points) == 4
+    assert paper_points(on_task("xsum", "rougeL", point("lte", 0.5, 0.4, 10.0))) == []
+    assert paper_points(on_task("xsum", "bleu", point("dense", 0.0, 0.4, 10.0))) == []
 
 
 def test_the_papers_flops_are_those_of_its_sparsity() -> None:

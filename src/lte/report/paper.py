@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,41 +11,15 @@ from lte.report.points import Cheapest, Point, Tradeoff, cheapest_within, interp
 from lte.settings import read_yaml
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
-PAPER_SUFFIX = " (paper)"
-"""Of labels in figures."""
 
 
 class PaperRow(NamedTuple):
-    """A number of the paper and the same of ours, as texts.
-
-    Attributes:
-        where: table or figure.
-        what: method, model, and what the number is.
-        paper: its number.
-        ours: ours, `-` if no points of ours reach it.
-    """
+    """A number of the paper and ours, as texts: where it stands, what it is, and `-` where no points of ours reach."""
 
     where: str
     what: str
     paper: str
     ours: str
-
-
-@dataclass(frozen=True)
-class PaperMarker:
-    """A number of the paper as a point in a figure.
-
-    Attributes:
-        method: as in our records.
-        label: for the legend.
-        x: by quantity of a `Point`; GFLOPs as the same share of our dense model's.
-        value: the metric.
-    """
-
-    method: str
-    label: str
-    x: dict[str, float]
-    value: float
 
 
 @cache
@@ -72,33 +45,30 @@ def paper_rows(tradeoff: Tradeoff, limit: float | None = None) -> list[PaperRow]
     return [*found, *_latency(numbers["latency"], tradeoff)]
 
 
-def paper_markers(tradeoff: Tradeoff) -> list[PaperMarker]:
-    """The paper's points for a trade-off's task and metric, in the scale of our dense reference.
+def paper_points(tradeoff: Tradeoff) -> list[dict[str, Any]]:
+    """The paper's points for a trade-off's task and metric, beside our dense reference; none without one.
 
     A point of Table 1 stands at the drop that it is said to stay within, at the share of the dense GFLOPs that it
-    takes; one of Table 2 at its perplexity, and at the GFLOPs that its weight sparsity leaves.
+    takes; one of Table 2 at its perplexity, and at the FLOPs that its weight sparsity leaves.
+
+    Returns:
+        `label`, `lost`, and `costs`: `flops` as a share of the dense model's, and `sparsity` where it is known.
     """
-    dense = None if tradeoff.reference is None else tradeoff.reference.mean("gflops")
-    if tradeoff.reference is None or dense is None:
+    reference, task, metric = tradeoff.reference, tradeoff.task, tradeoff.metric
+    if reference is None or reference.gflops is None:
         return []
-    numbers, task, metric = paper_numbers(), tradeoff.task, tradeoff.metric
-    first, second = numbers["table1"], numbers["table2"]
-    found = []
+    first, second = paper_numbers()["table1"], paper_numbers()["table2"]
+    found: list[tuple[Mapping[str, Any], float, dict[str, float | None]]] = []
     place = first["tasks"].get(task)
     for row in first["rows"] if place and place["metric"] == metric.name else ():
         if task in row["gflops"]:
-            x = {"gflops": row["gflops"][task] / first["dense_gflops"] * dense}
-            x |= {"sparsity": row["sparsity"][task]} if "sparsity" in row else {}
-            sign = -1 if metric.higher_is_better else 1
-            value = tradeoff.reference.value.mean + sign * place["drop"]
-            found.append(_marker(row, x, value))
+            flops, sparsity = row["gflops"][task] / first["dense_gflops"], row.get("sparsity", {}).get(task)
+            found.append((row, place["drop"], {"flops": flops, "sparsity": sparsity}))
     for row in second["rows"] if (task, metric.name) == (second["task"], second["metric"]) else ():
-        found.append(_marker(row, {"gflops": (1 - row["weight_sparsity"]) * dense}, row["value"]))
-    return found
-
-
-def _marker(row: Mapping[str, Any], x: dict[str, float], value: float) -> PaperMarker:
-    return PaperMarker(row["method"], f"{paper_numbers()['names'][row['method']]}{PAPER_SUFFIX}", x, value)
+        lost = metric.drop(row["value"], reference.value.mean)
+        found.append((row, lost, {"flops": 1 - row["weight_sparsity"]}))
+    names = paper_numbers()["names"]
+    return [{"label": f"{names[row['method']]} (paper)", "lost": lost, "costs": costs} for row, lost, costs in found]
 
 
 def _table1(table: Mapping[str, Any], tradeoff: Tradeoff) -> list[PaperRow]:

@@ -20,7 +20,7 @@ from lte.report.methods_report import tradeoff_texts
 from lte.report.overview import goal, labels, main_curves, overview, pareto_front, rivals
 from lte.report.page import pack_json, read_asset, render_page, without_places
 from lte.report.palette import colour_names
-from lte.report.paper import PaperMarker, paper_markers, paper_numbers
+from lte.report.paper import paper_numbers, paper_points
 from lte.report.points import Point, Tradeoff, value_of
 from lte.report.tables import TextTable, csv_rows, failure_text, point_name, results_table
 
@@ -102,7 +102,7 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
         "rivals": rivals(tradeoff),
         "fronts": {axis: [place[id(point)] for point in front] for axis, front in fronts.items()},
         "failed": [_failed(record) for record in tradeoff.failed],
-        "paper": [_paper_point(tradeoff, marker) for marker in paper_markers(tradeoff)],
+        "paper": paper_points(tradeoff),
         "sentences": [part for part in parts if isinstance(part, str)],
         "results": _table(results_table(tradeoff)),
         "tables": [_table(table) for table in tables if table.title != tradeoff.title],
@@ -135,13 +135,6 @@ def _cost(tradeoff: Tradeoff, point: Point, quantity: str) -> float | None:
     found = point.mean(quantity)
     share = tradeoff.share(point, "megabytes")
     return None if quantity == "sparsity" and found == 0 and share is not None and share < 0.99 else found
-
-
-def _paper_point(tradeoff: Tradeoff, marker: PaperMarker) -> dict[str, Any]:
-    dense = tradeoff.reference.mean("gflops") if tradeoff.reference else None
-    costs = {"sparsity": marker.x.get("sparsity"), "flops": marker.x["gflops"] / dense if dense else None}
-    lost = tradeoff.metric.drop(marker.value, tradeoff.reference.value.mean) if tradeoff.reference else None
-    return {"label": marker.label, "method": marker.method, "costs": costs, "lost": lost}
 
 
 def _failed(record: ResultRecord) -> dict[str, Any]:
