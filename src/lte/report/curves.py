@@ -83,16 +83,13 @@ def field_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Member:
-    """A record of a curve that may be split.
+    """A record of a curve that may be split."""
 
-    Attributes:
-        place: of its name in the result: its key, and its index there.
-        cell: what no other record of its curve may have: the key, method, label, target, and seed.
-        facts: what may tell it apart: the folder, the settings, the file.
-    """
-
+    # The key and index of its name in the result.
     place: tuple[Key, int]
+    # What no other record of its curve may have: the key, method, label, target, and seed.
     cell: tuple[Any, ...]
+    # What may tell it apart: the folder, the settings, the file.
     facts: Mapping[str, str]
 
 

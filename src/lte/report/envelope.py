@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lte.report.points import OURS, Point, Tradeoff, interpolate
 
@@ -14,7 +14,6 @@ class Standing:
     """How a point of LTE stands against the best other method that reads at most as many bytes.
 
     Attributes:
-        point: of LTE.
         saving: share of the dense reference's bytes that the point saves.
         ffn_saving: the same bytes as a share of those of the dense FFNs, so that routers count against it; `None` where
             the records do not tell these, and of rounded weights, which save bytes of attention, too.
@@ -22,17 +21,15 @@ class Standing:
         rival_value: its metric there.
         behind: how much better the rival is, in the metric's unit; negative where LTE is better.
         sd: standard deviation of that difference, from both spreads over seeds; 0 for single seeds.
-        seeds: the smaller number of seeds of both.
     """
 
     point: Point
     saving: float
     ffn_saving: float | None
-    rival: str | None
-    rival_value: float | None
-    behind: float | None
     sd: float
-    seeds: int
+    rival: str | None = None
+    rival_value: float | None = None
+    behind: float | None = None
 
     @property
     def on_envelope(self) -> bool:
@@ -88,28 +85,12 @@ def _standing(
     if share is None or megabytes is None:
         return None
     own, saving = point.value, 1 - share
-    alone = Standing(
-        point=point,
-        saving=saving,
-        ffn_saving=None if ffn_share is None or point.is_rounded else saving / ffn_share,
-        rival=None,
-        rival_value=None,
-        behind=None,
-        sd=own.spread,
-        seeds=own.n,
-    )
-    standings = [
-        replace(
-            alone,
-            rival=rival.curve,
-            rival_value=value,
-            behind=tradeoff.metric.drop(own.mean, value),
-            sd=math.hypot(own.spread, rival.value.spread),
-            seeds=min(own.n, rival.value.n),
-        )
-        for points in rivals
-        for rival, value in at_most(points, megabytes)
-    ]
+    ffn_saving = None if ffn_share is None or point.is_rounded else saving / ffn_share
+    alone = Standing(point, saving, ffn_saving, own.spread)
+    standings = []
+    for rival, value in (pair for points in rivals for pair in at_most(points, megabytes)):
+        behind, sd = tradeoff.metric.drop(own.mean, value), math.hypot(own.spread, rival.value.spread)
+        standings.append(Standing(point, saving, ffn_saving, sd, rival.curve, value, behind))
     # A rival that is clearly better comes before one that is better on average, but not clearly so.
     return max(standings, key=lambda standing: (not standing.on_envelope, standing.behind), default=alone)
 

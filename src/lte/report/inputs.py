@@ -21,12 +21,7 @@ _OF_THE_MAIN_TASK = (
 
 @dataclass(frozen=True)
 class Bench:
-    """What one run of `lte bench` wrote.
-
-    Attributes:
-        content: `rows` at least.
-        source: the file.
-    """
+    """What one run of `lte bench` wrote, `rows` at least, and into which file."""
 
     content: Mapping[str, Any]
     source: str
@@ -34,13 +29,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What paths hold.
-
-    Attributes:
-        records: the result records.
-        benches: the files of `lte bench`.
-        skipped: files found in folders that are neither.
-    """
+    """What paths hold; `skipped` are the files found in folders that are neither."""
 
     records: list[ResultRecord] = field(default_factory=list)
     benches: list[Bench] = field(default_factory=list)

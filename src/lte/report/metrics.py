@@ -9,14 +9,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as tables and figures treat it.
-
-    Attributes:
-        name: as the records have it.
-        higher_is_better: whether a larger value is a better model.
-        small_drop: how far below the dense model still counts as its quality, in the metric's unit.
-        decimals: how many of them are shown.
-    """
+    """A metric as tables and figures treat it; a drop by `small_drop`, in its unit, still counts as no loss."""
 
     name: str
     higher_is_better: bool

@@ -27,13 +27,7 @@ DENSE, OURS = "dense", "lte"
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number over the runs that have it.
-
-    Attributes:
-        mean: of the runs.
-        sd: standard deviation of a sample, `None` for one run.
-        n: how many runs have the number.
-    """
+    """A number over the `n` runs that have it; `sd`, the standard deviation of a sample, is `None` for one run."""
 
     mean: float
     sd: float | None
@@ -47,12 +41,9 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a curve, over its seeds. A number that no run has is `None`.
+    """One setting of a curve, over the records of its seeds. A number that no run has is `None`.
 
     Attributes:
-        curve: name of the curve.
-        method: what the records say.
-        label: of the setting, where the records have one.
         target: target sparsity, `None` where the method has none.
         value: the metric.
         sparsity: share of FFN neurons that are not computed per token.
@@ -62,8 +53,6 @@ class Point:
         latency_ms: median decoding step at batch size 1.
         latency_ratio: the same over that of the dense model which was timed beside it.
         latency_sparsity: share of FFN neurons that were not computed in these steps.
-        tokens_trained: of the training.
-        records: of the runs, by seed.
     """
 
     curve: str
@@ -94,13 +83,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """Quality against cost where records are comparable: one task, split, model and metric.
+    """Quality against cost where records are comparable: one task, split, metric, and model that methods started from.
 
     Attributes:
-        task: name.
-        split: of its data.
-        model: that all methods started from.
-        metric: what its values mean.
         curves: points of each curve by rising sparsity, dense models left out.
         dense: a point for each dense model.
         reference: the best of them whose weights nobody rounded, `None` if there is none.
@@ -230,30 +215,22 @@ def _point(curve: str, records: Sequence[ResultRecord], metric: Metric) -> Point
     _check_seeds(curve, records)
     value = statistic(value_of(record, metric.name) for record in records)
     assert value is not None
+    numbers = {
+        quantity: statistic(None if record[name] is None else record[name] / unit for record in records)
+        for quantity, (name, unit) in _FIELDS.items()
+    }
+    timed = [(each.latency_ms, each.latency_dense_ms) for each in records]
+    numbers["latency_ratio"] = statistic(own / dense for own, dense in timed if own is not None and dense)
+    first = records[0]
+    return Point(curve, first.method, first.label, first.target_sparsity, value, records=tuple(records), **numbers)
 
-    def over_seeds(name: str, unit: float = 1.0) -> Statistic | None:
-        return statistic(None if record[name] is None else record[name] / unit for record in records)
 
-    return Point(
-        curve=curve,
-        method=records[0].method,
-        label=records[0].label,
-        target=records[0].target_sparsity,
-        value=value,
-        sparsity=over_seeds("sparsity"),
-        weight_sparsity=over_seeds("weight_sparsity"),
-        gflops=over_seeds("flops_per_token", GFLOP),
-        megabytes=over_seeds("bytes_per_token", 1e6),
-        latency_ms=over_seeds("latency_ms"),
-        latency_ratio=statistic(
-            each.latency_ms / each.latency_dense_ms
-            for each in records
-            if each.latency_ms is not None and each.latency_dense_ms
-        ),
-        latency_sparsity=over_seeds("latency_sparsity"),
-        tokens_trained=over_seeds("tokens_trained"),
-        records=tuple(records),
-    )
+# The field of a record that holds a quantity, and its unit.
+_FIELDS = {
+    **{name: (name, 1) for name in ("sparsity", "weight_sparsity", "latency_ms", "latency_sparsity", "tokens_trained")},
+    "gflops": ("flops_per_token", GFLOP),
+    "megabytes": ("bytes_per_token", 1e6),
+}
 
 
 def _check_seeds(curve: str, records: Sequence[ResultRecord]) -> None:
@@ -268,13 +245,9 @@ def _check_seeds(curve: str, records: Sequence[ResultRecord]) -> None:
 
 @dataclass(frozen=True)
 class Cheapest:
-    """The fewest FLOPs of a curve at a drop that is allowed.
+    """The fewest FLOPs of a curve at a drop that is allowed: per token in units of 2^30, and as a share of dense.
 
-    Attributes:
-        gflops: per token, in units of 2^30.
-        sparsity: FFN sparsity there, `None` if one of the two points lacks it.
-        share: of the dense reference's FLOPs, `None` if they are not known.
-        lowest_measured: whether no point with fewer FLOPs was measured, so that fewer may do.
+    `sparsity` is that of the FFN there; `lowest_measured`, that no point with fewer FLOPs was measured: fewer may do.
     """
 
     gflops: float
