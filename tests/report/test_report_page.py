@@ -149,7 +149,8 @@ def test_a_bench_file_becomes_groups_of_rows() -> None:
     assert group["title"].startswith("decoding step, batch 1: tiny")
     medians = [(row["provider"], row["is_dense"], row["sparsity"], row["median_ms"]) for row in group["rows"]]
     assert medians == [("dense eager", True, 0.0, 4.0), ("lte", False, 0.5, 3.0), ("lte", False, 0.8, 2.0)]
-    assert found["break_even"] == bench_content()["break_even"]
+    settings = [{**row, "setting": f"{100 * float(row['setting']):g}%"} for row in bench_content()["break_even"]]
+    assert found["break_even"] == settings
     assert found["union"] == bench_content()["union"]
 
 

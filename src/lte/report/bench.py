@@ -95,8 +95,7 @@ def break_even_report(rows: Sequence[Row]) -> Table:
     return table
 
 
-_ROW_FIELDS = ("provider", "setting", "sparsity", "median_ms", "p20_ms", "p80_ms", "bandwidth_ms", "gb_per_s")
-_DETAILS = ("command", "hardware", "git_commit", "versions", "settings")
+_ROW_FIELDS = ("sparsity", "median_ms", "p20_ms", "p80_ms", "bandwidth_ms")
 _TITLES = {"ffn": "FFN of one layer", "decode": "decoding step"}
 _VARIANTS = ("dtype", "routing", "attention", "settings")
 
@@ -105,24 +104,24 @@ def bench_data(bench: Bench) -> dict[str, Any]:
     """One file.
 
     Returns:
-        `name`; `source`; `latency`, a group for each benchmark and batch with its `rows`; `break_even` and `union`, as
-        the file has them; `settings`, how it was measured.
+        `name`; `latency`, a group for each benchmark and batch with its `rows`; `break_even` and `union`, as the file
+        has them, but for settings in words.
     """
-    content = bench.content
-    name = bench_name(bench)
+    content, name = bench.content, bench_name(bench)
     groups: dict[str | None, list[Row]] = defaultdict(list)
     for row in content["rows"]:
         groups[_title(row)].append(row)
     groups.pop(None, None)
     return {
         "name": name,
-        "source": bench.source,
         "latency": [
             {"title": f"{title}: {name}", "rows": [_row(row, rows) for row in rows]} for title, rows in groups.items()
         ],
-        "break_even": _whole(content.get("break_even"), ("benchmark", "setting", "batches", "ratios", "break_even")),
-        "union": _whole(content.get("union"), ("batch", "union")),
-        "details": {name: content.get(name) for name in _DETAILS},
+        "break_even": [
+            {**row, "setting": setting_words(row["setting"])}
+            for row in _whole(content, "break_even", "benchmark", "setting", "batches", "ratios", "break_even")
+        ],
+        "union": _whole(content, "union", "batch", "union"),
     }
 
 
@@ -138,10 +137,10 @@ def bench_name(bench: Bench) -> str:
     return f"{', '.join(str(part) for part in parts if part)} ({Path(bench.source).name})"
 
 
-def _whole(rows: Any, fields: Sequence[str]) -> list[Any]:
-    """The rows that have all fields."""
-    found = rows if isinstance(rows, list) else []
-    return [row for row in found if isinstance(row, Mapping) and all(name in row for name in fields)]
+def _whole(content: Mapping[str, Any], name: str, *fields: str) -> list[Any]:
+    """The rows of a list that have all fields."""
+    rows = content.get(name) if isinstance(content.get(name), list) else []
+    return [row for row in rows if isinstance(row, Mapping) and all(field in row for field in fields)]
 
 
 def _title(row: Row) -> str | None:
@@ -164,5 +163,8 @@ def _provider(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _row(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    own = (
+        "dense" if is_dense(row) else setting_words(row["setting"]) if str(row.get("setting")).startswith("own") else ""
+    )
     shown = {name: row.get(name) for name in _ROW_FIELDS}
-    return {**shown, "provider": _provider(row, rows), "is_dense": is_dense(row)}
+    return {**shown, "provider": _provider(row, rows), "is_dense": is_dense(row), "own": own}

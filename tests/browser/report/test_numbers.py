@@ -90,8 +90,7 @@ def test_variants_have_a_picture_of_their_own(page: Chrome) -> None:
         "lte 80% · 40% of bytes",
         "lte-frozen 80% · 40% of bytes",
     ]
-    ((values),) = drawn(page, "Variants").values()
-    assert [value for value, _ in values] == [1.0, 2.0]
+    assert [value for value, _ in drawn(page, "Variants")["settings"]] == [1.0, 2.0]
 
 
 def test_layers_and_routers_are_those_of_the_records(page: Chrome) -> None:

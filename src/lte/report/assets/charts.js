@@ -18,14 +18,18 @@ const Charts = (() => {
   /* A method's or an implementation's colour. */
   const colourOf = (name) => Shell.colour(Shell.data.colours[name] ?? 'quiet');
 
-  /* An axis: { name, share, log, inverse, min, max, interval, whole, label }. */
-  function axis({ name, log, min, max, interval, inverse, whole, ...rest }, isX) {
+  /* An axis: { name, share, log, inverse, min, max, interval, whole, label }, or { names } of rows, the first on top. */
+  function axis({ name, log, min, max, interval, inverse, whole, names, ...rest }, isX, width) {
+    if (names) {
+      return Shell.axis({ type: 'category', inverse: true, data: names, axisTick: { show: false },
+        axisLabel: { color: Shell.colour('ink'), width: Math.min(width / 2, 290), overflow: 'truncate', interval: 0 } });
+    }
     const label = rest.label ?? form(rest);
     return Shell.axis({ type: log ? 'log' : 'value', logBase: log, inverse, min, max, interval,
-      minInterval: whole ? 1 : undefined,
-      name: log ? `${name}, logarithmic` : name, nameLocation: isX ? 'middle' : 'end', nameGap: isX ? 28 : 14,
-      nameTextStyle: { align: isX ? 'center' : 'left' }, axisLabel: { formatter: (value) => label(value),
-        hideOverlap: true },
+      minInterval: whole ? 1 : undefined, name: log ? `${name}, logarithmic` : name,
+      nameLocation: isX ? 'middle' : 'end', nameGap: isX ? 28 : 14,
+      nameTextStyle: { align: isX ? 'center' : 'left' },
+      axisLabel: { formatter: (value) => label(value), hideOverlap: true },
       splitLine: { show: !isX, lineStyle: { color: Shell.colour('line'), opacity: 0.5 } } });
   }
 
@@ -59,139 +63,95 @@ const Charts = (() => {
 
   const inside = ({ min = -Infinity, max = Infinity }, value) => value >= min && value <= max;
 
-  /* What ECharts draws for { x, y, lines, area, tell }. A line: { name, colour, points, symbol, dash, width, pale,
-     hidden (its name), level (a horizontal line), area }. A point: { x, y, low, high, hollow,
-       ... }; one beyond the end of
-     the axis is an arrow at the end. tell: the text for a point. */
-  function options({ x: anyX, y: anyY, lines, marks = [], tell }, width, height) {
+  /* What ECharts draws for { x, y, lines, marks, tell }. A line: { name, colour, points, symbol, dash, width, pale,
+     hidden (its name), level (a horizontal line), area }. A point: { x, y, low, high, hollow, ... }; one beyond the end
+     of the axis is an arrow at the end. Where y has names, low and high are of x. tell: the text for a point. */
+  function options({ x: anyX, y: anyY, lines, marks = [], tell }, width) {
     const named = lines.filter(({ hidden, points }) => !hidden && points.length);
     const letters = Math.max(0, ...named.map(({ label, name }) => (label ?? name).length));
     const room = named.length ? Math.min(40 + 7 * letters, 190, width * 0.32) : 20;
-    const x = rounded(anyX, lines.flatMap(({ points }) => points.map((point) => point.x)));
-    const y = rounded(anyY, [...lines.flatMap(({ points, level }) => [level,
-      ...points.flatMap((point) => [point.y, point.low, point.high])]),
-      ...marks.map(({ yAxis }) => yAxis)]);
+    const points = lines.flatMap((line) => line.points);
+    const ranges = points.flatMap(({ low, high }) => [low, high]);
+    const x = rounded(anyX, [...points.map((point) => point.x), ...(anyY.names ? ranges : []),
+      ...marks.map(({ xAxis }) => xAxis)]);
+    const y = anyY.names ? anyY : rounded(anyY, [...points.map((point) => point.y), ...ranges,
+      ...lines.map(({ level }) => level), ...marks.map(({ yAxis }) => yAxis)]);
     return {
       grid: { left: 12, right: room, top: 34, bottom: 34, containLabel: true },
       tooltip: Shell.tooltip(({ data }) => (data?.line ? tell(data) : ''), { trigger: 'item' }),
       xAxis: axis(x, true),
-      yAxis: axis(y, false),
+      yAxis: axis(y, false, width),
       dataZoom: ['xAxisIndex', 'yAxisIndex'].map((which) => ({ type: 'inside', [which]: 0, filterMode: 'none',
         zoomOnMouseWheel: 'ctrl', moveOnMouseMove: true, moveOnMouseWheel: false })),
       series: [...lines.map((line, place) => lineSeries(line, y, place ? [] : marks)), beyond(lines, y),
-        ends(named, x, y, width, height, room)],
+        ends(named, x, y, width, room)],
     };
   }
 
   function lineSeries(line, y, marks) {
-    const { name, colour, points, width = 2, pale = false, level, area } = line;
+    const { name, colour, points, width = 2, pale = false, level, area, opacity = 1, dash: type = 'solid' } = line;
     const bars = points.filter(({ low, high }) => high > low && inside(y, low) && inside(y, high));
+    const end = (point, value) => ({ coord: y.names ? [value, point.y] : [point.x, value] });
+    const style = (point) => (point.pinned ? { borderColor: Shell.colour('mark'), borderWidth: 3 }
+      : point.hollow ? { color: Shell.colour('paper'), borderColor: colour, borderWidth: 2 } : {});
+    const quiet = Shell.colour('quiet');
     return { type: 'line', name, symbol: line.symbol ?? 'circle', symbolSize: line.size ?? (pale ? 6 : 10),
-      showAllSymbol: true, showSymbol: line.size !== 0, symbolKeepAspect: true,
-      z: pale ? 3 : 5, triggerLineEvent: true, silent: line.silent,
+      showAllSymbol: true, showSymbol: line.size !== 0, symbolKeepAspect: true, z: pale ? 3 : 5,
+      triggerLineEvent: true, silent: line.silent, step: area && 'middle',
       data: points.map((point) => ({ ...point, line: name, value: [point.x, point.y],
-        symbolSize: point.pinned ? 18 : undefined,
-        itemStyle: point.pinned ? { borderColor: Shell.colour('mark'), borderWidth: 3 }
-          : point.hollow ? { color: Shell.colour('paper'), borderColor: colour, borderWidth: 2 } : undefined })),
+        symbolSize: point.pinned ? 18 : undefined, itemStyle: { color: point.colour, ...style(point) } })),
       itemStyle: { color: colour, opacity: 1 }, areaStyle: area ? { color: colour, opacity: 0.35 } : undefined,
-        step: area && 'middle',
-      lineStyle: { color: colour, width: line.scatter ? 0 : width, type: line.dash ?? 'solid',
-        opacity: line.opacity ?? 1 },
-      emphasis: { focus: 'series' }, blur: { lineStyle: { opacity: 0.5 * Math.min(line.opacity ?? 1, 0.4) },
-        itemStyle: { opacity: 0.2 } },
+      lineStyle: { color: colour, width: line.scatter ? 0 : width, type, opacity },
+      emphasis: { focus: 'series' },
+      blur: { lineStyle: { opacity: 0.5 * Math.min(opacity, 0.4) }, itemStyle: { opacity: 0.2 } },
       markArea: line.band && { silent: true, itemStyle: { color: colour, opacity: 0.15 },
-        data: [[{ yAxis: line.band[0] }, { yAxis: line.band[1] }]] },
+        data: [line.band.map((yAxis) => ({ yAxis }))] },
       markLine: { silent: true, symbol: 'none', precision: 12, label: { show: false }, animation: false,
         lineStyle: { color: colour, width: 1.5, type: 'solid' },
-        data: [...bars.map(({ x, low, high }) => [{ coord: [x, low] }, { coord: [x, high] }]),
-          ...(level === undefined ? [] : [{ yAxis: level, lineStyle: { width, type: line.dash ?? 'solid' } }]),
-          ...marks.map(({ label, ...at }) => ({ ...at, lineStyle: { color: Shell.colour('quiet'), type: 'dashed' },
-            label: { show: true, formatter: label, color: Shell.colour('quiet'), position: 'insideStartTop' } }))] } };
+        data: [...bars.map((point) => [{ ...end(point, point.low), lineStyle: { color: point.colour ?? colour } },
+          end(point, point.high)]),
+        ...(level === undefined ? [] : [{ yAxis: level, lineStyle: { width, type } }]),
+        ...marks.map(({ label, ...at }) => ({ ...at, lineStyle: { color: quiet, type: 'dashed' },
+          label: { show: Boolean(label), formatter: label, color: quiet, position: 'insideStartTop' } }))] } };
   }
 
   /* Points beyond the axis, as arrows at its end. */
   function beyond(lines, y) {
     return { type: 'scatter', name: 'beyond', symbol: 'triangle', symbolSize: 11, z: 6, clip: false,
       data: lines.flatMap(({ name, colour, points, pale }) => points.filter((point) => !inside(y, point.y))
-        .map((point) => ({ ...point,
-        line: name, beyond: true, value: [point.x, point.y > y.max ? y.max : y.min],
+        .map((point) => ({ ...point, line: name, beyond: true, value: [point.x, point.y > y.max ? y.max : y.min],
           symbolRotate: point.y > y.max !== Boolean(y.inverse) ? 0 : 180,
-        itemStyle: { color: Shell.colour('paper'), borderColor: colour, borderWidth: pale ? 1.5 : 2.5 } }))) };
+          itemStyle: { color: Shell.colour('paper'), borderColor: colour, borderWidth: pale ? 1.5 : 2.5 } }))) };
   }
 
-  /* A name for each line in a column on the right, by the height of the line's last point, none above another. */
-  function ends(lines, x, y, width, height, room) {
-    const scale = y.log ? Math.log : (value) => value;
-    const back = y.log ? Math.exp : (value) => value;
-    const step = ((scale(y.max) - scale(y.min)) * 16) / (height - 110);
-    const edge = x.inverse ? x.min : x.max;
+  /* A name for each line in a column on the right, near the height of the line's last point, none above another. */
+  function ends(lines, x, y, width, room) {
     const last = ({ points, level }) => {
       const point = points.filter((each) => inside(y, each.y)).at(-1) ?? { ...points.at(-1), y: y.max };
-      return [level === undefined ? point.x : edge, point.y];
+      return [level === undefined ? point.x : x.inverse ? x.min : x.max, point.y];
     };
-    const places = lines.map((line) => ({ line, from: last(line), at: scale(last(line)[1]) }))
-      .sort((a, b) => b.at - a.at);
-    places.forEach((each, row) => { each.at = Math.min(each.at, row ? places[row - 1].at - step : Infinity); });
-    /* From below upwards again, where the last ones lie under the axis. */
-    places.toReversed().forEach((each, row, all) => { each.at = Math.max(each.at,
-      row ? all[row - 1].at + step : scale(y.min)); });
     return { type: 'scatter', name: 'names', silent: true, symbolSize: 0.01, z: 7, clip: false,
-      data: places.map(({ line, at }) => ({ value: [edge, back(at)],
-        label: { color: line.pale ? Shell.colour('quiet') : line.colour,
-        formatter: clip(line.label ?? line.name, Math.floor((room - 18) / 7.2)),
-          fontWeight: line.pale ? 'normal' : 'bold' } })),
-      label: { show: true, position: 'right', fontSize: 12 }, blur: { label: { opacity: 1 } },
-        labelLayout: { x: width - room + 16, align: 'left' },
-      markLine: { silent: true, symbol: 'none', precision: 12, label: { show: false },
-        lineStyle: { type: 'solid', width: 1, opacity: 0.35 },
-        data: places.map(({ line, from, at }) => [{ coord: from, lineStyle: { color: line.colour } },
-          { coord: [edge, back(at)] }]) } };
+      data: lines.map((line) => ({ value: last(line), labelLine: { lineStyle: { color: line.colour } },
+        label: { color: line.pale ? Shell.colour('quiet') : line.colour, fontWeight: line.pale ? 'normal' : 'bold',
+          formatter: clip(line.label ?? line.name, Math.floor((room - 18) / 7.2)) } })),
+      label: { show: true, position: 'right', fontSize: 12, lineHeight: 16 }, blur: { label: { opacity: 1 } },
+      labelLayout: { x: width - room + 16, align: 'left', moveOverlap: 'shiftY' },
+      labelLine: { show: true, length2: 5, lineStyle: { width: 1, opacity: 0.35 } } };
   }
 
-  /* A picture of lines. describe: makes the description for a width, null where nothing is shown. */
+  /* A picture of lines. describe: makes the description for a width. */
   function linePicture({ label, caption = '', describe, height = () => 380, onPick = null }) {
-    const picture = new Shell.Picture({ label, caption, height, onPick,
-      options: (width) => options(describe(width), width, height(width)),
+    return new Shell.Picture({ label, caption, height, onPick, options: (width) => options(describe(width), width),
       rows: () => {
         const { x, y, lines } = describe(1000);
-        return [label, [{ words: 'line' }, x.name, y.name, 'from', 'to'],
-          lines.filter(({ silent }) => !silent).flatMap((line) => line.points.map((point) =>
-          [{ words: point.title ?? line.name }, (x.label ?? form(x))(point.x), form(y)(point.y),
-            ...[point.low, point.high].map(form(y))]))];
-      } });
-    return picture;
-  }
-
-  /* A row for each item { name, x, low, high, colour, symbol, ... }, the first on top. */
-  function dotPicture({ label, caption, describe, onPick = null }) {
-    return new Shell.Picture({ label, caption, onPick, height: () => 80 + 24 * describe().items.length,
-      options: (width) => {
-        const { x, items, tell, marks = [] } = describe();
-        const left = Math.min(width * 0.5, 290);
-        return { grid: { left, right: 24, top: 10, bottom: 44 },
-          tooltip: Shell.tooltip(({ data }) => (data?.name ? tell(data) : '')),
-            xAxis: { ...axis(rounded(x, [0, ...items.flatMap((item) => [item.x, item.low, item.high])]), true),
-            splitLine: { show: true, lineStyle: { color: Shell.colour('line'), opacity: 0.5 } } },
-          yAxis: Shell.axis({ type: 'category', inverse: true, data: items.map(({ name }) => name),
-            axisTick: { show: false },
-            axisLabel: { color: Shell.colour('ink'), width: left - 16, overflow: 'truncate', interval: 0 } }),
-          series: [{ type: 'scatter', name: label, symbolSize: 11,
-            data: items.map((item, row) => ({ ...item, value: [item.x, row],
-            symbolSize: item.pinned ? 18 : undefined, itemStyle: { color: item.colour,
-              borderColor: item.pinned ? Shell.colour('mark') : undefined, borderWidth: item.pinned ? 3 : 0 } })),
-            markLine: { silent: true, symbol: 'none', precision: 12, label: { show: false },
-              lineStyle: { type: 'solid', width: 2 },
-              data: [...items.map(({ low, high, colour }, row) =>
-                (high > low ? [{ coord: [low, row], lineStyle: { color: colour } },
-                { coord: [high, row] }] : null)).filter(Boolean), ...marks.map((at) => ({ ...at,
-                  lineStyle: { type: 'dashed', color: Shell.colour('quiet'), width: 1.5 } }))] } }] };
-      },
-      rows: () => {
-        const { x, items } = describe();
-        return [label, [{ words: 'name' }, x.name, 'from', 'to'], items.map(({ name, ...item }) => [{ words: name },
-          ...[item.x, item.low, item.high].map(form(x))])];
+        const places = (y.names ? [x] : [x, y]).map(({ name }) => name);
+        const row = (line, point) => [{ words: point.name ?? point.title ?? line.name },
+          (x.label ?? form(x))(point.x), ...(y.names ? [] : [form(y)(point.y)]),
+          ...[point.low, point.high].map(form(y.names ? x : y))];
+        return [label, [{ words: 'line' }, ...places, 'from', 'to'],
+          lines.filter(({ silent }) => !silent).flatMap((line) => line.points.map((point) => row(line, point)))];
       } });
   }
 
-  return { isNumber, short, clip, share, symbol, dash, shade, colourOf, logBase, linePicture, dotPicture };
+  return { isNumber, short, clip, share, symbol, dash, shade, colourOf, logBase, linePicture };
 })();

@@ -52,11 +52,8 @@
     const count = (method) => rowsShown.filter((row) => row.cells[method]?.[place]).length;
     const methods = overview.methods.filter(count).sort((a, b) => (b === 'lte') - (a === 'lte') || count(b) - count(a));
     const none = overview.methods.filter((method) => !count(method));
-    const head = methods.map((method) => {
-      const dot = element('span', { class: 'dot' });
-      dot.style.background = `var(--${data.colours[method]})`;
-      return element('th', { scope: 'col' }, dot, methodName(method));
-    });
+    const head = methods.map((method) => element('th', { scope: 'col' }, Shell.dot(data.colours[method]),
+      methodName(method)));
     const rows = rowsShown.map((row) => element('tr', {}, element('th', { scope: 'row' },
       element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` },
       ...Shell.breakable(row.name))),

@@ -2,6 +2,8 @@
 /* Inside the models of a task, layer by layer, and what lte bench timed: each a list of pictures, those with data. */
 
 const PERCENT = { share: true, min: 0, max: 1 };
+const THIN = { hidden: true, pale: true, size: 0 };
+const look = (place) => ({ dash: Charts.dash(place), symbol: Charts.symbol(place) });
 
 /* A panel with a choice above a picture of lines; describe gets what is chosen. Without entries there is none. */
 function choicePanel(title, label, entries, describe, options = {}) {
@@ -9,15 +11,13 @@ function choicePanel(title, label, entries, describe, options = {}) {
   const { element, choice } = Shell;
   let chosen = null;
   const said = element('p', { class: 'quiet', role: 'status' });
-  const picture = Charts.linePicture({ label: title, describe: (width) => describe(chosen, width), ...options });
+  const picture = Charts.linePicture({ label: title, describe: () => describe(chosen), ...options });
   const choose = (value) => {
     chosen = value;
     said.textContent = options.say?.(value) ?? '';
-  };
-  const list = choice(label, entries, (value) => {
-    choose(value);
     picture.draw();
-  }, { name: options.name });
+  };
+  const list = choice(label, entries, choose, { name: options.name });
   choose(list.value);
   return { picture, box: element('div', { class: 'panel' }, element('h3', {}, title),
     element('div', { class: 'controls' }, list.box), said, picture.box) };
@@ -46,19 +46,17 @@ function layerPanels(comparison) {
     choicePanel('Share of neurons computed, by layer', 'Method', curves, (found) => ({
       x: layerAxis(layerMeans(found[0]).length), y: { ...PERCENT, name: 'neurons computed' },
       tell: ({ line, x, y }) => `${Charts.clip(line)}\nlayer ${x}: ${Charts.share(y)} computed`,
-      lines: found.map((point, place) => ({ name: titleOf(point),
-        label: new Set(found.map(({ target }) => target)).size < found.length ? point.name
+      lines: found.map((point, place) => ({ name: titleOf(point), ...look(place), size: 7,
+        label: found.some((other) => other !== point && other.target === point.target) ? point.name
           : `target ${Charts.share(point.target)}`,
-        colour: Charts.colourOf(point.method), dash: Charts.dash(place), symbol: Charts.symbol(place), size: 7,
-          points: byLayer(layerMeans(point)) })),
-    }), {
-      caption: 'After training, mean over seeds: the lower, the more of a layer is skipped.' }),
+        colour: Charts.colourOf(point.method), points: byLayer(layerMeans(point)) })),
+    }), { caption: 'After training, mean over seeds: the lower, the more of a layer is skipped.' }),
     choicePanel('Over the training', 'Run', runsWith((run) => run.history),
       ({ history: { step, active_fraction: shares } }) => ({
       x: { name: 'step', whole: true }, y: { ...PERCENT, name: 'neurons computed' },
       tell: ({ line, x, y }) => `${line}, step ${x}: ${Charts.share(y)} computed`,
-      lines: [...shares[0].map((_, layer) => ({ name: `layer ${layer}`, hidden: true, pale: true, size: 0, width: 1.5,
-        opacity: 0.7, colour: Shell.ramp()[2 + Math.round((7 * layer) / shares[0].length)],
+      lines: [...shares[0].map((_, layer) => ({ ...THIN, name: `layer ${layer}`, width: 1.5, opacity: 0.7,
+        colour: Shell.ramp()[2 + Math.round((7 * layer) / shares[0].length)],
         points: byLayer(shares.map((layers) => layers[layer])).map(({ x, y }) => ({ x: step[x], y })) })),
       { name: 'all layers', colour: Shell.colour('on'), width: 4, size: 0,
         points: shares.map((layers, at) => ({ x: step[at], y: mean(layers.filter(Charts.isNumber)) })) }],
@@ -74,15 +72,15 @@ function layerPanels(comparison) {
         marks: [{ xAxis: threshold ?? 0.5, label: `on above ${Charts.short(threshold ?? 0.5)}` }],
         lines: [{ name: 'all layers', colour: Shell.colour('on'), size: 0, area: true,
           points: bars(histogram[0].map((_, bin) => mean(histogram.map((layer) => layer[bin] ?? 0)))) },
-          ...histogram.map((units, layer) => ({ name: `layer ${layer}`, hidden: true, pale: true, size: 0, width: 1,
-            opacity: 0.3, colour: Shell.colour('quiet'), points: bars(units) }))] };
-    }, { caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near it are ' +
-        'a clear choice. Thin lines are single layers.' }),
+          ...histogram.map((units, layer) => ({ ...THIN, name: `layer ${layer}`, width: 1, opacity: 0.3,
+            colour: Shell.colour('quiet'), points: bars(units) }))] };
+    }, { caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near it ' +
+      'are a clear choice. Thin lines are single layers.' }),
     choicePanel('Experts that are never and always on', 'Run', counted, ({ routing: { dead, always_on: always } }) => ({
       x: layerAxis(dead.length), y: { name: 'experts', whole: true, min: 0 },
-        tell: ({ line, x, y }) => `layer ${x}: ${y} experts ${line}`,
-      lines: [['never on', dead, 'less'], ['always on', always, 'more']].map(([name, values, shade],
-        place) => ({ name, colour: Shell.colour(shade), symbol: Charts.symbol(place), points: byLayer(values) })),
+      tell: ({ line, x, y }) => `layer ${x}: ${y} experts ${line}`,
+      lines: [['never on', dead, 'less'], ['always on', always, 'more']].map(([name, values, shade], place) =>
+        ({ name, colour: Shell.colour(shade), symbol: Charts.symbol(place), points: byLayer(values) })),
     }), { say: ({ routing: { dead, always_on: always, experts, tokens } }) => {
       const sum = (values) => Shell.count(values.reduce((total, value) => total + value, 0));
       const on = tokens ? ` on ${Shell.count(tokens)} tokens` : '';
@@ -90,17 +88,6 @@ function layerPanels(comparison) {
     }, caption: 'Both are capacity that routing does not use.' }),
   ].filter(Boolean);
 }
-
-/* Milliseconds, or microseconds where all are below one. */
-function timeUnit(times) {
-  return Math.max(...times.filter(Charts.isNumber)) < 1 ? [1000, 'µs'] : [1, 'ms'];
-}
-
-const settingText = (setting) => {
-  const [, own, share] = /^(own)?@?(.*)$/.exec(setting);
-  const percent = share && Charts.share(Number(share));
-  return own ? `own routing${share && ` at ${percent}`}` : percent;
-};
 
 /* The bytes of one sparse implementation, the last of ours: others read as many, or more. */
 function bytesAlone(rows, factor) {
@@ -113,25 +100,24 @@ function bytesAlone(rows, factor) {
 
 function describeLatency({ rows }) {
   const timed = rows.filter((row) => Charts.isNumber(row.median_ms));
-  const [factor, unit] = timeUnit(timed.map((row) => row.median_ms));
+  const times = timed.map((row) => row.median_ms);
+  const [factor, unit] = Math.max(...times) < 1 ? [1000, 'µs'] : [1, 'ms'];
   const groups = [...Map.groupBy(timed, ({ provider }) => provider)];
   const alone = bytesAlone(rows, factor);
-  const base = Charts.logBase(timed.map((row) => row.median_ms), 8);
-  const ours = (name) => name.startsWith('lte');
+  const base = Charts.logBase(times, 8);
   return {
-    x: { ...PERCENT, name: 'FFN sparsity' }, y: { name: `median time in ${unit}`, log: base,
-      min: base ? undefined : 0 },
-    tell: ({ line, x, y, low, high, own }) => [line, own === undefined ? 'the time that the bytes alone take' : own
-      || `${Charts.share(x)} sparsity`,
-      `${Charts.short(y)} ${unit}${low === undefined ? '' : ` (${Charts.short(low)} to ${Charts.short(high)})`}`].join(
-        '\n'),
-    lines: [...groups.map(([name, found], place) => ({ name, colour: Charts.colourOf(name),
-      symbol: Charts.symbol(place), dash: Charts.dash(place), width: ours(name) ? 3 : 2, size: 8,
+    x: { ...PERCENT, name: 'FFN sparsity' },
+    y: { name: `median time in ${unit}`, log: base, min: base ? undefined : 0 },
+    tell: ({ line, x, y, low, high, own }) => {
+      const range = low === undefined ? '' : ` (${Charts.short(low)} to ${Charts.short(high)})`;
+      const what = own === undefined ? 'the time that the bytes alone take' : own || `${Charts.share(x)} sparsity`;
+      return `${line}\n${what}\n${Charts.short(y)} ${unit}${range}`;
+    },
+    lines: [...groups.map(([name, found], place) => ({ name, ...look(place), size: 8,
+      colour: Charts.colourOf(name), width: name.startsWith('lte') ? 3 : 2,
       level: found.every((row) => row.is_dense) ? found[0].median_ms * factor : undefined,
       points: found.map((row) => ({ x: row.sparsity, y: row.median_ms * factor, low: row.p20_ms * factor,
-        high: row.p80_ms * factor,
-        own: row.is_dense ? 'dense' : (row.setting || '').startsWith('own') ? settingText(row.setting) : '' }))
-          .sort((a, b) => a.x - b.x) })),
+        high: row.p80_ms * factor, own: row.own })).sort((a, b) => a.x - b.x) })),
     ...(alone.length ? [{ name: 'bytes alone', colour: Shell.colour('ink'), dash: 'dashed', size: 0, points: alone }]
       : [])],
   };
@@ -160,9 +146,9 @@ function speedPanels(benches) {
   return [
     choicePanel('Measured time against sparsity', 'Measurement', groups.map((group) => [group.title, group]),
       describeLatency, { name: 'timed', height: () => 440,
-      caption: 'Medians, with bars from the 20th to the 80th percentile. The dashed line is how long reading the needed ' +
-        'weights alone takes at the speed at which the machine copies memory, which a model that fits a cache can ' +
-        'beat. Dense implementations are level lines.' }),
+      caption: 'Medians, with bars from the 20th to the 80th percentile. The dashed line is how long reading the ' +
+        'needed weights alone takes at the speed at which the machine copies memory, which a model that fits a cache ' +
+        'can beat. Dense implementations are level lines.' }),
     choicePanel('Weights that all texts of a batch can skip', 'Measurement', unions.map((bench) => [bench.name, bench]),
       ({ union }) => describeBatches([
       ['measured', union.map((row) => ({ x: row.batch, y: 1 - row.union }))],
@@ -173,12 +159,11 @@ function speedPanels(benches) {
         'texts chose independently.' }),
     choicePanel('Batches against the fastest dense implementation', 'Measurement',
       evens.map((bench) => [bench.name, bench]), ({ break_even: rows }) => describeBatches(
-      rows.map((row) => [`${row.benchmark}, ${settingText(row.setting)}`,
-        row.batches.map((batch, place) => ({ x: batch, y: row.ratios[place] }))]),
-      { name: 'time over dense', min: 0 }, [{ yAxis: 1, label: 'as fast as dense' }]), {
-      say: ({ break_even: rows }) =>
-        rows.map((row) => `${row.benchmark}, ${settingText(row.setting)}: ${row.break_even === null
-        ? `faster than dense up to batch ${row.batches.at(-1)}, the largest measured`
+        rows.map((row) => [`${row.benchmark}, ${row.setting}`,
+          row.batches.map((batch, place) => ({ x: batch, y: row.ratios[place] }))]),
+        { name: 'time over dense', min: 0 }, [{ yAxis: 1, label: 'as fast as dense' }]), {
+        say: ({ break_even: rows }) => rows.map((row) => `${row.benchmark}, ${row.setting}: ${row.break_even === null
+          ? `faster than dense up to batch ${row.batches.at(-1)}, the largest measured`
           : `no longer faster than dense from batch ${row.break_even}`}.`).join(' '),
       caption: 'Below the dashed line the sparse model is faster than the dense one.' }),
   ].filter(Boolean);

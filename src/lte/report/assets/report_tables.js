@@ -9,43 +9,36 @@ function numberIn(text) {
   return found ? Number(found[1].replaceAll(',', '')) * (UNITS_IN_CELLS[found[2]] ?? 1) : null;
 }
 
-function csvOf(header, rows) {
+function csvOf(rows) {
   const cell = (value) => {
-    const text = value === null || value === undefined ? '' : String(value);
+    const text = String(value ?? '');
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
-  return [header, ...rows].map((row) => `${row.map(cell).join(',')}\n`).join('');
+  return rows.map((row) => `${row.map(cell).join(',')}\n`).join('');
 }
 
 /* Columns in which more is better, beside a metric of that kind: the first click shows the best on top. */
 const MORE_IS_BETTER = ['FFN sparsity', 'weights not read', 'seeds', 'bytes saved', 'FFN bytes saved',
-  'FFN sparsity there',
-  'target', 'on the envelope'];
+  'FFN sparsity there', 'target', 'on the envelope'];
 
 class SortableTable {
-  /* csv: header and rows for the copy, in the order of `rows`; without it what is shown is copied.
-     best: the metric. isTitled: whether a heading says the title. icon: the colour beside a name.
-     onChoose: makes a button of the first cell, called with the row's place. */
-  constructor({ title, isTitled = false, header, rows, left, csv = null, best = null, icon = null, onChoose = null }) {
-    Object.assign(this, { title, header, rows, left, csv, best, icon, onChoose });
+  /* csv: an object for each of `rows`, for the copy; without it what is shown is copied. best: the metric.
+     colours: of the dots beside names. onChoose: makes a button of the first cell, called with the row's place. */
+  constructor({ title, header, rows, left, csv = null, best = null, colours = null, onChoose = null }) {
+    Object.assign(this, { title, header, rows, left, csv, best, colours, onChoose });
     this.order = rows.map((_, place) => place);
     this.column = null;
     this.descending = false;
-    const { element } = Shell;
-    this.headings = header.map((name, column) => {
-      const button = element('button', { type: 'button' }, name || 'where');
-      button.addEventListener('click', () => this.sort(column));
-      return element('th', { scope: 'col', 'aria-sort': 'none', class: column < left && 'words' }, button);
-    });
+    const { element, button } = Shell;
+    this.headings = header.map((name, column) => element('th', { scope: 'col', 'aria-sort': 'none',
+      class: column < left && 'words' }, button(name || 'where', () => this.sort(column))));
     this.body = element('tbody', {});
-    const copy = element('button', { type: 'button' }, 'Copy as CSV');
-    copy.addEventListener('click', () => this.copy());
     this.state = element('span', { role: 'status' });
     this.fallback = element('div', {});
-    const table = element('table', { class: 'sortable' }, Shell.captionOf(title, { class: isTitled && 'unseen' }),
+    const table = element('table', { class: 'sortable' }, Shell.captionOf(title),
       element('thead', {}, element('tr', {}, ...this.headings)), this.body);
-    this.box = element('div', {}, element('div', { class: 'table-tools' }, copy, this.state), this.fallback,
-      Shell.scrollBox(title, table));
+    this.box = element('div', {}, element('div', { class: 'table-tools' },
+      button('Copy as CSV', () => this.copy()), this.state), this.fallback, Shell.scrollBox(title, table));
     this.rowElements = rows.map((row, place) => this.rowElement(row, place));
     this.fill();
     Shell.rove(table, 'button');
@@ -53,19 +46,14 @@ class SortableTable {
 
   rowElement(row, place) {
     const { element } = Shell;
-    const cells = row.map((text, column) => {
-      if (column >= this.left && column > 0) return element('td', {}, text);
-      const words = Shell.breakable(text);
-      if (column > 0) return element('td', { class: 'words', dir: 'auto' }, ...words);
-      const icon = this.icon && element('span', { class: 'dot' });
-      if (icon) icon.style.background = this.icon(place);
-      const name = this.onChoose ? [element('button', { type: 'button', class: 'choose' },
-        element('span', { class: 'clamped', title: text }, ...words))] : words;
-      return element('th', { scope: 'row', class: 'words', dir: 'auto' },
-        ...(icon ? [element('span', { class: 'named' },
-        icon, ...name)] : name));
-    });
-    const made = element('tr', {}, ...cells);
+    const [name, ...others] = row;
+    const words = Shell.breakable(name);
+    const label = this.onChoose ? [element('button', { type: 'button', class: 'choose' },
+      element('span', { class: 'clamped', title: name }, ...words))] : words;
+    const made = element('tr', {}, element('th', { scope: 'row', class: 'words', dir: 'auto' },
+      ...(this.colours ? [element('span', { class: 'named' }, Shell.dot(this.colours[place]), ...label)] : label)),
+    ...others.map((text, column) => (column + 1 < this.left
+      ? element('td', { class: 'words', dir: 'auto' }, ...Shell.breakable(text)) : element('td', {}, text))));
     if (this.onChoose) made.addEventListener('click', () => this.onChoose(place));
     return made;
   }
@@ -95,8 +83,9 @@ class SortableTable {
   }
 
   csvText() {
-    const { header, rows } = this.csv ?? this;
-    return csvOf(header, this.order.map((place) => rows[place]));
+    const header = this.csv ? Object.keys(this.csv[0]) : this.header;
+    const rows = this.csv ? this.csv.map((row) => Object.values(row)) : this.rows;
+    return csvOf([header, ...this.order.map((place) => rows[place])]);
   }
 
   /* Where the browser refuses the clipboard, the text to copy is shown, chosen. */

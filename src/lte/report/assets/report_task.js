@@ -18,12 +18,6 @@ const mean = (values) => (values.length ? values.reduce((sum, value) => sum + va
 const spread = (point, form) => (point.value.sd === null ? '' : ` ± ${form(point.value.sd)}`);
 const seeds = ({ value }) => `${value.n} ${value.n === 1 ? 'seed' : 'seeds'}`;
 
-function button(text, onClick, label = null) {
-  const made = Shell.element('button', { type: 'button', 'aria-label': label }, text);
-  made.addEventListener('click', onClick);
-  return made;
-}
-
 class Task {
   /* pins: the places of the points to begin with. */
   constructor(comparison, pins) {
@@ -37,9 +31,9 @@ class Task {
     this.panel = element('aside', { class: 'panel pins', 'aria-label': 'Pinned points', tabindex: '-1' });
     this.pictures = [];
     const chart = costs.length ? [element('div', { class: 'panel' }, ...this.makeChart(costs))] : [];
-    this.table = this.points.length ? this.add(new SortableTable({ ...this.results, csv: this.csvTable(),
-      best: this.metric, icon: (place) => `var(--${Shell.data.colours[this.points[place].method]})`,
-      onChoose: (place) => this.pin(this.points[place]) })) : null;
+    this.table = this.points.length ? new SortableTable({ ...this.results, csv: this.csv, best: this.metric,
+      colours: this.points.map(({ method }) => Shell.data.colours[method]),
+      onChoose: (place) => this.pin(this.points[place]) }) : null;
     this.box = element('div', { class: this.chart && 'beside' }, ...chart, ...(this.points.length ? [this.panel] : []));
     this.fill();
   }
@@ -62,7 +56,7 @@ class Task {
     this.say();
     const zooms = element('span', { class: 'zooms', role: 'group', 'aria-label': 'Zoom' },
       ...[['Zoom in', 0.7], ['Zoom out', 1.4], ['Reset', 0]].map(([text, factor]) =>
-        button(text, () => this.zoom(factor))));
+        Shell.button(text, () => this.zoom(factor))));
     Shell.rove(zooms, 'button');
     return [element('div', { class: 'controls' }, cost.box, range.box, zooms), this.chart.box];
   }
@@ -156,7 +150,7 @@ class Task {
 
   tell({ place, title, x, y, paper, beyond, name }) {
     const point = this.points[place];
-    const lost = `${this.form(y)} ${this.metric.name} lost`;
+    const lost = `${this.form(point?.lost ?? y)} ${this.metric.name} lost`;
     if (paper) return `${title}\n${lost}\nof other models and settings`;
     const cost = name ? `${Charts.share(point.costs.bytes)} of the bytes`
       : `${Charts.share(x)} of the ${COSTS[this.cost].text.toLowerCase()}`;
@@ -186,20 +180,18 @@ class Task {
     const points = this.points.filter((point) => !point.is_main && !point.is_dense && point.lost !== null);
     const groups = [...Map.groupBy(points, (point) => point.group)];
     const main = this.known.filter((point) => point.method === 'lte');
+    const nameOf = (point) => [point.name, ...(point.target === null ? [] : [Charts.share(point.target)]), '·',
+      Charts.share(point.costs.bytes, 0), 'of bytes'].join(' ');
     const boxes = groups.map(([group, found]) => {
-      const targets = new Set(found.map((point) => point.target));
-      const shown = [...main.filter((point) => targets.has(point.target)
-        && found.some(({ method }) => method === 'lte')), ...found];
-      const picture = this.add(Charts.dotPicture({
-        label: `Variants in ${group || 'these files'}`, caption: '',
-          onPick: ({ data }) => this.pin(this.points[data?.place]),
-        describe: () => ({
-          x: { name: `${this.metric.name} lost against dense` }, tell: (data) => this.tell(data),
-            marks: [{ xAxis: 0 }, { xAxis: this.goal }],
-          items: shown.map((point) => ({ ...this.item(point, point.lost),
-            name: [point.name, ...(point.target === null ? [] : [Charts.share(point.target)]), '·',
-              Charts.share(point.costs.bytes, 0), 'of bytes'].join(' '), colour: Charts.colourOf(point.method) })),
-        }) }));
+      const targets = new Set(found.filter(({ method }) => method === 'lte').map((point) => point.target));
+      const shown = [...main.filter((point) => targets.has(point.target)), ...found];
+      const picture = this.add(Charts.linePicture({ label: `Variants in ${group || 'these files'}`,
+        height: () => 80 + 24 * shown.length, onPick: ({ data }) => this.pin(this.points[data?.place]),
+        describe: () => ({ x: { name: `${this.metric.name} lost against dense` }, y: { names: shown.map(nameOf) },
+          marks: [{ xAxis: 0 }, { xAxis: this.goal }], tell: (data) => this.tell(data),
+          lines: [{ name: 'settings', hidden: true, scatter: true, points: shown.map((point, row) =>
+            ({ ...this.item(point, point.lost), y: row, name: nameOf(point), colour: Charts.colourOf(point.method) })),
+          }] }) }));
       return Shell.element('div', { class: 'panel' }, Shell.element('h3', {}, group || 'Variants'), picture.box);
     });
     return boxes.length ? [Shell.element('p', { class: 'caption' },
@@ -215,7 +207,7 @@ class Task {
       : [...this.pins, point].slice(-2);
     Shell.state.set({ pins: this.pins.map((each) => this.places.get(each)).join(',') || 'none' });
     this.fill();
-    this.pictures.forEach((picture) => picture.draw?.());
+    this.pictures.forEach((picture) => picture.draw());
   }
 
   fill() {
@@ -226,7 +218,7 @@ class Task {
       ...Object.keys(COSTS).map((key) => Charts.share(point.costs[key])), Charts.share(point.target), point.value.n];
     const told = this.pins.map(values);
     const heads = this.pins.map((point, place) => element('div', { class: 'pin' },
-      element('strong', {}, `${place ? 'B' : 'A'}: ${titleOf(point)}`), button('Unpin', () => {
+      element('strong', {}, `${place ? 'B' : 'A'}: ${titleOf(point)}`), Shell.button('Unpin', () => {
         this.pin(point);
         this.panel.focus();
       }, `Unpin ${titleOf(point)}`)));
@@ -271,12 +263,7 @@ class Task {
         element('dd', {}, text(run[key]))]))]));
   }
 
-  csvTable() {
-    const header = Object.keys(this.csv[0] ?? {});
-    return { header, rows: this.csv.map((row) => header.map((name) => row[name])) };
-  }
-
   remove() {
-    this.pictures.forEach((picture) => picture.remove?.());
+    this.pictures.forEach((picture) => picture.remove());
   }
 }

@@ -16,6 +16,19 @@ const Shell = (() => {
     return made;
   }
 
+  function button(text, onClick, label = null) {
+    const made = element('button', { type: 'button', 'aria-label': label }, text);
+    made.addEventListener('click', onClick);
+    return made;
+  }
+
+  /* A dot in the colour of a custom property. */
+  function dot(name) {
+    const made = element('span', { class: 'dot' });
+    made.style.background = `var(--${name})`;
+    return made;
+  }
+
   /* What the address keeps behind its #: `task=stsb&theme=dark`. A link and a reload show the same page again. */
   const state = {
     all: () => new URLSearchParams(location.hash.slice(1)),
@@ -108,8 +121,6 @@ const Shell = (() => {
     return text.split(/(?<=[_/])/).flatMap((part, place) => (place ? [element('wbr'), part] : [part]));
   }
 
-  const prefersDark = matchMedia('(prefers-color-scheme: dark)');
-
   /* From little to much: darker on white, and lighter on black. */
   const ramp = () => Array.from({ length: 10 }, (_, step) => colour(`ramp-${step}`));
 
@@ -155,11 +166,7 @@ const Shell = (() => {
         'aria-roledescription': 'chart' });
       this.told = element('p', { class: 'unseen', 'aria-live': 'polite' });
       this.tableBox = scrollBox(`${label}, as a table`);
-      const saves = ['PNG', 'SVG'].map((kind) => {
-        const button = element('button', { type: 'button' }, `Save as ${kind}`);
-        button.addEventListener('click', () => this.save(kind));
-        return button;
-      });
+      const saves = ['PNG', 'SVG'].map((kind) => button(`Save as ${kind}`, () => this.save(kind)));
       this.details = element('details', {}, element('summary', {}, 'Show as table'),
         element('div', { class: 'save' }, ...saves), this.tableBox);
       this.box = element('div', {}, this.plot, this.told, element('p', { class: 'caption' }, caption), this.details);
@@ -270,12 +277,8 @@ const Shell = (() => {
       textStyle: { color: colour('ink') }, formatter, ...settings };
   }
 
-  const listeners = new Set();
-  const onTheme = (listener) => listeners.add(listener);
-
   function redraw() {
     colours.clear();
-    listeners.forEach((listener) => listener());
     pictures.forEach((picture) => picture.draw());
   }
 
@@ -291,13 +294,10 @@ const Shell = (() => {
     showTheme();
     redraw();
   });
-  prefersDark.addEventListener('change', redraw);
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
 
-  function clearPictures() {
-    pictures.forEach((picture) => picture.remove());
-    listeners.clear();
-  }
+  const clearPictures = () => pictures.forEach((picture) => picture.remove());
 
-  return { data, state, unpack, element, breakable, choice, rove, captionOf, colour, ramp,
-    count, percent, table, scrollBox, Picture, axis, tooltip, onTheme, clearPictures };
+  return { data, state, unpack, element, button, dot, breakable, choice, rove, captionOf, colour, ramp,
+    count, percent, table, scrollBox, Picture, axis, tooltip, clearPictures };
 })();
