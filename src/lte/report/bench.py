@@ -139,8 +139,9 @@ def bench_name(bench: Bench) -> str:
 
 def _whole(content: Mapping[str, Any], name: str, *fields: str) -> list[Any]:
     """The rows of a list that have all fields."""
-    rows = content.get(name) if isinstance(content.get(name), list) else []
-    return [row for row in rows if isinstance(row, Mapping) and all(field in row for field in fields)]
+    rows = content.get(name)
+    found = rows if isinstance(rows, list) else []
+    return [row for row in found if isinstance(row, Mapping) and all(field in row for field in fields)]
 
 
 def _title(row: Row) -> str | None:
@@ -163,8 +164,7 @@ def _provider(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _row(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    own = (
-        "dense" if is_dense(row) else setting_words(row["setting"]) if str(row.get("setting")).startswith("own") else ""
-    )
+    setting = row.get("setting") or ""
+    own = "dense" if is_dense(row) else setting_words(setting) if setting.startswith("own") else ""
     shown = {name: row.get(name) for name in _ROW_FIELDS}
     return {**shown, "provider": _provider(row, rows), "is_dense": is_dense(row), "own": own}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lte.eval.sparsity import Measurement
 from lte.files import write_json_atomic, write_text_atomic
 from lte.records import ResultRecord
 from lte.report.router_health import router_health_markdown
-from lte.report.tables import markdown_table
+from lte.report.tables import markdown_table, percent
 
 HEALTH_FILE, TRAINING_FILE = "router_health.png", "training.png"
 
@@ -27,11 +28,9 @@ def write_demo_report(
 ) -> Path:
     """Writes `report.md`, `report.json`, `router_health.png`, and, if losses were logged, `training.png`.
 
-    `report.json` holds the records by name: `{"dense": {...}, "sparse": {...}, ...}`.
-
     Args:
         folder: where to; made if missing.
-        records: result records by name; `dense` and `sparse` first, more (a control) may follow.
+        records: by name, as `report.json` holds them; `dense` and `sparse` first, more (a control) may follow.
         measurement: the sparse model's routing.
         log_history: of the training.
         samples: generated text by model name.
@@ -68,19 +67,15 @@ def _headline(records: Mapping[str, ResultRecord]) -> str:
     """The outcome in a sentence, whichever way it went."""
     dense, sparse = records["dense"], records["sparse"]
     metric = sparse.metric
-    sentence = (
-        f"The sparse model skips {_percent(sparse.sparsity)} of its FFN neurons per token (target "
-        f"{_percent(sparse.target_sparsity)}), measured on held-out text in hard mode, with a {metric} of "
-        f"{_number(sparse.value)} against {_number(dense.value)} for the dense model"
-    )
-    if dense.value and sparse.value:
-        change = 100 * (sparse.value / dense.value - 1)
-        sentence += f" ({change:+.1f}%)"
+    change = f" ({sparse.value / dense.value - 1:+.1%})" if dense.value and sparse.value else ""
     flops = _ratio(sparse.flops_per_token, dense.flops_per_token)
     weights = _ratio(sparse.bytes_per_token, dense.bytes_per_token)
     return (
-        f"{sentence}. Per token it needs {_percent(flops)} of the dense model's FLOPs and reads "
-        f"{_percent(weights)} of its weight bytes, routers included."
+        f"The sparse model skips {percent(sparse.sparsity)} of its FFN neurons per token (target "
+        f"{percent(sparse.target_sparsity)}), measured on held-out text in hard mode, with a {metric} of "
+        f"{_number(sparse.value)} against {_number(dense.value)} for the dense model{change}. Per token it needs "
+        f"{percent(flops)} of the dense model's FLOPs and reads {percent(weights)} of its weight bytes, routers "
+        "included."
     )
 
 
@@ -91,7 +86,7 @@ def _comparison(records: Mapping[str, ResultRecord]) -> str:
         (
             name,
             _number(record.value),
-            _percent(record.sparsity),
+            percent(record.sparsity),
             f"{(record.flops_per_token or 0.0) / GFLOP:.4f}",
             f"{(record.bytes_per_token or 0.0) / 1e6:.1f}",
             f"{record.tokens_trained:,}",
@@ -121,18 +116,17 @@ def _routing(measurement: Measurement) -> list[str]:
 
 
 def _provenance(record: ResultRecord) -> list[str]:
-    packages = ", ".join(f"{name} {number}" for name, number in record.versions.items())
-    facts = (
-        ("model", str(record.model)),
-        ("task and split", f"{record.task}, {record.split}"),
-        ("seed", str(record.seed)),
-        ("hardware", str(record.hardware)),
-        ("versions", packages),
-        ("commit", str(record.git_commit or "not a git checkout")),
-    )
+    facts = {
+        "model": record.model,
+        "task and split": f"{record.task}, {record.split}",
+        "seed": record.seed,
+        "hardware": record.hardware,
+        "versions": ", ".join(f"{name} {number}" for name, number in record.versions.items()),
+        "commit": record.git_commit or "not a git checkout",
+    }
     return [
         "## Where this was made",
-        markdown_table(("", "value"), facts, numbers=()),
+        markdown_table(("", "value"), [(name, str(value)) for name, value in facts.items()], numbers=()),
         "All settings and numbers are in `report.json`.",
     ]
 
@@ -141,17 +135,11 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
-def _percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f}%"
-
-
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
 
 
 def _fenced(text: str) -> str:
     """A code block that shows the text as it is, whatever backticks it holds."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text.strip()}\n{fence}"

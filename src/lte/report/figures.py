@@ -62,9 +62,8 @@ def logarithmic_values(axis: Axes) -> None:
 def tradeoff_figure(tradeoff: Tradeoff, limit: float | None = None) -> Figure:
     """Quality lost against the dense reference over the share of its bytes that is read, as on the page.
 
-    LTE and the best others have their colours, the rest is pale; bars are one standard deviation, the wide grey line is
-    the Pareto front, and an arrow at the upper edge a loss beyond it. Without a dense model, or bytes, it is the metric
-    over FFN sparsity.
+    Bars are one standard deviation, the wide grey line is the Pareto front, an arrow at the edge a loss beyond it.
+    Without a dense model, or bytes, it is the metric over FFN sparsity.
 
     Args:
         tradeoff: with at least one point.
@@ -91,11 +90,8 @@ def tradeoff_figure(tradeoff: Tradeoff, limit: float | None = None) -> Figure:
     for place, (method, found) in enumerate(sorted(points.items(), key=lambda pair: pair[0] not in strong)):
         known = [(x, drop(point) or 0.0, point.value) for point in found if (x := cost(point)) is not None]
         known.sort(key=lambda item: item[0])
-        look: dict[str, Any] = {
-            "color": light(colours[method]) if method in strong else light("quiet"),
-            "marker": _MARKERS[place % 13],
-        }
-        look |= {"alpha": 1.0 if method in strong else 0.4, "linewidth": 3 if method == OURS else 1.5}
+        look = {"alpha": 1.0, "color": light(colours[method])} if method in strong else {"alpha": 0.4, "color": GREY}
+        look |= {"marker": _MARKERS[place % 13], "linewidth": 3 if method == OURS else 1.5}
         _draw_curve(axis, method, known, top, look)
     _name_axes(axis, tradeoff, compared, top)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)

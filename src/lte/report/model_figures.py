@@ -22,24 +22,14 @@ from lte.report.palette import OTHERS, RAMP, light
 
 
 def router_health_figure(measurement: Measurement) -> Figure:
-    """How many experts each layer uses, beside the router scores of each layer.
-
-    Left: the active fraction of each layer, and its shares of experts that no token or every token activates,
-    where there are such. Right: the histogram of each layer's scores, with square-root colours so that small
-    shares show; tau is the dashed line.
-    """
+    """How many experts each layer uses, beside the histogram of its router scores, with tau as a dashed line."""
     layers = len(measurement.active_fraction)
     height = min(9.0, 2.6 + 0.16 * layers)
     figure, (left, right) = new_figure(10, height, 1, 2, sharey=True, width_ratios=(1, 1.25))
     _draw_active_fractions(left, measurement)
-    image = right.imshow(
-        measurement.score_histogram,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(0, 1, layers - 0.5, -0.5),
-        cmap="cividis_r",
-        norm=PowerNorm(0.5, vmin=0),
-    )
+    # Square-root colours let small shares show.
+    look = {"cmap": "cividis_r", "norm": PowerNorm(0.5, vmin=0), "aspect": "auto", "interpolation": "nearest"}
+    image = right.imshow(measurement.score_histogram, extent=(0, 1, layers - 0.5, -0.5), **look)
     right.axvline(measurement.threshold, color="white", linewidth=1.6, linestyle="--")
     right.set_xlabel(f"router score (active above tau = {measurement.threshold:g}, dashed)")
     right.set_title("Router scores", fontsize=11)
@@ -47,8 +37,7 @@ def router_health_figure(measurement: Measurement) -> Figure:
     bar = figure.colorbar(image, ax=right, label="share of the layer's scores")
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     figure.suptitle(
-        f"{100 * measurement.sparsity:.1f}% of the FFN neurons skipped, {measurement.tokens:,} tokens",
-        fontsize=12,
+        f"{measurement.sparsity:.1%} of the FFN neurons skipped, {measurement.tokens:,} tokens", fontsize=12
     )
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
@@ -57,13 +46,10 @@ def router_health_figure(measurement: Measurement) -> Figure:
 def _draw_active_fractions(axis: Axes, measurement: Measurement) -> None:
     layers = range(len(measurement.active_fraction))
     experts = [len(use) for use in measurement.expert_use]
-    axis.barh(
-        layers, measurement.active_fraction, color=light("on"), alpha=0.6, height=0.8, label="active, mean over tokens"
-    )
-    mean = 1 - measurement.sparsity
-    axis.axvline(
-        mean, color=light("ink"), linestyle="--", linewidth=1.4, label=f"active, all layers: {100 * mean:.1f}%"
-    )
+    mean, label = 1 - measurement.sparsity, "active, mean over tokens"
+    axis.barh(layers, measurement.active_fraction, color=light("on"), alpha=0.6, height=0.8, label=label)
+    label = f"active, all layers: {mean:.1%}"
+    axis.axvline(mean, color=light("ink"), linestyle="--", linewidth=1.4, label=label)
     for counts, colour, marker, text in (
         (measurement.dead_experts, light("less"), "X", "never active"),
         (measurement.always_on_experts, light("ink"), "o", "always active"),
@@ -192,9 +178,8 @@ MOST_ON_A_LINEAR_AXIS = 8
 def latency_figure(rows: Sequence[Row]) -> Figure:
     """A panel for each batch of the benchmarks `ffn` and `decode`, and one for prefill.
 
-    In the panels of a batch: median latency against the measured sparsity, bars from the 20th to the 80th percentile;
-    dense providers as horizontal lines; in black the time that the bytes of each sparsity need at the measured copy
-    bandwidth. In that of prefill: latency over that of the fastest dense provider against the prompt's length.
+    Of a batch: median latency against the measured sparsity, bars from the 20th to the 80th percentile; dense providers
+    are level; in black the time that reading the bytes takes. Of prefill: over the fastest dense, by prompt length.
 
     Raises:
         ValueError: if there are no rows.
@@ -251,11 +236,9 @@ def _lines(rows: Iterable[Row], name: str, x: str) -> dict[str, list[Row]]:
 
 def _draw_provider(axis: Axes, rows: Sequence[Row], colour: str, marker: str) -> None:
     x, y = [row["sparsity"] for row in rows], [row["median_ms"] for row in rows]
-    low = [row["median_ms"] - row["p20_ms"] for row in rows]
-    high = [row["p80_ms"] - row["median_ms"] for row in rows]
-    axis.errorbar(
-        x, y, yerr=(low, high), color=colour, marker=marker, markersize=4, linewidth=1.6, label=rows[0]["provider"]
-    )
+    bars = zip(*((row["median_ms"] - row["p20_ms"], row["p80_ms"] - row["median_ms"]) for row in rows), strict=True)
+    look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
+    axis.errorbar(x, y, yerr=[*bars], label=rows[0]["provider"], **look)
     for row in rows:
         if row["setting"].startswith("own"):
             axis.annotate("own routing", (row["sparsity"], row["median_ms"]), fontsize=7, color=colour)

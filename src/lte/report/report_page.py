@@ -15,6 +15,7 @@ from lte import __version__
 from lte.files import json_ready, write_text_atomic
 from lte.records import ResultRecord
 from lte.report.bench import bench_data
+from lte.report.curves import field_text, flat_fields
 from lte.report.inputs import Bench
 from lte.report.methods_report import tradeoff_texts
 from lte.report.overview import goal, labels, main_curves, overview, pareto_front, rivals
@@ -111,6 +112,7 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
 
 
 def _point(tradeoff: Tradeoff, point: Point, is_main: bool) -> dict[str, Any]:
+    settings = {name: point.records[0][name] for name in ("method", "tokens_trained", "method_config", "config")}
     return {
         # The curve of a method needs no more than its name.
         "name": point.method if is_main and point.label in (None, point.method) else point_name(point),
@@ -124,6 +126,7 @@ def _point(tradeoff: Tradeoff, point: Point, is_main: bool) -> dict[str, Any]:
         "lost": tradeoff.drop(point),
         "value": asdict(point.value),
         "costs": {axis: _cost(tradeoff, point, quantity) for axis, quantity in AXES.items()},
+        "settings": {name: field_text(value) for name, value in flat_fields(settings)},
         "runs": [run_data(record, value_of(record, tradeoff.metric.name)) for record in point.records],
     }
 

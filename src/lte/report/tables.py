@@ -26,14 +26,9 @@ _TEXT_WIDTH = 28
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of texts.
+    """A table of texts: the first `left` columns are words, the others numbers; a narrow terminal goes without `spare`.
 
-    Attributes:
-        header: names of the columns.
-        rows: cells.
-        left: how many of the first columns are text; the others are numbers and stand on the right.
-        title: above the table in the terminal; Markdown has headings of its own.
-        spare: columns that a narrow terminal goes without, the first ones first.
+    The title is for the terminal; Markdown has headings of its own.
     """
 
     header: tuple[str, ...]
@@ -45,20 +40,13 @@ class TextTable:
     def rich(self, width: int | None = None) -> Table:
         """For a terminal of so many characters, `None` for a wide one."""
         places = self._fitting(width)
-        table = Table(
-            title=Text(self.title),
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-            caption=None if len(places) == len(self.header) else "a wider terminal shows more columns",
-            caption_justify="left",
-        )
+        caption = None if len(places) == len(self.header) else "a wider terminal shows more columns"
+        table = Table(title=Text(self.title), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.title_justify = table.caption_justify = "left"
         for place in places:
-            text = place < self.left
-            table.add_column(
-                Text(self.header[place]), justify="left" if text else "right", overflow="fold", min_width=5 + 9 * text
-            )
+            words = place < self.left
+            table.add_column(Text(self.header[place]), min_width=14 if words else 5, overflow="fold")
+            table.columns[-1].justify = "left" if words else "right"
         for row in self.rows:
             table.add_row(*(Text(row[place]) for place in places))
         return table
@@ -113,13 +101,8 @@ def results_table(tradeoff: Tradeoff) -> TextTable:
         name = point_name(point) + (" (reference)" if point is tradeoff.reference else "")
         value, drop = _spread_text(point.value, tradeoff.metric.format), tradeoff.drop(point)
         quality = (value, str(point.value.n), MISSING if drop is None else tradeoff.metric.format(drop))
-        costs = (
-            point.mean("sparsity"),
-            point.mean("weight_sparsity"),
-            tradeoff.share(point, "gflops"),
-            tradeoff.share(point, "megabytes"),
-            point.mean("latency_ratio"),
-        )
+        shares = [tradeoff.share(point, name) for name in ("gflops", "megabytes")]
+        costs = (point.mean("sparsity"), point.mean("weight_sparsity"), *shares, point.mean("latency_ratio"))
         rows.append((name, _target(point.target), *quality, *map(percent, costs), _tokens_text(point.tokens_trained)))
     return TextTable(header, rows, 1, tradeoff.title, spare=("weights not read", "FLOPs", "tokens", "seeds", "latency"))
 
@@ -190,15 +173,15 @@ def csv_rows(tradeoff: Tradeoff) -> list[dict[str, Any]]:
     return [_csv_row(tradeoff, point) for point in tradeoff.points()]
 
 
-QUANTITIES = ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio")
-"""The numbers of a point that are shown in full."""
+# The numbers of a point that are shown in full.
+_QUANTITIES = ("value", "sparsity", "weight_sparsity", "gflops", "megabytes", "latency_ms", "latency_ratio")
 
 
 def _csv_row(tradeoff: Tradeoff, point: Point) -> dict[str, Any]:
     row: dict[str, Any] = {"task": tradeoff.task, "split": tradeoff.split, "model": tradeoff.model}
     row |= {"metric": tradeoff.metric.name, "curve": point.curve, "method": point.method, "label": point.label}
     row |= {"target": point.target, "seeds": point.value.n, "drop": tradeoff.drop(point)}
-    for name in QUANTITIES:
+    for name in _QUANTITIES:
         found: Statistic | None = getattr(point, name)
         row |= {name: found and found.mean, f"{name}_sd": found and found.sd}
     row |= {f"{name}_share": tradeoff.share(point, name) for name in ("gflops", "megabytes")}

@@ -92,13 +92,12 @@ class Task {
   }
 
   lossAxis(points) {
-    const { name } = this.metric;
-    const most = Math.max(...points.map(({ lost }) => lost));
-    const least = Math.min(0, ...points.map(({ lost }) => lost));
+    const name = `${this.metric.name} lost against dense, lower is better`;
+    const losses = points.map(({ lost }) => lost);
     const top = this.goals * this.goal;
-    const title = `${name} lost against dense, lower is better`;
-    if (!top || !(most > top)) return { name: title };
-    return { name: title, min: Math.max(Math.floor((3 * least) / top), -2) * (top / 3), max: top, interval: top / 3 };
+    if (!top || Math.max(...losses) <= top) return { name };
+    const below = Math.max(Math.floor((3 * Math.min(0, ...losses)) / top), -2);
+    return { name, min: below * (top / 3), max: top, interval: top / 3 };
   }
 
   describe(width) {
@@ -141,11 +140,10 @@ class Task {
 
   /* The paper's numbers share one hollow symbol. */
   paperLines() {
-    const found = this.paper.filter((marker) => Charts.isNumber(marker.costs[this.cost])
-      && Charts.isNumber(marker.lost));
+    const found = this.paper.filter(({ costs }) => Charts.isNumber(costs[this.cost]));
     return found.length ? [{ name: 'the paper', colour: Shell.colour('ink'), scatter: true, symbol: 'diamond', size: 13,
-      points: found.map((marker) => ({ x: marker.costs[this.cost], y: marker.lost, hollow: true, title: marker.label,
-        paper: true })) }] : [];
+      points: found.map(({ label, costs, lost }) =>
+        ({ x: costs[this.cost], y: lost, hollow: true, title: label, paper: true })) }] : [];
   }
 
   tell({ place, title, x, y, paper, beyond, name }) {
@@ -236,14 +234,9 @@ class Task {
 
   /* The settings of the first runs that are not the same. */
   difference() {
-    const flat = (value, path = '') => (value !== null && typeof value === 'object' && !Array.isArray(value)
-      ? Object.entries(value).flatMap(([name, inner]) => flat(inner, path ? `${path}.${name}` : name))
-        : [[path, typeof value === 'string' ? value : JSON.stringify(value)]]);
-    const settings = ({ runs: [{ tokens_trained, method_config, config }], method }) =>
-      new Map(flat({ method, tokens_trained, method_config, config }));
-    const [one, other] = this.pins.map(settings);
-    const rows = [...new Set([...one.keys(), ...other.keys()])].filter((name) => one.get(name) !== other.get(name))
-      .map((name) => [name, { words: one.get(name) ?? '-' }, { words: other.get(name) ?? '-' }]);
+    const [one, other] = this.pins.map(({ settings }) => settings);
+    const rows = Object.keys({ ...one, ...other }).filter((name) => one[name] !== other[name])
+      .map((name) => [name, { words: one[name] ?? '-' }, { words: other[name] ?? '-' }]);
     return Shell.scrollBox('Settings that differ', rows.length
       ? Shell.table('Settings that differ', [{ words: 'setting' }, { words: 'A' }, { words: 'B' }], rows)
       : Shell.element('p', { class: 'quiet' }, 'Their settings are the same.'));
