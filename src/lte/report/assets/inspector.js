@@ -169,7 +169,10 @@
         kept = lines.pop();
         for (const found of lines.map((line) => JSON.parse(line))) {
           if (found.error) throw new Error(found.error);
-          if (found.runs) return found;
+          if (found.runs) {
+            live.hidden = true;
+            return found;
+          }
           const token = element('span', { class: 'live', title: percent(found.share) }, visible(found.entry));
           token.style.setProperty('--share', `${100 * found.share}%`);
           live.append(token);
