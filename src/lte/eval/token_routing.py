@@ -124,7 +124,7 @@ def _record(model: Any, token_ids: Sequence[int], part: nn.Module) -> tuple[Toke
     ffns = list(require_sparse_ffns(part).values())
     check_tokens(model, torch.tensor([list(token_ids)]))
     ids = torch.tensor([list(token_ids)], device=model_device(part))
-    with recorded(ffns), hard_inference(part):
+    with recorded_logits(ffns), hard_inference(part):
         output = part(input_ids=ids, use_cache=False)
         found = [_layer_routing(ffn, len(token_ids)) for ffn in ffns]
     packed, logits = (np.stack(layers) for layers in zip(*found, strict=True))
@@ -133,8 +133,8 @@ def _record(model: Any, token_ids: Sequence[int], part: nn.Module) -> tuple[Toke
 
 
 @contextmanager
-def recorded(ffns: Sequence[SparseFfn]) -> Iterator[None]:
-    """Has FFNs keep the router logits of each pass in a block."""
+def recorded_logits(ffns: Sequence[SparseFfn]) -> Iterator[None]:
+    """Has sparse FFNs keep the router logits of their last call in a block."""
     before = [ffn.record_logits for ffn in ffns]
     for ffn in ffns:
         ffn.record_logits, ffn.logits = True, None

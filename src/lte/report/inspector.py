@@ -19,7 +19,7 @@ from lte.eval.token_routing import (
     counts_at,
     predicts_next,
     record_text,
-    recorded,
+    recorded_logits,
     selectivity,
     strongest_tokens,
     text_cost,
@@ -135,7 +135,7 @@ class Inspector:
         ids = torch.tensor([encode_text(self.tokenizer, text.text, self.max_tokens).ids]).to(model_device(self.model))
         ffns = list(require_sparse_ffns(self.model).values())
         ends, cache, words = {*_as_list(self.model.generation_config.eos_token_id)}, None, None
-        with recorded(ffns), hard_inference(self.model):
+        with recorded_logits(ffns), hard_inference(self.model):
             for _ in range(min(count, self.max_tokens - ids.shape[1]) + 1):
                 output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 if words is not None:
