@@ -134,7 +134,7 @@ def _record(model: Any, token_ids: Sequence[int], part: nn.Module) -> tuple[Toke
 
 @contextmanager
 def recorded_logits(ffns: Sequence[SparseFfn]) -> Iterator[None]:
-    """Has sparse FFNs keep the router logits of their last call in a block."""
+    """Has FFNs keep the router logits of each pass in a block."""
     before = [ffn.record_logits for ffn in ffns]
     for ffn in ffns:
         ffn.record_logits, ffn.logits = True, None
