@@ -47,7 +47,7 @@ EXAMPLES = {
     "ablations/wikipedia_fewer_articles": 6,
     "recipe/ideas": 20,
     "recipe/ideas_low_rate": 26,
-    "recipe/steady": 12,
+    "recipe/steady": 6,
     "recipe/company": 34,
     "recipe/teacher": 3,
     "recipe/tokens": 7,

@@ -229,6 +229,20 @@ class TestServed:
         assert len(browser.find_elements(By.CSS_SELECTOR, "[id^=token-0-]")) > read
         assert find(browser, ".live").get_attribute("title").endswith("%")
 
+    def test_a_text_that_is_stopped(self, browser: Chrome, serve: Callable[[], str]) -> None:
+        browser.get(serve())
+        find(browser, "#ask-text").send_keys("while")
+        browser.execute_script(
+            "for (const name of ['generate', 'stop']) document.getElementById(`ask-${name}`).click()"
+        )
+        wait = WebDriverWait(browser, 20)
+        wait.until(lambda _: find(browser, "#ask-state").text == "Stopped.")
+        assert not find(browser, "#ask-problem").is_displayed()
+        assert not find(browser, "#ask-stop").is_displayed()
+        tab_to(browser, find(browser, "#ask-inspect"))
+        press(browser, Keys.ENTER)
+        wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".inspector"))
+
     def test_a_page_that_is_not_served_has_no_form(self, page: Chrome) -> None:
         assert not find(page, "#ask").is_displayed()
 

@@ -243,6 +243,9 @@ class TestComparison:
         assert "in both" not in find(browser, ".side .legend").text
 
     def test_two_models_of_other_shapes(self, browser: Chrome, pages: dict[str, str], run: dict[str, Any]) -> None:
+        open_page(browser, pages["shapes"])
+        # Each at its own threshold, which stands at another place among the steps.
+        assert find(browser, "output").text.count("s own: ") == 2
         open_page(browser, f"{pages['shapes']}#expert={run['experts'] - 1}&step=3")
         choose_token(browser, 7, run=1)
         assert told_expert(browser).startswith("Expert 0 of layer 0")

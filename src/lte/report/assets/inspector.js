@@ -43,15 +43,15 @@
       texts.forEach((text) => text.paint(kind));
     }
     function showStep() {
-      const { own } = state.routing.what_if;
-      const step = Math.min(state.step ?? own, state.routing.what_if.thresholds.length - 1);
-      slider.value = String(step);
-      reset.disabled = step === own;
+      slider.value = String(state.step ?? state.routing.what_if.own);
+      reset.disabled = state.step === null;
       told.textContent = state.routings.map((run, index) => {
-        const [share, { thresholds }] = [meanOf(run.shares(step)), run.what_if];
-        return `${nameOf(state, index)}threshold ${thresholds[Math.min(step, thresholds.length - 1)].toFixed(3)}` +
-          `${step === own ? ', the model’s own' : ''}: ${percent(share)} of the neurons, ` +
-          `${percent(run.work('flops', share))} of the FLOPs, ${percent(run.work('bytes', share))} of the bytes`;
+        const { thresholds, own } = run.what_if;
+        const step = Math.min(state.step ?? own, thresholds.length - 1);
+        const share = meanOf(run.shares(step));
+        return `${nameOf(state, index)}threshold ${thresholds[step].toFixed(3)}${step === own ? ', the model’s own' : ''}: ` +
+          `${percent(share)} of the neurons, ${percent(run.work('flops', share))} of the FLOPs, ` +
+          `${percent(run.work('bytes', share))} of the bytes`;
       }).join('; ');
       slider.setAttribute('aria-valuetext', told.textContent);
     }
@@ -169,7 +169,10 @@
         kept = lines.pop();
         for (const found of lines.map((line) => JSON.parse(line))) {
           if (found.error) throw new Error(found.error);
-          if (found.runs) return found;
+          if (found.runs) {
+            live.hidden = true;
+            return found;
+          }
           const token = element('span', { class: 'live', title: percent(found.share) }, visible(found.entry));
           token.style.setProperty('--share', `${100 * found.share}%`);
           live.append(token);
