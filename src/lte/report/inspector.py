@@ -28,7 +28,7 @@ from lte.hf.install import require_sparse_ffns
 from lte.nn.sparse_ffn import SparseFfn
 from lte.report.page import MAX_TOKENS, pack_base64, read_asset, render_page
 
-SCRIPTS = ("routing.js", "token_text.js", "pictures.js", "atlas.js", "token_panel.js", "inspector.js")
+SCRIPTS = ("charts.js", "routing.js", "token_text.js", "pictures.js", "atlas.js", "token_panel.js", "inspector.js")
 TITLE = "What a model learned to skip"
 GENERATED_TOKENS = 60
 # Shares of the experts for which the what-if slider knows the threshold.

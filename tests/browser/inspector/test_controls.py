@@ -115,9 +115,9 @@ class TestControls:
         pick(page, panel(page, "Does it spend"), float(entropy[extreme]), float(shares[extreme]), series=1)
         assert state(page)["token"] == str(extreme)
         thresholds = run["what_if"]["thresholds"]
-        share = unpack(run["what_if"]["counts"], "<u2", len(thresholds), -1)[2].mean() / run["layers"] / run["experts"]
-        pick(page, panel(page, "What other thresholds"), thresholds[2], float(share))
-        assert state(page)["step"] == "2"
+        share = unpack(run["what_if"]["counts"], "<u2", len(thresholds), -1)[8].mean() / run["layers"] / run["experts"]
+        pick(page, panel(page, "What other thresholds"), thresholds[8], float(share))
+        assert state(page)["step"] == "8"
 
     def test_pictures_by_keyboard(self, page: Chrome) -> None:
         plot = find(find(page, ".side"), ".plot")

@@ -12,8 +12,7 @@ class Atlas {
     this.picture = new Shell.Picture({
       label: 'Points of all experts, how selective each is over how often it is on',
       caption: 'A point is an expert: to the right those that most tokens of the reference text switch on, on top ' +
-        'those that ' +
-        'are on for the same tokens again and for few others. Pale ones are not among those found.',
+        'those that are on for the same tokens again and for few others. Pale ones are not among those found.',
       height: () => 300,
       options: () => this.options(),
       rows: () => this.rows(),
@@ -56,23 +55,20 @@ class Atlas {
     const found = this.shown.filter((expert) => expert.found);
     const count = (mark) => Shell.count(all.filter((expert) => expert.mark === mark).length);
     this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(all.length)} experts, the most selective ` +
-      `first; ` +
-      `${count('always on')} always on, ${count('dead')} dead.`;
+      `first; ${count('always on')} always on, ${count('dead')} dead.`;
     this.list.replaceChildren(...found.slice(0, 12).map((expert) => Shell.element('li', {}, this.button(expert))));
     this.source.textContent = [`How often, and for which tokens, was counted on ${known.text}, ` +
       `${Shell.count(known.list.length)} tokens.`,
       'Selective is 1 − p / q: p is the share of its tokens that switch the expert on, q the chance that it is on ' +
-      'again at ' +
-      'another place of a token for which it is on.', ...known.notes].join(' ');
+      'again at another place of a token for which it is on.', ...known.notes].join(' ');
     this.picture.drawSoon();
   }
 
   button({ layer, expert, use, selectivity, mark, labels }) {
-    const button = Shell.element('button', { type: 'button' }, Shell.element('b', {}, `${layer}.${expert}`),
-      ` ${labels.slice(0, 4).join(' · ')} `,
-      Shell.element('span', { class: 'quiet' },
-        `${mark || `on for ${Shell.percent(use)}`}, selective ${selectivity.toFixed(2)}`));
-    button.addEventListener('click', () => this.state.set({ layer, expert }));
+    const button = Shell.button(` ${labels.slice(0, 4).join(' · ')} `, () => this.state.set({ layer, expert }));
+    button.prepend(Shell.element('b', {}, `${layer}.${expert}`));
+    button.append(Shell.element('span', { class: 'quiet' },
+      `${mark || `on for ${Shell.percent(use)}`}, selective ${selectivity.toFixed(2)}`));
     return button;
   }
 
@@ -86,15 +82,15 @@ class Atlas {
     const symbols = { 'always on': 'diamond', dead: 'triangle' };
     return {
       grid: { left: 52, right: 14, top: 16, bottom: 46 },
-      tooltip: Shell.tooltip(({ value,
-        data }) => `layer ${value[2]}, expert ${value[3]}${data.words ? `, ${data.words}` : ''}\non for ` +
-        `${Shell.percent(value[0])}, selective ${value[1].toFixed(2)}`),
+      tooltip: Shell.tooltip(({ value: [use, selectivity, layer, expert], data: { words } }) =>
+        `layer ${layer}, expert ${expert}${words && `, ${words}`}\n` +
+        `on for ${Shell.percent(use)}, selective ${selectivity.toFixed(2)}`),
       xAxis: shareAxis({ name: 'tokens for which it is on', nameLocation: 'middle', nameGap: 28, min: 0, max: 1 }),
       yAxis: Shell.axis({ type: 'value', name: 'selective', nameLocation: 'middle', nameGap: 36, min: 0, max: 1 }),
-      series: [{ type: 'scatter', color: Shell.colour('on'), emphasis: { scale: 2,
-        itemStyle: { color: Shell.colour('mark'), opacity: 1 } },
-        data: this.shown.map(({ layer, expert, use, selectivity, mark, found }) => ({ value: [use, selectivity, layer,
-          expert], words: mark,
+      series: [{ type: 'scatter', color: Shell.colour('on'),
+        emphasis: { scale: 2, itemStyle: { color: Shell.colour('mark'), opacity: 1 } },
+        data: this.shown.map(({ layer, expert, use, selectivity, mark, found }) => ({
+          value: [use, selectivity, layer, expert], words: mark,
           symbol: symbols[mark] ?? 'circle', symbolSize: mark ? 11 : 6,
           itemStyle: { opacity: found ? 0.6 : 0.08, ...(mark && { color: Shell.colour('second') }) } })) }],
     };
@@ -103,8 +99,8 @@ class Atlas {
   rows() {
     return ['Experts, the most selective first', ['layer.expert', 'on for', 'selective', { words: 'mark' },
       { words: 'strongest tokens' }],
-      this.shown.filter(({ found }) => found).map(({ layer, expert, use, selectivity, mark,
-        labels }) => [`${layer}.${expert}`,
-        Shell.percent(use), selectivity.toFixed(2), { words: mark }, { words: labels.join(' · ') }])];
+      this.shown.filter(({ found }) => found).map(({ layer, expert, use, selectivity, mark, labels }) =>
+        [`${layer}.${expert}`, Shell.percent(use), selectivity.toFixed(2), { words: mark },
+          { words: labels.join(' · ') }])];
   }
 }

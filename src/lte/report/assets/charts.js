@@ -18,11 +18,12 @@ const Charts = (() => {
   /* A method's or an implementation's colour. */
   const colourOf = (name) => Shell.colour(Shell.data.colours[name] ?? 'quiet');
 
-  /* An axis: { name, share, log, inverse, min, max, interval, whole, label }, or { names } of rows, the first on top. */
+  /* An axis: { name, share, log, inverse, min, max, interval, whole, label }, or { names } of rows from the top. */
   function axis({ name, log, min, max, interval, inverse, whole, names, ...rest }, isX, width) {
     if (names) {
       return Shell.axis({ type: 'category', inverse: true, data: names, axisTick: { show: false },
-        axisLabel: { color: Shell.colour('ink'), width: Math.min(width / 2, 290), overflow: 'truncate', interval: 0 } });
+        axisLabel: { color: Shell.colour('ink'), interval: 0, overflow: 'truncate', width: Math.min(width / 2, 290) },
+      });
     }
     const label = rest.label ?? form(rest);
     return Shell.axis({ type: log ? 'log' : 'value', logBase: log, inverse, min, max, interval,
@@ -140,9 +141,9 @@ const Charts = (() => {
   }
 
   /* A picture of lines. describe: makes the description for a width. */
-  function linePicture({ label, caption = '', describe, height = () => 380, onPick = null }) {
+  function linePicture({ label, caption = '', describe, height = () => 380, onPick = null, rows = null }) {
     return new Shell.Picture({ label, caption, height, onPick, options: (width) => options(describe(width), width),
-      rows: () => {
+      rows: rows ?? (() => {
         const { x, y, lines } = describe(1000);
         const places = (y.names ? [x] : [x, y]).map(({ name }) => name);
         const row = (line, point) => [{ words: point.name ?? point.title ?? line.name },
@@ -150,7 +151,7 @@ const Charts = (() => {
           ...[point.low, point.high].map(form(y.names ? x : y))];
         return [label, [{ words: 'line' }, ...places, 'from', 'to'],
           lines.filter(({ silent }) => !silent).flatMap((line) => line.points.map((point) => row(line, point)))];
-      } });
+      }) });
   }
 
   return { isNumber, short, clip, share, symbol, dash, shade, colourOf, logBase, linePicture };

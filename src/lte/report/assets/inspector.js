@@ -9,16 +9,19 @@
 
   function sentence(run, index, state) {
     const measured = run.measured === null ? '' : `, ${percent(run.measured)} measured when it was saved`;
-    const pass = run.reads_at_once ? 'an encoder reads all tokens in one go, so bytes hold for texts of one token; '
-      : '';
+    const pass = run.reads_at_once
+      ? 'an encoder reads all tokens in one go, so bytes hold for texts of one token; ' : '';
     return element('p', { class: 'told' }, element('b', {}, `${nameOf(state, index)}${run.text} on ${run.model}`),
       ` skips ${percent(run.sparsity)} of the FFN neurons per token (target ${percent(run.target, 0)}${measured}): ` +
-      `${relative(run, 'flops')} of the dense model’s FLOPs, ${relative(run, 'bytes')} of its bytes. `, element('span',
-        { class: 'quiet' },
-        `${count(run.length)} tokens; ${run.layers} layers, each with ${run.experts} experts of ${run.expert_size} ` +
-        `neurons; ` +
-        `${pass}${percent(run.union)} of the experts are used by some token.`));
+      `${relative(run, 'flops')} of the dense model’s FLOPs, ${relative(run, 'bytes')} of its bytes. `,
+      element('span', { class: 'quiet' }, `${count(run.length)} tokens; ${run.layers} layers, each with ` +
+        `${run.experts} experts of ${run.expert_size} neurons; ${pass}${percent(run.union)} of the experts are used ` +
+        'by some token.'));
   }
+
+  /* Which of two runs something is of. */
+  const headingOf = (state, run) => (state.routings.length > 1 ? [element('h3', {},
+    `${nameOf(state, run)}${state.routings[run].text}, ${state.routings[run].model}`)] : []);
 
   /* The text or both texts, what colours them, and the what-if slider. */
   function textSection(state) {
@@ -29,17 +32,18 @@
     const slider = element('input', { type: 'range', min: '0',
       max: String(state.routing.what_if.thresholds.length - 1), step: '1' });
     const told = element('output', {});
-    const reset = element('button', { type: 'button' }, 'The model’s own');
+    const reset = Shell.button('The model’s own', () => state.set({ step: null }));
     function paint() {
       const kind = colouring(state);
       select.value = names.some(([value]) => value === state.colour) ? state.colour : 'share';
       names.forEach(([, { name }], index) => { select.options[index].textContent = name(state); });
       const { centre } = kind.scales[state.run];
       const [least, most] = kind.ends;
-      legend.replaceChildren(`${least < centre ? 'less, ' : ''}${kind.words(least)}`, element('span',
-        { class: 'ramp' }), `${kind.words(most)}${most > centre && kind.mean !== 'off' ? ', more' : ''}`,
-        element('span', {}, `no colour: ` +
-          `${kind.mean ?? 'the mean'}${kind.centre && !centre ? '' : `, ${kind.words(centre)}`}`));
+      const middle = kind.centre && !centre ? '' : `, ${kind.words(centre)}`;
+      const ramp = element('span', { class: 'ramp' });
+      legend.replaceChildren(`${least < centre ? 'less, ' : ''}${kind.words(least)}`, ramp,
+        `${kind.words(most)}${most > centre && kind.mean !== 'off' ? ', more' : ''}`,
+        element('span', {}, `no colour: ${kind.mean ?? 'the mean'}${middle}`));
       texts.forEach((text) => text.paint(kind));
     }
     function showStep() {
@@ -49,8 +53,9 @@
         const { thresholds, own } = run.what_if;
         const step = Math.min(state.step ?? own, thresholds.length - 1);
         const share = meanOf(run.shares(step));
-        return `${nameOf(state, index)}threshold ${thresholds[step].toFixed(3)}${step === own ? ', the model’s own' : ''}: ` +
-          `${percent(share)} of the neurons, ${percent(run.work('flops', share))} of the FLOPs, ` +
+        const whose = step === own ? ', the model’s own' : '';
+        return `${nameOf(state, index)}threshold ${thresholds[step].toFixed(3)}${whose}: ${percent(share)} of the ` +
+          `neurons, ${percent(run.work('flops', share))} of the FLOPs, ` +
           `${percent(run.work('bytes', share))} of the bytes`;
       }).join('; ');
       slider.setAttribute('aria-valuetext', told.textContent);
@@ -60,34 +65,28 @@
       const step = Number(slider.value);
       state.set({ step: step === state.routing.what_if.own ? null : step });
     });
-    reset.addEventListener('click', () => state.set({ step: null }));
     state.onChange(['colour', 'step'], paint);
-    state.onChange(['layer', 'expert'], (changed) => { if (changed.includes(state.colour) ||
-      state.colour === 'expert') paint(); });
+    state.onChange(['layer', 'expert'], (changed) => {
+      if (changed.includes(state.colour) || state.colour === 'expert') paint();
+    });
     state.onChange(['step', 'run'], showStep);
-    const columns = texts.map(({ text, routing }, index) => element('div', {},
-      ...(texts.length > 1 ? [element('h3', {}, `${nameOf(state, index)}${routing.text}, ${routing.model}`)] : []),
-        text));
-    const explained = element('p', { class: 'caption' },
-      'Every piece is a token, the unit in which the model reads. Its feed-forward neurons ' +
-      'are grouped into experts, and a router switches on for each token those it needs. Choose a token with a ' +
-      'click or the arrow keys.');
+    const columns = texts.map(({ text }, index) => element('div', {}, ...headingOf(state, index), text));
+    const explained = element('p', { class: 'caption' }, 'Every piece is a token, the unit in which the model reads. ' +
+      'Its feed-forward neurons are grouped into experts, and a router switches on for each token those it needs. ' +
+      'Choose a token with a click or the arrow keys.');
     const box = element('section', { class: 'panel text', 'aria-label': 'The text, token by token' },
       element('div', { class: 'controls' }, element('label', {}, 'Colour by ', select), legend),
       element('div', { class: `columns ${texts.length > 1 ? 'two' : ''}` }, ...columns), explained,
       element('div', { class: 'controls' }, element('label', { class: 'wide' }, 'What if the threshold were ', slider),
         reset),
-      element('p', { class: 'quiet' }, told,
-        '. What another threshold costs is computed from the scores of this pass; what it would do to the ' +
-        'quality is not known until it is measured.'));
+      element('p', { class: 'quiet' }, told, '. What another threshold costs is computed from the scores of this ' +
+        'pass; what it would do to the quality is not known until it is measured.'));
     return { box, show: () => { paint(); showStep(); texts.forEach((text) => text.select()); } };
   }
 
   /* Pictures under a heading, where there are two with one for each run. */
   function pictureSection(state, title, ...pictures) {
-    const boxes = pictures.flatMap(({ box }, run) => (pictures.length > 1 ? [element('h3', {},
-      `${nameOf(state, run)}${state.routings[run].text}, ` +
-      state.routings[run].model)] : []).concat(box));
+    const boxes = pictures.flatMap(({ box }, run) => [...(pictures.length > 1 ? headingOf(state, run) : []), box]);
     return element('section', { class: 'panel' }, element('h2', { class: 'first' }, title), ...boxes);
   }
 
@@ -106,17 +105,17 @@
     const panel = new TokenPanel(state);
     const atlas = new Atlas(state);
     const each = (picture) => routings.map((_, run) => picture(state, run));
+    const predicted = routings.every(({ next }) => next) && routings.some(({ length }) => length > 2);
     const sections = [
-      state.partners[0].some((partner) => partner >= 0) && runs.length > 1 && pictureSection(state, 'The difference',
-        differenceBars(state)),
+      state.partners[0].some((partner) => partner >= 0)
+        && pictureSection(state, 'The difference', differenceBars(state)),
       pictureSection(state, 'The whole text, layer by layer', ...each(layerMap)),
-      routings.every(({ next }) => next) && routings.some(({ length }) => length > 2) && pictureSection(state,
-        'Does it spend more where it is less sure?', whyScatter(state)),
+      predicted && pictureSection(state, 'Does it spend more where it is less sure?', whyScatter(state)),
       atlas.box,
       pictureSection(state, 'What other thresholds would cost', ...each(whatIfCurve)),
     ].filter(Boolean);
-    const notes = routings.flatMap((routing, index) => routing.notes.map((note) => element('p', { class: 'note' },
-      `${nameOf(state, index)}${note}`)));
+    const notes = routings.flatMap((routing, index) =>
+      routing.notes.map((note) => element('p', { class: 'note' }, `${nameOf(state, index)}${note}`)));
     page.replaceChildren(...routings.map((run, index) => sentence(run, index, state)), ...notes,
       element('div', { class: 'inspector' }, text.box, panel.box, element('div', { class: 'rest' }, ...sections)));
     [text, panel, atlas].forEach((part) => part.show());
@@ -124,11 +123,9 @@
 
   /* The form of a served page. What is typed outlives a reload; Ctrl+Enter sends it. */
   function serve(form) {
-    const [text, compare, status, problem] = ['text', 'compare', 'state',
-      'problem'].map((name) => document.getElementById(`ask-${name}`));
-    const [inspect, generate, stop] = ['inspect', 'generate',
-      'stop'].map((name) => document.getElementById(`ask-${name}`));
-    const live = document.getElementById('ask-live');
+    const names = ['text', 'compare', 'state', 'problem', 'inspect', 'generate', 'stop', 'live'];
+    const [text, compare, status, problem, inspect, generate, stop, live] = names.map((name) =>
+      document.getElementById(`ask-${name}`));
     for (const field of [text, compare]) {
       field.value = sessionStorage.getItem(field.id) ?? '';
       field.addEventListener('input', () => sessionStorage.setItem(field.id, field.value));
@@ -142,8 +139,7 @@
       status.textContent = 'The model is reading…';
       try {
         const answer = await fetch(path, { method: 'POST', headers: { 'Content-Type': 'application/json' },
-          signal: control.signal,
-          body: JSON.stringify({ text: text.value, compare: compare.value }) });
+          signal: control.signal, body: JSON.stringify({ text: text.value, compare: compare.value }) });
         if (!answer.ok) throw new Error((await answer.json()).error);
         show(await read(answer));
         sessionStorage.setItem('ask-shown', path);

@@ -6,11 +6,9 @@ const LEFT = 46;
 const SIDES = [['on', 'circle'], ['second', 'diamond']];
 
 const layerAxis = (layers, settings = {}) => Shell.axis({ type: 'category', data: upTo(layers).map(String),
-  inverse: true,
-  name: 'layer', nameLocation: 'start', ...settings });
-const shareAxis = (settings = {}) => Shell.axis({ type: 'value',
-  axisLabel: { formatter: (value) => Shell.percent(value, 0) },
-  splitNumber: 4, ...settings });
+  inverse: true, name: 'layer', nameLocation: 'start', ...settings });
+const shareAxis = (settings = {}) => Shell.axis({ type: 'value', splitNumber: 4,
+  axisLabel: { formatter: (value) => Shell.percent(value, 0) }, ...settings });
 const nameOf = (state, run) => (state.routings.length > 1 ? `${'AB'[run]}: ` : '');
 
 /* Marks items of a picture that is drawn; at once, without drawing it anew. */
@@ -31,8 +29,8 @@ function layerMap(state, run) {
     const [first, last] = [column * group, Math.min((column + 1) * group, routing.length) - 1];
     return group === 1 ? `token ${first + 1}, ${routing.list.label(first)}` : `tokens ${first + 1} to ${last + 1}`;
   };
-  const layerMean = (layer) => sumOf(routing.counts.subarray(layer * routing.length, (layer + 1) * routing.length)) /
-    routing.length / routing.experts;
+  const layerMean = (layer) => meanOf(routing.counts.subarray(layer * routing.length, (layer + 1) * routing.length))
+    / routing.experts;
   const picture = new Shell.Picture({
     label: `${nameOf(state, run)}Map of the experts that are on, by layer and token`,
     caption: 'A column is a token (in a long text the mean of a few) and a row a layer, the first on top; the fuller ' +
@@ -52,16 +50,16 @@ function layerMap(state, run) {
             `experts on`)),
         xAxis: [Shell.axis({ type: 'category', name: 'token', nameLocation: 'middle', nameGap: 26,
           data: groups().map((column) => String(column * group + 1)) }),
-        shareAxis({ gridIndex: 1, min: 0, max: 1, interval: 1, axisLabel: { showMinLabel: false,
-          formatter: (value) => Shell.percent(value, 0) } })],
-        yAxis: [layerAxis(routing.layers), layerAxis(routing.layers, { gridIndex: 1, name: '',
-          axisLabel: { show: false } })],
+        shareAxis({ gridIndex: 1, min: 0, max: 1, interval: 1,
+          axisLabel: { showMinLabel: false, formatter: (value) => Shell.percent(value, 0) } })],
+        yAxis: [layerAxis(routing.layers),
+          layerAxis(routing.layers, { gridIndex: 1, name: '', axisLabel: { show: false } })],
         visualMap: { show: false, seriesIndex: 0, min: 0, max: routing.experts, dimension: 2,
           inRange: { color: [Shell.colour('off'), Shell.colour('on')] } },
-        series: [{ type: 'heatmap', progressive: 0, emphasis: { itemStyle: { borderColor: Shell.colour('mark'),
-          borderWidth: 1 } },
-          data: groups().flatMap((column) => upTo(routing.layers).map((layer) => [column, layer, mean(layer,
-            column)])) },
+        series: [{ type: 'heatmap', progressive: 0,
+          emphasis: { itemStyle: { borderColor: Shell.colour('mark'), borderWidth: 1 } },
+          data: groups().flatMap((column) =>
+            upTo(routing.layers).map((layer) => [column, layer, mean(layer, column)])) },
         { type: 'bar', xAxisIndex: 1, yAxisIndex: 1, color: Shell.colour('on'),
           data: upTo(routing.layers).map(layerMean) }],
       };
@@ -89,7 +87,7 @@ function layerMap(state, run) {
 function differenceBars(state) {
   const pairs = state.partners[0].map((partner, token) => [token, partner]).filter(([, partner]) => partner >= 0);
   const shares = () => state.routings.map((routing) => routing.shares(state.step));
-  const told = ([a, b]) => `${state.routings[0].list.label(a)}`;
+  const told = ([a]) => state.routings[0].list.label(a);
   let values = [];
   const picture = new Shell.Picture({
     label: 'Bars of the difference in neurons used, B less A, by token',
@@ -102,21 +100,19 @@ function differenceBars(state) {
       values = pairs.map(([a, b]) => second[b] - first[a]);
       return {
         grid: { left: 60, right: 12, top: 14, bottom: 42 },
-        tooltip: Shell.tooltip(({ dataIndex,
-          value }) => `${told(pairs[dataIndex])}: ${value > 0 ? '+' : '−'}${points(Math.abs(value))}`),
+        tooltip: Shell.tooltip(({ dataIndex, value }) =>
+          `${told(pairs[dataIndex])}: ${value > 0 ? '+' : '−'}${points(Math.abs(value))}`),
         xAxis: Shell.axis({ type: 'category', name: 'token of A', nameLocation: 'middle', nameGap: 26,
           data: pairs.map(([a]) => String(a + 1)), axisLine: { onZero: false } }),
         yAxis: shareAxis({ axisLabel: { formatter: (value) => `${Math.round(100 * value)}` }, name: 'points',
           nameLocation: 'middle', nameGap: 40 }),
-        series: [{ type: 'bar', data: values.map((value) => ({ value, itemStyle: { color: Shell.colour(value < 0
-          ? 'less' : 'more') } })),
-          emphasis: { itemStyle: { color: Shell.colour('mark') } } }],
+        series: [{ type: 'bar', emphasis: { itemStyle: { color: Shell.colour('mark') } }, data: values.map((value) =>
+          ({ value, itemStyle: { color: Shell.colour(value < 0 ? 'less' : 'more') } })) }],
       };
     },
-    rows: () => ['Neurons used by token', ['token of A', { words: 'text' }, 'A', 'B', 'B less A'], pairs.map(([a, b],
-      place) =>
-      [a + 1, { words: told([a, b]) }, Shell.percent(shares()[0][a]), Shell.percent(shares()[1][b]),
-        points(values[place])])],
+    rows: () => ['Neurons used by token', ['token of A', { words: 'text' }, 'A', 'B', 'B less A'],
+      pairs.map(([a, b], place) => [a + 1, { words: told([a, b]) }, Shell.percent(shares()[0][a]),
+        Shell.percent(shares()[1][b]), points(values[place])])],
   });
   state.onChange(['step'], () => picture.drawSoon());
   state.onChange(['run', 'token'], () => {
@@ -130,9 +126,8 @@ function differenceBars(state) {
 function whyScatter(state) {
   const kinds = [['surprise', 'surprise of the token, bits'], ['entropy', 'entropy of what comes next, bits']];
   /* The first token follows nothing. */
-  const data = (routing, kind) => Array.from(routing[kind], (value, token) => [value,
-    routing.totals[token] / routing.all, token])
-    .slice(kind === 'surprise' ? 1 : 0);
+  const data = (routing, kind) => Array.from(routing[kind], (value, token) =>
+    [value, routing.totals[token] / routing.all, token]).slice(kind === 'surprise' ? 1 : 0);
   const correlation = (routing, kind) => {
     const found = data(routing, kind);
     return spearman(found.map(([x]) => x), found.map(([, y]) => y));
@@ -144,8 +139,7 @@ function whyScatter(state) {
   const picture = new Shell.Picture({
     label: 'Points of the neurons used by each token over its surprise and over the entropy of what comes next',
     caption: 'A point is a token. Left, how surprising the token was; right, how open the model finds what comes ' +
-      'next; ' +
-      `the height is the share of its neurons it used. Rank correlation (Spearman): ${sentence}.`,
+      `next; the height is the share of its neurons it used. Rank correlation (Spearman): ${sentence}.`,
     height: (width) => (width < 560 ? 470 : 270),
     onPick: ({ value, seriesIndex }) => state.set({ run: seriesIndex >> 1, token: value[2] }),
     options: (width) => {
@@ -154,17 +148,14 @@ function whyScatter(state) {
       return {
         grid: kinds.map((_, index) => (narrow ? { left: LEFT, right: 14, top: 14 + 235 * index, height: 170 }
           : { left: index ? '56%' : LEFT, right: index ? 14 : '52%', top: 14, bottom: 46 })),
-        tooltip: Shell.tooltip(({ value,
-          seriesIndex }) => `${state.routings[seriesIndex >> 1].list.label(value[2])}\n${bits(value[0])}, ` +
-          `${Shell.percent(value[1])} of the neurons`),
+        tooltip: Shell.tooltip(({ value: [x, share, token], seriesIndex }) =>
+          `${state.routings[seriesIndex >> 1].list.label(token)}\n${bits(x)}, ${Shell.percent(share)} of the neurons`),
         xAxis: kinds.map(([, name], index) => Shell.axis({ type: 'value', gridIndex: index, name,
           nameLocation: 'middle', nameGap: 28, splitNumber: 4 })),
         yAxis: kinds.map((_, index) => shareAxis({ gridIndex: index, scale: true })),
         series: state.routings.flatMap((routing, run) => kinds.map(([kind], index) => ({ type: 'scatter',
-          symbol: SIDES[run][1], symbolSize: 7,
+          name: `${nameOf(state, run)}${kind}`, symbol: SIDES[run][1], symbolSize: 7, data: data(routing, kind),
           xAxisIndex: index, yAxisIndex: index, color: Shell.colour(SIDES[run][0]), itemStyle: { opacity: 0.55 },
-            data: data(routing, kind),
-          name: `${nameOf(state, run)}${kind}`,
           emphasis: { scale: 1.8, itemStyle: { color: Shell.colour('mark'), opacity: 1 } } }))),
       };
     },
@@ -192,33 +183,25 @@ function whatIfCurve(state, run) {
   const shares = thresholds.map((_, step) => meanOf(routing.shares(step)));
   const lines = [['FFN neurons', 'on', (share) => share], ['FLOPs', 'second', (share) => routing.work('flops', share)],
     ['bytes read', 'quiet', (share) => routing.work('bytes', share)]];
-  const picture = new Shell.Picture({
+  const picture = Charts.linePicture({
     label: `${nameOf(state, run)}Lines of what the text would use and cost over the router’s threshold`,
     caption: 'Over the threshold: the share of the FFN neurons that a token of this text would use, and its work ' +
-      'over that of ' +
-      'the dense model, block by block without head and attention scores. The lines mark the model’s own threshold, ' +
-      'full, and the slider’s, dashed.',
+      'over that of the dense model, block by block without head and attention scores. The dashed lines are the ' +
+      'model’s own threshold and the slider’s.',
     height: () => 250,
     onPick: ({ dataIndex }) => state.set({ step: dataIndex === own ? null : dataIndex }),
-    options: () => ({
-      legend: { top: 0, left: LEFT, textStyle: { color: Shell.colour('ink') } },
-      grid: { left: LEFT, right: 16, top: 34, bottom: 46 },
-      tooltip: Shell.tooltip(({ seriesName,
-        value }) => `threshold ${value[0].toFixed(3)}: ${Shell.percent(value[1])} of ${seriesName}`),
-      xAxis: Shell.axis({ type: 'value', name: 'threshold of the router’s score', nameLocation: 'middle', nameGap: 28,
-        scale: true }),
-      yAxis: shareAxis({ min: 0, max: 1 }),
-      series: lines.map(([name, shade, value], index) => ({ type: 'line', name, color: Shell.colour(shade),
-        symbol: SIDES[index % 2][1],
-        lineStyle: { type: ['solid', 'dashed', 'dotted'][index] },
-        data: thresholds.map((threshold, step) => [threshold, value(shares[step])]),
-        markLine: index ? undefined : { silent: true, symbol: 'none', animation: false, label: { show: false },
-          data: [[own, 'solid', 'quiet'], [state.step ?? own, 'dashed', 'mark']].map(([step, type, line]) => (
-            { xAxis: thresholds[step], lineStyle: { type, color: Shell.colour(line) } })) } })),
+    describe: () => ({
+      x: { name: 'threshold of the router’s score' }, y: { name: 'of the dense model', share: true, min: 0, max: 1 },
+      marks: [{ xAxis: thresholds[own], label: 'own' }, ...(state.step === null ? []
+        : [{ xAxis: thresholds[Math.min(state.step, thresholds.length - 1)], label: 'slider' }])],
+      tell: ({ line, x, y }) => `threshold ${x.toFixed(3)}: ${Shell.percent(y)} of ${line}`,
+      lines: lines.map(([name, shade, value], place) => ({ name, colour: Shell.colour(shade), size: 4,
+        symbol: Charts.symbol(place), dash: Charts.dash(place),
+        points: thresholds.map((x, step) => ({ x, y: value(shares[step]) })) })),
     }),
     rows: () => ['By threshold', ['threshold', ...lines.map(([name]) => name)], thresholds.map((threshold, step) =>
-      [`${threshold.toFixed(3)}${step === own ? ' (own)' : ''}`, ...lines.map(([, ,
-        value]) => Shell.percent(value(shares[step])))])],
+      [`${threshold.toFixed(3)}${step === own ? ' (own)' : ''}`,
+        ...lines.map(([, , value]) => Shell.percent(value(shares[step])))])],
   });
   state.onChange(['step'], () => picture.drawSoon());
   return picture;

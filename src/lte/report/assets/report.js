@@ -145,11 +145,11 @@
   function showAbout() {
     const { files, version } = data;
     const count = `${Shell.count(files.length)} result ${files.length === 1 ? 'file' : 'files'}`;
-    box('about').append(element('p', {},
-      'A sparse model computes only those neurons of its feed-forward layers that a ' +
-      `token needs. Made by lte ${version} from ${count}. Means over seeds, ± one standard deviation of a sample; “-” is a ` +
-      'number that the files do not have. FLOPs and bytes are of the block linears per token at batch size 1, routers ' +
-      `included, as shares of the dense model’s; 1 G is 2^30. The paper: ${data.paper}. Charts: Apache ECharts, Apache-2.0.`),
+    box('about').append(element('p', {}, 'A sparse model computes only those neurons of its feed-forward layers that ' +
+      `a token needs. Made by lte ${version} from ${count}. Means over seeds, ± one standard deviation of a sample; ` +
+      '“-” is a number that the files do not have. FLOPs and bytes are of the block linears per token at batch ' +
+      `size 1, routers included, as shares of the dense model’s; 1 G is 2^30. The paper: ${data.paper}. ` +
+      'Charts: Apache ECharts, Apache-2.0.'),
     ...(files.length ? folded('Files', element('ul', {}, ...files.map((file) => element('li', {}, file)))) : []));
   }
 

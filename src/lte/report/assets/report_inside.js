@@ -74,8 +74,8 @@ function layerPanels(comparison) {
           points: bars(histogram[0].map((_, bin) => mean(histogram.map((layer) => layer[bin] ?? 0)))) },
           ...histogram.map((units, layer) => ({ ...THIN, name: `layer ${layer}`, width: 1, opacity: 0.3,
             colour: Shell.colour('quiet'), points: bars(units) }))] };
-    }, { caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near it ' +
-      'are a clear choice. Thin lines are single layers.' }),
+    }, { caption: 'An expert is computed for a token where its score lies right of the dashed line; few scores near ' +
+      'it are a clear choice. Thin lines are single layers.' }),
     choicePanel('Experts that are never and always on', 'Run', counted, ({ routing: { dead, always_on: always } }) => ({
       x: layerAxis(dead.length), y: { name: 'experts', whole: true, min: 0 },
       tell: ({ line, x, y }) => `layer ${x}: ${y} experts ${line}`,
@@ -155,8 +155,8 @@ function speedPanels(benches) {
       ['if independent', union.filter((row) => Charts.isNumber(row.independent))
         .map((row) => ({ x: row.batch, y: 1 - row.independent })), 'dashed'],
     ], { ...PERCENT, name: 'share skipped by all' }),
-      { caption: 'What one text of a batch needs must be read for all of them; the second line is what it would be if ' +
-        'texts chose independently.' }),
+      { caption: 'What one text of a batch needs must be read for all of them; the second line is what it would be ' +
+        'if texts chose independently.' }),
     choicePanel('Batches against the fastest dense implementation', 'Measurement',
       evens.map((bench) => [bench.name, bench]), ({ break_even: rows }) => describeBatches(
         rows.map((row) => [`${row.benchmark}, ${row.setting}`,

@@ -1,14 +1,8 @@
 'use strict';
 /* What the page knows of a text: its tokens, their routing and what the model expected, packed as in the data. */
 
-function bytesOf(text) {
-  /* Browsers from before 2025 lack the first. */
-  return Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-}
-
-const numbersOf = (text, Kind = Float32Array) => new Kind(bytesOf(text).buffer);
-const BIT_COUNTS = Uint8Array.from({ length: 256 }, (_,
-  byte) => [...byte.toString(2)].filter((bit) => bit === '1').length);
+const numbersOf = (text, Kind = Float32Array) => new Kind(Shell.bytesOf(text).buffer);
+const BIT_COUNTS = Uint8Array.from({ length: 256 }, (_, byte) => byte.toString(2).replaceAll('0', '').length);
 const CONTROLS = { '\n': '⏎', '\r': '␍', '\t': '⇥' };
 /* Marks that have no width, or turn the direction of what follows. */
 const UNSEEN = /[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]/g;
@@ -76,15 +70,13 @@ class Routing {
   constructor(run, known) {
     Object.assign(this, run, { known });
     this.list = new TokenList(run);
-    this.bits = bytesOf(run.active);
+    this.bits = Shell.bytesOf(run.active);
     this.stride = Math.ceil(run.experts / 8);
     this.counts = new Uint16Array(run.layers * this.length);
-    this.bits.forEach((byte, index) => {
-      this.counts[Math.floor(index / this.stride)] += BIT_COUNTS[byte];
-    });
+    this.bits.forEach((byte, index) => { this.counts[Math.floor(index / this.stride)] += BIT_COUNTS[byte]; });
     this.all = run.layers * run.experts;
-    this.totals = upTo(this.length).map((token) => upTo(run.layers).reduce((sum, layer) => sum + this.count(layer,
-      token), 0));
+    const layers = upTo(run.layers);
+    this.totals = upTo(this.length).map((token) => layers.reduce((sum, layer) => sum + this.count(layer, token), 0));
     this.steps = numbersOf(run.what_if.counts, Uint16Array);
     if (run.next) {
       this.surprise = numbersOf(run.next.surprise);
@@ -129,14 +121,10 @@ class Routing {
 
   /* Of a token the experts that are on though few tokens switch them on, and off though most do, rarest first. */
   unusual(token) {
-    const found = { on: [], off: [] };
-    for (let layer = 0; layer < this.layers; layer++) {
-      for (let expert = 0; expert < this.experts; expert++) {
-        const kind = this.kind(layer, token, expert);
-        if (kind > 1) found[kind === 2 ? 'on' : 'off'].push({ layer, expert, use: this.known.use(layer, expert) });
-      }
-    }
-    return { on: found.on.sort((a, b) => a.use - b.use), off: found.off.sort((a, b) => b.use - a.use) };
+    const all = upTo(this.layers).flatMap((layer) => upTo(this.experts).map((expert) =>
+      ({ layer, expert, use: this.known.use(layer, expert), kind: this.kind(layer, token, expert) })));
+    return { on: all.filter(({ kind }) => kind === 2).sort((a, b) => a.use - b.use),
+      off: all.filter(({ kind }) => kind === 3).sort((a, b) => b.use - a.use) };
   }
 
   /* 0 off, 1 on, 2 on though at most a quarter of the reference's tokens use it, 3 off though three quarters do. */
@@ -214,11 +202,10 @@ class State extends EventTarget {
     const most = totals.indexOf(totals.reduce((best, total) => Math.max(best, total), 0));
     const token = whole('token', length, most);
     const [first] = this.routings[run].unusual(token).on;
-    Object.assign(this, { run, token, layer: whole('layer', layers, first?.layer ?? 0), expert: whole('expert',
-      experts, first?.expert ?? 0),
-      step: whole('step', thresholds.length, null), colour: Shell.state.get('colour',
-        this.partners.some((found) => found.some((partner) => partner >= 0)) ? 'difference' : 'share'),
-        find: Shell.state.get('find', '') });
+    const compared = this.partners[0].some((partner) => partner >= 0);
+    Object.assign(this, { run, token, layer: whole('layer', layers, first?.layer ?? 0),
+      expert: whole('expert', experts, first?.expert ?? 0), step: whole('step', thresholds.length, null),
+      colour: Shell.state.get('colour', compared ? 'difference' : 'share'), find: Shell.state.get('find', '') });
   }
 
   get routing() {

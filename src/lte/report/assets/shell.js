@@ -58,11 +58,12 @@ const Shell = (() => {
     }
   });
 
+  /* What Python's pack_base64 packed; browsers from before 2025 lack the first. */
+  const bytesOf = (text) => Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+
   /* What Python's pack_json packed. */
-  async function unpack(text) {
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'))).json();
-  }
+  const unpack = (text) => new Response(new Blob([bytesOf(text)]).stream()
+    .pipeThrough(new DecompressionStream('deflate'))).json();
 
   /* The colour that a custom property has in the present theme. */
   const colours = new Map();
@@ -100,8 +101,10 @@ const Shell = (() => {
       const found = all();
       const place = found.indexOf(event.target);
       if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
-      const middle = (each) => { const { x, y, width, height } = each.getBoundingClientRect(); return [x + width / 2,
-        y + height / 2]; };
+      const middle = (each) => {
+        const { x, y, width, height } = each.getBoundingClientRect();
+        return [x + width / 2, y + height / 2];
+      };
       const [left, top] = middle(event.target);
       const away = (sign) => found.filter((each) => sign * (middle(each)[1] - top) > 4).sort((a, b) => {
         const [[ax, ay], [bx, by]] = [middle(a), middle(b)];
@@ -298,6 +301,6 @@ const Shell = (() => {
 
   const clearPictures = () => pictures.forEach((picture) => picture.remove());
 
-  return { data, state, unpack, element, button, dot, breakable, choice, rove, captionOf, colour, ramp,
+  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, rove, captionOf, colour, ramp,
     count, percent, table, scrollBox, Picture, axis, tooltip, clearPictures };
 })();

@@ -44,9 +44,8 @@ class TokenPanel {
     this.title.textContent = `“${routing.list.label(token)}”`;
     const skipped = routing.all - routing.totals[token];
     this.told.textContent = `${nameOf(state, state.run) || 'This is '}token ${Shell.count(token + 1)} of ` +
-      `${Shell.count(routing.length)}: it skipped ` +
-      `${Shell.count(skipped)} of ${Shell.count(routing.all)} experts and used ` +
-      `${Shell.percent(routing.totals[token] / routing.all)} of the FFN neurons.`;
+      `${Shell.count(routing.length)}: it skipped ${Shell.count(skipped)} of ${Shell.count(routing.all)} experts and ` +
+      `used ${Shell.percent(routing.totals[token] / routing.all)} of the FFN neurons.`;
     this.showFacts();
     this.showNext();
     clearTimeout(this.timer);
@@ -63,12 +62,12 @@ class TokenPanel {
     const tenth = (value) => value.toFixed(1);
     const rows = [
       ['neurons used', ({ routing, token }) => routing.totals[token] / routing.all, Shell.percent, points],
-      ['at the slider', ({ routing, token }) => (step === null ? NaN : routing.shares(step)[token]), Shell.percent,
-        points],
-      ['more than, of tokens', ({ routing, token }) => rankOf(routing.known.sorted,
-        routing.totals[token] / routing.all), (share) => Shell.percent(share, 0), points],
-      ['surprise, bits', ({ routing, token }) => (routing.next && token ? routing.surprise[token] : NaN),
-        tenth, tenth],
+      ['at the slider', ({ routing, token }) => (step === null ? NaN : routing.shares(step)[token]),
+        Shell.percent, points],
+      ['more than, of tokens',
+        ({ routing, token }) => rankOf(routing.known.sorted, routing.totals[token] / routing.all),
+        (share) => Shell.percent(share, 0), points],
+      ['surprise, bits', ({ routing, token }) => (routing.next && token ? routing.surprise[token] : NaN), tenth, tenth],
       ['entropy after, bits', ({ routing, token }) => (routing.next ? routing.entropy[token] : NaN), tenth, tenth],
     ].map(([name, value, words, difference]) => {
       const values = places.map(value);
@@ -124,11 +123,8 @@ class TokenPanel {
     const { routing, token } = this.state;
     const { on, off } = routing.unusual(token);
     const list = (title, found) => (found.length ? [element('p', {}, `${title} (${Shell.count(found.length)}):`),
-      element('p', { class: 'choices' }, ...found.slice(0, 5).map(({ layer, expert, use }) => {
-        const button = element('button', { type: 'button' }, `${layer}.${expert}, on for ${Shell.percent(use, 0)}`);
-        button.addEventListener('click', () => this.state.set({ layer, expert }));
-        return button;
-      }))] : []);
+      element('p', { class: 'choices' }, ...found.slice(0, 5).map(({ layer, expert, use }) => Shell.button(
+        `${layer}.${expert}, on for ${Shell.percent(use, 0)}`, () => this.state.set({ layer, expert }))))] : []);
     const usual = routing.totals[token] - on.length;
     this.unusual.replaceChildren(element('p', {},
       `${Shell.count(usual)} of its ${Shell.count(routing.totals[token])} experts are usual.`),
@@ -141,8 +137,8 @@ class TokenPanel {
     const cells = upTo(routing.layers).flatMap((row) => upTo(routing.experts).map((column) => (
       { value: [column, row, this.kindOf(row, column)] })));
     const kinds = this.kinds();
-    this.legend.replaceChildren(...kinds.map(([shade, words]) => Shell.element('span', {}, Shell.element('span',
-      { class: `key ${shade}` }), words)));
+    this.legend.replaceChildren(...kinds.map(([shade, words]) =>
+      Shell.element('span', {}, Shell.element('span', { class: `key ${shade}` }), words)));
     return {
       grid: { left: 30, right: 8, top: 24, bottom: 40 },
       tooltip: Shell.tooltip(({ value }) => `layer ${value[1]}, expert ${value[0]}: ${kinds[value[2]][1]}`),

@@ -9,11 +9,9 @@ const points = (share) => `${(100 * share).toFixed(1)} points`;
 const COLOURINGS = {
   share: { name: () => 'FFN neurons used', words: (value) => Shell.percent(value),
     values: (run, { step }) => run.shares(run.length && step), centre: (run) => run.known.mean,
-      sorted: (run) => run.known.sorted,
-    mean: 'the model’s mean on its reference text' },
+    sorted: (run) => run.known.sorted, mean: 'the model’s mean on its reference text' },
   difference: { name: () => 'difference, B less A',
-    words: (value) => `${value > 0 ? '+' : '−'}${points(Math.abs(value))}`,
-    centre: () => 0, mean: 'no difference',
+    words: (value) => `${value > 0 ? '+' : '−'}${points(Math.abs(value))}`, centre: () => 0, mean: 'no difference',
     values: (run, state) => {
       const here = state.routings.indexOf(run);
       const [own, other] = [here, 1 - here].map((index) => state.routings[index].shares(state.step));
@@ -29,11 +27,10 @@ const COLOURINGS = {
     offered: ({ routings }) => routings.every(({ next }) => next) },
   layer: { name: ({ layer }) => `experts on in layer ${layer}`, words: (value) => value.toFixed(1).replace('.0', ''),
     values: (run, { layer }) => upTo(run.length).map((token) => (layer < run.layers ? run.count(layer, token) : NaN)) },
-  expert: { name: ({ layer, expert }) => `whether expert ${expert} of layer ${layer} is on`, words: (value) => ['off',
-    'on'][value],
-    values: (run, { layer, expert }) => upTo(run.length).map((token) => (layer < run.layers && expert < run.experts
-      ? run.isOn(layer, token, expert) : NaN)),
-    centre: () => 0, mean: 'off' },
+  expert: { name: ({ layer, expert }) => `whether expert ${expert} of layer ${layer} is on`,
+    words: (value) => ['off', 'on'][value], centre: () => 0, mean: 'off',
+    values: (run, { layer, expert }) => upTo(run.length).map((token) =>
+      (layer < run.layers && expert < run.experts ? run.isOn(layer, token, expert) : NaN)) },
 };
 
 /* How all runs are coloured now: one scale for all but the neurons used, where each model has its own mean. */
@@ -42,9 +39,8 @@ function colouring(state) {
   const found = COLOURINGS[kind] ?? COLOURINGS.share;
   const values = state.routings.map((run) => found.values(run, state));
   const pooled = Float64Array.from(values.flat().filter((value) => !Number.isNaN(value))).sort();
-  const scales = state.routings.map((run, index) => ({ values: values[index], centre: found.centre?.(run) ??
-    meanOf(pooled),
-    sorted: found.sorted?.(run) ?? pooled }));
+  const scales = state.routings.map((run, index) => ({ values: values[index], sorted: found.sorted?.(run) ?? pooled,
+    centre: found.centre?.(run) ?? meanOf(pooled) }));
   return { ...found, scales, ends: [pooled[0], pooled.at(-1)] };
 }
 
@@ -94,8 +90,8 @@ class TokenText {
   lineAway(now, step) {
     const away = ({ offsetTop }, top) => step * (offsetTop - top) > 4;
     const { offsetTop: top, offsetLeft: left } = this.spans[now];
-    const first = this.spans.slice(step < 0 ? 0 : now, step < 0 ? now : undefined).filter((span) => away(span,
-      top)).at(step < 0 ? -1 : 0);
+    const first = this.spans.slice(step < 0 ? 0 : now, step < 0 ? now : undefined)
+      .filter((span) => away(span, top)).at(step < 0 ? -1 : 0);
     const line = this.spans.filter((span) => first && Math.abs(span.offsetTop - first.offsetTop) < 4);
     const far = (span) => Math.abs(span.offsetLeft - left);
     return line.length ? this.spans.indexOf(line.reduce((best, span) => (far(span) < far(best) ? span : best))) : now;
