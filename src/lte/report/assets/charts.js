@@ -70,7 +70,7 @@ const Charts = (() => {
   function options({ x: anyX, y: anyY, lines, marks = [], tell }, width) {
     const named = lines.filter(({ hidden, points }) => !hidden && points.length);
     const letters = Math.max(0, ...named.map(({ label, name }) => (label ?? name).length));
-    const room = named.length ? Math.min(40 + 7 * letters, 190, width * 0.32) : 20;
+    const room = named.length ? Math.min(46 + 7 * letters, 196, width * 0.32) : 20;
     const points = lines.flatMap((line) => line.points);
     const ranges = points.flatMap(({ low, high }) => [low, high]);
     const x = rounded(anyX, [...points.map((point) => point.x), ...(anyY.names ? ranges : []),
@@ -134,9 +134,9 @@ const Charts = (() => {
     return { type: 'scatter', name: 'names', silent: true, symbolSize: 0.01, z: 7, clip: false,
       data: lines.map((line) => ({ value: last(line), labelLine: { lineStyle: { color: line.colour } },
         label: { color: line.pale ? Shell.colour('quiet') : line.colour, fontWeight: line.pale ? 'normal' : 'bold',
-          formatter: clip(line.label ?? line.name, Math.floor((room - 18) / 7.2)) } })),
+          formatter: clip(line.label ?? line.name, Math.floor((room - 24) / 7.2)) } })),
       label: { show: true, position: 'right', fontSize: 12, lineHeight: 16 }, blur: { label: { opacity: 1 } },
-      labelLayout: { x: width - room + 16, align: 'left', moveOverlap: 'shiftY' },
+      labelLayout: { x: width - room + 22, align: 'left', moveOverlap: 'shiftY' },
       labelLine: { show: true, length2: 5, lineStyle: { width: 1, opacity: 0.35 } } };
   }
 
