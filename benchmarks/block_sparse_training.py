@@ -21,6 +21,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons, B blocks of 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -139,7 +140,11 @@ def switched_gradients(into: Tensor, gated: Tensor, factor: Tensor, kept: Tensor
 
 def fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """On a GPU compiled to one kernel, as `scale_experts` is."""
-    return torch.compile(function, dynamic=True) if x.is_cuda else function
+    return _compiled(function) if x.is_cuda else function
+
+
+# Once for each function: asked for anew in each call it takes the CPU longer than a small FFN takes the GPU.
+_compiled = functools.cache(partial(torch.compile, dynamic=True))
 
 
 def _spread(values: Tensor, groups: Groups, tokens: int) -> Tensor:
