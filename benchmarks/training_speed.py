@@ -83,7 +83,7 @@ class StepClock(TrainerCallback):
         return self.peaks[stage * self.steps - 1] if self.peaks else None
 
     def first_peak_bytes(self) -> int | None:
-        """The peak before the first counted step: that of making the model, fitting its routers, and warming up."""
+        """The peak before the first counted step: that of fitting routers and of warming up."""
         return max(self.peaks[: self.warm_up + 1]) if self.peaks else None
 
     @property
@@ -215,19 +215,26 @@ def training_flops(config: Any, kind: str, length: int, teacher: bool = False) -
 def measure(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
     """A row for each stage of the dense training and of LTE's; where memory is not enough, a row that says so."""
     found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    notes: dict[bool, str] = {}
     for _, sparse in itertools.product(range(args.rounds), (False, True)):
+        # What an earlier training left, one that failed, too, has no room beside the next model.
+        free_memory(compiled=args.compile)
+        if sparse in notes:
+            continue
         try:
             found[sparse].append(train(args, kind, sparse))
         except torch.OutOfMemoryError as error:
-            return [{"training": kind, "model": "lte" if sparse else "dense", "note": f"out of memory: {error}"[:400]}]
-        free_memory(compiled=args.compile)
-    rows = [row(args, kind, sparse, stage, found[sparse]) for stage in (1, 2) for sparse in (False, True)]
-    for dense, with_lte in zip(rows[::2], rows[1::2], strict=True):
-        for each in (dense, with_lte):
-            each["speed_over_dense"] = dense["median_ms"] / each["median_ms"]
-            peak = each["peak_memory_bytes"]
-            each["memory_over_dense"] = None if peak is None else peak / dense["peak_memory_bytes"]
-    return rows
+            notes[sparse] = f"out of memory: {error}"[:400]
+    free_memory(compiled=args.compile)
+    kinds = [sparse for sparse in (False, True) if sparse not in notes]
+    rows = [row(args, kind, sparse, stage, found[sparse]) for stage in (1, 2) for sparse in kinds]
+    dense = {each["stage"]: each for each in rows if each["model"] == "dense"}
+    for each in rows:
+        beside, peak = dense.get(each["stage"]), each["peak_memory_bytes"]
+        each["speed_over_dense"] = None if beside is None else beside["median_ms"] / each["median_ms"]
+        known = beside is not None and peak is not None
+        each["memory_over_dense"] = peak / beside["peak_memory_bytes"] if known else None
+    return rows + [{"training": kind, "model": _name(sparse), "note": note} for sparse, note in notes.items()]
 
 
 def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -241,7 +248,7 @@ def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: li
     flops = tokens_per_s * needed / num_processes()
     return {
         "training": kind,
-        "model": "lte" if sparse else "dense",
+        "model": _name(sparse),
         "stage": stage,
         **asdict(times),
         "samples": sum(len(clock.samples_ms(stage)) for clock in clocks),
@@ -254,6 +261,10 @@ def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: li
         "estimated_memory_bytes": found[-1]["estimate"],
         "sparsity": found[-1]["sparsity"].get(stage),
     }
+
+
+def _name(sparse: bool) -> str:
+    return "lte" if sparse else "dense"
 
 
 def _gpu_name() -> str:
@@ -277,12 +288,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         if "note" in each:
             lines.append(f"{name}  {each['note'][:100]}")
             continue
-        use, peak = each["model_flops_utilisation"], each["peak_memory_bytes"]
+        use, peak, speed = each["model_flops_utilisation"], each["peak_memory_bytes"], each["speed_over_dense"]
         lines.append(
             f"{name} stage {each['stage']}  {each['median_ms']:8.1f} ms ({each['p20_ms']:.1f}-{each['p80_ms']:.1f})  "
-            f"{each['tokens_per_s']:8.0f} tokens/s  x{each['speed_over_dense']:.3f} speed"
+            f"{each['tokens_per_s']:8.0f} tokens/s"
+            + (f"  x{speed:.3f} speed" if speed else "")
             + (f"  MFU {use:.1%}" if use else "")
-            + (f"  {peak / 1e9:.1f} GB x{each['memory_over_dense']:.3f}" if peak else "")
+            + (f"  {peak / 1e9:.1f} GB" if peak else "")
+            + (f" x{each['memory_over_dense']:.3f}" if each["memory_over_dense"] else "")
         )
     return lines
 

@@ -285,16 +285,32 @@ class TestTrainingSpeed:
             assert found.compute_dtype == expected.compute_dtype == torch.bfloat16
             assert torch.equal(numbers_in_4_bits(found), numbers_in_4_bits(expected))
 
-    def test_too_little_memory_is_a_row(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*args: Any) -> None:
-            raise torch.OutOfMemoryError("it is full")
+    @pytest.mark.parametrize("failing", [(False, True), (True,), (False,)])
+    def test_too_little_memory_is_a_row(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[bool, ...]
+    ) -> None:
+        module, output, before = script("training_speed"), tmp_path / "rows.json", [0]
 
-        module, output = script("training_speed"), tmp_path / "rows.json"
-        monkeypatch.setattr(module, "train", fail)
+        def train(args: Any, kind: str, sparse: bool) -> dict[str, Any]:
+            assert before[0] == 1
+            before[0] = 0
+            if sparse in failing:
+                raise torch.OutOfMemoryError("it is full")
+            clock = module.StepClock(args.steps, args.warm_up)
+            clock.begins = [float(second) for second in range(8)]
+            return {"clock": clock, "sparsity": {}, "estimate": {}}
+
+        monkeypatch.setattr(module, "train", train)
+        monkeypatch.setattr(module, "free_memory", lambda compiled: before.__setitem__(0, 1))
         module.main([*self.FLAGS, "--kinds", "full", "--output", str(output)])
-        assert read_json(output)["rows"] == [
-            {"training": "full", "model": "dense", "note": "out of memory: it is full"}
-        ]
+        rows = read_json(output)["rows"]
+        names = {False: "dense", True: "lte"}
+        # What the other model took stays.
+        others = [names[sparse] for sparse in (False, True) if sparse not in failing]
+        assert [row["model"] for row in rows if "note" not in row] == others * 2
+        assert all(row["speed_over_dense"] == (1 if others[0] == "dense" else None) for row in rows if "note" not in row)
+        notes = [{"training": "full", "model": names[sparse], "note": "out of memory: it is full"} for sparse in failing]
+        assert rows[len(others) * 2 :] == notes
 
     def test_settings_that_measure_nothing_are_refused(self, script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
@@ -369,6 +385,13 @@ class TestBlockSparseTraining:
         rows = read_json(tmp_path / "rows.json")["rows"]
         assert [each["tokens"] for each in rows] == [128] * 2
         assert all(0 < each["sparsity"] < 1 for each in rows)
+
+    def test_a_function_is_compiled_once(self, script: Any) -> None:
+        module = script("block_sparse_training")
+        x: Any = SimpleNamespace(is_cuda=True)
+        made = [module.fused(module.switched, x) for _ in range(2)]
+        assert made[0] is made[1] is not module.switched
+        assert module.fused(module.switched, SimpleNamespace(is_cuda=False)) is module.switched
 
     def test_a_product_that_is_missing_is_noted_and_a_wrong_one_refused(self, script: Any) -> None:
         module, inputs, grad = script("block_sparse_training"), [torch.ones(2, requires_grad=True)], torch.ones(2)
