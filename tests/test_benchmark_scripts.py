@@ -307,10 +307,11 @@ class TestTrainingSpeed:
         names = {False: "dense", True: "lte"}
         # What the other model took stays.
         others = [names[sparse] for sparse in (False, True) if sparse not in failing]
-        assert [row["model"] for row in rows if "note" not in row] == others * 2
-        assert all(row["speed_over_dense"] == (1 if others[0] == "dense" else None) for row in rows if "note" not in row)
-        notes = [{"training": "full", "model": names[sparse], "note": "out of memory: it is full"} for sparse in failing]
-        assert rows[len(others) * 2 :] == notes
+        measured, noted = rows[: 2 * len(others)], rows[2 * len(others) :]
+        assert [row["model"] for row in measured] == others * 2
+        assert all(row["speed_over_dense"] == (1 if others == ["dense"] else None) for row in measured)
+        note = {"training": "full", "note": "out of memory: it is full"}
+        assert noted == [{**note, "model": names[sparse]} for sparse in failing]
 
     def test_settings_that_measure_nothing_are_refused(self, script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
