@@ -44,7 +44,7 @@ from lte.runs.memory import free_memory
 from lte.train.config import Optim, TrainConfig
 from lte.train.memory import estimate_memory
 from lte.train.optimisers import optimiser_arguments
-from lte.train.processes import is_main_process, num_processes, training_device
+from lte.train.processes import float32_products, is_main_process, num_processes, training_device
 from lte.train.two_stage import training_arguments
 
 KINDS = ("full", "lora", "qlora")
@@ -102,7 +102,9 @@ def make_config(args: argparse.Namespace, kind: str, recipe: str) -> TrainConfig
         # So that in so few steps they switch some experts off.
         router_learning_rate=1e-2,
         batch_size=args.batch,
-        bf16=in_4_bits or args.weights_dtype == "float32",
+        # Adapters are in fp32, whose products without autocast would take a third of the step.
+        bf16=kind != "full" or args.weights_dtype == "float32",
+        tf32=args.tf32,
         weights_dtype="float32" if in_4_bits else args.weights_dtype,
         optim=args.optim,
         gradient_checkpointing=args.checkpointing,
@@ -179,7 +181,8 @@ def train(args: argparse.Namespace, kind: str, sparse: bool) -> dict[str, Any]:
         trainer = lte.LteTrainer(
             model, arguments, train_dataset=rows, teacher=teacher, peft_config=adapters, callbacks=[clock]
         )
-        trainer.train()
+        with float32_products(config):
+            trainer.train()
     active = {
         entry["stage"]: entry["active_fraction"] for entry in trainer.state.log_history if "active_fraction" in entry
     }
@@ -314,6 +317,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optim", choices=get_args(Optim), default="adamw_bnb_8bit")
     parser.add_argument("--weights-dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="float32: with autocast in bf16")  # fmt: skip
+    parser.add_argument("--tf32", action="store_true", help="products of routers, which are in fp32, in TensorFloat-32")
     parser.add_argument("--lora-rank", type=int, default=64)
     parser.add_argument("--expert-size", type=int, default=32)
     parser.add_argument("--target-sparsity", type=float, default=0.5)

@@ -257,6 +257,15 @@ class TestTrainingSpeed:
         size = {kind: found[kind, "lte", 1]["estimated_memory_bytes"]["weights"] for kind in module.KINDS}
         assert size["qlora"] < size["full"] < size["lora"]
 
+    def test_adapters_are_computed_in_bf16(self, script: Any) -> None:
+        module = script("training_speed")
+        args = module.parse(["--tf32"])
+        configs = {kind: module.make_config(args, kind, "dense") for kind in module.KINDS}
+        assert {kind: config.bf16 for kind, config in configs.items()} == {"full": False, "lora": True, "qlora": True}
+        assert configs["lora"].weights_dtype == "bfloat16"
+        assert all(config.tf32 for config in configs.values())
+        assert not module.make_config(module.parse([]), "full", "dense").tf32
+
     def test_flops_are_those_of_all_products(self, script: Any) -> None:
         module = script("training_speed")
         config = shape_config("llama2-7b")
@@ -326,10 +335,18 @@ class TestTrainingCost:
         row = {"training": "lora", "model": "lte", "tokens_per_s": 2000.0, "peak_memory_bytes": 4e10,
                "model_flops_utilisation": 0.25}  # fmt: skip
         rows = [{**row, "stage": 1}, {**row, "stage": 2, "tokens_per_s": 1000.0}]
-        config = {"shape": "llama2-7b", "length": 2048, "teacher": False, "batch": 4, "checkpointing": True}
-        measured = {"config": {**config, "layers": None}, "processes": 1, "rows": rows}
-        (tmp_path / "measured.json").write_text(json.dumps(measured))
-        module.main(["--measured", str(tmp_path / "measured.json"), "--page", str(page)])
+        config = {key: value for key, value in vars(module.parse([])).items() if key != "output"}
+        measured = {"config": config, "processes": 1, "rows": rows}
+        # Weights in fp32 are another training, which takes longer.
+        other = {
+            **measured,
+            "config": {**config, "weights_dtype": "float32"},
+            "rows": [{**rows[0], "tokens_per_s": 1.0}],
+        }
+        files = [tmp_path / "measured.json", tmp_path / "other.json"]
+        for file, content in zip(files, (measured, other), strict=True):
+            file.write_text(json.dumps(content))
+        module.main(["--measured", *map(str, files), "--page", str(page)])
         lines = page.read_text().splitlines()
         assert (lines[0], lines[-1]) == ("before", "after")
         assert "old" not in lines
