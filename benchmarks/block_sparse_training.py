@@ -208,9 +208,11 @@ def measure(
     ]
     grad = torch.randn(len(mask), hidden, device=device, dtype=dtype)
     runs: dict[str, Callable[..., Tensor]] = {"dense": dense_ffn, "masked": partial(masked_ffn, mask)}
-    for experts in blocks:
+    undivided = [experts for experts in blocks if mask.shape[1] % experts]
+    for experts in [each for each in blocks if each not in undivided]:
         runs[f"grouped {experts}"] = partial(grouped_ffn, Groups.of(mask, experts, expert_size))
-    notes = check(runs, inputs, grad)
+    notes = {f"grouped {each}": f"{mask.shape[1]} experts make no blocks of {each}" for each in undivided}
+    notes |= check(runs, inputs, grad)
     calls = {each: partial(gradients, run, inputs, grad) for each, run in runs.items()}
     times = interleaved_times(calls, device, repeats)
     masked = Times.of(times["masked"]).median_ms

@@ -404,6 +404,11 @@ class TestBlockSparseTraining:
         assert [each["tokens"] for each in rows] == [128] * 2
         assert all(0 < each["sparsity"] < 1 for each in rows)
 
+    def test_blocks_that_experts_do_not_fill_are_noted(self, script: Any) -> None:
+        row = script("block_sparse_training").measure("x", torch.rand(128, 6) < 0.5, (8, 48), (1, 4), torch.float32, 1)
+        assert [each["provider"] for each in row["times"]] == ["dense", "masked", "grouped 1", "grouped 4"]
+        assert row["times"][-1] == {"provider": "grouped 4", "note": "6 experts make no blocks of 4"}
+
     def test_a_function_is_compiled_once(self, script: Any) -> None:
         module = script("block_sparse_training")
         x: Any = SimpleNamespace(is_cuda=True)
