@@ -21,6 +21,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons, B blocks of 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -139,7 +140,11 @@ def switched_gradients(into: Tensor, gated: Tensor, factor: Tensor, kept: Tensor
 
 def fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """On a GPU compiled to one kernel, as `scale_experts` is."""
-    return torch.compile(function, dynamic=True) if x.is_cuda else function
+    return _compiled(function) if x.is_cuda else function
+
+
+# Once for each function: asked for anew in each call it takes the CPU longer than a small FFN takes the GPU.
+_compiled = functools.cache(partial(torch.compile, dynamic=True))
 
 
 def _spread(values: Tensor, groups: Groups, tokens: int) -> Tensor:
@@ -203,9 +208,11 @@ def measure(
     ]
     grad = torch.randn(len(mask), hidden, device=device, dtype=dtype)
     runs: dict[str, Callable[..., Tensor]] = {"dense": dense_ffn, "masked": partial(masked_ffn, mask)}
-    for experts in blocks:
+    undivided = [experts for experts in blocks if mask.shape[1] % experts]
+    for experts in [each for each in blocks if each not in undivided]:
         runs[f"grouped {experts}"] = partial(grouped_ffn, Groups.of(mask, experts, expert_size))
-    notes = check(runs, inputs, grad)
+    notes = {f"grouped {each}": f"{mask.shape[1]} experts make no blocks of {each}" for each in undivided}
+    notes |= check(runs, inputs, grad)
     calls = {each: partial(gradients, run, inputs, grad) for each, run in runs.items()}
     times = interleaved_times(calls, device, repeats)
     masked = Times.of(times["masked"]).median_ms

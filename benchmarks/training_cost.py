@@ -31,6 +31,11 @@ from lte.train.memory import MemoryEstimate, estimate_memory
 SIZES = {"1.5B": "qwen2.5-1.5b", "7B": "llama2-7b", "13B": "llama2-13b", "70B": "llama2-70b"}
 NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 BEGIN, END = "<!-- benchmarks/training_cost.py writes from here -->", "<!-- to here -->"
+# Flags of benchmarks/training_speed.py that decide what a training costs.
+TRAINING = (
+    *("shape", "layers", "length", "batch", "teacher", "optim", "weights_dtype", "lora_rank", "checkpointing"),
+    *("compile", "expert_size"),
+)
 # Of a GPU's peak, where nothing was measured.
 ASSUMED = 0.35
 TOKENS, LENGTH, BATCH = 1e8, 2048, 4
@@ -80,8 +85,9 @@ def measured_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def of_run(rows: Sequence[dict[str, Any]], shape: str, kind: str) -> list[dict[str, Any]]:
-    """The rows of just this training: both stages, with the batch and length of the table and without a teacher."""
-    wanted = {"shape": shape, "length": LENGTH, "batch": BATCH, "teacher": False, "checkpointing": True, "layers": None}
+    """The rows of just this training: both stages, with the settings of the table."""
+    settings = vars(parse(["--shape", shape, "--batch", str(BATCH), "--length", str(LENGTH)]))
+    wanted = {key: settings[key] for key in TRAINING}
     return [
         row for row in rows if row["training"] == kind and all(row["config"].get(key) == wanted[key] for key in wanted)
     ]

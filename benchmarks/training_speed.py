@@ -44,7 +44,7 @@ from lte.runs.memory import free_memory
 from lte.train.config import Optim, TrainConfig
 from lte.train.memory import estimate_memory
 from lte.train.optimisers import optimiser_arguments
-from lte.train.processes import is_main_process, num_processes, training_device
+from lte.train.processes import float32_products, is_main_process, num_processes, training_device
 from lte.train.two_stage import training_arguments
 
 KINDS = ("full", "lora", "qlora")
@@ -83,7 +83,7 @@ class StepClock(TrainerCallback):
         return self.peaks[stage * self.steps - 1] if self.peaks else None
 
     def first_peak_bytes(self) -> int | None:
-        """The peak before the first counted step: that of making the model, fitting its routers, and warming up."""
+        """The peak before the first counted step: that of fitting routers and of warming up."""
         return max(self.peaks[: self.warm_up + 1]) if self.peaks else None
 
     @property
@@ -102,7 +102,9 @@ def make_config(args: argparse.Namespace, kind: str, recipe: str) -> TrainConfig
         # So that in so few steps they switch some experts off.
         router_learning_rate=1e-2,
         batch_size=args.batch,
-        bf16=in_4_bits or args.weights_dtype == "float32",
+        # Adapters are in fp32, whose products without autocast would take a third of the step.
+        bf16=kind != "full" or args.weights_dtype == "float32",
+        tf32=args.tf32,
         weights_dtype="float32" if in_4_bits else args.weights_dtype,
         optim=args.optim,
         gradient_checkpointing=args.checkpointing,
@@ -179,7 +181,8 @@ def train(args: argparse.Namespace, kind: str, sparse: bool) -> dict[str, Any]:
         trainer = lte.LteTrainer(
             model, arguments, train_dataset=rows, teacher=teacher, peft_config=adapters, callbacks=[clock]
         )
-        trainer.train()
+        with float32_products(config):
+            trainer.train()
     active = {
         entry["stage"]: entry["active_fraction"] for entry in trainer.state.log_history if "active_fraction" in entry
     }
@@ -215,19 +218,26 @@ def training_flops(config: Any, kind: str, length: int, teacher: bool = False) -
 def measure(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
     """A row for each stage of the dense training and of LTE's; where memory is not enough, a row that says so."""
     found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    notes: dict[bool, str] = {}
     for _, sparse in itertools.product(range(args.rounds), (False, True)):
+        # What an earlier training left, one that failed, too, has no room beside the next model.
+        free_memory(compiled=args.compile)
+        if sparse in notes:
+            continue
         try:
             found[sparse].append(train(args, kind, sparse))
         except torch.OutOfMemoryError as error:
-            return [{"training": kind, "model": "lte" if sparse else "dense", "note": f"out of memory: {error}"[:400]}]
-        free_memory(compiled=args.compile)
-    rows = [row(args, kind, sparse, stage, found[sparse]) for stage in (1, 2) for sparse in (False, True)]
-    for dense, with_lte in zip(rows[::2], rows[1::2], strict=True):
-        for each in (dense, with_lte):
-            each["speed_over_dense"] = dense["median_ms"] / each["median_ms"]
-            peak = each["peak_memory_bytes"]
-            each["memory_over_dense"] = None if peak is None else peak / dense["peak_memory_bytes"]
-    return rows
+            notes[sparse] = f"out of memory: {error}"[:400]
+    free_memory(compiled=args.compile)
+    kinds = [sparse for sparse in (False, True) if sparse not in notes]
+    rows = [row(args, kind, sparse, stage, found[sparse]) for stage in (1, 2) for sparse in kinds]
+    dense = {each["stage"]: each for each in rows if each["model"] == "dense"}
+    for each in rows:
+        beside, peak = dense.get(each["stage"]), each["peak_memory_bytes"]
+        each["speed_over_dense"] = None if beside is None else beside["median_ms"] / each["median_ms"]
+        known = beside is not None and peak is not None
+        each["memory_over_dense"] = peak / beside["peak_memory_bytes"] if known else None
+    return rows + [{"training": kind, "model": _name(sparse), "note": note} for sparse, note in notes.items()]
 
 
 def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -241,7 +251,7 @@ def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: li
     flops = tokens_per_s * needed / num_processes()
     return {
         "training": kind,
-        "model": "lte" if sparse else "dense",
+        "model": _name(sparse),
         "stage": stage,
         **asdict(times),
         "samples": sum(len(clock.samples_ms(stage)) for clock in clocks),
@@ -254,6 +264,10 @@ def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: li
         "estimated_memory_bytes": found[-1]["estimate"],
         "sparsity": found[-1]["sparsity"].get(stage),
     }
+
+
+def _name(sparse: bool) -> str:
+    return "lte" if sparse else "dense"
 
 
 def _gpu_name() -> str:
@@ -277,12 +291,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         if "note" in each:
             lines.append(f"{name}  {each['note'][:100]}")
             continue
-        use, peak = each["model_flops_utilisation"], each["peak_memory_bytes"]
+        use, peak, speed = each["model_flops_utilisation"], each["peak_memory_bytes"], each["speed_over_dense"]
         lines.append(
             f"{name} stage {each['stage']}  {each['median_ms']:8.1f} ms ({each['p20_ms']:.1f}-{each['p80_ms']:.1f})  "
-            f"{each['tokens_per_s']:8.0f} tokens/s  x{each['speed_over_dense']:.3f} speed"
+            f"{each['tokens_per_s']:8.0f} tokens/s"
+            + (f"  x{speed:.3f} speed" if speed else "")
             + (f"  MFU {use:.1%}" if use else "")
-            + (f"  {peak / 1e9:.1f} GB x{each['memory_over_dense']:.3f}" if peak else "")
+            + (f"  {peak / 1e9:.1f} GB" if peak else "")
+            + (f" x{each['memory_over_dense']:.3f}" if each["memory_over_dense"] else "")
         )
     return lines
 
@@ -301,6 +317,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optim", choices=get_args(Optim), default="adamw_bnb_8bit")
     parser.add_argument("--weights-dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="float32: with autocast in bf16")  # fmt: skip
+    parser.add_argument("--tf32", action="store_true", help="products of routers, which are in fp32, in TensorFloat-32")
     parser.add_argument("--lora-rank", type=int, default=64)
     parser.add_argument("--expert-size", type=int, default=32)
     parser.add_argument("--target-sparsity", type=float, default=0.5)

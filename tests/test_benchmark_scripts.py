@@ -257,6 +257,15 @@ class TestTrainingSpeed:
         size = {kind: found[kind, "lte", 1]["estimated_memory_bytes"]["weights"] for kind in module.KINDS}
         assert size["qlora"] < size["full"] < size["lora"]
 
+    def test_adapters_are_computed_in_bf16(self, script: Any) -> None:
+        module = script("training_speed")
+        args = module.parse(["--tf32"])
+        configs = {kind: module.make_config(args, kind, "dense") for kind in module.KINDS}
+        assert {kind: config.bf16 for kind, config in configs.items()} == {"full": False, "lora": True, "qlora": True}
+        assert configs["lora"].weights_dtype == "bfloat16"
+        assert all(config.tf32 for config in configs.values())
+        assert not module.make_config(module.parse([]), "full", "dense").tf32
+
     def test_flops_are_those_of_all_products(self, script: Any) -> None:
         module = script("training_speed")
         config = shape_config("llama2-7b")
@@ -285,16 +294,33 @@ class TestTrainingSpeed:
             assert found.compute_dtype == expected.compute_dtype == torch.bfloat16
             assert torch.equal(numbers_in_4_bits(found), numbers_in_4_bits(expected))
 
-    def test_too_little_memory_is_a_row(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*args: Any) -> None:
-            raise torch.OutOfMemoryError("it is full")
+    @pytest.mark.parametrize("failing", [(False, True), (True,), (False,)])
+    def test_too_little_memory_is_a_row(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[bool, ...]
+    ) -> None:
+        module, output, before = script("training_speed"), tmp_path / "rows.json", [0]
 
-        module, output = script("training_speed"), tmp_path / "rows.json"
-        monkeypatch.setattr(module, "train", fail)
+        def train(args: Any, kind: str, sparse: bool) -> dict[str, Any]:
+            assert before[0] == 1
+            before[0] = 0
+            if sparse in failing:
+                raise torch.OutOfMemoryError("it is full")
+            clock = module.StepClock(args.steps, args.warm_up)
+            clock.begins = [float(second) for second in range(8)]
+            return {"clock": clock, "sparsity": {}, "estimate": {}}
+
+        monkeypatch.setattr(module, "train", train)
+        monkeypatch.setattr(module, "free_memory", lambda compiled: before.__setitem__(0, 1))
         module.main([*self.FLAGS, "--kinds", "full", "--output", str(output)])
-        assert read_json(output)["rows"] == [
-            {"training": "full", "model": "dense", "note": "out of memory: it is full"}
-        ]
+        rows = read_json(output)["rows"]
+        names = {False: "dense", True: "lte"}
+        # What the other model took stays.
+        others = [names[sparse] for sparse in (False, True) if sparse not in failing]
+        measured, noted = rows[: 2 * len(others)], rows[2 * len(others) :]
+        assert [row["model"] for row in measured] == others * 2
+        assert all(row["speed_over_dense"] == (1 if others == ["dense"] else None) for row in measured)
+        note = {"training": "full", "note": "out of memory: it is full"}
+        assert noted == [{**note, "model": names[sparse]} for sparse in failing]
 
     def test_settings_that_measure_nothing_are_refused(self, script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
@@ -309,10 +335,18 @@ class TestTrainingCost:
         row = {"training": "lora", "model": "lte", "tokens_per_s": 2000.0, "peak_memory_bytes": 4e10,
                "model_flops_utilisation": 0.25}  # fmt: skip
         rows = [{**row, "stage": 1}, {**row, "stage": 2, "tokens_per_s": 1000.0}]
-        config = {"shape": "llama2-7b", "length": 2048, "teacher": False, "batch": 4, "checkpointing": True}
-        measured = {"config": {**config, "layers": None}, "processes": 1, "rows": rows}
-        (tmp_path / "measured.json").write_text(json.dumps(measured))
-        module.main(["--measured", str(tmp_path / "measured.json"), "--page", str(page)])
+        config = {key: value for key, value in vars(module.parse([])).items() if key != "output"}
+        measured = {"config": config, "processes": 1, "rows": rows}
+        # Weights in fp32 are another training, which takes longer.
+        other = {
+            **measured,
+            "config": {**config, "weights_dtype": "float32"},
+            "rows": [{**rows[0], "tokens_per_s": 1.0}],
+        }
+        files = [tmp_path / "measured.json", tmp_path / "other.json"]
+        for file, content in zip(files, (measured, other), strict=True):
+            file.write_text(json.dumps(content))
+        module.main(["--measured", *map(str, files), "--page", str(page)])
         lines = page.read_text().splitlines()
         assert (lines[0], lines[-1]) == ("before", "after")
         assert "old" not in lines
@@ -369,6 +403,18 @@ class TestBlockSparseTraining:
         rows = read_json(tmp_path / "rows.json")["rows"]
         assert [each["tokens"] for each in rows] == [128] * 2
         assert all(0 < each["sparsity"] < 1 for each in rows)
+
+    def test_blocks_that_experts_do_not_fill_are_noted(self, script: Any) -> None:
+        row = script("block_sparse_training").measure("x", torch.rand(128, 6) < 0.5, (8, 48), (1, 4), torch.float32, 1)
+        assert [each["provider"] for each in row["times"]] == ["dense", "masked", "grouped 1", "grouped 4"]
+        assert row["times"][-1] == {"provider": "grouped 4", "note": "6 experts make no blocks of 4"}
+
+    def test_a_function_is_compiled_once(self, script: Any) -> None:
+        module = script("block_sparse_training")
+        x: Any = SimpleNamespace(is_cuda=True)
+        made = [module.fused(module.switched, x) for _ in range(2)]
+        assert made[0] is made[1] is not module.switched
+        assert module.fused(module.switched, SimpleNamespace(is_cuda=False)) is module.switched
 
     def test_a_product_that_is_missing_is_noted_and_a_wrong_one_refused(self, script: Any) -> None:
         module, inputs, grad = script("block_sparse_training"), [torch.ones(2, requires_grad=True)], torch.ones(2)

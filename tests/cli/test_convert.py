@@ -90,6 +90,11 @@ def test_the_same_command_is_told_that_it_is_done(
         ("convert", ["--always-on", "0.1"], "--texts must be given with always_on=0.1, which goes by activations"),
         ("convert", ["--texts", "pydoc-topics"], "--texts must be given with a grouping by activations, got it with"),
         ("convert", ["--sequence-length", "64"], "--sequence-length must be given with a grouping by activations"),
+        (
+            "convert",
+            ["--calibration-tokens", "64"],
+            "--calibration-tokens must be given with a grouping by",
+        ),
         ("convert", ["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got dtype='int8'"),
         ("convert", ["--device", "tpu"], "device must be one of auto, cpu, cuda, got device='tpu'"),
         ("densify", [], "model must be an LTE folder or one of another method, got"),

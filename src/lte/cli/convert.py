@@ -20,6 +20,7 @@ from lte.settings import build
 DEVICES = ("auto", "cpu", "cuda")
 TOGETHER_TOKENS = 512
 """Tokens whose activations are in memory at once: 22 MB in fp32 for each of some tensors at F = 11008."""
+TEXT_TOKENS = 16384
 SETTINGS = (
     "target_sparsity",
     "expert_size",
@@ -58,16 +59,19 @@ def convert(
         list[str] | None,
         typer.Option(
             help="File, glob, or hub data set on which groupings compare when neurons are active (contribution, "
-            "coactivation, and always_on); give it once for each."
+            "coactivation, chunks, and always_on); give it once for each."
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of --texts that are taken.")] = 16384,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens of --texts that are taken; unset: {TEXT_TOKENS}.")
+    ] = None,
     **given: Any,
 ) -> None:
     """Converts a dense checkpoint of any size into an LTE folder with untrained routers, in the memory of a layer.
 
-    The folder is what `lte train` makes of the same model before it trains, bit for bit, and what it starts from:
-    `lte train --model out-7b ...`. A conversion that was stopped goes on when the same command is given again.
+    The folder is what `lte train` makes of the same model before it trains, bit for bit in groupings by weights, and
+    what it starts from: `lte train --model out-7b ...`. A conversion that was stopped goes on when the same command is
+    given again.
 
     Groupings by activations run the model on --texts, one block at a time: a GPU takes seconds for a block of 7B
     parameters, two CPU cores some minutes.
@@ -77,7 +81,8 @@ def convert(
     config = build(LteConfig, {name: value for name, value in given.items() if name in SETTINGS})
     check_choice("device", device, DEVICES)
     check_streamed("convert", model, output, dtype)
-    data = _check_texts(config, texts, {name: value for name, value in given.items() if name in SHARED})
+    shared = {name: value for name, value in given.items() if name in SHARED}
+    data = _check_texts(config, texts, shared, calibration_tokens)
 
     import torch  # takes seconds
 
@@ -91,7 +96,7 @@ def convert(
     console = Console()
     with shown_on(console):
         try:
-            batches = None if data is None else _batches(model, data, calibration_tokens)
+            batches = None if data is None else _batches(model, data, calibration_tokens or TEXT_TOKENS)
             precision = None if dtype is None else getattr(torch, dtype)
             found = convert_folder(model, Path(output), config, calibration=batches, dtype=precision, device=device)
         except KeyboardInterrupt:
@@ -100,14 +105,17 @@ def convert(
     console.print(f"To train it: lte train --model {shlex.quote(output)} ...", highlight=False, markup=False)
 
 
-def _check_texts(config: LteConfig, texts: list[str] | None, given: dict[str, Any]) -> DataConfig | None:
+def _check_texts(
+    config: LteConfig, texts: list[str] | None, given: dict[str, Any], tokens: int | None
+) -> DataConfig | None:
     """Where the text comes from, `None` for a config that goes by weights.
 
     Raises:
         ValueError: for text that is missing or that nothing would read.
     """
     if not config.needs_text:
-        idle = next(iter(given), "texts" if texts else None)
+        others = {"texts": texts, "calibration_tokens": tokens}
+        idle = next(iter([*given, *(name for name, value in others.items() if value)]), None)
         if idle is not None:
             raise ValueError(
                 f"--{idle.replace('_', '-')} must be given with a grouping by activations, got it with "
