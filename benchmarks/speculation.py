@@ -35,6 +35,7 @@ from lte.eval.speculation import PassClock, closest_call
 from lte.hf.dense import load_tokenizer
 from lte.hf.sparsity_curve import threshold_of
 from lte.hf.stepping import has_engine
+from lte.hf.threshold import set_threshold_
 from lte.methods.lte import logit_quantile, logit_shares
 from lte.records import read_json
 
@@ -115,10 +116,11 @@ def drafts_of(model: Any, prompts: list[tuple[str, Tensor]], args: argparse.Name
     if not args.drafts:
         return found
     shares, _ = logit_shares(model, lte.sparse_ffns(model), [{"input_ids": ids.to(model.device)} for _, ids in prompts])
-    tau = next(iter(lte.sparse_ffns(model).values())).threshold_logit
+    ffns = list(lte.sparse_ffns(model).values())
     for sparsity in args.drafts:
-        draft = lte.draft_of(model, threshold_of(tau + logit_quantile(shares, sparsity)))
-        found[sparsity] = draft
+        threshold = threshold_of(ffns[0].threshold_logit + logit_quantile(shares, sparsity))
+        # Kernels choose their paths by what is off, which for a threshold alone is as it was for the model's.
+        found[sparsity] = set_threshold_(lte.draft_of(model, threshold), threshold, [sparsity] * len(ffns))
     return found
 
 

@@ -459,6 +459,17 @@ class TestSpeculation:
         )
         assert found["rows"][0]["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
 
+    def test_kernels_expect_of_a_draft_what_it_leaves_off(self, script: Any) -> None:
+        module = script("speculation")
+        model = lte.accelerate_(randomise_routers_(lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8))))
+        for ffn in lte.sparse_ffns(model).values():
+            ffn.expect_(0.9)  # type: ignore[attr-defined]
+        prompts = [("chats", torch.tensor([[3, 4, 5, 6]]))]
+        (draft,) = module.drafts_of(model, prompts, SimpleNamespace(drafts=[0.6])).values()
+        for each, share in ((draft, 0.4), (model, 0.9)):
+            found = [ffn.acceleration.active_fraction for ffn in lte.sparse_ffns(each).values()]
+            assert found == pytest.approx([share] * 2)
+
     def test_differences_are_explained(self, script: Any) -> None:
         module = script("speculation")
         model, clock = randomise_routers_(lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8))), PassClock()

@@ -174,6 +174,10 @@ def test_one_choice_for_a_chunk_by_hand() -> None:
     assert shared_sparsity(values, 2, 2.9 / 4 - 1e-6) == pytest.approx(4 / 6)
     assert shared_sparsity(values, 2, 2.9 / 4 + 1e-6) == pytest.approx(3 / 6)
     assert shared_sparsity(values, 2, 0.0) == 1.0
+    # All of them, also where the sum of all comes out below 1.
+    assert shared_sparsity(values, 2, 1 + 1e-6) == 0.0
+    # Of single tokens: 0.9, 0.8, 0.7, of 4 in all.
+    assert shared_sparsity(values, 1, 2.4 / 4 - 1e-6) == pytest.approx(9 / 12)
 
 
 def test_neurons_that_matter_together_become_experts() -> None:
@@ -194,6 +198,7 @@ def test_neurons_that_matter_together_become_experts() -> None:
     assert found["regrouped"]["kept"] == pytest.approx(1, abs=1e-6)
     assert found["regrouped"]["sparsity"]["8"] == pytest.approx(0.75)
     assert found["regrouped"]["shared"]["8"] >= 0.75
+    assert list(found["ideal"]["shared"]) == ["1", "2", "4", "8", "16"]
     assert found["neurons"]["sparsity"]["8"] == pytest.approx(0.75)
     assert found["ideal"]["kept"] < 0.8
     assert found["routers"]["sparsity"] == {"2": 0.75, "4": 0.75, "8": 0.75, "16": 0.75}
@@ -234,7 +239,13 @@ def test_the_whole_measurement() -> None:
     assert found["oracle"]["mean"] == found["oracle"]["by_layer"][0]
     assert [each["level"] for each in found["extremes"]] == [0.01, 0.05, 0.1]
     assert len(said) == 3
-    assert measure_unions(model, ids, UnionSettings(oracle_layers=0))["oracle"] is None
+    said.clear()
+    assert measure_unions(model, ids, UnionSettings(oracle_layers=0), said.append)["oracle"] is None
+    assert len(said) == 1
+    for few, tokens in ((ids, 31), (ids[:1], 64), (ids[:, :7], 64)):
+        said.clear()
+        assert measure_unions(model, few, UnionSettings(oracle_tokens=tokens), said.append)["oracle"] is None
+        assert said[1].startswith("nothing of other experts, which takes two pieces of at least 8 tokens")
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:

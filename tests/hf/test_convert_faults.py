@@ -184,6 +184,19 @@ class RecordingCounts:
 instances: list[RecordingCounts] = []
 
 
+def test_groups_by_chunks_need_a_whole_one() -> None:
+    config = lte.LteConfig(expert_size=EXPERT_SIZE, grouping="chunks")
+    rows, padded = torch.arange(3, 17).view(2, 7), torch.arange(3, 27).view(2, 12)
+    mask = torch.ones_like(padded)
+    mask[:, 7:] = 0
+    for batch in ({"input_ids": rows}, {"input_ids": padded, "attention_mask": mask}):
+        with refused_unchanged(
+            model := tiny_dense_model(), "calibration must hold rows of at least 8 tokens for grouping=chunks, got none"
+        ):
+            lte.sparsify_(model, config, calibration=[batch])
+    lte.sparsify_(tiny_dense_model(), config, calibration=[{"input_ids": rows}, {"input_ids": padded}])
+
+
 def test_calibration_counts_no_padding(monkeypatch: pytest.MonkeyPatch, tokens: Tensor) -> None:
     monkeypatch.setattr(convert, "CoactivationCounts", RecordingCounts)
     monkeypatch.setattr(convert, "group_neurons", lambda features, num_neurons, **_: torch.arange(num_neurons))

@@ -132,6 +132,17 @@ def test_padding_on_the_left_is_not_read() -> None:
     torch.testing.assert_close(right[:, :9], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_mask_by_place_counts_as_one_by_name() -> None:
+    model, ids = context_model(), ids_of(1, 9)
+    mask, padded = torch.cat([torch.zeros(1, 5), torch.ones(1, 9)], 1).long(), torch.cat([ids_of(1, 5), ids], 1)
+    with torch.no_grad():
+        alone = model.model(ids, use_cache=False).last_hidden_state
+        found = model.model(padded, mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found[:, 5:], alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(attention_mask=mask)
+
+
 def test_documents_that_share_a_row_do_not_see_each_other() -> None:
     model, ids = context_model(), ids_of(1, 17)
     positions = torch.cat([torch.arange(8), torch.arange(9)])[None]
@@ -186,6 +197,9 @@ def test_what_cannot_keep_the_state_is_refused() -> None:
         ValueError, match="past_key_values must be a DynamicCache on the device of a model with router_con"
     ):
         generate_greedily(model, ids, 4, cache_implementation="static")
+    paged: Any = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"past_key_values must be a DynamicCache .* and not in continuous batches"):
+        read(model, ids, cache=paged)
     cache = DynamicCache()
     with torch.no_grad():
         tiny_dense_model("llama", **{**SETTINGS["llama"], "max_position_embeddings": 128})(
@@ -198,8 +212,10 @@ def test_what_cannot_keep_the_state_is_refused() -> None:
     ):
         lte.accelerate_(model)
     ffn = next(iter(lte.sparse_ffns(model).values()))
-    with pytest.raises(ValueError, match="a model with router_context must be called as a whole"):
-        copy.deepcopy(ffn)(torch.randn(1, 4, 32))
+    read(model, ids)
+    for alone in (ffn, copy.deepcopy(ffn)):
+        with pytest.raises(ValueError, match="a model with router_context must be called as a whole"):
+            alone(torch.randn(1, 9, 32))
     with pytest.raises(ValueError, match="router_context must be 0 where a router is asked about hidden states alone"):
         ffn.router(torch.randn(1, 4, 32))
     for model_type in ("gpt2", "opt", "bert"):
@@ -237,6 +253,13 @@ def test_folders_copies_and_the_dense_model(tmp_path: Path) -> None:
 def test_the_cache_is_let_go() -> None:
     model, cache = context_model(), DynamicCache()
     read(model, ids_of(), past_key_values=cache, use_cache=True)
+    gone = weakref.ref(cache)
+    del cache
+    assert gone() is None
+    for ffn in lte.sparse_ffns(model).values():
+        ffn.set_mode("dense")
+    cache = DynamicCache()
+    model(ids_of(), past_key_values=cache, use_cache=True)
     gone = weakref.ref(cache)
     del cache
     assert gone() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,33 @@ def test_one_compilation_serves_all_layers(tmp_path: Path, monkeypatch: pytest.M
         frames.append(counter.frame_count)
     assert frames[0] == frames[1] > 0
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:training this LTE model without")
+def test_what_is_computed_anew_is_of_its_own_pass_in_any_thread() -> None:
+    gradients = []
+    for recomputes in (False, True):
+        model = start()
+        model.train()
+        with torch.no_grad():
+            for ffn in lte.sparse_ffns(model).values():
+                ffn.set_mode("soft")
+                ffn.router.context_weight.normal_(generator=torch.Generator().manual_seed(0))
+        if recomputes:
+            model.gradient_checkpointing_enable()
+        ids = torch.arange(3, 35).view(2, 16)
+        # Two passes, of other lengths and other documents, before the first goes back.
+        packed = torch.cat([torch.arange(5), torch.arange(11)])[None].expand(2, -1)
+        losses = [
+            model(ids, position_ids=packed, use_cache=False).logits.square().mean(),
+            model(ids[:, :9], use_cache=False).logits.square().mean(),
+        ]
+        # GPUs go back in a thread of their own.
+        going = threading.Thread(target=sum(losses).backward)
+        going.start()
+        going.join()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any("context_weight" in name for name in gradients[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)

@@ -57,7 +57,8 @@ def closest_call(model: Any, ids: Tensor) -> dict[str, float]:
     """How close a model comes to another token after a text, by rounding alone.
 
     Two ways to compute the same may write different tokens where the two likeliest are nearly as likely, or where a
-    router score lies at the threshold: an expert that flips changes all that follows.
+    router score lies at the threshold: an expert that flips changes all that follows. Of the millions of scores of a
+    long text some are nearly always close, so that a small `score_distance` alone says little there.
 
     Args:
         model: an LTE model in plain PyTorch or accelerated.

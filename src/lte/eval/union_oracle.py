@@ -87,7 +87,8 @@ def regrouped(shares: Tensor, counts: Tensor, expert_size: int, seed: int) -> Te
 def shared_sparsity(values: Tensor, tokens: int, kept: float) -> float:
     """How sparse chunks can be whose tokens all read the same experts, where these keep as much as is wanted.
 
-    Experts are taken in the order of what they contribute to their chunk, over all chunks at once.
+    Experts are taken in the order of what they contribute to their chunk, over all chunks at once: some chunks read
+    more of them than others.
 
     Args:
         values: contributions of experts, [N, T, E].
@@ -100,7 +101,8 @@ def shared_sparsity(values: Tensor, tokens: int, kept: float) -> float:
     whole = values.shape[1] // tokens * tokens
     sums = values[:, :whole].unflatten(1, (whole // tokens, tokens)).sum(2).double().flatten()
     reached = sums.sort(descending=True).values.cumsum(0) / sums.sum()
-    return 1 - (int((reached < kept).sum()) + 1) / len(sums) if kept > 0 else 1.0
+    # By rounding the whole may be less than all that is kept.
+    return 1 - min(len(sums), int((reached < kept).sum()) + 1) / len(sums) if kept > 0 else 1.0
 
 
 def layer_oracle(seen: LayerActivity, seed: int) -> dict[str, dict[str, Any]]:
@@ -110,7 +112,8 @@ def layer_oracle(seen: LayerActivity, seed: int) -> dict[str, dict[str, Any]]:
         By choice: `routers`, the model's own; `ideal`, its experts chosen by what they contribute; `regrouped`, the
         experts of `regrouped` chosen in the same way; `neurons`, experts of one neuron. Each has `kept`, the share of
         the contributions that its choice keeps, and `sparsity`, the union sparsity by number of consecutive tokens. The
-        middle two also have `shared`: see `shared_sparsity`, as much being kept as by the routers.
+        middle two also have `shared`: see `shared_sparsity`, as much being kept as by the routers; that of 1 token is
+        what choices of its own would reach, with the same hindsight.
     """
     experts, neurons = seen.active.shape[-1], seen.shares.shape[-1]
     half, size = len(seen.shares) // 2, neurons // experts
@@ -122,7 +125,7 @@ def layer_oracle(seen: LayerActivity, seed: int) -> dict[str, dict[str, Any]]:
     found = {"routers": _choice(values["ideal"], active)}
     kept = found["routers"]["kept"]
     for name, sums in values.items():
-        shared = {str(n): shared_sparsity(sums, n, kept) for n in _fitting(active)}
+        shared = {str(n): shared_sparsity(sums, n, kept) for n in (1, *_fitting(active))}
         found[name] = {**_choice(sums, largest(sums, counts)), "shared": shared}
     found["neurons"] = _choice(shares, largest(shares, counts * size))
     return found

@@ -211,6 +211,11 @@ def measure_unions(
     rows = settings.oracle_tokens // ids.shape[1]
     if settings.oracle_layers and min(rows, len(ids)) >= 2 and ids.shape[1] >= CHUNK:
         oracle = measure_oracle(model, ids[:rows], settings.oracle_layers, settings.seed, say)
+    elif settings.oracle_layers:
+        say(
+            f"nothing of other experts, which takes two pieces of at least {CHUNK} tokens, within oracle_tokens="
+            f"{settings.oracle_tokens}"
+        )
     return {
         **environment(),
         **asdict(settings),

@@ -218,10 +218,18 @@ def neuron_order(features: Tensor, config: LteConfig, seed: int, seen: Activity 
         config: of which `expert_size`, `grouping` and `always_on` count.
         seed: of this FFN's groups.
         seen: what the neurons did on calibration text, for configs that need it; its sums are lost.
+
+    Raises:
+        ValueError: for groups by chunks of text without a whole one.
     """
     seen = seen or Activity(None, None)
     number, size = len(features), config.expert_size
     leaders = config.num_always_on(number // size) * size
+    if isinstance(seen.features, ChunkProducts) and not seen.features.chunks:
+        raise ValueError(
+            f"calibration must hold rows of at least {seen.features.chunk} tokens for grouping=chunks, got none; give "
+            "longer texts, or take grouping=contribution"
+        )
     features = features if seen.features is None else seen.features.gram
     first = torch.empty(0, dtype=torch.int64) if seen.usage is None else seen.usage.most_used(leaders)
     rest = torch.ones(number, dtype=torch.bool)

@@ -119,8 +119,7 @@ def check_reachable(config: LteConfig, num_experts: int) -> None:
 def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) -> None:
     """Replaces the stock FFNs of `model` by `SparseFfn`s around the same projections, on any device."""
 
-    if config.router_context:
-        read_context_(model, family)
+    readers = read_context_(model, family) if config.router_context else []
 
     def build(stock: StockFfn) -> SparseFfn:
         router = new_router(stock, config, stock.device)
@@ -132,32 +131,38 @@ def install_sparse_ffns_(model: nn.Module, family: Family, config: LteConfig) ->
                     f"dropped_bias=True for {family.model_type}"
                 )
             add_down_bias_(down)
-        return SparseFfn(stock.parts, stock.activation, stock.layout, router, config.threshold)
+        ffn = SparseFfn(stock.parts, stock.activation, stock.layout, router, config.threshold)
+        if readers:
+            ffn.context_reader = readers[stock.index]
+        return ffn
 
     install_wrapped_ffns_(model, family, build)
 
 
-def read_context_(model: nn.Module, family: Family) -> None:
-    """Has the blocks of a decoder hand cache and positions to their FFNs, whose routers read the tokens before.
+def read_context_(model: nn.Module, family: Family) -> list[ContextReader]:
+    """Has the attention of a decoder's blocks say cache and positions to what each FFN's router reads the context with.
 
     Raises:
         ValueError: for a family whose blocks are not told of them.
     """
     names = list(dense_ffns(model, family))
-    blocks = {name: model.get_submodule(block_name(name)) for name in names}
-    for name, block in blocks.items():
+    attentions = []
+    for name in names:
+        block = model.get_submodule(block_name(name))
         told = inspect.signature(block.forward).parameters
-        own = name.removeprefix(f"{block_name(name)}.")
-        if family.layout.spread or "." in own or not {"position_ids", "past_key_values"} <= set(told):
+        found = [each for each in block.children() if "past_key_values" in inspect.signature(each.forward).parameters]
+        if family.layout.spread or not {"position_ids", "past_key_values"} <= set(told) or len(found) != 1:
             raise ValueError(
                 f"router_context must be 0 for {family.model_type}, whose blocks are not told where a token stands; "
                 "Llama, Mistral, Qwen, Gemma and Phi-3 models take it"
             )
-    for place, (name, block) in enumerate(blocks.items()):
-        own = name.removeprefix(f"{block_name(name)}.")
-        block.register_forward_pre_hook(ContextReader(own, place, len(names)), with_kwargs=True)
+        attentions += found
+    readers = [ContextReader(place, len(names)) for place in range(len(names))]
+    for attention, reader in zip(attentions, readers, strict=True):
+        attention.register_forward_pre_hook(reader, with_kwargs=True)
     decoder = model.get_submodule(block_name(names[0]).rpartition(".")[0].rpartition(".")[0])
     decoder.register_forward_pre_hook(fill_positions, with_kwargs=True)
+    return readers
 
 
 def forget_context_(model: nn.Module) -> None:

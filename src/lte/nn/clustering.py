@@ -218,11 +218,14 @@ class ChunkProducts(ContributionProducts):
     Args:
         down_norms: ||w_down,i|| of each neuron, [F].
         chunk: tokens.
+
+    Attributes:
+        chunks: how many were added.
     """
 
     def __init__(self, down_norms: Tensor, chunk: int = 8):
         super().__init__(down_norms)
-        self.chunk = chunk
+        self.chunk, self.chunks = chunk, 0
 
     @torch.no_grad()
     def update_rows(self, intermediate: Tensor, mask: Tensor) -> None:
@@ -237,6 +240,7 @@ class ChunkProducts(ContributionProducts):
         counted = mask[:, :whole].unflatten(1, shape).all(2)
         chunks = intermediate[:, :whole].unflatten(1, shape)[counted]
         profiles = self._profiles(chunks).mean(1)
+        self.chunks += len(profiles)
         self.gram.addmm_(profiles.T, profiles)
 
 

@@ -9,12 +9,16 @@ Shapes: B sequences, T tokens of a call, S tokens that a cache holds after it, R
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from lte.nn.metering import OfThread
 
 RANK = 64
 """R, unless hidden states are narrower."""
@@ -46,27 +50,49 @@ def mean_before(summaries: Tensor, positions: Tensor, window: int) -> Tensor:
 
 
 class ContextReader:
-    """Hands a sparse FFN the summaries of the tokens before, as a hook of its block that sees cache and positions.
+    """Hands a sparse FFN the summaries of the tokens before, as a hook of its block's attention.
+
+    Attention is told of cache and positions, and is called anew where a block computes its activations anew in the
+    backward pass, in the thread that does, as the FFN is; hooks of the block itself are not.
 
     Args:
-        name: of the FFN in its block.
         place: which of the model's FFNs it is, from 0.
         layers: how many blocks the model has.
     """
 
-    def __init__(self, name: str, place: int, layers: int):
-        self.name, self.place, self.layers = name, place, layers
+    def __init__(self, place: int, layers: int):
+        self.place, self.layers = place, layers
+        self._of_thread = OfThread()
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each call of the block."""
-        ffn = block._modules[self.name]
-        # Not of a stock FFN that has taken the place of the sparse one, and not where no router runs.
-        state: Any = getattr(ffn, "_of_thread", None)
-        if state is not None and getattr(ffn, "mode", "dense") != "dense":
-            # Blocks that checkpoint their activations leave a cache alone.
-            checkpoints = block.training and getattr(block, "gradient_checkpointing", False)
-            cache = None if checkpoints else kwargs.get("past_key_values")
-            state.left["context"] = (self, cache, kwargs.get("position_ids"))
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each call of the attention."""
+        cache = kwargs.get("past_key_values")
+        # That of continuous batching has another name.
+        cache = kwargs.get("cache") if cache is None else cache
+        # Not the cache itself: an FFN in dense mode never asks, and it would live beyond the call.
+        kept = None if cache is None else weakref.ref(cache)
+        self._of_thread.left["context"] = (kept, kwargs.get("position_ids"))
+
+    def means(self, new: Tensor, window: int) -> Tensor:
+        """The means before new summaries [..., R] of the call at work, in their shape.
+
+        Args:
+            new: of the tokens of the call.
+            window: tokens at most.
+
+        Raises:
+            ValueError: for an FFN that is called without its block, and for caches that cannot keep summaries.
+        """
+        kept, positions = self._of_thread.left["context"] or (None, None)
+        self._of_thread.left["context"] = None
+        if positions is None:
+            raise ValueError(
+                "a model with router_context must be called as a whole, as its routers read the tokens before, got a "
+                "call of an FFN alone"
+            )
+        rows = new.reshape(-1, positions.shape[1], new.shape[-1])
+        before = self.summaries(None if kept is None else kept(), rows)
+        return mean_before(before, positions, window).reshape(new.shape)
 
     def summaries(self, cache: Any, new: Tensor) -> Tensor:
         """Those of all tokens up to the last one, [B, S, R], for new ones [B, T, R], which the cache keeps."""
@@ -75,7 +101,8 @@ class ContextReader:
         if type(cache) is not DynamicCache or cache.offloading:
             raise ValueError(
                 "past_key_values must be a DynamicCache on the device of a model with router_context, got "
-                f"{type(cache).__name__}; leave cache_implementation out"
+                f"{type(cache).__name__}; call generate without cache_implementation, and not in "
+                "continuous batches"
             )
         index = self.layers + self.place
         while len(cache.layers) <= index:
@@ -91,39 +118,15 @@ class ContextReader:
         return keys.squeeze(1)
 
 
-def context_of(left: dict[str, Any], new: Tensor, window: int) -> Tensor:
-    """The means before new summaries [..., R] of the call that a `ContextReader` has seen, in their shape.
-
-    Args:
-        left: what the reader has left, see `lte.nn.metering.OfThread`.
-        new: of the tokens of the call.
-        window: tokens at most.
-
-    Raises:
-        ValueError: for an FFN that is called without its block, and for caches that cannot keep summaries.
-    """
-    reader, cache, positions = left["context"] or (None, None, None)
-    if cache is not None:
-        # It would live beyond the call. Positions stay for blocks that compute anew in the backward pass.
-        left["context"] = None
-    if reader is None or positions is None:
-        raise ValueError(
-            "a model with router_context must be called as a whole, as its routers read the tokens before, got a call "
-            "of an FFN alone"
-        )
-    rows = new.reshape(-1, positions.shape[1], new.shape[-1])
-    return mean_before(reader.summaries(cache, rows), positions, window).reshape(new.shape)
-
-
 def fill_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Before each call of a decoder: positions that count from the first token of text, where none are given.
 
     A decoder would count padding on the left, which the routers would then take for tokens.
     """
-    mask = kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.ndim != 2:
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    mask, read = given.get("attention_mask"), given.get("input_ids")
+    read = given.get("inputs_embeds") if read is None else read
+    if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.ndim != 2 or read is None:
         return args, kwargs
-    given = args[0] if args else kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]  # type: ignore[union-attr]
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -read.shape[1] :]
     return args, {**kwargs, "position_ids": positions}

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lte.config import FfnMode, check_choice
 from lte.nn.metering import Reading
 from lte.nn.router import ROUTER_PARTS, Router
-from lte.nn.router_context import context_of
+from lte.nn.router_context import ContextReader
 from lte.nn.shards import whole_shape
 from lte.nn.wrapped_ffn import FfnLayout, WrappedFfn
 
@@ -61,11 +61,13 @@ class SparseFfn(WrappedFfn):
         record_output: whether it keeps `output` where gradients are wanted, without the family's dropouts. An FFN that
             is spread over its block does not compute it.
         record_own: whether it keeps `own_output`, too, which costs one more product with the down projection.
+        context_reader: what a router with a context reads the tokens before with.
     """
 
     # Those of models that earlier versions pickled.
     record_output = False
     record_own = False
+    context_reader: ContextReader | None = None
 
     def __init__(
         self,
@@ -227,7 +229,8 @@ class SparseFfn(WrappedFfn):
 
     def _context(self, summaries: Tensor) -> Tensor:
         """The means before each of the summaries [..., R] that the router has made of the tokens of this call."""
-        return context_of(self._of_thread.left, summaries, self.router.context)
+        assert self.context_reader is not None
+        return self.context_reader.means(summaries, self.router.context)
 
     def extra_repr(self) -> str:
         size = self.num_neurons // self.num_experts
