@@ -162,7 +162,7 @@ def test_several_tokens_in_16_bits(
 def test_several_tokens_are_those_of_one_sequence(emulator: Callable[..., Emulator]) -> None:
     plan = random_plan(Shape(layers=1), torch.float32)
     for engine in (CudaEngine(plan, emulator()), ReferenceEngine(plan)):
-        with pytest.raises(ValueError, match="tokens must be 1, or up to .* got tokens=2 of 3 sequences"):
+        with pytest.raises(ValueError, match=r"tokens must be 1, or up to .* got tokens=2 of 3 sequences"):
             engine.bind(new_caches(plan, 3, 8), 2)
     with pytest.raises(ValueError, match="tokens must be 1, or up to 8 of a single sequence, got tokens=9"):
         CudaEngine(plan, emulator()).bind(new_caches(plan, 1, 20), 9)
