@@ -5,8 +5,8 @@ all blocks together or refuses, so blocks that wait for each other all run, also
 too large for the device (one that shares it, say) is an error before anything ran. If a block still waits for another
 for some ten seconds, the kernel ends with an error.
 
-Shapes: B sequences, or tokens of one sequence (T in the kernel), D hidden size, HQ heads of queries, HKV of keys and values, HD their size, F
-neurons, E experts of S = F / E neurons, V vocabulary, C tokens that a cache holds, P blocks.
+Shapes: B sequences, or tokens of one sequence (T in the kernel), D hidden size, HQ heads of queries, HKV of keys and
+values, HD their size, F neurons, E experts of S = F / E neurons, V vocabulary, C tokens that a cache holds, P blocks.
 """
 
 from __future__ import annotations
