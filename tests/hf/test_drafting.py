@@ -14,8 +14,11 @@ from transformers import DynamicCache
 import lte
 from lte.eval.answers import first_difference, generate_greedily
 from lte.eval.speculation import PassClock, closest_call
+from lte.hf import checking, stepping
+from lte.hf.checking import CheckedModel
 from lte.hf.stepping import has_engine
 from lte.nn.accelerated import AcceleratedFfn
+from lte.ops.step import engines
 from tests.hf.accelerated_models import weight_bytes
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model
 from tests.tiny_models import PAD, VOCAB, tiny_dense_model, tiny_sparse_model
@@ -49,8 +52,34 @@ def propose_(assistant: Any, tokens: int) -> Any:
     return assistant
 
 
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many tokens passes read that check drafts, by steps and by modules."""
+    found: dict[str, list[int]] = {"steps": [], "modules": []}
+    read, call = CheckedModel._read, CheckedModel.__call__
+
+    def counted_read(self: CheckedModel, inputs: Any, starts: Tensor) -> Any:
+        found["steps"].append(inputs["input_ids"].shape[1])
+        return read(self, inputs, starts)
+
+    def counted_call(self: CheckedModel, **inputs: Any) -> Any:
+        before = len(found["steps"])
+        outputs = call(self, **inputs)
+        if len(found["steps"]) == before:
+            found["modules"].append(inputs["input_ids"].shape[1])
+        return outputs
+
+    monkeypatch.setattr(CheckedModel, "_read", counted_read)
+    monkeypatch.setattr(CheckedModel, "__call__", counted_call)
+    return found
+
+
 @pytest.mark.parametrize("model_type", STEP_TYPES)
-def test_answers_are_those_of_plain_decoding(model_type: str, prompt: Tensor) -> None:
+def test_answers_are_those_of_plain_decoding(
+    model_type: str, prompt: Tensor, passes: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Caches must grow now and then.
+    monkeypatch.setattr(checking, "ROOM", 16)
     model = accelerated(model_type)
     plain = generate_greedily(model, prompt, TOKENS)
     assert same(model, prompt, plain, generate_greedily(step_model(model_type), prompt, TOKENS))
@@ -60,6 +89,7 @@ def test_answers_are_those_of_plain_decoding(model_type: str, prompt: Tensor) ->
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     settings: list[dict[str, Any]] = [
         {"prompt_lookup_num_tokens": 5},
+        {"prompt_lookup_num_tokens": 10},
         {"assistant_model": propose_(lte.accelerate_(other), 4)},
         {"assistant_model": propose_(lte.draft_of(model, 0.7), 4)},
     ]
@@ -68,6 +98,66 @@ def test_answers_are_those_of_plain_decoding(model_type: str, prompt: Tensor) ->
         assert same(model, prompt, plain, generate_greedily(model, prompt, TOKENS, streamer=clock, **each))
         assert clock.tokens == TOKENS
         assert clock.passes <= TOKENS
+        # By modules goes the prompt, and what is more than eight tokens.
+        assert min(passes["modules"]) > 8
+        assert passes["modules"][0] >= 32
+        assert max(passes["steps"]) in range(2, 9)
+        assert len(passes["steps"]) + len(passes["modules"]) == clock.passes
+        for each in passes.values():
+            each.clear()
+
+
+def by_modules(model: Any, *args: Any, **settings: Any) -> Any:
+    """An answer without whole steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepping, "_is_plain", lambda *given: False)
+        return model.generate(*args, **settings)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_padding_scores_and_caches(model_type: str, prompt: Tensor, passes: dict[str, list[int]]) -> None:
+    model = accelerated(model_type)
+    mask = torch.ones_like(prompt)
+    mask[:, :3] = 0
+    settings: dict[str, Any] = {
+        **{"attention_mask": mask, "max_new_tokens": TOKENS, "do_sample": False, "prompt_lookup_num_tokens": 4},
+        **{"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3},
+        **{"pad_token_id": PAD, "eos_token_id": None},
+    }
+    ours, theirs = model.generate(prompt, **settings), by_modules(model, prompt, **settings)
+    assert len(passes["steps"]) > 2
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.stack(ours[name]), torch.stack(theirs[name]), rtol=1e-4, atol=1e-4)
+    for one, other in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+        assert one.get_seq_length() == other.get_seq_length()
+        torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-4)
+
+
+def test_an_engine_that_takes_fewer_tokens(
+    prompt: Tensor, passes: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = accelerated()
+    plain = generate_greedily(model, prompt, TOKENS)
+    unfit = engines.unfit
+    monkeypatch.setattr(engines, "unfit", lambda plan, caches: "so" if len(caches[0].keys) > 3 else unfit(plan, caches))
+    assert torch.equal(generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=5), plain)
+    assert max(passes["steps"]) <= 3
+    assert 6 in passes["modules"]
+
+
+def test_what_no_engine_computes_goes_by_modules(prompt: Tensor, passes: dict[str, list[int]]) -> None:
+    model = accelerated()
+    plain = generate_greedily(model, prompt, TOKENS)
+    hook = model.model.norm.register_forward_hook(lambda *given: None)
+    with pytest.warns(RuntimeWarning, match="as model.norm has hooks"):
+        assert torch.equal(generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=5), plain)
+    assert passes == {"steps": [], "modules": []}
+    hook.remove()
+    assert torch.equal(generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=5), plain)
+    assert passes["steps"]
+    assert has_engine(model)
 
 
 @pytest.mark.parametrize("make", [accelerated, step_model], ids=["kernels", "plain"])

@@ -56,7 +56,7 @@ class _CountingEngine(ReferenceEngine):
         super().__init__(plan)
         object.__setattr__(self, "count", count)
 
-    def bind(self, caches: Any) -> Any:
+    def bind(self, caches: Any, tokens: int = 1) -> Any:
         step, count = ReferenceStep(self.plan, caches), self.count  # type: ignore[attr-defined]
         scratch = torch.empty(0)
 
@@ -374,7 +374,6 @@ OTHERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "beams": lambda model: {"num_beams": 2},
     "attentions": lambda model: {"output_attentions": True, "return_dict_in_generate": True},
     "hidden states": lambda model: {"output_hidden_states": True, "return_dict_in_generate": True},
-    "prompt lookup": lambda model: {"prompt_lookup_num_tokens": 2},
     "no cache": lambda model: {"use_cache": False},
     "a cache of another class": lambda model: {"past_key_values": OwnCache(config=model.config)},
     "a static cache that is too small": lambda model: {

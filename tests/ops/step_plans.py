@@ -173,3 +173,17 @@ def step_inputs(plan: DecoderPlan, batch: int, index: int, starts: Sequence[int]
     tokens = torch.randint(0, len(plan.embedding), (batch,)).to(device)
     first = torch.tensor(starts, device=device)
     return tokens, first + index, first
+
+
+def several_caches(plan: DecoderPlan, tokens: int, length: int, shift: int = 0) -> list[LayerCache]:
+    """As `new_caches` for one sequence, with rings for passes of so many tokens."""
+    layers = [replace(layer, window=layer.window and layer.window + tokens - 1) for layer in plan.layers]
+    return new_caches(replace(plan, layers=layers), 1, length, shift)
+
+
+def several_inputs(plan: DecoderPlan, tokens: int, index: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens from the step `index` on of a sequence that begins at `start`, their positions and starts."""
+    device = plan.embedding.device
+    found = torch.randint(0, len(plan.embedding), (tokens,)).to(device)
+    starts = torch.full((tokens,), start, device=device)
+    return found, starts + index + torch.arange(tokens, device=device), starts

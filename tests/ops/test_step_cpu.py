@@ -141,6 +141,72 @@ def test_random_decoders(check: Callable, seed: int) -> None:
     check(random_plan(seed), torch.randint(VOCABULARY, (9, batch)), starts, ring=chance.random() < 0.5)
 
 
+@pytest.mark.parametrize("tokens", [2, 5, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_several_tokens_of_one_sequence(
+    seed: int, tokens: int, relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    """Against the reference one after the other: from an empty cache on, some taken back, and after single steps."""
+    plan, start = random_plan(seed), seed % 3
+    layers = [dataclasses.replace(layer, window=layer.window and layer.window + tokens - 1) for layer in plan.layers]
+    wide = dataclasses.replace(plan, layers=layers)
+    ours, theirs = (make_caches(wide, 1, start + 5 * tokens + 80, ring=True) for _ in range(2))
+    engine, reference = CpuEngine(plan), ReferenceEngine(plan).bind(theirs)
+    several, single, index = engine.bind(ours, tokens), engine.bind(ours), start
+    for singles, back in ((0, 0), (0, min(tokens - 1, 3)), (0, 0), (80, 0), (0, 1)):
+        for _ in range(singles):
+            given = torch.randint(VOCABULARY, (1,)), torch.tensor([index]), torch.tensor([start])
+            assert relative_rms(single(*given), reference(*given)) <= 1e-5
+            index += 1
+        index -= back
+        given = (
+            torch.randint(VOCABULARY, (tokens,)),
+            torch.arange(index, index + tokens),
+            torch.full((tokens,), start),
+        )
+        logits = several(*given)
+        for row in range(tokens):
+            expected = reference(*(each[row : row + 1] for each in given))
+            assert relative_rms(logits[row : row + 1], expected) <= 1e-5, (index, row)
+        index += tokens
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("keys", "values"):
+            known, found = getattr(other, name), getattr(mine, name)
+            assert torch.equal(known.isnan(), found.isnan())
+            assert relative_rms(found.nan_to_num(), known.nan_to_num()) <= 1e-5
+
+
+def test_several_tokens_by_two_threads(relative_rms: Callable[[Tensor, Tensor], float], two_threads: None) -> None:
+    plan = random_plan(1)
+    ours, theirs = (make_caches(plan, 1, 20) for _ in range(2))
+    given = torch.randint(VOCABULARY, (7,)), torch.arange(7), torch.zeros(7, dtype=torch.long)
+    logits, reference = CpuEngine(plan).bind(ours, 7)(*given), ReferenceEngine(plan).bind(theirs, 7)
+    assert relative_rms(logits, reference(*given)) <= 1e-5
+    single = ReferenceEngine(plan).bind(make_caches(plan, 1, 20))
+    for row in range(7):
+        expected = single(*(each[row : row + 1] for each in given))
+        assert relative_rms(logits[row : row + 1], expected) <= 1e-5
+
+
+def test_several_tokens_that_do_not_fit_are_refused() -> None:
+    plan = random_plan(0)
+    plan = dataclasses.replace(plan, layers=[dataclasses.replace(layer, window=6) for layer in plan.layers])
+    engine, zeros = CpuEngine(plan), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="tokens must be 1, or up to 8 of a single sequence, got tokens=9"):
+        engine.bind(make_caches(plan, 1, 20), 9)
+    with pytest.raises(ValueError, match=r"tokens must be 1, .* got tokens=2 of 3 sequences"):
+        engine.bind(make_caches(plan, 3, 20), 2)
+    step = engine.bind(make_caches(plan, 1, 20), 3)
+    with pytest.raises(ValueError, match="positions must follow each other and starts be one"):
+        step(zeros, torch.tensor([4, 6, 7]), zeros)
+    with pytest.raises(ValueError, match="positions must follow each other and starts be one"):
+        step(zeros, torch.tensor([4, 5, 6]), torch.tensor([0, 0, 1]))
+    # A ring of 6 tokens has lost what the first of three sees.
+    step = engine.bind(make_caches(plan, 1, 20, ring=True), 3)
+    with pytest.raises(ValueError, match="positions must be below 6"):
+        step(zeros, torch.tensor([4, 5, 6]), zeros)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_it_says_which_experts_the_last_layer_switched_on(seed: int) -> None:
     plan, batch = random_plan(seed), 3

@@ -30,6 +30,8 @@ from tests.ops.step_plans import (
     new_caches,
     quantized,
     random_plan,
+    several_caches,
+    several_inputs,
     step_inputs,
     with_quantized,
 )
@@ -87,6 +89,84 @@ def assert_steps_match(
         for mine, theirs in ((cache.keys, other.keys), (cache.values, other.values)):
             assert torch.equal(mine.isnan(), theirs.isnan())
             assert relative_rms(mine.nan_to_num(), theirs.nan_to_num()) <= bound
+
+
+def assert_several_match(
+    machine: Machine,
+    plan: DecoderPlan,
+    tokens: int,
+    bound: float,
+    relative_rms: Callable[[Tensor, Tensor], float],
+    alone: int = 0,
+    **extra: int,
+) -> None:
+    """Passes of several tokens of a text against the reference that reads them one after the other.
+
+    The first pass begins an empty cache, the next take up to three tokens back, and the last follow `alone` steps of
+    one token.
+    """
+    start, length = int(torch.randint(0, 4, ())), 5 * tokens + alone
+    caches = several_caches(plan, tokens, start + length, int(torch.randint(0, 9, ())))
+    exact = upcast(plan)
+    expected = [upcast(cache) for cache in copied(caches)]
+    engine = CudaEngine(plan, machine)
+    several, reference = engine.bind(caches, tokens, **extra), ReferenceEngine(exact).bind(expected)
+    single = engine.bind(caches) if alone else None
+    index = 0
+    for singles, back in ((0, 0), (0, min(tokens - 1, 3)), (0, 0), (alone, 0), (0, 1)):
+        for _ in range(singles):
+            assert single is not None
+            inputs = step_inputs(plan, 1, index, [start])
+            assert relative_rms(single(*inputs), reference(*inputs)) <= bound
+            index += 1
+        index -= back
+        inputs = several_inputs(plan, tokens, index, start)
+        several.logits.fill_(torch.nan)
+        logits = several(*inputs)
+        rows = list[Tensor]()
+        for row in range(tokens):
+            rows.append(reference(*(each[row : row + 1] for each in inputs)))
+            if plan.layers[-1].router is not None and bound < 1e-4:
+                assert torch.equal(several.active()[row], reference.active()[0])
+        assert relative_rms(logits, torch.cat(rows)) <= bound, index
+        index += tokens
+    for cache, other in zip(caches, expected, strict=True):
+        for mine, theirs in ((cache.keys, other.keys), (cache.values, other.values)):
+            assert torch.equal(mine.isnan(), theirs.isnan())
+            assert relative_rms(mine.nan_to_num(), theirs.nan_to_num()) <= bound
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_tokens_of_one_sequence(
+    family: str, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    index = list(FAMILIES).index(family)
+    torch.manual_seed(index)
+    plan, tokens = random_plan(FAMILIES[family], torch.float32), (5, 8, 2)[index % 3]
+    extra = {"BULK": index % 2, "EVERY_LANE": int(index % 3 == 0)}
+    # Many blocks split what each token sees, few have several tokens each.
+    machine = emulator(blocks=(24, 5)[index % 4 > 1], threads=64 if tokens < 5 else 128)
+    alone = 12 * (family == "gemma3")
+    assert_several_match(machine, plan, tokens, 1e-5, relative_rms, alone, **extra)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_several_tokens_in_16_bits(
+    bits: int, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    torch.manual_seed(bits)
+    plan = with_forced_experts(random_plan(Shape(hidden=96, heads=6, biases=True, head_norms=True), torch.float16))
+    plan = with_quantized(plan, bits, bits, bits) if bits else plan
+    assert_several_match(emulator(), plan, 3, 1e-3, relative_rms)
+
+
+def test_several_tokens_are_those_of_one_sequence(emulator: Callable[..., Emulator]) -> None:
+    plan = random_plan(Shape(layers=1), torch.float32)
+    for engine in (CudaEngine(plan, emulator()), ReferenceEngine(plan)):
+        with pytest.raises(ValueError, match=r"tokens must be 1, or up to .* got tokens=2 of 3 sequences"):
+            engine.bind(new_caches(plan, 3, 8), 2)
+    with pytest.raises(ValueError, match="tokens must be 1, or up to 8 of a single sequence, got tokens=9"):
+        CudaEngine(plan, emulator()).bind(new_caches(plan, 1, 20), 9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,17 @@ from lte.ops.step.cuda import CudaEngine, Gpu, unfit
 from lte.ops.step.plan import DecoderPlan, LayerCache
 from lte.ops.step.reference import ReferenceEngine, upcast
 from tests.ops.conftest import BOUNDS
-from tests.ops.step_plans import FAMILIES, Shape, copied, new_caches, random_plan, step_inputs, with_quantized
+from tests.ops.step_plans import (
+    FAMILIES,
+    Shape,
+    copied,
+    new_caches,
+    random_plan,
+    several_caches,
+    several_inputs,
+    step_inputs,
+    with_quantized,
+)
 from tests.ops.test_step_cuda import with_forced_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -61,6 +71,22 @@ def assert_steps_match(
 def test_families_in_fp32(family: str, relative_rms: Rms, poisoned: None) -> None:
     batch = 1 + list(FAMILIES).index(family) % 4
     assert_steps_match(random_plan(FAMILIES[family], torch.float32, "cuda"), batch, relative_rms)
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 8])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_several_tokens_of_one_sequence(family: str, tokens: int, relative_rms: Rms, poisoned: None) -> None:
+    """Against the reference that reads them one after the other; rings of windows go round."""
+    plan = random_plan(FAMILIES[family], torch.float32, "cuda")
+    caches = several_caches(plan, tokens, 3 + 12 * tokens, 3)
+    step, reference = CudaEngine(plan).bind(caches, tokens), ReferenceEngine(plan).bind(copied(caches))
+    for index in range(0, 12 * tokens, tokens):
+        inputs = several_inputs(plan, tokens, index, 3)
+        step.logits.fill_(torch.nan)
+        logits = step(*inputs)
+        for row in range(tokens):
+            expected = reference(*(each[row : row + 1] for each in inputs))
+            assert relative_rms(logits[row : row + 1], expected) <= 1e-5, (index, row)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from lte.hf.checking import ROOM, CheckedModel, most_tokens, starts_of, with_room
 from lte.hf.decoder import NoPlanError, NotNowError, decoder_plan, same_memory, take_frequencies_
 from lte.hf.install import sparse_ffns
 from lte.nn.accelerated import AcceleratedFfn
@@ -40,8 +41,8 @@ from lte.ops.step.plan import DecoderPlan, DecodeStep, Engine, LayerCache
 _INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 # What the loop of transformers calls for each token, and what reads the prompt.
 _LOOP = ("_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-# Room for further tokens that a dynamic cache gets at least: it then grows by doubling.
-ROOM = 1024
+# What else the loop that checks drafts gets.
+_ASSISTED = {"inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer"}
 # So many tokens that a cache lacks are read one after the other, as an assistant has them between two drafts.
 READ_BY_STEPS = 2
 
@@ -106,6 +107,26 @@ class SteppingMixin:
                 return generation.run(*call, streamer, model_kwargs)
         return super()._sample(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
 
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **given: Any,
+    ) -> Any:
+        """As the stock method, which prompt lookup and assistants call: short passes go by whole steps."""
+        stock = super()._assisted_decoding  # type: ignore[misc]
+        call = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+        model_kwargs = {name: value for name, value in given.items() if name not in _ASSISTED}
+        if not synced_gpus and _is_plain(self, generation_config, model_kwargs):
+            checked = _checked(self, input_ids)
+            if checked is not None:
+                return stock.__func__(checked, *call, **given)
+        return stock(*call, **given)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         forget_engine(self)
         return super()._apply(fn, recurse)  # type: ignore[misc]
@@ -128,7 +149,8 @@ def _is_plain(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) 
 def _generates_as_stock(model: Any) -> bool:
     """Whether a class of the user's own, or the user, leaves alone what the loop calls or takes the place of."""
     # What a class of the user's does in the place of `_sample` is behind ours.
-    found = [(type(model), name) for name in _LOOP] + [(model.stock_class, "_sample")]
+    loops = ("_sample", "_assisted_decoding")
+    found = [(type(model), name) for name in _LOOP] + [(model.stock_class, name) for name in loops]
     return all(
         hasattr(kind, name) and getattr(kind, name).__module__.startswith("transformers.") and name not in vars(model)
         for kind, name in found
@@ -157,7 +179,7 @@ def _begin(
     steps = (stopping_criteria.max_length or 0) - written - 1
     if steps < 1 or length <= past:
         return None
-    starts = _starts(input_ids, mask, model_kwargs.get("position_ids"), length)
+    starts = starts_of(input_ids, mask, model_kwargs.get("position_ids"), length)
     if starts is None:
         return None
     # `DynamicCache()` makes its layers when the prompt is read.
@@ -172,6 +194,24 @@ def _begin(
         _tell(model, reason)
         return None
     return _Generation(model, plan, engine_of(model, plan), cache, past, length, length + steps, starts)
+
+
+def _checked(model: Any, input_ids: Tensor) -> CheckedModel | None:
+    """What stands for the model while drafts are checked, `None` if all is left to transformers."""
+    try:
+        plan = decoder_plan(model)
+    except NotNowError:
+        return None
+    except NoPlanError as error:
+        _tell(model, str(error))
+        return None
+    if input_ids.device != plan.embedding.device:
+        return None
+    most, reason = most_tokens(plan)
+    if reason is not None:
+        _tell(model, reason)
+        return None
+    return CheckedModel(model, plan, engine_of(model, plan), most)
 
 
 def _tell(model: Any, reason: str) -> None:
@@ -193,23 +233,6 @@ def _is_known(cache: Any, plan: DecoderPlan) -> bool:
         and len(cache.layers) in (0, len(plan.layers))
         and all(type(layer) in kinds and not getattr(layer, "record_past", False) for layer in cache.layers)
     )
-
-
-def _starts(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, length: int) -> Tensor | None:
-    """The first tokens [B] that are no padding; `None` if there is padding elsewhere, or positions of the caller's."""
-    starts = input_ids.new_zeros(len(input_ids), dtype=torch.int64)
-    fits = torch.ones((), dtype=torch.bool, device=input_ids.device)
-    if mask is not None:
-        if mask.shape != (len(input_ids), length):
-            return None
-        kept = mask.bool()
-        starts = (~kept).sum(1)
-        fits = (kept.sum(1) > 0).all() & (kept[:, 1:] >= kept[:, :-1]).all()
-    if position_ids is not None:
-        if position_ids.ndim != 2:
-            return None
-        fits = fits & (position_ids[:, -1] == length - 1 - starts).all()
-    return starts if bool(fits) else None
 
 
 def _is_static(layer: Any) -> bool:
@@ -436,10 +459,3 @@ class _Caches:
                 layer.cumulative_length = self.length
             else:
                 layer.keys, layer.values = (tensor[:, :, : self.length] for tensor in (taken.keys, taken.values))
-
-
-def with_room(tensor: Tensor, held: int, size: int) -> Tensor:
-    """A copy of the first `held` tokens of [B, HKV, C, HD] with room for `size`."""
-    made = tensor.new_empty(*tensor.shape[:2], size, tensor.shape[3])
-    made[:, :, :held] = tensor[:, :, :held]
-    return made

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.cpu import cpu_kernel_available
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Quantized
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Quantized, rows_of
 
 MAX_SEQUENCES = 8
 # In the order of `LIKE` of the kernel.
@@ -65,9 +65,9 @@ class CpuEngine:
         self.plan = plan
         self._step = _compiled(_DTYPES.index(plan.embedding.dtype))
 
-    def bind(self, caches: Sequence[LayerCache]) -> CpuStep:
+    def bind(self, caches: Sequence[LayerCache], tokens: int = 1) -> CpuStep:
         """A step on these caches."""
-        return CpuStep(self.plan, caches, self._step)
+        return CpuStep(self.plan, caches, self._step, tokens)
 
 
 _MATRICES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -81,17 +81,22 @@ _WEIGHTS = _MATRICES + _OTHERS
 class CpuStep:
     """See `lte.ops.step.plan.DecodeStep`."""
 
-    def __init__(self, plan: DecoderPlan, caches: Sequence[LayerCache], step: Any) -> None:
+    def __init__(self, plan: DecoderPlan, caches: Sequence[LayerCache], step: Any, tokens: int = 1) -> None:
         kernel = _kernel()
         np = kernel.np
         self._plan, self._caches, self._address = plan, tuple(caches), step.address
-        self._batch = batch = len(caches[0].keys)
-        # What a sequence without a window may hold.
-        lengths = [cache.keys.shape[2] for layer, cache in zip(plan.layers, caches, strict=True) if not layer.window]
+        self._batch = batch = rows_of(caches, tokens, MAX_SEQUENCES)
+        self._several = tokens > 1
+        # What a sequence may hold without a window, or where the first of its tokens would lose some of its window.
+        lengths = [
+            cache.keys.shape[2]
+            for layer, cache in zip(plan.layers, caches, strict=True)
+            if not layer.window or (self._several and cache.keys.shape[2] < layer.window + tokens - 1)
+        ]
         self._most = min(lengths, default=None)
         self._keep: list[Any] = []
         layers = np.array([self._layer(layer) for layer in plan.layers], np.int64)
-        rows = [_cache_row(cache) for cache in caches]
+        rows = [_cache_row(cache, self._several) for cache in caches]
         frequencies = [rope.frequencies.float().contiguous() for rope in plan.ropes]
         ropes = np.array([[f.data_ptr(), len(f)] for f in frequencies], np.int64)
         numbers = np.array(
@@ -115,6 +120,7 @@ class CpuStep:
             "HEAD": head.data_ptr(), "HEAD_BIAS": bias, "NUM_LAYERS": len(layers), "NUM_ROPES": len(ropes),
             "VOCABULARY": len(plan.head), "HEADS": plan.heads, "KV_HEADS": plan.kv_heads,
             "HEAD_SIZE": plan.head_size, "PLUS_ONE": plan.norm_plus_one, "BATCH": batch,
+            "SEVERAL": self._several,
         }.items():  # fmt: skip
             self._frame[getattr(kernel, slot)] = value
         pieces = [
@@ -230,18 +236,23 @@ class CpuStep:
                 raise ValueError(f"starts must be from 0 to positions, got starts={starts.tolist()}")
             if self._most is not None and position >= self._most:
                 raise ValueError(f"positions must be below {self._most}, got positions={positions.tolist()}")
+        if self._several and (positions.diff().ne(1).any() or starts.ne(starts[0]).any()):
+            raise ValueError(
+                "positions must follow each other and starts be one for several tokens of one sequence, "
+                f"got positions={positions.tolist()} and starts={starts.tolist()}"
+            )
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _cache_row(cache: LayerCache) -> list[int]:
+def _cache_row(cache: LayerCache, shared: bool) -> list[int]:
     keys, values = cache.keys, cache.values
     item, capacity = keys.element_size(), keys.shape[2]
     # 64 pieces at most: every thread puts them together for itself.
     piece = 64 * -(-capacity // 4096)
-    strides = keys.stride(0) * item, values.stride(0) * item
+    strides = (0, 0) if shared else (keys.stride(0) * item, values.stride(0) * item)
     return [keys.data_ptr(), values.data_ptr(), *strides, capacity, cache.shift % capacity, piece]
 
 

@@ -9,6 +9,9 @@ than a barrier. One thread reads a row of a matrix, once for all tokens, and eac
 Attention takes the tokens that a token sees in pieces of a fixed length, each with a maximum and sums of its own; the
 phase of the output product puts them together.
 
+Of several tokens of one sequence (SEVERAL) each is a row as other sequences' tokens are, and no bytes lie between their
+caches. They see each other, so a phase of its own, before attention, writes what they add to the cache.
+
 Shapes: see `lte.ops.step.plan`; G = HQ / HKV heads of queries share one of keys and values, P pieces.
 """
 
@@ -73,10 +76,10 @@ FREQUENCIES, COUNT = range(2)
 (
     YIELD, THREAD, THREADS, COUNTER, LAYERS, CACHES, ROPES, NUMBERS, TOKENS, POSITIONS, STARTS, LOGITS,
     EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, NUM_LAYERS, NUM_ROPES, VOCABULARY, HEADS, KV_HEADS, HEAD_SIZE, PLUS_ONE,
-    BATCH, MOST_PIECES, OWN_BYTES,
+    BATCH, SEVERAL, MOST_PIECES, OWN_BYTES,
     ANGLES, QKV, PEAKS, TOTALS, PARTS, ADDED, SCORES_OF_EXPERTS, H, OWN,
-) = range(35)  # fmt: skip
-FRAME_SLOTS = 35
+) = range(36)  # fmt: skip
+FRAME_SLOTS = 36
 # How often a thread looks for the others before it yields its core: some 0.1 ms.
 SPINS = 2000
 # What `numbers`, float64, begins with; then the thresholds of the layers, then the factors of the ropes.
@@ -288,7 +291,7 @@ def _attend_piece(frame, layer, cache, token, head, piece, numbers, like, own, e
     item: Any = size_of(like)
     queries = _matrix(own, group, size)
     scores = _matrix(own + 4 * group * size, group, length)
-    if end == seen:
+    if end == seen and frame[SEVERAL] == 0:
         _write_cache(frame, layer, cache, token, head, position, numbers, like, queries[0])
     width = (frame[HEADS] + 2 * frame[KV_HEADS]) * size
     row = _vector(frame[QKV] + 4 * token * width, width)
@@ -324,6 +327,15 @@ def _attend_piece(frame, layer, cache, token, head, piece, numbers, like, own, e
         at = s + 4 * i * length
         add_rows(like, item, values + slot * size * item, until, size, at, 0, everyone, 1, to + 4 * i * stride, 0, size)
         add_rows(like, item, values, length - until, size, at + 4 * until, 0, everyone, 1, to + 4 * i * stride, 0, size)
+
+
+@njit
+def _write_all(frame, layer, cache, numbers, like, own, thread, threads):
+    """A thread's share of the keys and values of all tokens."""
+    positions, key = _integers(frame[POSITIONS], frame[BATCH]), _vector(own, frame[HEAD_SIZE])
+    for item in range(thread, frame[BATCH] * frame[KV_HEADS], threads):
+        token, head = item // frame[KV_HEADS], item % frame[KV_HEADS]
+        _write_cache(frame, layer, cache, token, head, positions[token], numbers, like, key)
 
 
 @njit
@@ -467,6 +479,9 @@ def _make(like: Any, sources: str) -> Any:
             _norm_all(frame, layer[NORM1], eps, like, x, normed)
             _project_heads(frame, layer, like, at, people, thread, threads)
             _meet(frame, threads)
+            if frame[SEVERAL] != 0:
+                _write_all(frame, layer, cache, numbers, like, own, thread, threads)
+                _meet(frame, threads)
             _attend(frame, layer, cache, numbers, like, own, address(own_group), thread, threads)
             _meet(frame, threads)
             _merge(frame, layer, cache, like, attended)

@@ -5,8 +5,8 @@ all blocks together or refuses, so blocks that wait for each other all run, also
 too large for the device (one that shares it, say) is an error before anything ran. If a block still waits for another
 for some ten seconds, the kernel ends with an error.
 
-Shapes: B sequences (T in the kernel), D hidden size, HQ heads of queries, HKV of keys and values, HD their size, F
-neurons, E experts of S = F / E neurons, V vocabulary, C tokens that a cache holds, P blocks.
+Shapes: B sequences, or tokens of one sequence (T in the kernel), D hidden size, HQ heads of queries, HKV of keys and
+values, HD their size, F neurons, E experts of S = F / E neurons, V vocabulary, C tokens that a cache holds, P blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.step.compile import cached_cubin, missing, structures
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized, rows_of
 from lte.ops.step.quantized import output_scales, packed, packed_layer
 
 MAX_BATCH = 8
@@ -134,13 +134,14 @@ class _Kernel:
         self._checked(result)
 
 
-def macros(plan: DecoderPlan, batch: int, machine: Machine) -> dict[str, int]:
-    """The constants of step.cu, without their prefix."""
+def macros(plan: DecoderPlan, batch: int, machine: Machine, several: bool = False) -> dict[str, int]:
+    """The constants of step.cu, without their prefix; `several`: the batch is one of tokens of one sequence."""
     layer = plan.layers[0]
     neurons, hidden = layer.up.shape
     experts = 0 if layer.router is None else len(layer.router)
     return {
         "T": batch,
+        "SEVERAL": int(several),
         "D": hidden,
         "HQ": plan.heads,
         "HKV": plan.kv_heads,
@@ -303,19 +304,20 @@ class CudaEngine:
         self.packed = [packed_layer(layer) for layer in plan.layers]
         self.head = packed(plan.head)[0] if isinstance(plan.head, Quantized) else plan.head
 
-    def bind(self, caches: Sequence[LayerCache], **extra: int) -> CudaStep:
-        """A step on these caches; quick once a kernel for their batch is compiled.
+    def bind(self, caches: Sequence[LayerCache], tokens: int = 1, **extra: int) -> CudaStep:
+        """A step on these caches; quick once a kernel for their batch, or for so many tokens, is compiled.
 
         Args:
             caches: of all layers.
+            tokens: see `lte.ops.step.plan.Engine`.
             extra: macros for checks: `TRACE` times that each block notes, `DELAY` ns at most of random delays,
                 `EVERY_LANE` 1 where all threads arrive at barriers of shared memory, not one for its warp.
         """
-        return CudaStep(self, caches, extra)
+        return CudaStep(self, caches, tokens, extra)
 
 
 class CudaStep:
-    """One token of each sequence; see `lte.ops.step.plan.DecodeStep`.
+    """One token of each sequence, or several of one; see `lte.ops.step.plan.DecodeStep`.
 
     A call costs the host one launch; it does not wait for the device and can be captured in a CUDA graph. Calls on
     different streams follow each other, as the later one waits for the earlier stream; replays of a graph do not know
@@ -326,10 +328,10 @@ class CudaStep:
     and the caches included, so no step meets counts that do not fit.
     """
 
-    def __init__(self, engine: CudaEngine, caches: Sequence[LayerCache], extra: Mapping[str, int]):
+    def __init__(self, engine: CudaEngine, caches: Sequence[LayerCache], tokens: int, extra: Mapping[str, int]):
         plan, machine = engine.plan, engine.machine
-        self.batch, self.device = len(caches[0].keys), plan.embedding.device
-        constants = {**macros(plan, self.batch, machine), "FETCHERS": _fetchers(plan, caches), **extra}
+        self.batch, self.device = rows_of(caches, tokens, MAX_BATCH), plan.embedding.device
+        constants = {**macros(plan, self.batch, machine, tokens > 1), "FETCHERS": _fetchers(plan, caches), **extra}
         self._launch: Launch = machine.load(constants)
         self._engine, self._caches, self._inputs = engine, caches, list[Tensor]()
         scratch = self._scratch(constants, machine.blocks)

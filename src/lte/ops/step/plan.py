@@ -212,11 +212,28 @@ class LayerCache:
     shift: int = 0
 
 
+def rows_of(caches: Sequence[LayerCache], tokens: int, most: int) -> int:
+    """How many tokens a step on these caches reads, see `Engine.bind`; `most` is what the engine takes.
+
+    Raises:
+        ValueError: for several tokens of several sequences, or too many of one.
+    """
+    batch = len(caches[0].keys)
+    if tokens < 1 or (tokens > 1 and (batch > 1 or tokens > most)):
+        raise ValueError(
+            f"tokens must be 1, or up to {most} of a single sequence, got tokens={tokens} of {batch} sequences; read "
+            "more of them in several steps"
+        )
+    return batch * tokens
+
+
 class DecodeStep(Protocol):
-    """An engine that is bound to a plan and the caches of B sequences."""
+    """An engine that is bound to a plan and the caches of B sequences, or of one of which it reads B tokens at once."""
 
     def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """Reads one token of each sequence: writes its keys and values into the caches, and returns its logits.
+
+        Of several tokens of one sequence each sees those before it, and their positions follow each other.
 
         Args:
             tokens: int64 [B].
@@ -251,8 +268,12 @@ class Engine(Protocol):
 
     def __init__(self, plan: DecoderPlan) -> None: ...
 
-    def bind(self, caches: Sequence[LayerCache]) -> DecodeStep:
+    def bind(self, caches: Sequence[LayerCache], tokens: int = 1) -> DecodeStep:
         """A step on these caches, one for each layer; quick, as each generation has caches of its own.
+
+        With `tokens` above 1 the caches are of one sequence, and a step reads so many tokens of it that follow each
+        other, as a batch of so many: `unfit` says of caches of that batch whether the engine can. Where a text outgrows
+        the cache of a layer with a window, that cache holds C >= window + tokens - 1.
 
         Called anew at the start of each generation: what an engine copied from the weights, tables or a rounded router
         say, it copies anew here. Scratch belongs to the step, not to the engine: steps of one engine may run at the

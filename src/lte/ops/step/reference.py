@@ -18,7 +18,7 @@ from torch.nn import functional
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import Routing
 from lte.ops.reference import active_experts
-from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized, dense
+from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Matrix, Quantized, dense, rows_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class ReferenceEngine:
 
     plan: DecoderPlan
 
-    def bind(self, caches: Sequence[LayerCache]) -> ReferenceStep:
+    def bind(self, caches: Sequence[LayerCache], tokens: int = 1) -> ReferenceStep:
         """A step on these caches."""
+        rows_of(caches, tokens, tokens)
         return ReferenceStep(self.plan, caches)
 
 
@@ -76,7 +77,9 @@ class ReferenceStep:
         return torch.cat([turned * cosines + torch.cat([-second, first], dim=-1) * sines, rest], dim=-1)
 
     def _attend(self, x: Tensor, layer: DecoderLayer, cache: LayerCache, positions: Tensor, starts: Tensor) -> Tensor:
-        plan, batch = self.plan, torch.arange(len(x), device=x.device)
+        plan, sequences = self.plan, len(cache.keys)
+        # Several tokens of one sequence have its cache in common.
+        batch = torch.arange(len(x), device=x.device) % sequences
 
         def heads(weight: Matrix, bias: Tensor | None, norm: Tensor | None) -> Tensor:
             found = functional.linear(x, dense(weight, x.dtype), bias).view(len(x), -1, plan.head_size)

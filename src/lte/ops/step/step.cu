@@ -1,4 +1,4 @@
-// One step of a whole decoder for T sequences in one persistent launch.
+// One step of a whole decoder for T sequences, or T consecutive tokens of one (LTE_SEVERAL), in one persistent launch.
 //
 // Every multiprocessor runs one block, and all blocks wait for each other between the phases of a layer:
 //
@@ -16,10 +16,13 @@
 // ahead as far as the ring is long, also while the block waits for others, and stops only before the neurons of a layer
 // whose routing is not known. Keys and values of earlier tokens come the same way.
 //
+// Of several tokens of one sequence each is a row as other sequences' tokens are. They share a cache, from which all take
+// the tokens before the first of them; what the pass itself adds, a row takes from where the projections left it.
+//
 // A multiprocessor keeps little more than 100 kB of instructions at hand, and each layer runs through all of the code:
 // loops that are not rolled out where it does not pay are faster.
 //
-// Shapes, as macros that begin with LTE_: T sequences, D hidden size, HQ heads of queries, HKV of keys, HD their size, F neurons, E experts
+// Shapes, as macros that begin with LTE_: T sequences or tokens, D hidden size, HQ heads of queries, HKV of keys, HD their size, F neurons, E experts
 // (0: a dense model), S neurons of an expert, V vocabulary, P blocks.
 //
 // Weights, of attention, FFN and head each, are elements, or have 8 bits and a scale for each output, or 4 bits in groups
@@ -99,7 +102,7 @@ struct Layer {
   const float* router_bias;
   const float* scales;      // of 8 bits: of the outputs of q, k, v, out, gate, up and down in turn, as far as they have any
   const void* down_pairs;   // of 4 bits: [F / GROUP, PAIRS_BYTES]
-  elem *keys, *values;      // [T, HKV, slots, HD]
+  elem *keys, *values;      // [T, HKV, slots, HD]; of several tokens of one sequence [1, HKV, slots, HD]
   float threshold;          // of the logits
   int window;               // tokens that see each other, 0 for all
   int rope;
@@ -138,7 +141,7 @@ struct Working {
   Layer layers[2];            // this one and the next
   alignas(16) elem q[G][QS];
   alignas(16) elem weights[WARPS][8][WS];   // of keys, for each head of queries
-  alignas(16) char newest[2][8][PAIR_PITCH];   // the new token's key and value, as a tile of which one row counts
+  alignas(16) char newest[2][8][PAIR_PITCH];   // the new tokens' keys and values, as a tile of which few rows count
   float turned[WARPS][HD];
   float stats[2][WARPS][8];   // highest score, sum
   float values[WARPS][G][HD];
@@ -191,7 +194,7 @@ DEVICE int share_end(int n) { return share_begin(n) + n / P + ((int)blockIdx.x <
 DEVICE int first_slab() { return (int)blockIdx.x % ((D + DOWN_SLAB - 1) / DOWN_SLAB) * DOWN_SLAB; }
 DEVICE int next_slab(int c) { return c + DOWN_SLAB < D ? c + DOWN_SLAB : 0; }
 
-// Keys [begin, end) of the cache of sequence t for one head of keys, and which of how many parts that is.
+// Keys [begin, end) that the token t sees of one head, and which of how many parts that is.
 struct Part { int t, head, split, splits, begin, end; };
 
 // False if there are fewer parts.
@@ -210,6 +213,13 @@ DEVICE bool part_of(const Shared& s, const Layer& l, int unit, Part& p) {
 DEVICE int slot_of(const Layer& l, int position) {
   const int at = position + l.shift;
   return at < l.slots ? at : at % l.slots;
+}
+
+// Which of the caches is a token's, and where a part's keys end that were there before this launch.
+DEVICE constexpr int sequence_of(int t) { return LTE_SEVERAL ? 0 : t; }
+DEVICE int end_of_old(const Part& p, int fresh) {
+  const int end = p.end > fresh ? fresh : p.end;
+  return LTE_SEVERAL && end < p.begin ? p.begin : end;
 }
 
 // This block's share of the neurons that any token needs.
@@ -311,13 +321,13 @@ struct Producer {
       tile<ATTENTION_BITS>(from, end - r < ROWS ? end - r : ROWS, D);
     }
   }
-  // Keys and values of the tokens before the new one, a stage of each in turn.
+  // Keys and values of the tokens before the new ones, a stage of each in turn.
   DEVICE void cache(const Layer& l) {
     Part p;
 #pragma unroll 1
     for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) {
-      const int position = s.position[p.t], end = p.end > position ? position : p.end;
-      const size_t base = (size_t)(p.t * HKV + p.head) * l.slots * HD;
+      const int end = end_of_old(p, s.position[sequence_of(p.t)]);
+      const size_t base = (size_t)(sequence_of(p.t) * HKV + p.head) * l.slots * HD;
 #pragma unroll 1
       for (int from = p.begin; from < end; from += KEYS) {
         const int n = end - from < KEYS ? end - from : KEYS;
@@ -620,36 +630,42 @@ struct Step {
   // and the values so far.
   struct Attended { float top[2], sum[2]; Columns<HD> values; };
 
+  // The key or value of the new token k of a part.
+  DEVICE elem* new_key(bool value, int k) { return (elem*)(s.newest[value][k / 2] + k % 2 * HEAD_BYTES); }
+
   DEVICE void attend(const Layer& l, const Part& p) {
+    // Keys of the cache end with `old`; `news` are what this launch adds, and this token's own the last of them.
     const float *turn = ROTARY > 0 ? a.turns + (l.rope * T + p.t) * 2 * HALF : nullptr, *qkv = a.qkv + p.t * NQKV;
-    const int position = s.position[p.t], end = p.end > position ? position : p.end;
-    const bool newest = p.end == position + 1;
+    const int position = s.position[p.t], old = end_of_old(p, LTE_SEVERAL ? s.position[0] : position);
+    const bool newest = LTE_SEVERAL ? p.end > old : p.end == position + 1;
+    const int news = LTE_SEVERAL ? p.end - old : newest, own = LTE_SEVERAL ? news - 1 : 0;
 #pragma unroll 1
-    for (int g = warp; g < G + 2; g += WARPS)
+    for (int g = warp; g < G + (LTE_SEVERAL ? 2 * news : 2); g += WARPS)
       if (g < G || newest) {
-        const bool query = g < G, value = g == G + 1;
-        const float* from = qkv + (query ? p.head * G + g : HQ + (value ? HKV : 0) + p.head) * HD;
-        turn_head(from, query ? l.q_norm : value ? nullptr : l.k_norm, value ? nullptr : turn,
-                  query ? s.q[g] : (elem*)s.newest[value][0]);
+        const bool query = g < G, value = LTE_SEVERAL ? !query && (g - G) % 2 : g == G + 1;
+        const int k = LTE_SEVERAL && !query ? (g - G) / 2 : 0, back = LTE_SEVERAL && !query ? position - old - k : 0;
+        const float* from = qkv + (query ? p.head * G + g : HQ + (value ? HKV : 0) + p.head) * HD - back * NQKV;
+        turn_head(from, query ? l.q_norm : value ? nullptr : l.k_norm, value ? nullptr : turn - back * 2 * HALF,
+                  query ? s.q[g] : new_key(value, k));
       }
     team_sync();
-    if (newest)
+    if (LTE_SEVERAL ? p.end == position + 1 : newest)
       for (int d = tid; d < HD; d += THREADS) {
-        const size_t at = ((size_t)(p.t * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d;
-        l.keys[at] = ((const elem*)s.newest[0][0])[d];
-        l.values[at] = ((const elem*)s.newest[1][0])[d];
+        const size_t at = ((size_t)(sequence_of(p.t) * HKV + p.head) * l.slots + slot_of(l, position)) * HD + d;
+        l.keys[at] = new_key(0, own)[d];
+        l.values[at] = new_key(1, own)[d];
       }
 
     Attended x;
     x.top[0] = x.top[1] = -INFINITY_, x.sum[0] = x.sum[1] = 0;
     clear(x.values);
-    // The tiles of a stage go to the warps in turn, and the new token is a tile of its own.
-    const int stages = (end - p.begin + KEYS - 1) / KEYS;
+    // The tiles of a stage go to the warps in turn, and the new tokens are a tile of their own.
+    const int stages = (old - p.begin + KEYS - 1) / KEYS;
     int first = 0;
 #pragma unroll 1
     for (int k = 0; k < stages + newest; k++) {
       const bool fetched = k < stages;
-      const int left = end - p.begin - k * KEYS, n = !fetched ? 1 : left < KEYS ? left : KEYS;
+      const int left = old - p.begin - k * KEYS, n = !fetched ? LTE_SEVERAL ? news : 1 : left < KEYS ? left : KEYS;
       const int at = (warp + WARPS - first) % WARPS * 16, mine = n - at < 16 ? n - at : 16;
       const char* keys = fetched ? next_stage() : s.newest[0][0];
       if (mine > 0) weigh(keys + at / 2 * PAIR_PITCH, mine, x);

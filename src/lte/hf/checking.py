@@ -1,0 +1,150 @@
+"""The passes of speculative decoding by whole decoding steps: several tokens of one sequence in one call of an engine.
+
+`generate` with an assistant or with prompt lookup reads, at each turn, the last token and some proposed ones, and then
+takes those back that it does not keep. A pass of up to 8 tokens, also of one, goes to the engine; longer ones, the
+prompt say, go module by module, and the cache is then what these left.
+
+Shapes: L tokens in the cache, n tokens of a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lte.ops.step import engines
+from lte.ops.step.plan import DecoderPlan, DecodeStep, Engine, LayerCache
+
+MOST_TOKENS = 8
+# Room for further tokens that a cache gets at least: it then grows by doubling.
+ROOM = 1024
+# Of a call of the model, that a pass may have.
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+def most_tokens(plan: DecoderPlan) -> tuple[int, str | None]:
+    """How many tokens of one sequence an engine takes at once; if none, why."""
+    reason = None
+    for tokens in range(MOST_TOKENS, 0, -1):
+        shape = tokens, plan.kv_heads, ROOM, plan.head_size
+        empty = torch.empty(shape, dtype=plan.embedding.dtype, device="meta")
+        reason = engines.unfit(plan, [LayerCache(keys=empty, values=empty)] * len(plan.layers))
+        if reason is None:
+            return tokens, None
+    return 0, reason
+
+
+@dataclass
+class CheckedModel:
+    """Stands for a model in the loop of transformers that checks drafts: the model itself but for its calls.
+
+    Attributes:
+        most: tokens of a pass that the engine takes.
+    """
+
+    model: Any
+    plan: DecoderPlan
+    engine: Engine
+    most: int
+    _layers: list[LayerCache] = field(default_factory=list)
+    _steps: dict[int, DecodeStep] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        """A pass: by the engine if it is a short one on a cache that is known, else as the model does it."""
+        starts = self._starts(inputs)
+        return self.model(**inputs) if starts is None else self._read(inputs, starts)
+
+    def _starts(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Where the text begins in the cache, once for each token; `None` for what the engine does not do."""
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        given = {name for name, value in inputs.items() if value is not None and value is not False}
+        if ids is None or not given <= _INPUTS or len(ids) > 1 or not 1 <= ids.shape[1] <= self.most:
+            return None
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(self.plan.layers):
+            return None
+        if not all(type(layer) in kinds and getattr(layer, "is_initialized", False) for layer in cache.layers):
+            return None
+        for layer, planned in zip(cache.layers, self.plan.layers, strict=True):
+            if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window != planned.window:
+                return None
+        length = int(cache.get_seq_length()) + ids.shape[1]
+        kept = inputs.get("logits_to_keep")
+        if length == ids.shape[1] or (
+            kept is not None and (not isinstance(kept, int) or not 0 <= kept <= ids.shape[1])
+        ):
+            return None
+        starts = starts_of(ids, inputs.get("attention_mask"), inputs.get("position_ids"), length)
+        return None if starts is None else starts.expand(ids.shape[1]).contiguous()
+
+    def _read(self, inputs: dict[str, Any], starts: Tensor) -> CausalLMOutputWithPast:
+        ids, cache = inputs["input_ids"][0], inputs["past_key_values"]
+        tokens, length = len(ids), int(cache.get_seq_length())
+        self._take(cache, length, tokens)
+        if tokens not in self._steps:
+            self._steps[tokens] = self.engine.bind(self._layers, tokens)
+        positions = torch.arange(length, length + tokens, device=ids.device)
+        # The next pass writes their memory anew, and processors write into them.
+        logits = self._steps[tokens](ids.long().contiguous(), positions, starts).clone()
+        for layer, taken in zip(cache.layers, self._layers, strict=True):
+            first, end = length - layer.keys.shape[2] + taken.shift, length + tokens + taken.shift
+            layer.keys, layer.values = taken.keys[:, :, first:end], taken.values[:, :, first:end]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length += tokens
+        kept = inputs.get("logits_to_keep") or tokens
+        return CausalLMOutputWithPast(logits=logits[None, -kept:], past_key_values=cache)
+
+    def _take(self, cache: Any, length: int, tokens: int) -> None:
+        """Makes the cache's tokens lie in memory with room for more, where they do already unless modules wrote some.
+
+        No layer is a ring: what was taken back would be missed.
+        """
+        made = list[LayerCache]()
+        for index, layer in enumerate(cache.layers):
+            old, held = self._layers[index] if self._layers else None, layer.keys.shape[2]
+            if old is not None and length - held + old.shift >= 0 and length + tokens + old.shift <= old.keys.shape[2]:
+                first, end = length - held + old.shift, length + old.shift
+                for tensor, there in ((layer.keys, old.keys), (layer.values, old.values)):
+                    place = there[:, :, first:end]
+                    if place.data_ptr() != tensor.data_ptr() or place.stride() != tensor.stride():
+                        place.copy_(tensor)
+                made.append(old)
+                continue
+            size = held + max(held, ROOM)
+            keys, values = (with_room(tensor, held, size) for tensor in (layer.keys, layer.values))
+            # Slots that other tokens had before them hold nothing that is seen.
+            made.append(LayerCache(keys=keys, values=values, shift=held - length))
+        if not self._layers or any(one is not other for one, other in zip(made, self._layers, strict=True)):
+            self._layers, self._steps = made, {}
+
+
+def with_room(tensor: Tensor, held: int, size: int) -> Tensor:
+    """A copy of the first `held` tokens of [B, HKV, C, HD] with room for `size`."""
+    made = tensor.new_empty(*tensor.shape[:2], size, tensor.shape[3])
+    made[:, :, :held] = tensor[:, :, :held]
+    return made
+
+
+def starts_of(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, length: int) -> Tensor | None:
+    """The first tokens [B] that are no padding; `None` if there is padding elsewhere, or positions of the caller's."""
+    starts = input_ids.new_zeros(len(input_ids), dtype=torch.int64)
+    fits = torch.ones((), dtype=torch.bool, device=input_ids.device)
+    if mask is not None:
+        if mask.shape != (len(input_ids), length):
+            return None
+        kept = mask.bool()
+        starts = (~kept).sum(1)
+        fits = (kept.sum(1) > 0).all() & (kept[:, 1:] >= kept[:, :-1]).all()
+    if position_ids is not None:
+        if position_ids.ndim != 2:
+            return None
+        fits = fits & (position_ids[:, -1] == length - 1 - starts).all()
+    return starts if bool(fits) else None
