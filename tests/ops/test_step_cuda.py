@@ -136,7 +136,7 @@ def assert_several_match(
             assert relative_rms(mine.nan_to_num(), theirs.nan_to_num()) <= bound
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gemma3", "dense"])
 def test_several_tokens_of_one_sequence(
     family: str, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
 ) -> None:
