@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from lte.train.config import TrainConfig
 
@@ -31,7 +32,7 @@ def num_processes() -> int:
 def reads_weights_once() -> bool:
     """Whether the first process alone is to read weights: `fsdp_cpu_ram_efficient_loading` in accelerate's config."""
     wanted = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    return num_processes() > 1 and all(os.environ.get(name, "false").lower() in ("true", "1") for name in wanted)
+    return num_processes() > 1 and all(map(parse_flag_from_env, wanted))
 
 
 def launched(arguments: str) -> str:

@@ -622,8 +622,10 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         return 1 - (sums[0] / sums[1].clamp_min(1)).mean().item()
 
     def _asked_anywhere(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stop_request.asked
         asked = torch.tensor(int(self.stop_request.asked), device=self.args.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum") if self.accelerator.num_processes > 1 else asked)
+        return bool(self.accelerator.reduce(asked, reduction="sum"))
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the trainer's; of one that a SIGTERM has cut there are no metrics, and a checkpoint follows."""
