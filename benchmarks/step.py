@@ -20,6 +20,7 @@ import torch
 from ffn_rows import row, write_rows
 from torch import Tensor
 
+from lte.bench.shapes import shape_config
 from lte.bench.step import all_on
 from lte.bench.timing import copy_gb_per_s, interleaved_times
 from lte.ops.step.compile import cached_cubin
@@ -28,12 +29,7 @@ from lte.ops.step.phases import STAMPS, phase_us
 from lte.ops.step.plan import DecoderLayer, DecoderPlan, LayerCache, Quantized, Rope
 from lte.ops.step.reference import ReferenceEngine, upcast
 
-# Layers, D, HQ, HKV, HD, F, V, and whether the head is the embedding.
-SHAPES = {
-    "llama2-7b": (32, 4096, 32, 32, 128, 11008, 32000, False),
-    "qwen2.5-1.5b": (28, 1536, 12, 2, 128, 8960, 151936, True),
-    "smollm2-135m": (30, 576, 9, 3, 64, 1536, 49152, True),
-}
+SHAPES = ("llama2-7b", "qwen2.5-1.5b", "smollm2-135m")
 SIZE, REPEATS, ROOM, CHECKED_LAYERS = 32, 30, 16, 2
 
 
@@ -52,7 +48,13 @@ class Model:
 
 def random_model(name: str, device: str) -> Model:
     """A shape's decoder, in bf16."""
-    layers, hidden, heads, kv_heads, size, neurons, vocabulary, tied = SHAPES[name]
+    config = shape_config(name)
+    layers, hidden, heads, kv_heads = (
+        getattr(config, each)
+        for each in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    size, neurons, vocabulary = config.head_dim, config.intermediate_size, config.vocab_size
+    tied = config.tie_word_embeddings
     generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
     def matrix(rows: int, columns: int, fan_in: int | None = None) -> Tensor:

@@ -42,10 +42,7 @@ from lte.records import environment
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA_SHAPES["llama2-7b"],
-    "1.5b": {
-        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096,
-    },
+    "1.5b": {**LLAMA_SHAPES["qwen2.5-1.5b"], "max_position_embeddings": 4096, "tie_word_embeddings": False},
     "tiny": {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 4096,
