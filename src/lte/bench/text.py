@@ -23,6 +23,11 @@ def read_text(path: Path | None) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def text_name(path: Path | None) -> str:
+    """What `read_text` reads, for a result."""
+    return "Python's help topics" if path is None else str(path)
+
+
 def text_ids(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
     """Consecutive pieces of a text as tokens [N, L]: N is `count`, or less if the text ends before.
 

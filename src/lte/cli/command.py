@@ -31,6 +31,10 @@ from lte.files import is_gguf, stay_offline_without_hub
 from lte.hf.sparsity_curve import curve_of, describe_choice
 from lte.settings import Setting, settings_of
 
+TextToRead = Annotated[
+    Path | None, typer.Option(help="UTF-8 text that the model reads; by default Python's help topics.")
+]
+"""The flag `--text` of commands that measure a model on any text."""
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 # What a user can cause and mend. A RuntimeError or a KeyError is a bug and keeps its traceback.
 USER_ERRORS = (ValueError, OSError)

@@ -10,16 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lte.cli.command import check_model, quiet_transformers, reports_errors
+from lte.cli.command import TextToRead, check_model, quiet_transformers, reports_errors
 from lte.files import check_place, write_json_atomic
 
 
 @reports_errors
 def steadiness(
     model: Annotated[str, typer.Argument(help="Folder or hub name of an LTE model.")],
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that the model reads; by default Python's help topics.")
-    ] = None,
+    text: TextToRead = None,
     prompts: Annotated[int, typer.Option(min=2, help="Pieces of the text.")] = 20,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer; each piece has as many more.")] = 64,
@@ -36,7 +34,7 @@ def steadiness(
         check_place("json", json)
     check_model("model", model)
 
-    from lte.bench.text import read_text, text_ids
+    from lte.bench.text import read_text, text_ids, text_name
     from lte.eval.steadiness import SteadinessSettings, measure_steadiness
     from lte.hf.dense import load_tokenizer
 
@@ -45,7 +43,7 @@ def steadiness(
     ids = text_ids(load_tokenizer(model), read_text(text), prompts, prompt_length + tokens)
     errors = Console(stderr=True, highlight=False)
     found = measure_steadiness(model, ids, settings, lambda said: errors.print(f"Measuring {said}"))
-    found["text"] = "Python's help topics" if text is None else str(text)
+    found["text"] = text_name(text)
     print_steadiness(Console(), found)
     if json is not None:
         write_json_atomic(json, found)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lte.cli.command import check_model, quiet_transformers, reports_errors
+from lte.cli.command import TextToRead, check_model, quiet_transformers, reports_errors
 from lte.config import DTYPE_NAMES, check_choice
 from lte.files import check_place, write_json_atomic
 
@@ -18,9 +18,7 @@ from lte.files import check_place, write_json_atomic
 @reports_errors
 def unions(
     model: Annotated[str, typer.Argument(help="Folder or hub name of an LTE model.")],
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that the model reads; by default Python's help topics.")
-    ] = None,
+    text: TextToRead = None,
     pieces: Annotated[int, typer.Option(min=2, help="Pieces of the text, each read alone.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 256,
     oracle_layers: Annotated[
@@ -42,7 +40,7 @@ def unions(
         check_place("json", json)
     check_model("model", model)
 
-    from lte.bench.text import read_text, text_ids
+    from lte.bench.text import read_text, text_ids, text_name
     from lte.eval.models import load_any_model
     from lte.eval.unions import UnionSettings, measure_unions
     from lte.hf.dense import load_tokenizer
@@ -52,8 +50,7 @@ def unions(
     ids = text_ids(load_tokenizer(model), read_text(text), pieces, length)
     errors = Console(stderr=True, highlight=False)
     found = measure_unions(load_any_model(model, dtype), ids, settings, lambda said: errors.print(f"Measuring {said}"))
-    source = "Python's help topics" if text is None else str(text)
-    found = {"model": model, "text": source, "dtype": dtype, **found}
+    found = {"model": model, "text": text_name(text), "dtype": dtype, **found}
     print_unions(Console(), found)
     if json is not None:
         write_json_atomic(json, found)
