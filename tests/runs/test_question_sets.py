@@ -60,7 +60,12 @@ def test_questions_as_chats(instruct: Callable[..., Path], llama: Path) -> None:
 def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], tmp_path: Path) -> None:
     start = {"method": "dense", "label": "dense-start", "fine_tune": False, "base": "start"}
     file = instruct(
-        start, {"method": "lte", "keep": True}, "teal", harness_limit={"toy_choice": 2}, num_fewshot={"toy_choice": 0}
+        start,
+        {"method": "lte", "keep": True},
+        "teal",
+        harness_limit={"toy_choice": 2},
+        num_fewshot={"toy_choice": 0},
+        harness_batch_size={"toy_choice": 3},
     )
     assert execute_all([runner_of(file, tmp_path)[0]]) == []
     records = {path.stem: load_record(path) for path in (tmp_path / "records").glob("*.json")}
@@ -73,6 +78,7 @@ def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], t
         assert record["harness"]["toy_choice"]["config"]["num_fewshot"] == 0
         assert record["harness"]["toy_choice"]["config"]["num_samples"] == 2
         assert record["harness"]["toy_group"]["config"]["num_samples"] > 4
+        assert [record["harness"][name]["config"]["batch_size"] for name in ("toy_choice", "toy_group")] == [3, 8]
         assert set(record["harness"]["toy_group"]["by_task"]) == {"toy_choice", "toy_other"}
     dense, ours, teal = (
         records[name]["harness"] for name in ("dense-start-0-seed0", "lte-0.5-seed0", "teal-0.5-seed0")
@@ -116,8 +122,10 @@ def test_a_model_that_answers_no_questions_says_so(
 
 
 def test_a_set_that_fails_leaves_the_others(instruct: Callable[..., Path], llama: Path) -> None:
-    settings = read_comparison(instruct("lte", num_fewshot={"toy_choice": 9})).harness
+    settings = read_comparison(instruct("lte", num_fewshot={"toy_choice": 9}, harness_weights=["native"])).harness
     assert settings is not None
+    rounded = answer_questions(load_any_model(str(llama)), load_tokenizer(llama), settings, "int8")
+    assert rounded == {"harness": {}, "harness_note": "not run: harness_weights leaves out int8"}
     found = answer_questions(load_any_model(str(llama)), load_tokenizer(llama), settings)
     assert set(found["harness"]) == {"toy_group"}
     assert found["harness_note"].startswith("toy_choice failed: ValueError: num_fewshot must be what toy_choice has")
@@ -175,7 +183,8 @@ def test_the_data_folder_stands_in_for_that_of_the_questions(instruct: Callable[
         ({"num_fewshot": -1}, "num_fewshot must be a whole number from 0, got num_fewshot=-1"),
         ({"num_fewshot": {"toy_choise": 1}}, "did you mean toy_choice"),
         ({"harness_limit": {"toy_choise": 1}}, "did you mean toy_choice"),
-        ({"harness_batch_size": {"toy_choice": 4}}, "harness_batch_size must be a whole number"),
+        ({"harness_batch_size": {"toy_choise": 4}}, "did you mean toy_choice"),
+        ({"harness_weights": "int3"}, "harness_weights must be one of native, int8, int4, int4-64, int4-32"),
         ({"harness_limit": {"toy_choice": 0}}, "harness_limit must be a whole number from 1, got harness_limit=0"),
         ({"apply_chat_template": 1}, "apply_chat_template must be true or false, got apply_chat_template=1"),
         ({"harnes": ["a"]}, "did you mean harness"),

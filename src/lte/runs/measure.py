@@ -111,7 +111,7 @@ def measured_record(
     record = record.with_fields(peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()))
     record.config.update(tokens_start=made.tokens_start)
     if comparison.harness is not None:
-        record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness))
+        record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness, weights))
     reason = why_not(comparison.latency, causal, run.method)
     if weights != "native":
         record, reason = _named(record, weights), "not timed: benchmarks/rounded_steps.py times rounded weights"

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lte.config import check_choice, check_whole_number
+from lte.config import WEIGHTS, check_choice, check_whole_number
 
+BATCH_SIZE = 8
 # What the record of the run says already; histograms of routing for each set would be most of its bytes.
 _OF_THE_RUN = ("method", "method_config", "target_sparsity", "measurement")
 
@@ -23,7 +24,9 @@ class HarnessSettings:
         harness_limit: questions of a task at most, in a group of each of its tasks; for all tasks or by name.
         harness_data: folder with the files of the `..._files` tasks.
         harness_tasks_dir: folder with more task files of lm-eval.
-        harness_batch_size: rows per forward pass.
+        harness_batch_size: rows per forward pass, for all tasks or by task.
+        harness_weights: of which of the weights that are measured (see `lte.config.WEIGHTS`) a model answers; unset: of
+            all.
     """
 
     harness: tuple[str, ...]
@@ -32,22 +35,26 @@ class HarnessSettings:
     harness_limit: int | Mapping[str, int] | None = None
     harness_data: str | None = None
     harness_tasks_dir: str | None = None
-    harness_batch_size: int = 8
+    harness_batch_size: int | Mapping[str, int] = BATCH_SIZE
+    harness_weights: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_whole_number("harness_batch_size", self.harness_batch_size, 1)
         if not isinstance(self.apply_chat_template, bool):
             given = f"apply_chat_template={self.apply_chat_template!r}"
             raise ValueError(f"apply_chat_template must be true or false, got {given}")
-        for name, given, least in (("num_fewshot", self.num_fewshot, 0), ("harness_limit", self.harness_limit, 1)):
+        limits = {"num_fewshot": 0, "harness_limit": 1, "harness_batch_size": 1}
+        for name, least in limits.items():
+            given = getattr(self, name)
             by_task = given if isinstance(given, Mapping) else dict.fromkeys(self.harness, given)
             for task, value in by_task.items():
                 check_choice(name, task, self.harness)
                 if value is not None:
                     check_whole_number(name, value, least)
+        for weights in self.harness_weights or ():
+            check_choice("harness_weights", weights, WEIGHTS)
 
     def of_task(self, name: str, task: str) -> int | None:
-        """The setting `num_fewshot` or `harness_limit` as it is for a task."""
+        """The setting `num_fewshot`, `harness_limit` or `harness_batch_size` as it is for a task."""
         given = getattr(self, name)
         return given.get(task) if isinstance(given, Mapping) else given
 
@@ -85,16 +92,19 @@ def read_harness(content: Mapping[str, Any], source: str) -> HarnessSettings | N
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"harness must be a list of names of tasks, got harness={tasks!r} in {source}")
+    if isinstance(weights := given.get("harness_weights"), str | list):
+        given["harness_weights"] = (weights,) if isinstance(weights, str) else tuple(weights)
     return HarnessSettings(harness=tuple(names), **{"harness_data": content.get("data_dir"), **given})
 
 
-def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings) -> dict[str, Any]:
+def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings, weights: str = "native") -> dict[str, Any]:
     """Runs all question sets on a loaded model and returns the fields of its record.
 
     Args:
         model: as it is to be measured, of any method.
         tokenizer: the model's.
         settings: what to run, and how.
+        weights: what the model's are rounded to, one of `lte.config.WEIGHTS`.
 
     Returns:
         `harness`: by task what differs from the record of the run, as `lte eval --harness` writes it; sparsity and work
@@ -108,6 +118,8 @@ def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings) -> d
 
     if not predicts_next_token(model):
         return unanswered("not run: the model does not predict the next token")
+    if settings.harness_weights is not None and weights not in settings.harness_weights:
+        return unanswered(f"not run: harness_weights leaves out {weights}")
     quiet_harness()
     found: dict[str, Any] = {}
     notes = []
@@ -131,6 +143,7 @@ def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) ->
     from lte.eval.harness import evaluate_harness
 
     limit = settings.of_task("harness_limit", name)
+    batch_size = settings.of_task("harness_batch_size", name) or BATCH_SIZE
     result = evaluate_harness(
         model,
         tokenizer,
@@ -138,13 +151,13 @@ def _scores(model: Any, tokenizer: Any, settings: HarnessSettings, name: str) ->
         num_fewshot=settings.of_task("num_fewshot", name),
         apply_chat_template=settings.apply_chat_template,
         limit=limit,
-        batch_size=settings.harness_batch_size,
+        batch_size=batch_size,
         tasks_dir=settings.harness_tasks_dir,
         data_dir=settings.harness_data,
     )
     config = {
         "limit": limit,
-        "batch_size": settings.harness_batch_size,
+        "batch_size": batch_size,
         "apply_chat_template": settings.apply_chat_template,
         "harness_version": result.harness_version,
     }

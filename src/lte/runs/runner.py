@@ -202,8 +202,10 @@ class Runner:
             try:
                 rounded = measured_record(run, self.comparison, self.folders, work, made, beside, weights)
                 self.report(f"{run.name} in {weights}: {_numbers(rounded)}")
-            except ValueError as error:
-                # The model as it is can still be measured.
+            except (ValueError, RuntimeError, ImportError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                # The model as it is can still be measured: a library without a kernel for this GPU, say.
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 rounded = failure_record(run, self.comparison, work, failure, weights)
                 self.report(f"{run.name} in {weights}: FAILED {failure}")
