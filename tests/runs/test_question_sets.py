@@ -20,7 +20,7 @@ from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
 from lte.records import load_record
 from lte.report.inputs import load_inputs
-from lte.runs.question_sets import HarnessSettings, answer_questions
+from lte.runs.question_sets import HarnessSettings, KeptAnswers, answer_questions
 from lte.runs.runner import execute_all
 from lte.runs.settings import read_comparison
 from lte_cli import app
@@ -121,14 +121,28 @@ def test_a_model_that_answers_no_questions_says_so(
     assert f"Question sets of dense at 0%: {note}." in result.output
 
 
-def test_a_set_that_fails_leaves_the_others(instruct: Callable[..., Path], llama: Path) -> None:
+def test_a_set_that_fails_leaves_the_others(
+    instruct: Callable[..., Path], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = read_comparison(instruct("lte", num_fewshot={"toy_choice": 9}, harness_weights=["native"])).harness
     assert settings is not None
     rounded = answer_questions(load_any_model(str(llama)), load_tokenizer(llama), settings, "int8")
     assert rounded == {"harness": {}, "harness_note": "not run: harness_weights leaves out int8"}
-    found = answer_questions(load_any_model(str(llama)), load_tokenizer(llama), settings)
+    given = (load_any_model(str(llama)), load_tokenizer(llama))
+    kept = KeptAnswers(tmp_path / "questions.json", "one")
+    found = answer_questions(*given, settings, kept=kept)
     assert set(found["harness"]) == {"toy_group"}
     assert found["harness_note"].startswith("toy_choice failed: ValueError: num_fewshot must be what toy_choice has")
+
+    # A process that comes after does what is missing, of the same model and settings.
+    def missing(model: Any, tokenizer: Any, settings: Any, name: str) -> dict[str, Any]:
+        return {name: {"task": name}}
+
+    monkeypatch.setattr("lte.runs.question_sets._scores", missing)
+    again = answer_questions(*given, settings, kept=kept)
+    assert again["harness"] == {"toy_choice": {"task": "toy_choice"}, **found["harness"]}
+    for other in (replace(kept, fingerprint="two"), replace(kept, file=tmp_path / "none.json")):
+        assert answer_questions(*given, settings, kept=other)["harness"]["toy_group"] == {"task": "toy_group"}
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -27,7 +27,8 @@ def comparison(folder: Path, model: Path, **content: Any) -> Path:
 
 def test_each_model_has_a_record_more_for_each_format(llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    file = comparison(tmp_path, llama, weights=["int8", "int4-32"])
+    methods = ["dense", {"method": "lte", "keep": True}, "wanda"]
+    file = comparison(tmp_path, llama, methods=methods, weights=["int8", "int4-32"])
     runner, lines = runner_of(file, tmp_path)
     assert execute_all([runner]) == []
     records = records_of(tmp_path)
@@ -52,6 +53,12 @@ def test_each_model_has_a_record_more_for_each_format(llama: Path, tmp_path: Pat
     again, lines = runner_of(file, tmp_path)
     assert execute_all([again]) == []
     assert not lines
+    # The record of a model that is still there can be made anew by itself.
+    (tmp_path / "records" / "lte-0.5-seed0-int8.json").unlink()
+    again, lines = runner_of(file, tmp_path)
+    assert execute_all([again]) == []
+    assert [line.partition(":")[0] for line in lines if "perplexity" in line] == ["lte-0.5-seed0 in int8"]
+    assert records_of(tmp_path)["lte-int8-0.5-seed0"]["value"] == records["lte-int8-0.5-seed0"]["value"]
 
 
 def test_a_format_that_does_not_fit_leaves_the_model_its_record(llama: Path, tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ class Folders:
         """The file of a run's record, or of that with rounded weights."""
         return self.output / f"{run.name}{'' if weights == 'native' else f'-{weights}'}.json"
 
+    def questions(self, run: Run, weights: str = "native") -> Path:
+        """The file of the question sets that a run has answered so far."""
+        return self.work / f"{self.record(run, weights).stem}.questions.json"
+
     def has_record(self, run: Run) -> bool:
         """Whether the record is there, as a file or packed with others."""
         return find_record(self.record(run)) is not None

@@ -20,7 +20,7 @@ from lte.runs.folders import Folders, Made
 from lte.runs.latency import CONTEXT, time_decoding, untimed, why_not
 from lte.runs.memory import peak_memory_bytes
 from lte.runs.plan import Run
-from lte.runs.question_sets import answer_questions, unanswered
+from lte.runs.question_sets import KeptAnswers, answer_questions, unanswered
 from lte.runs.settings import ComparisonSettings
 from lte.runs.workload import Workload
 
@@ -111,7 +111,8 @@ def measured_record(
     record = record.with_fields(peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()))
     record.config.update(tokens_start=made.tokens_start)
     if comparison.harness is not None:
-        record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness, weights))
+        kept = KeptAnswers(folders.questions(run, weights), made.fingerprint)
+        record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness, weights, kept))
     reason = why_not(comparison.latency, causal, run.method)
     if weights != "native":
         record, reason = _named(record, weights), "not timed: benchmarks/rounded_steps.py times rounded weights"

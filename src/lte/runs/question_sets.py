@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from lte.config import WEIGHTS, check_choice, check_whole_number
+from lte.files import write_json_atomic
 
 BATCH_SIZE = 8
 # What the record of the run says already; histograms of routing for each set would be most of its bytes.
@@ -97,7 +100,41 @@ def read_harness(content: Mapping[str, Any], source: str) -> HarnessSettings | N
     return HarnessSettings(harness=tuple(names), **{"harness_data": content.get("data_dir"), **given})
 
 
-def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings, weights: str = "native") -> dict[str, Any]:
+@dataclass(frozen=True)
+class KeptAnswers:
+    """Scores of question sets in a file, so that a run that was stopped goes on with the next set.
+
+    Attributes:
+        file: where they are kept.
+        fingerprint: of the run that made the model.
+    """
+
+    file: Path
+    fingerprint: str
+
+    def read(self, settings: HarnessSettings) -> dict[str, Any]:
+        """The scores by name of the set; none of another model or with other settings, or if they cannot be read."""
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            return content["scores"] if content["of"] == self._key(settings) else {}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {}
+
+    def write(self, settings: HarnessSettings, scores: Mapping[str, Any]) -> None:
+        """Writes the scores of all sets so far."""
+        write_json_atomic(self.file, {"of": self._key(settings), "scores": scores})
+
+    def _key(self, settings: HarnessSettings) -> str:
+        return f"{self.fingerprint} {settings}"
+
+
+def answer_questions(
+    model: Any,
+    tokenizer: Any,
+    settings: HarnessSettings,
+    weights: str = "native",
+    kept: KeptAnswers | None = None,
+) -> dict[str, Any]:
     """Runs all question sets on a loaded model and returns the fields of its record.
 
     Args:
@@ -105,6 +142,7 @@ def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings, weig
         tokenizer: the model's.
         settings: what to run, and how.
         weights: what the model's are rounded to, one of `lte.config.WEIGHTS`.
+        kept: where each set's scores are kept as soon as they are there, and those of an earlier process taken from.
 
     Returns:
         `harness`: by task what differs from the record of the run, as `lte eval --harness` writes it; sparsity and work
@@ -121,17 +159,24 @@ def answer_questions(model: Any, tokenizer: Any, settings: HarnessSettings, weig
     if settings.harness_weights is not None and weights not in settings.harness_weights:
         return unanswered(f"not run: harness_weights leaves out {weights}")
     quiet_harness()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if kept is None else kept.read(settings)
     notes = []
     for name in settings.harness:
+        if name in found:
+            continue
         try:
-            found |= _scores(model, tokenizer, settings, name)
+            found[name] = _scores(model, tokenizer, settings, name)
         # A model that cannot answer one set keeps its other numbers; one that finds no room now may do so later.
         except (RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError) and others_fill_gpu():
                 raise
             notes.append(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    return {"harness": found, "harness_note": "; ".join(notes) or None}
+        else:
+            if kept is not None:
+                kept.write(settings, found)
+    # A tag has several scores.
+    scores = {task: score for name in settings.harness for task, score in found.get(name, {}).items()}
+    return {"harness": scores, "harness_note": "; ".join(notes) or None}
 
 
 def unanswered(note: str) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from lte.config import check_choice
 from lte.data.rows import mean_row_tokens
 from lte.methods import METHODS
 from lte.records import PACKED_FILE, ResultRecord, find_record, write_record
-from lte.runs.folders import Folders, make_run
+from lte.runs.folders import Folders, Made, make_run
 from lte.runs.measure import failure_record, measured_record
 from lte.runs.memory import free_memory, others_fill_gpu
 from lte.runs.plan import Run, children_of, parents_of
 from lte.runs.settings import PHASES, ComparisonSettings
-from lte.runs.workload import Workloads
+from lte.runs.workload import Workload, Workloads
 from lte.train.objective import NonFiniteLossError
 
 # What a run may fail by; anything else comes with a traceback.
@@ -116,7 +116,7 @@ class Runner:
         names: set[str] = set()
         for run in reversed(self.runs):
             needed = any(child.name in names and self._needs(child, run) for child in children_of(run, self.runs))
-            missing_record = run in self.wanted and not self.folders.has_record(run)
+            missing_record = run in self.wanted and self._lacks_record(run)
             if missing_record or (needed and not self._has_model(run)):
                 names.add(run.name)
         return [run for run in self.runs if run.name in names and (self.phase != "train" or self._is_to_train(run))]
@@ -153,12 +153,15 @@ class Runner:
 
     def _put_off(self, run: Run) -> bool:
         """Leaves a run that did not fit beside other processes for later; says whether it may fit then."""
-        self._tries[run.name] += 1
-        if self._tries[run.name] == MEMORY_TRIES or not others_fill_gpu():
+        if not self._may_fit_later(run):
             return False
+        self._tries[run.name] += 1
         self.report(f"{run.name}: no room on the GPU beside other processes, tried again in {MEMORY_WAIT_S:.0f} s")
         self._later[run.name] = time.monotonic() + MEMORY_WAIT_S
         return True
+
+    def _may_fit_later(self, run: Run) -> bool:
+        return self._tries[run.name] < MEMORY_TRIES - 1 and others_fill_gpu()
 
     def _is_ready(self, run: Run) -> bool:
         if time.monotonic() < self._later.get(run.name, 0):
@@ -194,24 +197,32 @@ class Runner:
             base = next((parent for parent in parents_of(run, self.runs) if parent.name == run.base), None)
             before = None if base is None else self.folders.made(base)
             made = make_run(run, self.comparison.model, self.folders, work, before)
-        if self.phase == "train" or run not in self.wanted or self.folders.has_record(run):
+        if self.phase == "train" or run not in self.wanted:
             return None
-        beside = self._timed_beside(run)
-        # First, as a run with a record is done.
+        record = None
+        if not self.folders.has_record(run):
+            record = self._measure(run, work, made)
         for weights in self._rounded(run):
             try:
-                rounded = measured_record(run, self.comparison, self.folders, work, made, beside, weights)
-                self.report(f"{run.name} in {weights}: {_numbers(rounded)}")
-            except (ValueError, RuntimeError, ImportError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                self.report(f"{run.name} in {weights}: {_numbers(self._measure(run, work, made, weights))}")
+            # Whatever it is, a GPU without a kernel say: the model as it is was measured.
+            except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) and self._may_fit_later(run):
                     raise
-                # The model as it is can still be measured: a library without a kernel for this GPU, say.
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                rounded = failure_record(run, self.comparison, work, failure, weights)
                 self.report(f"{run.name} in {weights}: FAILED {failure}")
-            write_record(self.folders.record(run, weights), rounded)
-        record = measured_record(run, self.comparison, self.folders, work, made, beside)
-        write_record(self.folders.record(run), record)
+                rounded = failure_record(run, self.comparison, work, failure, weights)
+                write_record(self.folders.record(run, weights), rounded)
+                if not _device_works():
+                    raise
+        return record
+
+    def _measure(self, run: Run, work: Workload, made: Made, weights: str = "native") -> ResultRecord:
+        """Measures a model, with its weights rounded or as they are, and writes the record."""
+        beside = self._timed_beside(run)
+        record = measured_record(run, self.comparison, self.folders, work, made, beside, weights)
+        write_record(self.folders.record(run, weights), record)
+        self.folders.questions(run, weights).unlink(missing_ok=True)
         return record
 
     def _rounded(self, run: Run) -> list[str]:
@@ -250,7 +261,12 @@ class Runner:
         )
 
     def _lacks_record(self, run: Run) -> bool:
-        return run.measured and not self.folders.has_record(run)
+        """Whether the run is to be measured; with rounded weights alone if its model is still there."""
+        if not run.measured:
+            return False
+        if not self.folders.has_record(run):
+            return True
+        return self._has_model(run) and not self._failed(run) and bool(self._rounded(run))
 
     def _failed(self, run: Run) -> bool:
         record = find_record(self.folders.record(run)) if run.measured else None
