@@ -110,7 +110,11 @@
       state.partners[0].some((partner) => partner >= 0)
         && pictureSection(state, 'The difference', differenceBars(state)),
       pictureSection(state, 'The whole text, layer by layer', ...each(layerMap)),
-      predicted && pictureSection(state, 'Does it spend more where it is less sure?', whyScatter(state)),
+      predicted && element('section', { class: 'panel' },
+        element('h2', { class: 'first' }, 'Does it spend more where it is less sure?'),
+        element('div', { class: 'columns two' }, whyScatter(state, 'surprise', 'surprise of the token, bits',
+          'to the right the surprising ones').box, whyScatter(state, 'entropy', 'entropy of what comes next, bits',
+          'to the right those after which the model finds much open').box)),
       atlas.box,
       pictureSection(state, 'What other thresholds would cost', ...each(whatIfCurve)),
     ].filter(Boolean);

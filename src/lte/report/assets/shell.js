@@ -16,8 +16,9 @@ const Shell = (() => {
     return made;
   }
 
-  function button(text, onClick, label = null) {
-    const made = element('button', { type: 'button', 'aria-label': label }, text);
+  /* content: a text, or children. */
+  function button(content, onClick, label = null) {
+    const made = element('button', { type: 'button', 'aria-label': label }, ...[content].flat());
     made.addEventListener('click', onClick);
     return made;
   }
@@ -91,6 +92,19 @@ const Shell = (() => {
       value: entries[select.selectedIndex]?.[1] };
   }
 
+  /* Of elements that stand in lines the nearest to one of them in the line above (-1) or below (1), if there is one. */
+  function lineAway(elements, from, sign) {
+    const place = (each) => {
+      const { x, y, width, height } = each.getClientRects()[0];
+      return { each, middle: x + width / 2, line: sign * (y + height / 2) };
+    };
+    const here = place(from);
+    const away = elements.map(place).filter(({ line }) => line > here.line + 4);
+    const next = Math.min(...away.map(({ line }) => line)) + 4;
+    const far = ({ middle }) => Math.abs(middle - here.middle);
+    return away.filter(({ line }) => line < next).sort((a, b) => far(a) - far(b))[0]?.each;
+  }
+
   /* Makes one tab stop of what a box holds; arrow keys, Home and End move within it. */
   function rove(box, selector) {
     const all = () => [...box.querySelectorAll(selector)].filter((each) => each.offsetParent);
@@ -101,17 +115,9 @@ const Shell = (() => {
       const found = all();
       const place = found.indexOf(event.target);
       if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
-      const middle = (each) => {
-        const { x, y, width, height } = each.getBoundingClientRect();
-        return [x + width / 2, y + height / 2];
-      };
-      const [left, top] = middle(event.target);
-      const away = (sign) => found.filter((each) => sign * (middle(each)[1] - top) > 4).sort((a, b) => {
-        const [[ax, ay], [bx, by]] = [middle(a), middle(b)];
-        return sign * (ay - by) || Math.abs(ax - left) - Math.abs(bx - left);
-      })[0];
       const goal = { ArrowLeft: () => found[place - 1], ArrowRight: () => found[place + 1], Home: () => found[0],
-        End: () => found.at(-1), ArrowUp: () => away(-1), ArrowDown: () => away(1) }[event.key]?.();
+        End: () => found.at(-1), ArrowUp: () => lineAway(found, event.target, -1),
+        ArrowDown: () => lineAway(found, event.target, 1) }[event.key]?.();
       if (goal) {
         event.preventDefault();
         goal.focus();
@@ -161,10 +167,11 @@ const Shell = (() => {
 
   /* A picture with its sentence and its table. The keyboard reaches its items: arrow keys walk, Enter is a click.
      options: what ECharts draws, made anew for each draw. rows: the table's title, headings and rows.
-     height: in pixels, for a width. onPick: called with the parameters of a click. */
+     height: in pixels, for a width. onPick: called with the parameters of a click. chosen: tells the items to mark,
+     each as { seriesIndex, dataIndex }, where -1 is none. */
   class Picture {
-    constructor({ label, caption, options, rows, height, onPick = null }) {
-      Object.assign(this, { options, rows, height });
+    constructor({ label, caption, options, rows, height, onPick = null, chosen = () => [] }) {
+      Object.assign(this, { options, rows, height, onPick, chosen, item: null, width: 0, isNear: false, isStale: true });
       this.plot = element('div', { class: 'plot', role: 'application', tabindex: '0', 'aria-label': label,
         'aria-roledescription': 'chart' });
       this.told = element('p', { class: 'unseen', 'aria-live': 'polite' });
@@ -176,21 +183,28 @@ const Shell = (() => {
       this.details.addEventListener('toggle', () => this.fillTable());
       this.plot.addEventListener('keydown', (event) => this.walk(event));
       this.plot.addEventListener('blur', () => this.leave());
-      this.onPick = onPick;
-      this.item = null;
-      this.width = 0;
       pictures.add(this);
-      this.observer = new ResizeObserver(() => {
-        if (Math.abs(this.plot.clientWidth - this.width) > 1) this.draw();
-      });
-      this.observer.observe(this.plot);
+      this.observers = [
+        new ResizeObserver(() => {
+          if (Math.abs(this.plot.clientWidth - this.width) > 1) this.draw();
+        }),
+        new IntersectionObserver((entries) => {
+          this.isNear = entries.at(-1).isIntersecting;
+          if (this.isNear && this.isStale) this.draw();
+        }, { rootMargin: '100px' }),
+      ];
+      this.observers.forEach((observer) => observer.observe(this.plot));
     }
 
+    /* Draws, at once if the picture is on the screen, else when it comes there. */
     draw() {
       this.width = this.plot.clientWidth;
+      this.fillTable();
       if (!this.width) return;
       const height = this.height(this.width);
       this.plot.style.height = `${height}px`;
+      this.isStale = !this.isNear;
+      if (this.isStale) return;
       if (!this.chart) {
         this.chart = echarts.init(this.plot, null, { renderer: 'canvas' });
         if (this.onPick) this.chart.on('click', this.onPick);
@@ -198,7 +212,14 @@ const Shell = (() => {
       this.chart.resize({ width: this.width, height });
       const base = { animation: false, textStyle: { color: colour('ink'), fontFamily: 'system-ui, sans-serif' } };
       this.chart.setOption({ ...base, ...this.options(this.width) }, true);
-      this.fillTable();
+      this.mark();
+    }
+
+    /* Marks what is chosen now, without drawing anew. */
+    mark() {
+      this.chart?.dispatchAction({ type: 'downplay' });
+      this.chosen().filter(({ dataIndex }) => dataIndex !== -1)
+        .forEach((item) => this.chart?.dispatchAction({ type: 'highlight', ...item }));
     }
 
     /* Items by series: those that a mouse would reach. */
@@ -231,8 +252,9 @@ const Shell = (() => {
     }
 
     leave() {
-      if (this.item) for (const type of ['downplay', 'hideTip']) this.chart?.dispatchAction({ type });
+      if (this.item) this.chart?.dispatchAction({ type: 'hideTip' });
       this.item = null;
+      this.mark();
     }
 
     /* A file of the picture as it is shown. */
@@ -260,7 +282,7 @@ const Shell = (() => {
     }
 
     remove() {
-      this.observer.disconnect();
+      this.observers.forEach((observer) => observer.disconnect());
       cancelAnimationFrame(this.frame);
       this.chart?.dispose();
       pictures.delete(this);
@@ -299,8 +321,13 @@ const Shell = (() => {
   });
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
 
+  addEventListener('beforeprint', () => pictures.forEach((picture) => {
+    picture.isNear = true;
+    picture.draw();
+  }));
+
   const clearPictures = () => pictures.forEach((picture) => picture.remove());
 
-  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, rove, captionOf, colour, ramp,
+  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, lineAway, rove, captionOf, colour, ramp,
     count, percent, table, scrollBox, Picture, axis, tooltip, clearPictures };
 })();

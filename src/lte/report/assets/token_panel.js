@@ -23,8 +23,11 @@ class TokenPanel {
     this.box = element('aside', { class: 'panel side', tabindex: '0', 'aria-label': 'The chosen token and expert' },
       this.title, this.told, this.facts, this.next,
       element('h3', {}, 'Its experts'), this.legend, this.picture.box, this.unusual, this.chosen);
-    state.onChange(['run', 'token', 'step'], () => this.show());
-    this.showExpert();
+    state.onChange(['run', 'token', 'step'], () => {
+      this.showToken();
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.showExperts(), PAUSE_MS);
+    });
     state.onChange(['layer', 'expert'], (names) => {
       this.showExpert();
       this.picture.drawSoon();
@@ -39,21 +42,27 @@ class TokenPanel {
   }
 
   show() {
-    const { state } = this;
-    const { routing, token } = state;
+    this.showToken();
+    this.showExperts();
+  }
+
+  showToken() {
+    const { routing, token, run } = this.state;
+    const [all, used] = [routing.all, routing.totals[token]];
     this.title.textContent = `“${routing.list.label(token)}”`;
-    const skipped = routing.all - routing.totals[token];
-    this.told.textContent = `${nameOf(state, state.run) || 'This is '}token ${Shell.count(token + 1)} of ` +
-      `${Shell.count(routing.length)}: it skipped ${Shell.count(skipped)} of ${Shell.count(routing.all)} experts and ` +
-      `used ${Shell.percent(routing.totals[token] / routing.all)} of the FFN neurons.`;
+    this.told.textContent = `${nameOf(this.state, run) || 'This is '}token ${Shell.count(token + 1)} of ` +
+      `${Shell.count(routing.length)}: it skipped ${Shell.count(all - used)} of ${Shell.count(all)} experts and ` +
+      `used ${Shell.percent(used / all)} of the FFN neurons.`;
     this.showFacts();
     this.showNext();
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => {
-      this.showUnusual();
-      this.showExpert();
-      this.picture.draw();
-    }, PAUSE_MS);
+  }
+
+  showExperts() {
+    this.showUnusual();
+    this.showExpert();
+    this.legend.replaceChildren(...this.kinds().map(([shade, words]) =>
+      Shell.element('span', {}, Shell.element('span', { class: `key ${shade}` }), words)));
+    this.picture.draw();
   }
 
   showFacts() {
@@ -134,11 +143,9 @@ class TokenPanel {
 
   options() {
     const { routing, layer, expert } = this.state;
-    const cells = upTo(routing.layers).flatMap((row) => upTo(routing.experts).map((column) => (
-      { value: [column, row, this.kindOf(row, column)] })));
+    const cells = upTo(routing.layers).flatMap((row) =>
+      upTo(routing.experts).map((column) => [column, row, this.kindOf(row, column)]));
     const kinds = this.kinds();
-    this.legend.replaceChildren(...kinds.map(([shade, words]) =>
-      Shell.element('span', {}, Shell.element('span', { class: `key ${shade}` }), words)));
     return {
       grid: { left: 30, right: 8, top: 24, bottom: 40 },
       tooltip: Shell.tooltip(({ value }) => `layer ${value[1]}, expert ${value[0]}: ${kinds[value[2]][1]}`),
