@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lte.eval.sparsity import Measurement
 from lte.report.bench import setting_words
 from lte.report.figures import GREY, logarithmic_values, new_figure, plain_axes
-from lte.report.palette import OTHERS, RAMP, light
+from lte.report.palette import RAMP, colour_names, light
 
 
 def router_health_figure(measurement: Measurement) -> Figure:
@@ -86,17 +87,19 @@ def training_curves_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     # The last entry of a stage, its run time, holds the number of its steps.
     offset = max((entry["step"] for entry in log_history if entry.get("stage", 1) == 1), default=0)
     steps = [entry["step"] + (offset if entry.get("stage", 1) == 2 else 0) for entry in entries]
-    curves: dict[str, list[tuple[int, float]]] = {
-        name: [(step, entry[name]) for step, entry in zip(steps, entries, strict=True) if entry.get(name) is not None]
-        for name in (*_CURVES, "target_sparsity")
-    }
-    if curves["active_fraction"]:
-        curves["target"] = [(step, 1 - value) for step, value in curves["target_sparsity"]]
-    panels = {
-        label: drawn
-        for label, names in _PANELS
-        if (drawn := {name: curves[name] for name in names if name == "task_loss" or any(y for _, y in curves[name])})
-    }
+
+    def points(name: str) -> list[tuple[int, float]]:
+        pairs = zip(steps, entries, strict=True)
+        return [(step, entry[name]) for step, entry in pairs if entry.get(name) is not None]
+
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for label, names in _PANELS.items():
+        drawn = {
+            name: points(name) for name in names if name == "task_loss" or any(entry.get(name) for entry in entries)
+        }
+        if "active_fraction" in drawn:
+            drawn["target"] = [(step, 1 - share) for step, share in points("target_sparsity")]
+        panels |= {label: drawn} if drawn else {}
     figure, axes = _panel_figure(len(panels), 4, 3)
     has_both_stages = {entry.get("stage", 1) for entry in entries} == {1, 2}
     for axis, (label, drawn) in zip(axes, panels.items(), strict=True):
@@ -118,14 +121,14 @@ def _panel_figure(count: int, width: float, height: float) -> tuple[Figure, list
 
 
 # Label of the axis and curves of each panel.
-_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("task loss (nats per token)", ("task_loss",)),
-    ("KL from the teacher (nats per token)", ("distillation_loss",)),
-    ("share of experts, or of scores", ("active_fraction", "target", "near_threshold")),
-    ("efficiency loss (Eq. 5)", ("efficiency_loss",)),
-    ("separability loss (Eq. 6)", ("separability_loss",)),
-    ("eta, weight of the efficiency loss", ("eta",)),
-)
+_PANELS = {
+    "task loss (nats per token)": ("task_loss",),
+    "KL from the teacher (nats per token)": ("distillation_loss",),
+    "share of experts, or of scores": ("active_fraction", "near_threshold"),
+    "efficiency loss (Eq. 5)": ("efficiency_loss",),
+    "separability loss (Eq. 6)": ("separability_loss",),
+    "eta, weight of the efficiency loss": ("eta",),
+}
 # Label, colour, and dash of each curve.
 _CURVES: dict[str, tuple[str, str, str]] = {
     "task_loss": ("next token", light("lte"), "-"),
@@ -165,10 +168,7 @@ def _mark_stages(axis: Axes, boundary: int, last: int) -> None:
 
 
 Row = dict[str, Any]
-_OURS = tuple((light("lte"), marker) for marker in ("o", "s", "D"))
-_OTHERS = tuple((light(name), marker) for name, marker in zip(OTHERS, "^vP", strict=False))
-_DENSE = tuple((light("dense"), dash) for dash in ("-", "--", ":", "-."))
-_SETTINGS = tuple(day for day, _ in RAMP[4:])
+_MARKERS, _DASHES = "osD^vP", ("-", "--", ":", "-.")
 _TITLES = {"ffn": "FFN", "decode": "decoding step"}
 
 # Eager and compiled steps are too far apart for one.
@@ -204,15 +204,14 @@ def latency_figure(rows: Sequence[Row]) -> Figure:
 
 def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
     dense = [row for row in rows if row.get("setting") is None]
-    for row, (colour, dash) in zip(dense, _DENSE, strict=False):
+    for row, dash in zip(dense, cycle(_DASHES), strict=False):
         label = f"{row['provider']}: {row['median_ms']:.3g} ms"
-        axis.axhline(row["median_ms"], color=colour, linestyle=dash, linewidth=1.4, label=label)
+        axis.axhline(row["median_ms"], color=light("dense"), linestyle=dash, linewidth=1.4, label=label)
     lines = _lines((row for row in rows if row.get("setting") is not None), "provider", "sparsity")
-    ours = [line for name, line in lines.items() if name.startswith("lte")]
-    others = [line for name, line in lines.items() if not name.startswith("lte")]
-    for line, (colour, marker) in [*zip(ours, _OURS, strict=False), *zip(others, _OTHERS, strict=False)]:
-        _draw_provider(axis, line, colour, marker)
-    if ours:
+    colours = colour_names(lines)
+    for (name, line), marker in zip(lines.items(), cycle(_MARKERS), strict=False):
+        _draw_provider(axis, line, light(colours[name]), marker)
+    if ours := [line for name, line in lines.items() if name.startswith("lte")]:
         sparsities, times = [row["sparsity"] for row in ours[-1]], [row["bandwidth_ms"] for row in ours[-1]]
         axis.plot(sparsities, times, "--", color=light("ink"), linewidth=1.2, label="bytes at the copy bandwidth")
     axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
@@ -246,7 +245,8 @@ def _draw_provider(axis: Axes, rows: Sequence[Row], colour: str, marker: str) ->
 
 def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     ours = [row for row in rows if row["provider"].startswith("lte")]
-    for (setting, line), colour in zip(_lines(ours, "setting", "tokens").items(), _SETTINGS, strict=False):
+    shades = cycle(day for day, _ in RAMP[4:])
+    for (setting, line), colour in zip(_lines(ours, "setting", "tokens").items(), shades, strict=False):
         ratios, label = [row["ratio_to_dense"] or float("nan") for row in line], setting_words(setting)
         axis.plot([row["tokens"] for row in line], ratios, "o-", color=colour, markersize=4, label=label)
     axis.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--")

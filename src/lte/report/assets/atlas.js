@@ -36,7 +36,7 @@ class Atlas {
     const found = upTo(layers * experts).map((place) => {
       const [layer, expert] = [Math.floor(place / experts), place % experts];
       const labels = known.strongest(layer, expert).map(({ position }) => known.list.label(position));
-      return { layer, expert, use: known.use(layer, expert), selectivity: known.selectivity(layer, expert),
+      return { layer, expert, use: known.useOf(layer, expert), selectivity: known.selectivityOf(layer, expert),
         mark: known.mark(layer, expert), labels };
     });
     return found.sort((a, b) => b.selectivity - a.selectivity);

@@ -75,8 +75,8 @@ const Charts = (() => {
     const style = (point) => (point.pinned ? { borderColor: Shell.colour('mark'), borderWidth: 3 }
       : point.hollow ? { color: Shell.colour('paper'), borderColor: colour, borderWidth: 2 } : {});
     const quiet = Shell.colour('quiet');
-    return { type: line.scatter ? 'scatter' : 'line', name, symbol: line.symbol ?? 'circle', symbolSize: line.size ?? (pale ? 6 : 10),
-      showAllSymbol: true, showSymbol: line.size !== 0, symbolKeepAspect: true, z: pale ? 3 : 5,
+    return { type: line.scatter ? 'scatter' : 'line', name, symbol: line.symbol ?? 'circle',
+      symbolSize: line.size ?? (pale ? 6 : 10), showAllSymbol: true, showSymbol: line.size !== 0, symbolKeepAspect: true, z: pale ? 3 : 5,
       triggerLineEvent: true, silent: line.silent, step: area && 'middle',
       data: points.map((point) => ({ ...point, line: name, value: [point.x, point.y],
         symbolSize: point.pinned ? 18 : point.size,
@@ -124,8 +124,8 @@ const Charts = (() => {
 
   /* A picture of lines. describe: makes the description for a width; the others are as of `Shell.Picture`. */
   function linePicture({ label, describe, ...others }) {
-    return new Shell.Picture({ label, caption: '', height: () => 380, options: (width) => options(describe(width), width),
-      rows: () => {
+    return new Shell.Picture({ label, caption: '', height: () => 380,
+      options: (width) => options(describe(width), width), rows: () => {
         const { x, y, lines } = describe(1000);
         const places = (y.names ? [x] : [x, y]).map(({ name }) => name);
         const row = (line, point) => [{ words: point.name ?? point.title ?? line.name },

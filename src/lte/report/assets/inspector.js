@@ -91,12 +91,8 @@
   }
 
   function show({ runs, references, pairs }) {
-    Shell.clearPictures();
     const page = document.getElementById('page');
-    if (!runs.length) {
-      page.replaceChildren();
-      return;
-    }
+    if (!runs.length) return;
     const known = references.map((reference, index) => new Reference(reference,
       runs.find((run) => run.reference === index).experts));
     const routings = runs.map((run) => new Routing(run, known[run.reference]));
@@ -122,6 +118,7 @@
       routing.notes.map((note) => element('p', { class: 'note' }, `${nameOf(state, index)}${note}`)));
     page.replaceChildren(...routings.map((run, index) => sentence(run, index, state)), ...notes,
       element('div', { class: 'inspector' }, text.box, panel.box, element('div', { class: 'rest' }, ...sections)));
+    Shell.clearPictures();
     [text, panel, atlas].forEach((part) => part.show());
   }
 

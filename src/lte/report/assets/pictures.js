@@ -16,14 +16,13 @@ function layerMap(state, run) {
   const routing = state.routings[run];
   let group = 1;
   const groups = () => upTo(Math.ceil(routing.length / group));
-  const counts = (layer, from, to) => routing.counts.subarray(layer * routing.length + from, layer * routing.length + to);
-  const mean = (layer, column) =>
-    meanOf(counts(layer, column * group, Math.min((column + 1) * group, routing.length)));
+  const counts = (layer) => routing.counts.subarray(layer * routing.length, (layer + 1) * routing.length);
+  const mean = (layer, column) => meanOf(counts(layer).subarray(column * group, (column + 1) * group));
   const words = (column) => {
     const [first, last] = [column * group, Math.min((column + 1) * group, routing.length) - 1];
     return group === 1 ? `token ${first + 1}, ${routing.list.label(first)}` : `tokens ${first + 1} to ${last + 1}`;
   };
-  const layerMean = (layer) => meanOf(counts(layer, 0, routing.length)) / routing.experts;
+  const layerMean = (layer) => meanOf(counts(layer)) / routing.experts;
   const picture = new Shell.Picture({
     label: `${nameOf(state, run)}Map of the experts that are on, by layer and token`,
     caption: 'A column is a token (in a long text the mean of a few) and a row a layer, the first on top; the fuller ' +

@@ -5,7 +5,6 @@
   const { overview, comparisons } = data;
   const box = (id) => document.getElementById(id);
   let task = null;
-  let inside = [];
   let shareList = null;
   let asked = null;
 
@@ -86,10 +85,7 @@
       'A cell leads to its task.')), map);
   }
 
-  function columns(panels) {
-    inside.push(...panels.map(({ picture }) => picture));
-    return panels.length ? [element('div', { class: 'columns two' }, ...panels.map((panel) => panel.box))] : [];
-  }
+  const columns = (boxes) => (boxes.length ? [element('div', { class: 'columns two' }, ...boxes)] : []);
 
   function folded(title, ...content) {
     return content.length ? [element('details', { class: 'folded' }, element('summary', {}, title), ...content)] : [];
@@ -100,9 +96,6 @@
     asked = name;
     const comparison = await Shell.unpack(found.packed);
     if (asked !== name) return;
-    task?.remove();
-    inside.forEach((picture) => picture.remove());
-    inside = [];
     task = new Task(comparison, pinsOf(overview.rows.find((row) => row.name === found.name), 'lte',
       Number(shareList?.select.selectedIndex)));
     const list = Shell.choice('Task', comparisons.map((each) => [each.name, each.name]), (chosen) => {
@@ -121,6 +114,7 @@
       ...folded(`In words and in tables: goal, upper envelope, the paper${failed.length ? ', failed runs' : ''}`,
         ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)),
           ...tables.map((table) => table.box), ...failed));
+    Shell.clearPictures();
     document.body.dataset.shown = found.name;
     if (focus) {
       heading.focus({ preventScroll: true });
@@ -137,8 +131,7 @@
     box('speed').hidden = !panels.length;
     if (panels.length) {
       box('speed').append(element('h2', { id: 'speed-name' }, 'Measured speed'), element('p', { class: 'quiet' },
-        'What lte bench timed, by machine and model; not of one task.'), panels[0].box,
-          element('div', { class: 'columns two' }, ...panels.slice(1).map((panel) => panel.box)));
+        'What lte bench timed, by machine and model; not of one task.'), panels[0], ...columns(panels.slice(1)));
     }
   }
 

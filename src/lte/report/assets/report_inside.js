@@ -19,8 +19,8 @@ function choicePanel(title, label, entries, describe, options = {}) {
   };
   const list = choice(label, entries, choose, { name: options.name });
   choose(list.value);
-  return { picture, box: element('div', { class: 'panel' }, element('h3', {}, title),
-    element('div', { class: 'controls' }, list.box), said, picture.box) };
+  return element('div', { class: 'panel' }, element('h3', {}, title),
+    element('div', { class: 'controls' }, list.box), said, picture.box);
 }
 
 /* The mean over the seeds of a point, layer by layer. */

@@ -29,7 +29,6 @@ class Task {
     this.known = this.points.filter((point) => point.is_main && point.lost !== null);
     const costs = Object.entries(COSTS).filter(([key]) => this.known.some((point) => point.costs[key] !== null));
     this.panel = element('aside', { class: 'panel pins', 'aria-label': 'Pinned points', tabindex: '-1' });
-    this.pictures = [];
     const chart = costs.length ? [element('div', { class: 'panel' }, ...this.makeChart(costs))] : [];
     this.table = this.points.length ? new SortableTable({ ...this.results, csv: this.csv, best: this.metric,
       colours: this.points.map(({ method }) => Shell.data.colours[method]),
@@ -49,9 +48,9 @@ class Task {
     const range = choice('Range', RANGES, (goals) => this.show({ goals }), { name: 'range',
       chosen: RANGES.findIndex(([, goals]) => goals === Infinity || least <= goals * this.goal) });
     Object.assign(this, { cost: cost.value, goals: range.value });
-    this.chart = this.add(Charts.linePicture({
+    this.chart = Charts.linePicture({
       label: `Quality lost against cost, ${this.title}`, describe: (width) => this.describe(width),
-      height: (width) => (width < 500 ? 400 : 470), onPick: ({ data }) => this.pin(this.points[data?.place]) }));
+      height: (width) => (width < 500 ? 400 : 470), onPick: ({ data }) => this.pin(this.points[data?.place]) });
     this.said = this.chart.box.querySelector('.caption');
     this.say();
     const zooms = element('span', { class: 'zooms', role: 'group', 'aria-label': 'Zoom' },
@@ -63,11 +62,6 @@ class Task {
 
   /* A value of the metric, as a text. */
   form = (value) => (Charts.isNumber(value) ? value.toFixed(this.metric.decimals) : '-');
-
-  add(picture) {
-    this.pictures.push(picture);
-    return picture;
-  }
 
   show(changes) {
     Object.assign(this, changes);
@@ -183,13 +177,13 @@ class Task {
     const boxes = groups.map(([group, found]) => {
       const targets = new Set(found.filter(({ method }) => method === 'lte').map((point) => point.target));
       const shown = [...main.filter((point) => targets.has(point.target)), ...found];
-      const picture = this.add(Charts.linePicture({ label: `Variants in ${group || 'these files'}`,
+      const picture = Charts.linePicture({ label: `Variants in ${group || 'these files'}`,
         height: () => 80 + 24 * shown.length, onPick: ({ data }) => this.pin(this.points[data?.place]),
         describe: () => ({ x: { name: `${this.metric.name} lost against dense` }, y: { names: shown.map(nameOf) },
           marks: [{ xAxis: 0 }, { xAxis: this.goal }], tell: (data) => this.tell(data),
           lines: [{ name: 'settings', hidden: true, scatter: true, points: shown.map((point, row) =>
             ({ ...this.item(point, point.lost), y: row, name: nameOf(point), colour: Charts.colourOf(point.method) })),
-          }] }) }));
+          }] }) });
       return Shell.element('div', { class: 'panel' }, Shell.element('h3', {}, group || 'Variants'), picture.box);
     });
     return boxes.length ? [Shell.element('p', { class: 'caption' },
@@ -205,7 +199,7 @@ class Task {
       : [...this.pins, point].slice(-2);
     Shell.state.set({ pins: this.pins.map((each) => this.places.get(each)).join(',') || 'none' });
     this.fill();
-    this.pictures.forEach((picture) => picture.draw());
+    Shell.redraw();
   }
 
   fill() {
@@ -254,9 +248,5 @@ class Task {
       element('h4', {}, `Seed ${run.seed}: ${this.metric.name} ${this.form(run.value)}`),
       element('dl', { class: 'run-facts' }, ...Object.entries(facts).flatMap(([key, name]) => [element('dt', {}, name),
         element('dd', {}, text(run[key]))]))]));
-  }
-
-  remove() {
-    this.pictures.forEach((picture) => picture.remove());
   }
 }

@@ -171,7 +171,8 @@ const Shell = (() => {
      each as { seriesIndex, dataIndex }, where -1 is none. */
   class Picture {
     constructor({ label, caption, options, rows, height, onPick = null, chosen = () => [] }) {
-      Object.assign(this, { options, rows, height, onPick, chosen, item: null, width: 0, isNear: false, isStale: true });
+      Object.assign(this, { options, rows, height, onPick, chosen });
+      Object.assign(this, { item: null, width: 0, isNear: false, isStale: true });
       this.plot = element('div', { class: 'plot', role: 'application', tabindex: '0', 'aria-label': label,
         'aria-roledescription': 'chart' });
       this.told = element('p', { class: 'unseen', 'aria-live': 'polite' });
@@ -310,8 +311,7 @@ const Shell = (() => {
   const theme = document.getElementById('theme');
   function showTheme() {
     theme.value = state.get('theme', '');
-    if (theme.value) document.documentElement.dataset.theme = theme.value;
-    else delete document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = theme.value;
   }
   showTheme();
   theme.addEventListener('change', () => {
@@ -326,8 +326,9 @@ const Shell = (() => {
     picture.draw();
   }));
 
-  const clearPictures = () => pictures.forEach((picture) => picture.remove());
+  /* Lets go of the pictures that the page does not hold any more. */
+  const clearPictures = () => pictures.forEach((picture) => picture.plot.isConnected || picture.remove());
 
-  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, lineAway, rove, captionOf, colour, ramp,
-    count, percent, table, scrollBox, Picture, axis, tooltip, clearPictures };
+  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, lineAway, rove, captionOf, colour,
+    ramp, count, percent, table, scrollBox, Picture, axis, tooltip, redraw, clearPictures };
 })();

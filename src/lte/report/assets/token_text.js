@@ -9,7 +9,7 @@ const points = (share) => `${(100 * share).toFixed(1)} points`;
 const COLOURINGS = {
   share: { name: () => 'FFN neurons used', words: (value) => Shell.percent(value),
     values: (run, { step }) => run.shares(run.length && step), centre: (run) => run.known.mean,
-    sorted: (run) => run.known.sorted, mean: 'the model’s mean on its reference text' },
+    sorted: (run) => run.known.shares, mean: 'the model’s mean on its reference text' },
   difference: { name: () => 'difference, B less A',
     words: (value) => `${value > 0 ? '+' : '−'}${points(Math.abs(value))}`, centre: () => 0, mean: 'no difference',
     values: (run, state) => {
