@@ -134,7 +134,7 @@ class Inspector:
             raise ValueError("model must write token by token to continue a text, got an encoder; choose Inspect")
         ids = torch.tensor([encode_text(self.tokenizer, text.text, self.max_tokens).ids]).to(model_device(self.model))
         ffns = list(require_sparse_ffns(self.model).values())
-        ends, cache, words = {*_as_list(self.model.generation_config.eos_token_id)}, None, None
+        ends, cache, words = self.model.generation_config.eos_token_id, None, None
         with recorded_logits(ffns), hard_inference(self.model):
             for _ in range(min(count, self.max_tokens - ids.shape[1]) + 1):
                 output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -142,7 +142,7 @@ class Inspector:
                     on = [(_logits(ffn) > ffn.threshold_logit).float().mean().item() for ffn in ffns]
                     yield {"id": int(ids), "entry": words, "share": sum(on) / len(on)}
                 cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
-                if int(ids) in ends:
+                if int(ids) in np.ravel(ends):
                     return
                 words = readable_entries(self.tokenizer, [int(ids)])[0]
 
@@ -156,10 +156,6 @@ def _logits(ffn: SparseFfn) -> torch.Tensor:
     """Those of the one token that was read last."""
     assert ffn.logits is not None
     return ffn.logits
-
-
-def _as_list(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _longest_text(model: Any) -> int | None:

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lte.eval.sparsity import Measurement
 from lte.report.bench import setting_words
-from lte.report.figures import GREY, logarithmic_values, new_figure, plain_axes
+from lte.report.figures import GREY, logarithmic_values, new_figure
 from lte.report.palette import RAMP, colour_names, light
 
 
@@ -33,7 +33,7 @@ def router_health_figure(measurement: Measurement) -> Figure:
     image = right.imshow(measurement.score_histogram, extent=(0, 1, layers - 0.5, -0.5), **look)
     right.axvline(measurement.threshold, color="white", linewidth=1.6, linestyle="--")
     right.set_xlabel(f"router score (active above tau = {measurement.threshold:g}, dashed)")
-    right.set_title("Router scores", fontsize=11)
+    right.set_title("Router scores")
     right.tick_params(labelleft=False)
     bar = figure.colorbar(image, ax=right, label="share of the layer's scores")
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
@@ -61,10 +61,9 @@ def _draw_active_fractions(axis: Axes, measurement: Measurement) -> None:
         label = f"{text}: {sum(counts)} of {sum(experts)} experts"
         axis.plot(x, y, marker, color=colour, markersize=5, markeredgewidth=0, label=label)
     axis.set(xlim=(0, 1.02), xlabel="share of the layer's experts", ylabel="layer")
-    axis.set_title("Experts in use", fontsize=11)
+    axis.set_title("Experts in use")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    plain_axes(axis)
 
 
 def training_curves_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
@@ -149,7 +148,6 @@ def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]
         marker = "o" if len(points) < 15 else ""
         axis.plot(x, y, dash, color=colour, marker=marker, markersize=3, linewidth=1.6, label=text)
     axis.set(xlabel="optimiser step", ylabel=label)
-    plain_axes(axis)
     if "active_fraction" in curves:
         axis.set_ylim(-0.02, 1.02)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -194,7 +192,7 @@ def latency_figure(rows: Sequence[Row]) -> Figure:
     figure, axes = _panel_figure(len(groups) + bool(prefill), 5, 4.2)
     for axis, ((benchmark, batch), found) in zip(axes, groups.items(), strict=False):
         _draw_sparsities(axis, found)
-        axis.set_title(f"{_TITLES[benchmark]}, batch {batch}", fontsize=11)
+        axis.set_title(f"{_TITLES[benchmark]}, batch {batch}")
     if prefill:
         _draw_lengths(axes[-1], prefill)
     first = rows[0]
@@ -222,7 +220,6 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
         axis.set_ylim(0, 1.1 * slowest)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    plain_axes(axis)
 
 
 def _lines(rows: Iterable[Row], name: str, x: str) -> dict[str, list[Row]]:
@@ -254,6 +251,5 @@ def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set(xlabel="tokens", ylabel="latency over the fastest dense")
     axis.set_ylim(0, 1.2 * max(1.0, *(row["ratio_to_dense"] or 0.0 for row in ours)))
-    axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}", fontsize=11)
+    axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}")
     axis.legend(fontsize=7)
-    plain_axes(axis)

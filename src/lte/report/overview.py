@@ -131,11 +131,9 @@ def _cell(tradeoff: Tradeoff, points: Sequence[Point], share: float, limit: floa
 
 def _first_share(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> float:
     """Half of the bytes, or more where LTE, or without it no method, was measured with that few."""
-    for method in methods[:1] or ():
-        for place, share in enumerate(SHARES):
-            if share >= HALF and any(row["cells"].get(method, [None] * len(SHARES))[place] for row in rows):
-                return share
-    return HALF
+    cells = [row["cells"][methods[0]] for row in rows if methods[0] in row["cells"]]
+    known = [share for place, share in enumerate(SHARES) if share >= HALF and any(row[place] for row in cells)]
+    return min(known, default=HALF)
 
 
 def main_result(rows: Sequence[dict[str, Any]], share: float) -> str:

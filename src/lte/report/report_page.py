@@ -95,6 +95,7 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
     metric, points = tradeoff.metric, tradeoff.points()
     main = set(main_curves(tradeoff).values())
     fronts = {axis: pareto_front(tradeoff, quantity, axis == "sparsity") for axis, quantity in AXES.items()}
+    rows = csv_rows(tradeoff)
     place = {id(point): index for index, point in enumerate(points)}
     return {
         "title": f"{tradeoff.title}, {metric.name}",
@@ -108,7 +109,7 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
         "sentences": [part for part in parts if isinstance(part, str)],
         "results": _table(results_table(tradeoff)),
         "tables": [_table(table) for table in tables if table.title != tradeoff.title],
-        "csv": csv_rows(tradeoff),
+        "csv": [[*rows[0]], *([*row.values()] for row in rows)] if rows else [],
     }
 
 

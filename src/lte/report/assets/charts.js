@@ -13,8 +13,6 @@ const Charts = (() => {
   const DASHES = ['solid', 'dashed', 'dotted', [9, 3, 2, 3]];
   const symbol = (place) => SYMBOLS[place % SYMBOLS.length];
   const dash = (place) => DASHES[place % DASHES.length];
-  /* What is no method, a setting say: by its place among `count`, in the stronger half of the ramp. */
-  const shade = (place, count) => Shell.ramp()[4 + Math.round((5 * place) / Math.max(count - 1, 1))];
   /* A method's or an implementation's colour. */
   const colourOf = (name) => Shell.colour(Shell.data.colours[name] ?? 'quiet');
 
@@ -32,13 +30,6 @@ const Charts = (() => {
       nameTextStyle: { align: isX ? 'center' : 'left' },
       axisLabel: { formatter: (value) => label(value), hideOverlap: true },
       splitLine: { show: !isX, lineStyle: { color: Shell.colour('line'), opacity: 0.5 } } });
-  }
-
-  /* The base of a logarithmic axis, where values are too far apart for a linear one. */
-  function logBase(values, ratio = 50) {
-    const found = values.filter((value) => value > 0);
-    const far = Math.max(...found) / Math.min(...found);
-    return found.length && far > ratio ? (far > 300 ? 10 : 2) : undefined;
   }
 
   const inside = ({ min = -Infinity, max = Infinity }, value) => value >= min && value <= max;
@@ -136,5 +127,5 @@ const Charts = (() => {
       }, ...others });
   }
 
-  return { isNumber, short, clip, share, symbol, dash, shade, colourOf, logBase, linePicture };
+  return { isNumber, short, clip, share, symbol, dash, colourOf, linePicture };
 })();

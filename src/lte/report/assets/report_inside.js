@@ -104,7 +104,9 @@ function describeLatency({ rows }) {
   const [factor, unit] = Math.max(...times) < 1 ? [1000, 'µs'] : [1, 'ms'];
   const groups = [...Map.groupBy(timed, ({ provider }) => provider)];
   const alone = bytesAlone(rows, factor);
-  const base = Charts.logBase(times, 8);
+  /* Where times are too far apart for a linear axis. */
+  const far = Math.max(...times) / Math.min(...times);
+  const base = far > 300 ? 10 : far > 8 ? 2 : undefined;
   return {
     x: { ...PERCENT, name: 'FFN sparsity' },
     y: { name: `median time in ${unit}`, log: base, min: base ? undefined : 0 },
@@ -129,8 +131,8 @@ function describeBatches(lines, y, marks = []) {
   return { x: { name: 'batch: texts decoded together', log: Math.min(...all) < Math.max(...all) ? 2 : undefined,
     min: Math.min(...all), label: String }, y, marks,
     tell: ({ line, x, y: value }) => `${line}\nbatch ${x}: ${y.share ? Charts.share(value) : Charts.short(value)}`,
-    lines: lines.map(([name, points, dash], place) => ({ name, points, dash, colour: Charts.shade(place, lines.length),
-      symbol: Charts.symbol(place) })) };
+    lines: lines.map(([name, points, dash], place) => ({ name, points, dash, symbol: Charts.symbol(place),
+      colour: Shell.ramp()[4 + Math.round((5 * place) / Math.max(lines.length - 1, 1))] })) };
 }
 
 /* What was timed: whole steps before single FFNs, then the most sparsities. */

@@ -2,11 +2,13 @@
 /* One task: quality lost against a cost, what is pinned beside it, and variants in pictures of their own. */
 
 const COSTS = {
-  bytes: { text: 'Bytes read', name: 'share of the dense model’s bytes that is read', share: true, inverse: true },
-  flops: { text: 'FLOPs', name: 'share of the dense model’s FLOPs', share: true, inverse: true },
-  sparsity: { text: 'FFN sparsity', name: 'share of FFN neurons that is skipped', share: true },
-  time: { text: 'Measured time', name: 'decoding time over that of the dense model beside it', share: true,
+  bytes: { text: 'Bytes read', fact: 'bytes read, of dense', name: 'share of the dense model’s bytes that is read',
+    share: true, inverse: true },
+  flops: { text: 'FLOPs', fact: 'FLOPs, of dense', name: 'share of the dense model’s FLOPs', share: true,
     inverse: true },
+  sparsity: { text: 'FFN sparsity', fact: 'FFN sparsity', name: 'share of FFN neurons that is skipped', share: true },
+  time: { text: 'Measured time', fact: 'measured time, of dense', share: true, inverse: true,
+    name: 'decoding time over that of the dense model beside it' },
 };
 /* How far up the picture goes, in goals. */
 const RANGES = [['around the goal', 3], ['wider', 12], ['everything', Infinity]];
@@ -23,7 +25,6 @@ class Task {
   constructor(comparison, pins) {
     Object.assign(this, comparison);
     const { element } = Shell;
-    this.places = new Map(this.points.map((point, place) => [point, place]));
     const kept = Shell.state.get('pins')?.split(',') ?? pins;
     this.pins = kept.map((place) => this.points[Number(place || NaN)]).filter(Boolean);
     this.known = this.points.filter((point) => point.is_main && point.lost !== null);
@@ -81,7 +82,7 @@ class Task {
   /* A point as pictures have it. */
   item(point, x) {
     const { sd } = point.value;
-    return { place: this.places.get(point), title: titleOf(point), x, y: point.lost, pinned: this.pins.includes(point),
+    return { place: this.points.indexOf(point), title: titleOf(point), x, y: point.lost, pinned: this.pins.includes(point),
       low: point.lost - (sd ?? 0), high: point.lost + (sd ?? 0) };
   }
 
@@ -197,24 +198,23 @@ class Task {
     if (!point) return;
     this.pins = this.pins.includes(point) ? this.pins.filter((each) => each !== point)
       : [...this.pins, point].slice(-2);
-    Shell.state.set({ pins: this.pins.map((each) => this.places.get(each)).join(',') || 'none' });
+    Shell.state.set({ pins: this.pins.map((each) => this.points.indexOf(each)).join(',') || 'none' });
     this.fill();
     Shell.redraw();
   }
 
   fill() {
     const { element } = Shell;
-    const facts = ['quality lost', this.metric.name, ...Object.values(COSTS)
-      .map(({ text }) => `${text}, of dense`.replace('sparsity, of dense', 'sparsity')), 'target', 'seeds'];
-    const values = (point) => [`${this.form(point.lost)}${spread(point, this.form)}`, this.form(point.value.mean),
-      ...Object.keys(COSTS).map((key) => Charts.share(point.costs[key])), Charts.share(point.target), point.value.n];
-    const told = this.pins.map(values);
+    const facts = [['quality lost', (point) => `${this.form(point.lost)}${spread(point, this.form)}`],
+      [this.metric.name, (point) => this.form(point.value.mean)],
+      ...Object.entries(COSTS).map(([key, { fact }]) => [fact, (point) => Charts.share(point.costs[key])]),
+      ['target', (point) => Charts.share(point.target)], ['seeds', (point) => point.value.n]];
     const heads = this.pins.map((point, place) => element('div', { class: 'pin' },
       element('strong', {}, `${place ? 'B' : 'A'}: ${titleOf(point)}`), Shell.button('Unpin', () => {
         this.pin(point);
         this.panel.focus();
       }, `Unpin ${titleOf(point)}`)));
-    const rows = facts.map((name, row) => [name, ...told.map((each) => each[row])])
+    const rows = facts.map(([name, value]) => [name, ...this.pins.map(value)])
       .filter(([, ...found]) => found.some((value) => value !== '-'));
     this.panel.replaceChildren(element('h3', {}, this.pins.length === 2 ? 'Two points compared' : 'The pinned point'),
       ...(this.pins.length ? [...heads, Shell.table('', [{ words: 'fact' },

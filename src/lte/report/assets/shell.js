@@ -137,27 +137,19 @@ const Shell = (() => {
   const count = (value) => whole.format(value);
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
 
-  /* A table's caption, which stays in sight while the table scrolls sideways. */
-  function captionOf(title, attributes = {}) {
-    return element('caption', attributes, element('span', {}, title));
-  }
-
-  /* A table; a cell is text, or { words } for text that is not a number, or { mark: [before, marked, after] }. */
+  /* A table; a cell is a text, an element, or words, which are no number: { words } with a text or a list of children;
+     a heading is one of these, too. The cells of the first column head their rows. */
   function table(title, headings, rows) {
-    const head = headings.map((name) => element('th', { scope: 'col', class: name.words !== undefined && 'words' },
-      name.words ?? name));
-    const body = rows.map((row) => element('tr', {}, ...row.map((value, index) => cell(value, index === 0))));
-    return element('table', {}, captionOf(title), element('thead', {}, element('tr', {}, ...head)),
-      element('tbody', {}, ...body));
-  }
-
-  function cell(value, first) {
-    if (value !== null && typeof value === 'object') {
-      const [before, marked, after] = value.mark ?? [value.words, '', ''];
-      return element('td', { class: 'words', dir: 'auto' }, before, ...(marked ? [element('mark', {}, marked)] : []),
-        after);
-    }
-    return first ? element('th', { scope: 'row' }, String(value)) : element('td', {}, String(value));
+    const cell = (value, name, scope = null) => {
+      const isWords = value?.words !== undefined;
+      return element(name, { scope, class: isWords && 'words', dir: isWords && 'auto' },
+        ...[isWords ? value.words : value].flat());
+    };
+    const head = headings.map((value) => cell(value, 'th', 'col'));
+    const body = rows.map(([first, ...others]) => element('tr', {}, cell(first, 'th', 'row'),
+      ...others.map((value) => cell(value, 'td'))));
+    return element('table', {}, element('caption', {}, element('span', {}, title)),
+      element('thead', {}, element('tr', {}, ...head)), element('tbody', {}, ...body));
   }
 
   /* A box that scrolls by itself and that the keyboard reaches. */
@@ -329,6 +321,6 @@ const Shell = (() => {
   /* Lets go of the pictures that the page does not hold any more. */
   const clearPictures = () => pictures.forEach((picture) => picture.plot.isConnected || picture.remove());
 
-  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, lineAway, rove, captionOf, colour,
+  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, lineAway, rove, colour,
     ramp, count, percent, table, scrollBox, Picture, axis, tooltip, redraw, clearPictures };
 })();
