@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,16 +25,18 @@ from lte.report.points import OURS, Point, Statistic, Tradeoff
 
 GREY = light("quiet")
 DPI = 150
-_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 11}
-_STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6}
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:
-    """A figure of that many inches and its axes in the style of all, `options` as for `Figure.subplots`."""
+    """A figure of that many inches and its plain axes with a faint grid, `options` as for `Figure.subplots`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    with rc_context(_STYLE):
-        return figure, figure.subplots(rows, columns, **options)
+    axes = figure.subplots(rows, columns, **options)
+    for axis in np.ravel(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -127,7 +129,7 @@ def _draw_curve(
 
 def _name_axes(axis: Axes, tradeoff: Tradeoff, compared: bool, top: float) -> None:
     name = tradeoff.metric.name
-    axis.set_title("\n".join(textwrap.wrap(tradeoff.title, 90)))
+    axis.set_title("\n".join(textwrap.wrap(tradeoff.title, 90)), fontsize=11)
     axis.set_ylabel(f"{name} lost against dense, lower is better" if compared else name)
     axis.set_xlabel("share of the dense model's bytes that is read" if compared else "FFN sparsity")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

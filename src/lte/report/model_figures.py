@@ -33,7 +33,8 @@ def router_health_figure(measurement: Measurement) -> Figure:
     image = right.imshow(measurement.score_histogram, extent=(0, 1, layers - 0.5, -0.5), **look)
     right.axvline(measurement.threshold, color="white", linewidth=1.6, linestyle="--")
     right.set_xlabel(f"router score (active above tau = {measurement.threshold:g}, dashed)")
-    right.set_title("Router scores")
+    right.grid(visible=False)
+    right.set_title("Router scores", fontsize=11)
     right.tick_params(labelleft=False)
     bar = figure.colorbar(image, ax=right, label="share of the layer's scores")
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
@@ -61,7 +62,7 @@ def _draw_active_fractions(axis: Axes, measurement: Measurement) -> None:
         label = f"{text}: {sum(counts)} of {sum(experts)} experts"
         axis.plot(x, y, marker, color=colour, markersize=5, markeredgewidth=0, label=label)
     axis.set(xlim=(0, 1.02), xlabel="share of the layer's experts", ylabel="layer")
-    axis.set_title("Experts in use")
+    axis.set_title("Experts in use", fontsize=11)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
 
@@ -192,7 +193,7 @@ def latency_figure(rows: Sequence[Row]) -> Figure:
     figure, axes = _panel_figure(len(groups) + bool(prefill), 5, 4.2)
     for axis, ((benchmark, batch), found) in zip(axes, groups.items(), strict=False):
         _draw_sparsities(axis, found)
-        axis.set_title(f"{_TITLES[benchmark]}, batch {batch}")
+        axis.set_title(f"{_TITLES[benchmark]}, batch {batch}", fontsize=11)
     if prefill:
         _draw_lengths(axes[-1], prefill)
     first = rows[0]
@@ -251,5 +252,5 @@ def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set(xlabel="tokens", ylabel="latency over the fastest dense")
     axis.set_ylim(0, 1.2 * max(1.0, *(row["ratio_to_dense"] or 0.0 for row in ours)))
-    axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}")
+    axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}", fontsize=11)
     axis.legend(fontsize=7)
