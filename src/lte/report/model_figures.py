@@ -88,22 +88,18 @@ def training_curves_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     offset = max((entry["step"] for entry in log_history if entry.get("stage", 1) == 1), default=0)
     steps = [entry["step"] + (offset if entry.get("stage", 1) == 2 else 0) for entry in entries]
 
-    def points(name: str) -> list[tuple[int, float]]:
-        pairs = zip(steps, entries, strict=True)
-        return [(step, entry[name]) for step, entry in pairs if entry.get(name) is not None]
+    def curve(name: str) -> list[tuple[int, float]]:
+        if name == "target":
+            return [(step, 1 - share) for step, share in curve("target_sparsity")] if curve("active_fraction") else []
+        return [(step, entry[name]) for step, entry in zip(steps, entries, strict=True) if entry.get(name) is not None]
 
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for label, names in _PANELS.items():
-        drawn = {
-            name: points(name) for name in names if name == "task_loss" or any(entry.get(name) for entry in entries)
-        }
-        if "active_fraction" in drawn:
-            drawn["target"] = [(step, 1 - share) for step, share in points("target_sparsity")]
-        panels |= {label: drawn} if drawn else {}
+    curves = {name: curve(name) for names in _PANELS.values() for name in names}
+    known = {name for name, points in curves.items() if name == "task_loss" or any(y for _, y in points)}
+    panels = {label: known & set(names) for label, names in _PANELS.items() if known & set(names)}
     figure, axes = _panel_figure(len(panels), 4, 3)
     has_both_stages = {entry.get("stage", 1) for entry in entries} == {1, 2}
-    for axis, (label, drawn) in zip(axes, panels.items(), strict=True):
-        _draw_panel(axis, label, drawn)
+    for axis, (label, names) in zip(axes, panels.items(), strict=True):
+        _draw_panel(axis, label, {name: curves[name] for name in _PANELS[label] if name in names})
         if has_both_stages:
             _mark_stages(axis, offset, max(steps))
     return figure
@@ -120,34 +116,27 @@ def _panel_figure(count: int, width: float, height: float) -> tuple[Figure, list
     return figure, axes[:count]
 
 
-# Label of the axis and curves of each panel.
+# By the label of its axis the curves of each panel, with label, colour, and dash.
 _PANELS = {
-    "task loss (nats per token)": ("task_loss",),
-    "KL from the teacher (nats per token)": ("distillation_loss",),
-    "share of experts, or of scores": ("active_fraction", "near_threshold"),
-    "efficiency loss (Eq. 5)": ("efficiency_loss",),
-    "separability loss (Eq. 6)": ("separability_loss",),
-    "eta, weight of the efficiency loss": ("eta",),
-}
-# Label, colour, and dash of each curve.
-_CURVES: dict[str, tuple[str, str, str]] = {
-    "task_loss": ("next token", light("lte"), "-"),
-    "distillation_loss": ("KL from the teacher", light("second"), "-"),
-    "active_fraction": ("active experts", light("on"), "-"),
-    "target": ("target", light("ink"), "--"),
-    "near_threshold": ("scores within 0.1 of tau", light("less"), ":"),
-    "efficiency_loss": ("efficiency", light("on"), "-"),
-    "separability_loss": ("separability", light("less"), "-"),
-    "eta": ("eta", light("second"), "-"),
+    "task loss (nats per token)": {"task_loss": ("next token", "lte", "-")},
+    "KL from the teacher (nats per token)": {"distillation_loss": ("KL from the teacher", "second", "-")},
+    "share of experts, or of scores": {
+        "active_fraction": ("active experts", "on", "-"),
+        "target": ("target", "ink", "--"),
+        "near_threshold": ("scores within 0.1 of tau", "less", ":"),
+    },
+    "efficiency loss (Eq. 5)": {"efficiency_loss": ("efficiency", "on", "-")},
+    "separability loss (Eq. 6)": {"separability_loss": ("separability", "less", "-")},
+    "eta, weight of the efficiency loss": {"eta": ("eta", "second", "-")},
 }
 
 
 def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]]]) -> None:
     for name, points in curves.items():
-        text, colour, dash = _CURVES[name]
+        text, colour, dash = _PANELS[label][name]
         x, y = zip(*points, strict=True)
         marker = "o" if len(points) < 15 else ""
-        axis.plot(x, y, dash, color=colour, marker=marker, markersize=3, linewidth=1.6, label=text)
+        axis.plot(x, y, dash, color=light(colour), marker=marker, markersize=3, linewidth=1.6, label=text)
     axis.set(xlabel="optimiser step", ylabel=label)
     if "active_fraction" in curves:
         axis.set_ylim(-0.02, 1.02)

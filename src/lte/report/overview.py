@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,9 +111,7 @@ def overview(tradeoffs: Sequence[Tradeoff], limit: float | None = None) -> dict[
                 | {"cells": cells}
             )
     rows.sort(key=lambda row: (-len(row["cells"]), row["name"]))
-    count: dict[str, int] = defaultdict(int)
-    for method in (method for row in rows for method in row["cells"]):
-        count[method] += 1
+    count = Counter(method for row in rows for method in row["cells"])
     methods = sorted(count, key=lambda method: (method != OURS, -count[method], method))
     share = _first_share(rows, methods)
     return {"methods": methods, "rows": rows, "shares": SHARES, "share": share, "sentence": main_result(rows, share)}
@@ -180,7 +178,11 @@ def _of_others(ours: Cells, others: dict[str, Cells], is_one: bool) -> str:
 
     def rank(method: str) -> tuple[int, float, float]:
         cells = others[method].values()
-        return _count(others[method]), -len(cells), -sum(cell["lost"] / (cell["goal"] or 1.0) for cell in cells)
+        return (
+            sum(cell["met"] for cell in cells),
+            -len(cells),
+            -sum(cell["lost"] / (cell["goal"] or 1.0) for cell in cells),
+        )
 
     best = max(others, key=rank)
     name = best.replace("_", " ")
@@ -197,9 +199,5 @@ def _of_others(ours: Cells, others: dict[str, Cells], is_one: bool) -> str:
     return f", and on {least} no other method loses less; {within}."
 
 
-def _count(cells: Cells) -> int:
-    return sum(cell["met"] for cell in cells.values())
-
-
 def _met(cells: Cells) -> str:
-    return f"{_count(cells)} of {len(cells)}"
+    return f"{sum(cell['met'] for cell in cells.values())} of {len(cells)}"

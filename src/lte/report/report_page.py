@@ -55,12 +55,9 @@ def write_html_report(
 def report_data(
     tradeoffs: Sequence[Tradeoff], benches: Sequence[Bench] = (), limit: float | None = None
 ) -> dict[str, Any]:
-    """The data of the page; a number that is not known, or not finite, is `None`, and no path is absolute.
+    """The data of the page that `write_html_report` writes.
 
-    Args:
-        tradeoffs: from `find_tradeoffs`; may be empty.
-        benches: files of `lte bench`.
-        limit: the loss of quality that is the goal; `None` takes the metric's own.
+    A number that is not known, or not finite, is `None`, and no path is absolute.
     """
     measured = [bench_data(bench) for bench in benches]
     methods = [point.method for tradeoff in tradeoffs for point in tradeoff.points()]

@@ -84,9 +84,7 @@
     return { box, show: () => { paint(); showStep(); texts.forEach((text) => text.select()); } };
   }
 
-  /* Pictures under a heading, where there are two with one for each run. */
-  function pictureSection(state, title, ...pictures) {
-    const boxes = pictures.flatMap(({ box }, run) => [...(pictures.length > 1 ? headingOf(state, run) : []), box]);
+  function pictureSection(title, ...boxes) {
     return element('section', { class: 'panel' }, element('h2', { class: 'first' }, title), ...boxes);
   }
 
@@ -100,19 +98,18 @@
     const text = textSection(state);
     const panel = new TokenPanel(state);
     const atlas = new Atlas(state);
-    const each = (picture) => routings.map((_, run) => picture(state, run));
+    const each = (picture) => routings.flatMap((_, run) => [...headingOf(state, run), picture(state, run).box]);
     const predicted = routings.every(({ next }) => next) && routings.some(({ length }) => length > 2);
     const sections = [
       state.partners[0].some((partner) => partner >= 0)
-        && pictureSection(state, 'The difference', differenceBars(state)),
-      pictureSection(state, 'The whole text, layer by layer', ...each(layerMap)),
-      predicted && element('section', { class: 'panel' },
-        element('h2', { class: 'first' }, 'Does it spend more where it is less sure?'),
+        && pictureSection('The difference', differenceBars(state).box),
+      pictureSection('The whole text, layer by layer', ...each(layerMap)),
+      predicted && pictureSection('Does it spend more where it is less sure?',
         element('div', { class: 'columns two' }, whyScatter(state, 'surprise', 'surprise of the token, bits',
           'to the right the surprising ones').box, whyScatter(state, 'entropy', 'entropy of what comes next, bits',
           'to the right those after which the model finds much open').box)),
       atlas.box,
-      pictureSection(state, 'What other thresholds would cost', ...each(whatIfCurve)),
+      pictureSection('What other thresholds would cost', ...each(whatIfCurve)),
     ].filter(Boolean);
     const notes = routings.flatMap((routing, index) =>
       routing.notes.map((note) => element('p', { class: 'note' }, `${nameOf(state, index)}${note}`)));

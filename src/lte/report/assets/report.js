@@ -29,21 +29,20 @@
 
   function cellOf(row, method, place) {
     const cell = row.cells[method]?.[place];
-    if (cell === undefined) return element('td', {});
-    if (cell === null) return element('td', { class: 'none', title: 'not measured with that few bytes' }, '–');
+    if (cell === undefined) return '';
+    if (cell === null) return element('span', { class: 'none', title: 'not measured with that few bytes' }, '–');
     const { lost, sd, seeds, met } = cell;
     const spread = sd === null ? '' : ` ± ${Charts.short(sd)}`;
     const words = `${row.name}, ${methodName(method)}: loses ${Charts.short(lost)}${spread} ${row.metric}, ` +
       `goal of ${row.goal} ${met ? 'met' : 'missed'}, ${seeds} ${seeds === 1 ? 'seed' : 'seeds'}`;
     const best = Object.values(row.cells).every((each) => !each[place] || each[place].lost >= lost);
     const changes = { task: row.name, pins: pinsOf(row, method, place).join() };
-    const link = element('a', { href: state.href(changes), title: words }, `${met ? '✓' : '✗'} ${lossText(lost)}`,
+    const link = element('a', { href: state.href(changes), title: words, class: best && 'best' }, `${met ? '✓' : '✗'} ${lossText(lost)}`,
       element('small', {}, ` ×${seeds}`));
     /* What was chosen since stays. */
     link.addEventListener('click', () => { link.href = state.href(changes); });
-    const made = element('td', { class: best && 'best' }, link);
-    paint(made, cell, row.goal);
-    return made;
+    paint(link, cell, row.goal);
+    return link;
   }
 
   function heatMap(place) {
@@ -51,15 +50,13 @@
     const count = (method) => rowsShown.filter((row) => row.cells[method]?.[place]).length;
     const methods = overview.methods.filter(count).sort((a, b) => (b === 'lte') - (a === 'lte') || count(b) - count(a));
     const none = overview.methods.filter((method) => !count(method));
-    const head = methods.map((method) => element('th', { scope: 'col' }, Shell.dot(data.colours[method]),
-      methodName(method)));
-    const rows = rowsShown.map((row) => element('tr', {}, element('th', { scope: 'row' },
-      element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` },
-      ...Shell.breakable(row.name))),
-      ...methods.map((method) => cellOf(row, method, place))));
-    const table = element('table', { class: 'heat' }, element('thead', {},
-      element('tr', {}, element('th', { scope: 'col' }, 'task'), ...head)), element('tbody', {}, ...rows));
-    table.setAttribute('aria-label', 'Quality lost by task and method');
+    const name = (row) => element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` },
+      ...Shell.breakable(row.name));
+    const table = Shell.table('Quality lost by task and method',
+      ['task', ...methods.map((method) => [Shell.dot(data.colours[method]), methodName(method)])],
+      rowsShown.map((row) => [name(row), ...methods.map((method) => cellOf(row, method, place))]));
+    table.className = 'heat';
+    table.caption.className = 'unseen';
     Shell.rove(table, 'a');
     const goals = [...new Set(overview.rows.map(({ goal, metric }) => `${goal} ${metric}`))];
     const rest = none.map((method) => Charts.clip(methodName(method), 30));

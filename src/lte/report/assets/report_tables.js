@@ -39,7 +39,7 @@ class SortableTable {
     if (onChoose) this.rowElements.forEach((row, place) => row.addEventListener('click', () => onChoose(place)));
     this.state = element('span', { role: 'status' });
     this.fallback = element('div', {});
-    this.box = element('div', {}, element('div', { class: 'table-tools' },
+    this.box = element('div', {}, element('div', { class: 'controls' },
       button('Copy as CSV', () => this.copy()), this.state), this.fallback, Shell.scrollBox(title, table));
     Shell.rove(table, 'button');
   }

@@ -61,10 +61,11 @@ class TokenList {
     return this.texts[index] ? visible(this.texts[index]) : `‹${visible(this.entries[index])}›`;
   }
 
-  /* The token between those around it: what stands before, the token, what comes after. */
+  /* The token, marked, between those around it. */
   context(index, reach = 6) {
     const join = (from, to) => this.texts.slice(Math.max(from, 0), to).map(visible).join('');
-    return [join(index - reach, index), this.label(index), join(index + 1, index + 1 + reach)];
+    return [join(index - reach, index), Shell.element('mark', {}, this.label(index)),
+      join(index + 1, index + 1 + reach)];
   }
 }
 

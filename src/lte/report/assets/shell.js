@@ -48,15 +48,12 @@ const Shell = (() => {
     onChange: (listener) => addEventListener('hashchange', listener),
   };
 
-  /* Links within the page move there and leave the address alone. */
-  document.addEventListener('click', (event) => {
-    const goal = document.getElementById(event.target.closest?.('a[href^="#"]')?.getAttribute('href').slice(1) ?? '');
-    if (goal) {
-      event.preventDefault();
-      goal.tabIndex = -1;
-      goal.focus();
-      goal.scrollIntoView();
-    }
+  /* The link to the content moves there and leaves the address alone. */
+  document.querySelector('.skip').addEventListener('click', (event) => {
+    event.preventDefault();
+    const main = document.getElementById('main');
+    main.tabIndex = -1;
+    main.focus();
   });
 
   /* What Python's pack_base64 packed; browsers from before 2025 lack the first. */
@@ -171,7 +168,7 @@ const Shell = (() => {
       this.tableBox = scrollBox(`${label}, as a table`);
       const saves = ['PNG', 'SVG'].map((kind) => button(`Save as ${kind}`, () => this.save(kind)));
       this.details = element('details', {}, element('summary', {}, 'Show as table'),
-        element('div', { class: 'save' }, ...saves), this.tableBox);
+        element('div', { class: 'controls' }, ...saves), this.tableBox);
       this.box = element('div', {}, this.plot, this.told, element('p', { class: 'caption' }, caption), this.details);
       this.details.addEventListener('toggle', () => this.fillTable());
       this.plot.addEventListener('keydown', (event) => this.walk(event));

@@ -178,12 +178,8 @@ class TokenPanel {
       return box;
     };
     const mark = known.mark(layer, expert);
-    const contextOf = (position) => {
-      const [before, token, after] = known.list.context(position);
-      return [before, element('mark', {}, token), after];
-    };
     const rows = known.strongest(layer, expert).map(({ position, score, switchedOn, occurrences }) =>
-      [known.list.label(position), { words: contextOf(position) }, score.toFixed(3),
+      [known.list.label(position), { words: known.list.context(position) }, score.toFixed(3),
         `${Shell.count(switchedOn)} of ${Shell.count(occurrences)}`]);
     this.chosen.replaceChildren(element('h3', {}, `Expert ${expert} of layer ${layer}${mark && `, ${mark}`}`),
       element('div', { class: 'controls' }, pick('layer', routing.layers), pick('expert', routing.experts)),
