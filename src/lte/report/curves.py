@@ -108,35 +108,34 @@ def told_apart(
         Names by key, in the order of its records.
     """
     names = {key: [curve(record) for record in found] for key, found in groups.items()}
-    together: dict[tuple[str, str, str], list[tuple[str, Key, int]]] = defaultdict(list)
+    together: dict[tuple[str, str, str], list[tuple[ResultRecord, Key, int]]] = defaultdict(list)
     for key, records in groups.items():
         task, _, model, *_ = key
         for index, record in enumerate(records):
-            together[task, model, names[key][index]].append((record.source, key, index))
+            together[task, model, names[key][index]].append((record, key, index))
     for (_, _, name), found in together.items():
         # Of fields that differ alike the first is taken: names do not depend on the order of the records.
-        places = [(key, index) for _, key, index in sorted(found)]
-        for member, fields in _split(_members(groups, places)):
+        found.sort(key=lambda each: (each[0].source, each[1:]))
+        for member, fields in _split(_members(found)):
             key, index = member.place
             parts = [f"{each.rpartition('.')[-1]}={member.facts[each]}" for each in fields if member.facts.get(each)]
             names[key][index] = ", ".join([name, *parts])
     return names
 
 
-def _members(groups: Mapping[Key, Sequence[ResultRecord]], places: Sequence[tuple[Key, int]]) -> list[_Member]:
-    records = [groups[key][index] for key, index in places]
-    files = [Path(record.source).absolute() for record in records]
+def _members(places: Sequence[tuple[ResultRecord, Key, int]]) -> list[_Member]:
+    files = [Path(record.source).absolute() for record, *_ in places]
     root = Path(os.path.commonpath([file.parent for file in files]))
     found = []
-    for place, record, file in zip(places, records, files, strict=True):
+    for (record, key, index), file in zip(places, files, strict=True):
         folder = file.parent.relative_to(root).as_posix()
         settings = flat_fields({name: record[name] for name in SETTINGS})
         facts = {FOLDER: "" if folder == "." else folder}
         facts |= {name: field_text(value) for name, value in settings if value is not None}
         # What is read from a file has an ending; other sources are no names.
         facts |= {FILE: file.stem} if file.suffix else {}
-        cell = (place[0], record.method, record.label, record.target_sparsity, record.seed)
-        found.append(_Member(place, cell, facts))
+        cell = (key, record.method, record.label, record.target_sparsity, record.seed)
+        found.append(_Member((key, index), cell, facts))
     return found
 
 

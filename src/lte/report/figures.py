@@ -81,8 +81,11 @@ def tradeoff_figure(tradeoff: Tradeoff, limit: float | None = None) -> Figure:
     drop = (lambda point: tradeoff.drop(point)) if compared else (lambda point: point.value.mean)
     top = _top(tradeoff, points, goal(tradeoff, limit)) if compared else math.inf
     strong, colours = {OURS, *rivals(tradeoff)}, colour_names(points)
-    if compared:
-        _draw_dense(axis, tradeoff, goal(tradeoff, limit))
+    if compared and tradeoff.reference is not None:
+        own, limit = tradeoff.reference.value, goal(tradeoff, limit)
+        axis.axhline(0, color=light("dense"), linestyle="--", label=f"dense ({tradeoff.metric.format(own.mean)})")
+        axis.axhspan(-own.spread, own.spread, color=light("dense"), alpha=0.12, linewidth=0)
+        axis.axhline(limit, color=light("dense"), linestyle=":", label=f"goal: {limit:g} lost at most")
         front = pareto_front(tradeoff, "megabytes")
         line = [(cost(point), drop(point)) for point in front]
         axis.plot(*zip(*line, strict=True), color=light("ink"), alpha=0.15, linewidth=7, label="Pareto front")
@@ -102,14 +105,6 @@ def _top(tradeoff: Tradeoff, points: Mapping[str, Sequence[Point]], limit: float
     ours = points.get(OURS) or [point for found in points.values() for point in found]
     least = min(tradeoff.drop(point) or 0.0 for point in ours)
     return next((goals * limit for goals in _RANGES if limit and least <= goals * limit), math.inf)
-
-
-def _draw_dense(axis: Axes, tradeoff: Tradeoff, limit: float) -> None:
-    assert tradeoff.reference is not None
-    value = tradeoff.reference.value
-    axis.axhline(0, color=light("dense"), linestyle="--", label=f"dense ({tradeoff.metric.format(value.mean)})")
-    axis.axhspan(-value.spread, value.spread, color=light("dense"), alpha=0.12, linewidth=0)
-    axis.axhline(limit, color=light("dense"), linestyle=":", label=f"goal: {limit:g} lost at most")
 
 
 def _draw_curve(

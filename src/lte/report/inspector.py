@@ -175,7 +175,6 @@ def _tokens(tokens: TextTokens) -> dict[str, Any]:
         # Of the others the page shows the text.
         "entries": {str(i): entry for i, entry in enumerate(tokens.entries) if not tokens.texts[i]},
         "special": marked,
-        "total_tokens": tokens.total,
     }
 
 
@@ -216,9 +215,7 @@ def _packed(values: np.ndarray, dtype: str) -> str:
     return pack_base64(values.astype(dtype).tobytes())
 
 
-def inspector_data(
-    runs: Sequence[dict[str, Any]], *, served: bool = False, max_tokens: int = MAX_TOKENS
-) -> dict[str, Any]:
+def inspector_data(runs: Sequence[dict[str, Any]], *, served: bool = False) -> dict[str, Any]:
     """The data of a page: up to two runs side by side, none while a served page waits for a text.
 
     `references` holds each reference once, and a run its place there; `pairs` has the stretches of tokens that are the
@@ -234,7 +231,6 @@ def inspector_data(
         "references": references,
         "pairs": _pairs(*runs) if len(runs) == 2 else [],
         "served": served,
-        "max_tokens": max_tokens,
     }
 
 

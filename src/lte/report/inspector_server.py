@@ -50,6 +50,10 @@ class InspectorServer(ThreadingHTTPServer):
         port: where to listen; 0 takes a free one.
         first: a text that the page shows at first, `None` for an empty page.
 
+    Attributes:
+        url: where the page is.
+        hosts: what a request may call this server.
+
     Raises:
         ValueError: if the port is taken or no port.
     """
@@ -63,19 +67,12 @@ class InspectorServer(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
             raise ValueError(f"port must be free, got port={port}: {error}; choose another with --port") from error
+        self.url = f"http://{ADDRESS}:{self.server_port}/"
+        self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
         self.inspector = inspector
         self.page = inspector_page(inspector_data(first or [], served=True)).encode()
         self.busy = threading.Lock()
         self.places = threading.BoundedSemaphore(MAX_CONNECTIONS)
-
-    @property
-    def url(self) -> str:
-        """Where the page is."""
-        return f"http://{ADDRESS}:{self.server_port}/"
-
-    def hosts(self) -> set[str]:
-        """What a request may call this server."""
-        return {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no error; of anything else one line is said."""
@@ -146,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answers, or says in JSON why not."""
         try:
-            if self.headers.get("Host") not in self.server.hosts():
+            if self.headers.get("Host") not in self.server.hosts:
                 raise _RefusedError(HTTPStatus.FORBIDDEN, f"Open this page as {self.server.url}.")
             (self._page if self.command == "GET" else self._record)()
         except _RefusedError as refused:
@@ -174,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path not in ("/inspect", "/generate"):
             raise _RefusedError(HTTPStatus.NOT_FOUND, "Texts go to /inspect or /generate.")
         origin = self.headers.get("Origin")
-        if origin is not None and origin.removeprefix("http://") not in self.server.hosts():
+        if origin is not None and origin.removeprefix("http://") not in self.server.hosts:
             raise _RefusedError(HTTPStatus.FORBIDDEN, "Texts are taken from this server's own page alone.")
         # Forms of other pages cannot send this type without asking first.
         if self.headers.get_content_type() != "application/json":

@@ -174,20 +174,22 @@ def latency_figure(rows: Sequence[Row]) -> Figure:
     """
     if not rows:
         raise ValueError("rows must hold at least one result, got none")
-    prefill = [row for row in rows if row["benchmark"] == "prefill"]
-    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["benchmark"] != "prefill":
-            groups[row["benchmark"], row["batch"]].append(row)
-    figure, axes = _panel_figure(len(groups) + bool(prefill), 5, 4.2)
-    for axis, ((benchmark, batch), found) in zip(axes, groups.items(), strict=False):
-        _draw_sparsities(axis, found)
-        axis.set_title(f"{_TITLES[benchmark]}, batch {batch}", fontsize=11)
-    if prefill:
-        _draw_lengths(axes[-1], prefill)
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=_is_prefill):
+        scope = "whole model" if row.get("scope") == "model" else "FFN"
+        title = f"prefill, {scope}" if _is_prefill(row) else f"{_TITLES[row['benchmark']]}, batch {row['batch']}"
+        groups[title].append(row)
+    figure, axes = _panel_figure(len(groups), 5, 4.2)
+    for axis, (title, found) in zip(axes, groups.items(), strict=True):
+        (_draw_lengths if _is_prefill(found[0]) else _draw_sparsities)(axis, found)
+        axis.set_title(title, fontsize=11)
     first = rows[0]
     figure.suptitle(f"{first.get('model', 'model')}, {first['dtype']}, {first['hardware']}", fontsize=12)
     return figure
+
+
+def _is_prefill(row: Row) -> bool:
+    return bool(row["benchmark"] == "prefill")
 
 
 def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
@@ -241,5 +243,4 @@ def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set(xlabel="tokens", ylabel="latency over the fastest dense")
     axis.set_ylim(0, 1.2 * max(1.0, *(row["ratio_to_dense"] or 0.0 for row in ours)))
-    axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}", fontsize=11)
     axis.legend(fontsize=7)

@@ -97,7 +97,7 @@ def overview(tradeoffs: Sequence[Tradeoff], limit: float | None = None) -> dict[
     Returns:
         `methods`, LTE first, then by how many tasks they are compared on; `rows`, a task each with its `goal` and
         `cells`: by method a list with an object or `None` for each of `shares`: `lost`, `sd`, `seeds`, `met`, `point`
-        (its place in `Tradeoff.points`), `bytes` (its share); `share`, the one to begin with; `sentence`.
+        (its place in `Tradeoff.points`); `share`, the one to begin with; `sentence`.
     """
     rows: list[dict[str, Any]] = []
     for place, (tradeoff, name) in enumerate(zip(tradeoffs, labels(tradeoffs), strict=True)):
@@ -123,8 +123,7 @@ def _cell(tradeoff: Tradeoff, points: Sequence[Point], share: float, limit: floa
         return None
     lost, point = found
     place = next(place for place, each in enumerate(tradeoff.points()) if each is point)
-    cell = {"lost": lost, "met": lost <= limit, "sd": point.value.sd, "seeds": point.value.n}
-    return cell | {"point": place, "bytes": tradeoff.share(point, "megabytes")}
+    return {"lost": lost, "met": lost <= limit, "sd": point.value.sd, "seeds": point.value.n, "point": place}
 
 
 def _first_share(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> float:

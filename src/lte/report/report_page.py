@@ -63,8 +63,7 @@ def report_data(
     methods = [point.method for tradeoff in tradeoffs for point in tradeoff.points()]
     providers = [row["provider"] for each in measured for group in each["latency"] for row in group["rows"]]
     records = [record for each in tradeoffs for point in each.points() for record in point.records]
-    failed = [record for each in tradeoffs for record in each.failed]
-    sources = {*(record.source for record in (*records, *failed)), *(bench.source for bench in benches)}
+    records += [record for each in tradeoffs for record in each.failed]
     named = zip(tradeoffs, labels(tradeoffs), strict=True)
     ready: dict[str, Any] = json_ready(
         {
@@ -75,7 +74,7 @@ def report_data(
             "overview": overview(tradeoffs, limit),
             "comparisons": [{"name": name, **tradeoff_data(tradeoff, limit)} for tradeoff, name in named],
             "benches": measured,
-            "files": sorted(sources),
+            "files": sorted({*(record.source for record in records), *(bench.source for bench in benches)}),
         }
     )
     return without_places(ready)
@@ -101,7 +100,10 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
         "points": [_point(tradeoff, point, point.curve in main) for point in points],
         "rivals": rivals(tradeoff),
         "fronts": {axis: [place[id(point)] for point in front] for axis, front in fronts.items()},
-        "failed": [_failed(record) for record in tradeoff.failed],
+        "failed": [
+            {"name": each.label or each.method, "why": failure_text(each), **run_data(each, None)}
+            for each in tradeoff.failed
+        ],
         "paper": paper_points(tradeoff),
         "sentences": [part for part in parts if isinstance(part, str)],
         "results": _table(results_table(tradeoff)),
@@ -137,10 +139,6 @@ def _cost(tradeoff: Tradeoff, point: Point, quantity: str) -> float | None:
     found = point.mean(quantity)
     share = tradeoff.share(point, "megabytes")
     return None if quantity == "sparsity" and found == 0 and share is not None and share < 0.99 else found
-
-
-def _failed(record: ResultRecord) -> dict[str, Any]:
-    return {"name": record.label or record.method, "why": failure_text(record), **run_data(record, None)}
 
 
 def _table(table: TextTable) -> dict[str, Any]:

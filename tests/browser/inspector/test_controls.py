@@ -166,7 +166,7 @@ class TestControls:
     def test_the_address_brings_everything_back(self, page: Chrome) -> None:
         choose_token(page, 9)
         Select(find(page, ".text select")).select_by_value("surprise")
-        Select(find(page, "#theme")).select_by_visible_text("dark")
+        Select(find(page, ".page-header select")).select_by_visible_text("dark")
         find(page, "[type=search]").send_keys("1.2")
         assert state(page)["find"] == "1.2"
         address = page.current_url

@@ -45,9 +45,8 @@ class Atlas {
   /* 17 is that expert of all layers, 3.17 that of layer 3, `dead` and `always on` those; all else is a token. */
   matches({ layer, expert, mark, labels }) {
     const wanted = this.state.find.trim().toLowerCase();
-    if (!wanted) return true;
-    if (/^\d+(\.\d+)?$/.test(wanted) && [`${expert}`, `${layer}.${expert}`].includes(wanted)) return true;
-    return wanted === mark || labels.some((label) => label.trim().toLowerCase() === wanted);
+    const found = ['', `${expert}`, `${layer}.${expert}`, mark, ...labels.map((label) => label.trim().toLowerCase())];
+    return found.includes(wanted);
   }
 
   show() {

@@ -67,7 +67,8 @@ const Charts = (() => {
       : point.hollow ? { color: Shell.colour('paper'), borderColor: colour, borderWidth: 2 } : {});
     const quiet = Shell.colour('quiet');
     return { type: line.scatter ? 'scatter' : 'line', name, symbol: line.symbol ?? 'circle',
-      symbolSize: line.size ?? (pale ? 6 : 10), showAllSymbol: true, showSymbol: line.size !== 0, symbolKeepAspect: true, z: pale ? 3 : 5,
+      symbolSize: line.size ?? (pale ? 6 : 10), showAllSymbol: true, showSymbol: line.size !== 0,
+      symbolKeepAspect: true, z: pale ? 3 : 5,
       triggerLineEvent: true, silent: line.silent, step: area && 'middle',
       data: points.map((point) => ({ ...point, line: name, value: [point.x, point.y],
         symbolSize: point.pinned ? 18 : point.size,
@@ -95,7 +96,8 @@ const Charts = (() => {
       data: lines.flatMap(({ name, colour, points, pale }) => points.filter((point) => !inside(y, point.y))
         .map((point) => ({ ...point, line: name, beyond: true, value: [point.x, point.y > y.max ? y.max : y.min],
           symbolRotate: point.y > y.max !== Boolean(y.inverse) ? 0 : 180,
-          itemStyle: { color: Shell.colour('paper'), borderColor: colour, borderWidth: pale ? 1.5 : 2.5 } }))) };
+          itemStyle: { color: Shell.colour('paper'), borderColor: point.pinned ? Shell.colour('mark') : colour,
+            borderWidth: pale ? 1.5 : 2.5 } }))) };
   }
 
   /* A name for each line in a column on the right, near the height of the line's last point, none above another. */

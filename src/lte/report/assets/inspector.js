@@ -132,7 +132,7 @@
 
     async function post(path, read) {
       control = new AbortController();
-      problem.hidden = true;
+      [problem.hidden, live.hidden] = [true, true];
       [inspect.disabled, generate.disabled, stop.hidden] = [true, true, path !== 'generate'];
       status.textContent = 'The model is reading…';
       try {
@@ -175,10 +175,7 @@
       throw new Error('The server stopped in the middle of the text.');
     }
 
-    const ask = () => {
-      live.hidden = true;
-      return post('inspect', (answer) => answer.json());
-    };
+    const ask = () => post('inspect', (answer) => answer.json());
     form.hidden = false;
     form.addEventListener('submit', (event) => {
       event.preventDefault();

@@ -37,8 +37,8 @@
       `goal of ${row.goal} ${met ? 'met' : 'missed'}, ${seeds} ${seeds === 1 ? 'seed' : 'seeds'}`;
     const best = Object.values(row.cells).every((each) => !each[place] || each[place].lost >= lost);
     const changes = { task: row.name, pins: pinsOf(row, method, place).join() };
-    const link = element('a', { href: state.href(changes), title: words, class: best && 'best' }, `${met ? '✓' : '✗'} ${lossText(lost)}`,
-      element('small', {}, ` ×${seeds}`));
+    const link = element('a', { href: state.href(changes), title: words, class: best && 'best' },
+      `${met ? '✓' : '✗'} ${lossText(lost)}`, element('small', {}, ` ×${seeds}`));
     /* What was chosen since stays. */
     link.addEventListener('click', () => { link.href = state.href(changes); });
     paint(link, cell, row.goal);

@@ -92,8 +92,7 @@ function layerPanels(comparison) {
 /* The bytes of one sparse implementation, the last of ours: others read as many, or more. */
 function bytesAlone(rows, factor) {
   const sparse = rows.filter((row) => !row.is_dense && Charts.isNumber(row.bandwidth_ms));
-  const ours = sparse.filter(({ provider }) => provider.startsWith('lte'));
-  const name = (ours.length ? ours : sparse).at(-1)?.provider;
+  const name = (sparse.findLast(({ provider }) => provider.startsWith('lte')) ?? sparse.at(-1))?.provider;
   return sparse.filter(({ provider }) => provider === name).map((row) =>
     ({ x: row.sparsity, y: row.bandwidth_ms * factor })).sort((a, b) => a.x - b.x);
 }

@@ -82,8 +82,8 @@ class Task {
   /* A point as pictures have it. */
   item(point, x) {
     const { sd } = point.value;
-    return { place: this.points.indexOf(point), title: titleOf(point), x, y: point.lost, pinned: this.pins.includes(point),
-      low: point.lost - (sd ?? 0), high: point.lost + (sd ?? 0) };
+    return { place: this.points.indexOf(point), title: titleOf(point), x, y: point.lost,
+      pinned: this.pins.includes(point), low: point.lost - (sd ?? 0), high: point.lost + (sd ?? 0) };
   }
 
   lossAxis(points) {

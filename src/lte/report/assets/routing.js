@@ -46,8 +46,8 @@ function spearman(first, second) {
 }
 
 class TokenList {
-  constructor({ ids, tokens, entries, special, total_tokens: total }) {
-    Object.assign(this, { ids, texts: tokens, entries, total, special: new Set(special) });
+  constructor({ ids, tokens, entries, special }) {
+    Object.assign(this, { ids, texts: tokens, entries, special: new Set(special) });
     this.occurrences = new Map();
     for (const id of ids) this.occurrences.set(id, (this.occurrences.get(id) ?? 0) + 1);
   }

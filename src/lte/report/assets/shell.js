@@ -76,13 +76,14 @@ const Shell = (() => {
     return colours.get(name);
   }
 
-  /* A drop-down list; entries are [text, value]. With a name the address keeps what is chosen, by its text. */
+  /* A drop-down list; entries are [text, value]. With a name the address keeps what is chosen, by its text, where it is
+     not the place `chosen` to begin with. */
   function choice(label, entries, onChange, { name = null, chosen = 0 } = {}) {
     const select = element('select', {}, ...entries.map(([text]) => element('option', {}, text)));
     const kept = name ? entries.findIndex(([text]) => text === state.get(name)) : -1;
     select.selectedIndex = kept < 0 ? chosen : kept;
     select.addEventListener('change', () => {
-      if (name) state.set({ [name]: select.value });
+      if (name) state.set({ [name]: select.selectedIndex === chosen ? null : select.value });
       onChange(entries[select.selectedIndex][1]);
     });
     return { select, box: element('label', { hidden: entries.length < 2 }, `${label} `, select),
@@ -297,17 +298,14 @@ const Shell = (() => {
     pictures.forEach((picture) => picture.draw());
   }
 
-  const theme = document.getElementById('theme');
-  function showTheme() {
-    theme.value = state.get('theme', '');
-    document.documentElement.dataset.theme = theme.value;
-  }
-  showTheme();
-  theme.addEventListener('change', () => {
-    state.set({ theme: theme.value });
-    showTheme();
+  function showTheme(name) {
+    document.documentElement.dataset.theme = name;
     redraw();
-  });
+  }
+  const theme = choice('Colours', [['as the system', ''], ['light', 'light'], ['dark', 'dark']], showTheme,
+    { name: 'theme' });
+  document.querySelector('.page-header').append(theme.box);
+  showTheme(theme.value);
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
 
   addEventListener('beforeprint', () => pictures.forEach((picture) => {

@@ -104,8 +104,8 @@ class TokenPanel {
       item.style.setProperty('--chance', `${100 * chance}%`);
       return item;
     });
-    return element('div', {}, element('h3', {}, `${nameOf(this.state, run)}likeliest next tokens`),
-      element('ol', {}, ...items));
+    const of = this.state.routings.length > 1 ? ` of ${'AB'[run]}` : '';
+    return element('div', {}, element('h3', {}, `Likeliest next tokens${of}`), element('ol', {}, ...items));
   }
 
   /* The places of a token that both runs read, where they are of one model, so that their experts are the same. */
