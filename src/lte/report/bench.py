@@ -22,10 +22,9 @@ Row = dict[str, Any]
 def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
     """All result rows; a line between groups of the same benchmark, batch and number of tokens."""
     table = Table(
-        title=f"{rows[0].get('model', 'model')}, {rows[0]['dtype']}, {rows[0]['hardware']}" if rows else "no rows",
+        title=bench_title(rows) if rows else "no rows",
         caption="x dense: over the fastest dense PyTorch provider timed beside it; x step: over the dense whole step; "
-        "of copy: share of the "
-        f"{copy_gb_per_s:.0f} GB/s at which this machine copies memory; FFN times are per layer",
+        f"of copy: share of the {copy_gb_per_s:.0f} GB/s at which this machine copies memory; FFN times are per layer",
         title_justify="left",
         caption_justify="left",
     )
@@ -38,6 +37,11 @@ def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
             table.add_row(*_cells(row))
         table.add_section()
     return table
+
+
+def bench_title(rows: Sequence[Row]) -> str:
+    """The model, the number format and the machine of rows that were timed together."""
+    return f"{rows[0].get('model', 'model')}, {rows[0]['dtype']}, {rows[0]['hardware']}"
 
 
 def _cells(row: Row) -> list[str]:

@@ -168,13 +168,12 @@ def _longest_text(model: Any) -> int | None:
 
 
 def _tokens(tokens: TextTokens) -> dict[str, Any]:
-    marked = [index for index, special in enumerate(tokens.special) if special]
     return {
         "ids": tokens.ids,
         "tokens": tokens.texts,
         # Of the others the page shows the text.
         "entries": {str(i): entry for i, entry in enumerate(tokens.entries) if not tokens.texts[i]},
-        "special": marked,
+        "special": [index for index, special in enumerate(tokens.special) if special],
     }
 
 

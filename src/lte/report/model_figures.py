@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lte.eval.sparsity import Measurement
-from lte.report.bench import setting_words
+from lte.report.bench import bench_title, setting_words
 from lte.report.figures import GREY, logarithmic_values, new_figure
 from lte.report.palette import RAMP, colour_names, light
 
@@ -175,21 +175,17 @@ def latency_figure(rows: Sequence[Row]) -> Figure:
     if not rows:
         raise ValueError("rows must hold at least one result, got none")
     groups: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=_is_prefill):
-        scope = "whole model" if row.get("scope") == "model" else "FFN"
-        title = f"prefill, {scope}" if _is_prefill(row) else f"{_TITLES[row['benchmark']]}, batch {row['batch']}"
+    for row in sorted(rows, key=lambda row: bool(row["benchmark"] == "prefill")):
+        title = f"{_TITLES.get(row['benchmark'])}, batch {row['batch']}"
+        if row["benchmark"] == "prefill":
+            title = f"prefill, {'whole model' if row.get('scope') == 'model' else 'FFN'}"
         groups[title].append(row)
     figure, axes = _panel_figure(len(groups), 5, 4.2)
     for axis, (title, found) in zip(axes, groups.items(), strict=True):
-        (_draw_lengths if _is_prefill(found[0]) else _draw_sparsities)(axis, found)
+        (_draw_lengths if title.startswith("prefill") else _draw_sparsities)(axis, found)
         axis.set_title(title, fontsize=11)
-    first = rows[0]
-    figure.suptitle(f"{first.get('model', 'model')}, {first['dtype']}, {first['hardware']}", fontsize=12)
+    figure.suptitle(bench_title(rows), fontsize=12)
     return figure
-
-
-def _is_prefill(row: Row) -> bool:
-    return bool(row["benchmark"] == "prefill")
 
 
 def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:

@@ -105,11 +105,9 @@ def overview(tradeoffs: Sequence[Tradeoff], limit: float | None = None) -> dict[
             method: [_cell(tradeoff, tradeoff.curves[curve], share, goal(tradeoff, limit)) for share in SHARES]
             for method, curve in main_curves(tradeoff).items()
         }
+        row = {"comparison": place, "name": name, "metric": tradeoff.metric.name, "goal": goal(tradeoff, limit)}
         if any(any(each) for each in cells.values()):
-            rows.append(
-                {"comparison": place, "name": name, "metric": tradeoff.metric.name, "goal": goal(tradeoff, limit)}
-                | {"cells": cells}
-            )
+            rows.append({**row, "cells": cells})
     rows.sort(key=lambda row: (-len(row["cells"]), row["name"]))
     count = Counter(method for row in rows for method in row["cells"])
     methods = sorted(count, key=lambda method: (method != OURS, -count[method], method))

@@ -224,10 +224,8 @@ def latency_texts(tradeoff: Tradeoff) -> list[str]:
     timed = [(point, record) for point in points for record in point.records if record.latency_ms is not None]
     # One seed may have been timed for all.
     untimed = [(point, record.latency_note) for point in points for record in point.records if not point.latency_ms]
-    found = _reasons(
-        "No latency",
-        ((note, _name_at_target(point) if point.curve in timed_curves else point.curve) for point, note in untimed),
-    )
+    named = ((note, _name_at_target(point) if point.curve in timed_curves else point.curve) for point, note in untimed)
+    found = _reasons("No latency", named)
     if elsewhere := dict.fromkeys(_name_at_target(point) for point, record in timed if _timed_elsewhere(record)):
         names = ", ".join(elsewhere)
         found.append(f"Latency of {names}: timed at another FFN sparsity than measured, or at an unknown one.")

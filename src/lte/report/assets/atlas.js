@@ -30,33 +30,29 @@ class Atlas {
     state.onChange(['layer', 'expert'], () => this.picture.mark());
   }
 
-  /* All experts of the model of the chosen token, most selective first. */
+  /* All experts of the model of the chosen token, most selective first, and whether each is found: by 17 that expert of
+     all layers, by 3.17 that of layer 3, by `dead` and `always on` those; all else is a token. */
   all() {
     const { layers, experts, known } = this.state.routing;
-    const found = upTo(layers * experts).map((place) => {
+    const wanted = this.state.find.trim().toLowerCase();
+    const all = upTo(layers * experts).map((place) => {
       const [layer, expert] = [Math.floor(place / experts), place % experts];
       const labels = known.strongest(layer, expert).map(({ position }) => known.list.label(position));
-      return { layer, expert, use: known.useOf(layer, expert), selectivity: known.selectivityOf(layer, expert),
-        mark: known.mark(layer, expert), labels };
+      const mark = known.mark(layer, expert);
+      const names = ['', `${expert}`, `${layer}.${expert}`, mark, ...labels.map((label) => label.trim().toLowerCase())];
+      return { layer, expert, mark, labels, use: known.useOf(layer, expert),
+        selectivity: known.selectivityOf(layer, expert), found: names.includes(wanted) };
     });
-    return found.sort((a, b) => b.selectivity - a.selectivity);
-  }
-
-  /* 17 is that expert of all layers, 3.17 that of layer 3, `dead` and `always on` those; all else is a token. */
-  matches({ layer, expert, mark, labels }) {
-    const wanted = this.state.find.trim().toLowerCase();
-    const found = ['', `${expert}`, `${layer}.${expert}`, mark, ...labels.map((label) => label.trim().toLowerCase())];
-    return found.includes(wanted);
+    return all.sort((a, b) => b.selectivity - a.selectivity);
   }
 
   show() {
     const { known } = this.state.routing;
-    const all = this.all();
-    this.shown = all.map((expert) => ({ ...expert, found: this.matches(expert) }));
+    this.shown = this.all();
     const found = this.shown.filter((expert) => expert.found);
-    const count = (mark) => Shell.count(all.filter((expert) => expert.mark === mark).length);
-    this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(all.length)} experts, the most selective ` +
-      `first; ${count('always on')} always on, ${count('dead')} dead.`;
+    const count = (mark) => Shell.count(this.shown.filter((expert) => expert.mark === mark).length);
+    this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(this.shown.length)} experts, the most ` +
+      `selective first; ${count('always on')} always on, ${count('dead')} dead.`;
     this.list.replaceChildren(...found.slice(0, 12).map((expert) => Shell.element('li', {}, this.button(expert))));
     this.source.textContent = [`How often, and for which tokens, was counted on ${known.text}, ` +
       `${Shell.count(known.list.length)} tokens.`,

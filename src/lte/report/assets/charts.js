@@ -11,8 +11,7 @@ const Charts = (() => {
     'path://M7 1H13V7H19V13H13V19H7V13H1V7H7Z',
       'path://M10 0L12.5 7H20L14 11.5L16.5 19L10 14.5L3.5 19L6 11.5L0 7H7.5Z'];
   const DASHES = ['solid', 'dashed', 'dotted', [9, 3, 2, 3]];
-  const symbol = (place) => SYMBOLS[place % SYMBOLS.length];
-  const dash = (place) => DASHES[place % DASHES.length];
+  const look = (place) => ({ symbol: SYMBOLS[place % SYMBOLS.length], dash: DASHES[place % DASHES.length] });
   /* A method's or an implementation's colour. */
   const colourOf = (name) => Shell.colour(Shell.data.colours[name] ?? 'quiet');
 
@@ -129,5 +128,5 @@ const Charts = (() => {
       }, ...others });
   }
 
-  return { isNumber, short, clip, share, symbol, dash, colourOf, linePicture };
+  return { isNumber, short, clip, share, look, colourOf, linePicture };
 })();

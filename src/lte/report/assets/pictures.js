@@ -160,8 +160,7 @@ function whatIfCurve(state, run) {
         : [{ xAxis: thresholds[Math.min(state.step, thresholds.length - 1)], label: 'slider' }])],
       tell: ({ line, x, y }) => `threshold ${x.toFixed(3)}: ${Shell.percent(y)} of ${line}`,
       lines: lines.map(([name, shade, value], place) => ({ name, colour: Shell.colour(shade), size: 4,
-        symbol: Charts.symbol(place), dash: Charts.dash(place),
-        points: thresholds.map((x, step) => ({ x, y: value(shares[step]) })) })),
+        ...Charts.look(place), points: thresholds.map((x, step) => ({ x, y: value(shares[step]) })) })),
     }),
     rows: () => ['By threshold', ['threshold', ...lines.map(([name]) => name)], thresholds.map((threshold, step) =>
       [`${threshold.toFixed(3)}${step === own ? ' (own)' : ''}`,

@@ -107,7 +107,7 @@ class Task {
       return { name, label: methodName(method), colour: strong ? Charts.colourOf(method) : Shell.colour('quiet'),
         pale: !strong, opacity: strong ? 1 : 0.45,
         width: method === 'lte' ? 4 : strong ? 2.5 : 1.5, size: method === 'lte' ? 13 : strong ? 10 : 6,
-          symbol: Charts.symbol(method === 'lte' ? 0 : place + 1),
+          symbol: Charts.look(method === 'lte' ? 0 : place + 1).symbol,
         hidden: !strong && width < 560, points: points.map((point) => this.item(point, point.costs[this.cost]))
           .sort((a, b) => sign * (a.x - b.x)) };
     });
