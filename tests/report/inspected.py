@@ -51,7 +51,7 @@ def large_run(run: dict[str, Any], tokens: int = 2000, layers: int = 30, experts
     active = random.random((layers, tokens, experts)) < use
     ids = random.zipf(1.3, tokens) % 49_000
     words = [f" wörd{identifier}" for identifier in ids]
-    text = {"ids": ids.tolist(), "tokens": words, "entries": {}, "special": [], "total_tokens": tokens}
+    text = {"ids": ids.tolist(), "tokens": words, "entries": {}, "special": []}
     shape = (layers, experts, run["reference"]["strongest"])
     reference = run["reference"] | {
         "tokens": text,

@@ -38,7 +38,7 @@ def test_a_cell_is_the_least_loss_with_at_most_so_many_bytes() -> None:
     half = cell(found, "lte", 0.5)
     assert half["lost"] == pytest.approx(0.25 + 1.25 * 2 / 3)
     assert (half["met"], half["seeds"], half["sd"]) == (False, 2, pytest.approx(2**-0.5))
-    assert cell(found, "lte", 0.7) == {"lost": 0.25, "met": True, "sd": None, "seeds": 1, "point": 1, "bytes": 0.7}
+    assert cell(found, "lte", 0.7) == {"lost": 0.25, "met": True, "sd": None, "seeds": 1, "point": 1}
     assert [cell(found, "teal", share) is None for share in SHARES] == [True, True, False, False, False, False, False]
     assert cell(found, "teal", 1.0)["met"], "a loss of exactly the goal is within it"
     assert not cell(overview(compared(*lte, at("dense", 1.0, 20.0)), limit=0.2), "lte", 0.7)["met"]

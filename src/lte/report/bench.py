@@ -14,6 +14,7 @@ from rich.table import Table
 from lte.bench.rows import is_dense
 from lte.report.curves import field_value
 from lte.report.inputs import Bench
+from lte.report.tables import TextTable, percent
 
 Row = dict[str, Any]
 
@@ -21,10 +22,9 @@ Row = dict[str, Any]
 def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
     """All result rows; a line between groups of the same benchmark, batch and number of tokens."""
     table = Table(
-        title=f"{rows[0].get('model', 'model')}, {rows[0]['dtype']}, {rows[0]['hardware']}" if rows else "no rows",
+        title=bench_title(rows) if rows else "no rows",
         caption="x dense: over the fastest dense PyTorch provider timed beside it; x step: over the dense whole step; "
-        "of copy: share of the "
-        f"{copy_gb_per_s:.0f} GB/s at which this machine copies memory; FFN times are per layer",
+        f"of copy: share of the {copy_gb_per_s:.0f} GB/s at which this machine copies memory; FFN times are per layer",
         title_justify="left",
         caption_justify="left",
     )
@@ -37,6 +37,11 @@ def latency_table(rows: Sequence[Row], copy_gb_per_s: float) -> Table:
             table.add_row(*_cells(row))
         table.add_section()
     return table
+
+
+def bench_title(rows: Sequence[Row]) -> str:
+    """The model, the number format and the machine of rows that were timed together."""
+    return f"{rows[0].get('model', 'model')}, {rows[0]['dtype']}, {rows[0]['hardware']}"
 
 
 def _cells(row: Row) -> list[str]:
@@ -72,27 +77,23 @@ def setting_words(setting: str) -> str:
 
 def union_report(rows: Sequence[Row]) -> Table:
     """The share of experts that a batch needs, beside that of independent tokens."""
-    table = Table(title="Experts that at least one of a batch's tokens needs", title_justify="left")
-    for name in ("batch", "union", "if independent", "union sparsity"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        shares = (row["union"], row["independent"], 1 - row["union"])
-        table.add_row(str(row["batch"]), *(f"{100 * share:.1f}%" for share in shares))
-    return table
+    shares = [(row["union"], row["independent"], 1 - row["union"]) for row in rows]
+    cells = [(str(row["batch"]), *map(percent, found)) for row, found in zip(rows, shares, strict=True)]
+    header = ("batch", "union", "if independent", "union sparsity")
+    return TextTable(header, cells, 0, "Experts that at least one of a batch's tokens needs").rich()
 
 
 def break_even_report(rows: Sequence[Row]) -> Table:
     """The batch from which the sparse path is not faster than the fastest dense provider."""
-    table = Table(title="Break-even batch", title_justify="left")
-    for name in ("benchmark", "sparsity", "latency over dense by batch", "break-even"):
-        table.add_column(name, justify="right" if name == "sparsity" else "left")
+    cells = []
     for row in rows:
-        setting = setting_words(row["setting"])
         pairs = zip(row["batches"], row["ratios"], strict=True)
-        found = row["break_even"]
-        last = f"none up to {row['batches'][-1]}" if found is None else str(found)
-        table.add_row(row["benchmark"], setting, ", ".join(f"{b}: {ratio:.3f}" for b, ratio in pairs), last)
-    return table
+        last = f"none up to {row['batches'][-1]}" if row["break_even"] is None else str(row["break_even"])
+        ratios = ", ".join(f"{batch}: {ratio:.3f}" for batch, ratio in pairs)
+        cells.append((row["benchmark"], setting_words(row["setting"]), ratios, last))
+    return TextTable(
+        ("benchmark", "sparsity", "latency over dense by batch", "break-even"), cells, 4, "Break-even batch"
+    ).rich()
 
 
 _ROW_FIELDS = ("sparsity", "median_ms", "p20_ms", "p80_ms", "bandwidth_ms")

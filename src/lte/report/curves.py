@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ FOLDER, FILE = "folder", "file"
 _NAME = ".name"
 # A setting whose text is longer is no part of a name.
 _LONGEST = 32
-_MOST_FIELDS, _MOST_CANDIDATES = 3, 30
 Key = tuple[str, ...]
 
 
@@ -110,101 +108,81 @@ def told_apart(
         Names by key, in the order of its records.
     """
     names = {key: [curve(record) for record in found] for key, found in groups.items()}
-    together: dict[tuple[str, str, str], list[tuple[Key, int]]] = defaultdict(list)
-    for key, found in names.items():
+    together: dict[tuple[str, str, str], list[tuple[ResultRecord, Key, int]]] = defaultdict(list)
+    for key, records in groups.items():
         task, _, model, *_ = key
-        for index, name in enumerate(found):
-            together[task, model, name].append((key, index))
-    for (_, _, name), places in together.items():
+        for index, record in enumerate(records):
+            together[task, model, names[key][index]].append((record, key, index))
+    for (_, _, name), found in together.items():
         # Of fields that differ alike the first is taken: names do not depend on the order of the records.
-        places.sort(key=lambda place: (groups[place[0]][place[1]].source, place))
-        for member, fields in _split(_members(groups, places)):
+        found.sort(key=lambda each: (each[0].source, each[1:]))
+        for member, fields in _split(_members(found)):
             key, index = member.place
             parts = [f"{each.rpartition('.')[-1]}={member.facts[each]}" for each in fields if member.facts.get(each)]
             names[key][index] = ", ".join([name, *parts])
     return names
 
 
-def _members(groups: Mapping[Key, Sequence[ResultRecord]], places: Sequence[tuple[Key, int]]) -> list[_Member]:
-    records = [groups[key][index] for key, index in places]
-    files = [Path(record.source).absolute() for record in records]
+def _members(places: Sequence[tuple[ResultRecord, Key, int]]) -> list[_Member]:
+    files = [Path(record.source).absolute() for record, *_ in places]
     root = Path(os.path.commonpath([file.parent for file in files]))
     found = []
-    for place, record, file in zip(places, records, files, strict=True):
+    for (record, key, index), file in zip(places, files, strict=True):
         folder = file.parent.relative_to(root).as_posix()
         settings = flat_fields({name: record[name] for name in SETTINGS})
         facts = {FOLDER: "" if folder == "." else folder}
         facts |= {name: field_text(value) for name, value in settings if value is not None}
         # What is read from a file has an ending; other sources are no names.
         facts |= {FILE: file.stem} if file.suffix else {}
-        cell = (place[0], record.method, record.label, record.target_sparsity, record.seed)
-        found.append(_Member(place, cell, facts))
+        cell = (key, record.method, record.label, record.target_sparsity, record.seed)
+        found.append(_Member((key, index), cell, facts))
     return found
 
 
 def _split(members: Sequence[_Member], fields: tuple[str, ...] = ()) -> Iterator[tuple[_Member, tuple[str, ...]]]:
     """Each member with the fields that its name needs."""
-    chosen = () if _separates(members, ()) else _choose(members)
-    if not chosen:
+    chosen = _choose(members)
+    if chosen is None:
         yield from ((member, fields) for member in members)
         return
-    parts: dict[tuple[str, ...], list[_Member]] = defaultdict(list)
+    parts: dict[str, list[_Member]] = defaultdict(list)
     for member in members:
-        parts[_values(member, chosen)].append(member)
+        parts[member.facts.get(chosen, "")].append(member)
     for part in parts.values():
-        yield from _split(part, (*fields, *chosen))
+        yield from _split(part, (*fields, chosen))
 
 
-def _choose(members: Sequence[_Member]) -> tuple[str, ...]:
-    """The fields to split by; empty where nothing differs."""
-    candidates = _candidates(members)
-    whole: list[tuple[str, ...]] = [(name,) for name in candidates if _separates(members, (name,))]
-    if _helps(members, (FOLDER,)):
+def _choose(members: Sequence[_Member]) -> str | None:
+    """The field to split by next; `None` where all members differ, or nothing tells more of them apart."""
+
+    def count(*fields: str) -> int:
+        return len({tuple(member.facts.get(name, "") for name in fields) for member in members})
+
+    def apart(*fields: str) -> int:
+        """How many members are told apart."""
+        return len({(member.cell, *(member.facts.get(name, "") for name in fields)) for member in members})
+
+    helping = [name for name in (FOLDER, *_settings(members), FILE) if apart(name) > apart()]
+    whole = [name for name in helping if apart(name) == len(members) and name != FILE]
+    if FOLDER in helping:
         # One setting may say it better than the folders of its values.
-        folders: list[tuple[str, ...]] = [(FOLDER,)] if _separates(members, (FOLDER,)) else []
-        return min([*folders, *whole], key=lambda fields: _count(members, fields), default=(FOLDER,))
-    # Names of runs tell everything apart, seeds as well.
-    plain = [name for name in candidates if not name.endswith(_NAME)]
-    for count in range(2, _MOST_FIELDS + 1):
-        if any(name in plain for fields in whole for name in fields):
-            break
-        whole += [fields for fields in combinations(plain, count) if _separates(members, fields)]
-    if whole:
-        return min(whole, key=lambda fields: (_count(members, fields), len(fields)))
-    return (FILE,) if _helps(members, (FILE,)) else ()
+        return min(whole, key=count, default=FOLDER)
+    # Names of runs tell everything apart, seeds as well: several settings may make fewer curves.
+    several = [name for name in helping if not name.endswith(_NAME) and name != FILE]
+    if apart(*several) == len(members) and count(*several) < min(map(count, whole), default=len(members) + 1):
+        whole = several
+    return min(whole, key=count, default=FILE if FILE in helping else None)
 
 
-def _candidates(members: Sequence[_Member]) -> list[str]:
-    """Settings that differ and are short, one of those that differ alike: names before other texts before numbers."""
-    found: dict[str, list[str]] = {}
+def _settings(members: Sequence[_Member]) -> list[str]:
+    """Those that differ and are short: names before other texts before numbers."""
+    found = {}
     for name in dict.fromkeys(name for member in members for name in member.facts):
-        values = [member.facts.get(name, "") for member in members]
-        if name not in (FOLDER, FILE) and len(set(values)) > 1 and max(map(len, values)) <= _LONGEST:
+        values = {member.facts.get(name, "") for member in members}
+        if name not in (FOLDER, FILE) and len(values) > 1 and max(map(len, values)) <= _LONGEST:
             found[name] = values
-    different: dict[tuple[int, ...], str] = {}
-    for name in sorted(found, key=lambda name: (not name.endswith(_NAME), all(map(_is_number, found[name])))):
-        different.setdefault(tuple(map(found[name].index, found[name])), name)
-    return list(different.values())[:_MOST_CANDIDATES]
+    return sorted(found, key=lambda name: (not name.endswith(_NAME), all(map(_is_number, found[name]))))
 
 
 def _is_number(text: str) -> bool:
     return not text or text.lstrip("-")[:1].isdigit()
-
-
-def _separates(members: Sequence[_Member], fields: Sequence[str]) -> bool:
-    """Whether no two members have the same cell and values."""
-    return len({(member.cell, _values(member, fields)) for member in members}) == len(members)
-
-
-def _helps(members: Sequence[_Member], fields: Sequence[str]) -> bool:
-    """Whether two members of the same cell have other values."""
-    cells = {member.cell for member in members}
-    return len({(member.cell, _values(member, fields)) for member in members}) > len(cells)
-
-
-def _count(members: Sequence[_Member], fields: Sequence[str]) -> int:
-    return len({_values(member, fields) for member in members})
-
-
-def _values(member: _Member, fields: Sequence[str]) -> tuple[str, ...]:
-    return tuple(member.facts.get(name, "") for name in fields)

@@ -82,18 +82,11 @@ def _headline(records: Mapping[str, ResultRecord]) -> str:
 def _comparison(records: Mapping[str, ResultRecord]) -> str:
     metric = records["sparse"].metric
     header = ("model", metric, "FFN sparsity", "GFLOPs per token", "MB read per token", "tokens trained", "time")
-    rows = [
-        (
-            name,
-            _number(record.value),
-            percent(record.sparsity),
-            f"{(record.flops_per_token or 0.0) / GFLOP:.4f}",
-            f"{(record.bytes_per_token or 0.0) / 1e6:.1f}",
-            f"{record.tokens_trained:,}",
-            f"{record.wall_time_s:.0f} s",
-        )
-        for name, record in records.items()
-    ]
+    rows = []
+    for name, record in records.items():
+        flops, size = (record.flops_per_token or 0.0) / GFLOP, (record.bytes_per_token or 0.0) / 1e6
+        quality, training = (_number(record.value), percent(record.sparsity)), f"{record.wall_time_s:.0f} s"
+        rows.append((name, *quality, f"{flops:.4f}", f"{size:.1f}", f"{record.tokens_trained:,}", training))
     unit = (
         "GFLOPs are 2 x the weights of the block linears that a token uses (1 G = 2^30; no LM head, no attention "
         "scores); bytes are those weights at batch size 1. Time is that of the training."

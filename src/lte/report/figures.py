@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,23 +28,21 @@ DPI = 150
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:
-    """A figure of that many inches and its axes, `options` as for `Figure.subplots`."""
+    """A figure of that many inches and its plain axes with a faint grid, `options` as for `Figure.subplots`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, **options)
+    axes = figure.subplots(rows, columns, **options)
+    for axis in np.ravel(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG, so that a reader never sees half a file."""
     with replaced_atomically(path) as partial:
         figure.savefig(partial, dpi=DPI, format="png")
-
-
-def plain_axes(axis: Axes) -> None:
-    """Drops the frame's upper and right side and draws a faint grid."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.set_axisbelow(True)
 
 
 # How many goals the figure goes up: the first that LTE stays within, else everything.
@@ -82,8 +81,11 @@ def tradeoff_figure(tradeoff: Tradeoff, limit: float | None = None) -> Figure:
     drop = (lambda point: tradeoff.drop(point)) if compared else (lambda point: point.value.mean)
     top = _top(tradeoff, points, goal(tradeoff, limit)) if compared else math.inf
     strong, colours = {OURS, *rivals(tradeoff)}, colour_names(points)
-    if compared:
-        _draw_dense(axis, tradeoff, goal(tradeoff, limit))
+    if compared and tradeoff.reference is not None:
+        own, limit = tradeoff.reference.value, goal(tradeoff, limit)
+        axis.axhline(0, color=light("dense"), linestyle="--", label=f"dense ({tradeoff.metric.format(own.mean)})")
+        axis.axhspan(-own.spread, own.spread, color=light("dense"), alpha=0.12, linewidth=0)
+        axis.axhline(limit, color=light("dense"), linestyle=":", label=f"goal: {limit:g} lost at most")
         front = pareto_front(tradeoff, "megabytes")
         line = [(cost(point), drop(point)) for point in front]
         axis.plot(*zip(*line, strict=True), color=light("ink"), alpha=0.15, linewidth=7, label="Pareto front")
@@ -103,14 +105,6 @@ def _top(tradeoff: Tradeoff, points: Mapping[str, Sequence[Point]], limit: float
     ours = points.get(OURS) or [point for found in points.values() for point in found]
     least = min(tradeoff.drop(point) or 0.0 for point in ours)
     return next((goals * limit for goals in _RANGES if limit and least <= goals * limit), math.inf)
-
-
-def _draw_dense(axis: Axes, tradeoff: Tradeoff, limit: float) -> None:
-    assert tradeoff.reference is not None
-    value = tradeoff.reference.value
-    axis.axhline(0, color=light("dense"), linestyle="--", label=f"dense ({tradeoff.metric.format(value.mean)})")
-    axis.axhspan(-value.spread, value.spread, color=light("dense"), alpha=0.12, linewidth=0)
-    axis.axhline(limit, color=light("dense"), linestyle=":", label=f"goal: {limit:g} lost at most")
 
 
 def _draw_curve(
@@ -139,4 +133,3 @@ def _name_axes(axis: Axes, tradeoff: Tradeoff, compared: bool, top: float) -> No
         axis.set_ylim(top=None if top == math.inf else top)
         lowest = min((tradeoff.drop(point) or 0.0) - point.value.spread for point in tradeoff.points())
         axis.set_ylim(bottom=max(lowest * 1.1, -top))
-    plain_axes(axis)

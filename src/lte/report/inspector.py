@@ -134,7 +134,7 @@ class Inspector:
             raise ValueError("model must write token by token to continue a text, got an encoder; choose Inspect")
         ids = torch.tensor([encode_text(self.tokenizer, text.text, self.max_tokens).ids]).to(model_device(self.model))
         ffns = list(require_sparse_ffns(self.model).values())
-        ends, cache, words = {*_as_list(self.model.generation_config.eos_token_id)}, None, None
+        ends, cache, words = self.model.generation_config.eos_token_id, None, None
         with recorded_logits(ffns), hard_inference(self.model):
             for _ in range(min(count, self.max_tokens - ids.shape[1]) + 1):
                 output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -142,7 +142,7 @@ class Inspector:
                     on = [(_logits(ffn) > ffn.threshold_logit).float().mean().item() for ffn in ffns]
                     yield {"id": int(ids), "entry": words, "share": sum(on) / len(on)}
                 cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
-                if int(ids) in ends:
+                if int(ids) in np.ravel(ends):
                     return
                 words = readable_entries(self.tokenizer, [int(ids)])[0]
 
@@ -158,10 +158,6 @@ def _logits(ffn: SparseFfn) -> torch.Tensor:
     return ffn.logits
 
 
-def _as_list(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def _longest_text(model: Any) -> int | None:
     """The longest text that a model takes, if its config says so."""
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -172,14 +168,12 @@ def _longest_text(model: Any) -> int | None:
 
 
 def _tokens(tokens: TextTokens) -> dict[str, Any]:
-    marked = [index for index, special in enumerate(tokens.special) if special]
     return {
         "ids": tokens.ids,
         "tokens": tokens.texts,
         # Of the others the page shows the text.
         "entries": {str(i): entry for i, entry in enumerate(tokens.entries) if not tokens.texts[i]},
-        "special": marked,
-        "total_tokens": tokens.total,
+        "special": [index for index, special in enumerate(tokens.special) if special],
     }
 
 
@@ -220,9 +214,7 @@ def _packed(values: np.ndarray, dtype: str) -> str:
     return pack_base64(values.astype(dtype).tobytes())
 
 
-def inspector_data(
-    runs: Sequence[dict[str, Any]], *, served: bool = False, max_tokens: int = MAX_TOKENS
-) -> dict[str, Any]:
+def inspector_data(runs: Sequence[dict[str, Any]], *, served: bool = False) -> dict[str, Any]:
     """The data of a page: up to two runs side by side, none while a served page waits for a text.
 
     `references` holds each reference once, and a run its place there; `pairs` has the stretches of tokens that are the
@@ -238,7 +230,6 @@ def inspector_data(
         "references": references,
         "pairs": _pairs(*runs) if len(runs) == 2 else [],
         "served": served,
-        "max_tokens": max_tokens,
     }
 
 

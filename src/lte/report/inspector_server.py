@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
@@ -37,18 +38,8 @@ _HEADERS = {
 }
 
 
-_BUSY = (
-    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
-    b'{"error": "Too many requests at once; try again."}'
-)
-
-
 class _RefusedError(Exception):
     """A request that gets an error status and a sentence."""
-
-    def __init__(self, status: HTTPStatus, message: str):
-        super().__init__(message)
-        self.status = status
 
 
 class InspectorServer(ThreadingHTTPServer):
@@ -58,6 +49,10 @@ class InspectorServer(ThreadingHTTPServer):
         inspector: of the one model in memory.
         port: where to listen; 0 takes a free one.
         first: a text that the page shows at first, `None` for an empty page.
+
+    Attributes:
+        url: where the page is.
+        hosts: what a request may call this server.
 
     Raises:
         ValueError: if the port is taken or no port.
@@ -72,44 +67,12 @@ class InspectorServer(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
             raise ValueError(f"port must be free, got port={port}: {error}; choose another with --port") from error
+        self.url = f"http://{ADDRESS}:{self.server_port}/"
+        self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
         self.inspector = inspector
         self.page = inspector_page(inspector_data(first or [], served=True)).encode()
         self.busy = threading.Lock()
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
-
-    @property
-    def url(self) -> str:
-        """Where the page is."""
-        return f"http://{ADDRESS}:{self.server_port}/"
-
-    def hosts(self) -> set[str]:
-        """What a request may call this server."""
-        return {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answers a client in a thread of its own, as long as there are not too many."""
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-            return
-        threading.Thread(target=self._turn_away, args=(request,), daemon=True).start()
-
-    def _turn_away(self, request: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            request.settimeout(DISCARD_S)
-            request.sendall(_BUSY)
-            request.shutdown(socket.SHUT_WR)
-            # A connection that is closed while the client still sends would take the answer from it.
-            for _ in range(MAX_CONNECTIONS):
-                if not request.recv(MAX_BODY_BYTES):
-                    break
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """As the stock method, and gives the place free."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
+        self.places = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no error; of anything else one line is said."""
@@ -140,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: InspectorServer
     timeout = TIMEOUT_S
     server_version, sys_version = "lte", ""
+    # HTTP/0.9 has no status.
+    default_request_version = "HTTP/1.0"
     rfile: Any
 
     def setup(self) -> None:
@@ -153,36 +118,36 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)
 
+    def handle(self) -> None:
+        """Answers as long as there are not too many clients."""
+        if not self.server.places.acquire(blocking=False):
+            self.command, self.request_version, self.requestline = "POST", "HTTP/1.0", ""
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "Too many requests at once; try again.")
+            return
+        try:
+            super().handle()
+        finally:
+            self.server.places.release()
+
     def finish(self) -> None:
         """Ends the connection, which the client may have done already."""
         self.late.cancel()
         with contextlib.suppress(OSError):
             super().finish()
 
-    def do_GET(self) -> None:
-        self._guarded(self._page)
-
-    def do_POST(self) -> None:
-        self._guarded(self._record)
-
-    def send_response_only(self, code: int, message: str | None = None) -> None:
-        """As the stock method, with a status also for those that speak HTTP/0.9, which has none."""
-        if self.request_version == "HTTP/0.9":
-            self.request_version = "HTTP/1.0"
-        super().send_response_only(code, message)
-
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """As the stock method, and reads on."""
         super().send_error(code, message, explain)
         self._discard()
 
-    def _guarded(self, answer: Callable[[], None]) -> None:
+    def do_GET(self) -> None:
+        """Answers, or says in JSON why not."""
         try:
-            if self.headers.get("Host") not in self.server.hosts():
+            if self.headers.get("Host") not in self.server.hosts:
                 raise _RefusedError(HTTPStatus.FORBIDDEN, f"Open this page as {self.server.url}.")
-            answer()
+            (self._page if self.command == "GET" else self._record)()
         except _RefusedError as refused:
-            self._refuse(refused.status, str(refused))
+            self._refuse(*refused.args)
         except ValueError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         except OSError:
@@ -190,37 +155,39 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"The text failed with {type(error).__name__}: {error}")
 
+    do_POST = do_GET
+
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        self._send_json(status, {"error": message})
+        self._send_json({"error": message}, status)
         if self.command == "POST":
             self._discard()
 
     def _page(self) -> None:
         if self.path != "/":
             raise _RefusedError(HTTPStatus.NOT_FOUND, "There is one page here, at /.")
-        self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
+        self._send("text/html; charset=utf-8", self.server.page)
 
     def _record(self) -> None:
         if self.path not in ("/inspect", "/generate"):
             raise _RefusedError(HTTPStatus.NOT_FOUND, "Texts go to /inspect or /generate.")
         origin = self.headers.get("Origin")
-        if origin is not None and origin.removeprefix("http://") not in self.server.hosts():
+        if origin is not None and origin.removeprefix("http://") not in self.server.hosts:
             raise _RefusedError(HTTPStatus.FORBIDDEN, "Texts are taken from this server's own page alone.")
         # Forms of other pages cannot send this type without asking first.
         if self.headers.get_content_type() != "application/json":
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Texts must come as application/json.")
         request = _parse(self._body())
         if self.path == "/inspect":
-            self._send_json(HTTPStatus.OK, self.server.record(request))
+            self._send_json(self.server.record(request))
         else:
             self._send_lines(self.server.generate(request))
 
     def _send_lines(self, lines: Generator[dict[str, Any]]) -> None:
-        """A line of JSON for each; closing the connection, on either side, is the end."""
+        """A line of JSON for each, until either side closes the connection."""
         with contextlib.closing(lines):
             # What is wrong with the text comes out with the first.
             first = next(lines)
-            self._send_head("application/x-ndjson")
+            self._send("application/x-ndjson")
             for line in chain([first], lines):
                 self.wfile.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
@@ -251,18 +218,16 @@ class _Handler(BaseHTTPRequestHandler):
             while left > 0 and time.monotonic() < end and (found := self.rfile.read1(MAX_BODY_BYTES)):
                 left -= len(found)
 
-    def _send_json(self, status: HTTPStatus, content: dict[str, Any]) -> None:
-        self._send(status, "application/json", json.dumps(content, allow_nan=False).encode())
+    def _send_json(self, content: dict[str, Any], status: HTTPStatus = HTTPStatus.OK) -> None:
+        self._send("application/json", json.dumps(content, allow_nan=False).encode(), status)
 
-    def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
-        self._send_head(kind, status, {"Content-Length": str(len(content))})
-        self.wfile.write(content)
-
-    def _send_head(self, kind: str, status: HTTPStatus = HTTPStatus.OK, more: Mapping[str, str] | None = None) -> None:
+    def _send(self, kind: str, content: bytes = b"", status: HTTPStatus = HTTPStatus.OK) -> None:
+        """The head and the content, or its beginning: where the connection is closed is the end."""
         self.send_response(status)
-        for name, value in {**_HEADERS, "Content-Type": kind, **(more or {})}.items():
+        for name, value in {**_HEADERS, "Content-Type": kind}.items():
             self.send_header(name, value)
         self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Leaves the terminal alone."""
@@ -276,18 +241,12 @@ def _parse(body: bytes) -> dict[str, str]:
     """
     try:
         found = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"body must be JSON, got {error}") from error
-    except RecursionError:
-        raise ValueError("body must be JSON of one level, got one that is nested too deeply") from None
     known = isinstance(found, dict) and {"text"} <= set(found) <= {"text", "compare"}
     if not known or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("body must be an object with the strings text and, if wanted, compare, got something else")
     for name, text in found.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name} must be Unicode text, got half of a surrogate pair at character {error.start}"
-            ) from None
+        if half := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair at character {half.start()}")
     return found

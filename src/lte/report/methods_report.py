@@ -9,7 +9,7 @@ from pathlib import Path
 from lte.bench.rows import csv_text
 from lte.files import write_text_atomic
 from lte.report.envelope import lte_standings
-from lte.report.overview import overview
+from lte.report.overview import goal, overview
 from lte.report.paper import paper_numbers
 from lte.report.points import Tradeoff
 from lte.report.tables import (
@@ -40,18 +40,13 @@ def tradeoff_texts(tradeoff: Tradeoff, limit: float | None = None) -> list[str |
         tradeoff: what they are of.
         limit: the drop for the table of fewest GFLOPs; `None` takes the metric's own.
     """
-    standings = lte_standings(tradeoff)
-    parts: list[str | TextTable | None] = [failed_table(tradeoff)]
+    failed, standings = failed_table(tradeoff), lte_standings(tradeoff)
+    parts: list[str | TextTable | None] = [failed]
     if tradeoff.points():
-        allowed = tradeoff.metric.small_drop if limit is None else limit
         texts = [reference_text(tradeoff), *latency_texts(tradeoff), *question_texts(tradeoff)]
-        parts = [results_table(tradeoff), *texts, *parts]
-        parts.append(cheapest_table(tradeoff, allowed))
-        parts += [
-            overview([tradeoff], limit)["sentence"],
-            envelope_table(tradeoff, standings) if standings else None,
-            paper_table(tradeoff, limit),
-        ]
+        parts = [results_table(tradeoff), *texts, failed, cheapest_table(tradeoff, goal(tradeoff, limit))]
+        parts += [overview([tradeoff], limit)["sentence"], envelope_table(tradeoff, standings) if standings else None]
+        parts.append(paper_table(tradeoff, limit))
     return [part for part in parts if part is not None]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lte.eval.sparsity import Measurement
-from lte.report.bench import setting_words
-from lte.report.figures import GREY, logarithmic_values, new_figure, plain_axes
-from lte.report.palette import OTHERS, RAMP, light
+from lte.report.bench import bench_title, setting_words
+from lte.report.figures import GREY, logarithmic_values, new_figure
+from lte.report.palette import RAMP, colour_names, light
 
 
 def router_health_figure(measurement: Measurement) -> Figure:
@@ -32,6 +33,7 @@ def router_health_figure(measurement: Measurement) -> Figure:
     image = right.imshow(measurement.score_histogram, extent=(0, 1, layers - 0.5, -0.5), **look)
     right.axvline(measurement.threshold, color="white", linewidth=1.6, linestyle="--")
     right.set_xlabel(f"router score (active above tau = {measurement.threshold:g}, dashed)")
+    right.grid(visible=False)
     right.set_title("Router scores", fontsize=11)
     right.tick_params(labelleft=False)
     bar = figure.colorbar(image, ax=right, label="share of the layer's scores")
@@ -63,7 +65,6 @@ def _draw_active_fractions(axis: Axes, measurement: Measurement) -> None:
     axis.set_title("Experts in use", fontsize=11)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    plain_axes(axis)
 
 
 def training_curves_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
@@ -86,21 +87,19 @@ def training_curves_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     # The last entry of a stage, its run time, holds the number of its steps.
     offset = max((entry["step"] for entry in log_history if entry.get("stage", 1) == 1), default=0)
     steps = [entry["step"] + (offset if entry.get("stage", 1) == 2 else 0) for entry in entries]
-    curves: dict[str, list[tuple[int, float]]] = {
-        name: [(step, entry[name]) for step, entry in zip(steps, entries, strict=True) if entry.get(name) is not None]
-        for name in (*_CURVES, "target_sparsity")
-    }
-    if curves["active_fraction"]:
-        curves["target"] = [(step, 1 - value) for step, value in curves["target_sparsity"]]
-    panels = {
-        label: drawn
-        for label, names in _PANELS
-        if (drawn := {name: curves[name] for name in names if name == "task_loss" or any(y for _, y in curves[name])})
-    }
+
+    def curve(name: str) -> list[tuple[int, float]]:
+        if name == "target":
+            return [(step, 1 - share) for step, share in curve("target_sparsity")] if curve("active_fraction") else []
+        return [(step, entry[name]) for step, entry in zip(steps, entries, strict=True) if entry.get(name) is not None]
+
+    curves = {name: curve(name) for names in _PANELS.values() for name in names}
+    known = {name for name, points in curves.items() if name == "task_loss" or any(y for _, y in points)}
+    panels = {label: known & set(names) for label, names in _PANELS.items() if known & set(names)}
     figure, axes = _panel_figure(len(panels), 4, 3)
     has_both_stages = {entry.get("stage", 1) for entry in entries} == {1, 2}
-    for axis, (label, drawn) in zip(axes, panels.items(), strict=True):
-        _draw_panel(axis, label, drawn)
+    for axis, (label, names) in zip(axes, panels.items(), strict=True):
+        _draw_panel(axis, label, {name: curves[name] for name in _PANELS[label] if name in names})
         if has_both_stages:
             _mark_stages(axis, offset, max(steps))
     return figure
@@ -117,36 +116,28 @@ def _panel_figure(count: int, width: float, height: float) -> tuple[Figure, list
     return figure, axes[:count]
 
 
-# Label of the axis and curves of each panel.
-_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("task loss (nats per token)", ("task_loss",)),
-    ("KL from the teacher (nats per token)", ("distillation_loss",)),
-    ("share of experts, or of scores", ("active_fraction", "target", "near_threshold")),
-    ("efficiency loss (Eq. 5)", ("efficiency_loss",)),
-    ("separability loss (Eq. 6)", ("separability_loss",)),
-    ("eta, weight of the efficiency loss", ("eta",)),
-)
-# Label, colour, and dash of each curve.
-_CURVES: dict[str, tuple[str, str, str]] = {
-    "task_loss": ("next token", light("lte"), "-"),
-    "distillation_loss": ("KL from the teacher", light("second"), "-"),
-    "active_fraction": ("active experts", light("on"), "-"),
-    "target": ("target", light("ink"), "--"),
-    "near_threshold": ("scores within 0.1 of tau", light("less"), ":"),
-    "efficiency_loss": ("efficiency", light("on"), "-"),
-    "separability_loss": ("separability", light("less"), "-"),
-    "eta": ("eta", light("second"), "-"),
+# By the label of its axis the curves of each panel, with label, colour, and dash.
+_PANELS = {
+    "task loss (nats per token)": {"task_loss": ("next token", "lte", "-")},
+    "KL from the teacher (nats per token)": {"distillation_loss": ("KL from the teacher", "second", "-")},
+    "share of experts, or of scores": {
+        "active_fraction": ("active experts", "on", "-"),
+        "target": ("target", "ink", "--"),
+        "near_threshold": ("scores within 0.1 of tau", "less", ":"),
+    },
+    "efficiency loss (Eq. 5)": {"efficiency_loss": ("efficiency", "on", "-")},
+    "separability loss (Eq. 6)": {"separability_loss": ("separability", "less", "-")},
+    "eta, weight of the efficiency loss": {"eta": ("eta", "second", "-")},
 }
 
 
 def _draw_panel(axis: Axes, label: str, curves: dict[str, list[tuple[int, float]]]) -> None:
     for name, points in curves.items():
-        text, colour, dash = _CURVES[name]
+        text, colour, dash = _PANELS[label][name]
         x, y = zip(*points, strict=True)
         marker = "o" if len(points) < 15 else ""
-        axis.plot(x, y, dash, color=colour, marker=marker, markersize=3, linewidth=1.6, label=text)
+        axis.plot(x, y, dash, color=light(colour), marker=marker, markersize=3, linewidth=1.6, label=text)
     axis.set(xlabel="optimiser step", ylabel=label)
-    plain_axes(axis)
     if "active_fraction" in curves:
         axis.set_ylim(-0.02, 1.02)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -165,10 +156,7 @@ def _mark_stages(axis: Axes, boundary: int, last: int) -> None:
 
 
 Row = dict[str, Any]
-_OURS = tuple((light("lte"), marker) for marker in ("o", "s", "D"))
-_OTHERS = tuple((light(name), marker) for name, marker in zip(OTHERS, "^vP", strict=False))
-_DENSE = tuple((light("dense"), dash) for dash in ("-", "--", ":", "-."))
-_SETTINGS = tuple(day for day, _ in RAMP[4:])
+_MARKERS, _DASHES = "osD^vP", ("-", "--", ":", "-.")
 _TITLES = {"ffn": "FFN", "decode": "decoding step"}
 
 # Eager and compiled steps are too far apart for one.
@@ -186,33 +174,30 @@ def latency_figure(rows: Sequence[Row]) -> Figure:
     """
     if not rows:
         raise ValueError("rows must hold at least one result, got none")
-    prefill = [row for row in rows if row["benchmark"] == "prefill"]
-    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["benchmark"] != "prefill":
-            groups[row["benchmark"], row["batch"]].append(row)
-    figure, axes = _panel_figure(len(groups) + bool(prefill), 5, 4.2)
-    for axis, ((benchmark, batch), found) in zip(axes, groups.items(), strict=False):
-        _draw_sparsities(axis, found)
-        axis.set_title(f"{_TITLES[benchmark]}, batch {batch}", fontsize=11)
-    if prefill:
-        _draw_lengths(axes[-1], prefill)
-    first = rows[0]
-    figure.suptitle(f"{first.get('model', 'model')}, {first['dtype']}, {first['hardware']}", fontsize=12)
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: bool(row["benchmark"] == "prefill")):
+        title = f"{_TITLES.get(row['benchmark'])}, batch {row['batch']}"
+        if row["benchmark"] == "prefill":
+            title = f"prefill, {'whole model' if row.get('scope') == 'model' else 'FFN'}"
+        groups[title].append(row)
+    figure, axes = _panel_figure(len(groups), 5, 4.2)
+    for axis, (title, found) in zip(axes, groups.items(), strict=True):
+        (_draw_lengths if title.startswith("prefill") else _draw_sparsities)(axis, found)
+        axis.set_title(title, fontsize=11)
+    figure.suptitle(bench_title(rows), fontsize=12)
     return figure
 
 
 def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
     dense = [row for row in rows if row.get("setting") is None]
-    for row, (colour, dash) in zip(dense, _DENSE, strict=False):
+    for row, dash in zip(dense, cycle(_DASHES), strict=False):
         label = f"{row['provider']}: {row['median_ms']:.3g} ms"
-        axis.axhline(row["median_ms"], color=colour, linestyle=dash, linewidth=1.4, label=label)
+        axis.axhline(row["median_ms"], color=light("dense"), linestyle=dash, linewidth=1.4, label=label)
     lines = _lines((row for row in rows if row.get("setting") is not None), "provider", "sparsity")
-    ours = [line for name, line in lines.items() if name.startswith("lte")]
-    others = [line for name, line in lines.items() if not name.startswith("lte")]
-    for line, (colour, marker) in [*zip(ours, _OURS, strict=False), *zip(others, _OTHERS, strict=False)]:
-        _draw_provider(axis, line, colour, marker)
-    if ours:
+    colours = colour_names(lines)
+    for (name, line), marker in zip(lines.items(), cycle(_MARKERS), strict=False):
+        _draw_provider(axis, line, light(colours[name]), marker)
+    if ours := [line for name, line in lines.items() if name.startswith("lte")]:
         sparsities, times = [row["sparsity"] for row in ours[-1]], [row["bandwidth_ms"] for row in ours[-1]]
         axis.plot(sparsities, times, "--", color=light("ink"), linewidth=1.2, label="bytes at the copy bandwidth")
     axis.set(xlabel="FFN sparsity", ylabel="latency (ms)", xlim=(-0.02, 1.02))
@@ -223,7 +208,6 @@ def _draw_sparsities(axis: Axes, rows: Sequence[Row]) -> None:
         axis.set_ylim(0, 1.1 * slowest)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    plain_axes(axis)
 
 
 def _lines(rows: Iterable[Row], name: str, x: str) -> dict[str, list[Row]]:
@@ -246,7 +230,8 @@ def _draw_provider(axis: Axes, rows: Sequence[Row], colour: str, marker: str) ->
 
 def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     ours = [row for row in rows if row["provider"].startswith("lte")]
-    for (setting, line), colour in zip(_lines(ours, "setting", "tokens").items(), _SETTINGS, strict=False):
+    shades = cycle(day for day, _ in RAMP[4:])
+    for (setting, line), colour in zip(_lines(ours, "setting", "tokens").items(), shades, strict=False):
         ratios, label = [row["ratio_to_dense"] or float("nan") for row in line], setting_words(setting)
         axis.plot([row["tokens"] for row in line], ratios, "o-", color=colour, markersize=4, label=label)
     axis.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--")
@@ -254,6 +239,4 @@ def _draw_lengths(axis: Axes, rows: Sequence[Row]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set(xlabel="tokens", ylabel="latency over the fastest dense")
     axis.set_ylim(0, 1.2 * max(1.0, *(row["ratio_to_dense"] or 0.0 for row in ours)))
-    axis.set_title(f"prefill, {'whole model' if rows[0].get('scope') == 'model' else 'FFN'}", fontsize=11)
     axis.legend(fontsize=7)
-    plain_axes(axis)

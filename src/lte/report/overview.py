@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +97,7 @@ def overview(tradeoffs: Sequence[Tradeoff], limit: float | None = None) -> dict[
     Returns:
         `methods`, LTE first, then by how many tasks they are compared on; `rows`, a task each with its `goal` and
         `cells`: by method a list with an object or `None` for each of `shares`: `lost`, `sd`, `seeds`, `met`, `point`
-        (its place in `Tradeoff.points`), `bytes` (its share); `share`, the one to begin with; `sentence`.
+        (its place in `Tradeoff.points`); `share`, the one to begin with; `sentence`.
     """
     rows: list[dict[str, Any]] = []
     for place, (tradeoff, name) in enumerate(zip(tradeoffs, labels(tradeoffs), strict=True)):
@@ -105,15 +105,11 @@ def overview(tradeoffs: Sequence[Tradeoff], limit: float | None = None) -> dict[
             method: [_cell(tradeoff, tradeoff.curves[curve], share, goal(tradeoff, limit)) for share in SHARES]
             for method, curve in main_curves(tradeoff).items()
         }
+        row = {"comparison": place, "name": name, "metric": tradeoff.metric.name, "goal": goal(tradeoff, limit)}
         if any(any(each) for each in cells.values()):
-            rows.append(
-                {"comparison": place, "name": name, "metric": tradeoff.metric.name, "goal": goal(tradeoff, limit)}
-                | {"cells": cells}
-            )
+            rows.append({**row, "cells": cells})
     rows.sort(key=lambda row: (-len(row["cells"]), row["name"]))
-    count: dict[str, int] = defaultdict(int)
-    for method in (method for row in rows for method in row["cells"]):
-        count[method] += 1
+    count = Counter(method for row in rows for method in row["cells"])
     methods = sorted(count, key=lambda method: (method != OURS, -count[method], method))
     share = _first_share(rows, methods)
     return {"methods": methods, "rows": rows, "shares": SHARES, "share": share, "sentence": main_result(rows, share)}
@@ -125,17 +121,14 @@ def _cell(tradeoff: Tradeoff, points: Sequence[Point], share: float, limit: floa
         return None
     lost, point = found
     place = next(place for place, each in enumerate(tradeoff.points()) if each is point)
-    cell = {"lost": lost, "met": lost <= limit, "sd": point.value.sd, "seeds": point.value.n}
-    return cell | {"point": place, "bytes": tradeoff.share(point, "megabytes")}
+    return {"lost": lost, "met": lost <= limit, "sd": point.value.sd, "seeds": point.value.n, "point": place}
 
 
 def _first_share(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> float:
     """Half of the bytes, or more where LTE, or without it no method, was measured with that few."""
-    for method in methods[:1] or ():
-        for place, share in enumerate(SHARES):
-            if share >= HALF and any(row["cells"].get(method, [None] * len(SHARES))[place] for row in rows):
-                return share
-    return HALF
+    cells = [row["cells"][methods[0]] for row in rows if methods[0] in row["cells"]]
+    known = [share for place, share in enumerate(SHARES) if share >= HALF and any(row[place] for row in cells)]
+    return min(known, default=HALF)
 
 
 def main_result(rows: Sequence[dict[str, Any]], share: float) -> str:
@@ -182,7 +175,11 @@ def _of_others(ours: Cells, others: dict[str, Cells], is_one: bool) -> str:
 
     def rank(method: str) -> tuple[int, float, float]:
         cells = others[method].values()
-        return _count(others[method]), -len(cells), -sum(cell["lost"] / (cell["goal"] or 1.0) for cell in cells)
+        return (
+            sum(cell["met"] for cell in cells),
+            -len(cells),
+            -sum(cell["lost"] / (cell["goal"] or 1.0) for cell in cells),
+        )
 
     best = max(others, key=rank)
     name = best.replace("_", " ")
@@ -199,9 +196,5 @@ def _of_others(ours: Cells, others: dict[str, Cells], is_one: bool) -> str:
     return f", and on {least} no other method loses less; {within}."
 
 
-def _count(cells: Cells) -> int:
-    return sum(cell["met"] for cell in cells.values())
-
-
 def _met(cells: Cells) -> str:
-    return f"{_count(cells)} of {len(cells)}"
+    return f"{sum(cell['met'] for cell in cells.values())} of {len(cells)}"

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lte.report.overview import goal
 from lte.report.points import Cheapest, Point, Tradeoff, cheapest_within, interpolate
 from lte.settings import read_yaml
 
@@ -40,8 +41,7 @@ def paper_rows(tradeoff: Tradeoff, limit: float | None = None) -> list[PaperRow]
     if (task, metric) == (numbers["table2"]["task"], numbers["table2"]["metric"]):
         found += [_table2(numbers["table2"], row, tradeoff) for row in numbers["table2"]["rows"]]
     if task in numbers["glue"]["tasks"]:
-        allowed = tradeoff.metric.small_drop if limit is None else limit
-        found += [_glue(numbers["glue"], row, tradeoff, allowed) for row in numbers["glue"]["rows"]]
+        found += [_glue(numbers["glue"], row, tradeoff, goal(tradeoff, limit)) for row in numbers["glue"]["rows"]]
     return [*found, *_latency(numbers["latency"], tradeoff)]
 
 

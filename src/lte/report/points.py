@@ -184,20 +184,16 @@ def _tradeoff(
         key=lambda point: point.value.mean,
         default=None,
     )
+    known = [_with_weight_sparsity(point, best) for point in points]
+    reference = None if best is None else known[points.index(best)]
+    dense = tuple(point for point in known if point.method == DENSE)
     curves: dict[str, list[Point]] = defaultdict(list)
-    dense: list[Point] = []
-    reference = None
-    for found in points:
-        point = _with_weight_sparsity(found, best)
-        (dense if point.method == DENSE else curves[point.curve]).append(point)
-        reference = point if found is best else reference
+    for point in sorted(known, key=lambda point: (point.curve, point.mean("sparsity") or 0.0, point.target or 0.0)):
+        if point.method != DENSE:
+            curves[point.curve].append(point)
     task, split, model, _ = key
-    ordered = {name: tuple(sorted(curves[name], key=_by_sparsity)) for name in sorted(curves)}
-    return Tradeoff(task, split, model, metric, ordered, tuple(dense), reference, tuple(failed))
-
-
-def _by_sparsity(point: Point) -> tuple[float, float]:
-    return point.mean("sparsity") or 0.0, point.target or 0.0
+    ordered = {name: tuple(found) for name, found in curves.items()}
+    return Tradeoff(task, split, model, metric, ordered, dense, reference, tuple(failed))
 
 
 def _with_weight_sparsity(point: Point, reference: Point | None) -> Point:

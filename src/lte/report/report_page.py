@@ -5,11 +5,12 @@ Shapes: L layers, B bins of a histogram, S logged steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lte import __version__
 from lte.files import json_ready, write_text_atomic
@@ -54,19 +55,15 @@ def write_html_report(
 def report_data(
     tradeoffs: Sequence[Tradeoff], benches: Sequence[Bench] = (), limit: float | None = None
 ) -> dict[str, Any]:
-    """The data of the page; a number that is not known, or not finite, is `None`, and no path is absolute.
+    """The data of the page that `write_html_report` writes.
 
-    Args:
-        tradeoffs: from `find_tradeoffs`; may be empty.
-        benches: files of `lte bench`.
-        limit: the loss of quality that is the goal; `None` takes the metric's own.
+    A number that is not known, or not finite, is `None`, and no path is absolute.
     """
     measured = [bench_data(bench) for bench in benches]
     methods = [point.method for tradeoff in tradeoffs for point in tradeoff.points()]
     providers = [row["provider"] for each in measured for group in each["latency"] for row in group["rows"]]
     records = [record for each in tradeoffs for point in each.points() for record in point.records]
-    failed = [record for each in tradeoffs for record in each.failed]
-    sources = {*(record.source for record in (*records, *failed)), *(bench.source for bench in benches)}
+    records += [record for each in tradeoffs for record in each.failed]
     named = zip(tradeoffs, labels(tradeoffs), strict=True)
     ready: dict[str, Any] = json_ready(
         {
@@ -77,7 +74,7 @@ def report_data(
             "overview": overview(tradeoffs, limit),
             "comparisons": [{"name": name, **tradeoff_data(tradeoff, limit)} for tradeoff, name in named],
             "benches": measured,
-            "files": sorted(sources),
+            "files": sorted({*(record.source for record in records), *(bench.source for bench in benches)}),
         }
     )
     return without_places(ready)
@@ -94,6 +91,7 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
     metric, points = tradeoff.metric, tradeoff.points()
     main = set(main_curves(tradeoff).values())
     fronts = {axis: pareto_front(tradeoff, quantity, axis == "sparsity") for axis, quantity in AXES.items()}
+    rows = csv_rows(tradeoff)
     place = {id(point): index for index, point in enumerate(points)}
     return {
         "title": f"{tradeoff.title}, {metric.name}",
@@ -102,12 +100,15 @@ def tradeoff_data(tradeoff: Tradeoff, limit: float | None = None) -> dict[str, A
         "points": [_point(tradeoff, point, point.curve in main) for point in points],
         "rivals": rivals(tradeoff),
         "fronts": {axis: [place[id(point)] for point in front] for axis, front in fronts.items()},
-        "failed": [_failed(record) for record in tradeoff.failed],
+        "failed": [
+            {"name": each.label or each.method, "why": failure_text(each), **run_data(each, None)}
+            for each in tradeoff.failed
+        ],
         "paper": paper_points(tradeoff),
         "sentences": [part for part in parts if isinstance(part, str)],
         "results": _table(results_table(tradeoff)),
         "tables": [_table(table) for table in tables if table.title != tradeoff.title],
-        "csv": csv_rows(tradeoff),
+        "csv": [[*rows[0]], *([*row.values()] for row in rows)] if rows else [],
     }
 
 
@@ -140,10 +141,6 @@ def _cost(tradeoff: Tradeoff, point: Point, quantity: str) -> float | None:
     return None if quantity == "sparsity" and found == 0 and share is not None and share < 0.99 else found
 
 
-def _failed(record: ResultRecord) -> dict[str, Any]:
-    return {"name": record.label or record.method, "why": failure_text(record), **run_data(record, None)}
-
-
 def _table(table: TextTable) -> dict[str, Any]:
     return {name: getattr(table, name) for name in ("title", "header", "rows", "left")}
 
@@ -174,19 +171,23 @@ def routing_data(record: ResultRecord) -> dict[str, Any] | None:
         `active_fraction` [L]; `threshold`; where they were measured `histogram` [L, B] in units of `HISTOGRAM_UNIT`,
         and `experts`, `dead` (no token uses them) and `always_on` (every token does), [L] each, else `None`.
     """
-    measurement = record.measurement
-    if not isinstance(measurement, Mapping) or not _list(measurement.get("active_fraction")):
+    measurement = record.measurement if isinstance(record.measurement, Mapping) else {}
+    active, histogram = (_numbers(measurement.get(name)) for name in ("active_fraction", "score_histogram"))
+    if active.ndim != 1 or not active.size:
         return None
-    histogram, use = (_layers(measurement.get(name)) for name in ("score_histogram", "expert_use"))
-    return {
-        "active_fraction": [_rounded(share) for share in measurement["active_fraction"]],
-        "threshold": measurement.get("threshold"),
-        "tokens": measurement.get("tokens"),
-        "histogram": [[_units(share) for share in layer] for layer in histogram] or None,
-        "experts": [len(layer) for layer in use] or None,
-        "dead": [sum(share == 0 for share in layer) for layer in use] or None,
-        "always_on": [sum(share == 1 for share in layer) for layer in use] or None,
-    }
+    use = measurement.get("expert_use") or []
+    found: dict[str, Any] = json_ready(
+        {
+            "active_fraction": active.round(4),
+            "threshold": measurement.get("threshold"),
+            "tokens": measurement.get("tokens"),
+            "histogram": np.nan_to_num(histogram / HISTOGRAM_UNIT).round().astype(int) if histogram.ndim == 2 else None,
+            "experts": [len(layer) for layer in use] or None,
+            "dead": [sum(share == 0 for share in layer) for layer in use] or None,
+            "always_on": [sum(share == 1 for share in layer) for layer in use] or None,
+        }
+    )
+    return found
 
 
 def history_data(record: ResultRecord) -> dict[str, Any] | None:
@@ -195,39 +196,19 @@ def history_data(record: ResultRecord) -> dict[str, Any] | None:
     Returns:
         `step` [S], `active_fraction` [S, L].
     """
-    history = record.layer_history
-    if not isinstance(history, Mapping):
+    history = record.layer_history if isinstance(record.layer_history, Mapping) else {}
+    steps, shares = (_numbers(history.get(name)) for name in ("step", "active_fraction"))
+    if shares.ndim != 2 or steps.shape != shares.shape[:1]:
         return None
-    steps, shares = _list(history.get("step")), _layers(history.get("active_fraction"))
-    if not steps or len(steps) != len(shares):
-        return None
-    count = len(steps)
     # The first, the last, and evenly spaced ones between.
-    kept = [round(place * (count - 1) / (MOST_STEPS - 1)) for place in range(MOST_STEPS)]
-    kept = kept if count > MOST_STEPS else list(range(count))
-    return {
-        "step": [steps[place] for place in kept],
-        "active_fraction": [[_rounded(share, 3) for share in shares[place]] for place in kept],
-    }
+    kept = np.unique(np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int))
+    found: dict[str, Any] = json_ready({"step": steps[kept].astype(int), "active_fraction": shares[kept].round(3)})
+    return found
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _layers(value: Any) -> list[list[Any]]:
-    """A list of lists; empty where it is another thing."""
-    rows = _list(value)
-    return rows if all(isinstance(row, list) and row for row in rows) else []
-
-
-def _units(share: Any) -> int | None:
-    return round(share / HISTOGRAM_UNIT) if _is_number(share) else None
-
-
-def _rounded(share: Any, digits: int = 4) -> float | None:
-    return round(share, digits) if _is_number(share) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _numbers(value: Any) -> np.ndarray:
+    """Lists of numbers, not a number where one is not known; empty where it is another thing."""
+    try:
+        return np.array([] if value is None else value, dtype=float)
+    except (TypeError, ValueError):
+        return np.array([])

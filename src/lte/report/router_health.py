@@ -36,16 +36,8 @@ def histogram_text(shares: Sequence[float]) -> str:
 def router_health_rows(measurement: Measurement) -> list[tuple[str, ...]]:
     """A row of text per layer and one for all together, in the order of `HEALTH_COLUMNS`."""
     layers, experts = len(measurement.active_fraction), [len(use) for use in measurement.expert_use]
-    columns = zip(
-        map(str, range(layers)),
-        measurement.active_fraction,
-        measurement.dead_experts,
-        measurement.always_on_experts,
-        measurement.near_threshold,
-        measurement.score_histogram,
-        experts,
-        strict=True,
-    )
+    fields = ("active_fraction", "dead_experts", "always_on_experts", "near_threshold", "score_histogram")
+    columns = zip(map(str, range(layers)), *(getattr(measurement, name) for name in fields), experts, strict=True)
     near_all = sum(measurement.near_threshold) / layers
     scores_all = [sum(shares) / layers for shares in zip(*measurement.score_histogram, strict=True)]
     counts = sum(measurement.dead_experts), sum(measurement.always_on_experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,26 +221,26 @@ def latency_texts(tradeoff: Tradeoff) -> list[str]:
     """Why curves or points have no latency, which have that of another sparsity, and which machines, if several."""
     points = tradeoff.points()
     timed_curves = {point.curve for point in points if point.latency_ms is not None}
-    reasons: dict[str, dict[str, None]] = defaultdict(dict)
-    machines = set()
-    elsewhere: dict[str, None] = {}
-    for point in points:
-        at = _name_at_target(point)
-        for record in point.records:
-            if record.latency_ms is not None:
-                machines.add(record.hardware)
-                if _timed_elsewhere(record):
-                    elsewhere[at] = None
-            # One seed may have been timed for all.
-            elif point.latency_ms is None and record.latency_note:
-                reasons[record.latency_note][at if point.curve in timed_curves else point.curve] = None
-    found = [f"No latency of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
-    if elsewhere:
+    timed = [(point, record) for point in points for record in point.records if record.latency_ms is not None]
+    # One seed may have been timed for all.
+    untimed = [(point, record.latency_note) for point in points for record in point.records if not point.latency_ms]
+    named = ((note, _name_at_target(point) if point.curve in timed_curves else point.curve) for point, note in untimed)
+    found = _reasons("No latency", named)
+    if elsewhere := dict.fromkeys(_name_at_target(point) for point, record in timed if _timed_elsewhere(record)):
         names = ", ".join(elsewhere)
         found.append(f"Latency of {names}: timed at another FFN sparsity than measured, or at an unknown one.")
-    if len(machines) > 1:
-        found.append(f"Latencies are of several machines, so compare shares alone: {'; '.join(sorted(machines))}.")
+    if len(machines := sorted({record.hardware for _, record in timed})) > 1:
+        found.append(f"Latencies are of several machines, so compare shares alone: {'; '.join(machines)}.")
     return found
+
+
+def _reasons(what: str, pairs: Iterable[tuple[str | None, str]]) -> list[str]:
+    """A sentence for each note of pairs (note, name): what is said of which names."""
+    names: dict[str, dict[str, None]] = defaultdict(dict)
+    for note, name in pairs:
+        if note:
+            names[note][name] = None
+    return [f"{what} of {', '.join(found)}: {note.rstrip('.')}." for note, found in names.items()]
 
 
 def _timed_elsewhere(record: ResultRecord) -> bool:
@@ -251,11 +251,9 @@ def _timed_elsewhere(record: ResultRecord) -> bool:
 
 def question_texts(tradeoff: Tradeoff) -> list[str]:
     """Which runs have no scores of some question sets, and why."""
-    reasons: dict[str, dict[str, None]] = defaultdict(dict)
-    for point in tradeoff.points():
-        for note in {record.harness_note for record in point.records} - {None}:
-            reasons[str(note)][_name_at_target(point)] = None
-    return [f"Question sets of {', '.join(names)}: {note.rstrip('.')}." for note, names in reasons.items()]
+    points = tradeoff.points()
+    notes = ((record.harness_note, _name_at_target(point)) for point in points for record in point.records)
+    return _reasons("Question sets", notes)
 
 
 def _target(share: float | None) -> str:

@@ -34,10 +34,11 @@ def find(place: Chrome | WebElement, selector: str) -> WebElement:
 
 
 def open_page(browser: Chrome, address: str) -> None:
-    """Opens a page, also one that differs in its # alone, and waits until it has drawn itself."""
+    """Opens a page, also one that differs in its # alone, and waits until it shows the chosen expert."""
     browser.get("about:blank")
     browser.get(address)
-    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".side .plot canvas"))
+    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".side section h3"))
+    settle(browser)
 
 
 def state(browser: Chrome) -> dict[str, str]:
@@ -91,14 +92,14 @@ def open_table(box: WebElement) -> list[list[str]]:
     return table_rows(details)
 
 
-def pick(browser: Chrome, box: WebElement, x: float, y: float, series: int = 0) -> None:
+def pick(browser: Chrome, box: WebElement, x: float, y: float) -> None:
     """Clicks into a picture, at a place in its plot's coordinates of ECharts."""
     plot = find(box, ".plot")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
     settle(browser)
     chart = "echarts.getInstanceByDom(arguments[0])"
-    script = f"return {chart}.convertToPixel({{seriesIndex: arguments[3]}}, [arguments[1], arguments[2]])"
-    left, top = browser.execute_script(script, plot, x, y, series)
+    script = f"return {chart}.convertToPixel({{seriesIndex: 0}}, [arguments[1], arguments[2]])"
+    left, top = browser.execute_script(script, plot, float(x), float(y))
     size = plot.size
     offset = (round(left - size["width"] / 2), round(top - size["height"] / 2))
     ActionChains(browser).move_to_element_with_offset(plot, *offset).click().perform()

@@ -112,7 +112,7 @@ class TestControls:
         assert told_expert(page).startswith("Expert 5 of layer 0")
         entropy, shares = unpack(run["next"]["entropy"], "<f4"), active_of(run).mean((0, 2))
         extreme = int(entropy.argmin())
-        pick(page, panel(page, "Does it spend"), float(entropy[extreme]), float(shares[extreme]), series=1)
+        pick(page, find(panel(page, "Does it spend"), ".columns > :last-child"), entropy[extreme], shares[extreme])
         assert state(page)["token"] == str(extreme)
         thresholds = run["what_if"]["thresholds"]
         share = unpack(run["what_if"]["counts"], "<u2", len(thresholds), -1)[8].mean() / run["layers"] / run["experts"]
@@ -166,7 +166,7 @@ class TestControls:
     def test_the_address_brings_everything_back(self, page: Chrome) -> None:
         choose_token(page, 9)
         Select(find(page, ".text select")).select_by_value("surprise")
-        Select(find(page, "#theme")).select_by_visible_text("dark")
+        Select(find(page, ".page-header select")).select_by_visible_text("dark")
         find(page, "[type=search]").send_keys("1.2")
         assert state(page)["find"] == "1.2"
         address = page.current_url

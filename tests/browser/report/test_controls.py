@@ -161,7 +161,7 @@ def test_a_table_is_copied_unrounded_or_shown(page: Chrome) -> None:
     open_results(page)
     copy = page.find_element(By.XPATH, "//button[.='Copy as CSV']")
     click(page, copy)
-    state = page.find_element(By.CSS_SELECTOR, ".table-tools [role=status]")
+    state = page.find_element(By.CSS_SELECTOR, ".controls [role=status]")
     WebDriverWait(page, 5).until(lambda _: "6 rows" in state.text)
     text = page.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     found = list(csv.DictReader(io.StringIO(text)))

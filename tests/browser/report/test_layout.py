@@ -33,7 +33,8 @@ def test_text_from_files_stays_text(page: Chrome) -> None:
 
 @pytest.mark.parametrize("width", [390, 800, 1440])
 def test_nothing_is_cut_or_scrolls_sideways(page: Chrome, width: int) -> None:
-    set_screen(page, width, 900)
+    # High enough that all pictures are on the screen, and drawn.
+    set_screen(page, width, 20_000)
     page.execute_script(OPEN)
     plot(page, "Experts that")
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
@@ -45,7 +46,7 @@ def test_nothing_is_cut_or_scrolls_sideways(page: Chrome, width: int) -> None:
 def test_the_first_screen_answers(browser: Chrome, committed: Path) -> None:
     """All committed results: small, quick, the sentence and the heat map in sight, no table cut, nothing serious."""
     assert committed.stat().st_size < 3_000_000
-    check_loads_within_ms(browser, committed.as_uri(), 1000)
+    check_loads_within_ms(browser, committed.as_uri(), 300)
     set_screen(browser, 1440, 900)
     opened(browser, committed.as_uri())
     script = (
@@ -95,8 +96,8 @@ def test_little_input_makes_a_page_without_empty_sections(
     assert browser.execute_script(headings) == 0
 
 
-def test_200_runs_load_within_a_second(browser: Chrome, write: Write) -> None:
+def test_200_runs_load_quickly(browser: Chrome, write: Write) -> None:
     address = write(record("dense"), *many_runs(200))
-    check_loads_within_ms(browser, address, 1000)
+    check_loads_within_ms(browser, address, 300)
     opened(browser, address)
     assert len([name for name in drawn(browser, "Quality lost") if name.startswith("method")]) == 10

@@ -9,14 +9,16 @@ class Atlas {
     this.list = element('ol', { class: 'experts' });
     this.told = element('p', { 'aria-live': 'polite' });
     this.source = element('p', { class: 'quiet' });
-    this.picture = new Shell.Picture({
+    this.picture = Charts.linePicture({
       label: 'Points of all experts, how selective each is over how often it is on',
       caption: 'A point is an expert: to the right those that most tokens of the reference text switch on, on top ' +
         'those that are on for the same tokens again and for few others. Pale ones are not among those found.',
       height: () => 300,
-      options: () => this.options(),
+      describe: () => this.describe(),
       rows: () => this.rows(),
-      onPick: ({ value }) => state.set({ layer: value[2], expert: value[3] }),
+      chosen: () => [{ seriesIndex: 0, dataIndex: this.shown.findIndex(({ layer, expert }) =>
+        layer === state.layer && expert === state.expert) }],
+      onPick: ({ data: { layer, expert } }) => state.set({ layer, expert }),
     });
     const words = ['always on', 'dead'].map((value) => element('option', { value }));
     this.box = element('section', { class: 'panel' }, element('h2', { class: 'first' }, 'Atlas of experts'),
@@ -25,37 +27,32 @@ class Atlas {
       this.told, this.list, this.picture.box, this.source);
     this.find.addEventListener('input', () => state.set({ find: this.find.value }));
     state.onChange(['find', 'run'], () => this.show());
-    state.onChange(['layer', 'expert'], () => this.follow());
+    state.onChange(['layer', 'expert'], () => this.picture.mark());
   }
 
-  /* All experts of the model of the chosen token, most selective first. */
+  /* All experts of the model of the chosen token, most selective first, and whether each is found: by 17 that expert of
+     all layers, by 3.17 that of layer 3, by `dead` and `always on` those; all else is a token. */
   all() {
     const { layers, experts, known } = this.state.routing;
-    const found = upTo(layers * experts).map((place) => {
+    const wanted = this.state.find.trim().toLowerCase();
+    const all = upTo(layers * experts).map((place) => {
       const [layer, expert] = [Math.floor(place / experts), place % experts];
       const labels = known.strongest(layer, expert).map(({ position }) => known.list.label(position));
-      return { layer, expert, use: known.use(layer, expert), selectivity: known.selectivity(layer, expert),
-        mark: known.mark(layer, expert), labels };
+      const mark = known.mark(layer, expert);
+      const names = ['', `${expert}`, `${layer}.${expert}`, mark, ...labels.map((label) => label.trim().toLowerCase())];
+      return { layer, expert, mark, labels, use: known.useOf(layer, expert),
+        selectivity: known.selectivityOf(layer, expert), found: names.includes(wanted) };
     });
-    return found.sort((a, b) => b.selectivity - a.selectivity);
-  }
-
-  /* 17 is that expert of all layers, 3.17 that of layer 3, `dead` and `always on` those; all else is a token. */
-  matches({ layer, expert, mark, labels }) {
-    const wanted = this.state.find.trim().toLowerCase();
-    if (!wanted) return true;
-    if (/^\d+(\.\d+)?$/.test(wanted) && [`${expert}`, `${layer}.${expert}`].includes(wanted)) return true;
-    return wanted === mark || labels.some((label) => label.trim().toLowerCase() === wanted);
+    return all.sort((a, b) => b.selectivity - a.selectivity);
   }
 
   show() {
     const { known } = this.state.routing;
-    const all = this.all();
-    this.shown = all.map((expert) => ({ ...expert, found: this.matches(expert) }));
+    this.shown = this.all();
     const found = this.shown.filter((expert) => expert.found);
-    const count = (mark) => Shell.count(all.filter((expert) => expert.mark === mark).length);
-    this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(all.length)} experts, the most selective ` +
-      `first; ${count('always on')} always on, ${count('dead')} dead.`;
+    const count = (mark) => Shell.count(this.shown.filter((expert) => expert.mark === mark).length);
+    this.told.textContent = `${Shell.count(found.length)} of ${Shell.count(this.shown.length)} experts, the most ` +
+      `selective first; ${count('always on')} always on, ${count('dead')} dead.`;
     this.list.replaceChildren(...found.slice(0, 12).map((expert) => Shell.element('li', {}, this.button(expert))));
     this.source.textContent = [`How often, and for which tokens, was counted on ${known.text}, ` +
       `${Shell.count(known.list.length)} tokens.`,
@@ -65,34 +62,21 @@ class Atlas {
   }
 
   button({ layer, expert, use, selectivity, mark, labels }) {
-    const button = Shell.button(` ${labels.slice(0, 4).join(' · ')} `, () => this.state.set({ layer, expert }));
-    button.prepend(Shell.element('b', {}, `${layer}.${expert}`));
-    button.append(Shell.element('span', { class: 'quiet' },
-      `${mark || `on for ${Shell.percent(use)}`}, selective ${selectivity.toFixed(2)}`));
-    return button;
+    const told = `${mark || `on for ${Shell.percent(use)}`}, selective ${selectivity.toFixed(2)}`;
+    return Shell.button([Shell.element('b', {}, `${layer}.${expert}`), ` ${labels.slice(0, 4).join(' · ')} `,
+      Shell.element('span', { class: 'quiet' }, told)], () => this.state.set({ layer, expert }));
   }
 
-  follow() {
-    const { layer, expert } = this.state;
-    pointOut(this.picture, 0, this.shown.findIndex((each) => each.layer === layer && each.expert === expert));
-  }
-
-  options() {
-    queueMicrotask(() => this.follow());
+  describe() {
     const symbols = { 'always on': 'diamond', dead: 'triangle' };
     return {
-      grid: { left: 52, right: 14, top: 16, bottom: 46 },
-      tooltip: Shell.tooltip(({ value: [use, selectivity, layer, expert], data: { words } }) =>
-        `layer ${layer}, expert ${expert}${words && `, ${words}`}\n` +
-        `on for ${Shell.percent(use)}, selective ${selectivity.toFixed(2)}`),
-      xAxis: shareAxis({ name: 'tokens for which it is on', nameLocation: 'middle', nameGap: 28, min: 0, max: 1 }),
-      yAxis: Shell.axis({ type: 'value', name: 'selective', nameLocation: 'middle', nameGap: 36, min: 0, max: 1 }),
-      series: [{ type: 'scatter', color: Shell.colour('on'),
-        emphasis: { scale: 2, itemStyle: { color: Shell.colour('mark'), opacity: 1 } },
-        data: this.shown.map(({ layer, expert, use, selectivity, mark, found }) => ({
-          value: [use, selectivity, layer, expert], words: mark,
-          symbol: symbols[mark] ?? 'circle', symbolSize: mark ? 11 : 6,
-          itemStyle: { opacity: found ? 0.6 : 0.08, ...(mark && { color: Shell.colour('second') }) } })) }],
+      x: { name: 'tokens for which it is on', share: true, min: 0, max: 1 }, y: { name: 'selective', min: 0, max: 1 },
+      tell: ({ x, y, layer, expert, mark }) => `layer ${layer}, expert ${expert}${mark && `, ${mark}`}\n` +
+        `on for ${Shell.percent(x)}, selective ${y.toFixed(2)}`,
+      lines: [{ name: 'experts', hidden: true, scatter: true, colour: Shell.colour('on'),
+        points: this.shown.map(({ layer, expert, use: x, selectivity: y, mark, found }) => ({ x, y, layer, expert, mark,
+          symbol: symbols[mark], size: mark ? 11 : 6, colour: mark ? Shell.colour('second') : undefined,
+          opacity: found ? 0.6 : 0.08 })) }],
     };
   }
 

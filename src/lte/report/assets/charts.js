@@ -11,10 +11,7 @@ const Charts = (() => {
     'path://M7 1H13V7H19V13H13V19H7V13H1V7H7Z',
       'path://M10 0L12.5 7H20L14 11.5L16.5 19L10 14.5L3.5 19L6 11.5L0 7H7.5Z'];
   const DASHES = ['solid', 'dashed', 'dotted', [9, 3, 2, 3]];
-  const symbol = (place) => SYMBOLS[place % SYMBOLS.length];
-  const dash = (place) => DASHES[place % DASHES.length];
-  /* What is no method, a setting say: by its place among `count`, in the stronger half of the ramp. */
-  const shade = (place, count) => Shell.ramp()[4 + Math.round((5 * place) / Math.max(count - 1, 1))];
+  const look = (place) => ({ symbol: SYMBOLS[place % SYMBOLS.length], dash: DASHES[place % DASHES.length] });
   /* A method's or an implementation's colour. */
   const colourOf = (name) => Shell.colour(Shell.data.colours[name] ?? 'quiet');
 
@@ -26,7 +23,7 @@ const Charts = (() => {
       });
     }
     const label = rest.label ?? form(rest);
-    return Shell.axis({ type: log ? 'log' : 'value', logBase: log, inverse, min, max, interval,
+    return Shell.axis({ type: log ? 'log' : 'value', logBase: log, inverse, min, max, interval, scale: true,
       minInterval: whole ? 1 : undefined, name: log ? `${name}, logarithmic` : name,
       nameLocation: isX ? 'middle' : 'end', nameGap: isX ? 28 : 14,
       nameTextStyle: { align: isX ? 'center' : 'left' },
@@ -34,49 +31,18 @@ const Charts = (() => {
       splitLine: { show: !isX, lineStyle: { color: Shell.colour('line'), opacity: 0.5 } } });
   }
 
-  /* An axis with round limits around values, where the description has none. */
-  function rounded(described, values) {
-    const { log, min, max } = described;
-    const found = values.filter((value) => isNumber(value) && !(log && value <= 0));
-    if (!found.length || described.interval) return described;
-    let [low, high] = [min ?? Math.min(...found), max ?? Math.max(...found)];
-    if (log) {
-      const [from, to] = [Math.floor(Math.log(low) / Math.log(log)), Math.ceil(Math.log(high) / Math.log(log))];
-      return { ...described, min: min ?? log ** from, max: max ?? log ** to, interval: Math.ceil((to - from) / 6) };
-    }
-    if (!(high > low)) [low, high] = [min ?? low - (Math.abs(low) || 1) / 2, max ?? high + (Math.abs(high) || 1) / 2];
-    const rough = (high - low) / 5;
-    const power = 10 ** Math.floor(Math.log10(rough));
-    const interval = Math.max([1, 2, 5, 10].find((step) => step * power >= rough) * power, described.whole ? 1 : 0);
-    const end = (value, round) => Number((round(value / interval) * interval).toPrecision(12));
-    /* Nothing is more than all of it. */
-    const most = described.share && high <= 1 ? 1 : Infinity;
-    return { ...described, interval, min: min ?? end(low - interval * 0.05, Math.floor),
-      max: max ?? Math.min(end(high + interval * 0.05, Math.ceil), most) };
-  }
-
-  /* The base of a logarithmic axis, where values are too far apart for a linear one. */
-  function logBase(values, ratio = 50) {
-    const found = values.filter((value) => value > 0);
-    const far = Math.max(...found) / Math.min(...found);
-    return found.length && far > ratio ? (far > 300 ? 10 : 2) : undefined;
-  }
-
   const inside = ({ min = -Infinity, max = Infinity }, value) => value >= min && value <= max;
 
   /* What ECharts draws for { x, y, lines, marks, tell }. A line: { name, colour, points, symbol, dash, width, pale,
-     hidden (its name), level (a horizontal line), area }. A point: { x, y, low, high, hollow, ... }; one beyond the end
-     of the axis is an arrow at the end. Where y has names, low and high are of x. tell: the text for a point. */
-  function options({ x: anyX, y: anyY, lines, marks = [], tell }, width) {
+     hidden (its name), level (a horizontal line), area, scatter (points alone) }. A point: { x, y, low, high, hollow,
+     ... }; one beyond the end of the axis is an arrow at the end. Where y has names, low and high are of x. tell: the
+     text for a point. */
+  function options({ x, y, lines, marks = [], tell }, width) {
     const named = lines.filter(({ hidden, points }) => !hidden && points.length);
     const letters = Math.max(0, ...named.map(({ label, name }) => (label ?? name).length));
     const room = named.length ? Math.min(46 + 7 * letters, 196, width * 0.32) : 20;
-    const points = lines.flatMap((line) => line.points);
-    const ranges = points.flatMap(({ low, high }) => [low, high]);
-    const x = rounded(anyX, [...points.map((point) => point.x), ...(anyY.names ? ranges : []),
-      ...marks.map(({ xAxis }) => xAxis)]);
-    const y = anyY.names ? anyY : rounded(anyY, [...points.map((point) => point.y), ...ranges,
-      ...lines.map(({ level }) => level), ...marks.map(({ yAxis }) => yAxis)]);
+    const bars = lines.flatMap(({ points, level }) => [[undefined, level], ...points.flatMap((point) =>
+      [point.low, point.high].map((end) => (y.names ? [end, point.y] : [point.x, end])))]);
     return {
       grid: { left: 12, right: room, top: 34, bottom: 34, containLabel: true },
       tooltip: Shell.tooltip(({ data }) => (data?.line ? tell(data) : ''), { trigger: 'item' }),
@@ -85,7 +51,10 @@ const Charts = (() => {
       dataZoom: ['xAxisIndex', 'yAxisIndex'].map((which) => ({ type: 'inside', [which]: 0, filterMode: 'none',
         zoomOnMouseWheel: 'ctrl', moveOnMouseMove: true, moveOnMouseWheel: false })),
       series: [...lines.map((line, place) => lineSeries(line, y, place ? [] : marks)), beyond(lines, y),
-        ends(named, x, y, width, room)],
+        ends(named, x, y, width, room),
+        /* Unseen: what the axes reach as well as the points. */
+        { type: 'scatter', name: 'reach', silent: true, symbolSize: 0,
+          data: [...bars, ...marks.map(({ xAxis, yAxis }) => [xAxis, yAxis])] }],
     };
   }
 
@@ -96,14 +65,18 @@ const Charts = (() => {
     const style = (point) => (point.pinned ? { borderColor: Shell.colour('mark'), borderWidth: 3 }
       : point.hollow ? { color: Shell.colour('paper'), borderColor: colour, borderWidth: 2 } : {});
     const quiet = Shell.colour('quiet');
-    return { type: 'line', name, symbol: line.symbol ?? 'circle', symbolSize: line.size ?? (pale ? 6 : 10),
-      showAllSymbol: true, showSymbol: line.size !== 0, symbolKeepAspect: true, z: pale ? 3 : 5,
+    return { type: line.scatter ? 'scatter' : 'line', name, symbol: line.symbol ?? 'circle',
+      symbolSize: line.size ?? (pale ? 6 : 10), showAllSymbol: true, showSymbol: line.size !== 0,
+      symbolKeepAspect: true, z: pale ? 3 : 5,
       triggerLineEvent: true, silent: line.silent, step: area && 'middle',
       data: points.map((point) => ({ ...point, line: name, value: [point.x, point.y],
-        symbolSize: point.pinned ? 18 : undefined, itemStyle: { color: point.colour, ...style(point) } })),
-      itemStyle: { color: colour, opacity: 1 }, areaStyle: area ? { color: colour, opacity: 0.35 } : undefined,
-      lineStyle: { color: colour, width: line.scatter ? 0 : width, type, opacity },
-      emphasis: { focus: 'series' },
+        symbolSize: point.pinned ? 18 : point.size,
+        itemStyle: { color: point.colour, opacity: point.opacity, ...style(point) } })),
+      itemStyle: { color: colour, opacity: line.scatter ? opacity : 1 },
+      areaStyle: area ? { color: colour, opacity: 0.35 } : undefined,
+      lineStyle: { color: colour, width, type, opacity },
+      emphasis: line.scatter ? { scale: 1.8, itemStyle: { color: Shell.colour('mark'), opacity: 1 } }
+        : { focus: 'series' },
       blur: { lineStyle: { opacity: 0.5 * Math.min(opacity, 0.4) }, itemStyle: { opacity: 0.2 } },
       markArea: line.band && { silent: true, itemStyle: { color: colour, opacity: 0.15 },
         data: [line.band.map((yAxis) => ({ yAxis }))] },
@@ -122,7 +95,8 @@ const Charts = (() => {
       data: lines.flatMap(({ name, colour, points, pale }) => points.filter((point) => !inside(y, point.y))
         .map((point) => ({ ...point, line: name, beyond: true, value: [point.x, point.y > y.max ? y.max : y.min],
           symbolRotate: point.y > y.max !== Boolean(y.inverse) ? 0 : 180,
-          itemStyle: { color: Shell.colour('paper'), borderColor: colour, borderWidth: pale ? 1.5 : 2.5 } }))) };
+          itemStyle: { color: Shell.colour('paper'), borderColor: point.pinned ? Shell.colour('mark') : colour,
+            borderWidth: pale ? 1.5 : 2.5 } }))) };
   }
 
   /* A name for each line in a column on the right, near the height of the line's last point, none above another. */
@@ -140,10 +114,10 @@ const Charts = (() => {
       labelLine: { show: true, length2: 5, lineStyle: { width: 1, opacity: 0.35 } } };
   }
 
-  /* A picture of lines. describe: makes the description for a width. */
-  function linePicture({ label, caption = '', describe, height = () => 380, onPick = null, rows = null }) {
-    return new Shell.Picture({ label, caption, height, onPick, options: (width) => options(describe(width), width),
-      rows: rows ?? (() => {
+  /* A picture of lines. describe: makes the description for a width; the others are as of `Shell.Picture`. */
+  function linePicture({ label, describe, ...others }) {
+    return new Shell.Picture({ label, caption: '', height: () => 380,
+      options: (width) => options(describe(width), width), rows: () => {
         const { x, y, lines } = describe(1000);
         const places = (y.names ? [x] : [x, y]).map(({ name }) => name);
         const row = (line, point) => [{ words: point.name ?? point.title ?? line.name },
@@ -151,8 +125,8 @@ const Charts = (() => {
           ...[point.low, point.high].map(form(y.names ? x : y))];
         return [label, [{ words: 'line' }, ...places, 'from', 'to'],
           lines.filter(({ silent }) => !silent).flatMap((line) => line.points.map((point) => row(line, point)))];
-      }) });
+      }, ...others });
   }
 
-  return { isNumber, short, clip, share, symbol, dash, shade, colourOf, logBase, linePicture };
+  return { isNumber, short, clip, share, look, colourOf, linePicture };
 })();

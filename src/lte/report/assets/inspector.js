@@ -84,19 +84,13 @@
     return { box, show: () => { paint(); showStep(); texts.forEach((text) => text.select()); } };
   }
 
-  /* Pictures under a heading, where there are two with one for each run. */
-  function pictureSection(state, title, ...pictures) {
-    const boxes = pictures.flatMap(({ box }, run) => [...(pictures.length > 1 ? headingOf(state, run) : []), box]);
+  function pictureSection(title, ...boxes) {
     return element('section', { class: 'panel' }, element('h2', { class: 'first' }, title), ...boxes);
   }
 
   function show({ runs, references, pairs }) {
-    Shell.clearPictures();
     const page = document.getElementById('page');
-    if (!runs.length) {
-      page.replaceChildren();
-      return;
-    }
+    if (!runs.length) return;
     const known = references.map((reference, index) => new Reference(reference,
       runs.find((run) => run.reference === index).experts));
     const routings = runs.map((run) => new Routing(run, known[run.reference]));
@@ -104,20 +98,24 @@
     const text = textSection(state);
     const panel = new TokenPanel(state);
     const atlas = new Atlas(state);
-    const each = (picture) => routings.map((_, run) => picture(state, run));
+    const each = (picture) => routings.flatMap((_, run) => [...headingOf(state, run), picture(state, run).box]);
     const predicted = routings.every(({ next }) => next) && routings.some(({ length }) => length > 2);
     const sections = [
       state.partners[0].some((partner) => partner >= 0)
-        && pictureSection(state, 'The difference', differenceBars(state)),
-      pictureSection(state, 'The whole text, layer by layer', ...each(layerMap)),
-      predicted && pictureSection(state, 'Does it spend more where it is less sure?', whyScatter(state)),
+        && pictureSection('The difference', differenceBars(state).box),
+      pictureSection('The whole text, layer by layer', ...each(layerMap)),
+      predicted && pictureSection('Does it spend more where it is less sure?',
+        element('div', { class: 'columns two' }, whyScatter(state, 'surprise', 'surprise of the token, bits',
+          'to the right the surprising ones').box, whyScatter(state, 'entropy', 'entropy of what comes next, bits',
+          'to the right those after which the model finds much open').box)),
       atlas.box,
-      pictureSection(state, 'What other thresholds would cost', ...each(whatIfCurve)),
+      pictureSection('What other thresholds would cost', ...each(whatIfCurve)),
     ].filter(Boolean);
     const notes = routings.flatMap((routing, index) =>
       routing.notes.map((note) => element('p', { class: 'note' }, `${nameOf(state, index)}${note}`)));
     page.replaceChildren(...routings.map((run, index) => sentence(run, index, state)), ...notes,
       element('div', { class: 'inspector' }, text.box, panel.box, element('div', { class: 'rest' }, ...sections)));
+    Shell.clearPictures();
     [text, panel, atlas].forEach((part) => part.show());
   }
 
@@ -134,7 +132,7 @@
 
     async function post(path, read) {
       control = new AbortController();
-      problem.hidden = true;
+      [problem.hidden, live.hidden] = [true, true];
       [inspect.disabled, generate.disabled, stop.hidden] = [true, true, path !== 'generate'];
       status.textContent = 'The model is reading…';
       try {
@@ -177,10 +175,7 @@
       throw new Error('The server stopped in the middle of the text.');
     }
 
-    const ask = () => {
-      live.hidden = true;
-      return post('inspect', (answer) => answer.json());
-    };
+    const ask = () => post('inspect', (answer) => answer.json());
     form.hidden = false;
     form.addEventListener('submit', (event) => {
       event.preventDefault();

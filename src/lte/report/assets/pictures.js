@@ -11,37 +11,30 @@ const shareAxis = (settings = {}) => Shell.axis({ type: 'value', splitNumber: 4,
   axisLabel: { formatter: (value) => Shell.percent(value, 0) }, ...settings });
 const nameOf = (state, run) => (state.routings.length > 1 ? `${'AB'[run]}: ` : '');
 
-/* Marks items of a picture that is drawn; at once, without drawing it anew. */
-function pointOut(picture, seriesIndex, dataIndex) {
-  if (!picture.chart) return;
-  picture.chart.dispatchAction({ type: 'downplay', seriesIndex });
-  if (dataIndex !== null) picture.chart.dispatchAction({ type: 'highlight', seriesIndex, dataIndex });
-}
-
 /* The whole text at once: columns are tokens, in a long text several to a column, rows are layers. */
 function layerMap(state, run) {
   const routing = state.routings[run];
   let group = 1;
   const groups = () => upTo(Math.ceil(routing.length / group));
-  const mean = (layer, column) => meanOf(upTo(Math.min(group, routing.length - column * group))
-    .map((offset) => routing.count(layer, column * group + offset)));
+  const counts = (layer) => routing.counts.subarray(layer * routing.length, (layer + 1) * routing.length);
+  const mean = (layer, column) => meanOf(counts(layer).subarray(column * group, (column + 1) * group));
   const words = (column) => {
     const [first, last] = [column * group, Math.min((column + 1) * group, routing.length) - 1];
     return group === 1 ? `token ${first + 1}, ${routing.list.label(first)}` : `tokens ${first + 1} to ${last + 1}`;
   };
-  const layerMean = (layer) => meanOf(routing.counts.subarray(layer * routing.length, (layer + 1) * routing.length))
-    / routing.experts;
+  const layerMean = (layer) => meanOf(counts(layer)) / routing.experts;
   const picture = new Shell.Picture({
     label: `${nameOf(state, run)}Map of the experts that are on, by layer and token`,
     caption: 'A column is a token (in a long text the mean of a few) and a row a layer, the first on top; the fuller ' +
       'the colour, the more of the layer’s experts are on. The bars are each layer’s mean.',
     height: () => Math.max(routing.layers * 8, 60) + 70,
+    chosen: () => upTo(state.at(run) === null ? 0 : routing.layers).map((layer) => (
+      { seriesIndex: 0, dataIndex: Math.floor(state.at(run) / group) * routing.layers + layer })),
     onPick: ({ seriesIndex, value }) => {
       if (seriesIndex === 0) state.set({ run, layer: value[1], token: busiest(value[0]) });
     },
     options: (width) => {
-      group = Math.ceil(routing.length / Math.max(Math.floor((width - 160) / 3), 20));
-      queueMicrotask(follow);
+      group = Math.ceil(routing.length / Math.max(Math.floor((width - 160) / 4), 20));
       return {
         grid: [{ left: LEFT, right: 100, top: 26, bottom: 42 }, { right: 10, width: 76, top: 26, bottom: 42 }],
         tooltip: Shell.tooltip(({ seriesIndex, value, dataIndex }) => (seriesIndex === 1
@@ -74,105 +67,76 @@ function layerMap(state, run) {
     const own = routing.totals.slice(column * group, (column + 1) * group);
     return column * group + own.indexOf(Math.max(...own));
   }
-  function follow() {
-    const token = state.at(run);
-    pointOut(picture, 0, token === null ? null
-      : upTo(routing.layers).map((layer) => Math.floor(token / group) * routing.layers + layer));
-  }
-  state.onChange(['run', 'token'], follow);
+  state.onChange(['run', 'token'], () => picture.mark());
   return picture;
 }
 
 /* Of tokens that are in both texts, or of both models, B less A. */
 function differenceBars(state) {
   const pairs = state.partners[0].map((partner, token) => [token, partner]).filter(([, partner]) => partner >= 0);
-  const shares = () => state.routings.map((routing) => routing.shares(state.step));
-  const told = ([a]) => state.routings[0].list.label(a);
-  let values = [];
+  const label = (a) => state.routings[0].list.label(a);
+  const known = () => {
+    const [first, second] = state.routings.map((routing) => routing.shares(state.step));
+    return pairs.map(([a, b]) => ({ a, first: first[a], second: second[b], value: second[b] - first[a] }));
+  };
   const picture = new Shell.Picture({
     label: 'Bars of the difference in neurons used, B less A, by token',
     caption: 'A bar is a token that both read, in the order of A: above the line B uses more of its neurons for it, ' +
       'below less.',
     height: () => 190,
-    onPick: ({ dataIndex }) => state.set({ run: 0, token: pairs[dataIndex][0] }),
-    options: () => {
-      const [first, second] = shares();
-      values = pairs.map(([a, b]) => second[b] - first[a]);
-      return {
-        grid: { left: 60, right: 12, top: 14, bottom: 42 },
-        tooltip: Shell.tooltip(({ dataIndex, value }) =>
-          `${told(pairs[dataIndex])}: ${value > 0 ? '+' : '−'}${points(Math.abs(value))}`),
-        xAxis: Shell.axis({ type: 'category', name: 'token of A', nameLocation: 'middle', nameGap: 26,
-          data: pairs.map(([a]) => String(a + 1)), axisLine: { onZero: false } }),
-        yAxis: shareAxis({ axisLabel: { formatter: (value) => `${Math.round(100 * value)}` }, name: 'points',
-          nameLocation: 'middle', nameGap: 40 }),
-        series: [{ type: 'bar', emphasis: { itemStyle: { color: Shell.colour('mark') } }, data: values.map((value) =>
-          ({ value, itemStyle: { color: Shell.colour(value < 0 ? 'less' : 'more') } })) }],
-      };
-    },
+    chosen: () => [{ seriesIndex: 0, dataIndex: pairs.findIndex(([a]) => a === state.at(0)) }],
+    onPick: ({ data }) => state.set({ run: 0, token: data.a }),
+    options: () => ({
+      grid: { left: 60, right: 12, top: 14, bottom: 42 },
+      tooltip: Shell.tooltip(({ data: { a, value } }) =>
+        `${label(a)}: ${value > 0 ? '+' : '−'}${points(Math.abs(value))}`),
+      xAxis: Shell.axis({ type: 'category', name: 'token of A', nameLocation: 'middle', nameGap: 26,
+        data: pairs.map(([a]) => String(a + 1)), axisLine: { onZero: false } }),
+      yAxis: shareAxis({ axisLabel: { formatter: (value) => `${Math.round(100 * value)}` }, name: 'points',
+        nameLocation: 'middle', nameGap: 40 }),
+      series: [{ type: 'bar', emphasis: { itemStyle: { color: Shell.colour('mark') } }, data: known().map((found) =>
+        ({ ...found, itemStyle: { color: Shell.colour(found.value < 0 ? 'less' : 'more') } })) }],
+    }),
     rows: () => ['Neurons used by token', ['token of A', { words: 'text' }, 'A', 'B', 'B less A'],
-      pairs.map(([a, b], place) => [a + 1, { words: told([a, b]) }, Shell.percent(shares()[0][a]),
-        Shell.percent(shares()[1][b]), points(values[place])])],
+      known().map(({ a, first, second, value }) => [a + 1, { words: label(a) }, Shell.percent(first),
+        Shell.percent(second), points(value)])],
   });
   state.onChange(['step'], () => picture.drawSoon());
-  state.onChange(['run', 'token'], () => {
-    const place = pairs.findIndex(([a]) => a === state.at(0));
-    pointOut(picture, 0, place < 0 ? null : place);
-  });
+  state.onChange(['run', 'token'], () => picture.mark());
   return picture;
 }
 
-/* The share of the neurons that each token uses against its surprise, and against the entropy of what comes next. */
-function whyScatter(state) {
-  const kinds = [['surprise', 'surprise of the token, bits'], ['entropy', 'entropy of what comes next, bits']];
+/* The share of the neurons that each token uses against its surprise, or the entropy of what comes next. */
+function whyScatter(state, kind, name, caption) {
   /* The first token follows nothing. */
-  const data = (routing, kind) => Array.from(routing[kind], (value, token) =>
-    [value, routing.totals[token] / routing.all, token]).slice(kind === 'surprise' ? 1 : 0);
-  const correlation = (routing, kind) => {
-    const found = data(routing, kind);
-    return spearman(found.map(([x]) => x), found.map(([, y]) => y));
-  };
-  const sentence = state.routings.map((routing, run) => `${nameOf(state, run)}${kinds.map(([kind]) => {
-    const rho = correlation(routing, kind);
-    return `with ${kind} ${Number.isNaN(rho) ? 'none, of too few tokens' : rho.toFixed(2).replace('-', '−')}`;
-  }).join(', ')}`).join('; ');
-  const picture = new Shell.Picture({
-    label: 'Points of the neurons used by each token over its surprise and over the entropy of what comes next',
-    caption: 'A point is a token. Left, how surprising the token was; right, how open the model finds what comes ' +
-      `next; the height is the share of its neurons it used. Rank correlation (Spearman): ${sentence}.`,
-    height: (width) => (width < 560 ? 470 : 270),
-    onPick: ({ value, seriesIndex }) => state.set({ run: seriesIndex >> 1, token: value[2] }),
-    options: (width) => {
-      const narrow = width < 560;
-      queueMicrotask(follow);
-      return {
-        grid: kinds.map((_, index) => (narrow ? { left: LEFT, right: 14, top: 14 + 235 * index, height: 170 }
-          : { left: index ? '56%' : LEFT, right: index ? 14 : '52%', top: 14, bottom: 46 })),
-        tooltip: Shell.tooltip(({ value: [x, share, token], seriesIndex }) =>
-          `${state.routings[seriesIndex >> 1].list.label(token)}\n${bits(x)}, ${Shell.percent(share)} of the neurons`),
-        xAxis: kinds.map(([, name], index) => Shell.axis({ type: 'value', gridIndex: index, name,
-          nameLocation: 'middle', nameGap: 28, splitNumber: 4 })),
-        yAxis: kinds.map((_, index) => shareAxis({ gridIndex: index, scale: true })),
-        series: state.routings.flatMap((routing, run) => kinds.map(([kind], index) => ({ type: 'scatter',
-          name: `${nameOf(state, run)}${kind}`, symbol: SIDES[run][1], symbolSize: 7, data: data(routing, kind),
-          xAxisIndex: index, yAxisIndex: index, color: Shell.colour(SIDES[run][0]), itemStyle: { opacity: 0.55 },
-          emphasis: { scale: 1.8, itemStyle: { color: Shell.colour('mark'), opacity: 1 } } }))),
-      };
-    },
-    rows: () => ['Neurons used, surprise and entropy by token', ['token', { words: 'text' }, 'neurons used',
-      'surprise, bits', 'entropy of the next, bits'],
-      state.routings.flatMap((routing, run) => upTo(routing.length).map((token) => [`${nameOf(state, run)}${token + 1}`,
-        { words: routing.list.label(token) }, Shell.percent(routing.totals[token] / routing.all),
-        token ? routing.surprise[token].toFixed(2) : '', routing.entropy[token].toFixed(2)]))],
+  const first = kind === 'surprise' ? 1 : 0;
+  const tokens = state.routings.map((routing) => upTo(routing.length).slice(first));
+  const share = (routing, token) => routing.totals[token] / routing.all;
+  const correlations = state.routings.map((routing, run) => {
+    const rho = spearman(routing[kind].subarray(first), tokens[run].map((token) => share(routing, token)));
+    const words = Number.isNaN(rho) ? 'none, of too few tokens' : rho.toFixed(2).replace('-', '−');
+    return `${nameOf(state, run)}with ${kind} ${words}`;
   });
-  function follow() {
-    state.routings.forEach((_, run) => kinds.forEach(([kind], index) => {
-      const token = state.at(run);
-      const place = token === null ? -1 : token - (kind === 'surprise' ? 1 : 0);
-      pointOut(picture, 2 * run + index, place < 0 ? null : place);
-    }));
-  }
-  state.onChange(['run', 'token'], follow);
+  const picture = Charts.linePicture({
+    label: `Points of the neurons used by each token over ${kind}`,
+    caption: `A point is a token${tokens.length > 1 ? ', a diamond one of B' : ''}: ${caption}; the height is the ` +
+      `share of its neurons it used. Rank correlation (Spearman) ${correlations.join('; ')}.`,
+    height: () => 270,
+    chosen: () => tokens.map((all, run) => ({ seriesIndex: run, dataIndex: all.indexOf(state.at(run)) })),
+    onPick: ({ data: { run, token } }) => state.set({ run, token }),
+    describe: () => ({
+      x: { name }, y: { name: 'neurons used', share: true },
+      tell: ({ run, token, x, y }) =>
+        `${state.routings[run].list.label(token)}\n${bits(x)}, ${Shell.percent(y)} of the neurons`,
+      lines: state.routings.map((routing, run) => ({ name: 'AB'[run], hidden: true, scatter: true, size: 7,
+        colour: Shell.colour(SIDES[run][0]), symbol: SIDES[run][1], opacity: 0.55,
+        points: tokens[run].map((token) => ({ x: routing[kind][token], y: share(routing, token), run, token })) })),
+    }),
+    rows: () => [`Neurons used and ${kind} by token`, ['token', { words: 'text' }, 'neurons used', name],
+      state.routings.flatMap((routing, run) => tokens[run].map((token) => [`${nameOf(state, run)}${token + 1}`,
+        { words: routing.list.label(token) }, Shell.percent(share(routing, token)), routing[kind][token].toFixed(2)]))],
+  });
+  state.onChange(['run', 'token'], () => picture.mark());
   return picture;
 }
 
@@ -191,13 +155,12 @@ function whatIfCurve(state, run) {
     height: () => 250,
     onPick: ({ dataIndex }) => state.set({ step: dataIndex === own ? null : dataIndex }),
     describe: () => ({
-      x: { name: 'threshold of the router’s score' }, y: { name: 'of the dense model', share: true, min: 0, max: 1 },
+      x: { name: 'threshold of the router’s score' }, y: { name: 'of the dense model', share: true, min: 0 },
       marks: [{ xAxis: thresholds[own], label: 'own' }, ...(state.step === null ? []
         : [{ xAxis: thresholds[Math.min(state.step, thresholds.length - 1)], label: 'slider' }])],
       tell: ({ line, x, y }) => `threshold ${x.toFixed(3)}: ${Shell.percent(y)} of ${line}`,
       lines: lines.map(([name, shade, value], place) => ({ name, colour: Shell.colour(shade), size: 4,
-        symbol: Charts.symbol(place), dash: Charts.dash(place),
-        points: thresholds.map((x, step) => ({ x, y: value(shares[step]) })) })),
+        ...Charts.look(place), points: thresholds.map((x, step) => ({ x, y: value(shares[step]) })) })),
     }),
     rows: () => ['By threshold', ['threshold', ...lines.map(([name]) => name)], thresholds.map((threshold, step) =>
       [`${threshold.toFixed(3)}${step === own ? ' (own)' : ''}`,

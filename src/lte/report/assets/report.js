@@ -5,7 +5,6 @@
   const { overview, comparisons } = data;
   const box = (id) => document.getElementById(id);
   let task = null;
-  let inside = [];
   let shareList = null;
   let asked = null;
 
@@ -30,21 +29,20 @@
 
   function cellOf(row, method, place) {
     const cell = row.cells[method]?.[place];
-    if (cell === undefined) return element('td', {});
-    if (cell === null) return element('td', { class: 'none', title: 'not measured with that few bytes' }, '–');
+    if (cell === undefined) return '';
+    if (cell === null) return element('span', { class: 'none', title: 'not measured with that few bytes' }, '–');
     const { lost, sd, seeds, met } = cell;
     const spread = sd === null ? '' : ` ± ${Charts.short(sd)}`;
     const words = `${row.name}, ${methodName(method)}: loses ${Charts.short(lost)}${spread} ${row.metric}, ` +
       `goal of ${row.goal} ${met ? 'met' : 'missed'}, ${seeds} ${seeds === 1 ? 'seed' : 'seeds'}`;
     const best = Object.values(row.cells).every((each) => !each[place] || each[place].lost >= lost);
     const changes = { task: row.name, pins: pinsOf(row, method, place).join() };
-    const link = element('a', { href: state.href(changes), title: words }, `${met ? '✓' : '✗'} ${lossText(lost)}`,
-      element('small', {}, ` ×${seeds}`));
+    const link = element('a', { href: state.href(changes), title: words, class: best && 'best' },
+      `${met ? '✓' : '✗'} ${lossText(lost)}`, element('small', {}, ` ×${seeds}`));
     /* What was chosen since stays. */
     link.addEventListener('click', () => { link.href = state.href(changes); });
-    const made = element('td', { class: best && 'best' }, link);
-    paint(made, cell, row.goal);
-    return made;
+    paint(link, cell, row.goal);
+    return link;
   }
 
   function heatMap(place) {
@@ -52,15 +50,13 @@
     const count = (method) => rowsShown.filter((row) => row.cells[method]?.[place]).length;
     const methods = overview.methods.filter(count).sort((a, b) => (b === 'lte') - (a === 'lte') || count(b) - count(a));
     const none = overview.methods.filter((method) => !count(method));
-    const head = methods.map((method) => element('th', { scope: 'col' }, Shell.dot(data.colours[method]),
-      methodName(method)));
-    const rows = rowsShown.map((row) => element('tr', {}, element('th', { scope: 'row' },
-      element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` },
-      ...Shell.breakable(row.name))),
-      ...methods.map((method) => cellOf(row, method, place))));
-    const table = element('table', { class: 'heat' }, element('thead', {},
-      element('tr', {}, element('th', { scope: 'col' }, 'task'), ...head)), element('tbody', {}, ...rows));
-    table.setAttribute('aria-label', 'Quality lost by task and method');
+    const name = (row) => element('span', { class: 'clamped', title: `${row.name}, goal ${row.goal} ${row.metric}` },
+      ...Shell.breakable(row.name));
+    const table = Shell.table('Quality lost by task and method',
+      ['task', ...methods.map((method) => [Shell.dot(data.colours[method]), methodName(method)])],
+      rowsShown.map((row) => [name(row), ...methods.map((method) => cellOf(row, method, place))]));
+    table.className = 'heat';
+    table.caption.className = 'unseen';
     Shell.rove(table, 'a');
     const goals = [...new Set(overview.rows.map(({ goal, metric }) => `${goal} ${metric}`))];
     const rest = none.map((method) => Charts.clip(methodName(method), 30));
@@ -86,10 +82,7 @@
       'A cell leads to its task.')), map);
   }
 
-  function columns(panels) {
-    inside.push(...panels.map(({ picture }) => picture));
-    return panels.length ? [element('div', { class: 'columns two' }, ...panels.map((panel) => panel.box))] : [];
-  }
+  const columns = (boxes) => (boxes.length ? [element('div', { class: 'columns two' }, ...boxes)] : []);
 
   function folded(title, ...content) {
     return content.length ? [element('details', { class: 'folded' }, element('summary', {}, title), ...content)] : [];
@@ -100,9 +93,6 @@
     asked = name;
     const comparison = await Shell.unpack(found.packed);
     if (asked !== name) return;
-    task?.remove();
-    inside.forEach((picture) => picture.remove());
-    inside = [];
     task = new Task(comparison, pinsOf(overview.rows.find((row) => row.name === found.name), 'lte',
       Number(shareList?.select.selectedIndex)));
     const list = Shell.choice('Task', comparisons.map((each) => [each.name, each.name]), (chosen) => {
@@ -121,6 +111,7 @@
       ...folded(`In words and in tables: goal, upper envelope, the paper${failed.length ? ', failed runs' : ''}`,
         ...comparison.sentences.map((text) => element('p', { class: 'lead' }, text)),
           ...tables.map((table) => table.box), ...failed));
+    Shell.clearPictures();
     document.body.dataset.shown = found.name;
     if (focus) {
       heading.focus({ preventScroll: true });
@@ -137,8 +128,7 @@
     box('speed').hidden = !panels.length;
     if (panels.length) {
       box('speed').append(element('h2', { id: 'speed-name' }, 'Measured speed'), element('p', { class: 'quiet' },
-        'What lte bench timed, by machine and model; not of one task.'), panels[0].box,
-          element('div', { class: 'columns two' }, ...panels.slice(1).map((panel) => panel.box)));
+        'What lte bench timed, by machine and model; not of one task.'), panels[0], ...columns(panels.slice(1)));
     }
   }
 

@@ -3,7 +3,6 @@
 
 const PERCENT = { share: true, min: 0, max: 1 };
 const THIN = { hidden: true, pale: true, size: 0 };
-const look = (place) => ({ dash: Charts.dash(place), symbol: Charts.symbol(place) });
 
 /* A panel with a choice above a picture of lines; describe gets what is chosen. Without entries there is none. */
 function choicePanel(title, label, entries, describe, options = {}) {
@@ -19,8 +18,8 @@ function choicePanel(title, label, entries, describe, options = {}) {
   };
   const list = choice(label, entries, choose, { name: options.name });
   choose(list.value);
-  return { picture, box: element('div', { class: 'panel' }, element('h3', {}, title),
-    element('div', { class: 'controls' }, list.box), said, picture.box) };
+  return element('div', { class: 'panel' }, element('h3', {}, title),
+    element('div', { class: 'controls' }, list.box), said, picture.box);
 }
 
 /* The mean over the seeds of a point, layer by layer. */
@@ -46,7 +45,7 @@ function layerPanels(comparison) {
     choicePanel('Share of neurons computed, by layer', 'Method', curves, (found) => ({
       x: layerAxis(layerMeans(found[0]).length), y: { ...PERCENT, name: 'neurons computed' },
       tell: ({ line, x, y }) => `${Charts.clip(line)}\nlayer ${x}: ${Charts.share(y)} computed`,
-      lines: found.map((point, place) => ({ name: titleOf(point), ...look(place), size: 7,
+      lines: found.map((point, place) => ({ name: titleOf(point), ...Charts.look(place), size: 7,
         label: found.some((other) => other !== point && other.target === point.target) ? point.name
           : `target ${Charts.share(point.target)}`,
         colour: Charts.colourOf(point.method), points: byLayer(layerMeans(point)) })),
@@ -80,7 +79,7 @@ function layerPanels(comparison) {
       x: layerAxis(dead.length), y: { name: 'experts', whole: true, min: 0 },
       tell: ({ line, x, y }) => `layer ${x}: ${y} experts ${line}`,
       lines: [['never on', dead, 'less'], ['always on', always, 'more']].map(([name, values, shade], place) =>
-        ({ name, colour: Shell.colour(shade), symbol: Charts.symbol(place), points: byLayer(values) })),
+        ({ name, colour: Shell.colour(shade), symbol: Charts.look(place).symbol, points: byLayer(values) })),
     }), { say: ({ routing: { dead, always_on: always, experts, tokens } }) => {
       const sum = (values) => Shell.count(values.reduce((total, value) => total + value, 0));
       const on = tokens ? ` on ${Shell.count(tokens)} tokens` : '';
@@ -92,8 +91,7 @@ function layerPanels(comparison) {
 /* The bytes of one sparse implementation, the last of ours: others read as many, or more. */
 function bytesAlone(rows, factor) {
   const sparse = rows.filter((row) => !row.is_dense && Charts.isNumber(row.bandwidth_ms));
-  const ours = sparse.filter(({ provider }) => provider.startsWith('lte'));
-  const name = (ours.length ? ours : sparse).at(-1)?.provider;
+  const name = (sparse.findLast(({ provider }) => provider.startsWith('lte')) ?? sparse.at(-1))?.provider;
   return sparse.filter(({ provider }) => provider === name).map((row) =>
     ({ x: row.sparsity, y: row.bandwidth_ms * factor })).sort((a, b) => a.x - b.x);
 }
@@ -104,7 +102,9 @@ function describeLatency({ rows }) {
   const [factor, unit] = Math.max(...times) < 1 ? [1000, 'µs'] : [1, 'ms'];
   const groups = [...Map.groupBy(timed, ({ provider }) => provider)];
   const alone = bytesAlone(rows, factor);
-  const base = Charts.logBase(times, 8);
+  /* Where times are too far apart for a linear axis. */
+  const far = Math.max(...times) / Math.min(...times);
+  const base = far > 300 ? 10 : far > 8 ? 2 : undefined;
   return {
     x: { ...PERCENT, name: 'FFN sparsity' },
     y: { name: `median time in ${unit}`, log: base, min: base ? undefined : 0 },
@@ -113,7 +113,7 @@ function describeLatency({ rows }) {
       const what = own === undefined ? 'the time that the bytes alone take' : own || `${Charts.share(x)} sparsity`;
       return `${line}\n${what}\n${Charts.short(y)} ${unit}${range}`;
     },
-    lines: [...groups.map(([name, found], place) => ({ name, ...look(place), size: 8,
+    lines: [...groups.map(([name, found], place) => ({ name, ...Charts.look(place), size: 8,
       colour: Charts.colourOf(name), width: name.startsWith('lte') ? 3 : 2,
       level: found.every((row) => row.is_dense) ? found[0].median_ms * factor : undefined,
       points: found.map((row) => ({ x: row.sparsity, y: row.median_ms * factor, low: row.p20_ms * factor,
@@ -129,8 +129,8 @@ function describeBatches(lines, y, marks = []) {
   return { x: { name: 'batch: texts decoded together', log: Math.min(...all) < Math.max(...all) ? 2 : undefined,
     min: Math.min(...all), label: String }, y, marks,
     tell: ({ line, x, y: value }) => `${line}\nbatch ${x}: ${y.share ? Charts.share(value) : Charts.short(value)}`,
-    lines: lines.map(([name, points, dash], place) => ({ name, points, dash, colour: Charts.shade(place, lines.length),
-      symbol: Charts.symbol(place) })) };
+    lines: lines.map(([name, points, dash], place) => ({ name, points, dash, symbol: Charts.look(place).symbol,
+      colour: Shell.ramp()[4 + Math.round((5 * place) / Math.max(lines.length - 1, 1))] })) };
 }
 
 /* What was timed: whole steps before single FFNs, then the most sparsities. */

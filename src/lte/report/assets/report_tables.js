@@ -22,44 +22,34 @@ const MORE_IS_BETTER = ['FFN sparsity', 'weights not read', 'seeds', 'bytes save
   'FFN sparsity there', 'target', 'on the envelope'];
 
 class SortableTable {
-  /* csv: an object for each of `rows`, for the copy; without it what is shown is copied. best: the metric.
-     colours: of the dots beside names. onChoose: makes a button of the first cell, called with the row's place. */
-  constructor({ title, header, rows, left, csv = null, best = null, colours = null, onChoose = null }) {
-    Object.assign(this, { title, header, rows, left, csv, best, colours, onChoose });
+  /* csv: header and `rows` for the copy, what is shown where it is left out. best: the metric. colours: of the dots
+     beside names. onChoose: makes a button of the first cell, called with the row's place. */
+  constructor({ title, header, rows, left, csv = [header, ...rows], best = null, colours = null, onChoose = null }) {
+    Object.assign(this, { title, header, rows, left, csv, best, colours, onChoose, column: null, descending: false });
     this.order = rows.map((_, place) => place);
-    this.column = null;
-    this.descending = false;
     const { element, button } = Shell;
-    this.headings = header.map((name, column) => element('th', { scope: 'col', 'aria-sort': 'none',
-      class: column < left && 'words' }, button(name || 'where', () => this.sort(column))));
-    this.body = element('tbody', {});
+    const heading = (name, column) => button(name || 'where', () => this.sort(column));
+    const table = Shell.table(title, header.map((name, column) =>
+      (column < left ? { words: heading(name, column) } : heading(name, column))),
+    rows.map((row, place) => row.map((text, column) =>
+      (column < left ? { words: column ? Shell.breakable(text) : this.name(text, place) } : text))));
+    table.className = 'sortable';
+    [this.headings, this.body] = [[...table.tHead.rows[0].cells], table.tBodies[0]];
+    this.rowElements = [...this.body.rows];
+    if (onChoose) this.rowElements.forEach((row, place) => row.addEventListener('click', () => onChoose(place)));
     this.state = element('span', { role: 'status' });
     this.fallback = element('div', {});
-    const table = element('table', { class: 'sortable' }, Shell.captionOf(title),
-      element('thead', {}, element('tr', {}, ...this.headings)), this.body);
-    this.box = element('div', {}, element('div', { class: 'table-tools' },
+    this.box = element('div', {}, element('div', { class: 'controls' },
       button('Copy as CSV', () => this.copy()), this.state), this.fallback, Shell.scrollBox(title, table));
-    this.rowElements = rows.map((row, place) => this.rowElement(row, place));
-    this.fill();
     Shell.rove(table, 'button');
   }
 
-  rowElement(row, place) {
+  name(text, place) {
     const { element } = Shell;
-    const [name, ...others] = row;
-    const words = Shell.breakable(name);
-    const label = this.onChoose ? [element('button', { type: 'button', class: 'choose' },
-      element('span', { class: 'clamped', title: name }, ...words))] : words;
-    const made = element('tr', {}, element('th', { scope: 'row', class: 'words', dir: 'auto' },
-      ...(this.colours ? [element('span', { class: 'named' }, Shell.dot(this.colours[place]), ...label)] : label)),
-    ...others.map((text, column) => (column + 1 < this.left
-      ? element('td', { class: 'words', dir: 'auto' }, ...Shell.breakable(text)) : element('td', {}, text))));
-    if (this.onChoose) made.addEventListener('click', () => this.onChoose(place));
-    return made;
-  }
-
-  fill() {
-    this.body.replaceChildren(...this.order.map((place) => this.rowElements[place]));
+    const words = Shell.breakable(text);
+    const name = this.onChoose ? [element('button', { type: 'button', class: 'choose' },
+      element('span', { class: 'clamped', title: text }, ...words))] : words;
+    return this.colours ? [element('span', { class: 'named' }, Shell.dot(this.colours[place]), ...name)] : name;
   }
 
   /* The best first, then the worst; what is not known comes last both ways. */
@@ -79,12 +69,11 @@ class SortableTable {
     });
     this.headings.forEach((heading, place) => heading.setAttribute('aria-sort',
       place !== column ? 'none' : this.descending ? 'descending' : 'ascending'));
-    this.fill();
+    this.body.replaceChildren(...this.order.map((place) => this.rowElements[place]));
   }
 
   csvText() {
-    const header = this.csv ? Object.keys(this.csv[0]) : this.header;
-    const rows = this.csv ? this.csv.map((row) => Object.values(row)) : this.rows;
+    const [header, ...rows] = this.csv;
     return csvOf([header, ...this.order.map((place) => rows[place])]);
   }
 

@@ -2,11 +2,13 @@
 /* One task: quality lost against a cost, what is pinned beside it, and variants in pictures of their own. */
 
 const COSTS = {
-  bytes: { text: 'Bytes read', name: 'share of the dense model’s bytes that is read', share: true, inverse: true },
-  flops: { text: 'FLOPs', name: 'share of the dense model’s FLOPs', share: true, inverse: true },
-  sparsity: { text: 'FFN sparsity', name: 'share of FFN neurons that is skipped', share: true },
-  time: { text: 'Measured time', name: 'decoding time over that of the dense model beside it', share: true,
+  bytes: { text: 'Bytes read', fact: 'bytes read, of dense', name: 'share of the dense model’s bytes that is read',
+    share: true, inverse: true },
+  flops: { text: 'FLOPs', fact: 'FLOPs, of dense', name: 'share of the dense model’s FLOPs', share: true,
     inverse: true },
+  sparsity: { text: 'FFN sparsity', fact: 'FFN sparsity', name: 'share of FFN neurons that is skipped', share: true },
+  time: { text: 'Measured time', fact: 'measured time, of dense', share: true, inverse: true,
+    name: 'decoding time over that of the dense model beside it' },
 };
 /* How far up the picture goes, in goals. */
 const RANGES = [['around the goal', 3], ['wider', 12], ['everything', Infinity]];
@@ -23,13 +25,11 @@ class Task {
   constructor(comparison, pins) {
     Object.assign(this, comparison);
     const { element } = Shell;
-    this.places = new Map(this.points.map((point, place) => [point, place]));
     const kept = Shell.state.get('pins')?.split(',') ?? pins;
     this.pins = kept.map((place) => this.points[Number(place || NaN)]).filter(Boolean);
     this.known = this.points.filter((point) => point.is_main && point.lost !== null);
     const costs = Object.entries(COSTS).filter(([key]) => this.known.some((point) => point.costs[key] !== null));
     this.panel = element('aside', { class: 'panel pins', 'aria-label': 'Pinned points', tabindex: '-1' });
-    this.pictures = [];
     const chart = costs.length ? [element('div', { class: 'panel' }, ...this.makeChart(costs))] : [];
     this.table = this.points.length ? new SortableTable({ ...this.results, csv: this.csv, best: this.metric,
       colours: this.points.map(({ method }) => Shell.data.colours[method]),
@@ -49,9 +49,9 @@ class Task {
     const range = choice('Range', RANGES, (goals) => this.show({ goals }), { name: 'range',
       chosen: RANGES.findIndex(([, goals]) => goals === Infinity || least <= goals * this.goal) });
     Object.assign(this, { cost: cost.value, goals: range.value });
-    this.chart = this.add(Charts.linePicture({
+    this.chart = Charts.linePicture({
       label: `Quality lost against cost, ${this.title}`, describe: (width) => this.describe(width),
-      height: (width) => (width < 500 ? 400 : 470), onPick: ({ data }) => this.pin(this.points[data?.place]) }));
+      height: (width) => (width < 500 ? 400 : 470), onPick: ({ data }) => this.pin(this.points[data?.place]) });
     this.said = this.chart.box.querySelector('.caption');
     this.say();
     const zooms = element('span', { class: 'zooms', role: 'group', 'aria-label': 'Zoom' },
@@ -63,11 +63,6 @@ class Task {
 
   /* A value of the metric, as a text. */
   form = (value) => (Charts.isNumber(value) ? value.toFixed(this.metric.decimals) : '-');
-
-  add(picture) {
-    this.pictures.push(picture);
-    return picture;
-  }
 
   show(changes) {
     Object.assign(this, changes);
@@ -87,8 +82,8 @@ class Task {
   /* A point as pictures have it. */
   item(point, x) {
     const { sd } = point.value;
-    return { place: this.places.get(point), title: titleOf(point), x, y: point.lost, pinned: this.pins.includes(point),
-      low: point.lost - (sd ?? 0), high: point.lost + (sd ?? 0) };
+    return { place: this.points.indexOf(point), title: titleOf(point), x, y: point.lost,
+      pinned: this.pins.includes(point), low: point.lost - (sd ?? 0), high: point.lost + (sd ?? 0) };
   }
 
   lossAxis(points) {
@@ -112,7 +107,7 @@ class Task {
       return { name, label: methodName(method), colour: strong ? Charts.colourOf(method) : Shell.colour('quiet'),
         pale: !strong, opacity: strong ? 1 : 0.45,
         width: method === 'lte' ? 4 : strong ? 2.5 : 1.5, size: method === 'lte' ? 13 : strong ? 10 : 6,
-          symbol: Charts.symbol(method === 'lte' ? 0 : place + 1),
+          symbol: Charts.look(method === 'lte' ? 0 : place + 1).symbol,
         hidden: !strong && width < 560, points: points.map((point) => this.item(point, point.costs[this.cost]))
           .sort((a, b) => sign * (a.x - b.x)) };
     });
@@ -183,13 +178,13 @@ class Task {
     const boxes = groups.map(([group, found]) => {
       const targets = new Set(found.filter(({ method }) => method === 'lte').map((point) => point.target));
       const shown = [...main.filter((point) => targets.has(point.target)), ...found];
-      const picture = this.add(Charts.linePicture({ label: `Variants in ${group || 'these files'}`,
+      const picture = Charts.linePicture({ label: `Variants in ${group || 'these files'}`,
         height: () => 80 + 24 * shown.length, onPick: ({ data }) => this.pin(this.points[data?.place]),
         describe: () => ({ x: { name: `${this.metric.name} lost against dense` }, y: { names: shown.map(nameOf) },
           marks: [{ xAxis: 0 }, { xAxis: this.goal }], tell: (data) => this.tell(data),
           lines: [{ name: 'settings', hidden: true, scatter: true, points: shown.map((point, row) =>
             ({ ...this.item(point, point.lost), y: row, name: nameOf(point), colour: Charts.colourOf(point.method) })),
-          }] }) }));
+          }] }) });
       return Shell.element('div', { class: 'panel' }, Shell.element('h3', {}, group || 'Variants'), picture.box);
     });
     return boxes.length ? [Shell.element('p', { class: 'caption' },
@@ -203,24 +198,23 @@ class Task {
     if (!point) return;
     this.pins = this.pins.includes(point) ? this.pins.filter((each) => each !== point)
       : [...this.pins, point].slice(-2);
-    Shell.state.set({ pins: this.pins.map((each) => this.places.get(each)).join(',') || 'none' });
+    Shell.state.set({ pins: this.pins.map((each) => this.points.indexOf(each)).join(',') || 'none' });
     this.fill();
-    this.pictures.forEach((picture) => picture.draw());
+    Shell.redraw();
   }
 
   fill() {
     const { element } = Shell;
-    const facts = ['quality lost', this.metric.name, ...Object.values(COSTS)
-      .map(({ text }) => `${text}, of dense`.replace('sparsity, of dense', 'sparsity')), 'target', 'seeds'];
-    const values = (point) => [`${this.form(point.lost)}${spread(point, this.form)}`, this.form(point.value.mean),
-      ...Object.keys(COSTS).map((key) => Charts.share(point.costs[key])), Charts.share(point.target), point.value.n];
-    const told = this.pins.map(values);
+    const facts = [['quality lost', (point) => `${this.form(point.lost)}${spread(point, this.form)}`],
+      [this.metric.name, (point) => this.form(point.value.mean)],
+      ...Object.entries(COSTS).map(([key, { fact }]) => [fact, (point) => Charts.share(point.costs[key])]),
+      ['target', (point) => Charts.share(point.target)], ['seeds', (point) => point.value.n]];
     const heads = this.pins.map((point, place) => element('div', { class: 'pin' },
       element('strong', {}, `${place ? 'B' : 'A'}: ${titleOf(point)}`), Shell.button('Unpin', () => {
         this.pin(point);
         this.panel.focus();
       }, `Unpin ${titleOf(point)}`)));
-    const rows = facts.map((name, row) => [name, ...told.map((each) => each[row])])
+    const rows = facts.map(([name, value]) => [name, ...this.pins.map(value)])
       .filter(([, ...found]) => found.some((value) => value !== '-'));
     this.panel.replaceChildren(element('h3', {}, this.pins.length === 2 ? 'Two points compared' : 'The pinned point'),
       ...(this.pins.length ? [...heads, Shell.table('', [{ words: 'fact' },
@@ -254,9 +248,5 @@ class Task {
       element('h4', {}, `Seed ${run.seed}: ${this.metric.name} ${this.form(run.value)}`),
       element('dl', { class: 'run-facts' }, ...Object.entries(facts).flatMap(([key, name]) => [element('dt', {}, name),
         element('dd', {}, text(run[key]))]))]));
-  }
-
-  remove() {
-    this.pictures.forEach((picture) => picture.remove());
   }
 }

@@ -1,7 +1,9 @@
 'use strict';
 /* What the page knows of a text: its tokens, their routing and what the model expected, packed as in the data. */
 
-const numbersOf = (text, Kind = Float32Array) => new Kind(Shell.bytesOf(text).buffer);
+const KINDS = { likeliest: Int32Array, positions: Int32Array, switched_on: Int32Array, counts: Uint16Array };
+const numbersOf = (packed) => Object.fromEntries(Object.entries(packed).map(([name, text]) =>
+  [name, new (KINDS[name] ?? Float32Array)(Shell.bytesOf(text).buffer)]));
 const BIT_COUNTS = Uint8Array.from({ length: 256 }, (_, byte) => byte.toString(2).replaceAll('0', '').length);
 const CONTROLS = { '\n': '⏎', '\r': '␍', '\t': '⇥' };
 /* Marks that have no width, or turn the direction of what follows. */
@@ -44,8 +46,8 @@ function spearman(first, second) {
 }
 
 class TokenList {
-  constructor({ ids, tokens, entries, special, total_tokens: total }) {
-    Object.assign(this, { ids, texts: tokens, entries, total, special: new Set(special) });
+  constructor({ ids, tokens, entries, special }) {
+    Object.assign(this, { ids, texts: tokens, entries, special: new Set(special) });
     this.occurrences = new Map();
     for (const id of ids) this.occurrences.set(id, (this.occurrences.get(id) ?? 0) + 1);
   }
@@ -59,10 +61,11 @@ class TokenList {
     return this.texts[index] ? visible(this.texts[index]) : `‹${visible(this.entries[index])}›`;
   }
 
-  /* The token between those around it: what stands before, the token, what comes after. */
+  /* The token, marked, between those around it. */
   context(index, reach = 6) {
     const join = (from, to) => this.texts.slice(Math.max(from, 0), to).map(visible).join('');
-    return [join(index - reach, index), this.label(index), join(index + 1, index + 1 + reach)];
+    return [join(index - reach, index), Shell.element('mark', {}, this.label(index)),
+      join(index + 1, index + 1 + reach)];
   }
 }
 
@@ -77,13 +80,9 @@ class Routing {
     this.all = run.layers * run.experts;
     const layers = upTo(run.layers);
     this.totals = upTo(this.length).map((token) => layers.reduce((sum, layer) => sum + this.count(layer, token), 0));
-    this.steps = numbersOf(run.what_if.counts, Uint16Array);
-    if (run.next) {
-      this.surprise = numbersOf(run.next.surprise);
-      this.entropy = numbersOf(run.next.entropy);
-      this.places = numbersOf(run.next.likeliest, Int32Array);
-      this.chances = numbersOf(run.next.probabilities);
-    }
+    this.steps = numbersOf({ counts: run.what_if.counts }).counts;
+    const { words, ...packed } = run.next ?? {};
+    Object.assign(this, { words }, numbersOf(packed));
   }
 
   get length() {
@@ -113,59 +112,52 @@ class Routing {
   }
 
   /* The likeliest next tokens after a token, each with its probability. */
-  likeliest(token) {
-    const count = this.places.length / this.length;
+  expected(token) {
+    const count = this.likeliest.length / this.length;
     return upTo(count).map((rank) => token * count + rank)
-      .map((place) => [visible(this.next.words[this.places[place]]), this.chances[place]]);
+      .map((place) => [visible(this.words[this.likeliest[place]]), this.probabilities[place]]);
   }
 
   /* Of a token the experts that are on though few tokens switch them on, and off though most do, rarest first. */
   unusual(token) {
     const all = upTo(this.layers).flatMap((layer) => upTo(this.experts).map((expert) =>
-      ({ layer, expert, use: this.known.use(layer, expert), kind: this.kind(layer, token, expert) })));
+      ({ layer, expert, use: this.known.useOf(layer, expert), kind: this.kind(layer, token, expert) })));
     return { on: all.filter(({ kind }) => kind === 2).sort((a, b) => a.use - b.use),
       off: all.filter(({ kind }) => kind === 3).sort((a, b) => b.use - a.use) };
   }
 
   /* 0 off, 1 on, 2 on though at most a quarter of the reference's tokens use it, 3 off though three quarters do. */
   kind(layer, token, expert) {
-    const use = this.known.use(layer, expert);
+    const use = this.known.useOf(layer, expert);
     return this.isOn(layer, token, expert) ? (use <= 0.25 ? 2 : 1) : (use >= 0.75 ? 3 : 0);
   }
 }
 
 /* What the reference text tells about each expert, and about what is usual. */
 class Reference {
-  constructor(reference, experts) {
-    Object.assign(this, { text: reference.text, notes: reference.notes, experts, kept: reference.strongest });
-    this.list = new TokenList(reference.tokens);
-    this.uses = numbersOf(reference.use);
-    this.selective = numbersOf(reference.selectivity);
-    this.sorted = numbersOf(reference.shares);
-    this.mean = meanOf(this.sorted);
-    this.positions = numbersOf(reference.positions, Int32Array);
-    this.scores = numbersOf(reference.scores);
-    this.switchedOn = numbersOf(reference.switched_on, Int32Array);
+  constructor({ text, notes, tokens, strongest: kept, ...packed }, experts) {
+    Object.assign(this, { text, notes, kept, experts, list: new TokenList(tokens) }, numbersOf(packed));
+    this.mean = meanOf(this.shares);
   }
 
-  use(layer, expert) {
-    return this.uses[layer * this.experts + expert];
+  useOf(layer, expert) {
+    return this.use[layer * this.experts + expert];
   }
 
-  selectivity(layer, expert) {
-    return this.selective[layer * this.experts + expert];
+  selectivityOf(layer, expert) {
+    return this.selectivity[layer * this.experts + expert];
   }
 
   /* Whether an expert is on for no token or for every one, in words. */
   mark(layer, expert) {
-    return { 0: 'dead', 1: 'always on' }[this.use(layer, expert)] ?? '';
+    return { 0: 'dead', 1: 'always on' }[this.useOf(layer, expert)] ?? '';
   }
 
   strongest(layer, expert) {
     const start = (layer * this.experts + expert) * this.kept;
     return upTo(this.kept).map((rank) => start + rank).filter((place) => this.positions[place] >= 0).map((place) => {
       const position = this.positions[place];
-      return { position, score: this.scores[place], switchedOn: this.switchedOn[place],
+      return { position, score: this.scores[place], switchedOn: this.switched_on[place],
         occurrences: this.list.occurrences.get(this.list.ids[position]) };
     });
   }

@@ -16,8 +16,9 @@ const Shell = (() => {
     return made;
   }
 
-  function button(text, onClick, label = null) {
-    const made = element('button', { type: 'button', 'aria-label': label }, text);
+  /* content: a text, or children. */
+  function button(content, onClick, label = null) {
+    const made = element('button', { type: 'button', 'aria-label': label }, ...[content].flat());
     made.addEventListener('click', onClick);
     return made;
   }
@@ -47,15 +48,12 @@ const Shell = (() => {
     onChange: (listener) => addEventListener('hashchange', listener),
   };
 
-  /* Links within the page move there and leave the address alone. */
-  document.addEventListener('click', (event) => {
-    const goal = document.getElementById(event.target.closest?.('a[href^="#"]')?.getAttribute('href').slice(1) ?? '');
-    if (goal) {
-      event.preventDefault();
-      goal.tabIndex = -1;
-      goal.focus();
-      goal.scrollIntoView();
-    }
+  /* The link to the content moves there and leaves the address alone. */
+  document.querySelector('.skip').addEventListener('click', (event) => {
+    event.preventDefault();
+    const main = document.getElementById('main');
+    main.tabIndex = -1;
+    main.focus();
   });
 
   /* What Python's pack_base64 packed; browsers from before 2025 lack the first. */
@@ -78,17 +76,31 @@ const Shell = (() => {
     return colours.get(name);
   }
 
-  /* A drop-down list; entries are [text, value]. With a name the address keeps what is chosen, by its text. */
+  /* A drop-down list; entries are [text, value]. With a name the address keeps what is chosen, by its text, where it is
+     not the place `chosen` to begin with. */
   function choice(label, entries, onChange, { name = null, chosen = 0 } = {}) {
     const select = element('select', {}, ...entries.map(([text]) => element('option', {}, text)));
     const kept = name ? entries.findIndex(([text]) => text === state.get(name)) : -1;
     select.selectedIndex = kept < 0 ? chosen : kept;
     select.addEventListener('change', () => {
-      if (name) state.set({ [name]: select.value });
+      if (name) state.set({ [name]: select.selectedIndex === chosen ? null : select.value });
       onChange(entries[select.selectedIndex][1]);
     });
     return { select, box: element('label', { hidden: entries.length < 2 }, `${label} `, select),
       value: entries[select.selectedIndex]?.[1] };
+  }
+
+  /* Of elements that stand in lines the nearest to one of them in the line above (-1) or below (1), if there is one. */
+  function lineAway(elements, from, sign) {
+    const place = (each) => {
+      const { x, y, width, height } = each.getClientRects()[0];
+      return { each, middle: x + width / 2, line: sign * (y + height / 2) };
+    };
+    const here = place(from);
+    const away = elements.map(place).filter(({ line }) => line > here.line + 4);
+    const next = Math.min(...away.map(({ line }) => line)) + 4;
+    const far = ({ middle }) => Math.abs(middle - here.middle);
+    return away.filter(({ line }) => line < next).sort((a, b) => far(a) - far(b))[0]?.each;
   }
 
   /* Makes one tab stop of what a box holds; arrow keys, Home and End move within it. */
@@ -101,17 +113,9 @@ const Shell = (() => {
       const found = all();
       const place = found.indexOf(event.target);
       if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
-      const middle = (each) => {
-        const { x, y, width, height } = each.getBoundingClientRect();
-        return [x + width / 2, y + height / 2];
-      };
-      const [left, top] = middle(event.target);
-      const away = (sign) => found.filter((each) => sign * (middle(each)[1] - top) > 4).sort((a, b) => {
-        const [[ax, ay], [bx, by]] = [middle(a), middle(b)];
-        return sign * (ay - by) || Math.abs(ax - left) - Math.abs(bx - left);
-      })[0];
       const goal = { ArrowLeft: () => found[place - 1], ArrowRight: () => found[place + 1], Home: () => found[0],
-        End: () => found.at(-1), ArrowUp: () => away(-1), ArrowDown: () => away(1) }[event.key]?.();
+        End: () => found.at(-1), ArrowUp: () => lineAway(found, event.target, -1),
+        ArrowDown: () => lineAway(found, event.target, 1) }[event.key]?.();
       if (goal) {
         event.preventDefault();
         goal.focus();
@@ -131,27 +135,19 @@ const Shell = (() => {
   const count = (value) => whole.format(value);
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
 
-  /* A table's caption, which stays in sight while the table scrolls sideways. */
-  function captionOf(title, attributes = {}) {
-    return element('caption', attributes, element('span', {}, title));
-  }
-
-  /* A table; a cell is text, or { words } for text that is not a number, or { mark: [before, marked, after] }. */
+  /* A table; a cell is a text, an element, or words, which are no number: { words } with a text or a list of children;
+     a heading is one of these, too. The cells of the first column head their rows. */
   function table(title, headings, rows) {
-    const head = headings.map((name) => element('th', { scope: 'col', class: name.words !== undefined && 'words' },
-      name.words ?? name));
-    const body = rows.map((row) => element('tr', {}, ...row.map((value, index) => cell(value, index === 0))));
-    return element('table', {}, captionOf(title), element('thead', {}, element('tr', {}, ...head)),
-      element('tbody', {}, ...body));
-  }
-
-  function cell(value, first) {
-    if (value !== null && typeof value === 'object') {
-      const [before, marked, after] = value.mark ?? [value.words, '', ''];
-      return element('td', { class: 'words', dir: 'auto' }, before, ...(marked ? [element('mark', {}, marked)] : []),
-        after);
-    }
-    return first ? element('th', { scope: 'row' }, String(value)) : element('td', {}, String(value));
+    const cell = (value, name, scope = null) => {
+      const isWords = value?.words !== undefined;
+      return element(name, { scope, class: isWords && 'words', dir: isWords && 'auto' },
+        ...[isWords ? value.words : value].flat());
+    };
+    const head = headings.map((value) => cell(value, 'th', 'col'));
+    const body = rows.map(([first, ...others]) => element('tr', {}, cell(first, 'th', 'row'),
+      ...others.map((value) => cell(value, 'td'))));
+    return element('table', {}, element('caption', {}, element('span', {}, title)),
+      element('thead', {}, element('tr', {}, ...head)), element('tbody', {}, ...body));
   }
 
   /* A box that scrolls by itself and that the keyboard reaches. */
@@ -161,36 +157,45 @@ const Shell = (() => {
 
   /* A picture with its sentence and its table. The keyboard reaches its items: arrow keys walk, Enter is a click.
      options: what ECharts draws, made anew for each draw. rows: the table's title, headings and rows.
-     height: in pixels, for a width. onPick: called with the parameters of a click. */
+     height: in pixels, for a width. onPick: called with the parameters of a click. chosen: tells the items to mark,
+     each as { seriesIndex, dataIndex }, where -1 is none. */
   class Picture {
-    constructor({ label, caption, options, rows, height, onPick = null }) {
-      Object.assign(this, { options, rows, height });
+    constructor({ label, caption, options, rows, height, onPick = null, chosen = () => [] }) {
+      Object.assign(this, { options, rows, height, onPick, chosen });
+      Object.assign(this, { item: null, width: 0, isNear: false, isStale: true });
       this.plot = element('div', { class: 'plot', role: 'application', tabindex: '0', 'aria-label': label,
         'aria-roledescription': 'chart' });
       this.told = element('p', { class: 'unseen', 'aria-live': 'polite' });
       this.tableBox = scrollBox(`${label}, as a table`);
       const saves = ['PNG', 'SVG'].map((kind) => button(`Save as ${kind}`, () => this.save(kind)));
       this.details = element('details', {}, element('summary', {}, 'Show as table'),
-        element('div', { class: 'save' }, ...saves), this.tableBox);
+        element('div', { class: 'controls' }, ...saves), this.tableBox);
       this.box = element('div', {}, this.plot, this.told, element('p', { class: 'caption' }, caption), this.details);
       this.details.addEventListener('toggle', () => this.fillTable());
       this.plot.addEventListener('keydown', (event) => this.walk(event));
       this.plot.addEventListener('blur', () => this.leave());
-      this.onPick = onPick;
-      this.item = null;
-      this.width = 0;
       pictures.add(this);
-      this.observer = new ResizeObserver(() => {
-        if (Math.abs(this.plot.clientWidth - this.width) > 1) this.draw();
-      });
-      this.observer.observe(this.plot);
+      this.observers = [
+        new ResizeObserver(() => {
+          if (Math.abs(this.plot.clientWidth - this.width) > 1) this.draw();
+        }),
+        new IntersectionObserver((entries) => {
+          this.isNear = entries.at(-1).isIntersecting;
+          if (this.isNear && this.isStale) this.draw();
+        }, { rootMargin: '100px' }),
+      ];
+      this.observers.forEach((observer) => observer.observe(this.plot));
     }
 
+    /* Draws, at once if the picture is on the screen, else when it comes there. */
     draw() {
       this.width = this.plot.clientWidth;
+      this.fillTable();
       if (!this.width) return;
       const height = this.height(this.width);
       this.plot.style.height = `${height}px`;
+      this.isStale = !this.isNear;
+      if (this.isStale) return;
       if (!this.chart) {
         this.chart = echarts.init(this.plot, null, { renderer: 'canvas' });
         if (this.onPick) this.chart.on('click', this.onPick);
@@ -198,7 +203,14 @@ const Shell = (() => {
       this.chart.resize({ width: this.width, height });
       const base = { animation: false, textStyle: { color: colour('ink'), fontFamily: 'system-ui, sans-serif' } };
       this.chart.setOption({ ...base, ...this.options(this.width) }, true);
-      this.fillTable();
+      this.mark();
+    }
+
+    /* Marks what is chosen now, without drawing anew. */
+    mark() {
+      this.chart?.dispatchAction({ type: 'downplay' });
+      this.chosen().filter(({ dataIndex }) => dataIndex !== -1)
+        .forEach((item) => this.chart?.dispatchAction({ type: 'highlight', ...item }));
     }
 
     /* Items by series: those that a mouse would reach. */
@@ -231,8 +243,9 @@ const Shell = (() => {
     }
 
     leave() {
-      if (this.item) for (const type of ['downplay', 'hideTip']) this.chart?.dispatchAction({ type });
+      if (this.item) this.chart?.dispatchAction({ type: 'hideTip' });
       this.item = null;
+      this.mark();
     }
 
     /* A file of the picture as it is shown. */
@@ -260,7 +273,7 @@ const Shell = (() => {
     }
 
     remove() {
-      this.observer.disconnect();
+      this.observers.forEach((observer) => observer.disconnect());
       cancelAnimationFrame(this.frame);
       this.chart?.dispose();
       pictures.delete(this);
@@ -285,22 +298,24 @@ const Shell = (() => {
     pictures.forEach((picture) => picture.draw());
   }
 
-  const theme = document.getElementById('theme');
-  function showTheme() {
-    theme.value = state.get('theme', '');
-    if (theme.value) document.documentElement.dataset.theme = theme.value;
-    else delete document.documentElement.dataset.theme;
-  }
-  showTheme();
-  theme.addEventListener('change', () => {
-    state.set({ theme: theme.value });
-    showTheme();
+  function showTheme(name) {
+    document.documentElement.dataset.theme = name;
     redraw();
-  });
+  }
+  const theme = choice('Colours', [['as the system', ''], ['light', 'light'], ['dark', 'dark']], showTheme,
+    { name: 'theme' });
+  document.querySelector('.page-header').append(theme.box);
+  showTheme(theme.value);
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
 
-  const clearPictures = () => pictures.forEach((picture) => picture.remove());
+  addEventListener('beforeprint', () => pictures.forEach((picture) => {
+    picture.isNear = true;
+    picture.draw();
+  }));
 
-  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, rove, captionOf, colour, ramp,
-    count, percent, table, scrollBox, Picture, axis, tooltip, clearPictures };
+  /* Lets go of the pictures that the page does not hold any more. */
+  const clearPictures = () => pictures.forEach((picture) => picture.plot.isConnected || picture.remove());
+
+  return { data, state, bytesOf, unpack, element, button, dot, breakable, choice, lineAway, rove, colour,
+    ramp, count, percent, table, scrollBox, Picture, axis, tooltip, redraw, clearPictures };
 })();

@@ -1,6 +1,10 @@
 'use strict';
 /* What stays beside the text: the chosen token, what the model expected there, its experts, and the chosen expert. */
 
+const ONE = [['off', 'off'], ['usual', 'on'], ['more', 'on, though for at most a quarter of all tokens'],
+  ['less', 'off, though on for three quarters']];
+const BOTH = [['off', 'off in both'], ['usual', 'on in both'], ['more', 'on in B alone'], ['less', 'on in A alone']];
+
 class TokenPanel {
   constructor(state) {
     this.state = state;
@@ -23,8 +27,11 @@ class TokenPanel {
     this.box = element('aside', { class: 'panel side', tabindex: '0', 'aria-label': 'The chosen token and expert' },
       this.title, this.told, this.facts, this.next,
       element('h3', {}, 'Its experts'), this.legend, this.picture.box, this.unusual, this.chosen);
-    state.onChange(['run', 'token', 'step'], () => this.show());
-    this.showExpert();
+    state.onChange(['run', 'token', 'step'], () => {
+      this.showToken();
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.showExperts(), PAUSE_MS);
+    });
     state.onChange(['layer', 'expert'], (names) => {
       this.showExpert();
       this.picture.drawSoon();
@@ -39,83 +46,72 @@ class TokenPanel {
   }
 
   show() {
-    const { state } = this;
-    const { routing, token } = state;
+    this.showToken();
+    this.showExperts();
+  }
+
+  showToken() {
+    const { routing, token, run } = this.state;
+    const [all, used] = [routing.all, routing.totals[token]];
     this.title.textContent = `“${routing.list.label(token)}”`;
-    const skipped = routing.all - routing.totals[token];
-    this.told.textContent = `${nameOf(state, state.run) || 'This is '}token ${Shell.count(token + 1)} of ` +
-      `${Shell.count(routing.length)}: it skipped ${Shell.count(skipped)} of ${Shell.count(routing.all)} experts and ` +
-      `used ${Shell.percent(routing.totals[token] / routing.all)} of the FFN neurons.`;
+    this.told.textContent = `${nameOf(this.state, run) || 'This is '}token ${Shell.count(token + 1)} of ` +
+      `${Shell.count(routing.length)}: it skipped ${Shell.count(all - used)} of ${Shell.count(all)} experts and ` +
+      `used ${Shell.percent(used / all)} of the FFN neurons.`;
     this.showFacts();
-    this.showNext();
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => {
-      this.showUnusual();
-      this.showExpert();
-      this.picture.draw();
-    }, PAUSE_MS);
+    const predicted = this.places().filter((place) => place.routing.next);
+    this.next.replaceChildren(...predicted.map((place) => this.nextOf(place)));
+  }
+
+  showExperts() {
+    this.showUnusual();
+    this.showExpert();
+    this.legend.replaceChildren(...(this.compared() ? BOTH : ONE).map(([shade, words]) =>
+      Shell.element('span', {}, Shell.element('span', { class: `key ${shade}` }), words)));
+    this.picture.draw();
   }
 
   showFacts() {
-    const { step } = this.state;
+    const { step, routings } = this.state;
     const places = this.places();
     const tenth = (value) => value.toFixed(1);
+    const share = ({ routing, token }) => routing.totals[token] / routing.all;
     const rows = [
-      ['neurons used', ({ routing, token }) => routing.totals[token] / routing.all, Shell.percent, points],
+      ['neurons used', share, Shell.percent, points],
       ['at the slider', ({ routing, token }) => (step === null ? NaN : routing.shares(step)[token]),
         Shell.percent, points],
-      ['more than, of tokens',
-        ({ routing, token }) => rankOf(routing.known.sorted, routing.totals[token] / routing.all),
-        (share) => Shell.percent(share, 0), points],
-      ['surprise, bits', ({ routing, token }) => (routing.next && token ? routing.surprise[token] : NaN), tenth, tenth],
-      ['entropy after, bits', ({ routing, token }) => (routing.next ? routing.entropy[token] : NaN), tenth, tenth],
+      ['more than, of tokens', (place) => rankOf(place.routing.known.shares, share(place)),
+        (found) => Shell.percent(found, 0), points],
+      ['surprise, bits', ({ routing, token }) => (token ? routing.surprise?.[token] : NaN), tenth, tenth],
+      ['entropy after, bits', ({ routing, token }) => routing.entropy?.[token], tenth, tenth],
     ].map(([name, value, words, difference]) => {
-      const values = places.map(value);
+      const values = places.map((place) => value(place) ?? NaN);
       const change = values[1] - values[0];
-      return [name, ...values.map((each) => (Number.isNaN(each) ? '' : words(each))),
-        ...(places.length > 1 ? [Number.isNaN(change) ? ''
-          : `${change < 0 ? '−' : '+'}${difference(Math.abs(change))}`] : [])];
+      return [name, ...values.map((each) => (Number.isNaN(each) ? '' : words(each))), ...(places.length < 2 ? []
+        : [Number.isNaN(change) ? '' : `${change < 0 ? '−' : '+'}${difference(Math.abs(change))}`])];
     }).filter((row) => row.slice(1).some(Boolean));
-    const names = places.length > 1 ? ['A', 'B', 'B − A'] : [this.state.routings.length > 1 ? 'AB'[places[0].run]
-      : 'here'];
+    const names = places.length > 1 ? ['A', 'B', 'B − A'] : [routings.length > 1 ? 'AB'[places[0].run] : 'here'];
     this.facts.replaceChildren(Shell.table('The token in numbers', ['', ...names], rows));
   }
 
-  showNext() {
+  /* What a model expected after the token, the likeliest first. */
+  nextOf({ routing, run, token }) {
     const { element } = Shell;
-    const lists = this.places().filter(({ routing }) => routing.next).map(({ routing, run, token }) => {
-      const came = token + 1 < routing.length ? routing.list.label(token + 1) : null;
-      const items = routing.likeliest(token).map(([word, chance]) => {
-        const item = element('li', { class: word === came && 'came' }, element('bdi', {}, /^[\s⏎]*$/.test(word)
-          ? word.replaceAll(' ', '␣') || '‹nothing›' : word), ` ${Shell.percent(chance)}`,
-          word === came ? ' came' : '');
-        item.style.setProperty('--chance', `${100 * chance}%`);
-        return item;
-      });
-      return element('div', {}, element('h3', {}, `${nameOf(this.state, run)}likeliest next tokens`), element('ol', {},
-        ...items));
+    const came = token + 1 < routing.length ? routing.list.label(token + 1) : null;
+    const items = routing.expected(token).map(([word, chance]) => {
+      const shown = /^[\s⏎]*$/.test(word) ? word.replaceAll(' ', '␣') || '‹nothing›' : word;
+      const item = element('li', { class: word === came && 'came' }, element('bdi', {}, shown),
+        ` ${Shell.percent(chance)}${word === came ? ' came' : ''}`);
+      item.style.setProperty('--chance', `${100 * chance}%`);
+      return item;
     });
-    this.next.replaceChildren(...lists);
+    const of = this.state.routings.length > 1 ? ` of ${'AB'[run]}` : '';
+    return element('div', {}, element('h3', {}, `Likeliest next tokens${of}`), element('ol', {}, ...items));
   }
 
-  /* Whether both runs are of one model, so that their experts are the same, and both read the token. */
-  compares() {
-    return this.places().length > 1 && this.state.routings[0].known === this.state.routings[1].known;
-  }
-
-  kinds() {
-    return this.compares()
-      ? [['off', 'off in both'], ['usual', 'on in both'], ['more', 'on in B alone'], ['less', 'on in A alone']]
-      : [['off', 'off'], ['usual', 'on'], ['more', 'on, though for at most a quarter of all tokens'], ['less',
-        'off, though on for three quarters']];
-  }
-
-  /* What an expert is for the chosen token, a place in `kinds`. */
-  kindOf(layer, expert) {
-    const { routing, token } = this.state;
-    if (!this.compares()) return routing.kind(layer, token, expert);
-    const [a, b] = this.places().map((place) => place.routing.isOn(layer, place.token, expert));
-    return a ? (b ? 1 : 3) : (b ? 2 : 0);
+  /* The places of a token that both runs read, where they are of one model, so that their experts are the same. */
+  compared() {
+    const [a, b] = this.places();
+    return b && a.routing.known === b.routing.known ? [a, b] : null;
   }
 
   showUnusual() {
@@ -129,16 +125,20 @@ class TokenPanel {
     this.unusual.replaceChildren(element('p', {},
       `${Shell.count(usual)} of its ${Shell.count(routing.totals[token])} experts are usual.`),
       ...list('On, though for at most a quarter of all tokens', on),
-        ...list('Skipped, though three quarters of all tokens use them', off));
+      ...list('Skipped, though three quarters of all tokens use them', off));
   }
 
   options() {
-    const { routing, layer, expert } = this.state;
-    const cells = upTo(routing.layers).flatMap((row) => upTo(routing.experts).map((column) => (
-      { value: [column, row, this.kindOf(row, column)] })));
-    const kinds = this.kinds();
-    this.legend.replaceChildren(...kinds.map(([shade, words]) =>
-      Shell.element('span', {}, Shell.element('span', { class: `key ${shade}` }), words)));
+    const { routing, layer, expert, token } = this.state;
+    const compared = this.compared();
+    const kinds = compared ? BOTH : ONE;
+    const kindOf = (row, column) => {
+      if (!compared) return routing.kind(row, token, column);
+      const [a, b] = compared.map((place) => place.routing.isOn(row, place.token, column));
+      return [0, 3, 2, 1][a + 2 * b];
+    };
+    const cells = upTo(routing.layers).flatMap((row) =>
+      upTo(routing.experts).map((column) => [column, row, kindOf(row, column)]));
     return {
       grid: { left: 30, right: 8, top: 24, bottom: 40 },
       tooltip: Shell.tooltip(({ value }) => `layer ${value[1]}, expert ${value[0]}: ${kinds[value[2]][1]}`),
@@ -160,9 +160,9 @@ class TokenPanel {
     const { routing, token } = this.state;
     return [`Experts on for “${routing.list.label(token)}”`, ['layer', 'on', { words: 'experts' }],
       upTo(routing.layers).map((layer) => {
-      const active = upTo(routing.experts).filter((expert) => routing.isOn(layer, token, expert));
-      return [layer, `${active.length} of ${routing.experts}`, { words: active.join(', ') || 'none' }];
-    })];
+        const active = upTo(routing.experts).filter((expert) => routing.isOn(layer, token, expert));
+        return [layer, `${active.length} of ${routing.experts}`, { words: active.join(', ') || 'none' }];
+      })];
   }
 
   showExpert() {
@@ -178,18 +178,17 @@ class TokenPanel {
       return box;
     };
     const mark = known.mark(layer, expert);
-    const strongest = known.strongest(layer, expert);
-    const rows = strongest.map((found) => [known.list.label(found.position),
-      { mark: known.list.context(found.position) },
-      found.score.toFixed(3), `${Shell.count(found.switchedOn)} of ${Shell.count(found.occurrences)}`]);
+    const rows = known.strongest(layer, expert).map(({ position, score, switchedOn, occurrences }) =>
+      [known.list.label(position), { words: known.list.context(position) }, score.toFixed(3),
+        `${Shell.count(switchedOn)} of ${Shell.count(occurrences)}`]);
     this.chosen.replaceChildren(element('h3', {}, `Expert ${expert} of layer ${layer}${mark && `, ${mark}`}`),
       element('div', { class: 'controls' }, pick('layer', routing.layers), pick('expert', routing.experts)),
-      element('p', { class: 'told', 'aria-live': 'polite' }, `On for ${Shell.percent(known.use(layer, expert))} of ` +
-        `the tokens of ${known.text}, selective ${known.selectivity(layer, expert).toFixed(2)}; ` +
+      element('p', { class: 'told', 'aria-live': 'polite' }, `On for ${Shell.percent(known.useOf(layer, expert))} of ` +
+        `the tokens of ${known.text}, selective ${known.selectivityOf(layer, expert).toFixed(2)}; ` +
         `${routing.isOn(layer, token, expert) ? 'on' : 'off'} for the chosen token.`),
       rows.length ? Shell.scrollBox('Tokens that switch the expert on most',
         Shell.table('Tokens that switch it on most, each at its strongest place',
-        ['token', { words: 'in the text' }, 'score', 'on for'], rows)) : element('p', {},
-          'No token there switches it on.'));
+          ['token', { words: 'in the text' }, 'score', 'on for'], rows))
+        : element('p', {}, 'No token there switches it on.'));
   }
 }

@@ -9,7 +9,7 @@ const points = (share) => `${(100 * share).toFixed(1)} points`;
 const COLOURINGS = {
   share: { name: () => 'FFN neurons used', words: (value) => Shell.percent(value),
     values: (run, { step }) => run.shares(run.length && step), centre: (run) => run.known.mean,
-    sorted: (run) => run.known.sorted, mean: 'the model’s mean on its reference text' },
+    sorted: (run) => run.known.shares, mean: 'the model’s mean on its reference text' },
   difference: { name: () => 'difference, B less A',
     words: (value) => `${value > 0 ? '+' : '−'}${points(Math.abs(value))}`, centre: () => 0, mean: 'no difference',
     values: (run, state) => {
@@ -79,22 +79,12 @@ class TokenText {
     const last = this.spans.length - 1;
     const now = this.state.at(this.index) ?? 0;
     const goals = { ArrowLeft: now - 1, ArrowRight: now + 1, PageUp: now - 10, PageDown: now + 10, Home: 0, End: last };
-    const goal = { ArrowUp: () => this.lineAway(now, -1), ArrowDown: () => this.lineAway(now, 1) }[event.key]?.() ??
-      goals[event.key];
+    const sign = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    const next = sign && Shell.lineAway(this.spans, this.spans[now], sign);
+    const goal = sign ? this.spans.indexOf(next ?? this.spans[now]) : goals[event.key];
     if (goal === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     this.state.set({ run: this.index, token: Math.min(Math.max(goal, 0), last) });
-  }
-
-  /* The token of the line above or below that stands nearest to the chosen one. */
-  lineAway(now, step) {
-    const away = ({ offsetTop }, top) => step * (offsetTop - top) > 4;
-    const { offsetTop: top, offsetLeft: left } = this.spans[now];
-    const first = this.spans.slice(step < 0 ? 0 : now, step < 0 ? now : undefined)
-      .filter((span) => away(span, top)).at(step < 0 ? -1 : 0);
-    const line = this.spans.filter((span) => first && Math.abs(span.offsetTop - first.offsetTop) < 4);
-    const far = (span) => Math.abs(span.offsetLeft - left);
-    return line.length ? this.spans.indexOf(line.reduce((best, span) => (far(span) < far(best) ? span : best))) : now;
   }
 
   paint({ scales }) {
