@@ -45,6 +45,7 @@ EXAMPLES = {
     "ablations/switching": 12,
     "ablations/wikipedia_recipe": 4,
     "ablations/wikipedia_fewer_articles": 6,
+    "recipe/forgetting": 5,
     "recipe/ideas": 20,
     "recipe/ideas_low_rate": 26,
     "recipe/steady": 6,
@@ -52,8 +53,8 @@ EXAMPLES = {
     "recipe/teacher": 3,
     "recipe/tokens": 7,
 }
-# In its folder beside them: the mix that they train on, and a run of `lte train`.
-OTHERS = {"recipe/texts", "recipe/one_run"}
+# In their folder beside them: the mixes that they train on, and a run of `lte train`.
+OTHERS = {"recipe/texts", "recipe/texts_and_tasks", "recipe/one_run"}
 
 
 def plan(path: Path, **overrides: Any) -> dict[str, Run]:
