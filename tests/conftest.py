@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read when the libraries are imported, so they come first.
@@ -32,6 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--faults`: how many processes the fault injection kills; `--every-engine`: whether vLLM serves all there is."""
     parser.addoption("--faults", type=int, default=16, help="kills of the fault injection (tests/faults)")
     parser.addoption("--every-engine", action="store_true", help="all families and ways of serving (tests/vllm)")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of garbage collections, which every training asks for several times.
+
+    Torch, transformers and the tests are a million objects, through which each collection would look in half a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
