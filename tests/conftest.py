@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 # Read when the libraries are imported, so they come first.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The libraries and what a test starts get the core of one worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 
@@ -26,6 +29,9 @@ from tests.tiny_models import MODEL_TYPES, VOCAB, is_causal
 
 # The models are tiny: one thread each is fastest, and the test command runs two workers.
 torch.set_num_threads(1)
+modules_frozen = 0
+# Nothing that is imported or collected is garbage.
+gc.disable()
 logging.disable_progress_bar()
 
 
@@ -36,10 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
+    gc.enable()
+    freeze_imported()
+
+
+def pytest_runtest_logfinish() -> None:
+    # What the first test of compilation imports, for example.
+    if len(sys.modules) > modules_frozen + 100:
+        freeze_imported()
+
+
+def freeze_imported() -> None:
     """Leaves what was imported out of garbage collections, which every training asks for several times.
 
     Torch, transformers and the tests are a million objects, through which each collection would look in half a second.
     """
+    global modules_frozen
+    modules_frozen = len(sys.modules)
     gc.collect()
     gc.freeze()
 
