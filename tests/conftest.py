@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
+import time
 
 # Read when the libraries are imported, so they come first.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,9 +29,6 @@ from tests.tiny_models import MODEL_TYPES, VOCAB, is_causal
 
 # The models are tiny: one thread each is fastest, and the test command runs two workers.
 torch.set_num_threads(1)
-modules_frozen = 0
-# Nothing that is imported or collected is garbage.
-gc.disable()
 logging.disable_progress_bar()
 
 
@@ -41,26 +38,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-engine", action="store_true", help="all families and ways of serving (tests/vllm)")
 
 
+class Collections:
+    """Keeps collections of garbage short, which every training asks for several times.
+
+    Torch, transformers and the tests are a million objects, through which each would look in half a second. They are
+    frozen once the tests are collected, and what comes later, such as torch's compiler, after the test in which a
+    collection of all took long.
+    """
+
+    SHORT_S = 0.05
+
+    def __init__(self) -> None:
+        self.began, self.are_long = 0.0, True
+        gc.callbacks.append(self.note)
+        # Nothing that is imported or collected is garbage.
+        gc.disable()
+
+    def note(self, phase: str, info: dict[str, int]) -> None:
+        if info["generation"] == 2:
+            now = time.process_time()
+            self.are_long |= phase == "stop" and now - self.began > self.SHORT_S
+            self.began = now
+
+    def shorten(self) -> None:
+        gc.collect()
+        gc.freeze()
+        self.are_long = False
+
+
+collections = Collections()
+
+
 def pytest_collection_finish() -> None:
     gc.enable()
-    freeze_imported()
+    collections.shorten()
 
 
 def pytest_runtest_logfinish() -> None:
-    # What the first test of compilation imports, for example.
-    if len(sys.modules) > modules_frozen + 100:
-        freeze_imported()
-
-
-def freeze_imported() -> None:
-    """Leaves what was imported out of garbage collections, which every training asks for several times.
-
-    Torch, transformers and the tests are a million objects, through which each collection would look in half a second.
-    """
-    global modules_frozen
-    modules_frozen = len(sys.modules)
-    gc.collect()
-    gc.freeze()
+    if collections.are_long:
+        collections.shorten()
 
 
 @pytest.fixture(autouse=True)
