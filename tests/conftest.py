@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 
 # Read when the libraries are imported, so they come first.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The libraries and what a test starts get the core of one worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 
@@ -32,6 +36,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--faults`: how many processes the fault injection kills; `--every-engine`: whether vLLM serves all there is."""
     parser.addoption("--faults", type=int, default=16, help="kills of the fault injection (tests/faults)")
     parser.addoption("--every-engine", action="store_true", help="all families and ways of serving (tests/vllm)")
+
+
+class Collections:
+    """Keeps collections of garbage short, which every training asks for several times.
+
+    Torch, transformers and the tests are a million objects, through which each would look in half a second. They are
+    frozen once the tests are collected, and what comes later, such as torch's compiler, after the test in which a
+    collection of all took long.
+    """
+
+    SHORT_S = 0.05
+
+    def __init__(self) -> None:
+        self.began, self.are_long = 0.0, True
+        gc.callbacks.append(self.note)
+        # Nothing that is imported or collected is garbage.
+        gc.disable()
+
+    def note(self, phase: str, info: dict[str, int]) -> None:
+        if info["generation"] == 2:
+            now = time.process_time()
+            self.are_long |= phase == "stop" and now - self.began > self.SHORT_S
+            self.began = now
+
+    def shorten(self) -> None:
+        gc.collect()
+        gc.freeze()
+        self.are_long = False
+
+
+collections = Collections()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    collections.shorten()
+
+
+def pytest_runtest_logfinish() -> None:
+    if collections.are_long:
+        collections.shorten()
 
 
 @pytest.fixture(autouse=True)

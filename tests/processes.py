@@ -15,22 +15,23 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[1]
 
 
-def run_processes(count: int, *arguments: object, timeout_s: float = 300, launched: bool = False) -> str:
-    """Runs `python -m arguments` in `count` processes that find each other; returns what they print.
-
-    With `launched` one process is started as several are, too.
-    """
-    done = launch(count, "-m", *arguments, timeout_s=timeout_s, launched=launched)
+def run_processes(count: int, *arguments: object, timeout_s: float = 300) -> str:
+    """Runs `python -m arguments` in `count` processes that find each other, by `torchrun`; returns what they print."""
+    done = launch(count, "-m", *arguments, timeout_s=timeout_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def launch(
-    count: int, *arguments: object, timeout_s: float, launched: bool = False
-) -> subprocess.CompletedProcess[str]:
+def run_forked(counts: str, *arguments: object, timeout_s: float = 300) -> str:
+    """As `run_processes`, in processes that import what they need once for all; of each of `counts`, in turn."""
+    done = launch(1, "-m", "tests.forked", counts, *arguments, timeout_s=timeout_s)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def launch(count: int, *arguments: object, timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Runs `python arguments` as `run_processes` does, and returns however it ended."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    launcher = launcher if count > 1 or launched else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launcher, *map(str, arguments)]
     # What is on the path already stays: it may be the transformers version under test.
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")]))

@@ -23,7 +23,7 @@ import lte
 from lte.launch import FOLDER, shipped_configs
 from lte.runs.conversion import convert_folder
 from tests.cli.conftest import SHORT
-from tests.processes import ROOT, run_processes
+from tests.processes import ROOT, run_forked
 from tests.tiny_models import EXPERT_SIZE
 
 
@@ -156,7 +156,7 @@ def test_a_run_in_shards_ends_with_one_folder_and_reads_weights_once_from_a_fold
     for start in (dense_folder, tmp_path / "start"):
         output = outputs[start] = tmp_path / f"out-{start.name}"
         settings = [*SHORT, "--batch-size", "2", "--lora-rank", "2"]
-        said = run_processes(2, "tests.cli.train_in_shards", "train", "--model", start, "--output", output, *settings)
+        said = run_forked("2", "tests.cli.train_in_shards", "train", "--model", start, "--output", output, *settings)
         assert "process 0 reads weights" in said
         assert ("process 1 reads weights" in said) == (start == dense_folder)
         # What the first process says, and no other one.

@@ -9,7 +9,7 @@ import torch
 
 from lte.hf.families import FAMILIES
 from lte.nn.sparse_ffn import check_expert_shares
-from tests.processes import made_once, run_processes
+from tests.processes import made_once, run_forked
 from tests.tiny_models import VOCAB, tiny_config, tiny_sparse_model
 
 # The key heads of each process are whole, too.
@@ -26,8 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tiny_sparse_model(name, **HEADS).save_pretrained(root / name)
         # 6 experts of 8 neurons.
         tiny_sparse_model("llama", intermediate_size=48, **HEADS).save_pretrained(root / "six")
-        for count in (2, 4):
-            run_processes(count, "tests.hf.tensor_parallel_in_process", root, ",".join([*PLANNED, "six"]))
+        run_forked("2,4", "tests.hf.tensor_parallel_in_process", root, ",".join([*PLANNED, "six"]))
 
     return made_once(tmp_path_factory, "parallel", make)
 

@@ -22,7 +22,7 @@ from lte.train.regrouping import KeptContributions, Regrouping, kept_contributio
 from lte.train.schedule import Schedule
 from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage
-from tests.processes import run_processes
+from tests.processes import run_forked
 from tests.tiny_models import (
     EXPERT_SIZE,
     HIDDEN,
@@ -339,7 +339,7 @@ def test_all_processes_move_the_same_neurons(tmp_path: Path) -> None:
         '{"batch_size": 4, "stage1_steps": 8, "stage2_steps": 2, "regroup_count": 2, "router_fit_tokens": 512, '
         '"calibration_tokens": 512, "learning_rate": 3e-3, "report_to": "none"}'
     )
-    run_processes(2, "tests.train.train_in_process", tmp_path, options)
+    run_forked("2", "tests.train.train_in_process", tmp_path, options)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     moves = [[entry for entry in rank["log"] if "regrouped_neurons" in entry] for rank in ranks]
     assert len(moves[0]) == 2

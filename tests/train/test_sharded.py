@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lte.train.sharding import check_kind, prepare_fsdp_
-from tests.processes import made_once, run_processes
+from tests.processes import made_once, run_forked
 from tests.train.toy import trainer_of
 
 SETTINGS = {
@@ -46,7 +46,7 @@ AGAIN: list[dict[str, Any]] = [
 
 
 def launch(count: int, root: Path, cases: list[dict[str, Any]]) -> None:
-    run_processes(count, "tests.train.sharded_in_process", root, json.dumps(cases), launched=True)
+    run_forked(str(count), "tests.train.sharded_in_process", root, json.dumps(cases))
 
 
 @pytest.fixture(scope="module")
