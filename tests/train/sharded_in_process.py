@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -81,6 +82,10 @@ class OnCpus(LteTrainer):
         if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
             os.environ["ACCELERATE_USE_CPU"] = "false"
         super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            # Memory is pinned for a GPU alone.
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
 
 
 def model_of(case: dict[str, Any], folder: Path) -> Any:

@@ -37,6 +37,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "narrow", "fsdp": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train": {**FEW, **NARROW}},
     *([{"name": "bf16_weights", "fsdp": {}, "sizes": SIZES, "train": {**FEW, "weights_dtype": "bfloat16"}}]
       if find_spec("torchao") else []),
+    {"name": "offloaded", "fsdp": {"FSDP_OFFLOAD_PARAMS": "true"}, "train": {**FEW, "optim": "adamw_torch_fused"}},
 ]  # fmt: skip
 LESS_PRECISE = ("narrow", "bf16_weights")
 LORA = {"fsdp": {}, "train": {**FEW, "recipe": "annealed", "lora_rank": 2}}
@@ -183,6 +184,15 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
 def test_fsdp_of_version_1_is_refused() -> None:
     with pytest.raises(ValueError, match="fsdp_version must be 2, got fsdp_version=1; take accelerate's config"):
         prepare_fsdp_(SimpleNamespace(fsdp_version=1), SimpleNamespace(optim="adamw_torch"), torch.nn.Module(), None)
+
+
+def test_weights_on_the_cpu_for_a_gpu_that_is_not_there_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
+        monkeypatch.setenv(name, "true")
+    with pytest.warns(UserWarning, match="fsdp_offload_params keeps weights, gradients and moments on the CPU"):
+        trainer_of(tmp_path)
 
 
 def test_fsdp_refuses_all_optimisers_of_bitsandbytes() -> None:

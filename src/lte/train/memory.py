@@ -56,6 +56,11 @@ class MemoryEstimate:
         """The sum; not all of it is there at the same time."""
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def not_offloaded(self) -> float:
+        """What stays on the GPU where weights, gradients and moments lie on the CPU, without the layer at hand."""
+        return self.teacher + self.activations + self.loss
+
     def sentence(self) -> str:
         """All parts in GB, for the start of a run."""
         parts = [f"{field.name} {getattr(self, field.name) / 1e9:.2g}" for field in fields(self)]

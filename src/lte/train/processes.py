@@ -35,6 +35,11 @@ def reads_weights_once() -> bool:
     return num_processes() > 1 and all(map(parse_flag_from_env, wanted))
 
 
+def keeps_weights_on_cpu() -> bool:
+    """Whether weights, gradients and moments are to lie on the CPU: `fsdp_offload_params` in accelerate's config."""
+    return all(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS")))
+
+
 def launched(arguments: str) -> str:
     """The `lte` command with these arguments, behind the launcher that started this process with others, if one did."""
     processes = num_processes()

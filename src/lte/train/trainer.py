@@ -64,6 +64,7 @@ from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
 from lte.train.memory import explained_memory
 from lte.train.objective import language_terms, routing_terms
+from lte.train.processes import keeps_weights_on_cpu
 from lte.train.regrouping import REGROUP_TOKENS
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
@@ -212,6 +213,12 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
         elif self.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             warnings.warn("accelerate shards models on GPUs alone; each process holds the whole model", stacklevel=3)
+        elif keeps_weights_on_cpu():
+            warnings.warn(
+                "fsdp_offload_params keeps weights, gradients and moments on the CPU for a GPU, got none; the model "
+                "trains on the CPU as a whole",
+                stacklevel=3,
+            )
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
