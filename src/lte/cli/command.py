@@ -87,6 +87,7 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except Exception as error:
             message = explanation(error)
+            _end_launch(error)
             if message is None or _DEBUG.get():
                 raise
             print_error(message)
@@ -99,6 +100,14 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     guarded.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     guarded.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return guarded
+
+
+def _end_launch(error: Exception) -> None:
+    """Of several processes that a launcher started the others wait for one that fails."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from lte.train.processes import end_for_all
+
+        end_for_all(error)
 
 
 def explanation(error: Exception) -> str | None:

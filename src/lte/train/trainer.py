@@ -279,14 +279,15 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 `on_nonfinite="skip"`, if it does so in ten steps in a row.
             TrainingStopped: after a SIGTERM, once a checkpoint is written, unless `save_strategy="no"` or the caller
                 has a handler of its own.
-            torch.OutOfMemoryError: says which settings to lower.
+            torch.OutOfMemoryError: says which settings to lower. Of several processes the one that raises it is gone 15
+                seconds later, as the others wait for it.
         """
         self.stop_request = StopRequest()
         first = next(self._spread_batches(self.train_dataset, 1))
         self.check_batch(first)
         if self._sets_thresholds and self.calibration_dataset is not None:
             next(self._spread_batches(self.calibration_dataset, 1))
-        with ExitStack() as held:
+        with explained_memory(self.args), ExitStack() as held:
             self._resumed = self._begin(resume_from_checkpoint, held)
             self._check_acting()
             self._read_regrouped_text()
@@ -298,7 +299,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             if self._resumed is None and not self.shards_model:
                 self.prepare_routing()
             resumed = None if self._resumed is None else str(self._resumed)
-            with explained_memory(self.args), noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
+            with noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
                 output = super().train(resumed, *args, **kwargs)
             # A signal that came in the last save or evaluation is seen here, by the process that got it.
             if self.stops or self.stop_request.asked:
