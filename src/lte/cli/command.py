@@ -42,6 +42,7 @@ USER_ERRORS = (ValueError, OSError)
 MAX_SEED = 2**32 - 1
 # With --debug at either place: lte --debug train, lte train --debug.
 _DEBUG = ContextVar("debug", default=False)
+_GIVEN: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 KernelsOption = Annotated[
@@ -77,6 +78,8 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def guarded(*args: Any, context: typer.Context, debug: bool = False, **kwargs: Any) -> Any:
         _DEBUG.set(debug or bool(context.obj))
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        _GIVEN.set(frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE"))
         try:
             for name, value in kwargs.items():
                 if isinstance(value, float) and not math.isfinite(value):
@@ -108,6 +111,11 @@ def _end_launch(error: Exception) -> None:
         from lte.train.processes import end_for_all
 
         end_for_all(error)
+
+
+def given_flags() -> frozenset[str]:
+    """Names of what the command at hand was given on its line, also where it has the value that it has by default."""
+    return _GIVEN.get()
 
 
 def explanation(error: Exception) -> str | None:
