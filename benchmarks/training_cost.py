@@ -1,8 +1,9 @@
 """What training with LTE costs by the size of the model: memory, disk and hours, for docs/scaling.md.
 
 Memory and disk are what `lte train` says at its start, from the shapes of the model alone. Hours are the FLOPs of the
-dense training over what a GPU does of its peak, which is measured (benchmarks/training_speed.py) or, without a
-measurement, assumed. Where the very shape and kind of training was measured, memory and hours are those of the run.
+dense training over what a GPU did of its peak in the measured training (benchmarks/training_speed.py) of the same kind
+that is nearest in size; without one there are no hours. Where the very shape and kind of training was measured, memory
+and hours are those of the run.
 
     python benchmarks/training_cost.py --page docs/scaling.md
 """
@@ -36,8 +37,6 @@ TRAINING = (
     *("shape", "layers", "length", "batch", "teacher", "optim", "weights_dtype", "lora_rank", "checkpointing"),
     *("compile", "expert_size"),
 )
-# Of a GPU's peak, where nothing was measured.
-ASSUMED = 0.35
 TOKENS, LENGTH, BATCH = 1e8, 2048, 4
 # Bytes of a GPU that a training may take, with room for CUDA and for what is split badly.
 USABLE = 72e9
@@ -75,70 +74,104 @@ def gpus(memory: MemoryEstimate, shape: str) -> int:
 
 
 def measured_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows of LTE on one GPU, each with the settings of its file."""
+    """Rows of LTE on one GPU, each with the name and the settings of its file."""
     found = []
-    for content in map(read_json, files):
+    for path in files:
+        content = read_json(path)
         if content["processes"] == 1:
             rows = [row for row in content["rows"] if row["model"] == "lte" and "note" not in row]
-            found += [{**row, "config": content["config"]} for row in rows]
+            found += [{**row, "config": content["config"], "file": path.name} for row in rows]
     return found
 
 
 def of_run(rows: Sequence[dict[str, Any]], shape: str, kind: str) -> list[dict[str, Any]]:
     """The rows of just this training: both stages, with the settings of the table."""
-    settings = vars(parse(["--shape", shape, "--batch", str(BATCH), "--length", str(LENGTH)]))
-    wanted = {key: settings[key] for key in TRAINING}
-    return [
-        row for row in rows if row["training"] == kind and all(row["config"].get(key) == wanted[key] for key in wanted)
-    ]
+    return [row for row in rows if row["training"] == kind and not _other_settings(row, shape)]
+
+
+def _other_settings(row: dict[str, Any], shape: str) -> int:
+    """How many settings a measured training has otherwise than that of the table."""
+    wanted = vars(parse(["--shape", shape, "--batch", str(BATCH), "--length", str(LENGTH)]))
+    return sum(row["config"].get(key) != wanted[key] for key in TRAINING)
+
+
+def nearest(rows: Sequence[dict[str, Any]], shape: str, kind: str) -> list[dict[str, Any]]:
+    """The rows with a share of the peak, of both stages, of the training of the kind whose model is nearest in size.
+
+    Size is FLOPs for each token, and near a small ratio. Of equals the one whose other settings are nearest counts.
+    """
+    known = [row for row in rows if row["training"] == kind and row["model_flops_utilisation"]]
+    size = training_flops(shape_config(shape), "full", LENGTH)
+
+    def distance(row: dict[str, Any]) -> tuple[float, int, str]:
+        other = training_flops(shape_config(row["config"]["shape"], row["config"]["layers"]), "full", LENGTH)
+        return abs(math.log(other / size)), _other_settings(row, shape), row["file"]
+
+    first = min(map(distance, known), default=None)
+    return [row for row in known if distance(row) == first]
 
 
 def hours(
-    shape: str, kind: str, measured: Sequence[dict[str, Any]], utilisation: Sequence[float], tokens: float
-) -> float:
-    """Hours of one H200 for so many tokens, half of them in each stage.
+    shape: str, kind: str, measured: Sequence[dict[str, Any]], near: Sequence[dict[str, Any]], tokens: float
+) -> float | None:
+    """Hours of one H200 for so many tokens, half of them in each stage; `None` where nothing like it was measured.
 
     Args:
         shape: of the model.
         kind: of the training.
         measured: rows of this very training, if there are any.
-        utilisation: of the peak, of other trainings of the kind; the mean counts.
+        near: rows of another one, by whose share of the peak it goes.
         tokens: of both stages.
     """
     if measured:
         return tokens * statistics.fmean(1 / row["tokens_per_s"] for row in measured) / 3600
-    rate = statistics.fmean(utilisation) * PEAK_FLOPS["H200"] / training_flops(shape_config(shape), kind, LENGTH)
+    if not near:
+        return None
+    rate = utilisation(near) * PEAK_FLOPS["H200"] / training_flops(shape_config(shape), kind, LENGTH)
     return tokens / rate / 3600
+
+
+def utilisation(rows: Sequence[dict[str, Any]]) -> float:
+    """The share of the peak over both stages, which have equally many tokens."""
+    return statistics.harmonic_mean([row["model_flops_utilisation"] for row in rows])
 
 
 def table(measured: Sequence[dict[str, Any]]) -> list[str]:
     """The lines of the table, and what they rest on."""
-    use = {kind: _utilisation(measured, kind) for kind in KINDS}
     heads = ["size", "training", "GPU memory, GB", "GPUs of 80 GB", "folder, GB", "disk in training, GB", "hours"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rests: dict[str, list[str]] = {}
     for size, shape in SIZES.items():
         for kind in KINDS:
             memory, files = estimates(shape, kind)
-            own = of_run(measured, shape, kind)
+            own, near = of_run(measured, shape, kind), nearest(measured, shape, kind)
+            took = hours(shape, kind, own, near, TOKENS)
+            rests.setdefault(_source(own, near), []).append(f"{size} {NAMES[kind]}")
             peaks = [row["peak_memory_bytes"] for row in own if row["peak_memory_bytes"]]
             cells = [
                 *(size, NAMES[kind]),
                 _number(max(peaks) / 1e9) + MARK if peaks else _number(memory.total / 1e9),
                 *(str(gpus(memory, shape)), _number(files.model / 1e9), _number(files.most / 1e9)),
-                _number(hours(shape, kind, own, use[kind] or [ASSUMED], TOKENS)) + (MARK if own else ""),
+                "not measured" if took is None else _number(took) + (MARK if own else ""),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    rates = [
-        f"{NAMES[kind]} " + (f"{statistics.fmean(found):.0%} (measured)" if found else f"{ASSUMED:.0%} (assumed)")
-        for kind, found in use.items()
-    ]
     stars = "Numbers with a star are measured, all others arithmetic" if measured else "All of it is arithmetic"
-    return [*lines, "", f"{stars}. Hours rest on shares of an H200's peak in bf16:", f"{', '.join(rates)}."]
+    lines += ["", f"{stars}."]
+    for source, trainings in rests.items():
+        lines += ["", f"{source}: {', '.join(trainings) if len(rests) > 1 else 'all'}."]
+    return lines
 
 
-def _utilisation(measured: Sequence[dict[str, Any]], kind: str) -> list[float]:
-    found = [row["model_flops_utilisation"] for row in measured if row["training"] == kind]
-    return [value for value in found if value]
+def _source(own: Sequence[dict[str, Any]], near: Sequence[dict[str, Any]]) -> str:
+    """What the hours of a training rest on."""
+    if own:
+        return "Hours that were measured"
+    if not near:
+        return "Without hours, since no training of the kind was measured"
+    config, file = near[0]["config"], near[0]["file"]
+    layers = f" of {config['layers']} layers" if config["layers"] else ""
+    share = f"{utilisation(near):.0%} of the peak in bf16"
+    return f"Hours by the share that {config['shape']}{layers}, {NAMES[near[0]['training']]}, had ({share}, `{file}`)"
 
 
 def _number(value: float) -> str:

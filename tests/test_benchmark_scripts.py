@@ -343,8 +343,14 @@ class TestTrainingCost:
             "config": {**config, "weights_dtype": "float32"},
             "rows": [{**rows[0], "tokens_per_s": 1.0}],
         }
-        files = [tmp_path / "measured.json", tmp_path / "other.json"]
-        for file, content in zip(files, (measured, other), strict=True):
+        # Of another size and kind: it says nothing of the LoRA of a large model.
+        small = {
+            **measured,
+            "config": {**config, "shape": "qwen2.5-1.5b"},
+            "rows": [{**rows[0], "training": kind, "model_flops_utilisation": 0.1} for kind in ("lora", "full")],
+        }
+        files = [tmp_path / "measured.json", tmp_path / "other.json", tmp_path / "small.json"]
+        for file, content in zip(files, (measured, other, small), strict=True):
             file.write_text(json.dumps(content))
         module.main(["--measured", *map(str, files), "--page", str(page)])
         lines = page.read_text().splitlines()
@@ -355,9 +361,14 @@ class TestTrainingCost:
         assert cells["| 7B", "LoRA"][2:4] == ["40\\*", "1"]
         assert cells["| 7B", "LoRA"][-1] == "21\\* |"
         assert "\\*" not in "".join(cells["| 7B", "full"])
-        # What is not measured takes the utilisation of what is.
-        again = module.hours("llama2-7b", "lora", [], [0.25], 1e8)
-        assert module.hours("llama2-7b", "lora", [], [0.5], 1e8) == pytest.approx(again / 2)
+        # What is not measured takes the share of the peak of the nearest training of the kind, which is named.
+        full = module.training_flops(shape_config("llama2-70b"), "lora", 2048) / (0.25 * 989.5e12) * 1e8 / 3600
+        assert float(cells["| 70B", "LoRA"][-1].rstrip(" |")) == pytest.approx(full, rel=0.05)
+        assert cells["| 70B", "QLoRA"][-1] == "not measured |"
+        text = " ".join(lines)
+        assert "share that llama2-7b, LoRA, had (25% of the peak in bf16, `measured.json`): 13B LoRA" in text
+        assert "share that qwen2.5-1.5b, full, had (10% of the peak in bf16, `small.json`): 7B full" in text
+        assert "Without hours, since no training of the kind was measured: 1.5B QLoRA, 7B QLoRA" in text
 
     def test_the_page_holds_what_the_script_writes(self, script: Any, tmp_path: Path) -> None:
         module, page = script("training_cost"), SCRIPTS.parent / "docs" / "scaling.md"

@@ -200,7 +200,7 @@ def checksums(folder: str | Path, names: Iterable[str] | None = None) -> Checksu
         paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
     names = list(names)
-    sums = _sha256s([folder / name for name in names])
+    sums = sha256s([folder / name for name in names])
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
         for name, sha256 in zip(names, sums, strict=True)
@@ -224,13 +224,13 @@ def damage(folder: str | Path, expected: Checksums, *, contents: bool = True) ->
             found[name] = f"{name} has {path.stat().st_size} bytes where {expected[name]['bytes']} were written"
         else:
             as_long.append(name)
-    for name, sha256 in zip(as_long, _sha256s([paths[name] for name in as_long]) if contents else (), strict=False):
+    for name, sha256 in zip(as_long, sha256s([paths[name] for name in as_long]) if contents else (), strict=False):
         if sha256 != expected[name]["sha256"]:
             found[name] = f"{name} has changed since it was written (its SHA-256 differs)"
     return [found[name] for name in expected if name in found]
 
 
-def _sha256s(paths: list[Path]) -> list[str]:
+def sha256s(paths: list[Path]) -> list[str]:
     """Of each file, several at once: one core reads 1 to 2 GB/s, and a checkpoint may have tens of GB."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(_sha256, paths))

@@ -295,7 +295,9 @@ class TestRefusals:
         self.refused(run, "must be given with a model that remembers its curve", made, "--target-sparsity", "0.5")
         flags = ["--target-sparsity", "0.5", "--kind", "text"]
         self.refused(run, "--kind must be given with --texts, got none", made, *flags)
-        self.refused(run, "--dense must be given with --texts", made, "--target-sparsity", "0.5", "--dense", "x")
+        for flags in (["--dense", "x"], ["--max-tokens", "16384"], ["--no-time"], ["--dtype", "bfloat16"]):
+            name = flags[0].replace("--no-", "--")
+            self.refused(run, f"{name} must be given with --texts", made, "--target-sparsity", "0.5", *flags)
 
     def test_a_model_that_predicts_no_tokens(self, run: Callable[..., Any], given: list[Any], tmp_path: Path) -> None:
         tiny_sparse_model("bert").save_pretrained(tmp_path)

@@ -29,7 +29,7 @@ from tests.tiny_models import EXPERT_SIZE
 
 def test_they_are_listed_printed_and_copied(run: Callable[..., Any], tmp_path: Path) -> None:
     listed = run("configs").output
-    assert [line.partition(":")[0] for line in listed.splitlines()] == ["fsdp2", "zero2", "zero3"]
+    assert [line.partition(":")[0] for line in listed.splitlines()] == ["fsdp2", "fsdp2_offload", "zero2", "zero3"]
     printed = run("configs", "fsdp2").output
     assert printed == (FOLDER / "fsdp2.yaml").read_text()
     copied = run("configs", "zero3", "--output", tmp_path)
@@ -55,11 +55,12 @@ def test_commands_that_we_name_say_how_many_processes() -> None:
 @pytest.mark.parametrize("name", shipped_configs())
 def test_accelerate_reads_them(name: str) -> None:
     read = load_config_from_file(str(FOLDER / f"{name}.yaml"))
-    kind = "FSDP" if name == "fsdp2" else "DEEPSPEED"
+    kind = "FSDP" if name.startswith("fsdp2") else "DEEPSPEED"
     assert read.distributed_type.value == kind
     if kind == "FSDP":
         assert read.fsdp_config["fsdp_version"] == 2
         assert read.fsdp_config["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
+        assert read.fsdp_config["fsdp_offload_params"] == (name == "fsdp2_offload")
     else:
         assert read.deepspeed_config["zero_stage"] == int(name[-1])
 

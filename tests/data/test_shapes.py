@@ -22,6 +22,22 @@ def read(path: Path, *rows: dict[str, Any], **options: Any) -> list[Any]:
     return list(read_documents(write_jsonl(path, list(rows)), DataConfig(**options)))
 
 
+@pytest.mark.parametrize(
+    ("pair", "field"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}, "completion_field"),
+        ({name: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": name}]
+          for name in ("chosen", "rejected")}, "messages_field"),
+    ],
+)  # fmt: skip
+def test_preferences_are_told_what_trains_on_them(tmp_path: Path, pair: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"pairs with chosen and rejected, .* give {field}=chosen to .*DPOTrainer"):
+        read(tmp_path / "x.jsonl", pair)
+    (found,) = read(tmp_path / "x.jsonl", pair, **{field: "chosen"})
+    assert "chosen" in str(found) or "Hello." in str(found)
+    assert "rejected" not in str(found)
+
+
 class TestInstructions:
     @pytest.mark.parametrize(
         "options",

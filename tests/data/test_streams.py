@@ -256,3 +256,17 @@ def test_a_mix_of_streams_is_that_of_loaded_text(tokenizer: Any, settings: dict[
     again = load_mix(DataConfig(**shared, stream=True, token_cache=cache), tokenizer, progress=False)
     assert ids(again.train) == ids(streamed.train)
     assert set(streamed.kinds) == {"many", "few"}
+
+
+def test_a_file_with_other_words_at_the_same_size_and_time_is_read_anew(
+    tokenizer: Any, settings: dict[str, Any]
+) -> None:
+    path, first = Path(settings["train"]), load(tokenizer, settings)
+    before, text = path.stat(), path.read_text(encoding="utf-8")
+    path.write_text(text.replace("w1", "w2"), encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert ids(load(tokenizer, settings).train) != ids(first.train)
+    # The same words at another time are those that were read first.
+    path.write_text(text, encoding="utf-8")
+    assert ids(load(tokenizer, settings).train) == ids(first.train)

@@ -27,6 +27,7 @@ from lte.eval.models import load_any_model, load_config
 from lte.hf.checkpoints import CHECKSUM_FILE, read_checksums
 from lte.hf.dense import load_dense_model, load_tokenizer
 from lte.hf.loading import _MODEL_CLASSES
+from lte.hf.streaming import open_checkpoint
 from lte.hf.verify import loading_fault
 from lte.train.adapters import train_routers_
 from tests.cli.conftest import save_tiny_model
@@ -91,6 +92,14 @@ class TestDense:
         edit_weights(dense, lambda weights: weights[UP].view(-1)[0].fill_(torch.nan))
         with pytest.raises(ValueError, match=rf"must hold finite weights, got NaN or infinity in 1: {UP}"):
             load_dense_model(dense)
+
+    def test_integers_for_weights(self, dense: Path) -> None:
+        """As some tools write them, with a scale beside them that nothing here would read."""
+        more = {UP: torch.ones(64, 32, dtype=torch.int8), f"{UP}_scale": torch.ones(64)}
+        edit_weights(dense, lambda weights: weights.update(more))
+        for load in (load_dense_model, open_checkpoint):
+            with pytest.raises(ValueError, match=rf"got 1 as integers .*quantization_config.*: {UP} in I8; take"):
+                load(dense)
 
     def test_tied_weights_need_not_be_there(self, tmp_path: Path) -> None:
         tiny_dense_model("gemma2", tie_word_embeddings=True).save_pretrained(tmp_path)

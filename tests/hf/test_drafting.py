@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import lte
 from lte.eval.answers import first_difference, generate_greedily
@@ -237,8 +239,17 @@ def test_a_draft_follows_its_model(prompt: Tensor) -> None:
 
 
 def test_int8_weights_and_calls_by_turns(prompt: Tensor) -> None:
-    model = lte.accelerate_(step_model(), weights="int8")
+    model = step_model()
     draft = propose_(lte.draft_of(model, 0.7), 3)
+    with pytest.raises(ValueError, match=r"must not be a draft, got one of lte.draft_of, .* the draft goes along"):
+        lte.accelerate_(draft, weights="int8")
+    # Also on other kernels than it was.
+    for weights in ("native", "int8"):
+        lte.accelerate_(lte.decelerate_(model), weights=weights)
+        with torch.no_grad():
+            assert torch.equal(draft(prompt).logits, lte.draft_of(model, 0.7)(prompt).logits)
+            assert not torch.equal(draft(prompt).logits, model(prompt).logits)
+        assert all(isinstance(ffn, AcceleratedFfn) for ffn in lte.sparse_ffns(draft).values())
     plain = generate_greedily(model, prompt, TOKENS)
     for _ in range(2):
         assert same(model, prompt, plain, generate_greedily(model, prompt, TOKENS, assistant_model=draft))
@@ -255,6 +266,34 @@ def test_a_draft_from_the_curve_of_the_model(prompt: Tensor) -> None:
     assert lte.measure_sparsity(draft, [{"input_ids": prompt}]).sparsity == pytest.approx(0.6, abs=0.06)
     assert model.config.lte_curve == remembered
     assert draft.config.lte_curve != remembered
+
+
+@pytest.mark.parametrize("make", [accelerated, step_model], ids=["kernels", "plain"])
+def test_a_saved_draft_skips_as_the_draft_does(make: Any, prompt: Tensor, tmp_path: Path) -> None:
+    model = make()
+    model.config.lte_measurement = {"sparsity": 0.1, "active_fraction": [0.9, 0.9]}
+    draft = lte.draft_of(model, 0.7)
+    draft.save_pretrained(tmp_path / "draft")
+    model.save_pretrained(tmp_path / "model")
+    for each, name, threshold in ((draft, "draft", 0.7), (model, "model", 0.5)):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert loaded.lte_config.threshold == threshold
+        assert (loaded.config.lte_measurement is None) == (name == "draft")
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(prompt).logits, each(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_train_and_eval_are_those_of_both() -> None:
+    model = step_model()
+    draft = lte.draft_of(model, 0.7)
+    for one, other in ((model, draft), (draft, model)):
+        with warnings.catch_warnings():
+            # Of training in hard mode.
+            warnings.simplefilter("ignore")
+            one.train()
+        assert all(module.training for each in (one, other) for module in each.modules())
+        other.eval()
+        assert not any(module.training for each in (one, other) for module in each.modules())
 
 
 def test_what_cannot_draft_for_itself(prompt: Tensor) -> None:

@@ -381,9 +381,8 @@ def _peak_bytes(reset: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    settings = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 16, "head_dim": 256}
+def _large_checkpoint(folder: Path, **settings: Any) -> int:
+    """A llama with the same number in all weights; returns its bytes."""
     config = tiny_config("llama", **settings, dtype="float32")
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
@@ -393,12 +392,28 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         yield torch.full(shape, 0.5)
 
     names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
-    config.save_pretrained(dense)
+    config.save_pretrained(folder)
     new = [NewTensor(n, torch.float32, shape, lambda shape=shape: rows(shape)) for n, shape in names.items()]
-    written = write_tensors(dense / "model.safetensors", new)
+    return int(write_tensors(folder / "model.safetensors", new)["bytes"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    size = _large_checkpoint(dense, hidden_size=1024, intermediate_size=1024, num_hidden_layers=16, head_dim=256)
     before = _peak_bytes(reset=True)
     convert_folder(dense, sparse, lte.LteConfig(expert_size=32, grouping="random"))
     densify_folder(sparse, tmp_path / "back")
-    assert written["bytes"] > 350e6
+    assert size > 350e6
     assert _peak_bytes() - before < 100e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_block_and_the_sums_of_its_neurons_are_not_in_memory_together(tmp_path: Path) -> None:
+    """50 MB of a block's weights, 67 MB of sums [F, F], some of them selected, and what grouping needs."""
+    _large_checkpoint(tmp_path / "dense", hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, head_dim=64)
+    config = lte.LteConfig(expert_size=1024, grouping="contribution", always_on=0.25)
+    text = [{"input_ids": torch.arange(16)[None]}]
+    before = _peak_bytes(reset=True)
+    convert_folder(tmp_path / "dense", tmp_path / "sparse", config, calibration=text)
+    assert _peak_bytes() - before < 130e6

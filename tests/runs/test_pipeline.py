@@ -125,3 +125,21 @@ def test_a_run_whose_pictures_fail_has_saved_its_model(
     assert "no fonts" in " ".join(result.output.split())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.lte_measurement is not None
     assert (tmp_path / "out" / "result.json").exists()
+
+
+def test_weights_that_stay_on_the_cpu_are_read_there(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lte.sparsify_(AutoModelForCausalLM.from_pretrained(llama), LteConfig(expert_size=EXPERT_SIZE))
+    model.save_pretrained(tmp_path / "lte")
+    places = []
+    monkeypatch.setattr(TextWorkload, "load_model", lambda self, *args, to="device": places.append(to))
+    work = object.__new__(TextWorkload)
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_OFFLOAD_PARAMS", "false")):
+        monkeypatch.setenv(name, value)
+    for start, offload in (("lte", "false"), ("lte", "true"), (llama, "true")):
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", offload)
+        settings = ModelSettings(start=str(tmp_path / start), config=CONFIG, train=TRAIN, changed=frozenset())
+        pipeline._loaded(settings, work)
+    # The neurons of a dense start are grouped on the GPU.
+    assert places == ["device", "cpu", "device"]

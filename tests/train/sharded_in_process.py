@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -81,11 +82,15 @@ class OnCpus(LteTrainer):
         if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
             os.environ["ACCELERATE_USE_CPU"] = "false"
         super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            # Memory is pinned for a GPU alone.
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
 
 
 def model_of(case: dict[str, Any], folder: Path) -> Any:
     torch.manual_seed(0)
-    model = tiny_dense_model(case.get("family", "llama"))
+    model = tiny_dense_model(case.get("family", "llama"), **case.get("sizes", {}))
     method = case.get("method", "lte")
     if method != "dense":
         settings = {"expert_size": 8, "grouping": "random", "target_sparsity": 0.5, **case.get("config", {})}
@@ -135,7 +140,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     callbacks = [StopAt(stop)] if stop else []
     rows = uneven_toy_rows() if case.get("uneven") else toy_rows()
     dtypes: dict[type, set[str]] = {Router: set(), torch.nn.Linear: set()}
-    for module in model.model.modules() if case["name"] == "narrow" else ():
+    for module in model.model.modules() if "bf16" in case["name"] or config.bf16 else ():
         if type(module) in dtypes:
             # In the module's own pass, when its weights are there; in evaluation they are in fp32.
             module.register_forward_pre_hook(partial(note_dtype, dtypes))
@@ -171,6 +176,8 @@ if __name__ == "__main__":
     torch.nn.parallel.DistributedDataParallel = RecordedDataParallel  # type: ignore[misc]
     root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    # On a CPU each shape that torchao's optimisers compile takes seconds.
+    torch.compile = lambda function, *args, **kwargs: function  # type: ignore[assignment]
     dist.init_process_group("gloo")
     for case in cases:
         found = run(case, root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,17 @@ def test_the_price_is_on_the_chunks(tmp_path: Path, budgets: str) -> None:
     assert "efficiency_loss" in trainer.state.log_history[0]
     for name, parameter in twin.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(4, 0), (40, 1)])
+def test_a_price_on_chunks_that_no_text_fills_is_told_once(tmp_path: Path, tokens: int, warned: int) -> None:
+    options = {"price_on": "union", "union_tokens": tokens, "router_fit_tokens": 0, "max_steps": 2}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path, sparse_model(), rows_with_documents(), **options)
+    said = [str(each.message) for each in caught if "found no chunk" in str(each.message)]
+    assert len(said) == warned
+    assert all(f"price_on=union found no chunk of union_tokens={tokens} tokens in the first" in text for text in said)
 
 
 def active_by_row(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -331,13 +330,19 @@ def test_the_events_of_both_lie_in_one_folder(tmp_path: Path) -> None:
 CRASHING = """
 import sys
 import torch
+from lte.train import processes
 from tests.train.toy import trainer_of
 from tests.train.test_interruption import At
 import os
 torch.set_num_threads(1)
-def crash():
-    raise RuntimeError("a planted crash in process 1")
-trainer_of(sys.argv[1], callbacks=[At(crash, 2)] if os.environ["RANK"] == "1" else []).train()
+processes.END_S = 1
+def fail():
+    raise torch.OutOfMemoryError("a planted lack of memory")
+try:
+    trainer_of(sys.argv[1], callbacks=[At(fail, 3)] if os.environ["RANK"] == "1" else []).train()
+finally:
+    # What waits for the other process, which waits for this one.
+    torch.distributed.barrier()
 print("the end")
 """
 
@@ -371,10 +376,10 @@ def test_a_step_is_left_out_and_logged_where_one_process_alone_is_not_finite(tmp
 @pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down_and_its_reason_is_on_the_screen(tmp_path: Path) -> None:
     (tmp_path / "crashing.py").write_text(CRASHING)
-    start = time.monotonic()
     done = launch(2, tmp_path / "crashing.py", tmp_path / "run", timeout_s=120)
-    # Its start, imports of both processes above all, is a part of it.
-    assert time.monotonic() - start < 100
     assert done.returncode != 0
-    assert "a planted crash in process 1" in done.stderr
+    # Once as soon as it happens, and in what torchrun says at the end.
+    reason = "process 1 failed: the training needs more memory than there is: lower the batch size"
+    assert done.stderr.count(reason) == 2
+    assert "a planted lack of memory" in done.stderr
     assert "the end" not in done.stdout

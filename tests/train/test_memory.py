@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lte
+from lte.cli import train_watcher
+from lte.cli.train_watcher import TrainWatcher
 from lte.train.config import TrainConfig
 from lte.train.memory import estimate_memory
 from lte.train.optimisers import cast_weights_
@@ -149,3 +155,24 @@ def test_every_kind_of_family_has_an_estimate(model_type: str) -> None:
     found = estimate_memory(model, config(), LENGTH)
     assert found.activations > 0
     assert found.loss > 0
+
+
+@pytest.mark.parametrize(("offload", "told"), [("false", True), ("true", False)])
+def test_a_gpu_need_not_hold_what_lies_on_the_cpu(
+    offload: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has room for activations, but not for weights, gradients and moments beside them."""
+    model, train = model_of(), config(stage1_steps=1, stage2_steps=1)
+    memory = estimate_memory(model, train, 8)
+    monkeypatch.setattr(train_watcher, "gpu_bytes", lambda: int(memory.not_offloaded + 1))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", offload)
+    work: Any = SimpleNamespace(
+        data_config=SimpleNamespace(sequence_length=8), train=range(64), info={"validation": {"tokens": 1}}
+    )
+    said = Console(file=io.StringIO(), width=1000)
+    settings: Any = SimpleNamespace(stages=(1, 2))
+    TrainWatcher(settings, work, tmp_path, None, said, lambda: None).before_training(model, None, train)
+    text = said.file.getvalue()  # type: ignore[attr-defined]
+    assert ("This GPU has" in text) == told
+    assert ("weights, gradients and moments of it are the CPU's" in text) != told

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from lte.train import processes
 from lte.train.config import TrainConfig
 from lte.train.processes import float32_products, launched
+from tests.cli.conftest import run
+
+__all__ = ["run"]
 
 
 def test_tf32_ends_with_the_training() -> None:
@@ -54,3 +63,33 @@ def test_a_command_goes_on_behind_its_launcher(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched("train") == command
+
+
+def test_a_command_that_fails_in_one_of_several_processes_ends_the_launch(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers: list[list[Any]] = []
+
+    class Timer:
+        daemon = False
+
+        def __init__(self, *args: Any):
+            timers.append([self, *args])
+
+        def start(self) -> None:
+            timers[-1].append("started")
+
+    monkeypatch.setattr(processes.threading, "Timer", Timer)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for size, expected in (("1", 0), ("2", 1)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("RANK", "1")
+        assert run("train", "--model", "/no/such", "--train", "x", "--output", tmp_path / "out").exit_code == 1
+        assert len(timers) == expected
+    assert timers[0][1] == processes.END_S < 30
+    assert timers[0][0].daemon
+    assert timers[0][-1] == "started"
+    found = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert found["message"].startswith("process 1 failed: ")
+    assert "/no/such" in found["message"]
+    assert int(found["extraInfo"]["timestamp"]) > 0

@@ -22,18 +22,27 @@ SETTINGS = {
 }  # fmt: skip
 FEW = {**SETTINGS, "stage1_steps": 3, "stage2_steps": 3, "save_steps": 2}
 NARROW = {"gradient_accumulation_steps": 2, "bf16": True}
+# Of which some are large enough for narrow moments.
+SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 512}
 METHOD = {"method": "sigma_moe", "config": {"expert_dropout": 0.0}, "train": {**FEW, "recipe": "method"}}
+# Terms that are means over rows, pairs and chunks of tokens.
+ADDED = {"even_weight": 0.3, "predecessor_weight": 0.3, "union_weight": 0.3, "price_on": "union", "learning_rate": 2e-2}
 # Of each: what accelerate's launcher sets beside the usual (none at all is DDP), and how it trains.
 CASES: list[dict[str, Any]] = [
     {"name": "fsdp", "fsdp": {}, "train": SETTINGS},
     {"name": "annealed", "fsdp": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "uneven": True,
      "train": {**FEW, "recipe": "annealed"}},
     {"name": "ddp", "uneven": True, "train": {**SETTINGS, "recipe": "annealed"}},
-    {"name": "ddp_even", "train": {**FEW, "even_weight": 0.3}},
+    {"name": "ddp_added", "uneven": True, "train": {**FEW, **ADDED}},
     {"name": "dense", "fsdp": {}, "method": "dense", "train": {**FEW, "recipe": "dense"}},
     {"name": "method", "fsdp": {}, **METHOD},
     {"name": "narrow", "fsdp": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train": {**FEW, **NARROW}},
+    *([{"name": "bf16_weights", "fsdp": {}, "sizes": SIZES, "train": {**FEW, "weights_dtype": "bfloat16"}}]
+      if find_spec("torchao") else []),
+    {"name": "offloaded", "fsdp": {"FSDP_OFFLOAD_PARAMS": "true"}, "uneven": True,
+     "train": {**FEW, "optim": "adamw_torch_fused", "price_on": "union"}},
 ]  # fmt: skip
+LESS_PRECISE = ("narrow", "bf16_weights")
 LORA = {"fsdp": {}, "train": {**FEW, "recipe": "annealed", "lora_rank": 2}}
 # In both stages routers train or are frozen; the checkpoint that is gone on from is of stage 2.
 AGAIN: list[dict[str, Any]] = [
@@ -77,8 +86,7 @@ def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
     pairs = [(mine, theirs) for mine, theirs in zip(one["log"], two["log"], strict=True) if "task_loss" in mine]
     assert len(pairs) >= 6
     for mine, theirs in pairs:
-        terms = {"task_loss", "efficiency_loss", "separability_loss", "active_fraction", "auxiliary_loss", "even_loss"}
-        terms &= set(mine)
+        terms = {name for name in mine if name.endswith("_loss")} | ({"active_fraction"} & set(mine))
         assert [theirs[term] for term in terms] == pytest.approx([mine[term] for term in terms], abs=1e-4)
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5, abs=1e-4)
         assert theirs["eta"] == pytest.approx(mine["eta"], rel=1e-3)
@@ -87,7 +95,7 @@ def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["name"] != "narrow"])
+@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["name"] not in LESS_PRECISE])
 def test_two_processes_do_what_one_does(roots: dict[int, Path], name: str) -> None:
     one, two, other = found_by(roots[1], name), found_by(roots[2], name), found_by(roots[2], name, rank=1)
     is_ddp = name.startswith("ddp")
@@ -96,10 +104,11 @@ def test_two_processes_do_what_one_does(roots: dict[int, Path], name: str) -> No
     assert two["gradients_in_buckets"] == ([True] if is_ddp else [])
     check_same(one, two)
     assert furthest(two["weights"], other["weights"]) == 0
-    if name == "ddp_even":
-        assert all("even_loss" in entry for entry in two["log"] if "task_loss" in entry)
+    if name == "ddp_added":
+        added = {f"{term}_loss" for term in ("even", "predecessor", "union", "chunk_efficiency")}
+        assert all(added <= set(entry) for entry in two["log"] if "task_loss" in entry)
         for key, weight in one["weights"].items():
-            torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=1e-5, msg=key)
+            torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=1e-4, msg=key)
     # The thresholds are in the biases.
     biases = {key: value for key, value in one["weights"].items() if key.endswith("router.bias")}
     assert bool(biases) == (name not in ("dense", "method"))
@@ -120,8 +129,10 @@ def test_deepspeed_does_what_one_process_does(roots: dict[int, Path], tmp_path: 
 
 
 @pytest.mark.slow
-def test_routers_are_in_fp32_beside_layers_in_bf16(roots: dict[int, Path]) -> None:
-    one, two = found_by(roots[1], "narrow"), found_by(roots[2], "narrow")
+@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["name"] in LESS_PRECISE])
+def test_routers_are_in_fp32_beside_layers_in_bf16(roots: dict[int, Path], name: str) -> None:
+    """With `bf16`, and of weights in bf16 with the 8-bit moments that `lte train` takes for them."""
+    one, two = found_by(roots[1], name), found_by(roots[2], name)
     assert one["router_dtypes"] == two["router_dtypes"] == ["torch.float32"]
     assert two["layer_dtypes"] == ["torch.bfloat16"]
     losses = [[entry["task_loss"] for entry in found["log"] if "task_loss" in entry] for found in (one, two)]
@@ -173,17 +184,25 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
         check_kind(newest, None)
 
 
-@pytest.mark.parametrize(
-    ("version", "optim", "message"),
-    [
-        (1, "adamw_torch", "fsdp_version must be 2, got fsdp_version=1; take accelerate's config from lte configs"),
-        (
-            2,
-            "adamw_bnb_8bit",
-            "optim must be none of bitsandbytes, .* with FSDP, got optim=adamw_bnb_8bit; take adamw_",
-        ),
-    ],
-)
-def test_what_fsdp_cannot_do_is_refused(version: int, optim: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        prepare_fsdp_(SimpleNamespace(fsdp_version=version), SimpleNamespace(optim=optim), torch.nn.Module(), None)
+def test_fsdp_of_version_1_is_refused() -> None:
+    with pytest.raises(ValueError, match="fsdp_version must be 2, got fsdp_version=1; take accelerate's config"):
+        prepare_fsdp_(SimpleNamespace(fsdp_version=1), SimpleNamespace(optim="adamw_torch"), torch.nn.Module(), None)
+
+
+def test_weights_on_the_cpu_for_a_gpu_that_is_not_there_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
+        monkeypatch.setenv(name, "true")
+    with pytest.warns(UserWarning, match="fsdp_offload_params keeps weights, gradients and moments on the CPU"):
+        trainer_of(tmp_path)
+
+
+def test_fsdp_refuses_all_optimisers_of_bitsandbytes() -> None:
+    handlers = pytest.importorskip("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS
+    handled = {getattr(name, "value", name): handler.__name__ for name, handler in handlers.items()}
+    names = {name for name, handler in handled.items() if handler == "_get_bitsandbytes_optimizer"}
+    assert len(names) >= 15
+    for name in names:
+        with pytest.raises(ValueError, match=f"optim must be none of bitsandbytes, .* got optim={name}; take adamw_"):
+            prepare_fsdp_(SimpleNamespace(fsdp_version=2), SimpleNamespace(optim=name), torch.nn.Module(), None)

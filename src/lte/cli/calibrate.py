@@ -10,13 +10,24 @@ from typing import Annotated, Any
 
 import typer
 
-from lte.cli.command import KernelsOption, check_model, check_seed, quiet_transformers, reports_errors, takes_settings
+from lte.cli.command import (
+    KernelsOption,
+    check_model,
+    check_seed,
+    given_flags,
+    quiet_transformers,
+    reports_errors,
+    takes_settings,
+)
 from lte.cli.data import SHARED
 from lte.config import DTYPE_NAMES, KERNELS, LteConfig, check_choice, check_fraction
 from lte.data.config import DataConfig, check_sources
 from lte.files import check_place, is_gguf
 from lte.hf.sparsity_curve import SparsityCurve, SparsityGoal, curve_of
 from lte.settings import build
+
+OF_TEXTS = ("dense", "sparsities", "max_tokens", "count_prompts", "time", "batch_size", "dtype", "kernels")
+"""Flags about how the curve is measured, beside those of the text."""
 
 DEFAULT_SPARSITIES = "0,0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95"
 
@@ -113,7 +124,7 @@ def calibrate(
         check_place("json", json)
     found = check_folder_of_lte(model)
     if not texts:
-        _check_idle(given, goal, dense)
+        _check_idle(goal)
         curve = _remembered(found, goal, hold)
     else:
         data = build(DataConfig, {**given, "train": texts})
@@ -193,11 +204,11 @@ def _parse(sparsities: str) -> tuple[float, ...]:
     return found
 
 
-def _check_idle(given: Mapping[str, Any], goal: SparsityGoal, dense: str | None) -> None:
-    """Refuses flags that would do nothing without `--texts`."""
+def _check_idle(goal: SparsityGoal) -> None:
+    """Refuses flags that would do nothing without `--texts`, also those with the value that they have by default."""
     if not goal.is_set:
         raise ValueError("--texts FILE must be given to measure the curve, or a target to pick from it, got neither")
-    idle = [*given, *([] if dense is None else ["dense"])]
+    idle = sorted(given_flags() & {*OF_TEXTS, *SHARED, "data_seed"})
     if idle:
         raise ValueError(f"--{idle[0].replace('_', '-')} must be given with --texts, got none; leave it out")
 

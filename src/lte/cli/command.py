@@ -42,6 +42,7 @@ USER_ERRORS = (ValueError, OSError)
 MAX_SEED = 2**32 - 1
 # With --debug at either place: lte --debug train, lte train --debug.
 _DEBUG = ContextVar("debug", default=False)
+_GIVEN: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 KernelsOption = Annotated[
@@ -77,6 +78,8 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def guarded(*args: Any, context: typer.Context, debug: bool = False, **kwargs: Any) -> Any:
         _DEBUG.set(debug or bool(context.obj))
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        _GIVEN.set(frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE"))
         try:
             for name, value in kwargs.items():
                 if isinstance(value, float) and not math.isfinite(value):
@@ -87,6 +90,7 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except Exception as error:
             message = explanation(error)
+            _end_launch(error)
             if message is None or _DEBUG.get():
                 raise
             print_error(message)
@@ -99,6 +103,19 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     guarded.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     guarded.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return guarded
+
+
+def _end_launch(error: Exception) -> None:
+    """Of several processes that a launcher started the others wait for one that fails."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from lte.train.processes import end_for_all
+
+        end_for_all(error)
+
+
+def given_flags() -> frozenset[str]:
+    """Names of what the command at hand was given on its line, also where it has the value that it has by default."""
+    return _GIVEN.get()
 
 
 def explanation(error: Exception) -> str | None:

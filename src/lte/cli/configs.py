@@ -42,5 +42,6 @@ def configs(
     if target.exists():
         raise ValueError(f"output must be a new file, got output={target}, which exists; name another one")
     shutil.copyfile(source, target)
-    following = f"accelerate launch --config_file {target} --num_processes 8 -m lte train ..."
+    processes = 1 if name == "fsdp2_offload" else 8
+    following = f"accelerate launch --config_file {target} --num_processes {processes} -m lte train ..."
     typer.echo(f"Written to {target}. Next: {following}")

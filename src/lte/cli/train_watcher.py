@@ -16,7 +16,13 @@ from lte.runs.workload import Workload
 from lte.train.config import TrainConfig
 from lte.train.disk_space import RunFiles, check_run_space
 from lte.train.memory import estimate_memory, gpu_bytes
-from lte.train.processes import is_main_process, num_processes, reads_weights_once, training_device
+from lte.train.processes import (
+    is_main_process,
+    keeps_weights_on_cpu,
+    num_processes,
+    reads_weights_once,
+    training_device,
+)
 from lte.train.two_stage import stage_steps
 
 MEMORY_HINT = (
@@ -80,9 +86,10 @@ class TrainWatcher(Watcher):
             ValueError: if the disk has no room for what will be written.
         """
         memory = estimate_memory(model, train, self.work.data_config.sequence_length, teacher)
-        self._say(f"Memory for training: {memory.sentence()}.")
-        there = gpu_bytes()
-        if there is not None and memory.total > there:
+        there, offloads = gpu_bytes(), keeps_weights_on_cpu()
+        where = "; weights, gradients and moments of it are the CPU's" if offloads and there is not None else ""
+        self._say(f"Memory for training: {memory.sentence()}{where}.")
+        if there is not None and (memory.not_offloaded if offloads else memory.total) > there:
             self._say(MEMORY_HINT.format(there / 1e9), style="yellow")
         steps = stage_steps(train, len(self.work.train), self.settings.stages)
         files = RunFiles.of(model, train, self.save_dtype, steps)

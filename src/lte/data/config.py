@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from lte.config import check_choice
 from lte.data.files import ENDINGS, FORMATS, OPENERS, Row, Table, arrow_rows, open_table
 from lte.data.shapes import Columns, Tokens, documents_of, template_parts
-from lte.files import stay_offline_without_hub
+from lte.files import sha256s, stay_offline_without_hub
 from lte.settings import option
 
 Kind = Literal["auto", "text", "completion", "chat", "tokens"]
@@ -195,14 +195,16 @@ def iterate_documents(
 
 
 def source_states(source: str | Sequence[str], config: DataConfig, split: str | None = None) -> list[Any]:
-    """What changes when a source does: of files their size and time, of hub data sets what `datasets` knows them by."""
+    """What changes when a source does: of files their SHA-256, of hub data sets what `datasets` knows them by.
+
+    Sizes and times do not say it: a file may be written twice in a second, or get the time of another one.
+    """
     found: list[Any] = []
     for one in [source] if isinstance(source, str) else source:
         is_builtin = one in BUILTIN_TEXTS and config.format in ("auto", "builtin")
         paths = [] if config.format == "hub" or is_builtin else _matching_files(one)
-        for path in paths:
-            state = Path(path).stat()
-            found.append([str(Path(path).resolve()), state.st_size, state.st_mtime_ns])
+        whole = [Path(path).resolve() for path in paths]
+        found += [[str(path), sha256] for path, sha256 in zip(whole, sha256s(whole), strict=True)]
         if is_builtin:
             found.append([one, sys.version])
         elif not paths:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lte.data.config import DataConfig
 
 TEXT_FIELDS = ("text", "content", "document", "body", "article", "story", "completion")
+PREFERENCES = ("chosen", "rejected")
 CONVERSATIONS = ("conversations", "conversation")
 INSTRUCTION, INPUT, OUTPUT, SYSTEM, HISTORY = "instruction", "input", "output", "system", "history"
 # `functions` is the older name of tools at OpenAI.
@@ -322,6 +323,13 @@ def _untrained_by(row: Row, checks: tuple[str, ...]) -> str | None:
 
 
 def _lacking(table: Table, config: DataConfig, kind: str) -> str:
+    if set(PREFERENCES) <= set(table.columns):
+        field = "completion_field" if config.prompt_field in table.columns else "messages_field"
+        return (
+            f"the data must have one answer for each prompt, got pairs with {' and '.join(PREFERENCES)}, which are "
+            f"preferences; give {field}={PREFERENCES[0]} to train on the better answers alone, or train on pairs with "
+            f"TRL's DPOTrainer and lte.RoutingMixin (docs/training.md) ({table.name})"
+        )
     names = {"chat": config.messages_field, "completion": config.completion_field, "tokens": IDS}
     name = names.get(kind, config.text_field)
     if kind == "completion" and name in table.columns:

@@ -229,6 +229,13 @@ def require_whole(
             f"{source} must hold weights that fit its config.json, got {len(shapes)} mismatched: {_first(shapes)}; "
             f"correct config.json, or {_AGAIN}"
         )
+    integers = sorted(_integers(Path(str(source)).expanduser(), model))
+    if integers:
+        raise UnreadableModelError(
+            f"{source} must hold weights as floating-point numbers, got {len(integers)} as integers without the "
+            f"quantization_config in config.json that says what they stand for: {_first(integers)}; take the model "
+            "that they were made from, or the config.json that belongs to them"
+        )
     if info.get("error_msgs"):
         raise UnreadableModelError(f"{source} must hold weights that load, got {_first(info['error_msgs'])}; {_AGAIN}")
     more = sorted(_other_layers(info["unexpected_keys"], names))
@@ -244,6 +251,32 @@ def require_whole(
             f"{source} must hold finite weights, got NaN or infinity in {len(wrong)}: {_first(wrong)}; "
             f"{other or _AGAIN}, or train it again"
         )
+
+
+def _integers(folder: Path, model: nn.Module) -> list[str]:
+    """Of the weights in a folder's files, those in integers that the model takes for its floating-point numbers.
+
+    transformers casts them and passes by the scales beside them, which the model has no place for.
+    """
+    config = getattr(model, "config", None)
+    if not folder.is_dir() or getattr(config, "quantization_config", None):
+        return []
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    wanted = {name.removeprefix(base) for name, p in model.named_parameters() if p.is_floating_point()}
+    found = []
+    # Not those of a variant beside them.
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    paths = {single} if single.is_file() else set()
+    if not paths and index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        paths = {folder / name for name in names}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.removeprefix(base) in wanted:
+                    dtype = file.get_slice(name).get_dtype()
+                    found += [f"{name} in {dtype}"] if dtype[0] in "IUB" and dtype != "BF16" else []
+    return found
 
 
 def _wrong_token_ids(config: Any) -> list[str]:

@@ -237,12 +237,21 @@ def neuron_order(features: Tensor, config: LteConfig, seed: int, seen: Activity 
     others = rest.nonzero().flatten()
     if len(first):
         index = others.to(features.device)
-        features = features[index] if seen.features is None else features[index][:, index]
+        features = features[index] if seen.features is None else _compacted_(features, index)
     # What the neurons did is looked at once.
     order = group_neurons(
         features, num_neurons=len(others), expert_size=size, method=config.grouping, seed=seed, overwrite=True
     )
     return torch.cat([first, others[order]])
+
+
+def _compacted_(products: Tensor, index: Tensor) -> Tensor:
+    """The rows and columns [N, N] of an ascending index out of [F, F], moved together in place: no second [F, F]."""
+    count = len(index)
+    for rows in torch.arange(count, device=index.device).split(256):
+        # What is written lies before what is still to be read.
+        products[rows, :count] = products[index[rows]][:, index]
+    return products[:count, :count]
 
 
 def _check_convertible(model: nn.Module, ffns: Mapping[str, nn.Module], family: Family, weightless: bool) -> None:
@@ -316,7 +325,7 @@ def _activity(
         what = f"always_on={config.always_on}" if config.always_on else f'grouping="{config.grouping}"'
         raise ValueError(f"{what} must get calibration batches, got calibration=None")
     downs: dict[str, Any] = {name: ffn.get_submodule(family.layout.down) for name, ffn in ffns.items()}
-    seen = {name: collectors(config, family.layout.matrix(down)) for name, down in downs.items()}
+    seen = {name: collectors(config, down_norms(family.layout.matrix(down))) for name, down in downs.items()}
     masks: dict[str, Tensor] = {}
 
     def collect(name: str, args: tuple[Any, ...]) -> None:
@@ -329,22 +338,31 @@ def _activity(
     return seen
 
 
-def collectors(config: LteConfig, down: Tensor) -> Activity:
+def down_norms(down: Tensor) -> Tensor:
+    """The norm of what each neuron adds to an FFN's output where it is 1, fp32 [F].
+
+    Args:
+        down: the weight [D, F] of the down projection, in any dtype.
+    """
+    return torch.linalg.vector_norm(down.detach(), dim=0, dtype=torch.float32)
+
+
+def collectors(config: LteConfig, norms: Tensor) -> Activity:
     """What looks at an FFN's neurons for the groups of a config.
 
     Args:
         config: of which `grouping` and `always_on` count.
-        down: the weight [D, F] of its down projection.
+        norms: `down_norms` of the FFN, [F].
     """
-    features = _collector(config.grouping, down) if config.grouping in CALIBRATED_GROUPINGS else None
-    return Activity(features, UsageCounts(down.float().norm(dim=0)) if config.always_on else None)
+    features = _collector(config.grouping, norms) if config.grouping in CALIBRATED_GROUPINGS else None
+    return Activity(features, UsageCounts(norms) if config.always_on else None)
 
 
-def _collector(grouping: Grouping, down: Tensor) -> CoactivationCounts | ContributionProducts:
+def _collector(grouping: Grouping, norms: Tensor) -> CoactivationCounts | ContributionProducts:
     if grouping == "coactivation":
-        return CoactivationCounts(down.shape[1])
+        return CoactivationCounts(len(norms))
     kind = ChunkProducts if grouping == "chunks" else ContributionProducts
-    return kind(down.float().norm(dim=0))
+    return kind(norms)
 
 
 def _counted_tokens(hidden: Tensor, mask: Tensor) -> Tensor:

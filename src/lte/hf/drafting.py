@@ -10,11 +10,13 @@ Nothing is stored twice but what a second cache holds.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lte.hf.install import require_sparse_ffns
+from lte.hf.sparsity_curve import readable_curve
 from lte.hf.threshold import set_sparsity_, set_threshold_
 from lte.nn.shared_ffn import second_ffn, shallow_copy
 
@@ -22,9 +24,10 @@ from lte.nn.shared_ffn import second_ffn, shallow_copy
 def draft_of(model: Any, threshold: float | None = None, *, target_sparsity: float | None = None) -> Any:
     """The same model at another threshold, on the same parameters, for `generate(assistant_model=...)`.
 
-    What is written into the weights of either counts for both, and where the model is moved, the draft is, too.
-    Accelerate the model before. The draft has a config and a generation config of its own: its
-    `generation_config.num_assistant_tokens` says how many tokens it proposes at a time.
+    What is written into the weights of either counts for both; where the model is moved, accelerated, or put into train
+    or eval mode, the draft is, too. The draft has a config with its threshold, so that `save_pretrained` of it saves a
+    model that skips as it does, and a generation config of its own, whose `num_assistant_tokens` says how many tokens
+    it proposes at a time.
 
     Args:
         model: an LTE model of transformers, accelerated or not; its threshold stays.
@@ -59,7 +62,13 @@ def draft_of(model: Any, threshold: float | None = None, *, target_sparsity: flo
     if target_sparsity is not None:
         return set_sparsity_(draft, target_sparsity)
     assert threshold is not None
-    return set_threshold_(draft, threshold)
+    set_threshold_(draft, threshold)
+    config, curve = draft.config, readable_curve(draft.config.lte_curve)
+    config.lte = {**config.lte, "threshold": threshold}
+    # What was measured or chosen is of the model's own threshold.
+    config.lte_measurement = None
+    config.lte_curve = None if curve is None else replace(curve, chosen=None).to_dict()
+    return draft
 
 
 def _own_path(draft: nn.Module, model: nn.Module, path: list[str]) -> nn.Module:

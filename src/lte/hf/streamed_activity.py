@@ -4,7 +4,10 @@ The model runs as it is, with one block loaded: hidden states of all texts go th
 What else a block is called with (masks, positions) does not depend on hidden states in a family whose blocks follow one
 another, and is noted once, while blocks pass on what they get.
 
-Shapes: B rows, T tokens, D hidden size.
+The activations of a block's neurons wait on the disk until its weights are gone: the sums [F, F] that are made of them
+are as large as a block, and memory never holds both.
+
+Shapes: B rows, T tokens, D hidden size, F neurons.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from lte.config import LteConfig
 from lte.files import replaced_atomically
-from lte.hf.convert import Activity, collectors
+from lte.hf.convert import Activity, collectors, down_norms
 from lte.hf.families import Family, block_name, dense_ffns
 from lte.hf.inputs import model_inputs, padding_masks
 from lte.hf.streaming import Checkpoint
@@ -43,7 +46,8 @@ class StreamedActivity:
         config: of the LTE model, which says what is collected.
         batches: text, each of few rows: activations of one batch are in memory at a time.
         device: that runs the blocks.
-        folder: where the hidden states between blocks are kept, so that a process goes on with the block it was at.
+        folder: where the hidden states between blocks are kept, so that a process goes on with the block it was at, and
+            the activations of one block.
 
     Raises:
         ValueError: for an encoder-decoder, whose decoder's blocks see what its encoder gives.
@@ -72,17 +76,28 @@ class StreamedActivity:
         self._calls: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._states: list[Tensor] = []
         self._next = 0
-        self._seen: dict[str, Activity] = {}
+        # Of the FFNs whose activations lie in the folder, the norms of what their neurons are multiplied with.
+        self._norms: dict[str, Tensor] = {}
 
     def of(self, ffn: str) -> Activity:
         """The activity of an FFN by its name; asked for in the order of blocks, each once."""
         wanted = self.blocks.index(block_name(ffn))
         if not self._calls:
             self._begin(wanted)
-        while ffn not in self._seen:
-            self._seen.clear()
+        while ffn not in self._norms:
+            self._norms.clear()
             self._run(self.blocks[self._next])
-        return self._seen.pop(ffn)
+        return self._summed(ffn)
+
+    def _summed(self, ffn: str) -> Activity:
+        """The activity of an FFN from its activations, which go."""
+        found = collectors(self.config, self._norms.pop(ffn))
+        for place in range(len(self.batches)):
+            path = self._activations(ffn, place)
+            kept = load_file(path, device=str(self.device))
+            found.update(kept["hidden"], kept["mask"])
+            path.unlink()
+        return found
 
     @torch.no_grad()
     def _begin(self, wanted: int) -> None:
@@ -112,36 +127,40 @@ class StreamedActivity:
 
     @torch.no_grad()
     def _run(self, block: str) -> None:
-        """Sends all hidden states through a block, and looks at its FFNs."""
+        """Sends all hidden states through a block, and keeps the activations of its FFNs."""
         names = [name for name in self.ffns if block_name(name) == block]
         module: Any = self.model.get_submodule(block)
         masks: dict[str, Tensor] = {}
+        place = 0
+
+        def keep(name: str, args: tuple[Any, ...]) -> None:
+            held = {"hidden": args[0].contiguous(), "mask": masks[name].contiguous()}
+            save_file(held, self._activations(name, place))
+
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self._loaded(self._names_of(block)):
             downs: dict[str, Any] = {name: self.ffns[name].get_submodule(self.family.layout.down) for name in names}
-            seen = {name: collectors(self.config, self.family.layout.matrix(down)) for name, down in downs.items()}
-
-            def collect(name: str, args: tuple[Any, ...]) -> None:
-                seen[name].update(args[0], masks[name])
-
-            with before_each_call(downs, collect):
+            self._norms = {name: down_norms(self.family.layout.matrix(down)) for name, down in downs.items()}
+            with before_each_call(downs, keep):
                 for place, (batch, calls) in enumerate(zip(self.batches, self._calls, strict=True)):
                     masks.update(padding_masks(self.model, names, batch))
                     args, kwargs = calls[block]
                     output = module(self._states[place].to(self.device), *args, **kwargs)
                     self._states[place] = (output if isinstance(output, Tensor) else output[0]).cpu()
-        self._seen = seen
         self._next += 1
         self._keep()
 
     def _keep(self) -> None:
         """Writes what the next block gets; what the block before got stays, as its shard is not written yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with replaced_atomically(self._file(self._next)) as path:
             save_file({str(place): states for place, states in enumerate(self._states)}, path)
         self._file(self._next - 2).unlink(missing_ok=True)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"states-{index:05d}.safetensors"
+
+    def _activations(self, ffn: str, place: int) -> Path:
+        return self.folder / f"{ffn}-{place:05d}.safetensors"
 
     def _is_in_block(self, name: str) -> bool:
         return any(name.startswith(f"{block}.") for block in self.blocks)

@@ -40,9 +40,7 @@ def predecessor_loss(logits: Tensor, follows: Tensor, token_mask: Tensor | None 
     """
     logits = logits.reshape(len(logits), *follows.shape, -1)
     now, before = logits[:, :, 1:], logits[:, :, :-1].detach()
-    counted = follows[:, 1:]
-    if token_mask is not None:
-        counted = counted & token_mask[:, 1:] & token_mask[:, :-1]
+    counted = counted_pairs(follows, token_mask)
     # The divergence of two logits is the Bregman distance of softplus, whose slope is the sigmoid.
     divergence = F.softplus(now) - F.softplus(before) - torch.sigmoid(before) * (now - before)
     return masked_mean(divergence, counted, layers=True)
@@ -104,11 +102,24 @@ def chunk_efficiency_loss(
     return efficiency_loss(torch.sigmoid(pooled), counted, layers=True)
 
 
-def _chunks(logits: Tensor, follows: Tensor, token_mask: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
-    """Logits cut into chunks [L, B, C, chunk, E], and which chunks count [B, C]; none of rows shorter than a chunk."""
-    logits = logits.reshape(len(logits), *follows.shape, -1)
+def counted_pairs(follows: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Which tokens but the first of each row make a pair with the one before that counts, bool [B, T - 1]."""
+    counted = follows[:, 1:]
+    return counted if token_mask is None else counted & token_mask[:, 1:] & token_mask[:, :-1]
+
+
+def counted_chunks(follows: Tensor, token_mask: Tensor | None = None, *, chunk: int = 8) -> Tensor:
+    """Which chunks count, bool [B, C]; there are none in rows shorter than a chunk."""
     whole = follows.shape[1] // chunk * chunk
     counted = follows[:, :whole].unflatten(1, (whole // chunk, chunk))[..., 1:].all(-1)
-    if token_mask is not None:
-        counted = counted & token_mask[:, :whole].unflatten(1, (whole // chunk, chunk)).all(-1)
-    return logits[:, :, :whole].unflatten(2, (whole // chunk, chunk)), counted
+    if token_mask is None:
+        return counted
+    return counted & token_mask[:, :whole].unflatten(1, (whole // chunk, chunk)).all(-1)
+
+
+def _chunks(logits: Tensor, follows: Tensor, token_mask: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """Logits cut into chunks [L, B, C, chunk, E], and which chunks count [B, C]."""
+    logits = logits.reshape(len(logits), *follows.shape, -1)
+    whole = follows.shape[1] // chunk * chunk
+    chunks = logits[:, :, :whole].unflatten(2, (whole // chunk, chunk))
+    return chunks, counted_chunks(follows, token_mask, chunk=chunk)

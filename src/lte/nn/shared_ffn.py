@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
@@ -12,13 +13,32 @@ from lte.nn.laid_out import BUFFERS
 from lte.nn.metering import OfThread
 from lte.nn.sparse_ffn import SparseFfn
 
+# The modules that were made of one another, both ways; not in them, as copies and pickles would take the others along.
+_TWINS: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+
 
 def shallow_copy(module: nn.Module) -> Any:
     """A module of the same class with the same parameters, buffers and submodules, not copies of them."""
     made = module.__class__.__new__(module.__class__)
     # Submodules, parameters and hooks are in dictionaries, each of which the new module has to itself.
     made.__dict__ = {name: _own(value) for name, value in module.__dict__.items()}
+    for one, other in ((module, made), (made, module)):
+        _TWINS.setdefault(one, WeakSet()).add(other)
     return made
+
+
+def twins_of(module: nn.Module) -> Iterator[nn.Module]:
+    """What was made of a module by `shallow_copy`, and what it was made of, as long as somebody has them."""
+    yield from list(_TWINS.get(module, ()))
+
+
+def train_twins_(model: nn.Module, mode: bool) -> None:
+    """Puts what was made of the modules of a model, and what they were made of, into train or eval mode, too: the
+    modules that both have are in it already."""
+    if _TWINS:
+        for module in model.modules():
+            for twin in twins_of(module):
+                twin.training = mode
 
 
 def _own(value: Any) -> Any:
@@ -29,13 +49,39 @@ def second_ffn(ffn: SparseFfn) -> SparseFfn:
     """An FFN on the parameters of another, whose threshold and mode can be set without changing the other's."""
     made: Any = shallow_copy(ffn)
     made._of_thread = OfThread()
+    # In a tuple, or it would become a submodule.
+    made._first = (ffn,)
     if isinstance(made, AcceleratedFfn):
-        made.__class__ = SharedFfn
-        assert isinstance(made, SharedFfn)
-        # In a tuple, or it would become a submodule.
-        made._first = (ffn,)
-        made._follow_()
+        _share_(made)
     return made
+
+
+def is_second(ffn: SparseFfn) -> bool:
+    """Whether another FFN has the parameters of this one."""
+    return "_first" in vars(ffn)
+
+
+def accelerate_seconds_(ffn: AcceleratedFfn) -> None:
+    """Has FFNs that were made of one before it was accelerated, or otherwise, run on the kernels as it does.
+
+    Their thresholds and modes stay.
+    """
+    for second in twins_of(ffn):
+        if not (isinstance(second, SparseFfn) and is_second(second) and vars(second)["_first"][0] is ffn):
+            continue
+        for name, value in vars(ffn).items():
+            if name not in vars(second) or name in ("acceleration", "_trainable", "_activation", "_kinds"):
+                setattr(second, name, _own(value))
+        second._buffers.update(ffn._buffers)
+        second._non_persistent_buffers_set |= ffn._non_persistent_buffers_set
+        _share_(second)
+        accelerate_seconds_(second)  # type: ignore[arg-type]
+
+
+def _share_(ffn: SparseFfn) -> None:
+    ffn.__class__ = SharedFfn
+    assert isinstance(ffn, SharedFfn)
+    ffn._follow_()
 
 
 class SharedFfn(AcceleratedFfn):

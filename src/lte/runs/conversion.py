@@ -192,8 +192,11 @@ class _Layers:
         stock, layout = self._stock[ffn], self.family.layout
         # First: the block that it runs is gone then.
         seen = None if self.activity is None else self.activity.of(ffn)
-        features = self.checkpoint.read(f"{ffn}.{layout.gate or layout.up}.weight")
-        features = (features.T if layout.transposed else features)[: stock.num_neurons].to(self.device)
+        if seen is not None and seen.features is not None:
+            features = seen.features.gram
+        else:
+            features = self.checkpoint.read(f"{ffn}.{layout.gate or layout.up}.weight")
+            features = (features.T if layout.transposed else features)[: stock.num_neurons].to(self.device)
         return neuron_order(features, self.config, self.config.seed + stock.index, seen)
 
     def _buffer(self, name: str) -> Tensor:

@@ -29,7 +29,7 @@ from lte.train.callbacks import StepTimes
 from lte.train.combinations import retargeted
 from lte.train.config import TrainConfig
 from lte.train.optimisers import cast_weights_
-from lte.train.processes import is_main_process, reads_weights_once, training_device
+from lte.train.processes import is_main_process, keeps_weights_on_cpu, reads_weights_once, training_device
 from lte.train.sharding import gathered, is_in_shards
 from lte.train.summary import TrainingSummary
 from lte.train.two_stage import GROUPING_TOKENS, device_batches, train_two_stage
@@ -167,12 +167,14 @@ def _loaded(settings: ModelSettings, work: Workload) -> Any:
     """The model to begin with, on the device that trains.
 
     Where the first process alone reads weights, it has them on its CPU until accelerate hands out the shards, and those
-    of the others hold anything. That takes an LTE model: its neurons are not grouped any more.
+    of the others hold anything; where all stay on the CPU, each has them there. That takes an LTE model: its neurons
+    are not grouped any more.
     """
-    once = reads_weights_once() and settings.changed is not None and isinstance(work, TextWorkload)
-    if not (once and is_lte(load_config(settings.start))):
+    stays = reads_weights_once() or keeps_weights_on_cpu()
+    stays = stays and settings.changed is not None and isinstance(work, TextWorkload)
+    if not (stays and is_lte(load_config(settings.start))):
         return work.load_model(settings.start)
-    if is_main_process():
+    if is_main_process() or not reads_weights_once():
         return work.load_model(settings.start, to="cpu")
     # In the dtype that they will train in: to cast them would touch their memory.
     return work.load_model(settings.start, settings.train.weights_dtype, to="nowhere")

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from lte.nn.evenness import even_loss, row_active_shares
-from lte.nn.locality import chunk_efficiency_loss, predecessor_loss, union_loss
+from lte.nn.locality import (
+    chunk_efficiency_loss,
+    counted_chunks,
+    counted_pairs,
+    predecessor_loss,
+    union_loss,
+)
 from lte.nn.losses import margin_loss, mean_over_layers
 from lte.train.config import RecipeSettings
 
@@ -114,6 +120,34 @@ def added_terms(
         shares, counted = (torch.cat([each.to(device) for each in values]) for values in zip(*rows, strict=True))
         terms_found["even"] = even_loss(shares, counted, target_active)
     return terms_found
+
+
+def term_counts(token_masks: Sequence[Tensor | None], follows: Tensor | None, terms: AddedTerms) -> dict[str, Tensor]:
+    """Of how many pairs, chunks or rows this process's terms are means, by the name of the term.
+
+    The others are means over tokens. Rows of which all tokens count are as many in each process.
+
+    Args:
+        token_masks: as for `added_terms`.
+        follows: as for `added_terms`.
+        terms: which are on.
+    """
+    found: dict[str, Tensor] = {}
+    if follows is not None:
+        pairs = [(follows if mask is None else follows.to(mask.device), mask) for mask in token_masks]
+        if terms.predecessor:
+            found["predecessor"] = _total([counted_pairs(*pair) for pair in pairs])
+        if terms.union or terms.priced_chunks:
+            chunks = _total([counted_chunks(*pair, chunk=terms.chunk) for pair in pairs])
+            found |= dict.fromkeys(("union", "chunk_efficiency", "chunk_efficiency_by_layer"), chunks)
+    masks = [mask for mask in token_masks if mask is not None]
+    if terms.even and masks:
+        found["even"] = _total([mask.any(-1) for mask in masks])
+    return found
+
+
+def _total(counted: Sequence[Tensor]) -> Tensor:
+    return torch.stack([each.sum().to(counted[0].device) for each in counted]).sum()
 
 
 def weighted_sum(found: dict[str, Tensor], terms: AddedTerms) -> Tensor:

@@ -21,6 +21,7 @@ from lte.hf.loading import FP32_NAMES
 from lte.train.chunked_loss import chunk_tokens
 from lte.train.config import TrainConfig
 from lte.train.optimisers import LEAST_NARROW, OPTIMISERS, optimiser_name
+from lte.train.processes import end_for_all
 
 # Numbers of width D, by byte, that a block keeps for its backward pass beside those of its FFN: measured in Qwen2 and
 # Llama. Norms and the sums of their residuals are in fp32, where autocast does not reach and in bf16 itself in part.
@@ -55,6 +56,11 @@ class MemoryEstimate:
     def total(self) -> float:
         """The sum; not all of it is there at the same time."""
         return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def not_offloaded(self) -> float:
+        """What stays on the GPU where weights, gradients and moments lie on the CPU, without the layer at hand."""
+        return self.teacher + self.activations + self.loss
 
     def sentence(self) -> str:
         """All parts in GB, for the start of a run."""
@@ -184,7 +190,7 @@ class TrainingMemoryError(torch.OutOfMemoryError):
 
 @contextmanager
 def explained_memory(args: Any) -> Iterator[None]:
-    """Says what to lower where a GPU's memory is not enough.
+    """Says what to lower where a GPU's memory is not enough; of several processes one that lacks it ends all.
 
     Args:
         args: `transformers.TrainingArguments`.
@@ -202,9 +208,9 @@ def explained_memory(args: Any) -> Iterator[None]:
             less = f"lower the batch size (per_device_train_batch_size={rows}) to {rows // 2}"
             hints = [f"{less} and raise gradient_accumulation_steps={passes} to {2 * passes}", *hints]
         hints += ["shorten the rows", "take an optimiser with narrow moments, LoRA, or more GPUs (FSDP2)"]
-        raise TrainingMemoryError(
-            f"the training needs more memory than there is: {'; '.join(hints)}. {error}"
-        ) from error
+        found = TrainingMemoryError(f"the training needs more memory than there is: {'; '.join(hints)}. {error}")
+        end_for_all(found)
+        raise found from error
 
 
 def gpu_bytes() -> int | None:

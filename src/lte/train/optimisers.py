@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lte.hf.loading import FP32_NAMES
 from lte.nn.router import Router
@@ -52,6 +53,15 @@ OPTIMISERS: dict[str, Optimiser] = {
     "adamw_bnb_8bit": Optimiser(2 + 2 * 4 / 256, 1, "bitsandbytes", wide_embeddings=True),
 }
 """The optimisers of `lte train --optim`."""
+
+BITSANDBYTES = frozenset(
+    [
+        *("adamw_bnb_8bit", "adamw_8bit", "lion_32bit", "lion_8bit", "ademamix", "ademamix_8bit"),
+        *(f"paged_{name}_{width}" for name in ("adamw", "ademamix", "lion") for width in ("8bit", "32bit")),
+        *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+    ]
+)
+"""All names that Trainer gives optimisers of bitsandbytes, whose kernels take no shards (0.50)."""
 
 
 def optimiser_name(config: TrainConfig, cuda: bool) -> str:
@@ -115,7 +125,11 @@ def keep_routers_wide_(optimizer: torch.optim.Optimizer, model: nn.Module, route
         new_buffer, wide = narrow._new_buffer, {id(parameter) for parameter in routers}
 
         def buffer(p: Tensor, signed: bool) -> Tensor:
-            return torch.zeros_like(p) if id(p) in wide else new_buffer(p, signed)
+            if id(p) in wide:
+                return torch.zeros_like(p)
+            # Narrow moments of shards lose the dtype of weights in bf16 that torchao (0.18) gives them, and its step
+            # fails; as those of weights in fp32 they hold the same bytes.
+            return new_buffer(p.float() if isinstance(p, DTensor) else p, signed)
 
         narrow._new_buffer = buffer
     elif kind == "bitsandbytes":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
 from lte.train.config import TrainConfig
+
+END_S = 15.0
+"""A process that failed alone is gone after so many seconds; launchers kill the others at most 30 seconds later."""
 
 
 def training_device() -> torch.device:
@@ -35,6 +43,11 @@ def reads_weights_once() -> bool:
     return num_processes() > 1 and all(map(parse_flag_from_env, wanted))
 
 
+def keeps_weights_on_cpu() -> bool:
+    """Whether weights, gradients and moments are to lie on the CPU: `fsdp_offload_params` in accelerate's config."""
+    return all(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS")))
+
+
 def launched(arguments: str) -> str:
     """The `lte` command with these arguments, behind the launcher that started this process with others, if one did."""
     processes = num_processes()
@@ -51,6 +64,32 @@ def autocast(config: TrainConfig) -> torch.autocast:
     """bf16 autocast where the config asks for it. Around single passes: it keeps its copies of weights until it ends,
     so that weights which an optimiser changes inside would be used as they were."""
     return torch.autocast(training_device().type, torch.bfloat16, enabled=config.bf16)
+
+
+def end_for_all(error: BaseException) -> None:
+    """Has an error of this process end a launch of several, with its reason on the launcher's screen.
+
+    The others wait for this process in sums that it takes no part in any more. Their launcher ends them once it is
+    gone, which clean-up that waits for them in turn, a script's or NCCL's, must not hinder: it has `END_S` seconds.
+    Nothing happens where there is one process.
+    """
+    if num_processes() == 1:
+        return
+    reason = f"process {os.environ.get('RANK', '?')} failed: {' '.join(str(error).split()) or type(error).__name__}"
+    # What torchrun, which starts the processes of accelerate, too, shows of the first one that failed.
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        found = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(place).write_text(json.dumps(found), encoding="utf-8")
+
+    def end() -> None:
+        print(f"Error: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(END_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

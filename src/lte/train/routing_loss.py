@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, V vocabulary, L layers, E experts.
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lte.hf.inputs import check_packing
 from lte.nn.global_sums import num_sharing
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
-from lte.train.added_terms import AddedTerms, weighted_sum
+from lte.train.added_terms import AddedTerms, term_counts, weighted_sum
 from lte.train.arguments import RoutingArguments
 from lte.train.chunked_loss import WITHOUT_LOGITS, ChunkedLoss
 from lte.train.config import Stage
@@ -75,6 +76,8 @@ class RoutingLoss(AnyTrainer):
     _evaluated: list[tuple[Tensor, Tensor]] | None
     # Whether the pass of an evaluation is asked for its loss alone.
     _loss_alone = False
+    # Whether a batch was looked at for chunks that count.
+    _saw_chunks = False
     # Whether the model was called for its last hidden states, not its logits.
     _without_logits = False
 
@@ -183,9 +186,7 @@ class RoutingLoss(AnyTrainer):
         terms = {name: passes * value for name, value in self._task_terms.items()}
         self._task_terms = {}
         share = self._share_of_tokens(masks)
-        routing = self._routing(masks)
-        if not isinstance(share, float):
-            routing = {name: value * share for name, value in routing.items()}
+        routing = self._routing(masks, share)
         added = task.new_zeros(())
         if routing:
             added = added + self._weighted(routing)
@@ -257,7 +258,8 @@ class RoutingLoss(AnyTrainer):
         dist.all_reduce(total)
         return counts * num_sharing() / total.clamp_min(1)
 
-    def _routing(self, masks: Masks) -> dict[str, Tensor]:
+    def _routing(self, masks: Masks, share: Tensor | float) -> dict[str, Tensor]:
+        """The terms of routing; means of a process times its share, see `_share_of_tokens`."""
         logits = self._take_logits()
         if not logits:
             return {}
@@ -266,11 +268,43 @@ class RoutingLoss(AnyTrainer):
         stacked, threshold = stack_layers(logits, masks), self.ffns[0].threshold_logit
         found = self._routing_terms(*stacked, threshold, self.routing.pole_guard)
         self.terms = AddedTerms.at(self.routing, self.schedule.share_of_stage2(self.state.global_step))
+        if not isinstance(share, float):
+            found = {name: value * share for name, value in found.items()}
         if not self.terms:
             return found
         follows = self._follows(stacked[0]) if self.terms.neighbours else None
-        target = self._target_active(stacked[0][0].device) if self.terms.even else None
-        return {**found, **self._added_terms(*stacked, follows, threshold, self.terms, target)}
+        device = stacked[0][0].device
+        target = self._target_active(device) if self.terms.even else None
+        added = self._added_terms(*stacked, follows, threshold, self.terms, target)
+        shares = self._shares(stacked[1], follows, device)
+        return {**found, **{name: value * shares.get(name, share) for name, value in added.items()}}
+
+    def _shares(self, masks: Masks, follows: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+        """As `_share_of_tokens`, of terms that are means over something else, by their names."""
+        checks = follows is not None and not self._saw_chunks
+        if num_sharing() == 1 and not checks:
+            return {}
+        counts = {name: count.to(device) for name, count in term_counts(masks, follows, self.terms).items()}
+        if not counts:
+            return {}
+        own = torch.stack(list(counts.values())).float()
+        total = own.clone()
+        if num_sharing() > 1:
+            dist.all_reduce(total)
+        if checks and "union" in counts:
+            self._saw_chunks = True
+            if not total[list(counts).index("union")] and self.is_world_process_zero():
+                self._warn_of_no_chunks()
+        return dict(zip(counts, own * num_sharing() / total.clamp_min(1), strict=True))
+
+    def _warn_of_no_chunks(self) -> None:
+        given = {"price_on=union": self.terms.priced_chunks, "union_weight": self.terms.union}
+        warnings.warn(
+            f"{' and '.join(name for name, is_on in given.items() if is_on)} found no chunk of "
+            f"union_tokens={self.terms.chunk} tokens in the first batch, and does nothing where there is none: texts, "
+            "or the parts of them that count, are shorter; lower union_tokens, or leave it out",
+            stacklevel=2,
+        )
 
     def _target_active(self, device: torch.device) -> Tensor:
         """The share of experts that shall be active in this step, by which the controller will judge it, too."""

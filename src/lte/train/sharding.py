@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from lte.hf.inputs import unwrapped
 from lte.nn.router import Router
 from lte.nn.shards import whole_state
-from lte.train.optimisers import OPTIMISERS
+from lte.train.optimisers import BITSANDBYTES
 
 ShardKind = Literal["FSDP", "DeepSpeed"]
 # What Trainer writes into a checkpoint of each kind: a file or folder of which the name begins so.
@@ -44,10 +44,10 @@ def prepare_fsdp_(plugin: Any, args: Any, model: nn.Module, checkpointing: str |
         ValueError: for FSDP of version 1, and an optimiser of bitsandbytes, whose kernels take no shards.
     """
     optim = str(getattr(args.optim, "value", args.optim))
-    if optim in OPTIMISERS and OPTIMISERS[optim].package == "bitsandbytes":
+    if optim in BITSANDBYTES:
         raise ValueError(
             f"optim must be none of bitsandbytes, which takes no shards, with FSDP, got optim={optim}; take "
-            "adamw_torch_fused"
+            "adamw_torch_fused, or adamw_torch_8bit of torchao"
         )
     if plugin.fsdp_version != 2:
         raise ValueError(

@@ -64,6 +64,7 @@ from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
 from lte.train.memory import explained_memory
 from lte.train.objective import language_terms, routing_terms
+from lte.train.processes import keeps_weights_on_cpu
 from lte.train.regrouping import REGROUP_TOKENS
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
@@ -212,6 +213,12 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
         elif self.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             warnings.warn("accelerate shards models on GPUs alone; each process holds the whole model", stacklevel=3)
+        elif keeps_weights_on_cpu():
+            warnings.warn(
+                "fsdp_offload_params keeps weights, gradients and moments on the CPU for a GPU, got none; the model "
+                "trains on the CPU as a whole",
+                stacklevel=3,
+            )
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in DDP's buckets and not beside them: 4 bytes per parameter less.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -272,14 +279,15 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 `on_nonfinite="skip"`, if it does so in ten steps in a row.
             TrainingStopped: after a SIGTERM, once a checkpoint is written, unless `save_strategy="no"` or the caller
                 has a handler of its own.
-            torch.OutOfMemoryError: says which settings to lower.
+            torch.OutOfMemoryError: says which settings to lower. Of several processes the one that raises it is gone 15
+                seconds later, as the others wait for it.
         """
         self.stop_request = StopRequest()
         first = next(self._spread_batches(self.train_dataset, 1))
         self.check_batch(first)
         if self._sets_thresholds and self.calibration_dataset is not None:
             next(self._spread_batches(self.calibration_dataset, 1))
-        with ExitStack() as held:
+        with explained_memory(self.args), ExitStack() as held:
             self._resumed = self._begin(resume_from_checkpoint, held)
             self._check_acting()
             self._read_regrouped_text()
@@ -291,7 +299,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             if self._resumed is None and not self.shards_model:
                 self.prepare_routing()
             resumed = None if self._resumed is None else str(self._resumed)
-            with explained_memory(self.args), noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
+            with noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
                 output = super().train(resumed, *args, **kwargs)
             # A signal that came in the last save or evaluation is seen here, by the process that got it.
             if self.stops or self.stop_request.asked:
