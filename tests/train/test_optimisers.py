@@ -18,7 +18,13 @@ import lte
 from lte.cli.train_watcher import MEMORY_HINT
 from lte.train import optimisers
 from lte.train.config import TrainConfig
-from lte.train.optimisers import OPTIMISERS, cast_weights_, optimiser_arguments, warn_of_lost_steps
+from lte.train.optimisers import (
+    OPTIMISERS,
+    cast_weights_,
+    keep_routers_wide_,
+    optimiser_arguments,
+    warn_of_lost_steps,
+)
 from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage, training_arguments
 from tests.tiny_models import tiny_dense_model
@@ -111,6 +117,19 @@ def test_moments_are_as_narrow_as_the_table_says_and_wide_for_routers(
             assert found == pytest.approx(optimiser.moment_bytes or 2 * parameter.itemsize, rel=0.01)
         elif "embed_tokens" in path and optimiser.wide_embeddings:
             assert found == 8
+
+
+def test_what_one_optimiser_keeps_wide_is_narrow_in_the_next() -> None:
+    optim = pytest.importorskip("bitsandbytes").optim
+    sparse, other = model_of(), nn.Linear(128, 64, bias=False)
+    routers = [parameter for name, parameter in sparse.named_parameters() if ".router." in name]
+    for model, parameters in ((sparse, routers), (other, [other.weight])):
+        optimizer = optim.AdamW8bit(parameters)
+        keep_routers_wide_(optimizer, model, routers)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert optimizer.state[other.weight]["state1"].dtype == torch.uint8
 
 
 def test_the_names_are_those_of_trainer() -> None:

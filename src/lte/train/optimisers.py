@@ -135,7 +135,13 @@ def keep_routers_wide_(optimizer: torch.optim.Optimizer, model: nn.Module, route
     elif kind == "bitsandbytes":
         from bitsandbytes.optim import GlobalOptimManager
 
-        manager = GlobalOptimManager.get_instance()
-        for router in (module for module in model.modules() if isinstance(module, Router)):
+        # Its one manager for all keeps what it was told by a parameter's place and id, also for the next optimiser.
+        given, modules = GlobalOptimManager.get_instance().module_weight_config_triple, set(model.modules())
+        manager = GlobalOptimManager.__new__(GlobalOptimManager)
+        manager.initialize()
+        manager.module_weight_config_triple = [each for each in given if each[0] in modules]
+        for router in (module for module in modules if isinstance(module, Router)):
             for name, _ in router.named_parameters():
                 manager.register_module_override(router, name, {"optim_bits": 32})
+        bitsandbytes: Any = optimizer
+        bitsandbytes.mng = manager
