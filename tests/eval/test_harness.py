@@ -113,6 +113,29 @@ def test_families_that_store_their_ffns_otherwise(evaluate: Any, tokenizer: Any,
     check_measurement(score, model, rows)
 
 
+def test_texts_are_tokenised_together_as_each_by_itself(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api.instance import Instance
+
+    from lte.eval.harness_lm import HFLM, CountingLm
+
+    lm = CountingLm(toy_model(), tokenizer, 2)
+    prefix = tokenizer.decode(lm.prefix_token_id)
+    pairs = [
+        (context, answer) for context in ("the river ", "the river", f"{prefix}a sea", "") for answer in ("to", " by")
+    ]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    seen: list[Any] = []
+    alone: list[str] = []
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda found, disable_tqdm=False: seen.append(found))
+    HFLM.loglikelihood(lm, requests)
+    encode = HFLM.tok_encode
+    monkeypatch.setattr(HFLM, "tok_encode", lambda *a, **k: (alone.append(a[1]), encode(*a, **k))[1])
+    lm.loglikelihood(requests)
+    assert seen[0] == seen[1]
+    # What begins with the prefix, or follows it alone, HFLM treats apart.
+    assert {text for text in alone if not text.startswith(prefix)} == {"to", " by"}
+
+
 @pytest.mark.parametrize("kernels", ["off", "native"])
 def test_rolling_log_likelihoods(evaluate: Any, tokenizer: Any, kernels: str) -> None:
     model = model_of(kernels)
