@@ -36,7 +36,9 @@ def sparsity(model, *, prompts):
 def test_losses_and_target_are_of_what_counts(tmp_path, monkeypatch, prompts):
     seen = []
     routing = LteTrainer._routing
-    monkeypatch.setattr(LteTrainer, "_routing", lambda self, masks: (seen.append(masks), routing(self, masks))[1])
+    monkeypatch.setattr(
+        LteTrainer, "_routing", lambda self, masks, *rest: (seen.append(masks), routing(self, masks, *rest))[1]
+    )
     model = tiny_dense_model().to(training_device())
     lte.sparsify_(model, lte.LteConfig(expert_size=8, grouping="random", target_sparsity=0.5))
     config = TrainConfig(
