@@ -101,10 +101,10 @@ def test_the_sentence(records: list[ResultRecord], sentence: str) -> None:
 def test_tasks_are_told_apart_without_absolute_paths() -> None:
     names = {
         "a": {"task": "a"},
-        "b": {"task": "/home/me/b.txt", "model": "m"},
+        "b": {"task": "/home/me/b.txt", "model": "m.Q4_K_M.gguf"},
         "c": {"task": "/srv/b.txt", "model": "n"},
     }
     found = labels(compared(*(record(**changes) for changes in names.values())))
-    assert found == ["…/b.txt: m, perplexity", "…/b.txt: n, perplexity", "a"]
+    assert found == ["…/b.txt: m", "…/b.txt: n", "a"]
     same = compared(record(task="/x/b", model="/y/m"), record(task="/z/b", model="/w/m"))
     assert labels(same) == ["…/b: …/m, perplexity (1)", "…/b: …/m, perplexity (2)"]

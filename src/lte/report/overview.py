@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from lte.report.points import OURS, Point, Tradeoff
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of the dense model's bytes: at each of them methods are compared."""
 HALF = 0.5
+GGUF_ENDING = re.compile(r"([.-](i?q\d\w*|b?f(16|32)))?\.gguf$", re.IGNORECASE)
+"""Of a model's file, with the format of its weights: `.Q4_K_M.gguf`."""
 
 
 def goal(tradeoff: Tradeoff, limit: float | None = None) -> float:
@@ -85,8 +88,9 @@ def labels(tradeoffs: Sequence[Tradeoff]) -> list[str]:
     """What each trade-off is called: its task, and the split, model and metric where tasks are not enough."""
     found = [without_places(each.task) for each in tradeoffs]
     longer = [without_places(f"{each.task}, {each.split}") for each in tradeoffs]
-    longest = [without_places(f"{each.task}: {each.model}, {each.metric.name}") for each in tradeoffs]
-    for names in (longer, longest, [f"{name} ({place})" for place, name in enumerate(longest, 1)]):
+    models = [without_places(f"{each.task}: {GGUF_ENDING.sub('', each.model)}") for each in tradeoffs]
+    longest = [f"{name}, {each.metric.name}" for name, each in zip(models, tradeoffs, strict=True)]
+    for names in (longer, models, longest, [f"{name} ({place})" for place, name in enumerate(longest, 1)]):
         found = [names[place] if found.count(name) > 1 else name for place, name in enumerate(found)]
     return found
 

@@ -172,7 +172,8 @@ class Runner:
 
     def _needs(self, run: Run, parent: Run) -> bool:
         """Whether the parent's model is to make the run's, or to be timed beside it."""
-        return not self._has_model(run) or (self._lacks_record(run) and parent.name == self._timed_beside(run))
+        untimed = run.measured and not self.folders.has_record(run)
+        return not self._has_model(run) or (untimed and parent.name == self._timed_beside(run))
 
     def _timed_beside(self, run: Run) -> str | None:
         """The dense model that a run without one of its own is timed beside."""
