@@ -198,6 +198,7 @@ def test_the_data_folder_stands_in_for_that_of_the_questions(instruct: Callable[
         ({"num_fewshot": {"toy_choise": 1}}, "did you mean toy_choice"),
         ({"harness_limit": {"toy_choise": 1}}, "did you mean toy_choice"),
         ({"harness_batch_size": {"toy_choise": 4}}, "did you mean toy_choice"),
+        ({"harness_weights": 8}, "harness_weights must be a list of formats, got harness_weights=8"),
         ({"harness_weights": "int3"}, "harness_weights must be one of native, int8, int4, int4-64, int4-32"),
         ({"harness_limit": {"toy_choice": 0}}, "harness_limit must be a whole number from 1, got harness_limit=0"),
         ({"apply_chat_template": 1}, "apply_chat_template must be true or false, got apply_chat_template=1"),

@@ -163,14 +163,8 @@ def _begin(
     """What runs the call, `None` if that is left to transformers."""
     cache: Any = model_kwargs.get("past_key_values")
     mask = model_kwargs.get("attention_mask")
-    try:
-        plan = decoder_plan(model)
-    except NotNowError:
-        return None
-    except NoPlanError as error:
-        _tell(model, str(error))
-        return None
-    if input_ids.device != plan.embedding.device or not _is_known(cache, plan):
+    plan = _plan_of(model, input_ids.device)
+    if plan is None or not _is_known(cache, plan):
         return None
     past, written = int(cache.get_seq_length()), input_ids.shape[1]
     masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
@@ -198,6 +192,18 @@ def _begin(
 
 def _checked(model: Any, input_ids: Tensor) -> CheckedModel | None:
     """What stands for the model while drafts are checked, `None` if all is left to transformers."""
+    plan = _plan_of(model, input_ids.device)
+    if plan is None:
+        return None
+    most, reason = most_tokens(plan)
+    if reason is not None:
+        _tell(model, reason)
+        return None
+    return CheckedModel(model, plan, engine_of(model, plan), most)
+
+
+def _plan_of(model: Any, device: torch.device) -> DecoderPlan | None:
+    """What an engine is to compute for tokens on a device, `None` if that is left to transformers."""
     try:
         plan = decoder_plan(model)
     except NotNowError:
@@ -205,13 +211,7 @@ def _checked(model: Any, input_ids: Tensor) -> CheckedModel | None:
     except NoPlanError as error:
         _tell(model, str(error))
         return None
-    if input_ids.device != plan.embedding.device:
-        return None
-    most, reason = most_tokens(plan)
-    if reason is not None:
-        _tell(model, reason)
-        return None
-    return CheckedModel(model, plan, engine_of(model, plan), most)
+    return plan if plan.embedding.device == device else None
 
 
 def _tell(model: Any, reason: str) -> None:

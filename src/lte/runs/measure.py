@@ -111,7 +111,7 @@ def measured_record(
     record = record.with_fields(peak_memory_bytes=max(made.peak_memory_bytes, peak_memory_bytes()))
     record.config.update(tokens_start=made.tokens_start)
     if comparison.harness is not None:
-        kept = KeptAnswers(folders.questions(run, weights), made.fingerprint)
+        kept = KeptAnswers(folders.questions(run, weights), f"{made.fingerprint} {comparison.dtype}")
         record = record.with_fields(**answer_questions(model, work.tokenizer, comparison.harness, weights, kept))
     reason = why_not(comparison.latency, causal, run.method)
     if weights != "native":

@@ -13,7 +13,7 @@ def free_memory(compiled: bool) -> None:
     """Forgets the models of earlier runs, what was compiled for them if anything was, and their peak of memory."""
     optimisers: Any = sys.modules.get("bitsandbytes.optim")
     if optimisers is not None:
-        # It keeps each module that its optimisers hold wide moments of, embeddings and routers, for all time.
+        # It keeps each module that Trainer has its optimisers hold wide moments of, the embeddings, for all time.
         optimisers.GlobalOptimManager.get_instance().initialize()
     gc.collect()
     if compiled:

@@ -95,9 +95,21 @@ def read_harness(content: Mapping[str, Any], source: str) -> HarnessSettings | N
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"harness must be a list of names of tasks, got harness={tasks!r} in {source}")
-    if isinstance(weights := given.get("harness_weights"), str | list):
-        given["harness_weights"] = (weights,) if isinstance(weights, str) else tuple(weights)
+    if "harness_weights" in given:
+        given["harness_weights"] = tuple(weight_formats("harness_weights", given["harness_weights"], source))
     return HarnessSettings(harness=tuple(names), **{"harness_data": content.get("data_dir"), **given})
+
+
+def weight_formats(name: str, given: Any, source: str) -> list[Any]:
+    """The formats of weights that a key of a file lists, or the one that it names.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    found = [given] if isinstance(given, str) else given
+    if not isinstance(found, list):
+        raise ValueError(f"{name} must be a list of formats, got {name}={given!r} in {source}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ class KeptAnswers:
 
     Attributes:
         file: where they are kept.
-        fingerprint: of the run that made the model.
+        fingerprint: of the run that made the model, and what it is loaded as.
     """
 
     file: Path

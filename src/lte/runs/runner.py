@@ -267,7 +267,7 @@ class Runner:
             return False
         if not self.folders.has_record(run):
             return True
-        return self._has_model(run) and not self._failed(run) and bool(self._rounded(run))
+        return bool(self._rounded(run)) and self._has_model(run) and not self._failed(run)
 
     def _failed(self, run: Run) -> bool:
         record = find_record(self.folders.record(run)) if run.measured else None

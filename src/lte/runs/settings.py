@@ -14,7 +14,7 @@ from lte.config import DTYPE_NAMES, WEIGHTS, LteConfig, check_choice, check_frac
 from lte.data.config import BUILTIN_TEXTS, DataConfig, check_sources
 from lte.data.tasks.registry import TaskConfig
 from lte.runs.question_sets import KEYS as HARNESS_KEYS
-from lte.runs.question_sets import HarnessSettings, read_harness
+from lte.runs.question_sets import HarnessSettings, read_harness, weight_formats
 from lte.settings import build, parse_settings, read_mapping, settings_of
 from lte.train.config import TrainConfig
 
@@ -239,9 +239,7 @@ def _read(path: Path, overrides: Mapping[str, Any], methods: Mapping[str, Any] |
 
 
 def _weights(given: Any, path: Path) -> tuple[str, ...]:
-    found = [given] if isinstance(given, str) else given
-    if not isinstance(found, list):
-        raise ValueError(f"weights must be a list of formats, got weights={given!r} in {path}")
+    found = weight_formats("weights", given, str(path))
     for name in found:
         check_choice("weights", name, WEIGHTS)
         if name != "native" and importlib.util.find_spec("torchao") is None:

@@ -37,15 +37,19 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def wants_fsdp() -> bool:
+    """Whether accelerate's config asks for FSDP, which it then does on GPUs alone."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def reads_weights_once() -> bool:
     """Whether the first process alone is to read weights: `fsdp_cpu_ram_efficient_loading` in accelerate's config."""
-    wanted = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    return num_processes() > 1 and all(map(parse_flag_from_env, wanted))
+    return num_processes() > 1 and wants_fsdp() and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 def keeps_weights_on_cpu() -> bool:
     """Whether weights, gradients and moments are to lie on the CPU: `fsdp_offload_params` in accelerate's config."""
-    return all(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS")))
+    return wants_fsdp() and parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
 
 
 def launched(arguments: str) -> str:

@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -64,7 +63,7 @@ from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
 from lte.train.memory import explained_memory
 from lte.train.objective import language_terms, routing_terms
-from lte.train.processes import keeps_weights_on_cpu
+from lte.train.processes import keeps_weights_on_cpu, wants_fsdp
 from lte.train.regrouping import REGROUP_TOKENS
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
@@ -211,7 +210,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         kind = _checkpointing_of(self.args)
         if self.is_fsdp_enabled:
             kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
-        elif self.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        elif self.args.world_size > 1 and wants_fsdp():
             warnings.warn("accelerate shards models on GPUs alone; each process holds the whole model", stacklevel=3)
         elif keeps_weights_on_cpu():
             warnings.warn(
