@@ -202,7 +202,7 @@ def history_data(record: ResultRecord) -> dict[str, Any] | None:
         return None
     # The first, the last, and evenly spaced ones between.
     kept = np.unique(np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int))
-    found: dict[str, Any] = json_ready({"step": steps[kept].astype(int), "active_fraction": shares[kept].round(3)})
+    found: dict[str, Any] = json_ready({"step": steps[kept], "active_fraction": shares[kept].round(3)})
     return found
 
 

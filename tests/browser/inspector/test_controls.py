@@ -190,6 +190,14 @@ class TestControls:
             name, address = page.execute_script("return window.saved")
             assert name.endswith(f".{kind.lower()}")
             assert address.startswith(head)
+        # Also one that was not on the screen yet.
+        plots = page.find_elements(By.CSS_SELECTOR, ".plot")
+        undrawn = [plot for plot in plots if not plot.find_elements(By.TAG_NAME, "canvas")]
+        assert undrawn
+        page.execute_script(
+            "saved = null; arguments[0].parentNode.querySelector('details button').click()", undrawn[-1]
+        )
+        assert page.execute_script("return window.saved")[1].startswith("data:image/png;base64")
 
 
 class TestServed:

@@ -14,13 +14,14 @@ const nameOf = (state, run) => (state.routings.length > 1 ? `${'AB'[run]}: ` : '
 /* The whole text at once: columns are tokens, in a long text several to a column, rows are layers. */
 function layerMap(state, run) {
   const routing = state.routings[run];
-  let group = 1;
-  const groups = () => upTo(Math.ceil(routing.length / group));
+  /* Tokens of a column, by the width that the picture was drawn for last. */
+  const group = () => Math.ceil(routing.length / Math.max(Math.floor((picture.width - 160) / 4), 20));
+  const groups = () => upTo(Math.ceil(routing.length / group()));
   const counts = (layer) => routing.counts.subarray(layer * routing.length, (layer + 1) * routing.length);
-  const mean = (layer, column) => meanOf(counts(layer).subarray(column * group, (column + 1) * group));
+  const mean = (layer, column) => meanOf(counts(layer).subarray(column * group(), (column + 1) * group()));
   const words = (column) => {
-    const [first, last] = [column * group, Math.min((column + 1) * group, routing.length) - 1];
-    return group === 1 ? `token ${first + 1}, ${routing.list.label(first)}` : `tokens ${first + 1} to ${last + 1}`;
+    const [first, last] = [column * group(), Math.min((column + 1) * group(), routing.length) - 1];
+    return group() === 1 ? `token ${first + 1}, ${routing.list.label(first)}` : `tokens ${first + 1} to ${last + 1}`;
   };
   const layerMean = (layer) => meanOf(counts(layer)) / routing.experts;
   const picture = new Shell.Picture({
@@ -29,20 +30,19 @@ function layerMap(state, run) {
       'the colour, the more of the layer’s experts are on. The bars are each layer’s mean.',
     height: () => Math.max(routing.layers * 8, 60) + 70,
     chosen: () => upTo(state.at(run) === null ? 0 : routing.layers).map((layer) => (
-      { seriesIndex: 0, dataIndex: Math.floor(state.at(run) / group) * routing.layers + layer })),
+      { seriesIndex: 0, dataIndex: Math.floor(state.at(run) / group()) * routing.layers + layer })),
     onPick: ({ seriesIndex, value }) => {
       if (seriesIndex === 0) state.set({ run, layer: value[1], token: busiest(value[0]) });
     },
-    options: (width) => {
-      group = Math.ceil(routing.length / Math.max(Math.floor((width - 160) / 4), 20));
+    options: () => {
       return {
         grid: [{ left: LEFT, right: 100, top: 26, bottom: 42 }, { right: 10, width: 76, top: 26, bottom: 42 }],
         tooltip: Shell.tooltip(({ seriesIndex, value, dataIndex }) => (seriesIndex === 1
           ? `layer ${dataIndex}: ${Shell.percent(value)} on`
-          : `${words(value[0])}\nlayer ${value[1]}: ${value[2].toFixed(group > 1 ? 1 : 0)} of ${routing.experts} ` +
+          : `${words(value[0])}\nlayer ${value[1]}: ${value[2].toFixed(group() > 1 ? 1 : 0)} of ${routing.experts} ` +
             `experts on`)),
         xAxis: [Shell.axis({ type: 'category', name: 'token', nameLocation: 'middle', nameGap: 26,
-          data: groups().map((column) => String(column * group + 1)) }),
+          data: groups().map((column) => String(column * group() + 1)) }),
         shareAxis({ gridIndex: 1, min: 0, max: 1, interval: 1,
           axisLabel: { showMinLabel: false, formatter: (value) => Shell.percent(value, 0) } })],
         yAxis: [layerAxis(routing.layers),
@@ -59,13 +59,13 @@ function layerMap(state, run) {
     },
     rows: () => ['Experts on, by token (row) and layer (column)', ['tokens', { words: 'text' }, 'neurons used',
       ...upTo(routing.layers)
-      .map((layer) => `layer ${layer}`)], groups().map((column) => [column * group + 1, { words: words(column) },
+      .map((layer) => `layer ${layer}`)], groups().map((column) => [column * group() + 1, { words: words(column) },
       Shell.percent(meanOf(upTo(routing.layers).map((layer) => mean(layer, column))) / routing.experts),
-      ...upTo(routing.layers).map((layer) => mean(layer, column).toFixed(group > 1 ? 1 : 0))])],
+      ...upTo(routing.layers).map((layer) => mean(layer, column).toFixed(group() > 1 ? 1 : 0))])],
   });
   function busiest(column) {
-    const own = routing.totals.slice(column * group, (column + 1) * group);
-    return column * group + own.indexOf(Math.max(...own));
+    const own = routing.totals.slice(column * group(), (column + 1) * group());
+    return column * group() + own.indexOf(Math.max(...own));
   }
   state.onChange(['run', 'token'], () => picture.mark());
   return picture;

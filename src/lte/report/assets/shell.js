@@ -187,14 +187,14 @@ const Shell = (() => {
       this.observers.forEach((observer) => observer.observe(this.plot));
     }
 
-    /* Draws, at once if the picture is on the screen, else when it comes there. */
-    draw() {
+    /* Draws, at once if the picture is on the screen or asked for, else when it comes there. */
+    draw(isWanted = this.isNear) {
       this.width = this.plot.clientWidth;
       this.fillTable();
       if (!this.width) return;
       const height = this.height(this.width);
       this.plot.style.height = `${height}px`;
-      this.isStale = !this.isNear;
+      this.isStale = !isWanted;
       if (this.isStale) return;
       if (!this.chart) {
         this.chart = echarts.init(this.plot, null, { renderer: 'canvas' });
@@ -248,8 +248,9 @@ const Shell = (() => {
       this.mark();
     }
 
-    /* A file of the picture as it is shown. */
+    /* A file of the picture as it would be shown now. */
     save(kind) {
+      if (this.isStale) this.draw(true);
       let address = this.chart.getDataURL({ pixelRatio: 2, backgroundColor: colour('paper') });
       if (kind === 'SVG') {
         const drawn = echarts.init(null, null, { renderer: 'svg', ssr: true, width: this.width,
@@ -308,10 +309,7 @@ const Shell = (() => {
   showTheme(theme.value);
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
 
-  addEventListener('beforeprint', () => pictures.forEach((picture) => {
-    picture.isNear = true;
-    picture.draw();
-  }));
+  addEventListener('beforeprint', () => pictures.forEach((picture) => picture.draw(true)));
 
   /* Lets go of the pictures that the page does not hold any more. */
   const clearPictures = () => pictures.forEach((picture) => picture.plot.isConnected || picture.remove());
