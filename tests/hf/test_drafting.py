@@ -283,17 +283,19 @@ def test_a_saved_draft_skips_as_the_draft_does(make: Any, prompt: Tensor, tmp_pa
             torch.testing.assert_close(loaded(prompt).logits, each(prompt).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_train_and_eval_are_those_of_both() -> None:
+def test_train_and_eval_are_those_of_all() -> None:
     model = step_model()
     draft = lte.draft_of(model, 0.7)
-    for one, other in ((model, draft), (draft, model)):
+    others = [lte.draft_of(model, 0.8), lte.draft_of(draft, 0.9)]
+    everyone = [model, draft, *others]
+    for one, other in zip(everyone, everyone[1:] + everyone[:1], strict=True):
         with warnings.catch_warnings():
             # Of training in hard mode.
             warnings.simplefilter("ignore")
             one.train()
-        assert all(module.training for each in (one, other) for module in each.modules())
+        assert all(module.training for each in everyone for module in each.modules())
         other.eval()
-        assert not any(module.training for each in (one, other) for module in each.modules())
+        assert not any(module.training for each in everyone for module in each.modules())
 
 
 def test_what_cannot_draft_for_itself(prompt: Tensor) -> None:
@@ -323,6 +325,8 @@ def test_a_copy_of_a_draft_and_the_model_without_it(prompt: Tensor) -> None:
     plain = generate_greedily(model, prompt, 9)
     draft = copy.deepcopy(lte.draft_of(model, 0.7))
     assert torch.equal(generate_greedily(model, prompt, 9, assistant_model=draft), plain)
+    alone = lte.accelerate_(copy.deepcopy(lte.draft_of(step_model(), 0.7)))
+    assert torch.equal(generate_greedily(model, prompt, 9, assistant_model=alone), plain)
 
 
 def test_the_closest_call_by_hand(prompt: Tensor) -> None:

@@ -262,3 +262,13 @@ def test_int4_tiles_on_a_gpu(group: int) -> None:
     assert (dense - before).abs().max() <= 0.6 * matrix.scales.float().max() + 0.01 * before.abs().max()
     expected = linear(x).float()
     assert (x.float() @ dense.T - expected).square().mean().sqrt() <= 0.01 * expected.square().mean().sqrt()
+
+
+def test_a_draft_made_before_is_accelerated_by_itself(made: list[DecoderPlan]) -> None:
+    model = quantized_model(INT8)
+    draft = lte.draft_of(model, 0.7)
+    lte.accelerate_(model)
+    lte.accelerate_(draft)
+    plain = model.generate(**{name: rows[:1] for name, rows in prompt().items()}, **GREEDY)
+    drafted = model.generate(**{name: rows[:1] for name, rows in prompt().items()}, assistant_model=draft, **GREEDY)
+    assert torch.equal(drafted, plain)

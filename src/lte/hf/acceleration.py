@@ -56,7 +56,8 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     for (name, ffn), fraction in zip(ffns.items(), fractions, strict=True):
         if isinstance(ffn, AcceleratedFfn | QuantizedFfn):
             _check_same(name, ffn, weights)
-        elif is_second(ffn):
+        # What torchao has rounded stays where it is, so that a draft needs no other.
+        elif is_second(ffn) and not QuantizedFfn.fits(ffn):
             raise ValueError(
                 f"model must not be a draft, got one of lte.draft_of, whose {name} has another model's parameters; "
                 "call lte.accelerate_ with the model that it drafts for, and the draft goes along"

@@ -113,9 +113,9 @@ class CheckedModel:
             if old is not None and length - held + old.shift >= 0 and length + tokens + old.shift <= old.keys.shape[2]:
                 first, end = length - held + old.shift, length + old.shift
                 for tensor, there in ((layer.keys, old.keys), (layer.values, old.values)):
-                    place = there[:, :, first:end]
-                    if place.data_ptr() != tensor.data_ptr() or place.stride() != tensor.stride():
-                        place.copy_(tensor)
+                    at = there.data_ptr() + first * there.stride(2) * there.element_size()
+                    if at != tensor.data_ptr() or there.stride() != tensor.stride():
+                        there[:, :, first:end].copy_(tensor)
                 made.append(old)
                 continue
             size = held + max(held, ROOM)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lte.files import Checksums, checksums, damage, write_json_atomic
+from lte.hf.tensor_files import safetensors_files
 
 CHECKSUM_FILE = "lte_checksums.json"
 """Holds size and SHA-256 of a saved folder's files, by name; stock tools pass it by."""
@@ -265,12 +266,7 @@ def _integers(folder: Path, model: nn.Module) -> list[str]:
     wanted = {name.removeprefix(base) for name, p in model.named_parameters() if p.is_floating_point()}
     found = []
     # Not those of a variant beside them.
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    paths = {single} if single.is_file() else set()
-    if not paths and index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        paths = {folder / name for name in names}
-    for path in paths:
+    for path in safetensors_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if name.removeprefix(base) in wanted:

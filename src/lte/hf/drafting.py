@@ -32,7 +32,8 @@ def draft_of(model: Any, threshold: float | None = None, *, target_sparsity: flo
     Args:
         model: an LTE model of transformers, accelerated or not; its threshold stays.
         threshold: tau of the draft.
-        target_sparsity: in its place, a sparsity on the curve that the model remembers, see `lte.set_sparsity_`.
+        target_sparsity: in its place, a sparsity on the curve that the model remembers, see `lte.set_sparsity_`. Of a
+            model that is accelerated already, kernels choose their paths by it.
 
     Raises:
         ValueError: for a dense model, not exactly one of the two, FFNs that have no module of their own, or modules

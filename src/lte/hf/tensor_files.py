@@ -48,6 +48,17 @@ class TensorSource(ABC):
         yield self.read(name)
 
 
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights: `model.safetensors`, or else those of its index; none where it has neither."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
 class SafetensorsSource(TensorSource):
     """The tensors of the safetensors files of a folder: one file, or those that an index names.
 
@@ -60,13 +71,8 @@ class SafetensorsSource(TensorSource):
     """
 
     def __init__(self, folder: Path):
-        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-        if single.is_file():
-            self.files: Sequence[Path] = [single]
-        elif index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            self.files = [folder / name for name in sorted(set(names))]
-        else:
+        self.files: Sequence[Path] = safetensors_files(folder)
+        if not self.files:
             raise ValueError(
                 f"model must hold its weights as safetensors to be converted layer by layer, got {folder} without "
                 "model.safetensors and model.safetensors.index.json; load it with transformers and save it again"

@@ -123,6 +123,8 @@ def fill_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     A decoder would count padding on the left, which the routers would then take for tokens.
     """
+    if kwargs.get("position_ids") is not None:
+        return args, kwargs
     given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     mask, read = given.get("attention_mask"), given.get("input_ids")
     read = given.get("inputs_embeds") if read is None else read

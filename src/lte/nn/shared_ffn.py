@@ -13,7 +13,7 @@ from lte.nn.laid_out import BUFFERS
 from lte.nn.metering import OfThread
 from lte.nn.sparse_ffn import SparseFfn
 
-# The modules that were made of one another, both ways; not in them, as copies and pickles would take the others along.
+# Of each module all that were made of it or of one another; not in them, as copies and pickles would take them along.
 _TWINS: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 
@@ -22,19 +22,19 @@ def shallow_copy(module: nn.Module) -> Any:
     made = module.__class__.__new__(module.__class__)
     # Submodules, parameters and hooks are in dictionaries, each of which the new module has to itself.
     made.__dict__ = {name: _own(value) for name, value in module.__dict__.items()}
-    for one, other in ((module, made), (made, module)):
-        _TWINS.setdefault(one, WeakSet()).add(other)
+    family = _TWINS.setdefault(module, WeakSet((module,)))
+    family.add(made)
+    _TWINS[made] = family
     return made
 
 
 def twins_of(module: nn.Module) -> Iterator[nn.Module]:
-    """What was made of a module by `shallow_copy`, and what it was made of, as long as somebody has them."""
-    yield from list(_TWINS.get(module, ()))
+    """What was made of a module by `shallow_copy`, what it was made of, and so on, as long as somebody has them."""
+    yield from [twin for twin in _TWINS.get(module, ()) if twin is not module]
 
 
 def train_twins_(model: nn.Module, mode: bool) -> None:
-    """Puts what was made of the modules of a model, and what they were made of, into train or eval mode, too: the
-    modules that both have are in it already."""
+    """Puts the twins of a model's modules into train or eval mode, too; modules that both have are in it already."""
     if _TWINS:
         for module in model.modules():
             for twin in twins_of(module):
@@ -57,8 +57,9 @@ def second_ffn(ffn: SparseFfn) -> SparseFfn:
 
 
 def is_second(ffn: SparseFfn) -> bool:
-    """Whether another FFN has the parameters of this one."""
-    return "_first" in vars(ffn)
+    """Whether another FFN has the parameters of this one; a copy of a draft alone has its own."""
+    first = vars(ffn).get("_first")
+    return first is not None and any(twin is ffn for twin in twins_of(first[0]))
 
 
 def accelerate_seconds_(ffn: AcceleratedFfn) -> None:
