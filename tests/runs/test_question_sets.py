@@ -67,6 +67,7 @@ def test_tuning_and_questions_in_one_comparison(instruct: Callable[..., Path], t
         num_fewshot={"toy_choice": 0},
         harness_batch_size={"toy_choice": 3},
     )
+    read_comparison(file).harness.check()  # type: ignore[union-attr]
     assert execute_all([runner_of(file, tmp_path)[0]]) == []
     records = {path.stem: load_record(path) for path in (tmp_path / "records").glob("*.json")}
     assert {record["task"] for record in records.values()} == {"instruct"}
