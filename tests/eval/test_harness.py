@@ -105,6 +105,12 @@ def test_log_likelihoods_and_sparsity_are_those_of_plain_passes(
     check_measurement(score, model, set(rows))
 
 
+def test_log_likelihoods_of_a_model_in_bf16_are_not_rounded(evaluate: Any) -> None:
+    (score,) = evaluate(model_of("off").bfloat16(), "toy_choice", batch_size=4)
+    found = [torch.tensor(value) for _, value in requests_of(score)]
+    assert any(value != value.bfloat16() for value in found)
+
+
 @pytest.mark.parametrize("model_type", ["opt", "gpt2"])
 def test_families_that_store_their_ffns_otherwise(evaluate: Any, tokenizer: Any, model_type: str) -> None:
     model = model_of("native", model_type)

@@ -46,7 +46,10 @@ class CountingLm(HFLM):
         level = logger.level
         logger.setLevel(logging.ERROR)  # it warns that the model is loaded already
         try:
-            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+            # In the model's own bf16 a log-likelihood of -140 would be a whole number, and choices tie.
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32"
+            )
         finally:
             logger.setLevel(level)
         self.tokens = 0
