@@ -35,7 +35,7 @@ BEGIN, END = "<!-- benchmarks/training_cost.py writes from here -->", "<!-- to h
 # Flags of benchmarks/training_speed.py that decide what a training costs.
 TRAINING = (
     *("shape", "layers", "length", "batch", "teacher", "optim", "weights_dtype", "lora_rank", "checkpointing"),
-    *("compile", "expert_size"),
+    *("compile", "expert_size", "tf32"),
 )
 TOKENS, LENGTH, BATCH = 1e8, 2048, 4
 # Bytes of a GPU that a training may take, with room for CUDA and for what is split badly.

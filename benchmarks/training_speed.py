@@ -317,7 +317,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optim", choices=get_args(Optim), default="adamw_bnb_8bit")
     parser.add_argument("--weights-dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="float32: with autocast in bf16")  # fmt: skip
-    parser.add_argument("--tf32", action="store_true", help="products of routers, which are in fp32, in TensorFloat-32")
+    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                        help="TensorFloat-32 products of the fp32 routers, as lte train has in bf16")  # fmt: skip
     parser.add_argument("--lora-rank", type=int, default=64)
     parser.add_argument("--expert-size", type=int, default=32)
     parser.add_argument("--target-sparsity", type=float, default=0.5)

@@ -259,12 +259,12 @@ class TestTrainingSpeed:
 
     def test_adapters_are_computed_in_bf16(self, script: Any) -> None:
         module = script("training_speed")
-        args = module.parse(["--tf32"])
+        args = module.parse([])
         configs = {kind: module.make_config(args, kind, "dense") for kind in module.KINDS}
         assert {kind: config.bf16 for kind, config in configs.items()} == {"full": False, "lora": True, "qlora": True}
         assert configs["lora"].weights_dtype == "bfloat16"
         assert all(config.tf32 for config in configs.values())
-        assert not module.make_config(module.parse([]), "full", "dense").tf32
+        assert not module.make_config(module.parse(["--no-tf32"]), "full", "dense").tf32
 
     def test_flops_are_those_of_all_products(self, script: Any) -> None:
         module = script("training_speed")

@@ -36,6 +36,19 @@ def test_tf32_ends_with_the_training() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ({}, False),
+        ({"bf16": True}, True),
+        ({"weights_dtype": "bfloat16"}, True),
+        ({"bf16": True, "tf32": False}, False),
+    ],
+)
+def test_tf32_unless_said_is_for_routers_beside_bf16(settings: dict[str, Any], taken: bool) -> None:
+    assert TrainConfig(**settings).trains_in_tf32 == taken
+
+
+@pytest.mark.parametrize(
     ("environment", "command"),
     [
         ({}, "lte train"),

@@ -229,7 +229,11 @@ class TrainConfig(RecipeSettings):
         "Those in 8 and 4 bits have narrow moments, of routers in fp32; adamw_torch_8bit and adamw_torch_4bit "
         "(pip install torchao) round weights in bfloat16 stochastically.",
     )
-    tf32: bool = option(False, "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them.")
+    tf32: bool | None = option(
+        None,
+        "Train with TensorFloat-32 products of fp32 weights on the GPUs that have them; unset: with bf16 or weights in "
+        "bfloat16, where those are the routers'.",
+    )
     compile: bool = option(
         False,
         "Compile each decoder layer and the loss with torch.compile. Each shape of a batch would be compiled anew, so "
@@ -290,6 +294,11 @@ class TrainConfig(RecipeSettings):
         if self.report_to == "auto":
             return ["tensorboard"] if find_spec("tensorboard") else []
         return [] if self.report_to == "none" else [self.report_to]
+
+    @property
+    def trains_in_tf32(self) -> bool:
+        """Whether products of fp32 weights are in TensorFloat-32 during training."""
+        return (self.bf16 or self.weights_dtype == "bfloat16") if self.tf32 is None else self.tf32
 
     def leaves_out_last_batch(self, rows: int) -> bool:
         """Whether a pass over so many rows ends with its last full batch, if the last one is not full."""

@@ -98,10 +98,9 @@ def end_for_all(error: BaseException) -> None:
 
 @contextmanager
 def float32_products(config: TrainConfig) -> Iterator[None]:
-    """TF32 products on the GPU where the config asks for them; what follows, measuring say, has the precision as it
-    was."""
+    """TF32 products on the GPU where the config takes them; what follows, measuring say, is as it was."""
     before = torch.get_float32_matmul_precision()
-    if config.tf32:
+    if config.trains_in_tf32:
         torch.set_float32_matmul_precision("high")
     try:
         yield
