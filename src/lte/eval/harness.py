@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -144,11 +146,23 @@ def evaluate_harness(
         "fewshot_as_multiturn": apply_chat_template,
     }
     scores: list[TaskScore] = []
-    with hard_inference(model):
+    with hard_inference(model), _templates_compiled_once():
         lm = CountingLm(model, tokenizer, batch_size)
         for name in _without_tags(tasks, manager):
             scores += _run(lm, manager, name, prompts, limit)
     return HarnessResult(scores, version("lm_eval"))
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles the template of a prompt anew for each document, which takes longer than the answers of MMLU."""
+    from lm_eval.utils import env
+
+    env.from_string = functools.cache(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string
 
 
 def check_harness_tasks(
