@@ -8,9 +8,12 @@ Run it with the Python of an environment that has vLLM and lte:
 A shape is a random model of these widths whose routers are set so that each token picks its own experts, a fixed share
 of them on average; a folder is a trained model, beside which its densified copy is written. `latency` times engines of
 `vllm.LLM` as `vllm bench latency` does, all batch sizes with one start: the time of a decoding step is that of answers
-of `--output-len` tokens less that of answers of one token. `throughput` and `serve` are `vllm bench` itself.
+of `--output-len` tokens less that of answers of one token. CUDA graphs are captured for these batch sizes alone.
+`throughput` and `serve` are `vllm bench` itself.
 
-Every row carries what was measured of the routing, the versions, the device and the time over the dense model's.
+Every row carries what was measured of the routing, which model runner of vLLM ran it, and the time over the dense
+model's; the record carries the versions and the device. vLLM 0.24 runs some stock families by another model runner than
+ours: `VLLM_USE_V2_MODEL_RUNNER=0` (or 1) in the environment has both run by the same.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ import functools
 import gc
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +57,25 @@ CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 @torch.no_grad()
 def write_shape(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Writes the dense folder of a shape and a sparse one for each sparsity; what to measure, the dense one first."""
+    """Writes the dense folder of a shape and a sparse one for each sparsity; what to measure, the dense one first.
+
+    The sparse folders share the dense one's weights. Folders of an earlier call with the same arguments are kept.
+    """
     work, sparsities = arguments.work, arguments.sparsities
-    torch.manual_seed(0)
-    model = random_model(transformers.LlamaConfig(**SHAPES[name]), torch.device("cpu"), dtype)
-    model.save_pretrained(work / f"{name}-dense")
-    jobs = [{"model": f"{name} dense", "folder": str(work / f"{name}-dense"), "sparsity": None}]
+    made = {"dtype": arguments.dtype, "sparsities": sparsities, "tokenizer": arguments.tokenizer}
+    marker = work / f"{name}.json"
+    if marker.exists() and (before := json.loads(marker.read_text(encoding="utf-8")))["made"] == made:
+        return list(before["jobs"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dense = work / f"{name}-dense"
+    model = random_model(transformers.LlamaConfig(**SHAPES[name]), device, dtype)
+    model.save_pretrained(dense, max_shard_size="1TB")
+    jobs = [{"model": f"{name} dense", "folder": str(dense), "sparsity": None}]
     lte.sparsify_(model, lte.LteConfig(grouping="contiguous"))
     ffns = list(lte.sparse_ffns(model).values())
+    generator = torch.Generator(device).manual_seed(0)
     for ffn in ffns:
-        ffn.router.weight.normal_(std=ffn.router.weight.shape[1] ** -0.5)
+        ffn.router.weight.normal_(std=ffn.router.weight.shape[1] ** -0.5, generator=generator)
     for sparsity in sparsities:
         active = 1 - sparsity
         # The hidden states have RMS 1, so the logits are near N(bias, 1).
@@ -72,13 +85,28 @@ def write_shape(name: str, arguments: argparse.Namespace, dtype: torch.dtype) ->
         measured = {"sparsity": sparsity, "tokens": 0, "active_fraction": [active] * len(ffns)}
         model.config.lte_measurement = measured
         folder = work / f"{name}-{sparsity:g}"
-        model.save_pretrained(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_routers(model, folder, dense / "model.safetensors")
         jobs.append({"model": f"{name} forced", "folder": str(folder), "sparsity": sparsity})
     if arguments.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         for job in jobs:
             tokenizer.save_pretrained(job["folder"])
+    marker.write_text(json.dumps({"made": made, "jobs": jobs}), encoding="utf-8")
     return jobs
+
+
+def save_routers(model: Any, folder: Path, dense: Path) -> None:
+    """Saves a sparse model whose other weights are in the file of the dense one, to which the folder links."""
+    state = model.state_dict()
+    model.save_pretrained(folder, state_dict={key: value for key, value in state.items() if ".router." in key})
+    files = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (folder / "lte_checksums.json").unlink()  # of one whole file
+    files[0].symlink_to(dense.resolve())
+    (folder / "model.safetensors").rename(files[1])
+    weight_map = {key: files[".router." in key].name for key in state}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def write_densified(folder: Path, work: Path) -> list[dict[str, Any]]:
@@ -108,8 +136,11 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "enforce_eager": job["eager"],
     }
-    if torch.cuda.is_available():
-        return {**options, "gpu_memory_utilization": 0.85}
+    if job["cuda"]:
+        # A given size of the cache saves the profiling of memory, and so much of the start.
+        options |= {"kv_cache_memory_bytes": 16 << 30, "gpu_memory_utilization": 0.6}
+        graphs = {"cudagraph_capture_sizes": sorted(set(job["batches"]))}
+        return options if job["eager"] else {**options, "compilation_config": graphs}
     return {**options, "kv_cache_memory_bytes": 512 << 20}
 
 
@@ -120,27 +151,34 @@ def sampled() -> dict[str, float]:
     found: dict[str, float] = {}
     for family in _collector().collect():
         for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0) + sample.value
+            name = f"steps_{sample.labels['path']}" if "path" in sample.labels else sample.name
+            found[name] = found.get(name, 0) + sample.value
     return found
 
 
 def saving(before: dict[str, float]) -> dict[str, float]:
-    """The mean active fraction and union since an earlier `sampled`, empty without a sample (a dense model, say)."""
+    """Mean active fraction and union, and the steps by path, since an earlier `sampled`; empty for a dense model."""
     now, found = sampled(), {}
     for name in ("active_fraction", "union_fraction"):
         count, total = (now[f"lte:{name}_{part}"] - before[f"lte:{name}_{part}"] for part in ("count", "sum"))
         if count:
             found[name] = total / count
-    return found
+            found["samples"] = count
+    steps = {name: now[name] - before[name] for name in now if name.startswith("steps_")}
+    return {**found, **{name: number for name, number in steps.items() if number}}
 
 
-def measure_latency(job: dict[str, Any]) -> None:
-    """Runs in a process of its own: prints a row for each batch size."""
+def measure_latency() -> None:
+    """Runs in a process of its own: waits for a job as a line of the input, then prints a row for each batch size."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the samples of the routing lie in the engine's process
     from vllm import LLM, SamplingParams
 
+    job = json.loads(sys.stdin.readline())
+    start = time.perf_counter()
     llm: Any = LLM(job["folder"], **engine_options(job))
-    vocab = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    start_s = time.perf_counter() - start
+    config = llm.llm_engine.vllm_config
+    vocab, second = config.model_config.get_vocab_size(), getattr(config, "use_v2_model_runner", False)
     for batch in job["batches"]:
         generator = torch.Generator().manual_seed(batch)
         ids = torch.randint(10, vocab, (batch, job["input_len"]), generator=generator).tolist()
@@ -152,9 +190,10 @@ def measure_latency(job: dict[str, Any]) -> None:
             llm.generate(prompts, params, use_tqdm=False)
             return time.perf_counter() - start
 
-        before = sampled()
         for tokens in (1, job["output_len"]):
             once(tokens)
+        # After these steps: what was sampled of the batch size before arrives with the first sample of this one.
+        before = sampled()
         short = sorted(once(1) for _ in range(job["repeats"]))
         long = sorted(once(job["output_len"]) for _ in range(job["repeats"]))
         steps = job["output_len"] - 1
@@ -163,15 +202,43 @@ def measure_latency(job: dict[str, Any]) -> None:
             "tool": "latency", "batch": batch, "ms_first_token": 1000 * statistics.median(short),
             "ms_per_step": statistics.median(middle), "ms_per_step_p20": middle[len(middle) // 5],
             "ms_per_step_p80": middle[-1 - len(middle) // 5], **saving(before),
+            "model_runner": 2 if second else 1, "start_s": start_s,
         }  # fmt: skip
         print("ROW " + json.dumps(row), flush=True)
 
 
-def run_latency(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `measure_latency`, run in a process whose memory ends with it."""
-    command = [sys.executable, __file__, "--worker", json.dumps(job)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+class LatencyWorkers:
+    """Processes that measure one job each; the next one imports vLLM while the engine of a job starts."""
+
+    def __init__(self, jobs: int):
+        self._left = jobs
+        self._next = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._left -= 1
+        command = [sys.executable, __file__, "--worker"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The rows of `measure_latency`, as they are measured.
+
+        Raises:
+            subprocess.CalledProcessError: if the process failed.
+        """
+        process = self._next
+        if self._left:
+            self._next = self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.close()
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                yield json.loads(line[4:])
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 def cli_flags(job: dict[str, Any]) -> list[str]:
@@ -255,43 +322,69 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no graphs and no compilation, for a dry run")
     parser.add_argument("--work", type=Path, default=Path("vllm_bench"), help="folder for the models that it writes")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--write-only", action="store_true", help="write the folders of the shapes, and end")
     parser.add_argument("--tokenizer", help="folder whose tokenizer a shape gets: throughput and serve need one")
     return parser.parse_args()
 
 
+def measure(
+    job: dict[str, Any], arguments: argparse.Namespace, workers: LatencyWorkers | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a job by all tools."""
+    if workers is not None:
+        yield from workers.run(job)
+    if "throughput" in arguments.tools:
+        yield from run_throughput(job, arguments.work)
+    if "serve" in arguments.tools:
+        yield from run_serve(job, arguments.work)
+
+
 def main() -> None:
-    """Measures group after group and writes the rows so far after each model."""
+    """Measures group after group and writes the rows so far after each one; a job that fails is named in the record."""
     arguments = parse()
     if arguments.worker:
-        measure_latency(json.loads(arguments.worker))
+        measure_latency()
         return
     names = ("batches", "input_len", "output_len", "num_prompts", "repeats", "dtype", "eager")
-    common = {name: getattr(arguments, name) for name in names}
+    common = {**{name: getattr(arguments, name) for name in names}, "cuda": torch.cuda.is_available()}
     dtype = getattr(torch, arguments.dtype)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
+    work.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
         writers.append((name, functools.partial(write_shape, name, arguments, dtype)))
     for path in arguments.folder:
         writers.append((str(path), functools.partial(write_densified, path, work)))
+    # All written first, as one process cannot give a GPU's memory back while it lives.
+    jobs = [{**own, **common, "group": group} for group, write in writers for own in write()]
+    if arguments.write_only:
+        return
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+    workers = LatencyWorkers(len(jobs)) if "latency" in arguments.tools else None
     rows: list[dict[str, Any]] = []
-    for group, write in writers:
-        for job in [{**own, **common, "group": group} for own in write()]:
-            found: list[dict[str, Any]] = []
-            if "latency" in arguments.tools:
-                found += run_latency(job)
-            if "throughput" in arguments.tools:
-                found += run_throughput(job, arguments.work)
-            if "serve" in arguments.tools:
-                found += run_serve(job, arguments.work)
-            own = {key: job[key] for key in ("group", "model", "sparsity", "dtype", "input_len", "output_len")}
-            rows += [{**own, **row} for row in found]
-            add_ratios(rows)
-            for row in rows[-len(found) :]:
-                print(json.dumps(row))
-            if arguments.output is not None:  # after each model, as a lent machine may go
-                record = {"environment": environment(), "rows": rows}
-                arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    failed: list[dict[str, Any]] = []
+    for job in jobs:
+        own = {key: job[key] for key in ("group", "model", "sparsity", "dtype", "input_len", "output_len")}
+        try:
+            for row in measure(job, arguments, workers):
+                rows.append({**own, **row})
+                add_ratios(rows)
+                print(json.dumps(rows[-1]), flush=True)
+                write_record(arguments.output, rows, failed)
+        except (subprocess.CalledProcessError, OSError, SystemExit) as error:
+            failed.append({**own, "error": str(error)})
+            write_record(arguments.output, rows, failed)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(jobs)} models could not be measured: {failed}")
+
+
+def write_record(output: Path | None, rows: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
+    """Writes what is there, as a lent machine may go."""
+    if output is not None:
+        record = {"environment": environment(), "rows": rows, **({"failed": failed} if failed else {})}
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
