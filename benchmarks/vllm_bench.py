@@ -31,6 +31,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,15 @@ CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 def write_shape(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Writes the dense folder of a shape and a sparse one for each sparsity; what to measure, the dense one first.
 
-    The sparse folders share the dense one's weights. Folders of an earlier call with the same arguments are kept.
+    The sparse folders share the dense one's weights. Where an earlier call has left all that is asked for, it is taken.
     """
     work, sparsities = arguments.work, arguments.sparsities
-    made = {"dtype": arguments.dtype, "sparsities": sparsities, "tokenizer": arguments.tokenizer}
+    made = {"dtype": arguments.dtype, "tokenizer": arguments.tokenizer}
     marker = work / f"{name}.json"
     if marker.exists() and (before := json.loads(marker.read_text(encoding="utf-8")))["made"] == made:
-        return list(before["jobs"])
+        found = {job["sparsity"]: job for job in before["jobs"]}
+        if set(sparsities) <= set(found):
+            return [found[sparsity] for sparsity in (None, *sparsities)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dense = work / f"{name}-dense"
     model = random_model(transformers.LlamaConfig(**SHAPES[name]), device, dtype)
@@ -380,10 +383,16 @@ def main() -> None:
         raise SystemExit(f"{len(failed)} of {len(jobs)} models could not be measured: {failed}")
 
 
+def vllm_version() -> str:
+    """Of the installed vLLM, whose distributions for CPUs have names of their own."""
+    return version(next(iter(packages_distributions()["vllm"])))
+
+
 def write_record(output: Path | None, rows: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
     """Writes what is there, as a lent machine may go."""
     if output is not None:
-        record = {"environment": environment(), "rows": rows, **({"failed": failed} if failed else {})}
+        record = {"environment": environment(), "vllm": vllm_version(), "rows": rows}
+        record |= {"failed": failed} if failed else {}
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
