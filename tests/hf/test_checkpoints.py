@@ -320,3 +320,22 @@ class TestOwnClasses:
         assert isinstance(loaded, stock)
         assert loaded.config.lte == EXPERTS.to_dict()
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_is_loaded_whole_where_deepspeed_trains_in_shards(tmp_path: Path) -> None:
+    """With ZeRO-3 on, transformers would make shards of it, for which all processes must load it together."""
+    from transformers.integrations import deepspeed
+
+    class Zero3:
+        def is_zero3(self) -> bool:
+            return True
+
+    config = Zero3()
+    tiny_dense_model().save_pretrained(tmp_path)
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        load_dense_model(tmp_path)
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()

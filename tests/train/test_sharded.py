@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lte.train.sharding import check_kind, prepare_fsdp_
+from lte.train.sharding import check_kind, prepare_deepspeed_, prepare_fsdp_
 from tests.processes import made_once, run_forked
 from tests.train.toy import trainer_of
 
@@ -119,7 +119,19 @@ def test_two_processes_do_what_one_does(roots: dict[int, Path], name: str) -> No
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed_does_what_one_process_does(roots: dict[int, Path], tmp_path: Path) -> None:
     cases = [{**CASES[1], "name": f"zero{stage}", "zero": stage} for stage in (2, 3)]
+    cases += [{**METHOD, "name": "zero3_method", "zero": 3}, {**LORA, "name": "zero3_lora", "zero": 3}]
+    cases += [{"train": {**FEW, **NARROW}, "name": f"zero{stage}_bf16", "zero": stage} for stage in (2, 3)]
     launch(2, tmp_path, [{name: value for name, value in case.items() if name != "fsdp"} for case in cases])
+    for wanted, name in ((found_by(roots[1], "method"), "method"), (found_by(roots[2], "lora"), "lora")):
+        found = found_by(tmp_path, f"zero3_{name}")
+        check_same(wanted, {**found, "decisions": found["made_decisions"]})
+    for stage in (2, 3):
+        assert found_by(tmp_path, f"zero{stage}_bf16")["router_dtypes"] == ["torch.float32"]
+        losses = [
+            [entry["task_loss"] for entry in found["log"] if "task_loss" in entry]
+            for found in (found_by(roots[1], "narrow"), found_by(tmp_path, f"zero{stage}_bf16"))
+        ]
+        assert losses[0] == pytest.approx(losses[1], abs=0.05)
     one = found_by(roots[1], "annealed")
     for stage in (2, 3):
         two = found_by(tmp_path, f"zero{stage}")
@@ -182,6 +194,18 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
     (newest / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(ValueError, match=r"must be sharded as it was, got a model that is whole in each process where"):
         check_kind(newest, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({"bf16": {"enabled": True}}, False), ({"bf16": {"enabled": False}}, True),
+     ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": False}}, True)],
+)  # fmt: skip
+def test_deepspeed_trains_in_bf16_by_autocast_unless_its_config_says_how(given: dict[str, Any], kept: bool) -> None:
+    plugin = SimpleNamespace(deepspeed_config=dict(given))
+    prepare_deepspeed_(plugin)
+    autocast = {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    assert plugin.deepspeed_config == (given if kept else autocast)
 
 
 def test_fsdp_of_version_1_is_refused() -> None:

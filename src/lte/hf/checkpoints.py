@@ -172,12 +172,28 @@ def load_whole(auto_class: Any, location: Mapping[str, Any], *, new_head: bool =
     """
     path = Path(location["pretrained_model_name_or_path"])
     source = path / location["gguf_file"] if "gguf_file" in location else path
-    with reading(source):
+    with reading(source), _in_one_piece():
         model, info = auto_class.from_pretrained(
             **location, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
         )
         require_whole(model, info, source, new_head=new_head)
     return model
+
+
+@contextmanager
+def _in_one_piece() -> Iterator[None]:
+    """Has `from_pretrained` load a model whole in this process, also where DeepSpeed trains with ZeRO-3.
+
+    transformers would put it in shards, for which all processes had to load it together.
+    """
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def require_whole(

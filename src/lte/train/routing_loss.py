@@ -198,8 +198,9 @@ class RoutingLoss(AnyTrainer):
         if auxiliary is not None:
             added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
         loss = task + added / passes
-        if self.accelerator.num_processes > 1 and not (self.stage.train_routers or self.is_fsdp_enabled):
-            # DistributedDataParallel waits for a gradient of every parameter.
+        in_shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.accelerator.num_processes > 1 and not (self.stage.train_routers or in_shards):
+            # DistributedDataParallel waits for a gradient of every parameter; those of ZeRO-3 are empty here.
             loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
         total = (passes * loss).detach()
         if not self._check_finite(total):

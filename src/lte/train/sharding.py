@@ -67,6 +67,21 @@ def prepare_fsdp_(plugin: Any, args: Any, model: nn.Module, checkpointing: str |
     return checkpointing
 
 
+def prepare_deepspeed_(plugin: Any) -> None:
+    """Has DeepSpeed train in bf16 by autocast, with weights in fp32, where it is told to train in bf16.
+
+    Its own bf16 makes all parameters bf16, routers, too, and computes with those. A config that says `torch_autocast`
+    itself stays as it is. What is sent for linear layers is in bf16 either way.
+
+    Args:
+        plugin: accelerate's, changed in place; before the model is prepared.
+    """
+    config = plugin.deepspeed_config
+    if config.get("bf16", {}).get("enabled") is True and "torch_autocast" not in config:
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+
+
 def widen_routers_(model: nn.Module) -> None:
     """Has the routers of a model in FSDP2 compute in fp32 under mixed precision; before the first forward pass."""
     # Nothing is changed in place in what a router returns.

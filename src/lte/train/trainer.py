@@ -68,7 +68,7 @@ from lte.train.regrouping import REGROUP_TOKENS
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
 from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
-from lte.train.sharding import ShardKind, check_kind, prepare_fsdp_
+from lte.train.sharding import ShardKind, check_kind, prepare_deepspeed_, prepare_fsdp_
 from lte.train.sparsity_controller import EtaController
 
 # In so many tokens of training data a label is looked for.
@@ -204,7 +204,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 "max_grad_norm must be positive with on_nonfinite=skip, which goes by the norm of the gradients, got "
                 f"max_grad_norm={self.args.max_grad_norm}; take a large one to clip nothing"
             )
-        if not self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
+            prepare_deepspeed_(self.accelerator.state.deepspeed_plugin)
+        else:
             # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
             self.accelerator.gradient_accumulation_steps = 1
         kind = _checkpointing_of(self.args)
