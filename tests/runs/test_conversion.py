@@ -363,6 +363,9 @@ def test_a_model_of_the_hub_is_downloaded_without_its_pickles(dense: Path, monke
     assert name == "org/name"
     assert {"*.safetensors", "*.json"} < set(given["allow_patterns"])
     assert not any(pattern.endswith(".bin") for pattern in given["allow_patterns"])
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="model no name is no folder here and was not found on the hub: "):
+        streaming._folder_of("no name")
 
 
 def test_refuses_a_model_of_the_wrong_kind(dense: Path, tmp_path: Path) -> None:

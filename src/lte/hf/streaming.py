@@ -140,7 +140,10 @@ def _folder_of(name_or_path: str) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(name_or_path, allow_patterns=wanted))
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # A ValueError for what cannot be a name.
+        raise OSError(f"model {name_or_path} is no folder here and was not found on the hub: {error}") from error
 
 
 def _names_in_files(model: Any, files: Iterable[str], source: object) -> dict[str, str]:
