@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from lte.files import check_place, checksums, damage, replaced_atomically, write_text_atomic
+from lte.files import (
+    STRIDE,
+    WHOLE_BYTES,
+    check_place,
+    checksums,
+    damage,
+    replaced_atomically,
+    sampled_sha256,
+    write_text_atomic,
+)
 
 
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -99,3 +108,19 @@ def test_every_text_file_is_opened_with_an_encoding() -> None:
             if isinstance(call.func, ast.Attribute) and not keywords & {"encoding", None}:
                 found.append(f"{path.relative_to(root)}:{call.lineno}")
     assert found == []
+
+
+def test_a_sampled_checksum_sees_another_matrix_in_a_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(3 * STRIDE))
+    before = sampled_sha256(path)
+    assert sampled_sha256(path) == before
+    for start, size in ((0, 1), (WHOLE_BYTES + 10_000, STRIDE)):
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(b"1" * size)
+        changed = sampled_sha256(path)
+        assert changed != before
+        before = changed
+    path.write_bytes(path.read_bytes() + b"0")
+    assert sampled_sha256(path) != before

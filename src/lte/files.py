@@ -27,6 +27,8 @@ from urllib.request import getproxies
 Checksums = dict[str, dict[str, Any]]
 GGUF_MAGIC = b"GGUF"
 LOCK_FILE = ".lte.lock"
+WHOLE_BYTES, STRIDE, SAMPLED = 2**22, 2**22, 2**12
+"""How much `sampled_sha256` reads: of 13.5 GB 18 MB."""
 
 
 def check_place(name: str, path: str | Path, *, folder: bool = False) -> None:
@@ -228,6 +230,24 @@ def damage(folder: str | Path, expected: Checksums, *, contents: bool = True) ->
         if sha256 != expected[name]["sha256"]:
             found[name] = f"{name} has changed since it was written (its SHA-256 differs)"
     return [found[name] for name in expected if name in found]
+
+
+def sampled_sha256(path: str | Path) -> str:
+    """Tells a file of weights from others without reading all of it: by its size and `SAMPLED` bytes in each `STRIDE`.
+
+    Of a file that is no longer than `WHOLE_BYTES` all is read, of others that much of its beginning, where formats of
+    weights keep their tables. A matrix of `STRIDE` bytes or more that is another one is seen; one number alone is not.
+    """
+    found = hashlib.sha256()
+    with Path(path).open("rb", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        found.update(str(size).encode())
+        file.seek(0)
+        found.update(file.read(WHOLE_BYTES))
+        for start in range(WHOLE_BYTES, size, STRIDE):
+            file.seek(start)
+            found.update(file.read(SAMPLED))
+    return found.hexdigest()
 
 
 def sha256s(paths: list[Path]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 import lte
 from lte.hf import streaming
 from lte.hf.streamed_activity import StreamedActivity
-from lte.hf.streaming import WORK_FOLDER, StreamedFolder
+from lte.hf.streaming import WORK_FOLDER, StreamedFolder, open_checkpoint
 from lte.hf.tensor_files import NewTensor, write_tensors
 from lte.runs import conversion
 from lte.runs.conversion import convert_folder, densify_folder
@@ -245,6 +245,16 @@ def test_refuses_another_conversion_in_the_same_folder(dense: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"output must be new or of the same conversion, got .* begun with another"):
         convert_folder(dense, sparse, CONFIG)
     shutil.rmtree(sparse)
+    # A copy of the checkpoint is the same one, and one of other numbers is not, whatever the times of their files.
+    copied = Path(shutil.copytree(dense, tmp_path / "copied"))
+    plan = conversion._plan("convert", open_checkpoint(dense), open_checkpoint(dense).model, {})
+    (copied / "model.safetensors").touch()
+    assert conversion._plan("convert", open_checkpoint(copied), open_checkpoint(dense).model, {}) == plan
+    weights = dict(load_file(copied / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    shutil.copystat(dense / "model.safetensors", copied / "model.safetensors")
+    assert conversion._plan("convert", open_checkpoint(copied), open_checkpoint(dense).model, {}) != plan
     convert_folder(dense, sparse, CONFIG)
     with pytest.raises(ValueError, match="output must be a folder without a model, got "):
         convert_folder(dense, sparse, CONFIG)

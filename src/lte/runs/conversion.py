@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lte.config import LteConfig, check_expert_size
-from lte.files import folder_lock
+from lte.files import folder_lock, sampled_sha256
 from lte.hf.card import CARD_FILE
 from lte.hf.convert import neuron_order, permuted, require_dense
 from lte.hf.families import Family, block_name, dense_ffns
@@ -271,10 +271,12 @@ def _joined(groups: Sequence[Sequence[str]], model: Any) -> list[list[str]]:
 
 def _plan(command: str, checkpoint: Checkpoint, made: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """What a folder that was begun must agree with to go on."""
-    states = {path.name: path.stat() for path in checkpoint.source.files}
+    # Not the times of the files: a copy has others, and another model may have the same.
+    config = checkpoint.folder / "config.json"
+    files = [*checkpoint.source.files, *([config] if config.is_file() else [])]
     return {
         "command": command,
-        "files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()},
+        "checkpoint": {path.name: sampled_sha256(path) for path in files},
         "settings": settings,
         "dtype": str(made.dtype),
     }
