@@ -194,6 +194,12 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
     (newest / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(ValueError, match=r"must be sharded as it was, got a model that is whole in each process where"):
         check_kind(newest, None)
+    (newest / "pytorch_model_fsdp_0").rmdir()
+    (newest / "global_step6").mkdir()
+    for rank in range(2):
+        (newest / "global_step6" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(ValueError, match=r"num_processes must stay what it was with DeepSpeed, .* got 1 where .* by 2"):
+        check_kind(newest, "DeepSpeed")
 
 
 @pytest.mark.parametrize(

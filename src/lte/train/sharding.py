@@ -20,6 +20,7 @@ from lte.hf.inputs import unwrapped
 from lte.nn.router import Router
 from lte.nn.shards import whole_state
 from lte.train.optimisers import BITSANDBYTES
+from lte.train.processes import num_processes
 
 ShardKind = Literal["FSDP", "DeepSpeed"]
 # What Trainer writes into a checkpoint of each kind: a file or folder of which the name begins so.
@@ -155,7 +156,7 @@ def check_kind(checkpoint: Path, kind: ShardKind | None) -> None:
         kind: `FSDP`, `DeepSpeed`, or `None` for a model that is whole in every process.
 
     Raises:
-        ValueError: says of which.
+        ValueError: says of which, or that other processes wrote shards of DeepSpeed.
     """
     names = [path.name for path in checkpoint.iterdir()]
     found = next((each for each, start in _KINDS.items() if any(name.startswith(start) for name in names)), None)
@@ -165,4 +166,11 @@ def check_kind(checkpoint: Path, kind: ShardKind | None) -> None:
         raise ValueError(
             f"a resumed run must be sharded as it was, got {words[kind]} where {checkpoint} is of {words[found]}; "
             "launch it with the config that it began with"
+        )
+    writers = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    if writers not in (0, num_processes()):
+        raise ValueError(
+            f"num_processes must stay what it was with DeepSpeed, whose moments lie in shards of so many, got "
+            f"{num_processes()} where {checkpoint} was written by {writers}; launch {writers}, or train with FSDP2, "
+            "which goes on with any number"
         )
