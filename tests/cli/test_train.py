@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import lte
+from lte.cli.train import merge_settings
 from lte.data.config import DataConfig, read_documents
 from lte.hf import loading
 from lte.runs.workload import TextWorkload
@@ -308,6 +309,9 @@ def test_a_resumed_run_keeps_its_settings(run: Callable[..., Any], trained: Any)
     result = run("train", "--resume", "--output", trained[0], "--learning-rate", "1e-4")
     assert result.exit_code == 1
     assert "a resumed run must keep its settings, got learning_rate=0.0001" in result.stderr
+    # Other processes share a step's rows otherwise.
+    values = {"resume": True, "output": str(trained[0]), "batch_size": 2, "gradient_accumulation_steps": 2}
+    assert merge_settings(values, None)["batch_size"] == 2
 
 
 def test_stages_one_by_one(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:

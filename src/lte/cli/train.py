@@ -49,6 +49,8 @@ SaveDtype = Literal["float32", "bfloat16", "float16"]
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 # Settings that a resumed run may change: they do not touch the weights.
 FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
+# Other processes take their parts of a step otherwise; the trainer holds the rows of a step where they are as many.
+FREE_ON_RESUME |= {"batch_size", "gradient_accumulation_steps"}
 # A miss of the target by more than this is worth a hint.
 TOLERANCE = 0.02
 
