@@ -314,6 +314,13 @@ def test_a_resumed_run_keeps_its_settings(run: Callable[..., Any], trained: Any)
     assert merge_settings(values, None)["batch_size"] == 2
 
 
+def test_an_adapter_is_no_model_to_start_from(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    result = run("train", "--model", tmp_path, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "an adapter of peft; merge it into its base (merge_and_unload) and save that" in result.stderr
+
+
 def test_stages_one_by_one(dense_folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     result = run("train", "--model", dense_folder, "--output", first, "--stages", 1, *SHORT)

@@ -184,6 +184,11 @@ def check_model(name: str, value: str) -> dict[str, Any]:
             )
         return {}
     if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise ValueError(
+                f"{name} must be a whole model, got {value}, an adapter of peft; merge it into its base "
+                "(merge_and_unload) and save that, or give the folder that lte train wrote around it"
+            )
         raise ValueError(f"{name} must be a folder with a config.json, got {value}, which has none")
     try:
         found = json.loads((path / "config.json").read_text(encoding="utf-8"))
