@@ -5,11 +5,11 @@ Run it with the Python of an environment that has vLLM and lte:
     python benchmarks/vllm_bench.py --shape 7b --sparsities 0 0.5 0.8 0.9 --batches 1 4 16 64 --output rows.json
     python benchmarks/vllm_bench.py --folder out/qwen --batches 1 2 4 8 16 32 64 --tools latency throughput serve
 
-A shape is a random model of these widths whose routers are set so that each token picks its own experts, a fixed share
-of them on average; a folder is a trained model, beside which its densified copy is written. `latency` times engines of
-`vllm.LLM` as `vllm bench latency` does, all batch sizes with one start: the time of a decoding step is that of answers
-of `--output-len` tokens less that of answers of one token. CUDA graphs are captured for these batch sizes alone.
-`throughput` and `serve` are `vllm bench` itself.
+A shape is a random model of these widths whose routers are set so that each token picks its own experts, a fixed
+share of them on average; a folder is a trained model, beside which its densified copy is written. `latency` times
+engines of `vllm.LLM` as `vllm bench latency` does, all batch sizes with one start: the time of a decoding step is
+that of answers of `--output-len` tokens less that of answers of one token. CUDA graphs are captured for these batch
+sizes alone, and for their prompts of up to 512 tokens. `throughput` and `serve` are `vllm bench` itself.
 
 Every row carries what was measured of the routing, which model runner of vLLM ran it, and the time over the dense
 model's; the record carries the versions and the device. vLLM 0.24 runs some stock families by another model runner than
@@ -53,6 +53,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 4096,
     },
 }  # fmt: skip
+MOST_CAPTURED = 512
+"""Tokens of a step up to which vLLM captures graphs by default."""
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -142,7 +144,9 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
     if job["cuda"]:
         # A given size of the cache saves the profiling of memory, and so much of the start.
         options |= {"kv_cache_memory_bytes": 16 << 30, "gpu_memory_utilization": 0.6}
-        graphs = {"cudagraph_capture_sizes": sorted(set(job["batches"]))}
+        prompts = [batch * job["input_len"] for batch in job["batches"]]
+        sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= MOST_CAPTURED)}
+        graphs = {"cudagraph_capture_sizes": sorted(sizes)}
         return options if job["eager"] else {**options, "compilation_config": graphs}
     return {**options, "kv_cache_memory_bytes": 512 << 20}
 

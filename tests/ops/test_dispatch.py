@@ -172,6 +172,45 @@ def test_stacked_weights_give_the_same(relative_rms: Measure) -> None:
     assert relative_rms(stacked.run_on_gpu(x, routing), run.run_on_gpu(x, run.routing)) <= BOUNDS[x.dtype]
 
 
+class _Noting:
+    """A kernel that notes the constants of its launches and does not run."""
+
+    def __init__(self, name: str, noted: list[Any]):
+        self.name, self.noted = name, noted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **constants: self.noted.append((self.name, sorted(constants.items(), key=str)))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_after_the_warm_up_no_number_of_tokens_launches_another_kernel(
+    given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lte.ops import prefill_kernels, prefill_launch
+
+    noted: list[Any] = []
+    names = ("skinny_product_kernel", "masked_activation_kernel", "list_tokens_kernel", "grouped_kernel")
+    for name in names:
+        monkeypatch.setattr(prefill_kernels, name, _Noting(name, noted))
+    # The tables of this architecture have all the kernels.
+    monkeypatch.setattr(prefill_launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(prefill_launch, "SKINNY_MIN_ROWS", 1)
+    monkeypatch.setattr(dispatch, "choose_path", lambda kind, tokens, share: "masked" if tokens <= 300 else "grouped")
+    x = states(1400, torch.bfloat16)
+    plain = runner(x[:2])
+    parts = stack_inputs(plain.weights.up, plain.weights.gate, plain.routing.weight)
+    weights = FfnWeights(up=parts.up, gate=parts.gate, down=plain.weights.down, stacked=parts.stacked)
+    run = FfnRunner(weights, Routing(weight=parts.router, bias=plain.routing.bias), "silu", 0.5)
+    logits = torch.zeros(len(x), EXPERTS, device=DEVICE) if given else None
+    run.warm_up(x, logits)
+    warm = list(noted)
+    assert {name for name, _ in warm} == set(names)
+    for tokens in range(1, len(x) + 1, 7):
+        run.run_on_gpu(x[:tokens], run.routing if logits is None else Routing(logits=logits[:tokens]))
+    assert len(noted) > 2 * len(warm)
+    assert [launch for launch in noted if launch not in warm] == []
+
+
 def test_names() -> None:
     assert kernel_names(torch.device("cuda"), torch.bfloat16) == {"decode": "triton", "prefill": "triton"}
     assert kernel_names(torch.device("cpu"), torch.float32) == {"decode": "numba", "prefill": "pytorch"}

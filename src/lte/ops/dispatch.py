@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -60,7 +60,7 @@ class FfnRunner:
 
     def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The output [T, D] for x [T, D]; logits [T, E] take the place of the routing's."""
-        routing = self.routing if logits is None else Routing(logits=logits, threshold=self.routing.threshold)
+        routing = self.routing if logits is None else self._given(logits)
         if x.is_cuda:
             return self.run_on_gpu(x, routing)
         if self._cpu_kernel_takes(len(x), x.dtype):
@@ -85,6 +85,28 @@ class FfnRunner:
         if run is None:
             run = self._launches[len(x)] = self._launch(x, routing)
         return run(x)
+
+    def warm_up(self, x: Tensor, logits: Tensor | None = None) -> None:
+        """Computes once what of the kernels the first rows of x take, however many, so that no later call compiles.
+
+        Args:
+            x: hidden states [T, D] on a GPU, as many as a call may have.
+            logits: [T, E], as for a call.
+        """
+        from lte.ops import prefill
+
+        seen = set[Hashable]()
+        for tokens in range(1, len(x) + 1):
+            part, path = x[:tokens], self._path(tokens)
+            routing = self.routing if logits is None else self._given(logits[:tokens])
+            # Of few tokens each number is a kernel of its own.
+            variant = tokens if path == "decode" else prefill.variant(part, self.weights, routing, path)
+            if (path, variant) not in seen:
+                seen.add((path, variant))
+                self.run_on_gpu(part, routing)
+
+    def _given(self, logits: Tensor) -> Routing:
+        return Routing(logits=logits, threshold=self.routing.threshold)
 
     def _path(self, tokens: int) -> Path:
         path = choose_path(ffn_kind(self.weights.up, self.weights.gate, self.arch), tokens, self.active_fraction)

@@ -10,7 +10,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -99,6 +99,17 @@ def _(
     return x.new_empty(x.shape)
 
 
+def variant(x: Tensor, weights: FfnWeights, routing: Routing, path: PrefillPath) -> Hashable:
+    """What of the kernels a path takes for x [T, D]: Triton compiles once for all x with the same, at the first one."""
+    if path == "grouped":
+        return fit_grouped(grouped_tiles(x), x.shape[1])
+    tokens, experts = len(x), routing.num_experts
+    masking = fit_activation(activation_tiles(tokens), tokens, experts, len(weights.up) // experts)
+    rows = _rows_at_once(weights, routing) if _is_stacked(weights) else None
+    tiles = None if rows is None else skinny_tiles(x, rows)
+    return masking, tiles, None if tiles is None else _skinny_block(tokens)
+
+
 def run_masked(
     x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: ActivationTiles | None = None
 ) -> Tensor:
@@ -181,14 +192,22 @@ def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | 
         gate, up = _input_weights(weights, x.dtype)
         products = None if gate is None else functional.linear(x, gate)
         return products, functional.linear(x, up), _logits(x, routing)
-    assert weights.stacked is not None
-    own = routing.weight if routing.rounded is None else routing.rounded
-    with_router = routing.logits is None and _is_at(own, weights.stacked, rows)
+    at_once = _rows_at_once(weights, routing)
+    with_router = len(at_once) > rows
     if with_router:
         routing.rounded_weight()
-    products = multiply(x, weights.stacked if with_router else weights.stacked[:rows])
+    products = multiply(x, at_once)
     logits = products[:, rows : rows + routing.num_experts] if with_router else _logits(x, routing)
     return None if weights.gate is None else products[:, :neurons], products[:, rows - neurons : rows], logits
+
+
+def _rows_at_once(weights: FfnWeights, routing: Routing) -> Tensor:
+    """The rows of `stacked` that one product takes: gate and up, and the router where it follows them."""
+    assert weights.stacked is not None
+    rows = len(weights.up) if weights.gate is None else 2 * len(weights.up)
+    own = routing.weight if routing.rounded is None else routing.rounded
+    with_router = routing.logits is None and _is_at(own, weights.stacked, rows)
+    return weights.stacked if with_router else weights.stacked[:rows]
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -205,11 +224,16 @@ def skinny_product(x: Tensor, weight: Tensor, tiles: SkinnyTiles) -> Tensor:
     out = x.new_empty(tokens, rows)
     kernels.skinny_product_kernel[(triton.cdiv(rows, per_program),)](
         x, weight, out, tokens,
-        N=rows, K=hidden, ROWS=per_program, BLOCK_T=max(triton.next_power_of_2(tokens), 16),
+        N=rows, K=hidden, ROWS=per_program, BLOCK_T=_skinny_block(tokens),
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, X_FIRST=tiles.x_first, STAGES=tiles.stages,
         DOT_DTYPE=dot_dtype(x), num_warps=tiles.warps,
     )  # fmt: skip
     return out
+
+
+def _skinny_block(tokens: int) -> int:
+    """For how many tokens a program of `skinny_product_kernel` has room: all T, in the tensor cores' sizes."""
+    return max(triton.next_power_of_2(tokens), 16)
 
 
 def _is_stacked(weights: FfnWeights) -> bool:

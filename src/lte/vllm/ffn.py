@@ -115,6 +115,7 @@ class SparseMlp(nn.Module):
 
     Attributes:
         runner: what computes it, once the weights are loaded.
+        warm_up_tokens: for how many tokens of a step, at most, the kernels are compiled then; no request waits for it.
     """
 
     def __init__(self, stock: nn.Module, names: ServedFfn, settings: ServeSettings, place: Place, meter: Meter):
@@ -138,6 +139,7 @@ class SparseMlp(nn.Module):
         self.router = ServedRouter(down.output_size, settings, self.tp_rank, self.tp_size)
         self.quant_method = _LayOut()
         self.runner: FfnRunner | None = None
+        self.warm_up_tokens = 0
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -176,6 +178,10 @@ class SparseMlp(nn.Module):
             kept = torch.zeros(MOST_TOKENS, width, dtype=self.dtype, device=router.bias.device)
             self.meter.add(self.place.layer, kept, self.active)
         _FFNS[router.bias.data_ptr()] = self
+        if self.warm_up_tokens:
+            x = torch.zeros(self.warm_up_tokens, weights.down.shape[1], dtype=self.dtype, device=router.bias.device)
+            self.runner.warm_up(x, self.logits(x))
+            self.warm_up_tokens = 0
 
     def _biases(self) -> dict[str, Tensor | None]:
         up, down = getattr(self, self.names.up).bias, getattr(self, self.names.down).bias

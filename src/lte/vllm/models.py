@@ -45,6 +45,9 @@ class LteServing:
         capturing = torch.empty(0).is_cuda and not model_config.enforce_eager
         self.meter = Meter(vllm_config.instance_id, model_config.hf_config.num_hidden_layers, capturing)
         self.sparse_ffns = install_(self, self.served, settings, model_config.hf_config, self.meter)  # type: ignore[arg-type]
+        if torch.empty(0).is_cuda and self.sparse_ffns:
+            # All layers are alike: what is compiled for the first one serves them all.
+            self.sparse_ffns[0].warm_up_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._settings, self._told = settings, False
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
