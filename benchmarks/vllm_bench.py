@@ -135,7 +135,7 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
     most = max(job["batches"])
     options = {
         "dtype": job["dtype"],
-        "max_model_len": job["input_len"] + job["output_len"] + 16,
+        "max_model_len": max(job["input_len"] + job["output_len"], *job["prompt_lens"], 0) + 16,
         "max_num_seqs": max(most, 16),
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
@@ -144,7 +144,7 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
     if job["cuda"]:
         # A given size of the cache saves the profiling of memory, and so much of the start.
         options |= {"kv_cache_memory_bytes": 16 << 30, "gpu_memory_utilization": 0.6}
-        prompts = [batch * job["input_len"] for batch in job["batches"]]
+        prompts = [*(batch * job["input_len"] for batch in job["batches"]), *job["prompt_lens"]]
         sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= MOST_CAPTURED)}
         graphs = {"cudagraph_capture_sizes": sorted(sizes)}
         return options if job["eager"] else {**options, "compilation_config": graphs}
@@ -210,6 +210,22 @@ def measure_latency() -> None:
             "ms_per_step": statistics.median(middle), "ms_per_step_p20": middle[len(middle) // 5],
             "ms_per_step_p80": middle[-1 - len(middle) // 5], **saving(before),
             "model_runner": 2 if second else 1, "start_s": start_s,
+        }  # fmt: skip
+        print("ROW " + json.dumps(row), flush=True)
+    for length in job["prompt_lens"]:
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(10, vocab, (length,), generator=generator).tolist()
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+        times = []
+        for _ in range(job["repeats"] + 2):
+            start = time.perf_counter()
+            llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+            times.append(1000 * (time.perf_counter() - start))
+        times = sorted(times[2:])
+        row = {
+            "tool": "prompt", "batch": 1, "input_len": length, "output_len": 1,
+            "ms_first_token": statistics.median(times), "ms_first_token_p20": times[len(times) // 5],
+            "ms_first_token_p80": times[-1 - len(times) // 5],
         }  # fmt: skip
         print("ROW " + json.dumps(row), flush=True)
 
@@ -304,11 +320,17 @@ def _wait_for(server: subprocess.Popen[bytes], port: str) -> None:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row its time over that of the dense model of the same group and batch size."""
-    keys = {"latency": "ms_per_step", "serve": "median_tpot_ms", "throughput": "elapsed_time"}
-    dense = {(row["group"], row["tool"], row.get("batch")): row for row in rows if row["sparsity"] is None}
+    """Adds to each row its time over that of the dense model of the same group, batch size and prompt."""
+    keys = {
+        "latency": "ms_per_step", "prompt": "ms_first_token", "serve": "median_tpot_ms", "throughput": "elapsed_time"
+    }  # fmt: skip
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["group"], row["tool"], row.get("batch"), row["input_len"]
+
+    dense = {place(row): row for row in rows if row["sparsity"] is None}
     for row in rows:
-        base, key = dense.get((row["group"], row["tool"], row.get("batch"))), keys[row["tool"]]
+        base, key = dense.get(place(row)), keys[row["tool"]]
         if base is not None and row["sparsity"] is not None and base.get(key):
             row["over_dense"] = row[key] / base[key]
 
@@ -323,6 +345,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=["latency", "throughput", "serve"], default=["latency"])
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=129)
+    parser.add_argument("--prompt-lens", type=int, nargs="*", default=[], help="single prompts that latency times, too")
     parser.add_argument("--num-prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
@@ -353,7 +376,7 @@ def main() -> None:
     if arguments.worker:
         measure_latency()
         return
-    names = ("batches", "input_len", "output_len", "num_prompts", "repeats", "dtype", "eager")
+    names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
     common = {**{name: getattr(arguments, name) for name in names}, "cuda": torch.cuda.is_available()}
     dtype = getattr(torch, arguments.dtype)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
