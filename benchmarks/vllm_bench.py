@@ -418,7 +418,7 @@ def vllm_version() -> str:
 def write_record(output: Path | None, rows: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
     """Writes what is there, as a lent machine may go."""
     if output is not None:
-        record = {"environment": environment(), "vllm": vllm_version(), "rows": rows}
+        record = {**environment(), "vllm": vllm_version(), "rows": rows}
         record |= {"failed": failed} if failed else {}
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
