@@ -8,7 +8,7 @@ First, how many answers are the same tokens: vLLM against transformers, and as c
 with kernels against without and in a batch against alone. The dense model of the same weights stands beside the sparse
 one. Second, all engines read the same tokens, and their hidden states and decisions are compared layer by layer,
 with transformers in fp32 on the same rounded weights as the arbiter; once each engine routes by itself, once all take
-the arbiter's decisions. vLLM reads whole rows, by masked products, and one token at a time, by the kernel of few tokens.
+the arbiter's decisions. vLLM reads whole rows, by masked products, and token by token, by the kernel of few tokens.
 
 Shapes: N rows of S tokens, T of them written; L layers, D hidden size, E experts.
 """
