@@ -68,7 +68,7 @@ def test_back_to_dense(
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     stock = json.loads((dense_folder / "config.json").read_text())
-    assert config == {**stock, "dtype": "float16"}
+    assert config == {**stock, "dtype": "float16", "rope_theta": stock["rope_parameters"]["rope_theta"]}
     text = "the while statement"
     back, before = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "back", dense_folder))
     assert back(text).input_ids == before(text).input_ids

@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 import lte
 from lte.hf import streaming
+from lte.hf.rope_fields import rope_fields
 from lte.hf.streamed_activity import StreamedActivity
 from lte.hf.streaming import WORK_FOLDER, StreamedFolder, open_checkpoint
 from lte.hf.tensor_files import NewTensor, write_tensors
@@ -33,14 +35,15 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def assert_same(folder: Path, other: Path) -> None:
-    """Two folders hold the same weights, bit for bit, and the same config."""
+def assert_same(folder: Path, other: Path, **added: Any) -> None:
+    """Two folders hold the same weights, bit for bit, and the same config but for the fields `added` to the first."""
     found, wanted = tensors(folder), tensors(other)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    assert json.loads((folder / "config.json").read_text()) == json.loads((other / "config.json").read_text())
+    fields = json.loads((other / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == {**fields, **added}
 
 
 def converted_in_memory(folder: Path, config: lte.LteConfig, model_type: str = "llama", **loading: Any) -> Path:
@@ -66,9 +69,23 @@ def test_both_ways_of_every_family(model_type: str, tmp_path: Path) -> None:
     densify_folder(sparse, back)
     model = auto_class(model_type).from_pretrained(sparse, dtype="auto")
     lte.densify_(model).save_pretrained(tmp_path / "back-in-memory")
-    assert_same(back, tmp_path / "back-in-memory")
+    assert_same(back, tmp_path / "back-in-memory", **rope_fields(model.config.to_dict()))
+    # transformers 5 must read the same out of both.
+    rope = getattr(model.config, "rope_parameters", None)
+    assert getattr(AutoConfig.from_pretrained(back), "rope_parameters", None) == rope
     assert not (back / WORK_FOLDER).exists()
     assert not list(back.glob(".*.partial"))
+
+
+def test_a_scaled_rotary_embedding_is_one_of_transformers_4_too(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling = {**rope, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    model = lte.sparsify_(tiny_dense_model("llama", rope_parameters=dict(scaling)), CONFIG)
+    model.save_pretrained(tmp_path / "sparse")
+    densify_folder(tmp_path / "sparse", tmp_path / "back")
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert fields["rope_theta"] == scaling.pop("rope_theta")
+    assert fields["rope_scaling"] == scaling
 
 
 @pytest.mark.parametrize(

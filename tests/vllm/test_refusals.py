@@ -48,6 +48,10 @@ def with_a_wide_router(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.0.mlp.router.weight"] = torch.zeros(16, 65)
 
 
+def with_integers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.router.weight"] = tensors["model.layers.1.mlp.router.weight"].to(torch.int8)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "newer": (lambda folder: edit_settings(folder, version=3), "saved by a newer lte"),
     "cut short": (cut_short, "model.safetensors is corrupt or cut short"),
@@ -55,6 +59,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "wide router": (
         lambda folder: edit_weights(folder, with_a_wide_router),
         "router.weight must have shape [16, 64] by the config of",
+    ),
+    "integers": (
+        lambda folder: edit_weights(folder, with_integers),
+        "must hold weights as floating-point numbers, got model.layers.1.mlp.router.weight in I8",
     ),
     "expert size": (lambda folder: edit_settings(folder, expert_size=4), "expert_size must be one of 8, 16, 32, 64"),
     "other method": (
@@ -72,7 +80,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"hf_overrides": {"lte_target_sparsity": 0.5, "lte_threshold": 0.5}},
         "lte_threshold or lte_target_sparsity must be given, not both",
     ),
-    "int4": ({"hf_overrides": {"lte_weights": "int4"}}, "lte_weights must be one of native, int8"),
+    "int4": ({"hf_overrides": {"lte_weights": "int4"}}, "the kernels of 4 bits compute whole decoding steps"),
     "settings": ({"hf_overrides": {"lte": {"threshold": 0.4}}}, "hf-overrides must not replace the field lte"),
 }
 DTYPES = {"auto": "torch.float32", "bfloat16": "torch.bfloat16"}

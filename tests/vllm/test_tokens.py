@@ -38,12 +38,15 @@ VARIANTS = {
 DEPLOYMENTS: dict[str, dict[str, Any]] = {
     "chunked prefill": {"options": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}},
     "prefix caching": {"options": {"enable_prefix_caching": True, "block_size": 32}, "rounds": 2},
-    "n-gram drafts": {
+    "n-gram drafts": {  # together with both of the above
         "options": {
             "speculative_config": {
                 "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1
-            }
-        }
+            },
+            "max_num_seqs": 4, "max_num_batched_tokens": 16, "enable_chunked_prefill": True,
+            "enable_prefix_caching": True, "block_size": 32,
+        },
+        "rounds": 2,
     },
     "compiled": {"options": {"enforce_eager": False}},
     "threshold": {"options": {"hf_overrides": {"lte_threshold": 0.7}}},
@@ -132,7 +135,9 @@ def test_prefixes_are_reused(served: Any) -> None:
 
 
 def test_drafts_are_accepted(served: Any) -> None:
-    assert result_of(served, "n-gram drafts")[0]["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    metrics = result_of(served, "n-gram drafts")[0]["metrics"]
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert metrics["vllm:prefix_cache_hits"] >= 32
 
 
 def test_the_saving_is_counted(served: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from lte.config import LteConfig, check_expert_size
-from lte.files import folder_lock, sampled_sha256
+from lte.files import folder_lock, sampled_sha256, write_json_atomic
 from lte.hf.card import CARD_FILE
 from lte.hf.convert import neuron_order, permuted, require_dense
 from lte.hf.families import Family, block_name, dense_ffns
 from lte.hf.install import StockFfn, check_reachable, install_sparse_ffns_, new_router, num_neurons, wrapped_ffns
 from lte.hf.loading import become_sparse_, is_ours
+from lte.hf.rope_fields import rope_fields
 from lte.hf.streamed_activity import StreamedActivity
 from lte.hf.streaming import WORK_FOLDER, Checkpoint, StreamedFolder, by_block, open_checkpoint, saved_names
 from lte.hf.tensor_files import NewTensor
@@ -282,6 +284,12 @@ def _plan(command: str, checkpoint: Checkpoint, made: Any, settings: dict[str, A
     }
 
 
+def _add_rope_fields(file: Path) -> None:
+    """For programs that read a stock `config.json` by transformers 4."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    write_json_atomic(file, {**fields, **rope_fields(fields)})
+
+
 def _written(
     folder: StreamedFolder,
     checkpoint: Checkpoint,
@@ -296,6 +304,8 @@ def _written(
     def save(place: Path) -> list[str]:
         made.save_pretrained(place, state_dict={})
         (place / "model.safetensors").unlink(missing_ok=True)
+        if not is_ours(made):
+            _add_rope_fields(place / "config.json")
         tokenizer[:] = checkpoint.write_tokenizer(place)
         names = {path.name for path in place.iterdir() if path.is_file()} | set(tokenizer)
         own_card = (folder.output / CARD_FILE).is_file() or not is_ours(made)

@@ -26,6 +26,7 @@ from lte.vllm.meter import publish
 from lte.vllm.settings import ServeSettings, serve_settings
 
 OLDEST_GPU = 80
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def refuse_architecture(model_config: Any) -> None:
@@ -133,11 +134,20 @@ def check_device() -> None:
 
 
 def check_folder(folder: Path, hf_config: Any, settings: ServeSettings) -> None:
-    """Raises a `ValueError` unless the weight files are whole and hold every layer's router; reads headers alone."""
+    """Raises a `ValueError` unless the weight files are whole and hold every layer's router; it reads headers alone."""
     damaged = damaged_files(folder)
     if damaged:
         raise ValueError(f"{folder} must hold a whole model, got: {'; '.join(damaged)}")
-    shapes = {name: shape for name, shape in _shapes(sorted(folder.glob("model*.safetensors"))) if ".router." in name}
+    shapes = {}
+    for name, shape, dtype in _tensors(sorted(folder.glob("model*.safetensors"))):
+        # vLLM would take integers as the weights' values.
+        if dtype not in STORED_DTYPES:
+            raise ValueError(
+                f"{folder} must hold weights as floating-point numbers, got {name} in {dtype}; take the model that "
+                "they were made from"
+            )
+        if ".router." in name:
+            shapes[name] = shape
     rank, hidden = settings.config.router_rank, hf_config.hidden_size
     expected = {"weight": [settings.num_experts, rank or hidden], "bias": [settings.num_experts]}
     if rank:
@@ -154,11 +164,13 @@ def check_folder(folder: Path, hf_config: Any, settings: ServeSettings) -> None:
             )
 
 
-def _shapes(files: Iterable[Path]) -> Iterable[tuple[str, list[int]]]:
+def _tensors(files: Iterable[Path]) -> Iterable[tuple[str, list[int], str]]:
+    """Name, shape and dtype of all that files hold."""
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                yield name, list(tensors.get_slice(name).get_shape())
+                header = tensors.get_slice(name)
+                yield name, list(header.get_shape()), header.get_dtype()
 
 
 def keep_dtype_of_folders() -> None:

@@ -83,6 +83,11 @@ def serve_settings(hf_config: Any) -> ServeSettings:
         known = ", ".join(map(str, EXPERT_SIZES))
         raise ValueError(f"expert_size must be one of {known} for the kernels, got expert_size={config.expert_size}")
     weights = getattr(hf_config, "lte_weights", None) or "native"
+    if weights == "int4":
+        raise ValueError(
+            "lte_weights must be native or int8 in vLLM, got lte_weights=int4; the kernels of 4 bits compute whole "
+            "decoding steps, which vLLM takes itself: transformers decodes by them what torchao has rounded"
+        )
     check_choice("lte_weights", weights, WEIGHTS)
     threshold, fractions = _operating_point(hf_config, config)
     sparsity = 1 - sum(fractions) / len(fractions) if fractions else None
