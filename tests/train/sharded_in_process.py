@@ -121,7 +121,8 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     if "zero" in case:
         settings = {"zero_optimization": {"stage": case["zero"]}, "zero_force_ds_cpu_optimizer": False}
         settings |= dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
-        path = root / f"zero{case['zero']}.json"
+        # Of its own: the others would read what this process has not written whole yet.
+        path = root / f"zero{case['zero']}_{dist.get_rank()}.json"
         root.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**settings, "gradient_clipping": "auto"}))
         os.environ.update({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
