@@ -1,9 +1,10 @@
-"""FSDP2 and DDP over two processes (gloo, CPU) do what one does with twice the batch, and go on from each other."""
+"""FSDP2, ZeRO and DDP over two processes (gloo, CPU) do what one does with twice the batch, and the other way round."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lte.train.sharding import check_kind, prepare_deepspeed_, prepare_fsdp_
+from lte.train.sharding import OLDEST_DEEPSPEED, check_kind, prepare_deepspeed_, prepare_fsdp_
+from lte.train.universal import is_of_other_processes, make_universal
 from tests.processes import made_once, run_forked
 from tests.train.toy import trainer_of
 
@@ -121,7 +123,12 @@ def test_deepspeed_does_what_one_process_does(roots: dict[int, Path], tmp_path: 
     cases = [{**CASES[1], "name": f"zero{stage}", "zero": stage} for stage in (2, 3)]
     cases += [{**METHOD, "name": "zero3_method", "zero": 3}, {**LORA, "name": "zero3_lora", "zero": 3}]
     cases += [{"train": {**FEW, **NARROW}, "name": f"zero{stage}_bf16", "zero": stage} for stage in (2, 3)]
-    launch(2, tmp_path, [{name: value for name, value in case.items() if name != "fsdp"} for case in cases])
+    # Of stage 2 and of stage 1; one process goes on.
+    again = [{**cases[0], "name": "cut2", "stop_at": 5}, {**cases[1], "name": "cut3", "stop_at": 3}]
+    cases = [{name: value for name, value in case.items() if name != "fsdp"} for case in (*cases, *again)]
+    launch(2, tmp_path, cases)
+    goes_on = {"stop_at": None, "resume": True}
+    launch(1, tmp_path, [{**cut, "name": f"on{cut['zero']}", "folder": cut["name"], **goes_on} for cut in cases[-2:]])
     for wanted, name in ((found_by(roots[1], "method"), "method"), (found_by(roots[2], "lora"), "lora")):
         found = found_by(tmp_path, f"zero3_{name}")
         check_same(wanted, {**found, "decisions": found["made_decisions"]})
@@ -138,6 +145,9 @@ def test_deepspeed_does_what_one_process_does(roots: dict[int, Path], tmp_path: 
         # Of ZeRO-3 the model that the first process gets: the sharded one runs in all processes at once.
         check_same(one, {**two, "decisions": two["decisions" if stage == 2 else "made_decisions"]})
         assert any(name.startswith("checkpoint-6/global_step") for name in two["files"])
+        resumed = found_by(tmp_path, f"on{stage}")
+        check_same(one, {**resumed, "decisions": resumed["decisions" if stage == 2 else "made_decisions"]})
+        assert not any("universal" in name for name in resumed["files"])
 
 
 @pytest.mark.slow
@@ -194,12 +204,28 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
     (newest / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(ValueError, match=r"must be sharded as it was, got a model that is whole in each process where"):
         check_kind(newest, None)
-    (newest / "pytorch_model_fsdp_0").rmdir()
-    (newest / "global_step6").mkdir()
+
+
+def test_a_checkpoint_that_deepspeed_cannot_convert_names_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = tmp_path / "global_step6"
+    shards.mkdir()
+    assert not is_of_other_processes(tmp_path)
     for rank in range(2):
-        (newest / "global_step6" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(ValueError, match=r"num_processes must stay what it was with DeepSpeed, .* got 1 where .* by 2"):
-        check_kind(newest, "DeepSpeed")
+        (shards / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    assert is_of_other_processes(tmp_path)
+    (tmp_path / "global_step6_universal").mkdir()
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ValueError, match=r"num_processes must stay what it was .* got 1 where .* by 2, .* launch 2"):
+        make_universal(tmp_path)
+    assert list(tmp_path.iterdir()) == [shards]
+
+
+def test_older_versions_of_deepspeed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9.5")
+    with pytest.raises(ValueError, match=r"deepspeed must be of version .* or newer, got deepspeed=0.9.5; pip install"):
+        prepare_deepspeed_(SimpleNamespace(deepspeed_config={}))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +233,10 @@ def test_checkpoints_of_another_kind_of_shards_are_refused(tmp_path: Path) -> No
     [({"bf16": {"enabled": True}}, False), ({"bf16": {"enabled": False}}, True),
      ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": False}}, True)],
 )  # fmt: skip
-def test_deepspeed_trains_in_bf16_by_autocast_unless_its_config_says_how(given: dict[str, Any], kept: bool) -> None:
+def test_deepspeed_trains_in_bf16_by_autocast_unless_its_config_says_how(
+    given: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: OLDEST_DEEPSPEED)
     plugin = SimpleNamespace(deepspeed_config=dict(given))
     prepare_deepspeed_(plugin)
     autocast = {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}

@@ -27,6 +27,7 @@ from lte.train.routing_loss import AnyTrainer
 from lte.train.schedule import Schedule
 from lte.train.sharding import widen_routers_, zero_moments_
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
+from lte.train.universal import discard_universal, settle_universal_
 
 MOST_SKIPPED = 10
 """Steps in a row that may be left out."""
@@ -61,6 +62,7 @@ class RoutingControl(AnyTrainer):
     skipped_steps = 0
     skipped_in_row = 0
     _resumed: Path | None
+    _reads_universal: bool
     _fingerprint: dict[str, Any] | None
     _task_terms: dict[str, Tensor]
 
@@ -134,6 +136,11 @@ class RoutingControl(AnyTrainer):
             self.prepare_routing()
         self._enter(self.schedule.stage_at(self.state.global_step))
         if self._resumed is not None:
+            if self._reads_universal:
+                settle_universal_(self.deepspeed, self.optimizer, self._resumed)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    discard_universal(self._resumed)
             self.load_control_state(self._resumed)
 
     def begin_step(self) -> None:

@@ -70,6 +70,7 @@ from lte.train.routing_control import RoutingControl
 from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
 from lte.train.sharding import ShardKind, check_kind, prepare_deepspeed_, prepare_fsdp_
 from lte.train.sparsity_controller import EtaController
+from lte.train.universal import is_of_other_processes, make_universal, read_universal_
 
 # In so many tokens of training data a label is looked for.
 LABEL_TOKENS = 1 << 16
@@ -158,6 +159,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self._evaluated: list[tuple[Tensor, Tensor]] | None = None
         self._chunked: ChunkedLoss | None = None
         self._resumed: Path | None = None
+        self._reads_universal = False
         self._fingerprint: dict[str, Any] | None = None
         compiled = self.routing.compile_layers
         self._language_terms = torch.compile(language_terms) if compiled else language_terms
@@ -529,7 +531,7 @@ class RoutingMixin(RoutingLoss, RoutingControl):
 
     def _begin(self, wanted: str | bool | None, held: ExitStack) -> Path | None:
         """Takes the folder, cleans it, and looks for what to go on from: the first process does, for all of them."""
-        found: list[Any] = [None, None]
+        found: list[Any] = [None, None, False]
         if self.is_world_process_zero():
             folder, writes = Path(str(self.args.output_dir)), self.args.save_strategy != "no"
             try:
@@ -541,6 +543,10 @@ class RoutingMixin(RoutingLoss, RoutingControl):
                 found[0] = resume_point(folder, wanted, self._fingerprint) if wanted else None
                 if found[0] is not None:
                     check_kind(found[0], self._shard_kind)
+                    found[2] = is_of_other_processes(found[0])
+                    if found[2]:
+                        with explained_write_errors(found[0]):
+                            make_universal(found[0])
                 if writes:
                     clean_up(folder)
             except (ValueError, OSError) as error:
@@ -551,6 +557,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             broadcast_object_list(found)
         if found[1] is not None:
             raise found[1]
+        self._reads_universal = found[2]
+        if self.is_deepspeed_enabled:
+            read_universal_(self.accelerator.state.deepspeed_plugin, found[2])
         return found[0]
 
     def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
