@@ -181,7 +181,7 @@ def train(args: argparse.Namespace, kind: str, sparse: bool) -> dict[str, Any]:
         trainer = lte.LteTrainer(
             model, arguments, train_dataset=rows, teacher=teacher, peft_config=adapters, callbacks=[clock]
         )
-        with float32_products(config):
+        with float32_products(config, trainer.model, teacher):
             trainer.train()
     active = {
         entry["stage"]: entry["active_fraction"] for entry in trainer.state.log_history if "active_fraction" in entry

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+import lte
 from lte.train import processes
 from lte.train.config import TrainConfig
 from lte.train.processes import float32_products, launched
 from tests.cli.conftest import run
+from tests.tiny_models import tiny_dense_model
 
 __all__ = ["run"]
 
@@ -33,6 +35,27 @@ def test_tf32_ends_with_the_training() -> None:
     assert torch.get_float32_matmul_precision() == before == "highest"
     with float32_products(TrainConfig()):
         assert torch.get_float32_matmul_precision() == before
+
+
+def test_angles_of_rotary_embeddings_stay_exact_beside_tf32() -> None:
+    """In TF32 there are no whole numbers above 2048 but even ones, which positions are."""
+    model = lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8))
+    seen: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("rotary_emb", "router")):
+            forward = module.forward
+
+            def noting(*args: Any, name: str = name, forward: Any = forward, **kwargs: Any) -> Any:
+                seen[name.rpartition(".")[2]] = torch.get_float32_matmul_precision()
+                return forward(*args, **kwargs)
+
+            module.forward = noting  # type: ignore[method-assign]
+    for tf32, found in ((True, "high"), (False, "highest")):
+        with float32_products(TrainConfig(tf32=tf32), model, None):
+            model(torch.ones(1, 4, dtype=torch.long))
+        assert seen == {"rotary_emb": "highest", "router": found}
+    model(torch.ones(1, 4, dtype=torch.long))
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(

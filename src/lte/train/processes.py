@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lte.train.config import TrainConfig
 
@@ -97,12 +99,36 @@ def end_for_all(error: BaseException) -> None:
 
 
 @contextmanager
-def float32_products(config: TrainConfig) -> Iterator[None]:
-    """TF32 products on the GPU where the config takes them; what follows, measuring say, is as it was."""
+def float32_products(config: TrainConfig, *models: nn.Module | None) -> Iterator[None]:
+    """TF32 products on the GPU where the config takes them; what follows, measuring say, is as it was.
+
+    The angles of rotary embeddings stay exact. transformers computes them as a product of frequencies and positions, of
+    which TF32 keeps 11 bits where a GPU computes it in that: positions above 2048 are no longer told apart
+    (https://github.com/huggingface/transformers/issues/48428).
+
+    Args:
+        config: the settings.
+        models: all that run meanwhile.
+    """
     before = torch.get_float32_matmul_precision()
+    hooks: list[RemovableHandle] = []
     if config.trains_in_tf32:
         torch.set_float32_matmul_precision("high")
+        called = [model for model in models if model is not None]
+        hooks = [hook for model in called for module in model.modules() for hook in _exact_angles(module)]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         torch.set_float32_matmul_precision(before)
+
+
+def _exact_angles(module: nn.Module) -> tuple[RemovableHandle, ...]:
+    """Hooks around what computes a rotary embedding's angles; none for other modules."""
+    if not any("inv_freq" in name for name, _ in module.named_buffers(recurse=False)):
+        return ()
+    return (
+        module.register_forward_pre_hook(lambda *_: torch.set_float32_matmul_precision("highest")),
+        module.register_forward_hook(lambda *_: torch.set_float32_matmul_precision("high"), always_call=True),
+    )

@@ -85,7 +85,7 @@ def train_two_stage(
         collator = few_widths(collator)
     if config.count_prompts:
         collator = PromptsCounted(collator)
-    with float32_products(config):
+    with float32_products(config, model, teacher):
         trainer = LteTrainer(
             model,
             training_arguments(config, output, len(train_dataset), stages),  # type: ignore[arg-type]
