@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lte.ops import dispatch
 from lte.ops.arguments import FfnWeights, Routing
-from lte.ops.dispatch import FfnRunner, kernel_names, masked_ffn
+from lte.ops.dispatch import FfnRunner, kernel_names, masked_ffn, warm_up_tokens
 from lte.ops.layout import stack_inputs
 from lte.ops.paths import BreakEven, FfnKind
 from lte.ops.reference import sparse_ffn_reference
@@ -186,7 +186,7 @@ class _Noting:
 def test_after_the_warm_up_no_number_of_tokens_launches_another_kernel(
     given: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lte.ops import prefill_kernels, prefill_launch
+    from lte.ops import paths, prefill_kernels, prefill_launch
 
     noted: list[Any] = []
     names = ("skinny_product_kernel", "masked_activation_kernel", "list_tokens_kernel", "grouped_kernel")
@@ -195,20 +195,31 @@ def test_after_the_warm_up_no_number_of_tokens_launches_another_kernel(
     # The tables of this architecture have all the kernels.
     monkeypatch.setattr(prefill_launch, "architecture", lambda device: 90)
     monkeypatch.setattr(prefill_launch, "SKINNY_MIN_ROWS", 1)
-    monkeypatch.setattr(dispatch, "choose_path", lambda kind, tokens, share: "masked" if tokens <= 300 else "grouped")
     x = states(1400, torch.bfloat16)
     plain = runner(x[:2])
     parts = stack_inputs(plain.weights.up, plain.weights.gate, plain.routing.weight)
     weights = FfnWeights(up=parts.up, gate=parts.gate, down=plain.weights.down, stacked=parts.stacked)
-    run = FfnRunner(weights, Routing(weight=parts.router, bias=plain.routing.bias), "silu", 0.5)
+    kind = dispatch.ffn_kind(weights.up, weights.gate, 90)
+    rows = (BreakEven(tokens=300), BreakEven(tokens=2**31, grouped=0.6))
+    monkeypatch.setitem(paths.MEASURED, kind, rows)  # type: ignore[arg-type]
+    routing = Routing(weight=parts.router, bias=plain.routing.bias)
     logits = torch.zeros(len(x), EXPERTS, device=DEVICE) if given else None
-    run.warm_up(x, logits)
+    # The first layer, whose experts are nearly all active, takes no grouped product, and the second one does.
+    layers = [FfnRunner(weights, routing, "silu", fraction, 90) for fraction in (0.9, 0.5)]
+    done = set[Any]()
+    for layer in layers:
+        layer.warm_up(x[: warm_up_tokens(len(x))[-1]], logits, done)
     warm = list(noted)
     assert {name for name, _ in warm} == set(names)
-    for tokens in range(1, len(x) + 1, 7):
-        run.run_on_gpu(x[:tokens], run.routing if logits is None else Routing(logits=logits[:tokens]))
-    assert len(noted) > 2 * len(warm)
+    for layer in layers:
+        for tokens in range(1, len(x) + 1, 7):
+            layer.run_on_gpu(x[:tokens], routing if logits is None else Routing(logits=logits[:tokens]))
+    assert len(noted) > 4 * len(warm)
     assert [launch for launch in noted if launch not in warm] == []
+    noted.clear()
+    layers[1].warm_up(x, logits, done)  # as after weights are loaded again
+    assert noted == []
+    assert len(warm_up_tokens(2**17)) < 64
 
 
 def test_names() -> None:

@@ -86,23 +86,24 @@ class FfnRunner:
             run = self._launches[len(x)] = self._launch(x, routing)
         return run(x)
 
-    def warm_up(self, x: Tensor, logits: Tensor | None = None) -> None:
+    def warm_up(self, x: Tensor, logits: Tensor | None = None, done: set[Hashable] | None = None) -> None:
         """Computes once what of the kernels the first rows of x take, however many, so that no later call compiles.
 
         Args:
-            x: hidden states [T, D] on a GPU, as many as a call may have.
+            x: hidden states [T, D] on a GPU, the last of `warm_up_tokens` for the most that a call may have.
             logits: [T, E], as for a call.
+            done: kernels that FFNs of the same shapes and dtypes were warmed up with; those of this one are added.
         """
         from lte.ops import prefill
 
-        seen = set[Hashable]()
-        for tokens in range(1, len(x) + 1):
+        done = set() if done is None else done
+        for tokens in warm_up_tokens(len(x)):
             part, path = x[:tokens], self._path(tokens)
             routing = self.routing if logits is None else self._given(logits[:tokens])
             # Of few tokens each number is a kernel of its own.
             variant = tokens if path == "decode" else prefill.variant(part, self.weights, routing, path)
-            if (path, variant) not in seen:
-                seen.add((path, variant))
+            if (path, variant) not in done:
+                done.add((path, variant))
                 self.run_on_gpu(part, routing)
 
     def _given(self, logits: Tensor) -> Routing:
@@ -134,6 +135,14 @@ class FfnRunner:
         # Without the kernel int8 weights are expanded at every call.
         expected = 0.0 if self.weights.up_scale is not None else self.active_fraction
         return cpu_kernel_wins(dtype, tokens, 1.0 if expected is None else expected)
+
+
+def warm_up_tokens(most: int) -> list[int]:
+    """Numbers of tokens, of 1 to `most`, that take all the kernels which any of these numbers takes; in order."""
+    from lte.ops import paths, prefill_launch
+
+    firsts = {last + 1 for last in paths.last_tokens() | prefill_launch.last_tokens()}
+    return sorted(tokens for tokens in firsts.union(range(1, MAX_TOKENS + 1)) if tokens <= most)
 
 
 def ffn_kind(up: Tensor, gate: Tensor | None, arch: int) -> FfnKind:

@@ -84,6 +84,11 @@ MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
 }
 
 
+def last_tokens(table: Table = MEASURED) -> set[int]:
+    """Numbers of tokens after which the next number may take another path, beyond those that decode takes."""
+    return {row.tokens for rows in table.values() for row in rows}
+
+
 def expected_union(tokens: int, active_fraction: float) -> float:
     """The share of experts that at least one of T tokens needs, if tokens choose independently."""
     return 1 - (1 - active_fraction) ** tokens

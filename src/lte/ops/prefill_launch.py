@@ -85,6 +85,8 @@ _ACTIVATION: tuple[tuple[int, ActivationTiles], ...] = (
     (2**31, ActivationTiles(block_t=1, block_f=1024, warps=2, skip=True)),
 )
 
+# An expert is expected to get one token of so many.
+_TOKENS_FOR_ONE = 10
 # (architecture, bytes per number) -> (up to as many tokens per expert, tiles); an architecture without rows takes
 # those of the next older.
 _GROUPED_16 = (
@@ -110,6 +112,15 @@ _SKINNY: dict[tuple[int, int], tuple[tuple[int, SkinnyTiles | None], ...]] = {
 SKINNY_MIN_ROWS = 16384
 
 
+def last_tokens() -> set[int]:
+    """Numbers of tokens after which the next number may take another kernel, for each device and dtype."""
+    grouped = {_TOKENS_FOR_ONE * limit for rows in _GROUPED.values() for limit, _ in rows}
+    skinny = {limit for rows in _SKINNY.values() for limit, tiles in rows if tiles is not None}
+    # The room of a program of `skinny_product_kernel` grows by powers of two.
+    powers = {2**power for power in range(max(skinny).bit_length())}
+    return {limit for limit, _ in _ACTIVATION} | grouped | skinny | powers
+
+
 def activation_tiles(tokens: int) -> ActivationTiles:
     """The tiles for T tokens."""
     return next(tiles for limit, tiles in _ACTIVATION if tokens <= limit)
@@ -126,9 +137,9 @@ def fit_activation(tiles: ActivationTiles, tokens: int, experts: int, expert_siz
 
 
 def grouped_tiles(x: Tensor) -> GroupedTiles:
-    """The tiles for x [T, D]; an expert is expected to get a tenth of the tokens."""
+    """The tiles for x [T, D]."""
     arch = max((known for known, _ in _GROUPED if known <= architecture(x.device)), default=80)
-    return next(tiles for limit, tiles in _GROUPED[arch, x.element_size()] if len(x) / 10 <= limit)
+    return next(tiles for limit, tiles in _GROUPED[arch, x.element_size()] if len(x) <= _TOKENS_FOR_ONE * limit)
 
 
 def fit_grouped(tiles: GroupedTiles, hidden: int) -> GroupedTiles:

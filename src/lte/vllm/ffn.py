@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lte.ops.arguments import FfnWeights, Routing
-from lte.ops.dispatch import FfnRunner, prepare
+from lte.ops.dispatch import FfnRunner, prepare, warm_up_tokens
 from lte.ops.layout import by_neuron, stack_inputs
 from lte.ops.quantize import quantize_rows
 from lte.ops.reference import active_experts
@@ -115,7 +116,8 @@ class SparseMlp(nn.Module):
 
     Attributes:
         runner: what computes it, once the weights are loaded.
-        warm_up_tokens: for how many tokens of a step, at most, the kernels are compiled then; no request waits for it.
+        most_tokens: of a step; for 1 to as many the kernels are compiled then, so that no request waits for it.
+        warmed_up: the kernels that are compiled already; one set for all FFNs of a model.
     """
 
     def __init__(self, stock: nn.Module, names: ServedFfn, settings: ServeSettings, place: Place, meter: Meter):
@@ -139,7 +141,8 @@ class SparseMlp(nn.Module):
         self.router = ServedRouter(down.output_size, settings, self.tp_rank, self.tp_size)
         self.quant_method = _LayOut()
         self.runner: FfnRunner | None = None
-        self.warm_up_tokens = 0
+        self.most_tokens = 0
+        self.warmed_up = set[Hashable]()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -178,10 +181,11 @@ class SparseMlp(nn.Module):
             kept = torch.zeros(MOST_TOKENS, width, dtype=self.dtype, device=router.bias.device)
             self.meter.add(self.place.layer, kept, self.active)
         _FFNS[router.bias.data_ptr()] = self
-        if self.warm_up_tokens:
-            x = torch.zeros(self.warm_up_tokens, weights.down.shape[1], dtype=self.dtype, device=router.bias.device)
-            self.runner.warm_up(x, self.logits(x))
-            self.warm_up_tokens = 0
+        if self.most_tokens:
+            x = torch.zeros(
+                warm_up_tokens(self.most_tokens)[-1], weights.down.shape[1], dtype=self.dtype, device=router.bias.device
+            )
+            self.runner.warm_up(x, self.logits(x), self.warmed_up)
 
     def _biases(self) -> dict[str, Tensor | None]:
         up, down = getattr(self, self.names.up).bias, getattr(self, self.names.down).bias

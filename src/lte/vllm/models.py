@@ -6,7 +6,7 @@ asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -45,9 +45,11 @@ class LteServing:
         capturing = torch.empty(0).is_cuda and not model_config.enforce_eager
         self.meter = Meter(vllm_config.instance_id, model_config.hf_config.num_hidden_layers, capturing)
         self.sparse_ffns = install_(self, self.served, settings, model_config.hf_config, self.meter)  # type: ignore[arg-type]
-        if torch.empty(0).is_cuda and self.sparse_ffns:
-            # All layers are alike: what is compiled for the first one serves them all.
-            self.sparse_ffns[0].warm_up_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        if torch.empty(0).is_cuda:
+            # Layers have the same shapes, but a path is chosen by the sparsity of each.
+            warmed_up = set[Hashable]()
+            for ffn in self.sparse_ffns:
+                ffn.most_tokens, ffn.warmed_up = vllm_config.scheduler_config.max_num_batched_tokens, warmed_up
         self._settings, self._told = settings, False
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
