@@ -78,14 +78,26 @@ def test_both_ways_of_every_family(model_type: str, tmp_path: Path) -> None:
 
 
 def test_a_scaled_rotary_embedding_is_one_of_transformers_4_too(tmp_path: Path) -> None:
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
-    scaling = {**rope, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    model = lte.sparsify_(tiny_dense_model("llama", rope_parameters=dict(scaling)), CONFIG)
-    model.save_pretrained(tmp_path / "sparse")
-    densify_folder(tmp_path / "sparse", tmp_path / "back")
-    fields = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert fields["rope_theta"] == scaling.pop("rope_theta")
-    assert fields["rope_scaling"] == scaling
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 32
+    long: dict[str, Any] = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for model_type, scaling, wanted in (
+        ("llama", llama3, llama3),
+        # Which takes no field more, and no other name.
+        ("phi3", {"rope_type": "longrope", **long}, {"type": "longrope", **long}),
+    ):
+        rope, own = {**scaling, "rope_theta": 500000.0}, {"original_max_position_embeddings": 32}
+        dense = tiny_dense_model(model_type, rope_parameters=rope, **(own if model_type == "phi3" else {}))
+        sparse, back = tmp_path / model_type, tmp_path / f"{model_type}-back"
+        lte.sparsify_(dense, CONFIG).save_pretrained(sparse)
+        densify_folder(sparse, back)
+        fields = json.loads((back / "config.json").read_text())
+        assert fields["rope_theta"] == 500000.0
+        assert fields["rope_scaling"] == wanted
+        # transformers 5 must read the same as without them; it keeps the older name beside its own.
+        found = AutoConfig.from_pretrained(back).rope_parameters
+        found.pop("type", None)
+        assert found == AutoConfig.from_pretrained(sparse).rope_parameters
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,19 @@ def rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:
         local = rope.get("sliding_attention") or {}
         return {**_fields(rope["full_attention"], _USUAL), "rope_local_base_freq": local.get("rope_theta")}
-    return _fields(rope, _NAMES.get(str(config.get("model_type")), _USUAL))
+    found = _fields(rope, _NAMES.get(str(config.get("model_type")), _USUAL))
+    if config.get("model_type") == "phi3" and "rope_scaling" in found:
+        found["rope_scaling"] = _of_phi3(found["rope_scaling"], config)
+    return found
+
+
+def _of_phi3(scaling: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Phi-3 in version 4 takes three fields alone, and the type by its older name; with others it is refused there."""
+    lists: dict[str, Any] = {name: scaling[name] for name in ("short_factor", "long_factor") if name in scaling}
+    # This one version 4 reads from the config itself.
+    length = "original_max_position_embeddings"
+    kept_elsewhere = {"rope_type", "type"} | ({length} if scaling.get(length) == config.get(length) else set())
+    return {"type": scaling["rope_type"], **lists} if scaling.keys() <= lists.keys() | kept_elsewhere else scaling
 
 
 def _fields(rope: Mapping[str, Any], names: tuple[str, str]) -> dict[str, Any]:
