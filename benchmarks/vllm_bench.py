@@ -416,7 +416,7 @@ def vllm_version() -> str:
 
 
 def write_record(output: Path | None, rows: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
-    """Writes what is there, as a lent machine may go."""
+    """Writes the rows so far, as a long run may be cut short."""
     if output is not None:
         record = {**environment(), "vllm": vllm_version(), "rows": rows}
         record |= {"failed": failed} if failed else {}

@@ -209,8 +209,15 @@ def test_a_resumed_run_keeps_its_text(
     assert "a resumed run must keep its data and settings, got some that differ: training_data=(" in result.stderr
     assert not (output / "config.json").exists()
     write("some text")
-    assert run("train", "--resume", "--output", output).exit_code == 0
-    assert same(state(output), state(tmp_path / "whole"))
+    # A refused batch size is not kept; another one with as many rows in a step goes on.
+    refused = run("train", "--resume", "--output", output, "--batch-size", "2")
+    assert "some that differ: rows_per_pass=2 where it began with rows_per_pass=4" in refused.stderr
+    assert (output / "run.yaml").read_text().startswith("batch_size: 4")
+    halves = ["--batch-size", "2", "--gradient-accumulation-steps", "2"]
+    assert run("train", "--resume", "--output", output, *halves).exit_code == 0
+    assert (output / "run.yaml").read_text().startswith("batch_size: 2")
+    for name, tensor in state(tmp_path / "whole").items():
+        torch.testing.assert_close(state(output)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_has_one_resume_point_and_says_so_if_that_is_damaged(
@@ -312,6 +319,8 @@ def test_a_resumed_run_keeps_its_settings(run: Callable[..., Any], trained: Any)
     # Other processes share a step's rows otherwise.
     values = {"resume": True, "output": str(trained[0]), "batch_size": 2, "gradient_accumulation_steps": 2}
     assert merge_settings(values, None)["batch_size"] == 2
+    # Versions before had another default.
+    assert merge_settings({**values, "tf32": False}, None)["tf32"] is False
 
 
 def test_an_adapter_is_no_model_to_start_from(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_gpu_need_not_hold_what_lies_on_the_cpu(
     )
     said = Console(file=io.StringIO(), width=1000)
     settings: Any = SimpleNamespace(stages=(1, 2))
-    TrainWatcher(settings, work, tmp_path, None, said, lambda: None).before_training(model, None, train)
+    TrainWatcher(settings, work, tmp_path, None, said, lambda: None, False).before_training(model, None, train)
     text = said.file.getvalue()  # type: ignore[attr-defined]
     assert ("This GPU has" in text) == told
     assert ("weights, gradients and moments of it are the CPU's" in text) != told

@@ -51,6 +51,8 @@ RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
 # Other processes take their parts of a step otherwise; the trainer holds the rows of a step where they are as many.
 FREE_ON_RESUME |= {"batch_size", "gradient_accumulation_steps"}
+# A run of a version whose default was another one can go on as it began.
+FREE_ON_RESUME |= {"tf32"}
 # A miss of the target by more than this is worth a hint.
 TOLERANCE = 0.02
 
@@ -253,7 +255,8 @@ def execute(
     measured = data.validation_split if "validation_split" in (settings.changed or ()) else None
     work = workload_of(task, data, tokenizer, settings.train.batch_size, (data.split, measured))
     begin = partial(write_run_file, output, values) if is_main_process() else lambda: None
-    told = TrainWatcher(settings, work, output, run.save_dtype, console, begin)
+    goes_on = run.resume and (output / RUN_FILE).exists()
+    told = TrainWatcher(settings, work, output, run.save_dtype, console, begin, goes_on)
     place = output / CHECKPOINTS
     with shown_on(console) if is_main_process() else nullcontext():
         model, summary = make_model(settings, work, place, resume=run.resume, watcher=told, adapters=output)

@@ -41,6 +41,7 @@ class TrainWatcher(Watcher):
         save_dtype: of the saved model, `None` for that of its weights.
         console: for what it says; of other processes than the first a quiet one.
         begin: is called when the training begins.
+        goes_on: whether it is that of a run which began before.
 
     Attributes:
         before: what a result record says of the model before training.
@@ -54,9 +55,10 @@ class TrainWatcher(Watcher):
         save_dtype: str | None,
         console: Console,
         begin: Callable[[], object],
+        goes_on: bool,
     ):
         self.settings, self.work, self.output, self.save_dtype = settings, work, output, save_dtype
-        self.console, self.begin = console, begin
+        self.console, self.begin, self.goes_on = console, begin, goes_on
         self.before: dict[str, Any] = {}
         self._start = time.monotonic()
         self._measured_s: float | None = None
@@ -108,8 +110,14 @@ class TrainWatcher(Watcher):
             measured_s=self._measured_s,
         )
         # A mistake until here leaves nothing in the folder.
-        self.begin()
+        if not self.goes_on:
+            self.begin()
         return train
+
+    def steps_begin(self) -> None:
+        """Begins a run that goes on: another batch size, say, may be refused until here."""
+        if self.goes_on:
+            self.begin()
 
     def steps_measured(self, step_s: float, steps: int) -> None:
         """Says how long the whole run will take."""

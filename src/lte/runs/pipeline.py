@@ -76,6 +76,9 @@ class Watcher:
         """The method is applied; returns how to train."""
         return train
 
+    def steps_begin(self) -> None:
+        """The trainer has taken all settings, and the checkpoint of a resumed run with them."""
+
     def steps_measured(self, step_s: float, steps: int) -> None:
         """The first steps have run: seconds of one, and how many are to come."""
 
@@ -137,7 +140,7 @@ def make_model(
         calibration_dataset=work.calibration,
         data_collator=work.collator,
         resume=resume,
-        callbacks=[StepTimes(watcher.steps_measured)],
+        callbacks=[StepTimes(watcher.steps_measured, begin=watcher.steps_begin)],
     )
     if is_in_shards(trained):
         model = gathered(trained) if trained is model else merge_sharded_lora(trained, adapters or folder)

@@ -65,17 +65,21 @@ class StepTimes(TrainerCallback):
     Args:
         tell: is called with the seconds of a step and how many are to come.
         after: steps of this training until then; in a shorter one nothing is told.
+        begin: is called before the first one.
     """
 
     # The first steps compile, and fill caches.
     SKIPPED = 3
 
-    def __init__(self, tell: Callable[[float, int], object], after: int = 10):
-        self.tell, self.after = tell, after
+    def __init__(
+        self, tell: Callable[[float, int], object], after: int = 10, begin: Callable[[], object] = lambda: None
+    ):
+        self.tell, self.after, self.begin = tell, after, begin
         self.times: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.clear()
+        self.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if len(self.times) > self.after:
