@@ -142,7 +142,11 @@ def test_a_set_that_fails_leaves_the_others(
     monkeypatch.setattr("lte.runs.question_sets._scores", missing)
     again = answer_questions(*given, settings, kept=kept)
     assert again["harness"] == {"toy_choice": {"task": "toy_choice"}, **found["harness"]}
-    for other in (replace(kept, fingerprint="two"), replace(kept, file=tmp_path / "none.json")):
+    # Scores of a log-softmax in the model's own dtype, as they were kept before, are not taken.
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps({"of": f"one {settings}", "scores": found["harness"]}))
+    others = (replace(kept, fingerprint="two"), replace(kept, file=tmp_path / "none.json"), replace(kept, file=before))
+    for other in others:
         assert answer_questions(*given, settings, kept=other)["harness"]["toy_group"] == {"task": "toy_group"}
 
 

@@ -62,7 +62,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "integers": (
         lambda folder: edit_weights(folder, with_integers),
-        "must hold weights as floating-point numbers, got model.layers.1.mlp.router.weight in I8",
+        "must hold weights in F64, F32, F16, BF16, got model.layers.1.mlp.router.weight in I8",
     ),
     "expert size": (lambda folder: edit_settings(folder, expert_size=4), "expert_size must be one of 8, 16, 32, 64"),
     "other method": (

@@ -137,7 +137,8 @@ class KeptAnswers:
         write_json_atomic(self.file, {"of": self._key(settings), "scores": scores})
 
     def _key(self, settings: HarnessSettings) -> str:
-        return f"{self.fingerprint} {settings}"
+        # Log-likelihoods were those of the model's own dtype before: such scores do not stand beside these.
+        return f"{self.fingerprint} {settings} float32"
 
 
 def answer_questions(

@@ -143,7 +143,7 @@ def check_folder(folder: Path, hf_config: Any, settings: ServeSettings) -> None:
         # vLLM would take integers as the weights' values.
         if dtype not in STORED_DTYPES:
             raise ValueError(
-                f"{folder} must hold weights as floating-point numbers, got {name} in {dtype}; take the model that "
+                f"{folder} must hold weights in {', '.join(STORED_DTYPES)}, got {name} in {dtype}; take the model that "
                 "they were made from"
             )
         if ".router." in name:
