@@ -13,7 +13,8 @@ sizes alone, and for their prompts of up to 512 tokens. `throughput` and `serve`
 
 Every row carries what was measured of the routing, which model runner of vLLM ran it, and the time over the dense
 model's; the record carries the versions and the device. vLLM 0.24 runs some stock families by another model runner than
-ours: `VLLM_USE_V2_MODEL_RUNNER=0` (or 1) in the environment has both run by the same.
+ours: `VLLM_USE_V2_MODEL_RUNNER=0` (or 1) in the environment has both run by the same. `--tensor-parallel 2` has each
+engine, dense and sparse, on so many GPUs.
 """
 
 from __future__ import annotations
@@ -140,6 +141,7 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "enforce_eager": job["eager"],
+        "tensor_parallel_size": job["tensor_parallel"],
     }
     if job["cuda"]:
         # A given size of the cache saves the profiling of memory, and so much of the start.
@@ -268,6 +270,7 @@ def cli_flags(job: dict[str, Any]) -> list[str]:
     """The flags that dense and sparse engines of `vllm bench` share."""
     most = job["input_len"] + job["output_len"] + 16
     flags = ["--model", job["folder"], "--dtype", job["dtype"], "--max-model-len", str(most)]
+    flags += ["--tensor-parallel-size", str(job["tensor_parallel"])]
     return [*flags, "--no-enable-prefix-caching", *(["--enforce-eager"] if job["eager"] else [])]
 
 
@@ -349,6 +352,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each model, dense and sparse")
     parser.add_argument("--eager", action="store_true", help="no graphs and no compilation, for a dry run")
     parser.add_argument("--work", type=Path, default=Path("vllm_bench"), help="folder for the models that it writes")
     parser.add_argument("--output", type=Path)
@@ -377,7 +381,8 @@ def main() -> None:
         measure_latency()
         return
     names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
-    common = {**{name: getattr(arguments, name) for name in names}, "cuda": torch.cuda.is_available()}
+    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel")}
+    common["cuda"] = torch.cuda.is_available()
     dtype = getattr(torch, arguments.dtype)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
     work.mkdir(parents=True, exist_ok=True)
@@ -396,7 +401,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for job in jobs:
-        own = {key: job[key] for key in ("group", "model", "sparsity", "dtype", "input_len", "output_len")}
+        kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel")
+        own = {key: job[key] for key in kept}
         try:
             for row in measure(job, arguments, workers):
                 rows.append({**own, **row})
