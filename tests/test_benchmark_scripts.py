@@ -501,6 +501,32 @@ class TestSpeculation:
         assert module.place_of_difference(torch.tensor([1, 2]), torch.tensor([1, 2, 3])) == 2
 
 
+def test_decoding_in_parts_is_checked_and_timed_beside_the_dense_model(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    module, work = script("tensor_parallel"), ["--work", str(tmp_path), "--output", str(tmp_path / "rows.json")]
+    flags = ["--shape", "tiny", "--dtype", "float32", "--context", "32", "--turns", "2", "--steps", "2"]
+    module.main([*flags, "--sparsities", "0.5", "--batches", "1", *work])
+    found = read_json(tmp_path / "rows.json")
+    assert [row["equal_tokens"] for row in found["gate"]] == [64, 64]
+    assert [(row["way"], row["sparsity"]) for row in found["rows"]] == [
+        (way, sparsity) for way in ("launched", "graph") for sparsity in (None, 0.5)
+    ]
+    dense, sparse = found["rows"][:2]
+    assert dense["over_dense"] == 1
+    assert sparse["over_dense"] == sparse["median_ms"] / dense["median_ms"]
+    assert 0.3 < sparse["active_fraction"] < 0.7
+    assert sparse["weight_bytes_per_process"] > dense["weight_bytes_per_process"]
+    whole = module.whole
+    monkeypatch.setattr(module, "whole", lambda logits: whole(logits) + torch.randn_like(logits))
+    with pytest.raises(GateError, match="logits of tiny-2 dense in parts"):
+        module.main([*flags, *work])
+    torch.distributed.destroy_process_group()
+
+
 def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
