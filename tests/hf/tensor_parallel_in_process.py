@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM
 
 import lte
 from lte.nn.shards import is_sharded, whole
+from lte.train.processes import training_device
+from tests.processes import connect
 from tests.tiny_models import VOCAB
 
 if __name__ == "__main__":
     folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    tokens = torch.arange(48).reshape(2, 24) % VOCAB
+    connect()
+    tokens = torch.arange(48, device=training_device()).reshape(2, 24) % VOCAB
     found = {}
     for name in names:
         try:
@@ -28,8 +30,8 @@ if __name__ == "__main__":
         ffn = next(iter(lte.sparse_ffns(model).values()))
         found[name] = {"down": is_sharded(ffn.part(ffn.layout.down).weight), "router": is_sharded(ffn.router.weight)}
         with torch.no_grad():
-            found[name]["logits"] = whole(model(tokens).logits)
-            found[name]["answer"] = model.generate(tokens[:1, :4], max_new_tokens=8, do_sample=False)
+            found[name]["logits"] = whole(model(tokens).logits).cpu()
+            found[name]["answer"] = model.generate(tokens[:1, :4], max_new_tokens=8, do_sample=False).cpu()
         if name == "llama":
             try:
                 lte.accelerate_(model)

@@ -1,4 +1,7 @@
-"""Models whose experts are spread over processes by transformers' own plans compute what one process computes."""
+"""Models whose experts are spread over processes by transformers' own plans compute what one process computes.
+
+Two and four processes on CPUs; `LTE_TEST_BACKEND=nccl` takes as many GPUs as there are.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import torch
 
 from lte.hf.families import FAMILIES
 from lte.nn.sparse_ffn import check_expert_shares
-from tests.processes import made_once, run_forked
+from tests.processes import fitting, made_once, run_forked
 from tests.tiny_models import VOCAB, tiny_config, tiny_sparse_model
 
 # The key heads of each process are whole, too.
 HEADS = {"num_key_value_heads": 4}
+COUNTS = fitting((2, 4))
 PLANNED = [name for name in FAMILIES if getattr(tiny_config(name), "base_model_tp_plan", None)]
 
 
@@ -26,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tiny_sparse_model(name, **HEADS).save_pretrained(root / name)
         # 6 experts of 8 neurons.
         tiny_sparse_model("llama", intermediate_size=48, **HEADS).save_pretrained(root / "six")
-        run_forked("2,4", "tests.hf.tensor_parallel_in_process", root, ",".join([*PLANNED, "six"]))
+        run_forked(",".join(map(str, COUNTS)), "tests.hf.tensor_parallel_in_process", root, ",".join([*PLANNED, "six"]))
 
     return made_once(tmp_path_factory, "parallel", make)
 
@@ -36,7 +40,7 @@ def test_some_families_have_a_plan() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", PLANNED)
 def test_processes_with_a_part_of_the_experts_each_compute_the_same(folder: Path, name: str, count: int) -> None:
     model = tiny_sparse_model(name, **HEADS)
@@ -53,6 +57,7 @@ def test_processes_with_a_part_of_the_experts_each_compute_the_same(folder: Path
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(4 not in COUNTS, reason="needs four processes")
 def test_experts_are_not_shared_by_processes(folder: Path) -> None:
     assert "error" not in torch.load(folder / "found2_0.pt")["six"]
     assert "num_experts=6 for 4 processes" in torch.load(folder / "found4_0.pt")["six"]["error"]

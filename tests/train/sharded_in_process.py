@@ -32,6 +32,7 @@ from lte.train.config import TrainConfig
 from lte.train.sharding import gathered, is_in_shards
 from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage
+from tests.processes import ON_GPUS, connect
 from tests.tiny_models import tiny_dense_model
 from tests.train.toy import toy_rows, uneven_toy_rows
 
@@ -43,7 +44,8 @@ FSDP = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_CONFIG_FILE": ""}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": ""}
+ZERO |= {} if ON_GPUS else {"DS_ACCELERATOR": "cpu"}
 
 
 # Of each training with DDP in this process, whether its gradients lie in DDP's buckets alone.
@@ -104,8 +106,9 @@ def decisions(model: Any) -> Tensor | None:
     for ffn in ffns:
         ffn.record_logits = True
     with torch.no_grad():
-        model.eval()(torch.tensor(np.array(toy_rows(8, seed=5).input_ids)))
-    found = [ffn.logits > ffn.threshold_logit for ffn in ffns if ffn.logits is not None]
+        ids = torch.tensor(np.array(toy_rows(8, seed=5).input_ids))
+        model.eval()(ids.to(next(model.parameters()).device))
+    found = [(ffn.logits > ffn.threshold_logit).cpu() for ffn in ffns if ffn.logits is not None]
     return torch.stack(found) if found else None
 
 
@@ -158,7 +161,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     made = None
     if is_in_shards(model):
         made = merge_sharded_lora(model, folder) if config.lora_rank else gathered(model)
-    state = {name: whole(tensor).detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = {name: whole(tensor).detach().cpu().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
     kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return {
@@ -169,7 +172,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
         "files": files,
         "decisions": None if case.get("zero") == 3 else decisions(model),
     } | {
-        "made": None if made is None else {name: tensor.clone() for name, tensor in made.state_dict().items()},
+        "made": None if made is None else {name: tensor.cpu().clone() for name, tensor in made.state_dict().items()},
         "made_decisions": None if made is None else decisions(made),
         "router_dtypes": sorted(dtypes[Router]),
         "layer_dtypes": sorted(dtypes[torch.nn.Linear]),
@@ -177,13 +180,16 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    two_stage.LteTrainer = OnCpus  # type: ignore[misc]
+    if not ON_GPUS:
+        two_stage.LteTrainer = OnCpus  # type: ignore[misc]
     torch.nn.parallel.DistributedDataParallel = RecordedDataParallel  # type: ignore[misc]
     root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     # On a CPU each shape that torchao's optimisers compile takes seconds.
     torch.compile = lambda function, *args, **kwargs: function  # type: ignore[assignment]
-    dist.init_process_group("gloo")
+    # As accelerate: what lies on the CPU is summed by gloo.
+    offloads = any("FSDP_OFFLOAD_PARAMS" in case.get("fsdp", {}) for case in cases)
+    connect("cpu:gloo,cuda:nccl" if offloads else "nccl")
     for case in cases:
         found = run(case, root)
         out = root / case["name"]

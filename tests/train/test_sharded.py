@@ -1,4 +1,7 @@
-"""FSDP2, ZeRO and DDP over two processes (gloo, CPU) do what one does with twice the batch, and the other way round."""
+"""FSDP2, ZeRO and DDP over two processes do what one does with twice the batch, and the other way round.
+
+On CPUs, by gloo; `LTE_TEST_BACKEND=nccl` takes two GPUs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import torch
 
 from lte.train.sharding import OLDEST_DEEPSPEED, check_kind, prepare_deepspeed_, prepare_fsdp_
 from lte.train.universal import is_of_other_processes, make_universal
-from tests.processes import made_once, run_forked
+from tests.processes import ON_GPUS, made_once, run_forked
 from tests.train.toy import trainer_of
 
 SETTINGS = {
@@ -57,7 +60,13 @@ AGAIN: list[dict[str, Any]] = [
 
 
 def launch(count: int, root: Path, cases: list[dict[str, Any]]) -> None:
-    run_forked(str(count), "tests.train.sharded_in_process", root, json.dumps(cases))
+    def offloads(case: dict[str, Any]) -> bool:
+        return "FSDP_OFFLOAD_PARAMS" in case.get("fsdp", {})
+
+    # On GPUs processes whose weights lie on the CPU connect in another way.
+    parts = [[case for case in cases if offloads(case) == each] for each in (False, True)] if ON_GPUS else [cases]
+    for part in filter(None, parts):
+        run_forked(str(count), "tests.train.sharded_in_process", root, json.dumps(part))
 
 
 @pytest.fixture(scope="module")
