@@ -527,6 +527,30 @@ def test_decoding_in_parts_is_checked_and_timed_beside_the_dense_model(
     torch.distributed.destroy_process_group()
 
 
+def test_runs_are_held_beside_the_first_one(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("same_training")
+    result = dict.fromkeys(module.RESULTS, 0.5)
+    for name, losses in (("one", [3.0, 2.0, 1.0]), ("two", [3.0, 2.5, 1.25]), ("short", [])):
+        folder = tmp_path / name
+        folder.mkdir()
+        steps = [{"step": 2 * n, "task_loss": loss, "active_fraction": loss / 4} for n, loss in enumerate(losses)]
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "training_log.json").write_text(json.dumps([*steps, {"step": 4, "train_runtime": 1.0}]))
+    one, two, short = (str(tmp_path / name) for name in ("one", "two", "short"))
+    module.main([one, two, "--output", str(tmp_path / "rows.json")])
+    found = read_json(tmp_path / "rows.json")["runs"][1]["from_first"]
+    assert found["task_loss"] == {"largest": 0.5, "step": 2, "mean": 0.25}
+    assert found["active_fraction"]["largest"] == 0.125
+    assert "eta" not in found
+    assert "furthest: active_fraction 1.25e-01, task_loss 5.00e-01" in capsys.readouterr().out.splitlines()[1]
+    with pytest.raises(ValueError, match="runs must have logged the same steps, got none of one in short"):
+        module.main([one, short])
+    with pytest.raises(
+        ValueError, match=r"folders must be of finished runs of lte train, got .* without a training_log"
+    ):
+        module.main([one, str(tmp_path)])
+
+
 def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
