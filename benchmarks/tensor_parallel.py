@@ -39,7 +39,8 @@ PROMPT, ANSWER, LOGITS_BOUND = 16, 32, 1e-4
 
 def folders(args: argparse.Namespace, shape: str, dtype: torch.dtype, sparsities: list[float]) -> list[dict[str, Any]]:
     """The folders of a shape, the dense one first, which the first process writes unless they are there."""
-    own = argparse.Namespace(work=args.work, sparsities=sparsities, dtype=str(dtype), tokenizer=None)
+    kind = str(dtype).removeprefix("torch.")
+    own = argparse.Namespace(work=args.work, sparsities=sparsities, dtype=kind, tokenizer=None)
     if is_main_process():
         args.work.mkdir(parents=True, exist_ok=True)
         write_shape(shape, own, dtype)

@@ -51,6 +51,9 @@ def connect(backend: str = "nccl") -> None:
     """In a process of a test: has it find the others, by gloo on the CPU; on GPUs by `backend` and on its own one."""
     if ON_GPUS:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Some tests hold runs together to the last bit.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
     dist.init_process_group(backend if ON_GPUS else "gloo")
 
 

@@ -29,6 +29,7 @@ from lte.nn.shards import whole
 from lte.train import two_stage
 from lte.train.adapters import merge_sharded_lora, with_lora
 from lte.train.config import TrainConfig
+from lte.train.processes import training_device
 from lte.train.sharding import gathered, is_in_shards
 from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage
@@ -173,7 +174,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
         "decisions": None if case.get("zero") == 3 else decisions(model),
     } | {
         "made": None if made is None else {name: tensor.cpu().clone() for name, tensor in made.state_dict().items()},
-        "made_decisions": None if made is None else decisions(made),
+        "made_decisions": None if made is None else decisions(made.to(training_device())),
         "router_dtypes": sorted(dtypes[Router]),
         "layer_dtypes": sorted(dtypes[torch.nn.Linear]),
     }
