@@ -87,7 +87,7 @@ def prepare_deepspeed_(plugin: Any) -> None:
     if compare_versions("deepspeed", "<", OLDEST_DEEPSPEED):
         raise ValueError(
             f"deepspeed must be of version {OLDEST_DEEPSPEED} or newer, got "
-            f"deepspeed={importlib.metadata.version('deepspeed')}; pip install 'lte[deepspeed]'"
+            f"deepspeed={importlib.metadata.version('deepspeed')}; pip install 'deepspeed>={OLDEST_DEEPSPEED}'"
         )
     config = plugin.deepspeed_config
     if config.get("bf16", {}).get("enabled") is True and "torch_autocast" not in config:
