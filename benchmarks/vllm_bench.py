@@ -43,6 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lte
 from lte.bench.shapes import SHAPES as LLAMA_SHAPES
 from lte.bench.shapes import random_model
+from lte.files import write_json_atomic
 from lte.nn.router import ALWAYS_ON_LOGIT
 from lte.records import environment
 
@@ -98,7 +99,7 @@ def write_shape(name: str, arguments: argparse.Namespace, dtype: torch.dtype) ->
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         for job in jobs:
             tokenizer.save_pretrained(job["folder"])
-    marker.write_text(json.dumps({"made": made, "jobs": jobs}), encoding="utf-8")
+    write_json_atomic(marker, {"made": made, "jobs": jobs})
     return jobs
 
 
@@ -112,7 +113,7 @@ def save_routers(model: Any, folder: Path, dense: Path) -> None:
     (folder / "model.safetensors").rename(files[1])
     weight_map = {key: files[".router." in key].name for key in state}
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_json_atomic(folder / "model.safetensors.index.json", index)
 
 
 def write_densified(folder: Path, work: Path) -> list[dict[str, Any]]:
@@ -177,10 +178,34 @@ def saving(before: dict[str, float]) -> dict[str, float]:
     return {**found, **{name: number for name, number in steps.items() if number}}
 
 
+def random_prompts(rows: int, length: int, vocab: int, seed: int) -> list[Any]:
+    """Prompts of random tokens, as `vllm.LLM` takes them."""
+    ids = torch.randint(10, vocab, (rows, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [{"prompt_token_ids": row} for row in ids]
+
+
+def answer_ms(llm: Any, prompts: list[Any], tokens: int) -> float:
+    """Milliseconds until all prompts, together, are answered by so many tokens each."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    start = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return 1000 * (time.perf_counter() - start)
+
+
+def spread(name: str, times: list[float]) -> dict[str, float]:
+    """The median of times under a name, and between which of them three fifths lie."""
+    times = sorted(times)
+    outer = {f"{name}_p20": times[len(times) // 5], f"{name}_p80": times[-1 - len(times) // 5]}
+    return {name: statistics.median(times), **outer}
+
+
 def measure_latency() -> None:
-    """Runs in a process of its own: waits for a job as a line of the input, then prints a row for each batch size."""
+    """Runs in a process of its own: waits for a job as a line of the input, then prints a row for each batch size and
+    each single prompt."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the samples of the routing lie in the engine's process
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     job = json.loads(sys.stdin.readline())
     start = time.perf_counter()
@@ -189,46 +214,24 @@ def measure_latency() -> None:
     config = llm.llm_engine.vllm_config
     vocab, second = config.model_config.get_vocab_size(), getattr(config, "use_v2_model_runner", False)
     for batch in job["batches"]:
-        generator = torch.Generator().manual_seed(batch)
-        ids = torch.randint(10, vocab, (batch, job["input_len"]), generator=generator).tolist()
-        prompts = [{"prompt_token_ids": row} for row in ids]
-
-        def once(tokens: int, prompts: list[Any] = prompts) -> float:
-            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            start = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            return time.perf_counter() - start
-
+        prompts = random_prompts(batch, job["input_len"], vocab, batch)
         for tokens in (1, job["output_len"]):
-            once(tokens)
+            answer_ms(llm, prompts, tokens)
         # After these steps: what was sampled of the batch size before arrives with the first sample of this one.
         before = sampled()
-        short = sorted(once(1) for _ in range(job["repeats"]))
-        long = sorted(once(job["output_len"]) for _ in range(job["repeats"]))
-        steps = job["output_len"] - 1
-        middle = [1000 * (value - statistics.median(short)) / steps for value in long]
+        short = statistics.median(answer_ms(llm, prompts, 1) for _ in range(job["repeats"]))
+        long = [answer_ms(llm, prompts, job["output_len"]) for _ in range(job["repeats"])]
         row = {
-            "tool": "latency", "batch": batch, "ms_first_token": 1000 * statistics.median(short),
-            "ms_per_step": statistics.median(middle), "ms_per_step_p20": middle[len(middle) // 5],
-            "ms_per_step_p80": middle[-1 - len(middle) // 5], **saving(before),
+            "tool": "latency", "batch": batch, "ms_first_token": short,
+            **spread("ms_per_step", [(value - short) / (job["output_len"] - 1) for value in long]), **saving(before),
             "model_runner": 2 if second else 1, "start_s": start_s,
         }  # fmt: skip
         print("ROW " + json.dumps(row), flush=True)
     for length in job["prompt_lens"]:
-        generator = torch.Generator().manual_seed(length)
-        ids = torch.randint(10, vocab, (length,), generator=generator).tolist()
-        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-        times = []
-        for _ in range(job["repeats"] + 2):
-            start = time.perf_counter()
-            llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-            times.append(1000 * (time.perf_counter() - start))
-        times = sorted(times[2:])
-        row = {
-            "tool": "prompt", "batch": 1, "input_len": length, "output_len": 1,
-            "ms_first_token": statistics.median(times), "ms_first_token_p20": times[len(times) // 5],
-            "ms_first_token_p80": times[-1 - len(times) // 5],
-        }  # fmt: skip
+        prompts = random_prompts(1, length, vocab, length)
+        # The first two warm up.
+        _, _, *times = (answer_ms(llm, prompts, 1) for _ in range(job["repeats"] + 2))
+        row = {"tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, **spread("ms_first_token", times)}
         print("ROW " + json.dumps(row), flush=True)
 
 
@@ -426,7 +429,7 @@ def write_record(output: Path | None, rows: list[dict[str, Any]], failed: list[d
     if output is not None:
         record = {**environment(), "vllm": vllm_version(), "rows": rows}
         record |= {"failed": failed} if failed else {}
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json_atomic(output, record)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,13 @@ if TYPE_CHECKING:
 Stages = Literal["both", "1", "2"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
-# Settings that a resumed run may change: they do not touch the weights.
-FREE_ON_RESUME = {"logging_steps", "save_steps", "report_to", "resume"}
-# Other processes take their parts of a step otherwise; the trainer holds the rows of a step where they are as many.
-FREE_ON_RESUME |= {"batch_size", "gradient_accumulation_steps"}
-# A run of a version whose default was another one can go on as it began.
-FREE_ON_RESUME |= {"tf32"}
+# Settings that a resumed run may change. The first do not touch the weights. Other processes take their parts of a step
+# otherwise, and a run of a version whose default was another one can go on as it began.
+FREE_ON_RESUME = {
+    *("logging_steps", "save_steps", "report_to", "resume"),
+    *("batch_size", "gradient_accumulation_steps"),
+    "tf32",
+}
 # A miss of the target by more than this is worth a hint.
 TOLERANCE = 0.02
 

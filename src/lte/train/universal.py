@@ -23,8 +23,12 @@ _SUFFIX, _NAME_FILE = "_universal", "latest_universal"
 
 def is_of_other_processes(checkpoint: Path) -> bool:
     """Whether as many processes as there are now cannot read a checkpoint of DeepSpeed as it is."""
-    shards = list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
-    return len(shards) not in (0, num_processes())
+    return _writers(checkpoint) not in (0, num_processes())
+
+
+def _writers(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint of DeepSpeed; 0 for other checkpoints."""
+    return len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
 
 
 def make_universal(checkpoint: Path) -> None:
@@ -43,7 +47,7 @@ def make_universal(checkpoint: Path) -> None:
     if done.returncode:
         discard_universal(checkpoint)
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        writers = len(list(shards.glob("*zero_pp_rank_*_optim_states.pt")))
+        writers = _writers(checkpoint)
         raise ValueError(
             f"num_processes must stay what it was where DeepSpeed cannot convert its checkpoint, got {num_processes()} "
             f"where {checkpoint} was written by {writers}, and {reason!r} from its converter; launch {writers}, or "

@@ -116,7 +116,8 @@ class SparseMlp(nn.Module):
 
     Attributes:
         runner: what computes it, once the weights are loaded.
-        most_tokens: of a step; for 1 to as many the kernels are compiled then, so that no request waits for it.
+        most_tokens: of a step. When the weights are loaded, the kernels of 1 to so many tokens are compiled, so that no
+            request waits for it; 0 for none.
         warmed_up: the kernels that are compiled already; one set for all FFNs of a model.
     """
 
