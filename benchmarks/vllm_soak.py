@@ -2,7 +2,7 @@
 
 Run it with the Python of vLLM's environment:
 
-    .vllm-env/bin/python benchmarks/vllm_soak.py FOLDER --requests 10000 --output results/vllm_soak.json
+    .vllm-env/bin/python benchmarks/vllm_soak.py FOLDER --requests 10000 --output results/vllm/soak.json
 
 Whole answers, streamed or not, must be the tokens that transformers with lte writes, for prompts none of whose
 decisions was close to a tie. Memory is that of all processes of the server together (PSS), sampled after every

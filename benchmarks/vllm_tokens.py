@@ -2,7 +2,7 @@
 
 Run it with the Python of vLLM's environment; the folder must be one of a Llama, or of a model with the same parts:
 
-    .vllm-env/bin/python benchmarks/vllm_tokens.py FOLDER --output results/vllm_tokens.json
+    .vllm-env/bin/python benchmarks/vllm_tokens.py FOLDER --output results/vllm/tokens.json
 
 First, how many answers are the same tokens: vLLM against transformers, and as controls transformers against itself,
 with kernels against without and in a batch against alone. The dense model of the same weights stands beside the sparse
