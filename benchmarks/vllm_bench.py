@@ -144,14 +144,18 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
         "enforce_eager": job["eager"],
         "tensor_parallel_size": job["tensor_parallel"],
     }
+    options |= memory_options(job)
     if job["cuda"]:
-        # A given size of the cache saves the profiling of memory, and so much of the start.
-        options |= {"kv_cache_memory_bytes": 16 << 30, "gpu_memory_utilization": 0.6}
         prompts = [*(batch * job["input_len"] for batch in job["batches"]), *job["prompt_lens"]]
         sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= MOST_CAPTURED)}
         graphs = {"cudagraph_capture_sizes": sorted(sizes)}
         return options if job["eager"] else {**options, "compilation_config": graphs}
-    return {**options, "kv_cache_memory_bytes": 512 << 20}
+    return options
+
+
+def memory_options(job: dict[str, Any]) -> dict[str, Any]:
+    """A given size of the cache, which saves the profiling of memory, and so much of the start."""
+    return {"kv_cache_memory_bytes": (16 << 30) if job["cuda"] else (512 << 20), "gpu_memory_utilization": 0.6}
 
 
 def sampled() -> dict[str, float]:
@@ -274,6 +278,8 @@ def cli_flags(job: dict[str, Any]) -> list[str]:
     most = job["input_len"] + job["output_len"] + 16
     flags = ["--model", job["folder"], "--dtype", job["dtype"], "--max-model-len", str(most)]
     flags += ["--tensor-parallel-size", str(job["tensor_parallel"])]
+    for name, value in memory_options(job).items():
+        flags += ["--" + name.replace("_", "-"), str(value)]
     return [*flags, "--no-enable-prefix-caching", *(["--enforce-eager"] if job["eager"] else [])]
 
 
