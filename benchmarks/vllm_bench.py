@@ -6,10 +6,11 @@ Run it with the Python of an environment that has vLLM and lte:
     python benchmarks/vllm_bench.py --folder out/qwen --batches 1 2 4 8 16 32 64 --tools latency throughput serve
 
 A shape is a random model of these widths whose routers are set so that each token picks its own experts, a fixed
-share of them on average; a folder is a trained model, beside which its densified copy is written. `latency` times
-engines of `vllm.LLM` as `vllm bench latency` does, all batch sizes with one start: the time of a decoding step is
-that of answers of `--output-len` tokens less that of answers of one token. CUDA graphs are captured for these batch
-sizes alone, and for their prompts of up to 512 tokens. `throughput` and `serve` are `vllm bench` itself.
+share of them on average; a folder is a trained model, beside which its densified copy is written, one for all folders
+with `--one-baseline`. `latency` times engines of `vllm.LLM` as `vllm bench latency` does, all batch sizes with one
+start: the time of a decoding step is that of answers of `--output-len` tokens less that of answers of one token. CUDA
+graphs are captured for these batch sizes alone, and for their prompts of up to 512 tokens. `throughput` and `serve` are
+`vllm bench` itself.
 
 Every row carries what was measured of the routing, which model runner of vLLM ran it, and the time over the dense
 model's; the record carries the versions and the device. vLLM 0.24 runs some stock families by another model runner than
@@ -31,14 +32,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lte
 from lte.bench.shapes import SHAPES as LLAMA_SHAPES
@@ -116,20 +117,21 @@ def save_routers(model: Any, folder: Path, dense: Path) -> None:
     write_json_atomic(folder / "model.safetensors.index.json", index)
 
 
-def write_densified(folder: Path, work: Path) -> list[dict[str, Any]]:
-    """Writes the dense copy of a trained folder; what to measure, the dense one first."""
+def write_densified(folders: Sequence[Path], work: Path) -> list[dict[str, Any]]:
+    """Writes the dense copy of the first of some trained folders; what to measure, the dense one first."""
+    folder = folders[0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    measured = getattr(model.config, "lte_measurement", None) or {}
     lte.densify_(model)
     dense = work / f"{folder.name}-dense"
     model.save_pretrained(dense)
     AutoTokenizer.from_pretrained(folder).save_pretrained(dense)
     del model
     gc.collect()
-    return [
-        {"model": f"{folder.name} dense", "folder": str(dense), "sparsity": None},
-        {"model": folder.name, "folder": str(folder), "sparsity": measured.get("sparsity")},
-    ]
+    jobs = [{"model": f"{folder.name} dense", "folder": str(dense), "sparsity": None}]
+    for folder in folders:
+        measured = getattr(AutoConfig.from_pretrained(folder), "lte_measurement", None) or {}
+        jobs.append({"model": folder.name, "folder": str(folder), "sparsity": measured.get("sparsity")})
+    return jobs
 
 
 def engine_options(job: dict[str, Any]) -> dict[str, Any]:
@@ -352,6 +354,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shape", choices=list(SHAPES), action="append", default=[])
     parser.add_argument("--folder", type=Path, action="append", default=[])
+    parser.add_argument(
+        "--one-baseline",
+        action="store_true",
+        help="folders are of one architecture: the first one's dense copy is all's",
+    )
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--tools", nargs="+", choices=["latency", "throughput", "serve"], default=["latency"])
@@ -397,8 +404,11 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
         writers.append((name, functools.partial(write_shape, name, arguments, dtype)))
-    for path in arguments.folder:
-        writers.append((str(path), functools.partial(write_densified, path, work)))
+    groups = (
+        [arguments.folder] if arguments.one_baseline and arguments.folder else [[path] for path in arguments.folder]
+    )
+    for folders in groups:
+        writers.append((str(folders[0]), functools.partial(write_densified, folders, work)))
     # All written first, as one process cannot give a GPU's memory back while it lives.
     jobs = [{**own, **common, "group": group} for group, write in writers for own in write()]
     if arguments.write_only:
