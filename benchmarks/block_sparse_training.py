@@ -263,7 +263,7 @@ def recorded_cases(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, tupl
     del model
     for layer, tokens in itertools.product(sorted({0, len(ffns) // 2, len(ffns) - 1}), args.tokens):
         if tokens <= len(masks[layer]):
-            yield f"layer {layer} of {args.model}", masks[layer][:tokens], sizes[layer]
+            yield f"layer {layer} of {Path(args.model).name}", masks[layer][:tokens], sizes[layer]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
