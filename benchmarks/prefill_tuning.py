@@ -18,7 +18,7 @@ from torch.nn import functional
 from lte.bench.gate import relative_rms, require
 from lte.bench.timing import graph_times
 from lte.ops.launch import multiprocessors
-from lte.ops.prefill import group_activations, list_tokens, mask_activations, project, skinny_product
+from lte.ops.prefill import GroupedLaunch, MaskedLaunch, SkinnyProduct
 from lte.ops.prefill_launch import ActivationTiles, GroupedTiles, SkinnyTiles
 
 TOLERANCE = 1e-2
@@ -83,16 +83,17 @@ def tune_grouped(layers: Layers, count: int, budget_s: float, sparsities: tuple[
     tokens, lists, wanted = len(layers.x), [], []
     for sparsity in sparsities:
         layers.route(sparsity)
-        lists.append([list_tokens(layers.x, routing) for routing in layers.routings[:count]])
+        lists.append([_list_tokens(layers, i) for i in range(count)])
         args = (layers.x, layers.ffns[0], layers.routings[0])
-        wanted.append((mask_activations(*project(*args), *args[1:], "silu"), layers.decided(0)))
+        wanted.append((MaskedLaunch(*args, "silu").activations(layers.x), layers.decided(0)))
 
     def measure(tiles: GroupedTiles) -> list[float]:
         times = []
         for per_layer, (right, sure) in zip(lists, wanted, strict=True):
 
             def run(i: int, per_layer: list[tuple[Tensor, Tensor]] = per_layer) -> Tensor:
-                return group_activations(layers.x, layers.ffns[i], *per_layer[i], "silu", tiles)
+                launch = GroupedLaunch(layers.x, layers.ffns[i], layers.routings[i], "silu", tiles)
+                return launch.group(layers.x, *per_layer[i], launch.zeros(layers.x)[0])
 
             require(relative_rms(run(0)[sure], right[sure]), TOLERANCE, "the activations")
             times.append(statistics.median(graph_times(run, 5, count)))
@@ -104,12 +105,18 @@ def tune_grouped(layers: Layers, count: int, budget_s: float, sparsities: tuple[
         print(f"   {sparsity:.0%}: {flops / value / 1e9:.0f} TFLOP/s of the needed products, zeros included")
 
 
+def _list_tokens(layers: Layers, i: int) -> tuple[Tensor, Tensor]:
+    launch = GroupedLaunch(layers.x, layers.ffns[i], layers.routings[i], "silu")
+    _, counts = launch.zeros(layers.x)
+    return counts, launch.list_tokens(layers.x, counts)
+
+
 def tune_activation(layers: Layers, count: int, budget_s: float, sparsities: tuple[float, ...] = (0.0, 0.8)) -> None:
     """Tries tiles of `masked_activation_kernel` at independent routing."""
     tokens, products = len(layers.x), []
     layers.route(0.0)
     for i in range(count):
-        products.append(project(layers.x, layers.ffns[i], layers.routings[i]))
+        products.append(_project(layers, i))
 
     def measure(tiles: ActivationTiles) -> list[float]:
         times = []
@@ -137,7 +144,9 @@ def tune_skinny(layers: Layers, all_tokens: Sequence[int], count: int, budget_s:
 
         def measure(tiles: SkinnyTiles, states: list[Tensor] = states, wanted: list[Tensor] = wanted) -> list[float]:
             for x, right in zip(states, wanted, strict=True):
-                require(relative_rms(skinny_product(x, stacked[0], tiles), right), TOLERANCE, "the product")
+                require(
+                    relative_rms(SkinnyProduct(x, stacked[0], tiles)(x, stacked[0]), right), TOLERANCE, "the product"
+                )
             return [statistics.median(graph_times(_skinny(x, stacked, tiles), 7, count)) for x in states]
 
         candidates = list(skinny_candidates(padded, len(stacked[0]), multiprocessors(layers.x.device)))
@@ -148,7 +157,7 @@ def tune_skinny(layers: Layers, all_tokens: Sequence[int], count: int, budget_s:
 
 
 def _skinny(x: Tensor, stacked: Sequence[Tensor], tiles: SkinnyTiles) -> Callable[[int], Tensor]:
-    return lambda i: skinny_product(x, stacked[i], tiles)
+    return lambda i: SkinnyProduct(x, stacked[i], tiles)(x, stacked[i])
 
 
 def time_skinny(
@@ -176,17 +185,24 @@ def time_skinny(
     return rows
 
 
+def _project(layers: Layers, i: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    return MaskedLaunch(layers.x, layers.ffns[i], layers.routings[i], "silu").project(layers.x)
+
+
 def _activation(
     layers: Layers, products: list[tuple[Tensor | None, Tensor, Tensor]], tiles: ActivationTiles | None = None
 ) -> Callable[[int], Tensor]:
-    return lambda i: mask_activations(*products[i], layers.ffns[i], layers.routings[i], "silu", tiles)
+    def run(i: int) -> Tensor:
+        return MaskedLaunch(layers.x, layers.ffns[i], layers.routings[i], "silu", tiles).mask(*products[i])
+
+    return run
 
 
 def activation_rows(layers: Layers, count: int, repeats: int) -> list[dict[str, Any]]:
     """Times of the elementwise kernel alone, and of inductor's for the dense FFN; printed too."""
     tokens, rows = len(layers.x), []
     layers.route(0.0)
-    products = [project(layers.x, layers.ffns[i], layers.routings[i]) for i in range(count)]
+    products = [_project(layers, i) for i in range(count)]
     gates = [torch.cat([gate, up], 1) for gate, up, _ in products]  # type: ignore[list-item]
 
     @torch.compile(dynamic=False)

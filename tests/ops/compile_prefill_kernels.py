@@ -59,7 +59,8 @@ def launch_variant(v: dict[str, Any]) -> None:
     )
     named = {"up": inputs.up, "gate": inputs.gate, "down": empty(neurons, v["hidden"])}
     if v["path"] == "skinny":
-        prefill.skinny_product(empty(v["tokens"], v["hidden"]), inputs.stacked, v["tiles"])
+        x = empty(v["tokens"], v["hidden"])
+        prefill.SkinnyProduct(x, inputs.stacked, v["tiles"])(x, inputs.stacked)
         return
     if v["stacked"]:
         named["stacked"] = inputs.stacked

@@ -46,8 +46,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run
 
     monkeypatch.setattr(decode.DecodeLaunch, "__call__", noting("decode", decode.DecodeLaunch.__call__))
-    monkeypatch.setattr(prefill, "run_masked", noting("masked", prefill.run_masked))
-    monkeypatch.setattr(prefill, "run_grouped", noting("grouped", prefill.run_grouped))
+    for path, kind in (("masked", prefill.MaskedLaunch), ("grouped", prefill.GroupedLaunch)):
+        monkeypatch.setattr(kind, "activations", noting(path, kind.activations))
     return names
 
 
@@ -86,7 +86,7 @@ class TestGpu:
             run.run_on_gpu(x, run.routing)
         assert taken == ["decode", "masked", "masked"]
 
-    def test_a_launch_is_kept_unless_logits_are_given(self, relative_rms: Measure) -> None:
+    def test_a_kept_launch_takes_other_logits(self, relative_rms: Measure) -> None:
         x = states(1)
         run = replace(runner(x), arch=90)
         for hidden in (x, states(1)):
@@ -94,10 +94,11 @@ class TestGpu:
             assert (
                 relative_rms(found, sparse_ffn_reference(hidden, run.weights, run.routing, "silu")) <= BOUNDS[x.dtype]
             )
-        given = Routing.forced(masks(1, EXPERTS)["some"])
-        expected = sparse_ffn_reference(x, run.weights, given, "silu")
-        assert relative_rms(run.run_on_gpu(x, given), expected) <= BOUNDS[x.dtype]
-        assert list(run._launches) == [1]
+        for name in ("some", "one", "all"):
+            given = Routing.forced(masks(1, EXPERTS)[name])
+            expected = sparse_ffn_reference(x, run.weights, given, "silu")
+            assert relative_rms(run.run_on_gpu(x, given), expected) <= BOUNDS[x.dtype]
+        assert len(run._launches) == 2
 
     @pytest.mark.parametrize("tokens", [2, 20])
     def test_it_compiles_as_one_graph(self, tokens: int, relative_rms: Measure) -> None:

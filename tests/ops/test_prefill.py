@@ -86,19 +86,23 @@ def test_one_product_for_gate_up_and_router(dtype: torch.dtype, gated: bool, ass
     assert_equal(x, stack(weights, routing)[0], forced)
 
 
+def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:
+    return prefill.MaskedLaunch(x, weights, routing, "silu").project(x)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_stacked_weights_are_used_only_as_long_as_they_are_the_weights(gated: bool) -> None:
     x = states(3, 64)
     stacked, routing = stack(random_ffn(64, 4, gated=gated), random_router(x, 4, 0.5))
-    _, up, logits = prefill.project(x, stacked, routing)
+    _, up, logits = project(x, stacked, routing)
     assert up.stride(0) == logits.stride(0) == len(stacked.stacked)  # type: ignore[arg-type]
     for name in ("up", *(["gate"] * gated)):
         copy = replace(stacked, **{name: getattr(stacked, name) + 1})
-        gate, up, logits = prefill.project(x, copy, routing)
+        gate, up, logits = project(x, copy, routing)
         torch.testing.assert_close(up, x @ copy.up.T)
         assert not gated or torch.allclose(gate, x @ copy.gate.T, atol=1e-5)  # type: ignore[arg-type,union-attr]
     copied_router = replace(routing, weight=routing.weight + 1)  # type: ignore[operator]
-    torch.testing.assert_close(prefill.project(x, stacked, copied_router)[2], x @ copied_router.weight.T)
+    torch.testing.assert_close(project(x, stacked, copied_router)[2], x @ copied_router.weight.T)
 
 
 SKINNY = (
@@ -128,10 +132,10 @@ def test_skinny_product(
     torch.manual_seed(seed)
     rows, hidden = draw.randint(1, 500), draw.choice([64, 100, 192, draw.randint(1, 300)])
     x, weight = states(tokens, hidden, dtype), states(rows, hidden, dtype) * hidden**-0.5
-    actual = prefill.skinny_product(x, weight, tiles)
+    actual = prefill.SkinnyProduct(x, weight, tiles)(x, weight)
     assert (actual.shape, actual.dtype) == ((tokens, rows), dtype)
     assert relative_rms(actual, x.double() @ weight.double().T) <= BOUNDS[dtype], f"{seed=} {rows=} {hidden=}"
-    assert torch.equal(prefill.skinny_product(x, weight, tiles), actual)
+    assert torch.equal(prefill.SkinnyProduct(x, weight, tiles)(x, weight), actual)
 
 
 @pytest.mark.parametrize("gated", [True, False])

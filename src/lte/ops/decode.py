@@ -150,14 +150,14 @@ class DecodeLaunch:
             None if r.logits is not None else r.weight, r.bias, r.logits,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output [T, D] for contiguous x [T, D]."""
+    def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """The output [T, D] for contiguous x [T, D]; logits [T, E] take the place of the routing's."""
         buffers = self.buffers(x)
         if interpreted():  # one program after the other: none can wait for the next
             for phase in range(len(PHASES)):
-                self.run(x, buffers, phase, phase)
+                self.run(x, buffers, phase, phase, logits=logits)
         else:
-            self.run(x, buffers)
+            self.run(x, buffers, logits=logits)
         return buffers.out
 
     def buffers(self, x: Tensor) -> Buffers:
@@ -166,13 +166,16 @@ class DecodeLaunch:
         h = None if self.tokens == 1 else x.new_empty(self.tokens, self.neurons)
         return Buffers(torch.empty_like(x), partial, h, workspace(x.device))
 
-    def run(self, x: Tensor, buffers: Buffers, first: int = 0, last: int = len(PHASES) - 1) -> None:
+    def run(
+        self, x: Tensor, buffers: Buffers, first: int = 0, last: int = len(PHASES) - 1, logits: Tensor | None = None
+    ) -> None:
         """Launches the phases first..last of `PHASES`."""
         rest = (buffers.out, self.routing.threshold)
         between = (buffers.partial, buffers.workspace.counters, buffers.workspace.masks)
         if buffers.h is not None:
             between, rest = (buffers.h, *between), (*rest, self.tokens)  # type: ignore[assignment]
-        arguments = (x, *self._given, *between, *rest)
+        given = self._given if logits is None else (*self._given[:-1], logits)
+        arguments = (x, *given, *between, *rest)
         # What Triton compiled depends on the alignment of x, and on nothing else that may change between calls.
         key = (first, last, x.data_ptr() % 16 == 0)
         launch = self._ready.get(key)

@@ -10,10 +10,11 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 
 from __future__ import annotations
 
-import functools
+import bisect
 import importlib.util
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from lte.ops.cpu import cpu_kernel_wins, sparse_ffn_cpu
 from lte.ops.paths import FfnKind, Path, choose_path
 from lte.ops.quantize import floating_weight
 from lte.ops.reference import active_experts
+
+if TYPE_CHECKING:  # these need triton, which is not everywhere
+    from lte.ops.decode import DecodeLaunch
+    from lte.ops.prefill import PrefillLaunch
 
 
 def _is_installed(package: str) -> bool:
@@ -56,7 +61,9 @@ class FfnRunner:
     activation: str
     active_fraction: float | None = None
     arch: int = 0
-    _launches: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _launches: dict[Hashable, DecodeLaunch | PrefillLaunch] = field(default_factory=dict, init=False, repr=False)
+    _paths: dict[int, Path] = field(default_factory=dict, init=False, repr=False)
+    _lasts: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The output [T, D] for x [T, D]; logits [T, E] take the place of the routing's."""
@@ -77,14 +84,23 @@ class FfnRunner:
                 return decode.sparse_ffn_decode(x, self.weights, routing, self.activation)
             return prefill.sparse_ffn_prefill(x, self.weights, routing, self.activation, path)
         # The operations check what is true here by construction, and cost several times more per call.
-        x = x.contiguous()
-        # Logits are those of one call alone; prompts have any length, and to find their path costs them nothing.
-        if routing is not self.routing or len(x) > MAX_TOKENS:
-            return self._launch(x, routing)(x)
-        run = self._launches.get(len(x))
-        if run is None:
-            run = self._launches[len(x)] = self._launch(x, routing)
-        return run(x)
+        x, logits = x.contiguous(), None if routing is self.routing else routing.logits
+        key: Hashable = (self._first_alike(x.size(0)), x.dtype)
+        if logits is not None:
+            # They are those of one call alone, and what is compiled and settled depends on how they lie.
+            key = (key, logits.dtype, logits.stride(0), logits.data_ptr() % 16 == 0)
+        launch = self._launches.get(key)
+        if launch is None or not self._is_of(launch, routing, logits):
+            if logits is not None:  # nothing of a call may be kept alive
+                routing = replace(routing, logits=logits.new_empty((0, routing.num_experts)))
+            launch = self._launches[key] = self._launch(x, routing)
+        return launch(x, logits)
+
+    def _is_of(self, launch: DecodeLaunch | PrefillLaunch, routing: Routing, logits: Tensor | None) -> bool:
+        """Whether a launch was made for the weights and the routing that count now."""
+        if launch.weights is not self.weights or launch.activation != self.activation:
+            return False
+        return launch.routing is routing if logits is None else launch.routing.threshold == routing.threshold
 
     def warm_up(self, x: Tensor, logits: Tensor | None = None, done: set[Hashable] | None = None) -> None:
         """Computes once what of the kernels the first rows of x take, however many, so that no later call compiles.
@@ -113,20 +129,35 @@ class FfnRunner:
         path = choose_path(ffn_kind(self.weights.up, self.weights.gate, self.arch), tokens, self.active_fraction)
         return "masked" if path == "decode" and tokens > MAX_TOKENS else path
 
-    def _launch(self, x: Tensor, routing: Routing) -> Callable[[Tensor], Tensor]:
+    def _first_alike(self, tokens: int) -> int:
+        """The least number of tokens that is computed just as T: T itself for few, and for more one of a short list."""
+        if tokens <= MAX_TOKENS:
+            return tokens
+        if not self._lasts:
+            self._lasts = _last_tokens()
+        return self._lasts[bisect.bisect_left(self._lasts, tokens) - 1] + 1
+
+    def _launch(self, x: Tensor, routing: Routing) -> DecodeLaunch | PrefillLaunch:
         """What computes as many tokens as x has."""
         from lte.ops import decode, prefill
 
-        path = self._path(len(x))
+        path = self._settled_path(x.size(0))
         if path == "decode":
             return decode.DecodeLaunch(x, self.weights, routing, self.activation)
-        run = prefill.run_grouped if path == "grouped" else prefill.run_masked
-        return functools.partial(run, weights=self.weights, routing=routing, activation=self.activation)
+        kind = prefill.GroupedLaunch if path == "grouped" else prefill.MaskedLaunch
+        return kind(x, self.weights, routing, self.activation)
+
+    def _settled_path(self, tokens: int) -> Path:
+        first = self._first_alike(tokens)
+        path = self._paths.get(first)
+        if path is None:
+            path = self._paths[first] = self._path(first)
+        return path
 
     def path_of(self, tokens: int, dtype: torch.dtype) -> Path:
         """How a call for T tokens of a dtype is computed, on the device of the weights."""
         if self.weights.up.is_cuda:
-            return self._path(tokens)
+            return self._settled_path(tokens)
         return "decode" if self._cpu_kernel_takes(tokens, dtype) else "masked"
 
     def _cpu_kernel_takes(self, tokens: int, dtype: torch.dtype) -> bool:
@@ -139,10 +170,16 @@ class FfnRunner:
 
 def warm_up_tokens(most: int) -> list[int]:
     """Numbers of tokens, of 1 to `most`, that take all the kernels which any of these numbers takes; in order."""
+    firsts = {last + 1 for last in _last_tokens()}
+    return sorted(tokens for tokens in firsts.union(range(1, MAX_TOKENS + 1)) if tokens <= most)
+
+
+def _last_tokens() -> list[int]:
+    """Numbers of tokens of `MAX_TOKENS` or more, in order, after which the next may take another path or kernel."""
     from lte.ops import paths, prefill_launch
 
-    firsts = {last + 1 for last in paths.last_tokens() | prefill_launch.last_tokens()}
-    return sorted(tokens for tokens in firsts.union(range(1, MAX_TOKENS + 1)) if tokens <= most)
+    lasts = paths.last_tokens() | prefill_launch.last_tokens() | {MAX_TOKENS}
+    return sorted(last for last in lasts if last >= MAX_TOKENS)
 
 
 def ffn_kind(up: Tensor, gate: Tensor | None, arch: int) -> FfnKind:

@@ -11,7 +11,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import triton
@@ -38,6 +38,7 @@ from lte.ops.prefill_launch import (
     skinny_tiles,
 )
 from lte.ops.quantize import floating_weight
+from lte.ops.ready_kernel import ReadyKernel
 
 PrefillPath = Literal["masked", "grouped"]
 
@@ -114,91 +115,256 @@ def run_masked(
     x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: ActivationTiles | None = None
 ) -> Tensor:
     """The path `masked` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
-    return project_down(mask_activations(*project(x, weights, routing), weights, routing, activation, tiles), weights)
-
-
-def mask_activations(
-    gate: Tensor | None,
-    up: Tensor,
-    logits: Tensor,
-    weights: FfnWeights,
-    routing: Routing,
-    activation: str,
-    tiles: ActivationTiles | None = None,
-) -> Tensor:
-    """The intermediate activations [T, F] from the products of `project`, zero where an expert is off."""
-    (tokens, neurons), experts = up.shape, routing.num_experts
-    size = neurons // experts
-    tiles = fit_activation(tiles or activation_tiles(tokens), tokens, experts, size)
-    block_e = tiles.block_f // size
-    h = up.new_empty(tokens, neurons)
-    kernels.masked_activation_kernel[(triton.cdiv(tokens, tiles.block_t) * triton.cdiv(experts, block_e),)](
-        gate, up, weights.gate_bias, weights.up_bias, logits, _router_bias(routing), h, routing.threshold, tokens,
-        E=experts, S=size, STRIDE=up.stride(0), LOGIT_STRIDE=logits.stride(0), BLOCK_T=tiles.block_t,
-        BLOCK_E=block_e, ACTIVATION=activation, SKIP=tiles.skip, num_warps=tiles.warps,
-    )  # fmt: skip
-    return h
+    return MaskedLaunch(x, weights, routing, activation, tiles)(x)
 
 
 def run_grouped(
     x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: GroupedTiles | None = None
 ) -> Tensor:
     """The path `grouped` with checked arguments and contiguous x, and with explicit tiles for benchmarks."""
-    counts, lists = list_tokens(x, routing)
-    return project_down(group_activations(x, weights, counts, lists, activation, tiles), weights)
+    return GroupedLaunch(x, weights, routing, activation, tiles)(x)
 
 
-def list_tokens(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """How many tokens each expert has, [E] int32, and which, in the first places of [E, T] int32."""
-    tokens, experts, logits = len(x), routing.num_experts, _logits(x, routing)
-    counts = x.new_zeros(experts, dtype=torch.int32)
-    lists = x.new_empty(experts, tokens, dtype=torch.int32)
-    kernels.list_tokens_kernel[(triton.cdiv(tokens, LIST_TOKENS) * triton.cdiv(experts, LIST_EXPERTS),)](
-        logits, _router_bias(routing), counts, lists, routing.threshold, tokens,
-        E=experts, LOGIT_STRIDE=logits.stride(0), BLOCK_T=LIST_TOKENS, BLOCK_E=LIST_EXPERTS, num_warps=4,
-    )  # fmt: skip
-    return counts, lists
+class PrefillLaunch:
+    """How an FFN is launched for all numbers of tokens that take the same kernels: what they share is settled once.
+
+    Args:
+        x: hidden states [T, D] like those of the calls to come: of their dtype and device, and of a number of tokens
+            with the same `variant`.
+        weights: the projections, checked.
+        routing: what decides on the experts, checked. In place of its logits a call may have others of their dtype,
+            strides and alignment.
+        activation: a key of `ACTIVATIONS`.
+    """
+
+    def __init__(self, x: Tensor, weights: FfnWeights, routing: Routing, activation: str):
+        self.weights, self.routing, self.activation = weights, routing, activation
+        self.neurons, self.experts = weights.up.size(0), routing.num_experts
+        self.size = self.neurons // self.experts
+        self._router_bias = routing.bias if routing.logits is None else None
+        self._native = weights.up_scale is None and weights.gate_scale is None
+        self._settle(x)
+
+    def _settle(self, x: Tensor) -> None:
+        weights, routing = self.weights, self.routing
+        self._router = None
+        if routing.weight is not None and x.dtype == routing.dtype == routing.weight.dtype:
+            self._router = routing.weight
+        self._down, bias = None, weights.down_bias
+        if weights.down_scale is None:
+            self._down = weights.down.T
+        self._plain_down = self._down is not None and (bias is None or bias.dtype == x.dtype)
+        read = (weights.up, weights.gate, weights.down, weights.stacked, routing.weight, routing.rounded)
+        self._read = [tensor for tensor in read if tensor is not None]
+        self._places = [tensor.data_ptr() for tensor in self._read]
+
+    def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """The output [T, D] for contiguous x [T, D]; logits [T, E] take the place of the routing's."""
+        if [tensor.data_ptr() for tensor in self._read] != self._places:
+            self._settle(x)  # what was settled are views of the memory that the weights had
+        return self.project_down(self.activations(x, logits))
+
+    def activations(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """The intermediate activations [T, F], zero where an expert is off."""
+        raise NotImplementedError
+
+    def _logits(self, x: Tensor, given: Tensor | None) -> Tensor:
+        """Given logits, or the products of x and the router in its dtype, [T, E]."""
+        routing = self.routing
+        if routing.logits is not None:
+            return routing.logits if given is None else given
+        if self._router is not None:
+            return functional.linear(x, self._router)
+        assert routing.weight is not None
+        dtype = torch.promote_types(x.dtype, routing.dtype)
+        return functional.linear(x.to(dtype), routing.weight.to(routing.dtype).to(dtype)).to(routing.dtype)
+
+    def _inputs(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """The weights of gate and up [F, D] in the dtype of x."""
+        weights = self.weights
+        if self._native:
+            return weights.gate, weights.up
+        gate = None if weights.gate is None else floating_weight(weights, "gate", dtype)
+        return gate, floating_weight(weights, "up", dtype)
+
+    def project_down(self, h: Tensor) -> Tensor:
+        """The output [T, D] of intermediate activations [T, F]."""
+        bias = self.weights.down_bias
+        if self._plain_down:
+            return functional.linear(h, self._down, bias)  # type: ignore[arg-type]
+        down = floating_weight(self.weights, "down", h.dtype)
+        return functional.linear(h, down.T, None if bias is None else bias.to(h.dtype))
 
 
-def group_activations(
-    x: Tensor, weights: FfnWeights, counts: Tensor, lists: Tensor, activation: str, tiles: GroupedTiles | None = None
-) -> Tensor:
-    """The intermediate activations [T, F], of the pairs of token and expert in `lists` alone, else zero."""
-    (tokens, hidden), (neurons, experts) = x.shape, (len(weights.up), len(counts))
-    size = neurons // experts
-    tiles = fit_grouped(tiles or grouped_tiles(x), hidden)
-    gate, up = _input_weights(weights, x.dtype)
-    h = x.new_zeros(tokens, neurons)
-    programs = multiprocessors(x.device) * tiles.per_sm
-    kernels.grouped_kernel[(programs,)](
-        x, gate, up, weights.gate_bias, weights.up_bias, counts, lists, h, tokens,
-        D=hidden, E=experts, S=size, P=programs, E_PAD=triton.next_power_of_2(experts),
-        N=max(size if gate is None else 2 * size, 16), BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
-        ACTIVATION=activation, STAGES=tiles.stages, DOT_DTYPE=dot_dtype(x), num_warps=tiles.warps,
-    )  # fmt: skip
-    return h
+class MaskedLaunch(PrefillLaunch):
+    """The path `masked`; see `PrefillLaunch`.
+
+    Args:
+        x: as there, and so on.
+        tiles: of the kernel, by default those of the table.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: FfnWeights,
+        routing: Routing,
+        activation: str,
+        tiles: ActivationTiles | None = None,
+    ):
+        super().__init__(x, weights, routing, activation)
+        tokens = x.size(0)
+        self.tiles = fit_activation(tiles or activation_tiles(tokens), tokens, self.experts, self.size)
+
+    def _settle(self, x: Tensor) -> None:
+        super()._settle(x)
+        self._masking: ReadyKernel | None = None
+        self._at_once = _rows_at_once(self.weights, self.routing) if _is_stacked(self.weights) else None
+        self._skinny: SkinnyProduct | None = None
+        if self._at_once is None:
+            return
+        inputs, total = self.neurons if self.weights.gate is None else 2 * self.neurons, self._at_once.size(0)
+        self._with_router = total > inputs
+        parts = [self.neurons] * (inputs // self.neurons)
+        if self._with_router:
+            parts += [self.experts, total - inputs - self.experts]
+        self._parts = parts
+        tiles = skinny_tiles(x, self._at_once)
+        if tiles is not None:
+            self._skinny = SkinnyProduct(x, self._at_once, tiles)
+
+    def activations(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """The intermediate activations [T, F], zero where an expert is off."""
+        return self.mask(*self.project(x, logits))
+
+    def project(self, x: Tensor, logits: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Products of x with gate and up, [T, F] with one row stride, and logits [T, E] without the router's bias."""
+        if self._at_once is None:
+            gate, up = self._inputs(x.dtype)
+            products = None if gate is None else functional.linear(x, gate)
+            return products, functional.linear(x, up), self._logits(x, logits)
+        if self._with_router:
+            self.routing.rounded_weight()
+        # By cuBLAS except where `skinny_product_kernel` is faster.
+        skinny = self._skinny
+        both = functional.linear(x, self._at_once) if skinny is None else skinny(x, self._at_once)
+        gated, parts = self.weights.gate is not None, both.split_with_sizes(self._parts, 1)
+        own = parts[1 + gated] if self._with_router else self._logits(x, logits)
+        return parts[0] if gated else None, parts[gated], own
+
+    def mask(self, gate: Tensor | None, up: Tensor, logits: Tensor) -> Tensor:
+        """The intermediate activations [T, F] from the products of `project`."""
+        tokens, tiles, weights = up.size(0), self.tiles, self.weights
+        h = up.new_empty((tokens, self.neurons))
+        if self._masking is None:
+            self._masking = ReadyKernel(kernels.masked_activation_kernel, self._constants(up, logits))
+            self._columns = triton.cdiv(self.experts, tiles.block_f // self.size)
+        self._masking(
+            -(-tokens // tiles.block_t) * self._columns, True, gate, up, weights.gate_bias, weights.up_bias, logits,
+            self._router_bias, h, self.routing.threshold, tokens,
+        )  # fmt: skip
+        return h
+
+    def _constants(self, up: Tensor, logits: Tensor) -> dict[str, Any]:
+        tiles = self.tiles
+        return {
+            "E": self.experts, "S": self.size, "STRIDE": up.stride(0), "LOGIT_STRIDE": logits.stride(0),
+            "BLOCK_T": tiles.block_t, "BLOCK_E": tiles.block_f // self.size, "ACTIVATION": self.activation,
+            "SKIP": tiles.skip, "num_warps": tiles.warps,
+        }  # fmt: skip
 
 
-def _input_weights(weights: FfnWeights, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    gate = None if weights.gate is None else floating_weight(weights, "gate", dtype)
-    return gate, floating_weight(weights, "up", dtype)
+class GroupedLaunch(PrefillLaunch):
+    """The path `grouped`; see `PrefillLaunch`.
+
+    Args:
+        x: as there, and so on.
+        tiles: of the kernel, by default those of the table.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: FfnWeights,
+        routing: Routing,
+        activation: str,
+        tiles: GroupedTiles | None = None,
+    ):
+        super().__init__(x, weights, routing, activation)
+        hidden = x.size(1)
+        tiles = fit_grouped(tiles or grouped_tiles(x), hidden)
+        self.programs = multiprocessors(x.device) * tiles.per_sm
+        neurons = self.size if weights.gate is None else 2 * self.size
+        self._grouping = ReadyKernel(
+            kernels.grouped_kernel,
+            {
+                "D": hidden, "E": self.experts, "S": self.size, "P": self.programs,
+                "E_PAD": triton.next_power_of_2(self.experts), "N": max(neurons, 16), "BLOCK_T": tiles.block_t,
+                "BLOCK_K": tiles.block_k, "ACTIVATION": activation, "STAGES": tiles.stages, "DOT_DTYPE": dot_dtype(x),
+                "num_warps": tiles.warps,
+            },
+        )  # fmt: skip
+
+    def _settle(self, x: Tensor) -> None:
+        super()._settle(x)
+        self._listing: ReadyKernel | None = None
+
+    def activations(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """The intermediate activations [T, F], zero where an expert is off."""
+        h, counts = self.zeros(x)
+        return self.group(x, counts, self.list_tokens(x, counts, logits), h)
+
+    def zeros(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros for the activations [T, F] and, as int32 of E numbers or more, for the number of tokens of experts."""
+        # One memory, which is filled once: a row holds the numbers of all its experts, as they have 8 neurons or more.
+        tokens = x.size(0)
+        h, row = x.new_zeros((tokens + 1, self.neurons)).split_with_sizes((tokens, 1))
+        return h, row.view(torch.int32)
+
+    def list_tokens(self, x: Tensor, counts: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Writes into `counts` how many tokens each expert has; which, in the first places of [E, T] int32."""
+        tokens, logits = x.size(0), self._logits(x, logits)
+        lists = torch.empty((self.experts, tokens), dtype=torch.int32, device=x.device)
+        if self._listing is None:
+            constants = {"E": self.experts, "LOGIT_STRIDE": logits.stride(0), "BLOCK_T": LIST_TOKENS}
+            constants |= {"BLOCK_E": LIST_EXPERTS, "num_warps": 4}
+            self._listing = ReadyKernel(kernels.list_tokens_kernel, constants)
+        programs = -(-tokens // LIST_TOKENS) * -(-self.experts // LIST_EXPERTS)
+        self._listing(programs, True, logits, self._router_bias, counts, lists, self.routing.threshold, tokens)
+        return lists
+
+    def group(self, x: Tensor, counts: Tensor, lists: Tensor, h: Tensor) -> Tensor:
+        """Writes the activations of the pairs of token and expert in `lists` into h [T, F], and gives it back."""
+        gate, up = self._inputs(x.dtype)
+        weights, aligned = self.weights, x.data_ptr() % 16 == 0
+        self._grouping(
+            self.programs, aligned, x, gate, up, weights.gate_bias, weights.up_bias, counts, lists, h, x.size(0)
+        )
+        return h
 
 
-def project(x: Tensor, weights: FfnWeights, routing: Routing) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Products of x with gate and up, [T, F] with one row stride, and logits [T, E] without the router's bias."""
-    neurons = len(weights.up)
-    rows = neurons if weights.gate is None else 2 * neurons
-    if not _is_stacked(weights):
-        gate, up = _input_weights(weights, x.dtype)
-        products = None if gate is None else functional.linear(x, gate)
-        return products, functional.linear(x, up), _logits(x, routing)
-    at_once = _rows_at_once(weights, routing)
-    with_router = len(at_once) > rows
-    if with_router:
-        routing.rounded_weight()
-    products = multiply(x, at_once)
-    logits = products[:, rows : rows + routing.num_experts] if with_router else _logits(x, routing)
-    return None if weights.gate is None else products[:, :neurons], products[:, rows - neurons : rows], logits
+class SkinnyProduct:
+    """x [T, K] times the transpose of contiguous weights [N, K], for few tokens; x is contiguous, too."""
+
+    def __init__(self, x: Tensor, weight: Tensor, tiles: SkinnyTiles):
+        (tokens, hidden), self.rows = x.shape, weight.size(0)
+        tiles = fit_skinny(tiles, hidden)
+        per_program = skinny_rows(tiles, self.rows, multiprocessors(x.device))
+        self.programs = triton.cdiv(self.rows, per_program)
+        self._kernel = ReadyKernel(
+            kernels.skinny_product_kernel,
+            {
+                "N": self.rows, "K": hidden, "ROWS": per_program, "BLOCK_T": _skinny_block(tokens),
+                "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "X_FIRST": tiles.x_first, "STAGES": tiles.stages,
+                "DOT_DTYPE": dot_dtype(x), "num_warps": tiles.warps,
+            },
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product [T, N]."""
+        out = x.new_empty((x.size(0), self.rows))
+        self._kernel(self.programs, x.data_ptr() % 16 == 0, x, weight, out, x.size(0))
+        return out
 
 
 def _rows_at_once(weights: FfnWeights, routing: Routing) -> Tensor:
@@ -208,27 +374,6 @@ def _rows_at_once(weights: FfnWeights, routing: Routing) -> Tensor:
     own = routing.weight if routing.rounded is None else routing.rounded
     with_router = routing.logits is None and _is_at(own, weights.stacked, rows)
     return weights.stacked if with_router else weights.stacked[:rows]
-
-
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, K] times the transpose of a weight [N, K], by cuBLAS except where `skinny_product` is faster."""
-    tiles = skinny_tiles(x, weight)
-    return functional.linear(x, weight) if tiles is None else skinny_product(x, weight, tiles)
-
-
-def skinny_product(x: Tensor, weight: Tensor, tiles: SkinnyTiles) -> Tensor:
-    """x [T, K] times the transpose of a contiguous weight [N, K], for few tokens; x is contiguous, too."""
-    (tokens, hidden), rows = x.shape, len(weight)
-    tiles = fit_skinny(tiles, hidden)
-    per_program = skinny_rows(tiles, rows, multiprocessors(x.device))
-    out = x.new_empty(tokens, rows)
-    kernels.skinny_product_kernel[(triton.cdiv(rows, per_program),)](
-        x, weight, out, tokens,
-        N=rows, K=hidden, ROWS=per_program, BLOCK_T=_skinny_block(tokens),
-        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, X_FIRST=tiles.x_first, STAGES=tiles.stages,
-        DOT_DTYPE=dot_dtype(x), num_warps=tiles.warps,
-    )  # fmt: skip
-    return out
 
 
 def _skinny_block(tokens: int) -> int:
@@ -253,23 +398,3 @@ def _is_at(part: Tensor | None, stacked: Tensor, row: int) -> bool:
         and part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
         and part.storage_offset() == stacked.storage_offset() + row * stacked.shape[1]
     )
-
-
-def _logits(x: Tensor, routing: Routing) -> Tensor:
-    """Given logits, or the products of x and the router in its dtype, [T, E]."""
-    if routing.logits is not None:
-        return routing.logits
-    assert routing.weight is not None
-    dtype = torch.promote_types(x.dtype, routing.dtype)
-    return functional.linear(x.to(dtype), routing.weight.to(routing.dtype).to(dtype)).to(routing.dtype)
-
-
-def _router_bias(routing: Routing) -> Tensor | None:
-    return routing.bias if routing.logits is None else None
-
-
-def project_down(h: Tensor, weights: FfnWeights) -> Tensor:
-    """The output [T, D] of intermediate activations [T, F]."""
-    down = floating_weight(weights, "down", h.dtype)
-    bias = None if weights.down_bias is None else weights.down_bias.to(h.dtype)
-    return functional.linear(h, down.T, bias)

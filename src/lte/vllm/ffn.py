@@ -139,6 +139,7 @@ class SparseMlp(nn.Module):
         self.dtype = down.weight.dtype
         self.tp_rank, self.tp_size = down.tp_rank, down.tp_size
         self.reduces = self.tp_size > 1 and down.reduce_results
+        self.low_rank = bool(settings.config.router_rank)
         self.router = ServedRouter(down.output_size, settings, self.tp_rank, self.tp_size)
         self.quant_method = _LayOut()
         self.runner: FfnRunner | None = None
@@ -223,8 +224,9 @@ class SparseMlp(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor | None:
         """The logits [T, E] of a low-rank router for x [T, D]; `None` where the kernels compute them."""
-        if self.router.down is None:
+        if not self.low_rank:
             return None
+        assert self.router.down is not None
         low = nn.functional.linear(x.float(), self.router.down)
         return nn.functional.linear(low, self.router.weight, self.router.bias)
 
@@ -235,10 +237,6 @@ class SparseMlp(nn.Module):
         routing = self.runner.routing
         return active_experts(x, routing) if logits is None else logits > routing.threshold
 
-    def path(self, x: Tensor) -> str:
-        """Which path computes x [T, D], one of `lte.vllm.meter.PATHS`."""
-        return self.path_of(len(x), x.dtype)
-
     def path_of(self, tokens: int, dtype: torch.dtype) -> str:
         """Which path computes T tokens, one of `lte.vllm.meter.PATHS`."""
         assert self.runner is not None
@@ -246,11 +244,12 @@ class SparseMlp(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """The operation itself: the output [T, D] of this rank's experts for x [T, D]."""
-        assert self.runner is not None
+        runner = self.runner
+        assert runner is not None
         if self.tp_rank == 0:
             self.meter.keep(self.place.layer, x)
-            self.meter.took(self.path(x))
-        return self.runner(x, self.logits(x))
+            self.meter.took(runner.path_of(x.size(0), x.dtype))
+        return runner(x, self.logits(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """The output [T, D] for x [T, D], of all ranks together."""
