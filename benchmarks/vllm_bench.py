@@ -10,7 +10,10 @@ share of them on average; a folder is a trained model, beside which its densifie
 with `--one-baseline`. `latency` times engines of `vllm.LLM` as `vllm bench latency` does, all batch sizes with one
 start: the time of a decoding step is that of answers of `--output-len` tokens less that of answers of one token. CUDA
 graphs are captured for these batch sizes alone, and for their prompts of up to 512 tokens. `throughput` and `serve` are
-`vllm bench` itself.
+`vllm bench` itself. A tool that fails is named in the record, and the others go on.
+
+Shapes are given random tokens. Folders are given text, from another place of it for each request, since a trained
+router switches fewer experts on for random tokens: `--text FILE`, or Python's own help.
 
 Every row carries what was measured of the routing, which model runner of vLLM ran it, and the time over the dense
 model's; the record carries the versions and the device. vLLM 0.24 runs some stock families by another model runner than
@@ -32,7 +35,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import lte
 from lte.bench.shapes import SHAPES as LLAMA_SHAPES
 from lte.bench.shapes import random_model
+from lte.bench.text import random_ids, read_text, text_name
 from lte.files import write_json_atomic
 from lte.nn.router import ALWAYS_ON_LOGIT
 from lte.records import environment
@@ -59,6 +63,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 MOST_CAPTURED = 512
 """Tokens of a step up to which vLLM captures graphs by default."""
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+RANDOM = "random tokens"
+LONGEST_CHAT = (1024, 2048)
+"""Tokens of a prompt, and of it and its answer, beyond which `vllm bench throughput` leaves out texts of a file."""
 
 
 @torch.no_grad()
@@ -184,10 +191,40 @@ def saving(before: dict[str, float]) -> dict[str, float]:
     return {**found, **{name: number for name, number in steps.items() if number}}
 
 
-def random_prompts(rows: int, length: int, vocab: int, seed: int) -> list[Any]:
-    """Prompts of random tokens, as `vllm.LLM` takes them."""
-    ids = torch.randint(10, vocab, (rows, length), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [{"prompt_token_ids": row} for row in ids]
+def pieces(ids: Sequence[int], count: int, length: int) -> list[Sequence[int]]:
+    """Pieces of a text's tokens, whose beginnings are spread over all of it.
+
+    Raises:
+        ValueError: if the text has fewer than `count` places for them.
+    """
+    places = len(ids) - length + 1
+    if places < count:
+        raise ValueError(f"text must hold {length + count - 1} tokens or more, got {len(ids)}; give a longer one")
+    return [ids[start : start + length] for start in (index * places // count for index in range(count))]
+
+
+def text_tokens(job: dict[str, Any]) -> list[int]:
+    """The text of a folder's job by the folder's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+    text = read_text(None if job["text"] is None else Path(job["text"]))
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def prompt_maker(job: dict[str, Any], vocab: int) -> Callable[[int, int], list[Any]]:
+    """What makes so many prompts of a length, as `vllm.LLM` takes them."""
+    text = None if job["prompts"] == RANDOM else text_tokens(job)
+
+    def make(count: int, length: int) -> list[Any]:
+        ids = random_ids(vocab, count, length, count).tolist() if text is None else pieces(text, count, length)
+        return [{"prompt_token_ids": row} for row in ids]
+
+    return make
+
+
+def text_prompts(job: dict[str, Any], count: int) -> list[str]:
+    """Prompts of a folder as text, which are read as about `input_len` tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+    return [tokenizer.decode(ids) for ids in pieces(text_tokens(job), count, job["input_len"])]
 
 
 def answer_ms(llm: Any, prompts: list[Any], tokens: int) -> float:
@@ -219,8 +256,9 @@ def measure_latency() -> None:
     start_s = time.perf_counter() - start
     config = llm.llm_engine.vllm_config
     vocab, second = config.model_config.get_vocab_size(), getattr(config, "use_v2_model_runner", False)
+    make_prompts = prompt_maker(job, vocab)
     for batch in job["batches"]:
-        prompts = random_prompts(batch, job["input_len"], vocab, batch)
+        prompts = make_prompts(batch, job["input_len"])
         for tokens in (1, job["output_len"]):
             answer_ms(llm, prompts, tokens)
         # After these steps: what was sampled of the batch size before arrives with the first sample of this one.
@@ -234,7 +272,7 @@ def measure_latency() -> None:
         }  # fmt: skip
         print("ROW " + json.dumps(row), flush=True)
     for length in job["prompt_lens"]:
-        prompts = random_prompts(1, length, vocab, length)
+        prompts = make_prompts(1, length)
         # The first two warm up.
         _, _, *times = (answer_ms(llm, prompts, 1) for _ in range(job["repeats"] + 2))
         row = {"tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, **spread("ms_first_token", times)}
@@ -285,17 +323,47 @@ def cli_flags(job: dict[str, Any]) -> list[str]:
     return [*flags, "--no-enable-prefix-caching", *(["--enforce-eager"] if job["eager"] else [])]
 
 
-def run_throughput(job: dict[str, Any], work: Path) -> list[dict[str, Any]]:
-    """`vllm bench throughput` with random prompts."""
-    output = work / "throughput.json"
+def random_flags(job: dict[str, Any]) -> list[str]:
+    """Has `vllm bench` make random prompts."""
     lengths = ["--random-input-len", str(job["input_len"]), "--random-output-len", str(job["output_len"])]
-    command = [*CLI, "bench", "throughput", *cli_flags(job), "--dataset-name", "random", *lengths]
+    return ["--dataset-name", "random", *lengths]
+
+
+def chat_flags(job: dict[str, Any], work: Path) -> list[str]:
+    """Has `vllm bench throughput` read text: of the files that it takes, chats have no template around the prompt.
+
+    Raises:
+        ValueError: if it would leave out texts so long.
+    """
+    lengths = job["input_len"], job["input_len"] + job["output_len"]
+    if any(length > most for length, most in zip(lengths, LONGEST_CHAT, strict=True)):
+        raise ValueError(f"input_len and the sum with output_len must be at most {LONGEST_CHAT}, got {lengths}")
+    file = work / "prompts.json"
+    turns = [[{"value": prompt}, {"value": ""}] for prompt in text_prompts(job, job["num_prompts"])]
+    write_json_atomic(file, [{"conversations": pair} for pair in turns])
+    return ["--dataset-name", "sharegpt", "--dataset-path", str(file), "--output-len", str(job["output_len"])]
+
+
+def custom_flags(job: dict[str, Any], work: Path, count: int) -> list[str]:
+    """Has `vllm bench serve` read text."""
+    file = work / "prompts.jsonl"
+    lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in text_prompts(job, count))
+    file.write_text("".join(lines), encoding="utf-8")
+    flags = ["--dataset-name", "custom", "--dataset-path", str(file), "--custom-output-len", str(job["output_len"])]
+    return [*flags, "--skip-chat-template"]
+
+
+def run_throughput(job: dict[str, Any], work: Path) -> Iterator[dict[str, Any]]:
+    """`vllm bench throughput`."""
+    output = work / "throughput.json"
+    prompts = random_flags(job) if job["prompts"] == RANDOM else chat_flags(job, work)
+    command = [*CLI, "bench", "throughput", *cli_flags(job), *prompts]
     command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
     subprocess.run(command, check=True)
-    return [{"tool": "throughput", **json.loads(output.read_text(encoding="utf-8"))}]
+    yield {"tool": "throughput", **json.loads(output.read_text(encoding="utf-8"))}
 
 
-def run_serve(job: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+def run_serve(job: dict[str, Any], work: Path) -> Iterator[dict[str, Any]]:
     """`vllm bench serve` against a server of this job, at each number of requests at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -303,23 +371,21 @@ def run_serve(job: dict[str, Any], work: Path) -> list[dict[str, Any]]:
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *cli_flags(job), "--port", port]
     )
-    rows = []
     try:
         _wait_for(server, port)
         for batch in job["batches"]:
-            output = work / "serve.json"
-            lengths = ["--random-input-len", str(job["input_len"]), "--random-output-len", str(job["output_len"])]
-            command = [*CLI, "bench", "serve", "--model", job["folder"], "--port", port, "--ignore-eos"]
-            command += ["--dataset-name", "random", *lengths, "--max-concurrency", str(batch)]
-            command += ["--num-prompts", str(max(4 * batch, 8)), "--save-result", "--result-filename", str(output)]
+            output, count = work / "serve.json", max(4 * batch, 8)
+            prompts = random_flags(job) if job["prompts"] == RANDOM else custom_flags(job, work, count)
+            command = [*CLI, "bench", "serve", "--model", job["folder"], "--port", port, "--ignore-eos", *prompts]
+            command += ["--max-concurrency", str(batch), "--num-prompts", str(count)]
+            command += ["--save-result", "--result-filename", str(output)]
             subprocess.run(command, check=True)
             found = json.loads(output.read_text(encoding="utf-8"))
             kept = {key: value for key, value in found.items() if isinstance(value, int | float)}
-            rows.append({"tool": "serve", "batch": batch, **kept})
+            yield {"tool": "serve", "batch": batch, **kept}
     finally:
         server.terminate()
         server.wait(60)
-    return rows
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: str) -> None:
@@ -361,6 +427,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--text", type=Path, help="plain text for the prompts of folders; unset: Python's own help")
     parser.add_argument("--tools", nargs="+", choices=["latency", "throughput", "serve"], default=["latency"])
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=129)
@@ -378,27 +445,30 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(
+def measurements(
     job: dict[str, Any], arguments: argparse.Namespace, workers: LatencyWorkers | None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a job by all tools."""
+) -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
+    """The tools that are asked for, and what measures the rows of a job by each."""
     if workers is not None:
-        yield from workers.run(job)
+        yield "latency", workers.run(job)
     if "throughput" in arguments.tools:
-        yield from run_throughput(job, arguments.work)
+        yield "throughput", run_throughput(job, arguments.work)
     if "serve" in arguments.tools:
-        yield from run_serve(job, arguments.work)
+        yield "serve", run_serve(job, arguments.work)
 
 
 def main() -> None:
-    """Measures group after group and writes the rows so far after each one; a job that fails is named in the record."""
+    """Measures group after group and writes the rows so far after each one; what fails is named in the record."""
     arguments = parse()
     if arguments.worker:
         measure_latency()
         return
+    if arguments.folder:
+        read_text(arguments.text)  # says now, and not after hours, that there is none
     names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
     common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel")}
     common["cuda"] = torch.cuda.is_available()
+    common["text"] = None if arguments.text is None else str(arguments.text)
     dtype = getattr(torch, arguments.dtype)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
     work.mkdir(parents=True, exist_ok=True)
@@ -411,6 +481,8 @@ def main() -> None:
         writers.append((str(folders[0]), functools.partial(write_densified, folders, work)))
     # All written first, as one process cannot give a GPU's memory back while it lives.
     jobs = [{**own, **common, "group": group} for group, write in writers for own in write()]
+    for job in jobs:
+        job["prompts"] = RANDOM if job["group"] in SHAPES else text_name(arguments.text)
     if arguments.write_only:
         return
     if torch.cuda.is_available():
@@ -420,19 +492,20 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for job in jobs:
-        kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel")
+        kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel", "prompts")
         own = {key: job[key] for key in kept}
-        try:
-            for row in measure(job, arguments, workers):
-                rows.append({**own, **row})
-                add_ratios(rows)
-                print(json.dumps(rows[-1]), flush=True)
+        for tool, measured in measurements(job, arguments, workers):
+            try:
+                for row in measured:
+                    rows.append({**own, **row})
+                    add_ratios(rows)
+                    print(json.dumps(rows[-1]), flush=True)
+                    write_record(arguments.output, rows, failed)
+            except (subprocess.SubprocessError, OSError, ValueError, SystemExit) as error:
+                failed.append({**own, "tool": tool, "error": f"{type(error).__name__}: {error}"})
                 write_record(arguments.output, rows, failed)
-        except (subprocess.CalledProcessError, OSError, SystemExit) as error:
-            failed.append({**own, "error": str(error)})
-            write_record(arguments.output, rows, failed)
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(jobs)} models could not be measured: {failed}")
+        raise SystemExit(f"{len(failed)} of {len(jobs) * len(arguments.tools)} measurements failed: {failed}")
 
 
 def vllm_version() -> str:

@@ -567,3 +567,76 @@ def test_the_checkpoint_of_a_conversion_is_one_file_that_converts(
     assert found["seconds"] > 0
     with pytest.raises(RuntimeError, match="ended with 3"):
         conversion.measured([sys.executable, "-c", "exit(3)"])
+
+
+class TestVllmBench:
+    def test_prompts_of_a_folder_are_text_from_all_over(self, script: Any, tmp_path: Path) -> None:
+        module, text = script("vllm_bench"), "".join(f"Line {number} of a text.\n" for number in range(400))
+        (tmp_path / "text.txt").write_text(text)
+        folder = save_tiny_model(tmp_path / "folder")
+        job = {"folder": str(folder), "text": str(tmp_path / "text.txt"), "prompts": "text", "input_len": 8}
+        assert [row[0] for row in module.pieces(range(107), 4, 8)] == [0, 25, 50, 75]
+        ids = load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
+        make = module.prompt_maker(job, 5)
+        assert [row["prompt_token_ids"] for row in make(4, 8)] == module.pieces(ids, 4, 8)
+        with pytest.raises(ValueError, match=r"text must hold .* tokens or more, got .*; give a longer one"):
+            make(1, len(ids) + 1)
+        prompts = module.text_prompts(job, 4)
+        assert len(set(prompts)) == 4
+        assert all(prompt in text for prompt in prompts)
+        given = module.prompt_maker({**job, "prompts": module.RANDOM}, 5)(3, 7)
+        assert torch.tensor([prompt["prompt_token_ids"] for prompt in given]).unique().tolist() == [0, 1, 2, 3, 4]
+
+    def test_files_of_prompts_are_those_that_vllm_reads(self, script: Any, tmp_path: Path) -> None:
+        module, folder = script("vllm_bench"), save_tiny_model(tmp_path / "folder")
+        (tmp_path / "text.txt").write_text("".join(f"Line {number} of a text.\n" for number in range(99)))
+        job = {"folder": str(folder), "text": str(tmp_path / "text.txt"), "input_len": 8, "output_len": 3}
+        job |= {"num_prompts": 5}
+        flags = module.chat_flags(job, tmp_path)
+        chats = json.loads((tmp_path / "prompts.json").read_text())
+        assert flags == [*flags[:3], str(tmp_path / "prompts.json"), "--output-len", "3"]
+        assert [chat["conversations"][0]["value"] for chat in chats] == module.text_prompts(job, 5)
+        flags = module.custom_flags(job, tmp_path, 4)
+        lines = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+        assert flags[:4] == ["--dataset-name", "custom", "--dataset-path", str(tmp_path / "prompts.jsonl")]
+        assert lines == module.text_prompts(job, 4)
+        with pytest.raises(ValueError, match=r"must be at most \(1024, 2048\), got \(2000, 2003\)"):
+            module.chat_flags({**job, "input_len": 2000}, tmp_path)
+
+    def test_a_tool_that_fails_leaves_the_others(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module, output = script("vllm_bench"), tmp_path / "rows.json"
+
+        class Workers:
+            def __init__(self, jobs: int):
+                assert jobs == 2
+
+            def run(self, job: dict[str, Any]) -> Any:
+                assert job["prompts"] == "Python's help topics"
+                yield {"tool": "latency", "batch": 1, "ms_per_step": 1.0 if job["sparsity"] else 2.0}
+                raise module.subprocess.CalledProcessError(1, "latency")
+
+        def fail(*_: Any) -> Any:
+            raise ValueError("no throughput")
+            yield
+
+        jobs = [{"model": name, "folder": name, "sparsity": of} for name, of in (("dense", None), ("sparse", 0.5))]
+        monkeypatch.setattr(module, "LatencyWorkers", Workers)
+        monkeypatch.setattr(module, "write_densified", lambda *_: jobs)
+        monkeypatch.setattr(module, "run_throughput", fail)
+        monkeypatch.setattr(module, "run_serve", lambda *_: iter([{"tool": "serve", "batch": 1, "median_tpot_ms": 3}]))
+        monkeypatch.setattr(module, "vllm_version", lambda: "0")
+        flags = ["--folder", "some", "--tools", "latency", "throughput", "serve", "--work", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["vllm_bench.py", *flags, "--output", str(output)])
+        with pytest.raises(SystemExit, match="4 of 6 measurements failed"):
+            module.main()
+        found = read_json(output)
+        rows = [(row["tool"], row["model"], row.get("over_dense")) for row in found["rows"]]
+        assert rows == [
+            ("latency", "dense", None), ("serve", "dense", None), ("latency", "sparse", 0.5), ("serve", "sparse", 1.0)
+        ]  # fmt: skip
+        assert [(failure["model"], failure["tool"]) for failure in found["failed"]] == [
+            (model, tool) for model in ("dense", "sparse") for tool in ("latency", "throughput")
+        ]
+        assert found["failed"][1]["error"] == "ValueError: no throughput"
