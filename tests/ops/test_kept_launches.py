@@ -162,6 +162,8 @@ def test_what_changes_between_calls_counts(
     check(run, x, path, relative_rms)
     run.weights.gate.data, run.weights.down.data = states(192) / 8, states(192) / 14  # type: ignore[union-attr]
     check(run, x, path, relative_rms)
+    run.weights.gate.data = torch.cat([states(192).flatten() / 8, x[0]])[1 : 1 + 192 * HIDDEN].view(192, HIDDEN)  # type: ignore[union-attr]
+    check(run, x, path, relative_rms)
     run.routing.weight.data = -run.routing.weight  # type: ignore[union-attr,operator]
     check(run, x, path, relative_rms)
     run.routing = replace(run.routing, threshold=run.routing.threshold + 0.5)

@@ -154,14 +154,14 @@ class PrefillLaunch:
         if weights.down_scale is None:
             self._down = weights.down.T
         self._plain_down = self._down is not None and (bias is None or bias.dtype == x.dtype)
-        read = (weights.up, weights.gate, weights.down, weights.stacked, routing.weight, routing.rounded)
+        read = (*weights.flat(), routing.weight, routing.bias, routing.rounded)
         self._read = [tensor for tensor in read if tensor is not None]
         self._places = [tensor.data_ptr() for tensor in self._read]
 
     def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The output [T, D] for contiguous x [T, D]; logits [T, E] take the place of the routing's."""
         if [tensor.data_ptr() for tensor in self._read] != self._places:
-            self._settle(x)  # what was settled are views of the memory that the weights had
+            self._settle(x)  # for views of memory and kernels, whose form depends on its alignment
         return self.project_down(self.activations(x, logits))
 
     def activations(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
@@ -291,23 +291,20 @@ class GroupedLaunch(PrefillLaunch):
         tiles: GroupedTiles | None = None,
     ):
         super().__init__(x, weights, routing, activation)
-        hidden = x.size(1)
-        tiles = fit_grouped(tiles or grouped_tiles(x), hidden)
+        tiles = fit_grouped(tiles or grouped_tiles(x), x.size(1))
         self.programs = multiprocessors(x.device) * tiles.per_sm
-        neurons = self.size if weights.gate is None else 2 * self.size
-        self._grouping = ReadyKernel(
-            kernels.grouped_kernel,
-            {
-                "D": hidden, "E": self.experts, "S": self.size, "P": self.programs,
-                "E_PAD": triton.next_power_of_2(self.experts), "N": max(neurons, 16), "BLOCK_T": tiles.block_t,
-                "BLOCK_K": tiles.block_k, "ACTIVATION": activation, "STAGES": tiles.stages, "DOT_DTYPE": dot_dtype(x),
-                "num_warps": tiles.warps,
-            },
-        )  # fmt: skip
+        columns = self.size if weights.gate is None else 2 * self.size
+        self._constants = {
+            "D": x.size(1), "E": self.experts, "S": self.size, "P": self.programs,
+            "E_PAD": triton.next_power_of_2(self.experts), "N": max(columns, 16), "BLOCK_T": tiles.block_t,
+            "BLOCK_K": tiles.block_k, "ACTIVATION": activation, "STAGES": tiles.stages, "DOT_DTYPE": dot_dtype(x),
+            "num_warps": tiles.warps,
+        }  # fmt: skip
 
     def _settle(self, x: Tensor) -> None:
         super()._settle(x)
         self._listing: ReadyKernel | None = None
+        self._grouping: ReadyKernel | None = None
 
     def activations(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The intermediate activations [T, F], zero where an expert is off."""
@@ -337,6 +334,8 @@ class GroupedLaunch(PrefillLaunch):
         """Writes the activations of the pairs of token and expert in `lists` into h [T, F], and gives it back."""
         gate, up = self._inputs(x.dtype)
         weights, aligned = self.weights, x.data_ptr() % 16 == 0
+        if self._grouping is None:
+            self._grouping = ReadyKernel(kernels.grouped_kernel, self._constants)
         self._grouping(
             self.programs, aligned, x, gate, up, weights.gate_bias, weights.up_bias, counts, lists, h, x.size(0)
         )
