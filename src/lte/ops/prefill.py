@@ -200,7 +200,7 @@ class MaskedLaunch(PrefillLaunch):
     """The path `masked`; see `PrefillLaunch`.
 
     Args:
-        x: as there, and so on.
+        x: as there, and so are weights, routing and activation.
         tiles: of the kernel, by default those of the table.
     """
 
@@ -278,7 +278,7 @@ class GroupedLaunch(PrefillLaunch):
     """The path `grouped`; see `PrefillLaunch`.
 
     Args:
-        x: as there, and so on.
+        x: as there, and so are weights, routing and activation.
         tiles: of the kernel, by default those of the table.
     """
 
