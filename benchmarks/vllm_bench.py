@@ -27,7 +27,6 @@ import argparse
 import functools
 import gc
 import json
-import os
 import shutil
 import socket
 import statistics
@@ -246,8 +245,9 @@ def spread(name: str, times: list[float]) -> dict[str, float]:
 
 def measure_latency() -> None:
     """Runs in a process of its own: waits for a job as a line of the input, then prints a row for each batch size and
-    each single prompt."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the samples of the routing lie in the engine's process
+    each single prompt.
+
+    The engine has a process of its own, as when it serves, so that scheduling and steps overlap."""
     from vllm import LLM
 
     job = json.loads(sys.stdin.readline())
