@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte.config import check_choice
 from lte.hf.activations import activation_name
@@ -16,8 +16,9 @@ from lte.hf.projections import is_plain_projection, projection_name
 from lte.hf.stepping import forget_engine
 from lte.nn.accelerated import AcceleratedFfn, Acceleration, WeightFormat
 from lte.nn.all_or_nothing import all_or_nothing, keep_data, on_failure
+from lte.nn.expert_mesh import expert_mesh
 from lte.nn.quantized_ffn import QuantizedFfn
-from lte.nn.shards import is_sharded
+from lte.nn.shards import local, place_
 from lte.nn.shared_ffn import accelerate_seconds_, is_second
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn
 from lte.ops.activations import ACTIVATIONS
@@ -88,14 +89,15 @@ def _weights(ffn: SparseFfn) -> list[nn.Parameter]:
 
 
 def _lay_back_on_failure(weights: list[nn.Parameter]) -> None:
-    before = {weight: weight.data_ptr() for weight in weights}
+    before = {weight: local(weight).data_ptr() for weight in weights}
 
     def lay_back() -> None:
         # Without the memory for it they stay where they are, with the same numbers.
         with suppress(RuntimeError, MemoryError):
             for weight, pointer in before.items():
-                if weight.data_ptr() != pointer:
-                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+                held = local(weight).detach()
+                if held.data_ptr() != pointer:
+                    place_(weight, held.clone(memory_format=torch.contiguous_format))
 
     on_failure(lay_back)
 
@@ -117,7 +119,7 @@ def decelerate_(model: nn.Module) -> nn.Module:
         ffn.release_()
     forget_engine(model)
     with all_or_nothing(model):
-        keep_data(weight for ffn in accelerated for weight in _weights(ffn) if not weight.is_floating_point())
+        keep_data(weight for ffn in accelerated for weight in _weights(ffn) if not local(weight).is_floating_point())
         for ffn in accelerated:
             ffn.remove_()
         for quantized in rounded:
@@ -166,10 +168,10 @@ def _check_ffn(name: str, ffn: SparseFfn, weights: WeightFormat) -> str:
             f"router_context must be 0 for the kernels, which route each token by itself, got {ffn.router.context} in "
             f"{name}; run the model without accelerate_"
         )
-    if any(is_sharded(parameter) for parameter in ffn.own_parameters()):
-        raise ValueError(
-            f"model must lie whole in this process to run on the kernels, got {name} in parts; load it without tp_plan"
-        )
+    try:
+        expert_mesh(ffn)
+    except ValueError as error:
+        raise ValueError(f"{name} must fit the kernels: {error}") from None
     if QuantizedFfn.fits(ffn):
         if weights != "native":
             raise ValueError(f"weights must be native, as torchao quantised those of {name}, got weights={weights}")
@@ -205,7 +207,8 @@ def _activation(name: str, ffn: SparseFfn) -> str:
 
 
 def _check_projection(name: str, linear: Any, layout: FfnLayout) -> None:
-    if not is_plain_projection(linear, layout):
+    in_parts = type(linear) is nn.Linear and type(local(linear.weight)) is Tensor
+    if not (in_parts or is_plain_projection(linear, layout)):
         raise ValueError(
             f"{name} must be a plain floating-point {projection_name(layout)}, got {type(linear).__name__}; merge "
             "adapters first (merge_and_unload of peft), and load the model without quantisation"

@@ -6,15 +6,19 @@ Shapes: D hidden size, F neurons, E experts.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 
+from lte.nn.expert_mesh import own_experts
 from lte.nn.ffn_parts import ROLES, dequantize_projections_, quantize_projections_, weight_of
 from lte.nn.laid_out import COPIES, DECELERATE, SCALES, Acceleration, LaidOutFfn, WeightFormat, refresh_loaded
 from lte.nn.passing import install_passing_, remove_passing_
+from lte.nn.shards import local, place_
 from lte.nn.sparse_ffn import SparseFfn, is_transformed
-from lte.ops.arguments import DTYPES
+from lte.ops.arguments import DTYPES, Routing
 from lte.ops.reference import router_logits
 
 __all__ = ["AcceleratedFfn", "Acceleration", "WeightFormat"]
@@ -67,8 +71,8 @@ class AcceleratedFfn(LaidOutFfn):
         else:
             for weight in (*(self.part(name).weight for name in self.layout.projections), self.router.weight):
                 # What a quantiser made of a weight is its own.
-                if type(weight) is nn.Parameter:
-                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+                if type(weight) in (nn.Parameter, DTensor):
+                    place_(weight, local(weight).detach().clone(memory_format=torch.contiguous_format))
         if self.block:
             remove_passing_(self)
         self._after_load.remove()
@@ -93,10 +97,20 @@ class AcceleratedFfn(LaidOutFfn):
         if self.router.down is not None:
             logits = self.router(flat)
         elif self.record_logits:
-            logits = router_logits(flat, runner.routing)
+            logits = router_logits(flat, runner.routing if self._mesh is None else self._whole_routing())
         if self.record_logits and logits is not None:
             self.logits = logits.view(*x.shape[:-1], -1)
-        return runner(flat, logits).view(x.shape)
+        if self._mesh is None:
+            return runner(flat, logits).view(x.shape)
+        output = runner(flat, logits if logits is None else own_experts(logits, self._mesh, -1).contiguous())
+        # As the plan's down projection does for its own products.
+        dist.all_reduce(output, group=self._mesh.get_group())
+        return output.view(x.shape)
+
+    def _whole_routing(self) -> Routing:
+        """The routing of all experts, as the kernels of all processes together decide."""
+        router = self.router
+        return Routing(weight=router.weight.to(self.dtype), bias=router.bias, threshold=self.threshold_logit)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernels compute the FFN for hidden states x, in this mode and now.
@@ -119,6 +133,8 @@ class AcceleratedFfn(LaidOutFfn):
             and not torch.is_autocast_enabled(x.device.type)
             # Tensors of other classes, and all of them under `torch.func`, hold no numbers that a kernel could read.
             and (torch.compiler.is_compiling() or (type(x) is Tensor and not _is_followed()))
+            # Sums over processes are left to the plan's own modules in a graph.
+            and not (self._mesh is not None and torch.compiler.is_compiling())
             # Neither do copies for `nn.DataParallel`, whose weights are parameters no more.
             and "_is_replica" not in self.__dict__
             and not self._wants_gradient(x)

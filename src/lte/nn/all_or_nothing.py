@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.nn.shards import local, place_
+
 Undo = Callable[[], object]
 
 
@@ -59,13 +61,14 @@ def keep_data(parameters: Iterable[nn.Parameter]) -> None:
 
     The tensors of a GPU are kept in the memory of the host: there they would take what the change is to free.
     """
-    kept = [(p, p.data.cpu() if p.is_cuda else p.data, p.device, p.requires_grad, p.grad) for p in parameters]
+    held = [(p, local(p).detach()) for p in parameters]
+    kept = [(p, data.cpu() if p.is_cuda else data, p.device, p.requires_grad, p.grad) for p, data in held]
 
     def put_back() -> None:
         for parameter, data, device, trained, grad in kept:
             parameter.grad = None
             parameter.requires_grad_(False)
-            parameter.data = data.to(device)
+            place_(parameter, data.to(device))
             parameter.requires_grad_(trained)
             parameter.grad = grad
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lte.nn.shards import local, place_
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.layout import by_neuron
 from lte.ops.quantize import dequantize_rows, quantize_rows
@@ -27,17 +28,22 @@ def projection_of(ffn: SparseFfn, role: Role) -> Any:
 
 
 def weight_of(ffn: SparseFfn, role: Role) -> Tensor | None:
-    """The weight [F, D] of a role, a view of its parameter; `None` if there is no gate."""
+    """The weight [F, D] of a role, a view of its parameter; `None` if there is no gate.
+
+    Under tensor parallelism F is that of this process.
+    """
     projection = projection_of(ffn, role)
     if projection is None:
         return None
-    matrix = ffn.layout.matrix(projection)
+    matrix = local(ffn.layout.matrix(projection))
     return matrix.T if role == "down" else _half(ffn, role, matrix)
 
 
 def bias_of(ffn: SparseFfn, role: Role) -> Tensor | None:
     """The bias of a role, [F] for gate and up, [D] for down; `None` if there is none."""
     bias = getattr(projection_of(ffn, role), "bias", None)
+    if bias is not None:
+        bias = local(bias)
     return bias if bias is None or role == "down" else _half(ffn, role, bias)
 
 
@@ -56,11 +62,11 @@ def quantize_projections_(ffn: SparseFfn) -> dict[Role, Tensor]:
     scales: dict[Role, Tensor] = {}
     for name in ffn.layout.projections:
         weight, down = ffn.part(name).weight, name == ffn.layout.down
-        values, scale = quantize_rows(ffn.layout.matrix(ffn.part(name)).data)
+        values, scale = quantize_rows(local(ffn.layout.matrix(ffn.part(name))).detach())
         weight.grad = None
         weight.requires_grad_(False)
         values = by_neuron(values) if down else values.contiguous()
-        weight.data = values.T if ffn.layout.transposed else values
+        place_(weight, values.T if ffn.layout.transposed else values)
         for role in ROLES:
             if projection_of(ffn, role) is ffn.part(name):
                 scales[role] = scale if down else _half(ffn, role, scale)
@@ -73,5 +79,5 @@ def dequantize_projections_(ffn: SparseFfn, scales: dict[Role, Tensor], dtype: t
     for name in ffn.layout.projections:
         projection = ffn.part(name)
         rows = torch.cat([scales[role] for role in ROLES if projection_of(ffn, role) is projection])
-        weight = dequantize_rows(ffn.layout.matrix(projection).data, rows, dtype)
-        projection.weight.data = (weight.T if ffn.layout.transposed else weight).contiguous()
+        weight = dequantize_rows(local(ffn.layout.matrix(projection)).detach(), rows, dtype)
+        place_(projection.weight, (weight.T if ffn.layout.transposed else weight).contiguous())

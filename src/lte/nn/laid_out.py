@@ -13,13 +13,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from lte.config import FfnMode
+from lte.nn.expert_mesh import expert_mesh, forward_of_plan, own_experts
 from lte.nn.ffn_parts import ROLES, bias_of, weight_of
 from lte.nn.hooks import Look
 from lte.nn.router import Router
+from lte.nn.shards import local, place_
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import EXPERT_SIZES, FfnWeights, Routing
 from lte.ops.dispatch import FfnRunner, prepare
@@ -73,6 +77,9 @@ class LaidOutFfn(SparseFfn):
     first two are no buffers: they are the memory of parameters, and what copies the buffers of a model, an EMA say,
     would write into these again.
 
+    Under tensor parallelism all of this is of the experts of this process, and its parameters stay `DTensor`s whose
+    local parts are the views. The router stays whole; its rows are rounded into memory, whatever their dtype.
+
     Attributes:
         acceleration: how it runs.
         dtype: of the hidden states that the kernels take.
@@ -92,6 +99,7 @@ class LaidOutFfn(SparseFfn):
     _device: torch.device
     _rounds_router: bool
     _arch: int
+    _mesh: DeviceMesh | None
 
     @property
     def hidden_size(self) -> int:
@@ -113,28 +121,32 @@ class LaidOutFfn(SparseFfn):
     def _lay_out_(self) -> None:
         """Copies the parameters to where the kernels want them."""
         layout, router, full_rank = self.layout, self.router, self.router.down is None
+        self._mesh = expert_mesh(self)
+        weight = own_experts(router.weight, self._mesh)
+        shared = router.weight.dtype == self.dtype and self._mesh is None
         if self._is_int8:
-            shared = router.weight.dtype == self.dtype and router.weight.is_contiguous()
-            rows = router.weight.data if shared else router.weight.to(self.dtype, copy=True)
+            shared = shared and router.weight.is_contiguous()
+            rows = router.weight.data if shared else weight.to(self.dtype, copy=True)
             self.router_rows = rows if full_rank else None
         else:
             up, gate = weight_of(self, "up"), weight_of(self, "gate")
             assert up is not None
-            parts = stack_inputs(up, gate, router.weight if full_rank else None)
+            parts = stack_inputs(up, gate, weight if full_rank else None)
             if up.is_cpu and up.is_shared():  # with other processes, by `share_memory`
                 parts.stacked.share_memory_()
             self.dtype, self.stacked, self.router_rows = up.dtype, parts.stacked, parts.router
             # Transformers cannot save a transposed weight that shares its memory with another.
-            shared = router.weight.dtype == up.dtype and not layout.transposed
+            shared = router.weight.dtype == up.dtype and self._mesh is None and not layout.transposed
             if shared and parts.router is not None:
                 router.weight.data = parts.router
             self._place_(layout.up, parts.stacked[: 2 * len(up)] if layout.fused else parts.up)
             if layout.gate is not None:
                 assert parts.gate is not None
                 self._place_(layout.gate, parts.gate)
-            down = layout.matrix(self.part(layout.down)).data
-            if not down.T.is_contiguous():
-                self._place_(layout.down, by_neuron(down))
+            down = weight_of(self, "down")
+            assert down is not None
+            if not down.is_contiguous():
+                self._place_(layout.down, by_neuron(down.T))
         self._rounds_router = full_rank and not shared
         self._width, self._device = layout.matrix(self.part(layout.down)).shape[0], router.weight.device
         self._arch = prepare(self._device)
@@ -146,19 +158,24 @@ class LaidOutFfn(SparseFfn):
 
     def _place_(self, name: str, matrix: Tensor) -> None:
         """Makes a parameter a view of its values [out, in] elsewhere."""
-        self.part(name).weight.data = matrix.T if self.layout.transposed else matrix
+        place_(self.part(name).weight, matrix.T if self.layout.transposed else matrix)
 
     def _look(self) -> Iterator[tuple[Any, ...]]:
         """All parameters that the kernels read, and how they lie."""
         named = [(self.part(part), name) for part in self.layout.projections for name in ("weight", "bias")]
         for module, name in (*named, *((self.router, name) for name in ("weight", "bias", "down"))):
             tensor = module._parameters.get(name)
-            plain = type(tensor) is nn.Parameter
-            where = (tensor.data_ptr(), tensor.shape, tensor.stride()) if plain else (0, None, None)
+            where: tuple[Any, ...] = (0, None, None)
+            if type(tensor) in (nn.Parameter, DTensor):
+                memory = local(tensor)
+                where = memory.data_ptr(), memory.shape, memory.stride()
             yield module._parameters, name, tensor, *where
 
     def _watch(self) -> Iterator[tuple[Any, ...]]:
-        """All modules that PyTorch would call: where they are registered, their class, and their hooks of ours."""
+        """All modules that PyTorch would call: where they are registered, their class, and what of theirs is known.
+
+        That is the number of hooks of ours, and the forward method that tensor parallelism gave them, if any.
+        """
         paths: list[tuple[nn.Module, str]] = [(self, name) for name in ("router", self._activation_name)]
         layout = self.layout
         paths += [(self.block[0] if self.block else self, name) for name in (*layout.parts, layout.activation)]
@@ -172,19 +189,19 @@ class LaidOutFfn(SparseFfn):
                 before = list(module._forward_pre_hooks.values()) if self.block and path == layout.up else []
                 hooks = sum(hook == self._keep_input or isinstance(hook, Look) for hook in before)
                 if module is not self or self.block:
-                    yield owner._modules, name, module, type(module), hooks
+                    yield owner._modules, name, module, type(module), hooks, forward_of_plan(module)
                 owner = module
 
     def _is_settled(self) -> bool:
         """Whether all modules and parameters are and lie as the kernels know them; a few microseconds."""
-        for modules, name, module, kind, hooks in self._watched:
+        for modules, name, module, kind, hooks, forward in self._watched:
             own = module.__dict__
             if (
                 modules.get(name) is not module
                 or type(module) is not kind
                 or own["_forward_hooks"]
                 or len(own["_forward_pre_hooks"]) != hooks
-                or "forward" in own
+                or own.get("forward") is not forward
             ):
                 return False
         return (
@@ -201,6 +218,9 @@ class LaidOutFfn(SparseFfn):
             now = parameters.get(name)
             if now is not tensor:
                 return False
+            # Looked at for each token: no call of `local`.
+            if type(now) is DTensor:
+                now = now._local_tensor
             if now is not None and (now.data_ptr() != pointer or now.shape != shape or now.stride() != stride):
                 return False
         return True
@@ -247,34 +267,40 @@ class LaidOutFfn(SparseFfn):
         for name in self.layout.dropouts:
             if type(self.part(name)) not in (nn.Dropout, nn.Identity):
                 return f"its {name} is a {type(self.part(name)).__qualname__}"
-        for modules, name, module, _, hooks in self._watched if torch.compiler.is_compiling() else self._watch():
+        watched = self._watched if torch.compiler.is_compiling() else self._watch()
+        for modules, name, module, _, hooks, forward in watched:
             if modules.get(name) is not module:
                 return f"its {name} was replaced"
             if module._forward_hooks or len(module._forward_pre_hooks) != hooks:
                 return f"its {name} has hooks"
-            if "forward" in module.__dict__:
+            if module.__dict__.get("forward") is not forward:
                 return f"the forward method of its {name} was replaced"
         return None
 
     def _unfit(self) -> str | None:
         """Which weights the kernels cannot take, in words; `None` if they can take all."""
         layout, router = self.layout, self.router
+        try:
+            mesh = expert_mesh(self)
+        except ValueError as error:
+            return f"it does not lie as it must: {error}"
         weights = {name: self.part(name)._parameters.get("weight") for name in layout.projections}
         for name, weight in {**weights, "router": router._parameters.get("weight")}.items():
-            if type(weight) is not nn.Parameter:
+            if type(weight) is not (nn.Parameter if mesh is None or name == "router" else DTensor):
                 return f"the weight of its {name} is a {type(weight).__name__}"
-        tensors: list[Any] = [*weights.values()]
+        tensors: list[Any] = [local(weight) for weight in weights.values() if weight is not None]
         if len({weight.dtype for weight in tensors}) > 1:
             return "its weights are of several dtypes"
         if len({tensor.device for tensor in (*tensors, *router.parameters())}) > 1:
             return "its weights and router lie on several devices"
         if tensors[0].dtype != torch.int8 if self._is_int8 else not tensors[0].is_floating_point():
             return f"its weights are {tensors[0].dtype}"
-        down, width = layout.matrix(self.part(layout.down)), (router.weight if router.down is None else router.down)
-        up, gate = weight_of(self, "up"), weight_of(self, "gate")
-        shapes = {part.shape for part in (up, gate, down.T) if part is not None}
-        size = down.shape[1] / len(router.weight)
-        if len(shapes) > 1 or width.shape[1] != down.shape[0] or size not in EXPERT_SIZES:
+        width = router.weight if router.down is None else router.down
+        up, gate, down = (weight_of(self, role) for role in ("up", "gate", "down"))
+        assert down is not None
+        shapes = {part.shape for part in (up, gate, down) if part is not None}
+        size = len(down) / len(own_experts(router.weight, mesh))
+        if len(shapes) > 1 or width.shape[1] != down.shape[1] or size not in EXPERT_SIZES:
             return "the shapes of its weights and router do not fit together"
         return None
 
@@ -293,7 +319,11 @@ class LaidOutFfn(SparseFfn):
         for role in ROLES:
             parts[role], parts[f"{role}_bias"] = weight_of(self, role), bias_of(self, role)
         router, rounded = self.router, self.router_rows if self._rounds_router else None
-        given = (None, None) if router.down is not None else (router.weight, router.bias)
+        given: tuple[Tensor | None, Tensor | None] = (None, None)
+        if router.down is None:
+            given = own_experts(router.weight, self._mesh), own_experts(router.bias, self._mesh)
+        if self._mesh is not None and self._mesh.get_local_rank():
+            parts["down_bias"] = None  # of the sum over processes it must be there once
         routing = Routing(weight=given[0], bias=given[1], threshold=self.threshold_logit, rounded=rounded)
         plan = self.acceleration
         return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.active_fraction, self._arch)
@@ -356,13 +386,13 @@ class LaidOutFfn(SparseFfn):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what is made from the parameters."""
-        made = ("_runner", "_seen", "_watched")
+        made = ("_runner", "_seen", "_watched", "_mesh")
         state = {name: value for name, value in self.__dict__.items() if name not in made}
         return {**state, **dict.fromkeys(COPIES)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watched, self._seen, self._runner = (), _UNSEEN, None
+        self._watched, self._seen, self._runner, self._mesh = (), _UNSEEN, None, None
         if not self.block and self._unfit() is None:
             self._lay_out_()
 

@@ -39,6 +39,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, its very memory; the tensor itself where it is not in parts."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def place_(parameter: Tensor, values: Tensor) -> None:
+    """Makes a parameter, or this process's part of it, a view of values of the same shape that lie elsewhere."""
+    if isinstance(parameter, DTensor):
+        parameter._local_tensor = values.detach()
+    else:
+        parameter.data = values
+
+
 @torch.no_grad()
 def assign_(parameter: Tensor, value: Tensor) -> None:
     """Sets a parameter to a whole tensor of its shape, in place; every process keeps its own part.

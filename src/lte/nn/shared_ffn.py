@@ -102,7 +102,7 @@ class SharedFfn(AcceleratedFfn):
 
     def _follow_(self) -> None:
         first = self._first[0]
-        for name in (*BUFFERS, "dtype", "_width", "_device", "_rounds_router", "_arch"):
+        for name in (*BUFFERS, "dtype", "_width", "_device", "_rounds_router", "_arch", "_mesh"):
             setattr(self, name, getattr(first, name))
         self._runner, self._watched, self._seen = self._bind(), tuple(self._watch()), tuple(self._look())
 

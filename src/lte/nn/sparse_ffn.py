@@ -177,11 +177,20 @@ class SparseFfn(WrappedFfn):
         return output
 
     def check_shares(self) -> None:
-        """Raises a `ValueError` where processes would have to share an expert, under tensor parallelism."""
+        """Raises a `ValueError` where processes would have to share an expert, under tensor parallelism.
+
+        And where they would take the wrong ones: before 5.16 transformers splits modules without saying so.
+        """
+        down = self.part(self.layout.down)
         # Some quantised projections have none.
-        weight = getattr(self.part(self.layout.down), "weight", None)
+        weight = getattr(down, "weight", None)
         if isinstance(weight, DTensor):
             check_expert_shares(self.num_experts, weight.device_mesh.size())
+        elif hasattr(down, "_hf_tp_plan"):
+            raise ValueError(
+                "transformers must be 5.16 or newer for tensor parallelism, got an older one; load the model without "
+                "tp_plan"
+            )
 
     def _own_experts(self, gate: Tensor) -> Tensor:
         """Of m [..., E] that of the experts whose neurons lie in this process, under tensor parallelism.
