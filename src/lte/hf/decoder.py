@@ -17,6 +17,7 @@ from lte.nn.accelerated import AcceleratedFfn
 from lte.nn.ffn_parts import ROLES, bias_of, weight_of
 from lte.nn.quantized_ffn import QuantizedFfn
 from lte.nn.router import Router
+from lte.nn.shards import is_sharded
 from lte.nn.torchao_weights import is_torchao, quantized_matrix
 from lte.nn.wrapped_ffn import FfnLayout
 from lte.ops.arguments import DTYPES
@@ -105,6 +106,8 @@ def _check_modules(model: nn.Module, family: Family) -> None:
         raise NoPlanError(f"it is a {type(model).__name__}, no plain {stock.__name__}")
     if _global_forward_hooks or _global_forward_pre_hooks:
         raise NoPlanError("there are hooks on all modules")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise NoPlanError("its weights are spread over processes")
     inside: tuple[nn.Module, ...] = ()
     for name, module in model.named_modules():
         kind, place = type(module), name or "the model"

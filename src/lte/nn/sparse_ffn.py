@@ -166,9 +166,7 @@ class SparseFfn(WrappedFfn):
             return self._project_down(self.intermediate(x))
         activated, up = self.factors(x)
         logits = self._route(x)
-        gate = self.gate_values(logits)
-        if activated.shape[-1] != self.num_neurons:
-            gate = self._own_experts(gate)
+        gate = self._own_experts(self.gate_values(logits), activated.shape[-1])
         output = self._project_down(scale_experts(activated, gate, up))
         if self.record_own and self._counts:
             # After the product with gradients: autocast would keep a copy of the weight without.
@@ -192,12 +190,14 @@ class SparseFfn(WrappedFfn):
                 "tp_plan"
             )
 
-    def _own_experts(self, gate: Tensor) -> Tensor:
+    def _own_experts(self, gate: Tensor, neurons: int) -> Tensor:
         """Of m [..., E] that of the experts whose neurons lie in this process, under tensor parallelism.
 
         Raises:
             ValueError: for a plan that leaves the down projection whole.
         """
+        if neurons == self.num_neurons:
+            return gate
         weight = self.part(self.layout.down).weight
         if not isinstance(weight, DTensor):
             raise ValueError(
@@ -227,7 +227,7 @@ class SparseFfn(WrappedFfn):
         if self.mode == "dense":
             return hidden
         x = self.take_input()
-        return scale_experts(hidden, self.gate_values(self._route(x)))
+        return scale_experts(hidden, self._own_experts(self.gate_values(self._route(x)), hidden.shape[-1]))
 
     def _route(self, x: Tensor) -> Tensor:
         # A router with adapters around it, which some are, has the attributes of the one inside.
