@@ -28,6 +28,7 @@ from lte.eval.flops import meta_model
 from lte.eval.models import load_any_model
 from lte.eval.speculation import PassClock
 from lte.hf.dense import load_tokenizer
+from lte.hf.threshold import set_threshold_
 from lte.nn.wrapped_ffn import numbers_in_4_bits
 from lte.ops.step import engines
 from lte.records import environment, read_json
@@ -511,19 +512,25 @@ def test_decoding_in_parts_is_checked_and_timed_beside_the_dense_model(
     flags = ["--shape", "tiny", "--dtype", "float32", "--context", "32", "--turns", "2", "--steps", "2"]
     module.main([*flags, "--sparsities", "0.5", "--batches", "1", *work])
     found = read_json(tmp_path / "rows.json")
-    assert [row["equal_tokens"] for row in found["gate"]] == [64, 64]
-    assert [(row["way"], row["sparsity"]) for row in found["rows"]] == [
-        (way, sparsity) for way in ("launched", "graph") for sparsity in (None, 0.5)
+    ways = [(None, None), (0.5, "masked"), (0.5, "kernels")]
+    assert [row["equal_tokens"] for row in found["gate"]] == [64] * 3
+    assert [(row["sparsity"], row["ffn"]) for row in found["gate"]] == ways
+    assert [(row["way"], row["sparsity"], row["ffn"]) for row in found["rows"]] == [
+        (way, *each) for way in ("launched", "graph") for each in ways
     ]
-    dense, sparse = found["rows"][:2]
+    dense, masked, fast = found["rows"][:3]
     assert dense["over_dense"] == 1
-    assert sparse["over_dense"] == sparse["median_ms"] / dense["median_ms"]
-    assert 0.3 < sparse["active_fraction"] < 0.7
-    assert sparse["weight_bytes_per_process"] > dense["weight_bytes_per_process"]
+    assert fast["over_dense"] == fast["median_ms"] / dense["median_ms"]
+    assert 0.3 < masked["active_fraction"] == fast["active_fraction"] < 0.7
+    assert masked["weight_bytes_per_process"] == fast["weight_bytes_per_process"] > dense["weight_bytes_per_process"]
     whole = module.whole
     monkeypatch.setattr(module, "whole", lambda logits: whole(logits) + torch.randn_like(logits))
     with pytest.raises(GateError, match="logits of tiny-2 dense in parts"):
         module.main([*flags, *work])
+    monkeypatch.setattr(module, "whole", whole)
+    monkeypatch.setattr(lte, "accelerate_", lambda model: set_threshold_(model, 0.9))
+    with pytest.raises(GateError, match="logits of tiny-2 forced in parts kernels"):
+        module.check(module.parse([*flags, *work]))
     torch.distributed.destroy_process_group()
 
 

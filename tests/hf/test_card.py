@@ -53,6 +53,9 @@ def test_a_saved_folder_says_what_was_measured(tmp_path: Path) -> None:
     assert "import lte" in text
     assert "AutoModelForCausalLM.from_pretrained" in text
     assert "somebody" not in text
+    # Written by hand, without the words that `lte` would add.
+    model.config.lte_measurement = {"sparsity": 0.5, "tokens": 64}
+    assert "| measured on | 64 tokens of held-out text |" in str(model_card(model.config, "mine"))
 
 
 def test_what_is_not_known_is_not_claimed() -> None:

@@ -96,11 +96,12 @@ def _table(base: str, settings: dict[str, Any], measured: dict[str, Any], licens
         "target sparsity": _percent(settings.get("target_sparsity")),
         "measured sparsity": _measured(measured),
     }
-    if "tokens" in measured:
+    if measured.get("tokens"):
         data = measured.get("data", {})
         source = data.get("source")
         names = ", ".join(Path(name).name for name in ([source] if isinstance(source, str) else source or []))
-        rows["measured on"] = f"{measured['tokens']:,} tokens of {names or 'held-out text'}, {measured['split']} split"
+        split = f", {measured['split']} split" if measured.get("split") else ""
+        rows["measured on"] = f"{measured['tokens']:,} tokens of {names or 'held-out text'}{split}"
     if measured.get("value") is not None:
         metric = measured.get("metric", "value")
         if measured.get("value_before") is not None:
