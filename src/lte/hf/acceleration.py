@@ -34,6 +34,9 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     kernels read them, in the same parameters, never all of them twice: training, `state_dict`, `save_pretrained`,
     `.to()` and LoRA go on working. An accelerated model is left as it is. Its drafts (`lte.draft_of`) go along.
 
+    Of a model that a tensor parallel plan of transformers spread over processes, each process runs its own experts, and
+    the outputs are added up as the plan adds up those of the down projection. All processes must call this.
+
     Args:
         model: an LTE model in float32, float16 or bfloat16 on CUDA devices or the CPU; or one whose linear layers
             torchao quantised to 8 or 4 bits (`torchao.quantization.quantize_`), which then decodes by whole steps where
@@ -42,9 +45,9 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
             does nothing but hard mode without gradients, and cannot be saved.
 
     Raises:
-        ValueError: for a dense model, a method without kernels, an FFN that the kernels cannot compute, a device
-            without kernels, or a model that is accelerated with other `weights`. The model is then unchanged, as after
-            any other failure on the way.
+        ValueError: for a dense model, a method without kernels, an FFN that the kernels cannot compute, or whose
+            experts a plan splits, a device without kernels, or a model that is accelerated with other `weights`. The
+            model is then unchanged, as after any other failure on the way.
     """
     check_choice("weights", weights, get_args(WeightFormat))
     reason = no_kernels(model)

@@ -215,8 +215,8 @@ class LteModelMixin(SteppingMixin):
         Raises:
             ValueError: if weights are missing (stock transformers warns and takes random ones), do not fit the config,
                 are not finite, or a file is corrupt. With `ignore_mismatched_sizes=True` the head alone may not fit.
-                For a `target_sparsity` that is not on the curve, or without a curve. For a `tp_plan` over processes
-                whose number does not divide that of the experts.
+                For a `target_sparsity` that is not on the curve, or without a curve. For tensor parallelism over
+                processes whose number does not divide that of the experts, or by transformers before 5.16.
         """
         name_or_path = pretrained_model_name_or_path
         if target_sparsity is not None:

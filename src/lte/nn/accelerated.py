@@ -85,6 +85,8 @@ class AcceleratedFfn(LaidOutFfn):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `SparseFfn.forward`, by the kernels in hard mode where no gradient is wanted."""
+        if self._mesh is not None and torch.compiler.is_compiling():
+            return _between_graphs(self, x)
         if self.block:
             if x.shape[-1] != self.hidden_size:
                 return super().forward(x)
@@ -133,8 +135,6 @@ class AcceleratedFfn(LaidOutFfn):
             and not torch.is_autocast_enabled(x.device.type)
             # Tensors of other classes, and all of them under `torch.func`, hold no numbers that a kernel could read.
             and (torch.compiler.is_compiling() or (type(x) is Tensor and not _is_followed()))
-            # Sums over processes are left to the plan's own modules in a graph.
-            and not (self._mesh is not None and torch.compiler.is_compiling())
             # Neither do copies for `nn.DataParallel`, whose weights are parameters no more.
             and "_is_replica" not in self.__dict__
             and not self._wants_gradient(x)
@@ -166,3 +166,9 @@ class AcceleratedFfn(LaidOutFfn):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernels={self.acceleration.weights}"
+
+
+@torch.compiler.disable
+def _between_graphs(ffn: AcceleratedFfn, x: Tensor) -> Tensor:
+    """The FFN's output outside of graphs, which cannot hold `DTensor`s whose parts lie elsewhere (torch 2.13)."""
+    return ffn.forward(x)
