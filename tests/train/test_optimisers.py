@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 import lte
 from lte.cli.train_watcher import MEMORY_HINT
-from lte.train import optimisers
+from lte.train import narrow_adam, optimisers
 from lte.train.config import TrainConfig
 from lte.train.optimisers import (
     OPTIMISERS,
@@ -130,6 +131,43 @@ def test_what_one_optimiser_keeps_wide_is_narrow_in_the_next() -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     assert optimizer.state[other.weight]["state1"].dtype == torch.uint8
+
+
+@needs_torchao
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_faster_steps_are_those_of_torchao(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kind = getattr(importlib.import_module("torchao.optim"), name)
+    fast = narrow_adam.with_fast_steps(kind)
+    calls: list[int] = []
+    function = fast._function
+    monkeypatch.setattr(fast, "_function", staticmethod(lambda p, *args: [calls.append(p.numel()), function(p, *args)]))
+    shapes = [(64, 64), (30,), (7, 11), (32, 128), (20, 64), (20,)]
+    found = []
+    for each in (kind, fast):
+        torch.manual_seed(0)
+        dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
+        parameters = [
+            nn.Parameter(torch.randn(*shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        groups = [{"params": parameters[:3]}, {"params": parameters[3:], "weight_decay": 0.0, "lr": 0.01}]
+        optimizer = each(groups, block_size=256)
+        for step in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            if step == 2:
+                parameters[1].grad = None
+            optimizer.step()
+        moments = [value["exp_avg"] for value in optimizer.state.values()]
+        found.append([*parameters, *(each.dequantize() if hasattr(each, "codes") else each for each in moments)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    # Once all small ones of a group and a dtype are one, but for those that have taken other numbers of steps.
+    assert calls[:4] == [64 * 64, 32 * 128, 30 + 77, 20 * 64 + 20]
+    assert calls[-5:] == [64 * 64, 32 * 128, 30, 77, 20 * 64 + 20]
+    # Another version of torchao's function is left to torchao, and so is another optimiser.
+    monkeypatch.setattr("torchao.optim.adam.single_param_adam", lambda p, grad: None)
+    assert narrow_adam.with_fast_steps(kind) is kind
+    assert narrow_adam.with_fast_steps(torch.optim.AdamW) is torch.optim.AdamW
 
 
 def test_the_names_are_those_of_trainer() -> None:
