@@ -11,9 +11,11 @@ from torch._dynamo.testing import CompileCounter
 
 import lte
 from lte.data.rows import TokenRows
+from lte.nn.sparse_ffn import SparseFfn
 from lte.train.config import TrainConfig
 from lte.train.processes import training_device
 from lte.train.summary import TrainingSummary
+from lte.train.trainer import LteTrainer
 from lte.train.two_stage import train_two_stage
 from tests.tiny_models import tiny_dense_model
 from tests.train.toy import toy_rows
@@ -70,6 +72,35 @@ def test_compiled_training_is_the_eager_one(tmp_path: Path, compilations: Compil
     ids = rows[0]["input_ids"][None].to(training_device())
     torch.testing.assert_close(eager(ids).logits, compiled(ids).logits, rtol=1e-3, atol=1e-4)
     assert compilations.frame_count == frames
+
+
+def test_layers_that_are_computed_again_are_the_graphs_of_the_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A layer that records is another graph than one that does not, if tensors of other shapes are saved or not.
+    seen: list[tuple[bool, bool]] = []
+    left: list[Any] = []
+    route, step = SparseFfn._route, LteTrainer.training_step
+
+    def routed(self: SparseFfn, x: torch.Tensor) -> torch.Tensor:
+        seen.append((torch._C._current_graph_task_id() != -1, self.record_logits))
+        return route(self, x)
+
+    def stepped(self: LteTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(self, *args, **kwargs)
+        left.extend(ffn.logits for ffn in self.ffns)
+        return loss
+
+    monkeypatch.setattr(SparseFfn, "_route", routed)
+    monkeypatch.setattr(LteTrainer, "training_step", stepped)
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    options = {"compile": True, "gradient_checkpointing": True, "router_fit_tokens": 0, "calibration_tokens": 0}
+    train(rows_of([LONGEST] * 8), tmp_path, **options)
+    assert (True, True) in seen
+    assert (True, False) not in seen
+    # Their logits would keep all activations until the end of the backward pass.
+    assert left
+    assert not any(each is not None for each in left)
 
 
 @pytest.mark.parametrize(("compiled", "batches"), [(True, 2), (False, 3)])

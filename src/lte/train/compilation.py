@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from lte.hf.families import block_name, dense_ffns, family_of
 from lte.hf.install import wrapped_ffns
+from lte.nn.sparse_ffn import SparseFfn
 
 COMPILED_MULTIPLE = 64
 """Rows are padded to a multiple of so many tokens where layers are compiled."""
@@ -50,3 +52,40 @@ def compiled_layers(model: nn.Module, teacher: nn.Module | None, compiles: bool)
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def checkpoint_compiled_(model: nn.Module) -> None:
+    """Fits the checkpointing of activations of a model, once it is on, to compiled layers that record for the loss.
+
+    A layer that is computed again must be the graph of the forward pass, so it records there, too: another one saves
+    other tensors, which checkpointing refuses. What it then keeps is let go at once, as all activations would stay with
+    it. Transformers from 5.2x on checkpoints inside of what is compiled, which leaves out the layer: it is compiled
+    there.
+    """
+    compiled = cache(torch.compile)
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        checkpoint = vars(layer).get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            ffns = [module for module in layer.modules() if isinstance(module, SparseFfn)]
+            layer._gradient_checkpointing_func = partial(_checkpointed, checkpoint, compiled, ffns)
+
+
+def _checkpointed(
+    checkpoint: Any, compiled: Any, ffns: list[SparseFfn], function: partial[Any], *args: Any, **kwargs: Any
+) -> Any:
+    if function.args:
+        # The layer's plain forward; one code for all layers.
+        function = partial(compiled(function.func), *function.args, **function.keywords)
+
+    def computed(*inputs: Any) -> Any:
+        try:
+            return function(*inputs)
+        finally:
+            # The second time it may be left by an exception, once all that was missing is there.
+            if torch._C._current_graph_task_id() != -1:
+                for ffn in ffns:
+                    ffn.logits = None
+                    ffn.forget_outputs()
+
+    return checkpoint(computed, *args, **kwargs)

@@ -84,23 +84,29 @@ class OutputMatch:
         for ffn in self.ffns:
             ffn.record_output, ffn.record_own = not ffn.block, self.is_own
 
-    def forget(self) -> None:
-        """Lets all outputs go; those of layers that are computed again in the backward pass are not kept."""
+    def forget(self, records: bool = False) -> None:
+        """Lets all outputs go; those of layers that are computed again are not kept either, unless it still records."""
         for ffn in self.ffns:
-            ffn.record_output = ffn.record_own = False
+            if not records:
+                ffn.record_output = ffn.record_own = False
             ffn.forget_outputs()
         for down in self._watched:
             vars(down).get(KEPT, {}).clear()
 
-    def take_loss(self, token_masks: Sequence[Tensor | None]) -> Tensor | None:
-        """The mean over layers of the relative squared error in the pass that just ended; `None` if none was kept."""
+    def take_loss(self, token_masks: Sequence[Tensor | None], records: bool = False) -> Tensor | None:
+        """The mean over layers of the relative squared error in the pass that just ended; `None` if none was kept.
+
+        Args:
+            token_masks: [B, T] of each layer, true where a token counts; `None` counts all.
+            records: whether the FFNs go on to keep their outputs, until `forget`.
+        """
         losses = []
         for index, (ffn, mask) in enumerate(zip(self.ffns, token_masks, strict=True)):
             output = _kept_by(self.spread_downs[index]) if ffn.block else ffn.output
             target = ffn.own_output if self.is_own else _kept_by(self.teacher_downs[index])
             if output is not None and target is not None:
                 losses.append(self.error(output, target.to(output.device), mask))
-        self.forget()
+        self.forget(records)
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
 

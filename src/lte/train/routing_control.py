@@ -16,6 +16,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
 from lte.train.checkpoints import control_state_of
+from lte.train.compilation import checkpoint_compiled_
 from lte.train.config import Stage
 from lte.train.dropped_start import DroppedStart
 from lte.train.interruption import StopRequest
@@ -136,6 +137,8 @@ class RoutingControl(AnyTrainer):
         lists = (self.step_active, self.step_layers, self.step_tokens, self.step_targets)
         for kept in (self.sums, *lists, self._task_terms):
             kept.clear()
+        if self.routing.compile_layers:
+            checkpoint_compiled_(self.model)
         if self.is_fsdp_enabled:
             widen_routers_(self.model)
         if self._resumed is None and self.shards_model:

@@ -190,7 +190,7 @@ class RoutingLoss(AnyTrainer):
         added = task.new_zeros(())
         if routing:
             added = added + self._weighted(routing)
-        matched = None if self.match is None else self.match.take_loss(masks)
+        matched = None if self.match is None else self.match.take_loss(masks, self._recomputes_alike)
         if matched is not None:
             matched = matched * share
             added, terms["match"] = added + self.routing.match_weight * matched, matched
@@ -236,12 +236,24 @@ class RoutingLoss(AnyTrainer):
             return said
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
+    @property
+    def _recomputes_alike(self) -> bool:
+        """Whether layers record in the backward pass, too: a compiled one that does not is another graph, which saves
+        other tensors, and checkpointing refuses those. `checkpoint_compiled_` lets go of that."""
+        return self.routing.compile_layers
+
+    def _stop_recording(self) -> None:
+        for ffn in self.ffns:
+            ffn.record_logits = False
+        if self.match is not None:
+            self.match.forget()
+
     def _take_logits(self) -> list[Tensor]:
         """The router logits of the pass that just ended, layer by layer."""
         logits = [ffn.logits for ffn in self.ffns if ffn.logits is not None]
         for ffn in self.ffns:
             ffn.logits = None
-            if self.model.training:
+            if self.model.training and not self._recomputes_alike:
                 # Activations that the backward pass computes again would stay with these logits.
                 ffn.record_logits = False
         return logits
@@ -344,6 +356,7 @@ class RoutingLoss(AnyTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the trainer's; a loss that is not finite and is left out counts as 0 in the log."""
         loss = super().training_step(*args, **kwargs)
+        self._stop_recording()
         return torch.zeros_like(loss) if self.is_nonfinite else loss
 
     def _check_finite(self, loss: Tensor) -> bool:
