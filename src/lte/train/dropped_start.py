@@ -126,6 +126,11 @@ class DroppedStart:
     @classmethod
     def of_state(cls, ffns: Sequence[SparseFfn], state: dict[str, Any]) -> DroppedStart:
         """The inverse of `state`."""
-        made = cls(ffns, [torch.tensor(vector) for vector in state["vectors"]], state["share"])
-        made.rests = [torch.tensor(rest) for rest in state["rests"]]
+        devices = [ffn.part(ffn.layout.down).bias.device for ffn in ffns]
+        vectors, rests = (
+            [torch.tensor(each, device=device) for each, device in zip(state[name], devices, strict=True)]
+            for name in ("vectors", "rests")
+        )
+        made = cls(ffns, vectors, state["share"])
+        made.rests = rests
         return made

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.train.late_values import on_device
 from lte.train.sparsity_controller import EtaController
 
 
@@ -43,7 +44,7 @@ class LayerPrices:
 
     def etas(self, device: torch.device) -> Tensor:
         """The weights of the layers' efficiency losses, [L]."""
-        return torch.tensor([each.eta for each in self.controllers], device=device)
+        return on_device([each.eta for each in self.controllers], device)
 
     def logged(self) -> dict[str, float]:
         """Price and target of each layer, by the names of the log."""

@@ -51,6 +51,10 @@ class RoutingControl(AnyTrainer):
     step_layers: list[list[float]]
     step_targets: list[Tensor]
     step_tokens: list[Tensor]
+    # Of the passes whose values the host has read.
+    settled_tokens: int
+    _passes: list[Any]
+    _finite: Tensor | None
     _regrouped_text: list[dict[str, Tensor]]
     dropped_start: DroppedStart | None
     prices: LayerPrices | None
@@ -122,6 +126,11 @@ class RoutingControl(AnyTrainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _get_learning_rate(self) -> Any:
+        """As the trainer's, in each step, but one on a GPU is read where it is logged alone."""
+        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else None
+        return rate if isinstance(rate, Tensor) and not self.is_deepspeed_enabled else super()._get_learning_rate()
+
     @property
     def _stage2_rate(self) -> float:
         """The peak learning rate of stage 2 over that of stage 1."""
@@ -135,8 +144,9 @@ class RoutingControl(AnyTrainer):
         self.stops = self.skips_step = self.is_nonfinite = False
         # What an interrupted step of an earlier training left.
         lists = (self.step_active, self.step_layers, self.step_tokens, self.step_targets)
-        for kept in (self.sums, *lists, self._task_terms):
+        for kept in (self.sums, *lists, self._task_terms, self._passes):
             kept.clear()
+        self._finite, self.settled_tokens = None, 0
         if self.routing.compile_layers:
             checkpoint_compiled_(self.model)
         if self.is_fsdp_enabled:
@@ -192,11 +202,14 @@ class RoutingControl(AnyTrainer):
 
     def control_sparsity(self) -> None:
         """Updates eta and the router biases from the active fraction of the step that just ended; counts its tokens."""
-        tokens = torch.stack(self.step_tokens).sum()
-        # Processes may be asked to end at different times: they do so after the same step.
-        asked = torch.full_like(tokens, int(self.stop_request.asked))
-        found = self.accelerator.reduce(torch.stack([tokens, asked]), reduction="sum").tolist()
+        found = [self.settled_tokens, int(self.stop_request.asked)]
+        if self.accelerator.num_processes > 1:
+            tokens = torch.stack(self.step_tokens).sum()
+            # Processes may be asked to end at different times: they do so after the same step.
+            asked = torch.full_like(tokens, found[1])
+            found = self.accelerator.reduce(torch.stack([tokens, asked]), reduction="sum").tolist()
         self.step_tokens.clear()
+        self.settled_tokens = 0
         self.stops = found[1] > 0
         if self.skips_step:
             self._count_skipped()
@@ -225,12 +238,15 @@ class RoutingControl(AnyTrainer):
 
     def drop_nonfinite_step(self) -> None:
         """Takes the gradients off, in all processes, where a loss or a gradient of the step is not finite."""
+        self.settle_passes()
         self.skips_step = False
         if self.routing.on_nonfinite == "stop":
             return
-        found = torch.tensor(float(self.is_nonfinite), device=self.accelerator.device)
-        self.is_nonfinite = False
-        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+        found, self.is_nonfinite = self.is_nonfinite, False
+        if self.accelerator.num_processes > 1:
+            everywhere = torch.full((), float(found), device=self.accelerator.device)
+            found = self.accelerator.reduce(everywhere, reduction="sum").item() > 0
+        if found:
             self.skips_step = True
             self.optimizer.zero_grad()
 
@@ -261,9 +277,11 @@ class RoutingControl(AnyTrainer):
         """The sparsity of each layer in the step that just ended; none where layers have no targets of their own."""
         if not self.step_layers:
             return []
-        active = torch.tensor(self.step_layers, device=self.accelerator.device).mean(0)
+        active = torch.tensor(self.step_layers).mean(0)
         self.step_layers.clear()
-        return (1 - self.accelerator.reduce(active, reduction="mean")).tolist()
+        if self.accelerator.num_processes > 1:
+            active = self.accelerator.reduce(active.to(self.accelerator.device), reduction="mean")
+        return (1 - active).tolist()
 
     def _hold_target(self) -> None:
         """Moves the router biases so that the target's share of scores lies below the threshold."""
@@ -273,14 +291,14 @@ class RoutingControl(AnyTrainer):
         found = targets.isfinite()
         sums = torch.stack([targets.where(found, torch.zeros_like(targets)).sum(0), found.sum(0)])
         total, count = self.accelerator.reduce(sums, reduction="sum")
-        if not count.any():
-            return
         shift = -BIAS_RATE * (total / count - self.ffns[0].threshold_logit)
+        # Where nothing was counted, nothing moves.
+        shift = shift.where(count > 0, 0.0)
         if self.prices is None:
             shift_router_biases_(self.steered, shift)
             return
         for ffn, own in zip(self.ffns, shift, strict=True):
-            shift_router_biases_([ffn] if ffn in self.steered and own.isfinite() else [], own)
+            shift_router_biases_([ffn] if ffn in self.steered else [], own)
 
     @torch.no_grad()
     def _sharpen_routers_(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lte.train.arguments import RoutingArguments
 from lte.train.chunked_loss import WITHOUT_LOGITS, ChunkedLoss
 from lte.train.config import Stage
 from lte.train.documents import follows_document
+from lte.train.late_values import LateValues
 from lte.train.layer_prices import LayerPrices
 from lte.train.matching import OutputMatch
 from lte.train.objective import NonFiniteLossError, head_divergence, stack_layers
@@ -41,6 +43,22 @@ LAYER_PREFIX = "layers/active_"
 Masks = list[Tensor | None]
 # Any trainer of transformers' kind comes after these classes; for the type checker it may be all.
 AnyTrainer: Any = object
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of a step that the optimiser has not taken yet.
+
+    Attributes:
+        inputs: of the model.
+        terms: of the loss, and statistics, without gradients.
+        values: for the host: the loss, the tokens without padding, and where experts are switched the active fraction,
+            and those of the layers where they have targets of their own.
+    """
+
+    inputs: dict[str, Any]
+    terms: dict[str, Tensor]
+    values: LateValues
 
 
 class RoutingLoss(AnyTrainer):
@@ -70,6 +88,9 @@ class RoutingLoss(AnyTrainer):
     prices: LayerPrices | None
     is_nonfinite: bool
     skipped_steps: int
+    settled_tokens: int
+    _passes: list[Pass]
+    _finite: Tensor | None
     _chunked: ChunkedLoss | None
     _inputs: dict[str, Any]
     _task_terms: dict[str, Tensor]
@@ -203,16 +224,42 @@ class RoutingLoss(AnyTrainer):
             # DistributedDataParallel waits for a gradient of every parameter; those of ZeRO-3 are empty here.
             loss = loss + 0.0 * sum(p.sum() for p in self._router_parameters() if p.requires_grad)
         total = (passes * loss).detach()
-        if not self._check_finite(total):
-            self._collect({**terms, "loss_total": total, **routing}, counts=False)
-            return loss
-        if routing:
-            # Read here, where the check has just waited for the GPU, not after the step, where it would wait again.
-            self.step_active.append(routing["active_fraction"].item())
-            if self.prices is not None:
-                self.step_layers.append(routing["active_by_layer"].tolist())
-        self._collect({**terms, "loss_total": total, **routing})
+        self._passes.append(self._pass(total, {**terms, "loss_total": total, **routing}))
+        finite = total.isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
+        if self.is_deepspeed_enabled:
+            # Its backward pass takes the step.
+            self.settle_passes()
         return loss
+
+    def _pass(self, total: Tensor, terms: dict[str, Tensor]) -> Pass:
+        terms = {name: value.detach() for name, value in terms.items()}
+        values = [total, self.step_tokens[-1].to(total.device)]
+        if "active_fraction" in terms:
+            values.append(terms["active_fraction"])
+            if self.prices is not None:
+                values.append(terms["active_by_layer"])
+        return Pass(self._inputs, terms, LateValues(values))
+
+    def settle_passes(self) -> None:
+        """Reads what the passes of a step have left for the host, before the optimiser takes the step.
+
+        Not in the passes: until here the host can queue all of the backward pass, and here it waits for the forward
+        pass alone.
+
+        Raises:
+            NonFiniteLossError: for the first loss that is not finite, if the settings say so.
+        """
+        passes, self._passes, self._finite = self._passes, [], None
+        for each in passes:
+            loss, tokens, *active = each.values.read()
+            self.settled_tokens += int(tokens)
+            counts = self._check_finite(loss, each.inputs)
+            if counts and active:
+                self.step_active.append(active[0])
+                if active[1:]:
+                    self.step_layers.append(active[1:])
+            self._collect(each.terms, counts)
 
     def _weighted(self, routing: dict[str, Tensor]) -> Tensor:
         """The terms on router logits with their weights; takes out what is of no use in the log."""
@@ -357,17 +404,19 @@ class RoutingLoss(AnyTrainer):
         """As the trainer's; a loss that is not finite and is left out counts as 0 in the log."""
         loss = super().training_step(*args, **kwargs)
         self._stop_recording()
-        return torch.zeros_like(loss) if self.is_nonfinite else loss
+        if self.routing.on_nonfinite == "skip" and self._finite is not None:
+            return loss.where(self._finite, 0.0)
+        return loss
 
-    def _check_finite(self, loss: Tensor) -> bool:
+    def _check_finite(self, loss: float, inputs: dict[str, Any]) -> bool:
         """Whether a loss is finite; if not and the settings say so, its step is left out, else it raises."""
-        if math.isfinite(loss.item()):
+        if math.isfinite(loss):
             return True
         if self.routing.on_nonfinite == "skip":
             self.is_nonfinite = True
             return False
         path = Path(str(self.args.output_dir)) / f"nonfinite-step-{self.state.global_step}.pt"
-        batch = {key: value.cpu() for key, value in self._inputs.items() if isinstance(value, Tensor)}
+        batch = {key: value.cpu() for key, value in inputs.items() if isinstance(value, Tensor)}
         where = f"is in {path}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -376,7 +425,7 @@ class RoutingLoss(AnyTrainer):
         except OSError:
             where = f"could not be written to {path}"
         raise NonFiniteLossError(
-            f"the loss became {loss.item()} at step {self.state.global_step} of stage {self.stage.number}; its batch "
+            f"the loss became {loss} at step {self.state.global_step} of stage {self.stage.number}; its batch "
             f"{where}, the last checkpoint is untouched. Lower learning_rate, or eta and lambda_ if you set them; "
             "on_nonfinite=skip leaves such steps out."
         )
@@ -400,6 +449,8 @@ class RoutingLoss(AnyTrainer):
             self.sums.clear()
         if "loss" in logs and self.skipped_steps:
             logs["skipped_steps"] = self.skipped_steps
+        if isinstance(logs.get("learning_rate"), Tensor):
+            logs["learning_rate"] = float(logs["learning_rate"])
         if self.is_in_train:
             logs["stage"] = self.stage.number
         super().log(logs, *args, **kwargs)
@@ -432,9 +483,10 @@ def num_tokens_of(inputs: dict[str, Any], device: torch.device) -> Tensor:
         return mask.sum().to(device)
     ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if ids is None:
-        return torch.tensor(0, device=device)
+        return torch.zeros((), dtype=torch.long, device=device)
     shape = ids.shape[:2]
-    count = torch.tensor(shape.numel(), device=device)
+    # Made there: a number of the host would be waited for.
+    count = torch.full((), shape.numel(), device=device)
     positions, labels = inputs.get("position_ids"), inputs.get("labels")
     if "input_ids" not in inputs or any(each is None or each.shape != shape for each in (positions, labels)):
         return count

@@ -67,7 +67,7 @@ from lte.train.processes import keeps_weights_on_cpu, wants_fsdp
 from lte.train.regrouping import REGROUP_TOKENS
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
 from lte.train.routing_control import RoutingControl
-from lte.train.routing_loss import Masks, RoutingLoss, num_tokens_of
+from lte.train.routing_loss import Masks, Pass, RoutingLoss, num_tokens_of
 from lte.train.sharding import ShardKind, check_kind, prepare_deepspeed_, prepare_fsdp_
 from lte.train.sparsity_controller import EtaController
 from lte.train.universal import is_of_other_processes, make_universal, read_universal_
@@ -150,6 +150,10 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         self.sums: dict[str, tuple[Tensor | float, int]] = {}
         self.step_active: list[float] = []
         self.step_tokens: list[Tensor] = []
+        # The passes of the step at hand, whether all of their losses are finite, and their tokens once they are read.
+        self._passes: list[Pass] = []
+        self._finite: Tensor | None = None
+        self.settled_tokens = 0
         # Without padding, in all processes.
         self.tokens_trained = 0
         self.stop_request = StopRequest()
@@ -211,6 +215,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         else:
             # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
             self.accelerator.gradient_accumulation_steps = 1
+        # Else the host waits for all that the GPU has to do before it gets the next batch.
+        self.accelerator.dataloader_config.non_blocking = True
         kind = _checkpointing_of(self.args)
         if self.is_fsdp_enabled:
             kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
