@@ -20,6 +20,7 @@ import lte
 from lte.cli.train import merge_settings
 from lte.data.config import DataConfig, read_documents
 from lte.hf import loading
+from lte.runs.precision import Precision
 from lte.runs.workload import TextWorkload
 from lte.train import disk_space
 from lte.train.checkpoints import folder_lock, newest_checkpoint
@@ -253,6 +254,30 @@ def test_the_folder_has_the_dtype_asked_for(dense_folder: Path, run: Callable[..
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     result = run("train", "--model", dense_folder, "--output", tmp_path / "x", "--save-dtype", "int8")
     assert "save_dtype must be one of float32, bfloat16, float16" in " ".join((result.stderr or result.output).split())
+
+
+def test_a_model_that_trains_in_bf16_is_measured_in_it(
+    dense_folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, bool]] = []
+    measure = TextWorkload.measure
+
+    def watched(self: TextWorkload, model: Any) -> Any:
+        seen.append((model.get_input_embeddings().weight.dtype, torch.is_autocast_enabled("cpu")))
+        return measure(self, model)
+
+    monkeypatch.setattr(TextWorkload, "measure", watched)
+    monkeypatch.setattr(Precision, "of_training", lambda *args: Precision("bfloat16"))
+    flags = ["--weights-dtype", "bfloat16", "--optim", "adamw_torch"]
+    with pytest.warns(UserWarning, match="rounds weights in bfloat16"):
+        result = run("train", "--model", dense_folder, "--output", tmp_path / "out", *SHORT, *flags)
+    assert result.exit_code == 0, result.output
+    assert seen == [(torch.float32, True), (torch.bfloat16, False)]
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["config"]["dtype"] == "bfloat16"
+    tokens = record["config"]["data_info"]["validation"]["tokens"]
+    for what in ("model before training", "saved model"):
+        assert f"Measuring the {what}: {tokens} held-out tokens, in bfloat16." in result.output
 
 
 def test_a_run_says_what_it_takes_and_how_long_its_parts_took(

@@ -275,6 +275,8 @@ def execute(
         measure_folder,
         output,
         work,
+        told.precision.dtype,
+        tf32=told.precision.tf32,
         model=run.model,
         seed=settings.train.seed,
         tokens_trained=summary.tokens_trained,
@@ -287,12 +289,15 @@ def execute(
             "distill_from": run.distill_from,
             "stages": list(settings.stages),
             "data_info": work.info,
+            "dtype": told.precision.dtype,
+            "tf32": told.precision.tf32,
         },
         **told.before,
     )
     # Its memory is for the folder that is loaded again.
     del model
     begun = time.monotonic()
+    told.tell_measuring("the saved model")
     found = after(what="measuring it", step=measure)
     if found is None:
         raise typer.Exit(EXIT_ERROR)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lte.runs.duration import RunShape
 from lte.runs.pipeline import ModelSettings, Watcher
+from lte.runs.precision import Precision
 from lte.runs.workload import Workload
 from lte.train.config import TrainConfig
 from lte.train.disk_space import RunFiles, check_run_space
@@ -44,6 +45,7 @@ class TrainWatcher(Watcher):
         goes_on: whether it is that of a run which began before.
 
     Attributes:
+        precision: in what numbers the model is measured.
         before: what a result record says of the model before training.
     """
 
@@ -59,6 +61,7 @@ class TrainWatcher(Watcher):
     ):
         self.settings, self.work, self.output, self.save_dtype = settings, work, output, save_dtype
         self.console, self.begin, self.goes_on = console, begin, goes_on
+        self.precision = Precision.of_training(settings.train, save_dtype)
         self.before: dict[str, Any] = {}
         self._start = time.monotonic()
         self._measured_s: float | None = None
@@ -75,11 +78,18 @@ class TrainWatcher(Watcher):
         is_there = all(p.device == training_device() for p in model.parameters())
         if work.measures_first and is_there and (is_main_process() or not reads_weights_once()):
             start = time.monotonic()
-            found = work.measure(model)
+            self.tell_measuring("the model before training")
+            with self.precision.products_of(model):
+                found = work.measure(model)
             self._measured_s = time.monotonic() - start
             self.before = {f"{found.metric}_before": found.value}
             text = f"{found.metric.capitalize()} before training: {found.value:.3f}."
             self.console.print(text, highlight=False)
+
+    def tell_measuring(self, what: str) -> None:
+        """Says what is measured now, which may take minutes: where the output is no terminal there is no bar."""
+        tokens = self.work.info["validation"]["tokens"]
+        self._say(f"Measuring {what}: {tokens} held-out tokens, in {self.precision.name}.")
 
     def before_training(self, model: Any, teacher: Any, train: TrainConfig) -> TrainConfig:
         """Says what memory and disk the training takes; all input is read and fits now.

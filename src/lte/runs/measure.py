@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lte.runs.plan import Run
 from lte.runs.question_sets import KeptAnswers, answer_questions, unanswered
 from lte.runs.settings import ComparisonSettings
 from lte.runs.workload import Workload
+from lte.train.processes import products_in_tf32
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ class Measured:
 
 
 def measure_folder(
-    folder: Path, work: Workload, dtype: str = "float32", kernels: str = "auto", weights: str = "native", **fields: Any
+    folder: Path,
+    work: Workload,
+    dtype: str = "float32",
+    kernels: str = "auto",
+    weights: str = "native",
+    tf32: bool = False,
+    **fields: Any,
 ) -> Measured:
     """Loads a saved folder and measures it as `lte eval` does; its config remembers the sparsity of an LTE model.
 
@@ -52,6 +60,7 @@ def measure_folder(
         kernels: what computes an LTE model's FFNs, one of `lte.eval.kernels.KERNELS`.
         weights: what the weights are rounded to before, one of `lte.config.WEIGHTS`; of a rounded model the folder
             remembers nothing.
+        tf32: whether products of fp32 weights are in TensorFloat-32, on a GPU.
         fields: of the record that neither the folder nor the data tells: at least `model`, `seed`, `tokens_trained`,
             `wall_time_s` and `config`.
 
@@ -59,7 +68,8 @@ def measure_folder(
         ValueError: if a logit is not finite.
     """
     model = use_kernels_(round_weights_(work.load_model(str(folder), dtype), weights), kernels, tell=False)
-    result = work.measure(model)
+    with products_in_tf32(model) if tf32 else nullcontext():
+        result = work.measure(model)
     record = task_record(model, result, task=work.name, split=work.split, **fields)
     record = record.with_fields(weights=weights, weights_memory_bytes=memory_bytes(model))
     record.config.update(kernels=describe_kernels(model))

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -98,24 +98,31 @@ def end_for_all(error: BaseException) -> None:
     timer.start()
 
 
+def float32_products(config: TrainConfig, *models: nn.Module | None) -> AbstractContextManager[None]:
+    """TF32 products on the GPU where the config takes them; what follows is as it was.
+
+    Args:
+        config: the settings.
+        models: all that run meanwhile.
+    """
+    return products_in_tf32(*models) if config.trains_in_tf32 else nullcontext()
+
+
 @contextmanager
-def float32_products(config: TrainConfig, *models: nn.Module | None) -> Iterator[None]:
-    """TF32 products on the GPU where the config takes them; what follows, measuring say, is as it was.
+def products_in_tf32(*models: nn.Module | None) -> Iterator[None]:
+    """TF32 products on the GPU inside the block.
 
     The angles of rotary embeddings stay exact. transformers computes them as a product of frequencies and positions, of
     which TF32 keeps 11 bits where a GPU computes it in that: positions above 2048 are no longer told apart
     (https://github.com/huggingface/transformers/issues/48428).
 
     Args:
-        config: the settings.
         models: all that run meanwhile.
     """
     before = torch.get_float32_matmul_precision()
-    hooks: list[RemovableHandle] = []
-    if config.trains_in_tf32:
-        torch.set_float32_matmul_precision("high")
-        called = [model for model in models if model is not None]
-        hooks = [hook for model in called for module in model.modules() for hook in _exact_angles(module)]
+    torch.set_float32_matmul_precision("high")
+    called = [model for model in models if model is not None]
+    hooks = [hook for model in called for module in model.modules() for hook in _exact_angles(module)]
     try:
         yield
     finally:
