@@ -16,18 +16,19 @@ class LateValues:
     """Values of a device that are on their way to the host, for whom reads them later.
 
     Args:
-        values: of any shapes and dtypes, on one device.
+        values: of any shapes, dtypes and devices; they come by way of the first one's.
     """
 
     def __init__(self, values: Sequence[Tensor]):
-        dtype = torch.float32 if values[0].device.type == "mps" else torch.float64
-        flat = torch.cat([value.detach().reshape(-1).to(dtype) for value in values])
+        device = values[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        flat = torch.cat([value.detach().reshape(-1).to(device, dtype) for value in values])
         self._event: torch.cuda.Event | None = None
         if flat.is_cuda:
             found = torch.empty(flat.shape, dtype=dtype, pin_memory=True)
             found.copy_(flat, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
             flat = found
         self._values = flat
 

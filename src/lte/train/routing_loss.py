@@ -234,7 +234,7 @@ class RoutingLoss(AnyTrainer):
 
     def _pass(self, total: Tensor, terms: dict[str, Tensor]) -> Pass:
         terms = {name: value.detach() for name, value in terms.items()}
-        values = [total, self.step_tokens[-1].to(total.device)]
+        values = [total, self.step_tokens[-1]]
         if "active_fraction" in terms:
             values.append(terms["active_fraction"])
             if self.prices is not None:
