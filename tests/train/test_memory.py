@@ -171,7 +171,7 @@ def test_a_gpu_need_not_hold_what_lies_on_the_cpu(
         data_config=SimpleNamespace(sequence_length=8), train=range(64), info={"validation": {"tokens": 1}}
     )
     said = Console(file=io.StringIO(), width=1000)
-    settings: Any = SimpleNamespace(stages=(1, 2))
+    settings: Any = SimpleNamespace(stages=(1, 2), train=train)
     TrainWatcher(settings, work, tmp_path, None, said, lambda: None, False).before_training(model, None, train)
     text = said.file.getvalue()  # type: ignore[attr-defined]
     assert ("This GPU has" in text) == told
