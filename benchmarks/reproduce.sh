@@ -26,7 +26,7 @@ llama() { # NAME FLAG...
 tests() { # all, or those of TEST_GROUPS by number; a run that is cut off has kept the groups that ended
   local status=0 index groups=(
     "tests/ops/test_decode.py tests/ops/test_dispatch.py tests/ops/test_quantize.py"
-    "tests/ops/test_prefill.py tests/cli/test_kernels.py"
+    "tests/ops/test_prefill.py tests/ops/test_kept_launches.py tests/cli/test_kernels.py"
     "tests/hf/test_accelerated_changes.py"
     "tests/hf/test_acceleration.py"
     "tests/hf/test_acceleration_faults.py tests/hf/test_acceleration_gpu.py"
