@@ -21,7 +21,8 @@ class LateValues:
 
     def __init__(self, values: Sequence[Tensor]):
         device = values[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        # Other devices may have no float64.
+        dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
         flat = torch.cat([value.detach().reshape(-1).to(device, dtype) for value in values])
         self._event: torch.cuda.Event | None = None
         if flat.is_cuda:

@@ -215,8 +215,10 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         else:
             # The trainer has divided the losses of accumulated passes; in some versions accelerate does it once more.
             self.accelerator.gradient_accumulation_steps = 1
-        # Else the host waits for all that the GPU has to do before it gets the next batch.
-        self.accelerator.dataloader_config.non_blocking = True
+        if self.args.device.type == "cuda":
+            # Else the host waits for all that the GPU has to do before it gets the next batch. Copies to MPS may read
+            # what was freed meanwhile (https://github.com/pytorch/pytorch/issues/189690).
+            self.accelerator.dataloader_config.non_blocking = True
         kind = _checkpointing_of(self.args)
         if self.is_fsdp_enabled:
             kind = prepare_fsdp_(self.accelerator.state.fsdp_plugin, self.args, self.model, kind)
