@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import lte
 from lte.data.rows import TokenRows
 from lte.nn.sparse_ffn import SparseFfn
+from lte.train.compilation import checkpoint_compiled_
 from lte.train.config import TrainConfig
 from lte.train.processes import training_device
 from lte.train.summary import TrainingSummary
@@ -101,6 +102,25 @@ def test_layers_that_are_computed_again_are_the_graphs_of_the_forward_pass(
     # Their logits would keep all activations until the end of the backward pass.
     assert left
     assert not any(each is not None for each in left)
+
+
+def test_a_model_with_checkpointing_of_its_own_trains_compiled_more_than_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Trainer sets checkpointing anew for each training where it is its own.
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    model = tiny_dense_model().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.arange(3, 15)[None]
+
+    def gradient() -> torch.Tensor:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        return torch.autograd.grad(loss, model.model.layers[0].self_attn.q_proj.weight)[0]
+
+    wanted = gradient()
+    for _ in range(2):
+        checkpoint_compiled_(model)
+        assert torch.equal(gradient(), wanted)
 
 
 @pytest.mark.parametrize(("compiled", "batches"), [(True, 2), (False, 3)])

@@ -66,15 +66,17 @@ def checkpoint_compiled_(model: nn.Module) -> None:
     layers: list[Any] = list(model.modules())
     for layer in layers:
         checkpoint = vars(layer).get("_gradient_checkpointing_func")
+        if getattr(checkpoint, "func", None) is _checkpointed:
+            checkpoint = checkpoint.args[0]  # of an earlier training
         if checkpoint is not None:
             ffns = [module for module in layer.modules() if isinstance(module, SparseFfn)]
             layer._gradient_checkpointing_func = partial(_checkpointed, checkpoint, compiled, ffns)
 
 
 def _checkpointed(
-    checkpoint: Any, compiled: Any, ffns: list[SparseFfn], function: partial[Any], *args: Any, **kwargs: Any
+    checkpoint: Any, compiled: Any, ffns: list[SparseFfn], function: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    if function.args:
+    if isinstance(function, partial) and function.args:
         # The layer's plain forward; one code for all layers.
         function = partial(compiled(function.func), *function.args, **function.keywords)
 
