@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 import lte
 from lte.cli.train_watcher import MEMORY_HINT
 from lte.train import narrow_adam, optimisers
+from lte.train.arguments import LteTrainingArguments
 from lte.train.config import TrainConfig
 from lte.train.optimisers import (
     OPTIMISERS,
@@ -164,6 +165,10 @@ def test_faster_steps_are_those_of_torchao(monkeypatch: pytest.MonkeyPatch, name
     # Once all small ones of a group and a dtype are one, but for those that have taken other numbers of steps.
     assert calls[:4] == [64 * 64, 32 * 128, 30 + 77, 20 * 64 + 20]
     assert calls[-5:] == [64 * 64, 32 * 128, 30, 77, 20 * 64 + 20]
+    # As of Trainer, on the class.
+    arguments = LteTrainingArguments(optim=f"adamw_torch_{name[5]}bit", use_cpu=True)
+    chosen, _ = LteTrainer.get_optimizer_cls_and_kwargs(arguments)
+    assert issubclass(chosen, narrow_adam._FastSteps)
     # Another version of torchao's function is left to torchao, and so is another optimiser.
     monkeypatch.setattr("torchao.optim.adam.single_param_adam", lambda p, grad: None)
     assert narrow_adam.with_fast_steps(kind) is kind

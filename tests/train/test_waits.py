@@ -6,6 +6,7 @@ import traceback
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,8 +83,8 @@ def test_a_step_waits_for_the_device_where_it_is_known_to(
     trainer = trainer_of(tmp_path, callbacks=[waits], teacher=tiny_dense_model(), **settings)
     with waits:
         trainer.train()
-    # Batches come from pinned memory while the device works.
-    assert trainer.accelerator.non_blocking
+    # Only copies to GPUs of CUDA keep what they read until they are done.
+    assert not trainer.accelerator.non_blocking
     first, end_of_stage1, *stage2 = waits.steps
     stage2.pop()  # with what comes after training
     assert first == OF_PASSES + more
@@ -92,3 +93,12 @@ def test_a_step_waits_for_the_device_where_it_is_known_to(
     rate = Counter({"routing_loss.py log": 1} if "optim" in options else {})
     means = Counter({"trainer.py _maybe_log_save_evaluate": 2, "routing_loss.py _means": 2})
     assert end_of_stage1 - first == means + rate
+
+
+def test_a_rate_that_deepspeed_does_not_know_yet_is_0(tmp_path: Path) -> None:
+    def unknown() -> None:
+        raise AssertionError("need to call step() first")
+
+    trainer = trainer_of(tmp_path)
+    trainer.is_deepspeed_enabled, trainer.lr_scheduler = True, SimpleNamespace(get_last_lr=unknown)
+    assert trainer._get_learning_rate() == 0

@@ -72,7 +72,8 @@ class RoutingControl(AnyTrainer):
     _fingerprint: dict[str, Any] | None
     _task_terms: dict[str, Tensor]
 
-    def get_optimizer_cls_and_kwargs(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    @classmethod  # the trainer's is called on the class, too
+    def get_optimizer_cls_and_kwargs(cls, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """As the trainer's; torchao's optimisers with steps that take less of the host's time."""
         kind, settings = super().get_optimizer_cls_and_kwargs(*args, **kwargs)
         return with_fast_steps(kind), settings
@@ -128,8 +129,10 @@ class RoutingControl(AnyTrainer):
 
     def _get_learning_rate(self) -> Any:
         """As the trainer's, in each step, but one on a GPU is read where it is logged alone."""
-        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else None
-        return rate if isinstance(rate, Tensor) and not self.is_deepspeed_enabled else super()._get_learning_rate()
+        # DeepSpeed's schedulers have none before their first step, which the trainer knows.
+        if self.is_deepspeed_enabled or not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
+            return super()._get_learning_rate()
+        return self.lr_scheduler.get_last_lr()[0]
 
     @property
     def _stage2_rate(self) -> float:
