@@ -14,7 +14,7 @@ from lte.eval.sparsity import measure_sparsity
 from lte.train.checkpoints import control_state_of
 from lte.train.layer_budgets import SHARES, budgets, loss_rises
 from lte.train.layer_prices import LayerPrices
-from lte.train.objective import head_divergence
+from lte.train.objective import NonFiniteLossError, head_divergence
 from lte.train.router_init import fit_routers_
 from lte.train.trainer import LteTrainer
 from tests.tiny_models import PAD, randomise_routers_, tiny_dense_model
@@ -126,6 +126,10 @@ def test_the_loss_prices_layers_one_by_one(tmp_path: Path) -> None:
     second = trainer.prices.controllers[1].eta
     priced = (5.0 * scores[0].square().mean() + second * scores[1].square().mean()) / 2
     assert loss.item() == pytest.approx((task + priced).item(), rel=1e-4)
+    # Outside of a training no later step would say that a loss is not finite.
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match="the loss became nan"):
+        trainer.compute_loss(model, batch)
 
 
 def test_a_checkpoint_remembers_targets_and_prices(tmp_path: Path) -> None:

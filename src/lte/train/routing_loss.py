@@ -227,8 +227,8 @@ class RoutingLoss(AnyTrainer):
         self._passes.append(self._pass(total, {**terms, "loss_total": total, **routing}))
         finite = total.isfinite()
         self._finite = finite if self._finite is None else self._finite & finite
-        if self.is_deepspeed_enabled:
-            # Its backward pass takes the step.
+        if self.is_deepspeed_enabled or not self.is_in_train:
+            # DeepSpeed's backward pass takes the step, and no step follows a call from outside of training.
             self.settle_passes()
         return loss
 
