@@ -215,6 +215,7 @@ class MaskedLaunch(PrefillLaunch):
         super().__init__(x, weights, routing, activation)
         tokens = x.size(0)
         self.tiles = fit_activation(tiles or activation_tiles(tokens), tokens, self.experts, self.size)
+        self._columns = triton.cdiv(self.experts, self.tiles.block_f // self.size)
 
     def _settle(self, x: Tensor) -> None:
         super()._settle(x)
@@ -258,7 +259,6 @@ class MaskedLaunch(PrefillLaunch):
         h = up.new_empty((tokens, self.neurons))
         if self._masking is None:
             self._masking = ReadyKernel(kernels.masked_activation_kernel, self._constants(up, logits))
-            self._columns = triton.cdiv(self.experts, tiles.block_f // self.size)
         self._masking(
             -(-tokens // tiles.block_t) * self._columns, True, gate, up, weights.gate_bias, weights.up_bias, logits,
             self._router_bias, h, self.routing.threshold, tokens,
