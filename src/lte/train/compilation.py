@@ -59,8 +59,8 @@ def checkpoint_compiled_(model: nn.Module) -> None:
 
     A layer that is computed again must be the graph of the forward pass, so it records there, too: another one saves
     other tensors, which checkpointing refuses. What it then keeps is let go at once, as all activations would stay with
-    it. Transformers from 5.2x on checkpoints inside of what is compiled, which leaves out the layer: it is compiled
-    there.
+    it. Transformers 5.23 checkpoints inside of what `layer.compile` compiles, where dynamo goes on eagerly: the layer's
+    forward pass is compiled there. Older versions checkpoint around it.
     """
     compiled = cache(torch.compile)
     layers: list[Any] = list(model.modules())
