@@ -171,8 +171,10 @@ def test_faster_steps_are_those_of_torchao(monkeypatch: pytest.MonkeyPatch, name
     assert issubclass(chosen, narrow_adam._FastSteps)
     # Another version of torchao's function is left to torchao, and so is another optimiser.
     monkeypatch.setattr("torchao.optim.adam.single_param_adam", lambda p, grad: None)
+    narrow_adam.with_fast_steps.cache_clear()
     assert narrow_adam.with_fast_steps(kind) is kind
     assert narrow_adam.with_fast_steps(torch.optim.AdamW) is torch.optim.AdamW
+    narrow_adam.with_fast_steps.cache_clear()
 
 
 def test_the_names_are_those_of_trainer() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ _ARGUMENTS = (
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@cache
 def with_fast_steps(kind: type[Any]) -> type[Any]:
     """The class of an optimiser with faster steps, if it is one of torchao with narrow moments, else itself.
 

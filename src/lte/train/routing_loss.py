@@ -50,7 +50,7 @@ class Pass:
     """A pass of a step that the optimiser has not taken yet.
 
     Attributes:
-        inputs: of the model.
+        inputs: of the model, to be saved if its loss stops the run.
         terms: of the loss, and statistics, without gradients.
         values: for the host: the loss, the tokens without padding, and where experts are switched the active fraction,
             and those of the layers where they have targets of their own.
@@ -239,7 +239,9 @@ class RoutingLoss(AnyTrainer):
             values.append(terms["active_fraction"])
             if self.prices is not None:
                 values.append(terms["active_by_layer"])
-        return Pass(self._inputs, terms, LateValues(values))
+        # A step that is left out needs no batch to show.
+        inputs = self._inputs if self.routing.on_nonfinite == "stop" else {}
+        return Pass(inputs, terms, LateValues(values))
 
     def settle_passes(self) -> None:
         """Reads what the passes of a step have left for the host, before the optimiser takes the step.
