@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from lte.ops.launch import (
 )
 from lte.ops.many_token_kernel import decode_many_kernel
 from lte.ops.one_token_kernel import decode_one_kernel
+from lte.ops.ready_kernel import ReadyKernel
 from lte.ops.workspace import COUNTERS, MAX_EXPERTS, Workspace, workspace
 
 # What a launch does: routing, then gate and up (and for one token down), then down or the sum of the parts.
@@ -139,7 +140,7 @@ class DecodeLaunch:
             tiles = one_token_tiles(weights.up, size) if one else many_token_tiles(weights.up, self.tokens, size)
         self.tiles = tiles
         self.programs = multiprocessors(x.device) * tiles.per_sm
-        self._ready: dict[tuple[int, int, bool], Callable[..., object]] = {}
+        self._ready: dict[tuple[int, int], ReadyKernel] = {}
         one_token = isinstance(tiles, OneTokenTiles)
         self._kernel = decode_one_kernel if one_token else decode_many_kernel
         self._constants = self._of_one(tiles) if isinstance(tiles, OneTokenTiles) else self._of_many(tiles, x)
@@ -176,21 +177,13 @@ class DecodeLaunch:
             between, rest = (buffers.h, *between), (*rest, self.tokens)  # type: ignore[assignment]
         given = self._given if logits is None else (*self._given[:-1], logits)
         arguments = (x, *given, *between, *rest)
-        # What Triton compiled depends on the alignment of x, and on nothing else that may change between calls.
-        key = (first, last, x.data_ptr() % 16 == 0)
-        launch = self._ready.get(key)
-        if launch is not None:
-            launch(*arguments)
-            return
-        # All programs must run at once where they wait for each other.
-        options = {"launch_cooperative_grid": first < last, "launch_pdl": self.tiles.dependent}
-        constants = {**self._constants, "FIRST": first, "LAST": last}
-        compiled = self._kernel[(self.programs,)](*arguments, **constants, **options)
-        if compiled is not None:  # as it is in the interpreter
-            settled = [constants[name] for name in self._kernel.arg_names[len(arguments) :]]
-            run = compiled[(self.programs, 1, 1)]
-            # To find the compiled kernel anew takes several times as long as to launch it.
-            self._ready[key] = lambda *given: run(*given, *settled)
+        ready = self._ready.get((first, last))
+        if ready is None:
+            # All programs must run at once where they wait for each other.
+            options = {"launch_cooperative_grid": first < last, "launch_pdl": self.tiles.dependent}
+            ready = ReadyKernel(self._kernel, {**self._constants, "FIRST": first, "LAST": last, **options})
+            self._ready[first, last] = ready
+        ready(self.programs, x.data_ptr() % 16 == 0, *arguments)
 
     def _common(self) -> dict[str, Any]:
         share = triton.cdiv(self.experts, self.programs)

@@ -135,15 +135,21 @@ class PrefillLaunch:
         routing: what decides on the experts, checked. In place of its logits a call may have others of their dtype,
             strides and alignment.
         activation: a key of `ACTIVATIONS`.
+        tiles: of the kernel, by default those of the table.
     """
 
-    def __init__(self, x: Tensor, weights: FfnWeights, routing: Routing, activation: str):
+    def __init__(self, x: Tensor, weights: FfnWeights, routing: Routing, activation: str, tiles: Any = None):
         self.weights, self.routing, self.activation = weights, routing, activation
         self.neurons, self.experts = weights.up.size(0), routing.num_experts
         self.size = self.neurons // self.experts
         self._router_bias = routing.bias if routing.logits is None else None
         self._native = weights.up_scale is None and weights.gate_scale is None
         self._settle(x)
+        self._tile(x, tiles)
+
+    def _tile(self, x: Tensor, tiles: Any) -> None:
+        """Settles what follows from the tiles."""
+        raise NotImplementedError
 
     def _settle(self, x: Tensor) -> None:
         weights, routing = self.weights, self.routing
@@ -197,22 +203,9 @@ class PrefillLaunch:
 
 
 class MaskedLaunch(PrefillLaunch):
-    """The path `masked`; see `PrefillLaunch`.
+    """The path `masked`; see `PrefillLaunch`."""
 
-    Args:
-        x: as there, and so are weights, routing and activation.
-        tiles: of the kernel, by default those of the table.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        weights: FfnWeights,
-        routing: Routing,
-        activation: str,
-        tiles: ActivationTiles | None = None,
-    ):
-        super().__init__(x, weights, routing, activation)
+    def _tile(self, x: Tensor, tiles: ActivationTiles | None) -> None:
         tokens = x.size(0)
         self.tiles = fit_activation(tiles or activation_tiles(tokens), tokens, self.experts, self.size)
         self._columns = triton.cdiv(self.experts, self.tiles.block_f // self.size)
@@ -275,30 +268,17 @@ class MaskedLaunch(PrefillLaunch):
 
 
 class GroupedLaunch(PrefillLaunch):
-    """The path `grouped`; see `PrefillLaunch`.
+    """The path `grouped`; see `PrefillLaunch`."""
 
-    Args:
-        x: as there, and so are weights, routing and activation.
-        tiles: of the kernel, by default those of the table.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        weights: FfnWeights,
-        routing: Routing,
-        activation: str,
-        tiles: GroupedTiles | None = None,
-    ):
-        super().__init__(x, weights, routing, activation)
+    def _tile(self, x: Tensor, tiles: GroupedTiles | None) -> None:
         tiles = fit_grouped(tiles or grouped_tiles(x), x.size(1))
         self.programs = multiprocessors(x.device) * tiles.per_sm
-        columns = self.size if weights.gate is None else 2 * self.size
+        columns = self.size if self.weights.gate is None else 2 * self.size
         self._constants = {
             "D": x.size(1), "E": self.experts, "S": self.size, "P": self.programs,
             "E_PAD": triton.next_power_of_2(self.experts), "N": max(columns, 16), "BLOCK_T": tiles.block_t,
-            "BLOCK_K": tiles.block_k, "ACTIVATION": activation, "STAGES": tiles.stages, "DOT_DTYPE": dot_dtype(x),
-            "num_warps": tiles.warps,
+            "BLOCK_K": tiles.block_k, "ACTIVATION": self.activation, "STAGES": tiles.stages,
+            "DOT_DTYPE": dot_dtype(x), "num_warps": tiles.warps,
         }  # fmt: skip
 
     def _settle(self, x: Tensor) -> None:
