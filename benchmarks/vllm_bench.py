@@ -244,10 +244,10 @@ def spread(name: str, times: list[float]) -> dict[str, float]:
 
 
 def measure_latency() -> None:
-    """Runs in a process of its own: waits for a job as a line of the input, then prints a row for each batch size and
-    each single prompt.
+    """Waits for a job as a line of the input, then prints a row for each batch size and each single prompt.
 
-    The engine has a process of its own, as when it serves, so that scheduling and steps overlap."""
+    It runs in a process of its own, and the engine in another one, as when it serves: scheduling and steps overlap.
+    """
     from vllm import LLM
 
     job = json.loads(sys.stdin.readline())
@@ -423,7 +423,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--one-baseline",
         action="store_true",
-        help="folders are of one architecture: the first one's dense copy is all's",
+        help="folders share a shape: compare all of them with the first one's dense copy",
     )
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
@@ -474,10 +474,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
         writers.append((name, functools.partial(write_shape, name, arguments, dtype)))
-    groups = (
-        [arguments.folder] if arguments.one_baseline and arguments.folder else [[path] for path in arguments.folder]
-    )
-    for folders in groups:
+    paths = arguments.folder
+    for folders in [paths] if arguments.one_baseline and paths else [[path] for path in paths]:
         writers.append((str(folders[0]), functools.partial(write_densified, folders, work)))
     # All written first, as one process cannot give a GPU's memory back while it lives.
     jobs = [{**own, **common, "group": group} for group, write in writers for own in write()]
