@@ -15,6 +15,9 @@ graphs are captured for these batch sizes alone, and for their prompts of up to 
 Shapes are given random tokens. Folders are given text, from another place of it for each request, since a trained
 router switches fewer experts on for random tokens: `--text FILE`, or Python's own help.
 
+`--gpu-time` asks a profiler, after all else, how long a GPU works in a step: less than the step takes where the host is
+the limit.
+
 Every row carries what was measured of the routing, which model runner of vLLM ran it, and the time over the dense
 model's; the record carries the versions and the device. vLLM 0.24 runs some stock families by another model runner than
 ours: `VLLM_USE_V2_MODEL_RUNNER=0` (or 1) in the environment has both run by the same. `--tensor-parallel 2` has each
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import gzip
 import json
 import shutil
 import socket
@@ -63,6 +67,9 @@ MOST_CAPTURED = 512
 """Tokens of a step up to which vLLM captures graphs by default."""
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 RANDOM = "random tokens"
+GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
+"""Categories of a profiler's events in which a GPU works."""
+PROFILED_STEPS = 32
 LONGEST_CHAT = (1024, 2048)
 """Tokens of a prompt, and of it and its answer, beyond which `vllm bench throughput` leaves out texts of a file."""
 
@@ -153,6 +160,9 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
         "tensor_parallel_size": job["tensor_parallel"],
     }
     options |= memory_options(job)
+    if job["gpu_time"]:
+        own = {"torch_profiler_with_stack": False, "torch_profiler_dump_cuda_time_total": False}
+        options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": job["traces"], **own}
     if job["cuda"]:
         prompts = [*(batch * job["input_len"] for batch in job["batches"]), *job["prompt_lens"]]
         sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= MOST_CAPTURED)}
@@ -236,6 +246,24 @@ def answer_ms(llm: Any, prompts: list[Any], tokens: int) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def gpu_ms(llm: Any, prompts: list[Any], tokens: int, traces: Path) -> float:
+    """Milliseconds that a GPU works, the mean over those that share the model, for answers of so many tokens.
+
+    Raises:
+        ValueError: if the profiler saw no work of a GPU.
+    """
+    before = set(traces.glob("*.json.gz"))
+    llm.start_profile()
+    answer_ms(llm, prompts, tokens)
+    llm.stop_profile()
+    written = set(traces.glob("*.json.gz")) - before
+    found = [json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] for file in written]
+    total = sum(event["dur"] for events in found for event in events if event.get("cat") in GPU_WORK)
+    if not total:
+        raise ValueError(f"traces must hold work of a GPU, got none in {len(written)} files of {traces}")
+    return total / 1000 / len(written)
+
+
 def spread(name: str, times: list[float]) -> dict[str, float]:
     """The median of times under a name, and between which of them three fifths lie."""
     times = sorted(times)
@@ -277,6 +305,10 @@ def measure_latency() -> None:
         _, _, *times = (answer_ms(llm, prompts, 1) for _ in range(job["repeats"] + 2))
         row = {"tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, **spread("ms_first_token", times)}
         print("ROW " + json.dumps(row), flush=True)
+    for batch in job["batches"] if job["gpu_time"] else ():
+        prompts = make_prompts(batch, job["input_len"])
+        short, long = (gpu_ms(llm, prompts, tokens, Path(job["traces"])) for tokens in (1, 1 + PROFILED_STEPS))
+        print("ROW " + json.dumps({"tool": "gpu", "batch": batch, "gpu_ms_per_step": (long - short) / PROFILED_STEPS}))
 
 
 class LatencyWorkers:
@@ -402,7 +434,8 @@ def _wait_for(server: subprocess.Popen[bytes], port: str) -> None:
 def add_ratios(rows: list[dict[str, Any]]) -> None:
     """Adds to each row its time over that of the dense model of the same group, batch size and prompt."""
     keys = {
-        "latency": "ms_per_step", "prompt": "ms_first_token", "serve": "median_tpot_ms", "throughput": "elapsed_time"
+        "latency": "ms_per_step", "prompt": "ms_first_token", "gpu": "gpu_ms_per_step", "serve": "median_tpot_ms",
+        "throughput": "elapsed_time",
     }  # fmt: skip
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -432,6 +465,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=129)
     parser.add_argument("--prompt-lens", type=int, nargs="*", default=[], help="single prompts that latency times, too")
+    parser.add_argument("--gpu-time", action="store_true", help="how long a GPU works in a step, beside latency")
     parser.add_argument("--num-prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
@@ -466,8 +500,9 @@ def main() -> None:
     if arguments.folder:
         read_text(arguments.text)  # says now, and not after hours, that there is none
     names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
-    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel")}
+    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time")}
     common["cuda"] = torch.cuda.is_available()
+    common["traces"] = str((arguments.work / "traces").resolve())
     common["text"] = None if arguments.text is None else str(arguments.text)
     dtype = getattr(torch, arguments.dtype)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import importlib
 import importlib.machinery
 import json
@@ -609,6 +610,35 @@ class TestVllmBench:
         assert lines == module.text_prompts(job, 4)
         with pytest.raises(ValueError, match=r"must be at most \(1024, 2048\), got \(2000, 2003\)"):
             module.chat_flags({**job, "input_len": 2000}, tmp_path)
+
+    def test_work_of_a_gpu_is_that_of_its_kernels_and_copies(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of two GPUs that share a model the mean, and of traces of earlier answers nothing."""
+        module, calls = script("vllm_bench"), list[str]()
+
+        def events(*kinds: str) -> bytes:
+            found = [{"cat": kind, "dur": 500 * number} for number, kind in enumerate(kinds, 1)]
+            return gzip.compress(json.dumps({"traceEvents": [*found, {"name": "no category"}]}).encode())
+
+        class Engine:
+            kinds = ("kernel", "gpu_memcpy", "cpu_op", "gpu_memset")
+
+            def start_profile(self) -> None:
+                calls.append("start")
+
+            def stop_profile(self) -> None:
+                calls.append("stop")
+                for rank in range(2):
+                    (tmp_path / f"rank{rank}.{len(calls)}.json.gz").write_bytes(events(*self.kinds))
+
+        engine = Engine()
+        monkeypatch.setattr(module, "answer_ms", lambda _, prompts, tokens: calls.append(f"{prompts} {tokens}"))
+        assert module.gpu_ms(engine, "a", 1, tmp_path) == module.gpu_ms(engine, "b", 2, tmp_path) == 3.5
+        assert calls == ["start", "a 1", "stop", "start", "b 2", "stop"]
+        engine.kinds = ("cpu_op",)
+        with pytest.raises(ValueError, match="traces must hold work of a GPU, got none in 2 files"):
+            module.gpu_ms(engine, "c", 1, tmp_path)
 
     def test_a_tool_that_fails_leaves_the_others(
         self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
