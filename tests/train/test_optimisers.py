@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
@@ -40,9 +44,20 @@ def needing(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"needs {package} (pip install {package})"))
 
 
+@pytest.fixture
+def alone() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
 ALL = [needing(name) for name in OPTIMISERS]
 NARROW = [needing(name) for name, optimiser in OPTIMISERS.items() if optimiser.package]
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao (pip install torchao)")
+
+
+COMPILE = torch.compile
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +190,42 @@ def test_faster_steps_are_those_of_torchao(monkeypatch: pytest.MonkeyPatch, name
     assert narrow_adam.with_fast_steps(kind) is kind
     assert narrow_adam.with_fast_steps(torch.optim.AdamW) is torch.optim.AdamW
     narrow_adam.with_fast_steps.cache_clear()
+
+
+@needs_torchao
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_faster_steps_of_tensors_in_shards_are_those_of_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, alone: DeviceMesh, name: str, dtype: torch.dtype
+) -> None:
+    """Traced as for compilation, which looks into the moments, and with moments out of a checkpoint."""
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="eager"))
+    kind = narrow_adam.with_fast_steps(getattr(importlib.import_module("torchao.optim"), name))
+    found = []
+    for shards in (False, True):
+        torch.manual_seed(0)
+        tensors = [torch.randn(*shape, dtype=dtype) for shape in ((64, 64), (30,), (0, 8), (20,))]
+        if shards:
+            tensors = [distribute_tensor(tensor, alone, [Shard(0)]) for tensor in tensors]
+        parameters = [nn.Parameter(tensor) for tensor in tensors]
+        optimizer = kind(parameters, lr=0.01, bf16_stochastic_round=True)
+        for step in range(4):
+            torch.manual_seed(step)
+            for parameter, tensor in zip(parameters, tensors, strict=True):
+                grad = torch.randn(tensor.shape, dtype=dtype)
+                parameter.grad = distribute_tensor(grad, alone, [Shard(0)]) if shards else grad
+            if step == 2:
+                state = optimizer.state_dict()
+                optimizer = kind(parameters, lr=0.01, bf16_stochastic_round=True)
+                optimizer.load_state_dict(state)
+            optimizer.step()
+        narrow = [optimizer.state[parameters[0]][moment] for moment in ("exp_avg", "exp_avg_sq")]
+        assert [isinstance(moment, DTensor) for moment in narrow] == [shards] * 2
+        moments = [moment.to_local() if shards else moment for moment in narrow]
+        found.append([*(each.full_tensor() if shards else each for each in parameters), *moments])
+        assert all(hasattr(moment, "codes") for moment in moments)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(*(each.dequantize() if hasattr(each, "codes") else each for each in (one, other)))
 
 
 def test_the_names_are_those_of_trainer() -> None:

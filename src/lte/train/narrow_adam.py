@@ -52,7 +52,6 @@ class _FastSteps:
     state: Any
     is_adamw: bool
     bf16_stochastic_round: bool
-    _new_buffer: Callable[[Tensor, bool], Tensor]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -60,8 +59,8 @@ class _FastSteps:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As torchao's."""
-        if any(isinstance(p, DTensor) or p.grad.is_sparse for _, p in self._with_gradient()) or any(
+        """As torchao's. Of tensors in shards each process steps its own part, which needs nothing of the others."""
+        if any(not _steps_alone(p) for _, p in self._with_gradient()) or any(
             group["amsgrad"] for group in self.param_groups
         ):
             return super().step(closure)  # type: ignore[misc]
@@ -69,26 +68,35 @@ class _FastSteps:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        together: dict[Any, list[Tensor]] = {}
+        together: dict[Any, list[tuple[Tensor, ...]]] = {}
         # The number of shapes is fixed.
         with torch._dynamo.utils.disable_cache_limit():
             for number, p in self._with_gradient():
                 state = self._state_of(p)
                 state["step"] += 1
-                if any(type(state[name]) is not Tensor for name in _MOMENTS):
-                    self._update(
-                        self.param_groups[number],
-                        p.detach(),
-                        p.grad,
-                        state["step"],
-                        *(state[name] for name in _MOMENTS),
-                    )
-                else:
-                    key = (number, p.dtype, p.device, state["exp_avg"].dtype, state["step"].item())
-                    together.setdefault(key, []).append(p)
-            for (number, *_), parameters in together.items():
-                self._update_together(self.param_groups[number], parameters)
+                own = tuple(_local(tensor) for tensor in (p.detach(), p.grad, *(state[name] for name in _MOMENTS)))
+                if any(type(moment) is not Tensor for moment in own[2:]):
+                    self._update(self.param_groups[number], state["step"], *own)
+                elif own[0].numel():
+                    key = (number, p.dtype, p.device, own[2].dtype, state["step"].item())
+                    together.setdefault(key, []).append(own)
+            for (number, *_, step), tensors in together.items():
+                self._update_together(self.param_groups[number], torch.tensor(step), tensors)
         return loss
+
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+        moment = super()._new_buffer(p, signed)  # type: ignore[misc]
+        own: Any = _local(moment)
+        if own is moment or type(own) is Tensor:
+            return moment
+        # It is a view of one that says it has p's dtype, which torchao's views forget, and `torch.compile` refuses a
+        # view in another dtype. What is kept is the same in each.
+        names, settings = own.__tensor_flatten__()
+        parts = {name: getattr(own, name) for name in names}
+        plain = type(own).__tensor_unflatten__(parts, settings, own.shape, own.stride())
+        assert isinstance(p, DTensor)
+        mesh, placements = p.device_mesh, p.placements
+        return DTensor.from_local(plain, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()).to(p.device)
 
     def _with_gradient(self) -> Iterator[tuple[int, Any]]:
         for number, group in enumerate(self.param_groups):
@@ -104,19 +112,31 @@ class _FastSteps:
             state["step"] = state["step"].cpu()
         return state
 
-    def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor, step: Tensor, *moments: Tensor) -> None:
+    def _update(self, group: dict[str, Any], step: Tensor, p: Tensor, grad: Tensor, *moments: Tensor) -> None:
         if not isinstance(group["lr"], Tensor):
             raise RuntimeError("lr was changed to a non-Tensor object; set it with param_groups[0]['lr'].fill_(new_lr)")
         settings = (*group["betas"], group["weight_decay"], group["eps"], self.is_adamw)
         rounds = self.bf16_stochastic_round and p.dtype is torch.bfloat16
         self._compiled(p, grad, step, *moments, None, group["lr"], *settings, rounds)
 
-    def _update_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        states = [self.state[p] for p in parameters]
-        kept = [[p.detach() for p in parameters], *([state[name] for state in states] for name in _MOMENTS)]
-        p, *moments = (torch.cat([each.flatten() for each in tensors]) for tensors in kept)
-        grad = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
-        self._update(group, p, grad, states[0]["step"], *moments)
-        for tensors, flat in zip(kept, (p, *moments), strict=True):
-            parts = flat.split([tensor.numel() for tensor in tensors])
-            torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    def _update_together(self, group: dict[str, Any], step: Tensor, tensors: list[tuple[Tensor, ...]]) -> None:
+        p, grad, *moments = (torch.cat([each.flatten() for each in kind]) for kind in zip(*tensors, strict=True))
+        self._update(group, step, p, grad, *moments)
+        kept = zip(*((p, *moments) for p, _, *moments in tensors), strict=True)
+        for each, flat in zip(kept, (p, *moments), strict=True):
+            parts = flat.split([tensor.numel() for tensor in each])
+            torch._foreach_copy_(list(each), [part.view_as(tensor) for part, tensor in zip(parts, each, strict=True)])
+
+
+def _steps_alone(p: Tensor) -> bool:
+    """Whether a process can step its part of a parameter by its part of the gradient."""
+    grad = p.grad
+    assert grad is not None
+    if isinstance(p, DTensor):
+        return isinstance(grad, DTensor) and (grad.device_mesh, grad.placements) == (p.device_mesh, p.placements)
+    return not isinstance(grad, DTensor) and not grad.is_sparse
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies in this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
