@@ -74,6 +74,18 @@ MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
         BreakEven(tokens=2047, grouped=0.43),
         BreakEven(tokens=2**31, grouped=0.46),
     ),
+    # Qwen2.5-1.5B's: results/prefill_qwen_1_5b.json on an H200.
+    FfnKind(90, 2, True, 2 * 3 * 1536 * 8960): (
+        BreakEven(tokens=1, decode=0.97),
+        BreakEven(tokens=3, decode=0.68),
+        BreakEven(tokens=4, decode=0.7),
+        BreakEven(tokens=8, decode=0.65),
+        BreakEven(tokens=16, decode=0.38),
+        BreakEven(tokens=511),
+        BreakEven(tokens=1023, grouped=0.28),
+        BreakEven(tokens=2047, grouped=0.42),
+        BreakEven(tokens=2**31, grouped=0.54),
+    ),
     # SmolLM2-135M's: results/prefill_smollm2.json on an H100.
     FfnKind(90, 2, True, 2 * 3 * 576 * 1536): (
         BreakEven(tokens=1, decode=0.18),
