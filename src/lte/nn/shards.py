@@ -96,10 +96,10 @@ def agreed(numbers: Sequence[float], parameter: Tensor) -> list[float]:
     """
     if not is_sharded(parameter) or not dist.is_initialized():
         return list(numbers)
-    device = parameter.device if isinstance(parameter, DTensor) else torch.device("cpu")
-    found = torch.tensor(list(numbers), dtype=torch.float64, device=device)
-    dist.broadcast(found, src=0)
-    return found.tolist()
+    # On a device that the processes' backend knows: NCCL alone does not know a CPU.
+    found = [list(numbers)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def whole_state(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -95,8 +95,8 @@ class _FastSteps:
         parts = {name: getattr(own, name) for name in names}
         plain = type(own).__tensor_unflatten__(parts, settings, own.shape, own.stride())
         assert isinstance(p, DTensor)
-        mesh, placements = p.device_mesh, p.placements
-        return DTensor.from_local(plain, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()).to(p.device)
+        places: Any = {"shape": p.shape, "stride": p.stride(), "run_check": False}
+        return DTensor.from_local(plain, p.device_mesh, p.placements, **places).to(p.device)
 
     def _with_gradient(self) -> Iterator[tuple[int, Any]]:
         for number, group in enumerate(self.param_groups):

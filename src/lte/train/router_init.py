@@ -43,6 +43,7 @@ class _NormRegression:
 
     def update(self, hidden: Tensor, token_mask: Tensor) -> None:
         """Adds one pass with intermediate activations [..., F], over the tokens of the mask [B, T]."""
+        self._move_to(hidden.device)
         x, hidden = self.x, hidden.float().unflatten(-1, (self.ffn.num_experts, -1))
         squared = torch.einsum("...es,est,...et->...e", hidden, self.gram, hidden)
         norms = (squared.clamp_min(0).sqrt() + 1e-6).log().flatten(0, -2).double()
@@ -54,6 +55,12 @@ class _NormRegression:
         self.y += norms.sum(0)
         self.yy += norms.square().sum(0)
         self.tokens += inputs[:, -1].sum()
+
+    def _move_to(self, device: torch.device) -> None:
+        """To where the passes run: weights of FSDP may lie on the CPU beside a GPU."""
+        if self.gram.device != device:
+            for name in ("gram", "xx", "xy", "y", "yy", "tokens"):
+                setattr(self, name, getattr(self, name).to(device))
 
     def solve_(self) -> None:
         """Sets the router to the standardised prediction, shifted so that its mean logit is `INITIAL_LOGIT`."""
