@@ -12,6 +12,9 @@ On several GPUs whole in each process, or in shards of FSDP2, which bitsandbytes
     torchrun --nproc-per-node 2 benchmarks/training_speed.py --shape qwen2.5-1.5b --kinds full --output OUT
     accelerate launch --config_file src/lte/launch/fsdp2.yaml --num_processes 2 benchmarks/training_speed.py \\
         --kinds full --optim adamw_torch_fused --output OUT
+
+`--profiled-steps 2` has a profiler watch the last steps of each stage, which are then not counted: a row says for how
+long a GPU, or a CPU where there is none, worked in a step, and in which kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import DeviceType
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -51,6 +55,9 @@ KINDS = ("full", "lora", "qlora")
 # Products of dense bf16 matrices per second, without sparsity, by what a GPU's name holds: NVIDIA's data sheets.
 PEAK_FLOPS = {"H200": 989.5e12, "H100 80GB HBM3": 989.5e12, "A100": 312e12, "B200": 2250e12}
 
+KERNELS = 40
+"""How many of the longest a row names."""
+
 
 class StepClock(TrainerCallback):
     """Notes when each step begins, and the peak of memory until then; the first steps of a stage are not counted.
@@ -58,10 +65,11 @@ class StepClock(TrainerCallback):
     Args:
         steps: of each stage.
         warm_up: of these, those that are left out, with the last one, which nothing follows.
+        profiled: the last ones of these, which are left out, too.
     """
 
-    def __init__(self, steps: int, warm_up: int):
-        self.steps, self.warm_up = steps, warm_up
+    def __init__(self, steps: int, warm_up: int, profiled: int = 0):
+        self.steps, self.warm_up, self.profiled = steps, warm_up, profiled
         self.begins: list[float] = []
         self.peaks: list[int] = []
 
@@ -75,7 +83,7 @@ class StepClock(TrainerCallback):
 
     def samples_ms(self, stage: int) -> list[float]:
         """Milliseconds of each counted step of a stage."""
-        end = stage * self.steps
+        end = stage * self.steps - max(0, self.profiled - 1)
         return [1e3 * (after - before) for before, after in itertools.pairwise(self.begins[:end][-self._counted :])]
 
     def peak_bytes(self, stage: int) -> int | None:
@@ -88,7 +96,50 @@ class StepClock(TrainerCallback):
 
     @property
     def _counted(self) -> int:
-        return self.steps - self.warm_up
+        return self.steps - self.warm_up - max(0, self.profiled - 1)
+
+
+class KernelProfile(TrainerCallback):
+    """Has a profiler watch the last steps of each stage.
+
+    Args:
+        steps: of each stage.
+        profiled: of these, the last ones; 0 for none.
+
+    Attributes:
+        stages: what was found in each, as `kernel_times` has it.
+    """
+
+    def __init__(self, steps: int, profiled: int):
+        self.steps, self.profiled = steps, profiled
+        self.stages: list[dict[str, Any]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.profiled and state.global_step % self.steps == self.steps - self.profiled:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.profiled and state.global_step % self.steps == 0:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._profiler.stop()
+            self.stages.append(kernel_times(self._profiler.key_averages(), self.profiled))
+
+
+def kernel_times(events: Iterable[Any], steps: int) -> dict[str, Any]:
+    """Milliseconds of a step that a device worked, those of its longest kernels, and how often each ran."""
+    on_gpu = torch.cuda.is_available()
+    taken = [(each.self_device_time_total if on_gpu else each.self_cpu_time_total, each) for each in events]
+    # On a GPU the operations that launch kernels are events as well, of the CPU.
+    kernels = [(us, each) for us, each in taken if us and (each.device_type == DeviceType.CUDA) == on_gpu]
+    longest = sorted(kernels, key=lambda pair: -pair[0])[:KERNELS]
+    return {
+        "device_ms": sum(us for us, _ in kernels) / 1e3 / steps,
+        "kernels": [
+            {"name": each.key[:120], "ms": us / 1e3 / steps, "calls": each.count / steps} for us, each in longest
+        ],
+    }
 
 
 def make_config(args: argparse.Namespace, kind: str, recipe: str) -> TrainConfig:
@@ -163,7 +214,9 @@ def train(args: argparse.Namespace, kind: str, sparse: bool) -> dict[str, Any]:
     from peft import LoraConfig
 
     config = make_config(args, kind, "straight_through" if sparse else "dense")
-    model, clock = make_model(args, kind, sparse), StepClock(args.steps, args.warm_up)
+    model = make_model(args, kind, sparse)
+    clock = StepClock(args.steps, args.warm_up, args.profiled_steps)
+    profile = KernelProfile(args.steps, args.profiled_steps)
     teacher = make_teacher(args) if args.teacher else None
     estimate = estimate_memory(model, config, args.length, teacher)
     if config.lora_4bit:
@@ -179,7 +232,7 @@ def train(args: argparse.Namespace, kind: str, sparse: bool) -> dict[str, Any]:
         arguments.save_strategy, arguments.disable_tqdm = SaveStrategy.NO, True
         free_memory(compiled=config.compile)
         trainer = lte.LteTrainer(
-            model, arguments, train_dataset=rows, teacher=teacher, peft_config=adapters, callbacks=[clock]
+            model, arguments, train_dataset=rows, teacher=teacher, peft_config=adapters, callbacks=[clock, profile]
         )
         with float32_products(config, trainer.model, teacher):
             trainer.train()
@@ -187,7 +240,8 @@ def train(args: argparse.Namespace, kind: str, sparse: bool) -> dict[str, Any]:
         entry["stage"]: entry["active_fraction"] for entry in trainer.state.log_history if "active_fraction" in entry
     }
     sparsity = {stage: 1 - value for stage, value in active.items()}
-    return {"clock": clock, "sparsity": sparsity, "estimate": {**asdict(estimate), "total": estimate.total}}
+    memory = {**asdict(estimate), "total": estimate.total}
+    return {"clock": clock, "sparsity": sparsity, "estimate": memory, "profiles": profile.stages}
 
 
 def make_teacher(args: argparse.Namespace) -> nn.Module:
@@ -263,6 +317,7 @@ def row(args: argparse.Namespace, kind: str, sparse: bool, stage: int, found: li
         "first_peak_memory_bytes": _highest(max((clock.first_peak_bytes() or 0) for clock in clocks)),
         "estimated_memory_bytes": found[-1]["estimate"],
         "sparsity": found[-1]["sparsity"].get(stage),
+        **(found[-1]["profiles"][stage - 1] if args.profiled_steps else {}),
     }
 
 
@@ -312,6 +367,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=12, help="of each stage")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each stage that are not counted")
+    parser.add_argument("--profiled-steps", type=int, default=0, help="steps of each stage that a profiler watches")
     parser.add_argument("--rounds", type=int, default=1, help="how often each training runs, in turns")
     parser.add_argument("--teacher", action="store_true", help="distil from the dense model in bf16")
     parser.add_argument("--optim", choices=get_args(Optim), default="adamw_bnb_8bit")
@@ -326,8 +382,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile layers and loss, but of qlora")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    if not 0 <= args.warm_up <= args.steps - 2:
-        parser.error(f"--warm-up must leave two of the steps, got --warm-up {args.warm_up} of {args.steps}")
+    watched = max(0, args.profiled_steps - 1)
+    if not (0 <= args.warm_up <= args.steps - watched - 2 and args.profiled_steps >= 0):
+        parser.error(
+            f"--warm-up must leave two of the steps, one of them profiled if any is, got --warm-up {args.warm_up} of "
+            f"{args.steps} and --profiled-steps {args.profiled_steps}"
+        )
     needed = {"lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}
     missing = {name for kind in args.kinds for name in needed.get(kind, []) if find_spec(name) is None}
     if missing:

@@ -268,6 +268,31 @@ class TestTrainingSpeed:
         assert all(config.tf32 for config in configs.values())
         assert not module.make_config(module.parse(["--no-tf32"]), "full", "dense").tf32
 
+    def test_profiled_steps_are_not_counted(self, script: Any) -> None:
+        module = script("training_speed")
+        for profiled, expected in ((0, [2e3, 3e3]), (1, [2e3, 3e3]), (2, [2e3]), (3, [])):
+            clock = module.StepClock(5, 2, profiled)
+            # The steps of a stage take 0, 1, 2, 3 and 4 seconds.
+            clock.begins = [0.0, 0.0, 1.0, 3.0, 6.0, 10.0, 10.0, 11.0, 13.0, 16.0]
+            assert clock.samples_ms(1) == clock.samples_ms(2) == expected
+
+    def test_kernels_are_those_of_a_step(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = script("training_speed")
+        kinds = module.DeviceType
+        times = [("mm", kinds.CPU, 4000, 0), ("sgemm", kinds.CUDA, 0, 6000), ("add", kinds.CUDA, 0, 2000)]
+        events = [
+            SimpleNamespace(key=key, device_type=kind, self_cpu_time_total=cpu, self_device_time_total=gpu, count=4)
+            for key, kind, cpu, gpu in [*times, ("aten::launch", kinds.CPU, 1000, 9000)]
+        ]
+        found = {}
+        for on_gpu in (True, False):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+            found[on_gpu] = module.kernel_times(events, 2)
+        kernels = [("sgemm", 3.0, 2.0), ("add", 1.0, 2.0)]
+        assert found[True]["device_ms"] == 4.0
+        assert [(each["name"], each["ms"], each["calls"]) for each in found[True]["kernels"]] == kernels
+        assert found[False]["device_ms"] == 2.5
+
     def test_flops_are_those_of_all_products(self, script: Any) -> None:
         module = script("training_speed")
         config = shape_config("llama2-7b")
@@ -327,7 +352,7 @@ class TestTrainingSpeed:
     def test_settings_that_measure_nothing_are_refused(self, script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             script("training_speed").main([*self.FLAGS, "--warm-up", "3"])
-        assert "--warm-up must leave two of the steps, got --warm-up 3 of 4" in capsys.readouterr().err
+        assert "--warm-up must leave two of the steps, one of them profiled if any is" in capsys.readouterr().err
 
 
 class TestTrainingCost:
