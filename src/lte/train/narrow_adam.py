@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lte.nn.shards import local
+
 # What this file calls and how: where torchao changes it, its own step is taken.
 _ARGUMENTS = (
     *("p", "grad", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lr", "beta1", "beta2", "weight_decay", "eps"),
@@ -74,7 +76,7 @@ class _FastSteps:
             for number, p in self._with_gradient():
                 state = self._state_of(p)
                 state["step"] += 1
-                own = tuple(_local(tensor) for tensor in (p.detach(), p.grad, *(state[name] for name in _MOMENTS)))
+                own = tuple(local(tensor) for tensor in (p.detach(), p.grad, *(state[name] for name in _MOMENTS)))
                 if any(type(moment) is not Tensor for moment in own[2:]):
                     self._update(self.param_groups[number], state["step"], *own)
                 elif own[0].numel():
@@ -86,7 +88,7 @@ class _FastSteps:
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
         moment = super()._new_buffer(p, signed)  # type: ignore[misc]
-        own: Any = _local(moment)
+        own: Any = local(moment)
         if own is moment or type(own) is Tensor:
             return moment
         # It is a view of one that says it has p's dtype, which torchao's views forget, and `torch.compile` refuses a
@@ -135,8 +137,3 @@ def _steps_alone(p: Tensor) -> bool:
     if isinstance(p, DTensor):
         return isinstance(grad, DTensor) and (grad.device_mesh, grad.placements) == (p.device_mesh, p.placements)
     return not isinstance(grad, DTensor) and not grad.is_sparse
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies in this process."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
