@@ -58,6 +58,10 @@ from lte.records import environment
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA_SHAPES["llama2-7b"],
     "1.5b": {**LLAMA_SHAPES["qwen2.5-1.5b"], "max_position_embeddings": 4096, "tie_word_embeddings": False},
+    "small": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 4096,
+    },
     "tiny": {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 4096,

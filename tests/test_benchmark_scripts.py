@@ -28,6 +28,7 @@ from lte.bench.shapes import shape_config
 from lte.eval.flops import meta_model
 from lte.eval.models import load_any_model
 from lte.eval.speculation import PassClock
+from lte.eval.token_routing import recorded_logits
 from lte.hf.dense import load_tokenizer
 from lte.hf.threshold import set_threshold_
 from lte.nn.wrapped_ffn import numbers_in_4_bits
@@ -702,3 +703,95 @@ class TestVllmBench:
             (model, tool) for model in ("dense", "sparse") for tool in ("latency", "throughput")
         ]
         assert found["failed"][1]["error"] == "ValueError: no throughput"
+
+
+class TestVllmRanks:
+    def test_every_difference_is_compared_and_those_in_fp32_are_traced(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module, jobs, output = script("vllm_ranks"), list[dict[str, Any]](), tmp_path / "ranks.json"
+
+        def served(job: dict[str, Any]) -> list[dict[str, Any]]:
+            """Over two ranks the sparse model parts from the rest in the second prompt of the second batch size."""
+            jobs.append(job)
+            parts = job["sparsity"] is not None and job["tensor_parallel"] == 2
+            answers = [[7, 8, 9], [7, 8, 9]]
+            other = [[7, 8, 9], [7, 5, 9]] if parts else answers
+            return [{"answers": each, "steps_decode": 64.0, "model_runner": 1} for each in (answers, other)]
+
+        monkeypatch.setattr(module, "served", served)
+        monkeypatch.setattr(module, "vllm_version", lambda: "0")
+        flags = ["--prompts", "2", "--prompt-lengths", "4", "8", "--tokens", "3", "--batches", "1", "2"]
+        flags += ["--work", str(tmp_path / "work"), "--output", str(output)]
+        with pytest.raises(SystemExit, match=r"1 of 1 differences in fp32 are not explained: .*'place': 1"):
+            module.main(["--shape", "tiny", *flags])
+        found = read_json(output)
+        assert [(job["dtype"], job["sparsity"], job["tensor_parallel"]) for job in jobs] == [
+            (dtype, sparsity, ranks)
+            for dtype in ("float32", "bfloat16")
+            for sparsity in (None, 0.8)
+            for ranks in (1, 2)
+        ]
+        assert [len(prompt) for prompt in jobs[0]["prompts"]] == [4, 8]
+        assert found["git_commit"] == environment()["git_commit"]
+        rows = {(row["dtype"], row["sparsity"], row["ranks"], row["batch"]): row for row in found["rows"]}
+        assert len(rows) == len(found["rows"]) == 16
+        assert "equal_answers" not in rows["float32", 0.8, 1, 2]
+        same, parted = rows["float32", None, 2, 2], rows["float32", 0.8, 2, 2]
+        assert (same["equal_answers"], same["explained"], same["differences"]) == (2, 0, [])
+        assert (parted["equal_answers"], parted["first_differences"]) == (1, [None, 1])
+        assert (parted["explained"], parted["reproduced"], parted["steps_decode"]) == (0, 0, 64)
+        (difference,) = parted["differences"]
+        assert (difference["prompt"], difference["place"], difference["tokens"]) == (1, 1, [8, 5])
+        model = load_any_model(jobs[2]["folder"])
+        with torch.no_grad():
+            logits = model(torch.tensor([[*jobs[0]["prompts"][1], 7]])).logits[0, -1]
+        gap = (logits.max() - logits[[8, 5]].min()).item()
+        assert difference["logit_gap"] == pytest.approx(gap, rel=1e-4)
+        assert rows["bfloat16", 0.8, 2, 2]["equal_answers"] == 1
+        assert "differences" not in rows["bfloat16", 0.8, 2, 2]
+
+        # Of a folder, on text, and with a reason.
+        monkeypatch.setattr(module, "NEAR_LOGITS", 2 * gap + 1e3)
+        folder = save_sparse_model(tmp_path)
+        (tmp_path / "text.txt").write_text("A line of a text.\n" * 40)
+        ids = load_tokenizer(folder)("A line of a text.\n" * 40, add_special_tokens=False)["input_ids"]
+        text = ["--text", str(tmp_path / "text.txt")]
+        monkeypatch.setattr(module, "write_densified", lambda *_: [{"model": "s", "folder": folder, "sparsity": 0.0}])
+        module.main([folder, *flags, *text, "--dtypes", "float32"])
+        assert jobs[-1]["prompts"] == [ids[:4], ids[8:16]]
+        row = read_json(output)["rows"][-1]
+        assert (row["explained"], row["reproduced"]) == (1, 1)
+        with pytest.raises(SystemExit):
+            module.parse([folder, "--shape", "tiny"])
+
+    def test_the_decision_that_parts_two_answers_is_found(self, script: Any) -> None:
+        module, text = script("vllm_ranks"), torch.arange(3, 9)
+        model = randomise_routers_(lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=32)))
+        ffn = list(lte.sparse_ffns(model).values())[1]
+
+        def shift(expert: int, logit: float) -> int:
+            """Moves an expert's bias so that the last token has this logit; the next token then."""
+            with torch.no_grad(), recorded_logits([ffn]):
+                model(text[None])
+                ffn.router.bias[expert] += ffn.threshold_logit + logit - ffn.logits[0, -1, expert]
+            return int(module.last_logits(model, text).argmax())
+
+        for expert in range(ffn.num_experts):
+            before = ffn.router.bias.detach().clone()
+            off, on = shift(expert, -1e-5), shift(expert, 1e-5)
+            if off != on:
+                break
+            ffn.router.bias.data.copy_(before)
+        assert off != on
+        found = module.trace(model, text, [on, off])
+        assert found["flipped"] == [{"layer": 1, "token": 5, "expert": expert}]
+        assert found["score_distance"] == pytest.approx(2.5e-6, rel=0.1)
+        assert (found["decisions_near_tau"], found["explained"], found["reproduced"]) == (1, True, True)
+        third = next(token for token in range(9) if token not in (on, off))
+        # A score is next to tau, but it is not why.
+        found = module.trace(model, text, [on, third])
+        assert (found["explained"], found["reproduced"], found["flipped"]) == (True, False, [])
+        shift(expert, 1e-3)
+        found = module.trace(model, text, [on, off])
+        assert (found["decisions_near_tau"], found["explained"], found["reproduced"]) == (0, False, False)
