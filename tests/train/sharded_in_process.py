@@ -18,14 +18,16 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 import lte
 from lte.methods import METHODS
 from lte.nn.router import Router
-from lte.nn.shards import whole
+from lte.nn.shards import assign_, whole
 from lte.train import two_stage
 from lte.train.adapters import merge_sharded_lora, with_lora
 from lte.train.config import TrainConfig
@@ -118,6 +120,14 @@ def note_dtype(found: dict[type, set[str]], module: Any, args: Any) -> None:
         found[Router if isinstance(module, Router) else torch.nn.Linear].add(str(module.weight.dtype))
 
 
+def assigned() -> Tensor:
+    """A parameter in parts that each process has set to its own number."""
+    mesh = init_device_mesh(training_device().type, (dist.get_world_size(),))
+    parameter = distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)])
+    assign_(parameter, torch.full((3, 2), 1.0 + dist.get_rank()))
+    return whole(parameter).cpu()
+
+
 def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     for name in (*FSDP, *ZERO):
         os.environ.pop(name, None)
@@ -196,5 +206,6 @@ if __name__ == "__main__":
         out = root / case["name"]
         out.mkdir(parents=True, exist_ok=True)
         torch.save(found, out / f"rank{dist.get_rank()}.pt")
+    torch.save(assigned(), root / f"assigned{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -127,6 +127,12 @@ def test_two_processes_do_what_one_does(roots: dict[int, Path], name: str) -> No
 
 
 @pytest.mark.slow
+def test_what_is_set_in_parts_is_what_the_first_process_says(roots: dict[int, Path]) -> None:
+    for rank in range(2):
+        assert torch.load(roots[2] / f"assigned{rank}.pt").unique().tolist() == [1.0]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed_does_what_one_process_does(roots: dict[int, Path], tmp_path: Path) -> None:
     cases = [{**CASES[1], "name": f"zero{stage}", "zero": stage} for stage in (2, 3)]

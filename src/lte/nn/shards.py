@@ -54,15 +54,17 @@ def place_(parameter: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def assign_(parameter: Tensor, value: Tensor) -> None:
-    """Sets a parameter to a whole tensor of its shape, in place; every process keeps its own part.
+    """Sets a parameter to a whole tensor of its shape, in place; of one in parts every process keeps its own.
+
+    Parts are those of the first process's tensor: what others have computed may be as good and not fit to it, singular
+    vectors of another sign, say.
 
     DeepSpeed's optimiser has a copy in fp32 of what it trains, from which it makes the parameter after each step: that
     one is set, too.
     """
     if isinstance(parameter, DTensor):
-        value = value.to(parameter.device, parameter.dtype)
-        # Each process has the whole of it already, and keeps its part.
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
+        value = value.to(parameter.dtype)
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
         return
     if hasattr(parameter, "ds_id"):
         import deepspeed
