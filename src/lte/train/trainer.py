@@ -438,10 +438,12 @@ class RoutingMixin(RoutingLoss, RoutingControl):
     def _spread_batches(self, dataset: Any, num_tokens: int) -> Iterator[dict[str, Tensor]]:
         """About `num_tokens` tokens spread over a data set, on the model's device; in every process the same.
 
-        Without a data set, where the trainer has a loader of its own, they are the first that it gives.
+        Without a data set, where the trainer has a loader of its own, they are the first that it gives to the first
+        process: by those of each, some would call a model in shards once more than others, and wait for ever.
         """
         if dataset is None:
-            for batch in self.get_train_dataloader():
+            for own in self.get_train_dataloader():
+                batch = self._of_first_process(own)
                 yield self._prepare_inputs(batch)
                 num_tokens -= int(num_tokens_of(batch, torch.device("cpu")))
                 if num_tokens <= 0:
