@@ -174,6 +174,11 @@ def test_a_sigterm_in_the_last_save_ends_the_run_too(tmp_path: Path) -> None:
         f"after step {STEPS} of {STEPS} by SIGTERM; {tmp_path / f'checkpoint-{STEPS}'} holds" in stopped.value.message
     )
     trainer_of(tmp_path).train(resume_from_checkpoint=True)
+    # If one process has got it, the others do not go on to sums in which it takes no part.
+    other = trainer_of(tmp_path / "other", save_strategy="no")
+    other._asked_anywhere = lambda: True  # type: ignore[method-assign]
+    with pytest.raises(TrainingStopped):
+        other.train()
 
 
 class WhoAmI(torch.utils.data.Dataset):

@@ -312,8 +312,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             resumed = None if self._resumed is None else str(self._resumed)
             with noted_sigterm(self.stop_request, self.args.save_strategy != "no"):
                 output = super().train(resumed, *args, **kwargs)
-            # A signal that came in the last save or evaluation is seen here, by the process that got it.
-            if self.stops or self.stop_request.asked:
+            # A signal that came in the last save or evaluation is seen here, in all processes.
+            if self.stops or self._asked_anywhere():
                 raise TrainingStopped(self._where_it_stopped())
             self._set_thresholds()
         return output
