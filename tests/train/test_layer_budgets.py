@@ -99,6 +99,20 @@ def test_each_layer_meets_its_target(tmp_path: Path, stage2: str) -> None:
     assert not any("efficiency_by_layer" in name for name in last)
 
 
+def test_targets_are_found_beside_biases_that_zero3_has_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomise_routers_(uneven_model())
+    trainer = LteTrainer(model, arguments(tmp_path, layer_budgets="sensitivity"), train_dataset=toy_rows(8))
+    monkeypatch.setattr("lte.train.trainer.loss_rises", lambda *args: torch.rand(2, len(SHARES)).cumsum(1))
+    for ffn in trainer.ffns:
+        ffn.router.bias.ds_shape = ffn.router.bias.shape
+        ffn.router.bias.data = torch.empty(0)
+    trainer._set_budgets()
+    assert trainer.prices is not None
+    assert sum(trainer.prices.targets) == pytest.approx(2 * model.target_sparsity)
+
+
 def test_the_loss_prices_layers_one_by_one(tmp_path: Path) -> None:
     """The first step's loss is the task's and the mean of each layer's efficiency loss times its own price."""
     model = uneven_model()

@@ -508,8 +508,8 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             )
         with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
             rises = loss_rises(self.model, self._spread_batches(self.train_dataset, BUDGET_TOKENS))
-        router = self.ffns[0].router
-        routed = 1 - router.always_on / len(router.bias)
+        # A bias of ZeRO-3 may have no length outside of passes.
+        routed = 1 - self.ffns[0].router.always_on / self.ffns[0].num_experts
         self.prices = LayerPrices(self._of_first_process(budgets(rises, self.target_sparsity, routed=routed)))
 
     def _read_regrouped_text(self) -> None:
