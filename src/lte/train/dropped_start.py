@@ -83,8 +83,10 @@ def run_densely(
 
 
 def _output(ffn: SparseFfn, hidden: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        return ffn.layout.numbers(base_of(ffn.part(ffn.layout.down))) @ hidden
+    # Weights may lie on the CPU beside passes on a GPU: those of FSDP.
+    down = ffn.layout.numbers(base_of(ffn.part(ffn.layout.down)))
+    with torch.autocast(down.device.type, enabled=False):
+        return down @ hidden.to(down.device)
 
 
 class DroppedStart:
@@ -94,13 +96,18 @@ class DroppedStart:
 
     Args:
         ffns: in depth order.
-        vectors: fp32 [D] of each.
+        vectors: fp32 [D] of each, on any device.
         share: which was added already.
     """
 
     def __init__(self, ffns: Sequence[SparseFfn], vectors: Sequence[Tensor], share: float = 0.0):
-        self.ffns, self.vectors, self.share = list(ffns), list(vectors), share
-        self.rests = [torch.zeros_like(vector) for vector in vectors]
+        self.ffns, self.share = list(ffns), share
+        self.vectors = self._beside_biases(vectors)
+        self.rests = [torch.zeros_like(vector) for vector in self.vectors]
+
+    def _beside_biases(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        biases = [ffn.part(ffn.layout.down).bias for ffn in self.ffns]
+        return [vector.to(bias.device) for vector, bias in zip(vectors, biases, strict=True)]
 
     @torch.no_grad()
     def follow_(self, share: float) -> None:
@@ -126,11 +133,7 @@ class DroppedStart:
     @classmethod
     def of_state(cls, ffns: Sequence[SparseFfn], state: dict[str, Any]) -> DroppedStart:
         """The inverse of `state`."""
-        devices = [ffn.part(ffn.layout.down).bias.device for ffn in ffns]
-        vectors, rests = (
-            [torch.tensor(each, device=device) for each, device in zip(state[name], devices, strict=True)]
-            for name in ("vectors", "rests")
-        )
+        vectors, rests = ([torch.tensor(each) for each in state[name]] for name in ("vectors", "rests"))
         made = cls(ffns, vectors, state["share"])
-        made.rests = rests
+        made.rests = made._beside_biases(rests)
         return made

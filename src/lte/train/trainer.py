@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -518,10 +518,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
             self._regrouped_text = list(self._spread_batches(self.train_dataset, REGROUP_TOKENS))
 
     def _of_first_process(self, value: Any) -> Any:
-        """What the first process found: the last bits of sums may differ between devices."""
+        """What the first process found, its tensors on the CPU: the last bits of sums may differ between devices."""
         if self.args.world_size == 1:
             return value
-        held = [value]
+        # Tensors of its GPU would come to that one in all processes.
+        held = [send_to_device(value, "cpu")]
         broadcast_object_list(held)
         return held[0]
 

@@ -1,0 +1,69 @@
+"""Trainings whose tensors lie on several devices, which a CPU pretends to have."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import lte
+from lte.data.rows import LmCollator
+from lte.methods import METHODS
+from lte.nn.router import Router
+from lte.train import trainer as trainer_module
+from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
+from lte.train.layer_budgets import loss_rises
+from lte.train.router_init import calibrate_thresholds_, fit_routers_
+from lte.train.trainer import LteTrainer
+from tests.pretended_devices import (
+    CPU,
+    FIRST,
+    offload_,
+    place_of,
+    pretend_,
+    pretended_devices,
+)
+from tests.tiny_models import PAD, tiny_dense_model
+from tests.train.toy import toy_rows
+
+
+def model_of(method: str = "lte", **config: Any) -> Any:
+    settings = {"expert_size": 8, "target_sparsity": 0.5, "grouping": "random", **config}
+    return lte.sparsify_(tiny_dense_model(), METHODS[method].config(**settings))
+
+
+@pytest.mark.parametrize("config", [{"dropped_bias": True}, {"router_rank": 4}], ids=["dropped_bias", "router_rank"])
+def test_routers_start_where_weights_lie_on_the_cpu_beside_a_gpu(config: dict[str, Any]) -> None:
+    model = model_of(**config)
+    ffns = list(lte.sparse_ffns(model).values())
+    rows = toy_rows(8, 16)
+    with pretended_devices():
+        offload_(model, [module for module in model.modules() if isinstance(module, Router)])
+        batches = [{name: value.to(FIRST) for name, value in LmCollator(PAD)([*rows]).items()}]
+        fit_routers_(model, batches)
+        if "dropped_bias" in config:
+            vectors = mean_dropped_outputs(model, batches, 0.5)
+            start = DroppedStart(ffns, [vector.to(FIRST) for vector in vectors])
+            start.follow_(0.5)
+            DroppedStart.of_state(ffns, start.state()).follow_(1.0)
+            assert {place_of(vector) for vector in (*start.vectors, *start.rests)} == {CPU}
+            assert all(ffn.down_proj.bias.any() for ffn in ffns)
+        loss_rises(model, batches, (0.5,))
+        calibrate_thresholds_(model, batches, 0.5)
+
+
+def test_what_the_first_process_sends_names_none_of_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of its GPU would lie there in all processes."""
+    sent: list[Any] = []
+    monkeypatch.setattr(trainer_module, "broadcast_object_list", sent.extend)
+    with pretended_devices():
+        vector = torch.ones(2)
+        pretend_(vector, FIRST)
+        process = SimpleNamespace(args=SimpleNamespace(world_size=2))
+        found = LteTrainer._of_first_process(process, {"vectors": [vector], "share": 0.5})
+        assert {place_of(each) for each in tree_leaves((sent, found)) if isinstance(each, Tensor)} == {CPU}
+    assert found["share"] == 0.5
