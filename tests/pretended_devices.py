@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-CPU, FIRST = torch.device("cpu"), torch.device("cuda", 0)
+CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 # What takes tensors of several devices, and what takes indices of the CPU.
 _COPIES, _INDEXES = {"copy_", "_to_copy"}, {"index", "index_put_", "_index_put_impl_"}
 # By the place of a storage, which is kept so that no other gets it.
@@ -29,6 +29,11 @@ def pretend_(tensors: Tensor | list[Tensor], device: torch.device) -> None:
     for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
         storage = tensor.untyped_storage()
         _places[storage._cdata] = storage, device
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
 
 
 class _Operators(TorchDispatchMode):
@@ -113,6 +118,20 @@ def pretended_devices() -> Iterator[None]:
             yield
         finally:
             _places.clear()
+
+
+def spread_(model: Any) -> None:
+    """Puts the first half of a decoder's layers on one GPU and the others on a second one, as a `device_map` does."""
+    layers = list(model.model.layers)
+    pretend_(tensors_of(model), FIRST)
+    for module in (*layers[len(layers) // 2 :], model.model.norm, model.lm_head):
+        pretend_(tensors_of(module), SECOND)
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: tree_map_only(Tensor, lambda each: each.to(SECOND), (args, kwargs)),
+            with_kwargs=True,
+        )
+    model.register_forward_hook(lambda module, args, output: tree_map_only(Tensor, lambda each: each.to(FIRST), output))
+    model.hf_device_map = {"first": 0, "second": 1}
 
 
 def offload_(model: nn.Module, units: list[nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lte.data.rows import LmCollator
 from lte.methods import METHODS
 from lte.nn.router import Router
 from lte.train import trainer as trainer_module
+from lte.train.arguments import LteTrainingArguments
 from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
 from lte.train.layer_budgets import loss_rises
 from lte.train.router_init import calibrate_thresholds_, fit_routers_
@@ -26,14 +28,59 @@ from tests.pretended_devices import (
     place_of,
     pretend_,
     pretended_devices,
+    spread_,
 )
 from tests.tiny_models import PAD, tiny_dense_model
-from tests.train.toy import toy_rows
+from tests.train.toy import toy_rows, uneven_toy_rows
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 4, "per_device_train_batch_size": 4, "router_fit_tokens": 128, "calibration_tokens": 256,
+    "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+}  # fmt: skip
+ADDED = {"even_weight": 0.3, "predecessor_weight": 0.3, "union_weight": 0.3, "price_on": "union"}
+
+
+class OnFirst(LteTrainingArguments):
+    """Says that batches belong on the first GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        assert super().device == CPU
+        return FIRST
 
 
 def model_of(method: str = "lte", **config: Any) -> Any:
     settings = {"expert_size": 8, "target_sparsity": 0.5, "grouping": "random", **config}
     return lte.sparsify_(tiny_dense_model(), METHODS[method].config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ({"dropped_bias": True}, {"match_weight": 0.5, "match_to": "own", "eval_strategy": "epoch", **ADDED}),
+        ({}, {"layer_budgets": "sensitivity", "max_steps": 2}),
+        ({}, {"recipe": "annealed", "regroup_count": 1, "max_steps": 12, "teacher": True, "match_weight": 0.5}),
+        ({"method": "sigma_moe"}, {"recipe": "method"}),
+        ({"method": "noisy_topk"}, {"recipe": "method"}),
+    ],
+    ids=["added", "budgets", "annealed", "sigma_moe", "noisy_topk"],
+)
+def test_a_model_over_two_gpus_trains(tmp_path: Path, model: dict[str, Any], options: dict[str, Any]) -> None:
+    rows, options = uneven_toy_rows(16), dict(options)
+    with pretended_devices():
+        made, teacher = model_of(**model), tiny_dense_model() if options.pop("teacher", False) else None
+        spread_(made)
+        trainer = LteTrainer(
+            made,
+            OnFirst(output_dir=str(tmp_path), **{**SETTINGS, **options}),
+            train_dataset=rows,
+            eval_dataset=rows,
+            data_collator=LmCollator(PAD),
+            teacher=teacher,
+        )
+        trainer.accelerator.state.device = FIRST
+        trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
 
 
 @pytest.mark.parametrize("config", [{"dropped_bias": True}, {"router_rank": 4}], ids=["dropped_bias", "router_rank"])

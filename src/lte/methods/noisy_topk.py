@@ -85,7 +85,7 @@ class NoisyTopkFfn(ExpertFfn):
         routing, self._of_thread.left["routing"] = self._of_thread.left["routing"], None
         if routing is None:
             return None
-        keep = token_mask.flatten().to(routing[0].dtype)
+        keep = token_mask.flatten().to(routing[0])
         importance, load = (sum_over_processes(keep @ values.flatten(0, -2)) for values in routing)
         weights = self.config.importance_weight, self.config.load_weight
         return weights[0] * squared_variation(importance) + weights[1] * squared_variation(load)

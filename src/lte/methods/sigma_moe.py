@@ -81,7 +81,7 @@ class SigmaMoeFfn(ExpertFfn):
         logits, self._of_thread.left["routing"] = self._of_thread.left["routing"], None
         if logits is None:
             return None
-        keep = token_mask.flatten().to(logits.dtype)
+        keep = token_mask.flatten().to(logits)
         total = sum_over_processes(keep @ logits.softmax(-1).flatten(0, -2))
         mean = total / sum_over_processes(keep.sum()).clamp_min(1)
         return self.config.entropy_weight * torch.special.xlogy(mean, mean).sum()

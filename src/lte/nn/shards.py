@@ -87,7 +87,7 @@ def scale_and_shift_(parameter: Tensor, factor: float, shift: Tensor | float) ->
     elif hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         assign_(parameter, whole(parameter) * factor + shift)
     else:
-        parameter.mul_(factor).add_(shift)
+        parameter.mul_(factor).add_(shift.to(parameter.device) if isinstance(shift, Tensor) else shift)
 
 
 def agreed(numbers: Sequence[float], parameter: Tensor) -> list[float]:

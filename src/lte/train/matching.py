@@ -105,6 +105,7 @@ class OutputMatch:
             output = _kept_by(self.spread_downs[index]) if ffn.block else ffn.output
             target = ffn.own_output if self.is_own else _kept_by(self.teacher_downs[index])
             if output is not None and target is not None:
+                mask = None if mask is None else mask.to(output.device)
                 losses.append(self.error(output, target.to(output.device), mask))
         self.forget(records)
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None

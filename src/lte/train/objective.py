@@ -84,12 +84,15 @@ def stack_layers(
     """
     stacks: list[list[Tensor]] = []
     masks: list[Tensor | None] = []
+    last: Tensor | None = None
     for layer, mask in zip(logits, token_masks, strict=True):
-        if stacks and mask is masks[-1] and layer.shape == stacks[-1][0].shape and layer.device == stacks[-1][0].device:
+        if stacks and mask is last and layer.shape == stacks[-1][0].shape and layer.device == stacks[-1][0].device:
             stacks[-1].append(layer)
         else:
             stacks.append([layer])
-            masks.append(mask)
+            # Masks lie with the batch, and layers may lie elsewhere.
+            masks.append(None if mask is None else mask.to(layer.device))
+        last = mask
     return [torch.stack(stack) for stack in stacks], masks
 
 

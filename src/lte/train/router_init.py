@@ -48,7 +48,7 @@ class _NormRegression:
         squared = torch.einsum("...es,est,...et->...e", hidden, self.gram, hidden)
         norms = (squared.clamp_min(0).sqrt() + 1e-6).log().flatten(0, -2).double()
         inputs = nn.functional.pad(x.float(), (0, 1), value=1.0).flatten(0, -2).double()
-        keep = token_mask.flatten().to(inputs.dtype).unsqueeze(-1)
+        keep = token_mask.flatten().to(inputs).unsqueeze(-1)
         norms, inputs = norms * keep, inputs * keep
         self.xx += inputs.T @ inputs
         self.xy += inputs.T @ norms

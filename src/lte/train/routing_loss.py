@@ -210,13 +210,14 @@ class RoutingLoss(AnyTrainer):
         routing = self._routing(masks, share)
         added = task.new_zeros(())
         if routing:
-            added = added + self._weighted(routing)
+            added = added + self._weighted(routing).to(added.device)
         matched = None if self.match is None else self.match.take_loss(masks, self._recomputes_alike)
         if matched is not None:
-            matched = matched * share
+            matched = (matched * share).to(added.device)
             added, terms["match"] = added + self.routing.match_weight * matched, matched
         auxiliary = self._auxiliary_loss(masks)
         if auxiliary is not None:
+            auxiliary = auxiliary.to(added.device)
             added, terms["auxiliary_loss"] = added + auxiliary, auxiliary
         loss = task + added / passes
         in_shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -400,7 +401,7 @@ class RoutingLoss(AnyTrainer):
         """The sum over layers of what FFNs of another method than LTE add to the loss; `None` if nothing."""
         losses = [ffn.auxiliary_loss(mask) for ffn, mask in zip(self.wrapped_ffns, masks, strict=True)]  # type: ignore[arg-type]
         added = [loss for loss in losses if loss is not None]
-        return torch.stack(added).sum() if added else None
+        return torch.stack([loss.to(added[0].device) for loss in added]).sum() if added else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the trainer's; a loss that is not finite and is left out counts as 0 in the log."""
@@ -463,7 +464,8 @@ class RoutingLoss(AnyTrainer):
         A process without a pass that counts has no part in it; where none has one, there are no means.
         """
         by_name = {name: torch.as_tensor(total) / max(1, count) for name, (total, count) in self.sums.items()}
-        flat = torch.cat([mean.reshape(-1) for mean in by_name.values()])
+        device = self.accelerator.device
+        flat = torch.cat([mean.reshape(-1).to(device) for mean in by_name.values()])
         counts = flat.new_tensor([float(any(count for _, count in self.sums.values()))])
         *means, share = self.accelerator.reduce(torch.cat([flat, counts]), reduction="mean").tolist()
         if not share:

@@ -69,20 +69,20 @@ def target_logit(
     """The logit below which the share `target` of all experts lies, over layers and counted tokens.
 
     Args:
-        logits: router logits [B, T, E] of each layer.
+        logits: router logits [B, T, E] of each layer, which may lie on several devices.
         token_masks: [B, T] of each layer, true where a token counts; `None` counts all.
         target: target sparsity.
         gather: makes of the logits [N] of this process those of all processes that share a batch.
 
     Returns:
-        A scalar on the logits' device, found on at most `QUANTILE_SAMPLES` logits spread evenly over all.
+        A scalar on the first logits' device, found on at most `QUANTILE_SAMPLES` logits spread evenly over all.
     """
     masked = [
         # Some blocks flatten [B, T] before their FFN.
-        layer if mask is None else layer.masked_fill(~mask.reshape(*layer.shape[:-1], 1), float("nan"))
+        layer if mask is None else layer.masked_fill(~mask.to(layer.device).reshape(*layer.shape[:-1], 1), float("nan"))
         for layer, mask in zip(logits, token_masks, strict=True)
     ]
-    flat = torch.cat([layer.flatten() for layer in masked])
+    flat = torch.cat([layer.flatten().to(masked[0].device) for layer in masked])
     # An odd stride meets every expert and layer, whatever their number.
     stride = max(1, flat.numel() // QUANTILE_SAMPLES) | 1
     sample = flat[::stride][: 2 * QUANTILE_SAMPLES]

@@ -636,7 +636,9 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         logits = self._take_logits()
         if not logits or self._evaluated is None:
             return
-        pairs = list(zip(logits, masks, strict=True))
+        pairs = [
+            (layer, None if mask is None else mask.to(layer.device)) for layer, mask in zip(logits, masks, strict=True)
+        ]
         tau = self.ffns[0].threshold_logit
         active = torch.stack([active_fraction(*pair, threshold_logit=tau).to(logits[0].device) for pair in pairs])
         counts = [each.shape[:-1].numel() if mask is None else int(mask.sum()) for each, mask in pairs]
