@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lte
 from lte.data.rows import LmCollator
 from lte.methods import METHODS
+from lte.nn import global_sums
 from lte.nn.router import Router
+from lte.train import routing_loss
 from lte.train import trainer as trainer_module
 from lte.train.arguments import LteTrainingArguments
 from lte.train.dropped_start import DroppedStart, mean_dropped_outputs
@@ -29,6 +33,7 @@ from tests.pretended_devices import (
     pretend_,
     pretended_devices,
     spread_,
+    tensors_of,
 )
 from tests.tiny_models import PAD, tiny_dense_model
 from tests.train.toy import toy_rows, uneven_toy_rows
@@ -65,7 +70,10 @@ def model_of(method: str = "lte", **config: Any) -> Any:
     ],
     ids=["added", "budgets", "annealed", "sigma_moe", "noisy_topk"],
 )
-def test_a_model_over_two_gpus_trains(tmp_path: Path, model: dict[str, Any], options: dict[str, Any]) -> None:
+def test_a_model_over_two_gpus_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(Accelerator, "device", FIRST)
     rows, options = uneven_toy_rows(16), dict(options)
     with pretended_devices():
         made, teacher = model_of(**model), tiny_dense_model() if options.pop("teacher", False) else None
@@ -78,9 +86,47 @@ def test_a_model_over_two_gpus_trains(tmp_path: Path, model: dict[str, Any], opt
             data_collator=LmCollator(PAD),
             teacher=teacher,
         )
-        trainer.accelerator.state.device = FIRST
         trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ({}, {"on_nonfinite": "skip", "eval_strategy": "epoch", **ADDED}),
+        ({}, {"layer_budgets": "sensitivity", "max_steps": 2}),
+        ({"method": "sigma_moe"}, {"recipe": "method"}),
+    ],
+    ids=["added", "budgets", "sigma_moe"],
+)
+def test_all_that_processes_sum_lies_on_their_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """NCCL by itself knows no tensors of the CPU; the other process has the same here."""
+    sums: list[torch.device] = []
+
+    def note(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sums.append(place_of(tensor))
+        return tensor
+
+    def reduce(self: Any, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        return note(tensor) * (2 if reduction == "sum" else 1)
+
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: note(tensor).mul_(2))
+    for module in (global_sums, routing_loss):
+        monkeypatch.setattr(module, "num_sharing", lambda: 2)
+    monkeypatch.setattr(Accelerator, "device", FIRST)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "reduce", reduce)
+    monkeypatch.setattr(Accelerator, "gather", lambda self, tensor: torch.cat([note(tensor.reshape(-1))] * 2))
+    monkeypatch.setattr(Accelerator, "pad_across_processes", lambda self, tensor, **kwargs: note(tensor))
+    rows = uneven_toy_rows(16)
+    with pretended_devices():
+        made = model_of(**model)
+        pretend_(tensors_of(made), FIRST)
+        arguments = OnFirst(output_dir=str(tmp_path), **{**SETTINGS, **options})
+        LteTrainer(made, arguments, train_dataset=rows, eval_dataset=rows, data_collator=LmCollator(PAD)).train()
+    assert set(sums) == {FIRST}
 
 
 @pytest.mark.parametrize("config", [{"dropped_bias": True}, {"router_rank": 4}], ids=["dropped_bias", "router_rank"])
