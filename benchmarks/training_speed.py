@@ -131,8 +131,13 @@ def kernel_times(events: Iterable[Any], steps: int) -> dict[str, Any]:
     """Milliseconds of a step that a device worked, those of its longest kernels, and how often each ran."""
     on_gpu = torch.cuda.is_available()
     taken = [(each.self_device_time_total if on_gpu else each.self_cpu_time_total, each) for each in events]
-    # On a GPU the operations that launch kernels are events as well, of the CPU.
-    kernels = [(us, each) for us, each in taken if us and (each.device_type == DeviceType.CUDA) == on_gpu]
+    # On a GPU the operations that launch kernels are events as well, of the CPU, and so is the time from the first to
+    # the last kernel of what has a name: an optimiser's step, or a compiled region.
+    kernels = [
+        (us, each)
+        for us, each in taken
+        if us and (each.device_type == DeviceType.CUDA) == on_gpu and not (on_gpu and each.is_user_annotation)
+    ]
     longest = sorted(kernels, key=lambda pair: -pair[0])[:KERNELS]
     return {
         "device_ms": sum(us for us, _ in kernels) / 1e3 / steps,

@@ -282,9 +282,14 @@ class TestTrainingSpeed:
         kinds = module.DeviceType
         times = [("mm", kinds.CPU, 4000, 0), ("sgemm", kinds.CUDA, 0, 6000), ("add", kinds.CUDA, 0, 2000)]
         events = [
-            SimpleNamespace(key=key, device_type=kind, self_cpu_time_total=cpu, self_device_time_total=gpu, count=4)
-            for key, kind, cpu, gpu in [*times, ("aten::launch", kinds.CPU, 1000, 9000)]
-        ]
+            SimpleNamespace(
+                key=key, device_type=kind, self_cpu_time_total=cpu, self_device_time_total=gpu, count=4,
+                is_user_annotation=key.startswith("Optimizer.step"),
+            )
+            for key, kind, cpu, gpu in [
+                *times, ("aten::launch", kinds.CPU, 1000, 9000), ("Optimizer.step#AdamW.step", kinds.CUDA, 0, 7000)
+            ]
+        ]  # fmt: skip
         found = {}
         for on_gpu in (True, False):
             monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
