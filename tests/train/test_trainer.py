@@ -442,12 +442,15 @@ def test_a_loader_of_ones_own_serves_without_a_data_set(tmp_path):
     trainer = Loads(fresh_model(0.4), arguments(tmp_path), data_collator=LmCollator(PAD))
     trainer.train()
     assert trainer.evaluate(toy_rows(64))["eval_sparsity"] == pytest.approx(0.4, abs=0.05)
-    # Of several processes each has a loader with rows of its own, and all take those of the first one.
+    # Of several processes each has a loader of its own, and all take the batches of the first one, as many as it has.
     first = LmCollator(PAD)([toy_rows(1, seed=1)[0]])
-    trainer._of_first_process = lambda own: first
+    own, trainer.get_train_dataloader = trainer.get_train_dataloader, lambda: []
+    trainer._of_first_process = lambda batch: first
     assert [batch["input_ids"].tolist() for batch in trainer._spread_batches(None, 64)] == [
         first["input_ids"].tolist()
     ] * 2
+    trainer.get_train_dataloader, trainer._of_first_process = own, lambda batch: None
+    assert not list(trainer._spread_batches(None, 64))
 
 
 def test_data_that_cannot_train_are_refused(tmp_path):

@@ -442,12 +442,11 @@ class RoutingMixin(RoutingLoss, RoutingControl):
         process: by those of each, some would call a model in shards once more than others, and wait for ever.
         """
         if dataset is None:
-            for own in self.get_train_dataloader():
-                batch = self._of_first_process(own)
+            # The first process says when its batches are over, too: loaders of others may have more or fewer.
+            own = iter(self.get_train_dataloader())
+            while num_tokens > 0 and (batch := self._of_first_process(next(own, None))) is not None:
                 yield self._prepare_inputs(batch)
                 num_tokens -= int(num_tokens_of(batch, torch.device("cpu")))
-                if num_tokens <= 0:
-                    return
             return
         collator = self._get_collator_with_removed_columns(self.data_collator, "calibration")
         rows = self.args.per_device_train_batch_size
