@@ -312,7 +312,8 @@ def measure_latency() -> None:
     for batch in job["batches"] if job["gpu_time"] else ():
         prompts = make_prompts(batch, job["input_len"])
         short, long = (gpu_ms(llm, prompts, tokens, Path(job["traces"])) for tokens in (1, 1 + PROFILED_STEPS))
-        print("ROW " + json.dumps({"tool": "gpu", "batch": batch, "gpu_ms_per_step": (long - short) / PROFILED_STEPS}))
+        row = {"tool": "gpu", "batch": batch, "gpu_ms_per_step": (long - short) / PROFILED_STEPS}
+        print("ROW " + json.dumps(row), flush=True)
 
 
 class LatencyWorkers:
