@@ -56,8 +56,8 @@ def place_(parameter: Tensor, values: Tensor) -> None:
 def assign_(parameter: Tensor, value: Tensor) -> None:
     """Sets a parameter to a whole tensor of its shape, in place; of one in parts every process keeps its own.
 
-    Parts are those of the first process's tensor: what others have computed may be as good and not fit to it, singular
-    vectors of another sign, say.
+    Parts are those of one tensor, that of the first process of the parameter's mesh: what others have computed may be
+    as good and not fit to it, singular vectors of another sign, say.
 
     DeepSpeed's optimiser has a copy in fp32 of what it trains, from which it makes the parameter after each step: that
     one is set, too.
@@ -98,7 +98,7 @@ def agreed(numbers: Sequence[float], parameter: Tensor) -> list[float]:
     """
     if not is_sharded(parameter) or not dist.is_initialized():
         return list(numbers)
-    # On a device that the processes' backend knows: NCCL alone does not know a CPU.
+    # As objects, which PyTorch sends from a device that the backend knows: NCCL alone knows no tensors of a CPU.
     found = [list(numbers)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
