@@ -65,11 +65,12 @@ class StepClock(TrainerCallback):
     Args:
         steps: of each stage.
         warm_up: of these, those that are left out, with the last one, which nothing follows.
-        profiled: the last ones of these, which are left out, too.
+        profiled: the last ones of these, which are left out, too; the clock goes on until the first of them begins.
     """
 
     def __init__(self, steps: int, warm_up: int, profiled: int = 0):
-        self.steps, self.warm_up, self.profiled = steps, warm_up, profiled
+        self.steps, self.warm_up = steps, warm_up
+        self._after = max(0, profiled - 1)
         self.begins: list[float] = []
         self.peaks: list[int] = []
 
@@ -83,7 +84,7 @@ class StepClock(TrainerCallback):
 
     def samples_ms(self, stage: int) -> list[float]:
         """Milliseconds of each counted step of a stage."""
-        end = stage * self.steps - max(0, self.profiled - 1)
+        end = stage * self.steps - self._after
         return [1e3 * (after - before) for before, after in itertools.pairwise(self.begins[:end][-self._counted :])]
 
     def peak_bytes(self, stage: int) -> int | None:
@@ -96,7 +97,7 @@ class StepClock(TrainerCallback):
 
     @property
     def _counted(self) -> int:
-        return self.steps - self.warm_up - max(0, self.profiled - 1)
+        return self.steps - self.warm_up - self._after
 
 
 class KernelProfile(TrainerCallback):
@@ -128,7 +129,10 @@ class KernelProfile(TrainerCallback):
 
 
 def kernel_times(events: Iterable[Any], steps: int) -> dict[str, Any]:
-    """Milliseconds of a step that a device worked, those of its longest kernels, and how often each ran."""
+    """Milliseconds of a step that a device worked, those of its longest kernels, and how often each ran.
+
+    Kernels that run at the same time, sums over processes beside products say, count one by one.
+    """
     on_gpu = torch.cuda.is_available()
     taken = [(each.self_device_time_total if on_gpu else each.self_cpu_time_total, each) for each in events]
     # On a GPU the operations that launch kernels are events as well, of the CPU, and so is the time from the first to
@@ -387,8 +391,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile layers and loss, but of qlora")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    watched = max(0, args.profiled_steps - 1)
-    if not (0 <= args.warm_up <= args.steps - watched - 2 and args.profiled_steps >= 0):
+    counted = args.steps - max(1, args.profiled_steps) - args.warm_up
+    if counted < 1 or args.warm_up < 0 or args.profiled_steps < 0:
         parser.error(
             f"--warm-up must leave two of the steps, one of them profiled if any is, got --warm-up {args.warm_up} of "
             f"{args.steps} and --profiled-steps {args.profiled_steps}"

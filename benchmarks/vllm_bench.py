@@ -74,6 +74,7 @@ RANDOM = "random tokens"
 GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 """Categories of a profiler's events in which a GPU works."""
 PROFILED_STEPS = 32
+"""Of each batch size, by `--gpu-time`."""
 LONGEST_CHAT = (1024, 2048)
 """Tokens of a prompt, and of it and its answer, beyond which `vllm bench throughput` leaves out texts of a file."""
 
@@ -252,6 +253,8 @@ def answer_ms(llm: Any, prompts: list[Any], tokens: int) -> float:
 
 def gpu_ms(llm: Any, prompts: list[Any], tokens: int, traces: Path) -> float:
     """Milliseconds that a GPU works, the mean over those that share the model, for answers of so many tokens.
+
+    Kernels that run at the same time count one by one.
 
     Raises:
         ValueError: if the profiler saw no work of a GPU.

@@ -358,7 +358,12 @@ class TestTrainingSpeed:
     def test_settings_that_measure_nothing_are_refused(self, script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             script("training_speed").main([*self.FLAGS, "--warm-up", "3"])
-        assert "--warm-up must leave two of the steps, one of them profiled if any is" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "--warm-up must leave two of the steps, one of them profiled if any is, got --warm-up 3 of 4 and" in said
+        for flags in (["--warm-up", "1", "--profiled-steps", "3"], ["--warm-up", "-1"], ["--profiled-steps", "-1"]):
+            with pytest.raises(SystemExit):
+                script("training_speed").parse([*self.FLAGS, *flags])
+        assert script("training_speed").parse([*self.FLAGS, "--profiled-steps", "2"]).profiled_steps == 2
 
 
 class TestTrainingCost:
