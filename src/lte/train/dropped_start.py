@@ -117,7 +117,7 @@ class DroppedStart:
             if not bias.requires_grad:
                 continue
             wide = torch.promote_types(bias.dtype, torch.float32)
-            wanted = whole(bias).to(wide) + ((share - self.share) * vector + self.rests[index]).to(bias.device, wide)
+            wanted = whole(bias).to(wide) + ((share - self.share) * vector + self.rests[index]).to(wide)
             assign_(bias, wanted)
             self.rests[index] = (wanted - whole(bias).to(wide)).to(vector)
         self.share = share

@@ -62,9 +62,8 @@ class _FastSteps:
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As torchao's. Of tensors in shards each process steps its own part, which needs nothing of the others."""
-        if any(not _steps_alone(p) for _, p in self._with_gradient()) or any(
-            group["amsgrad"] for group in self.param_groups
-        ):
+        alone = all(_steps_alone(p) for _, p in self._with_gradient())
+        if not alone or any(group["amsgrad"] for group in self.param_groups):
             return super().step(closure)  # type: ignore[misc]
         loss = None
         if closure is not None:
