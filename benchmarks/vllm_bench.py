@@ -12,6 +12,9 @@ start: the time of a decoding step is that of answers of `--output-len` tokens l
 graphs are captured for these batch sizes alone, and for their prompts of up to 512 tokens. `throughput` and `serve` are
 `vllm bench` itself. A tool that fails is named in the record, and the others go on.
 
+`--together` has the engines of a group start at the same time and stay, for `latency` and `serve`: each is measured
+while the others wait, and a GPU's memory must hold all of them.
+
 Shapes are given random tokens. Folders are given text, from another place of it for each request, since a trained
 router switches fewer experts on for random tokens: `--text FILE`, or Python's own help.
 
@@ -27,10 +30,13 @@ engine, dense and sparse, on so many GPUs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import gzip
+import itertools
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -38,7 +44,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -75,6 +81,9 @@ GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 """Categories of a profiler's events in which a GPU works."""
 PROFILED_STEPS = 32
 """Of each batch size, by `--gpu-time`."""
+STARTED = "ENGINE STARTED"
+WORKER_ENVIRONMENT = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+"""Output carries rows alone, as the pipe of a process that nobody reads yet must not fill."""
 LONGEST_CHAT = (1024, 2048)
 """Tokens of a prompt, and of it and its answer, beyond which `vllm bench throughput` leaves out texts of a file."""
 
@@ -178,7 +187,14 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
 
 def memory_options(job: dict[str, Any]) -> dict[str, Any]:
     """A given size of the cache, which saves the profiling of memory, and so much of the start."""
-    return {"kv_cache_memory_bytes": (16 << 30) if job["cuda"] else (512 << 20), "gpu_memory_utilization": 0.6}
+    size = (16 << 30) if job["cuda"] else (512 << 20)
+    return {"kv_cache_memory_bytes": size, "gpu_memory_utilization": 0.6 / job["engines"]}
+
+
+def job_environment(job: dict[str, Any]) -> dict[str, str]:
+    """The environment of a job's engine: those that start at the same time compile into folders of their own."""
+    own = {"VLLM_CACHE_ROOT": str(Path(job["caches"]) / Path(job["folder"]).name)} if job["engines"] > 1 else {}
+    return {**os.environ, **own}
 
 
 def sampled() -> dict[str, float]:
@@ -279,16 +295,20 @@ def spread(name: str, times: list[float]) -> dict[str, float]:
 
 
 def measure_latency() -> None:
-    """Waits for a job as a line of the input, then prints a row for each batch size and each single prompt.
+    """Waits for a job as a line of the input and starts its engine, then waits for another line and prints the rows.
 
-    It runs in a process of its own, and the engine in another one, as when it serves: scheduling and steps overlap.
+    A row for each batch size and each single prompt. It runs in a process of its own, and the engine in another one, as
+    when it serves: scheduling and steps overlap.
     """
     from vllm import LLM
 
     job = json.loads(sys.stdin.readline())
+    os.environ.update(job_environment(job))
     start = time.perf_counter()
     llm: Any = LLM(job["folder"], **engine_options(job))
     start_s = time.perf_counter() - start
+    print(STARTED, flush=True)
+    sys.stdin.readline()
     config = llm.llm_engine.vllm_config
     vocab, second = config.model_config.get_vocab_size(), getattr(config, "use_v2_model_runner", False)
     make_prompts = prompt_maker(job, vocab)
@@ -320,30 +340,44 @@ def measure_latency() -> None:
 
 
 class LatencyWorkers:
-    """Processes that measure one job each; the next one imports vLLM while the engine of a job starts."""
+    """Processes that measure one job each.
 
-    def __init__(self, jobs: int):
-        self._left = jobs
-        self._next = self._start()
+    The next one imports vLLM while the engine of a job starts; with `together` all engines start at the beginning.
+    """
 
-    def _start(self) -> subprocess.Popen[str]:
-        self._left -= 1
+    def __init__(self, jobs: Sequence[dict[str, Any]], together: bool):
+        self._left = list(jobs)
+        self._processes: list[subprocess.Popen[str]] = []
+        for _ in self._left if together else self._left[:1]:
+            self._start()
+        self._together = together
+        if together:
+            for job, process in zip(self._left, self._processes, strict=True):
+                _tell(process, json.dumps(job))
+            for process in self._processes:
+                _read_until_started(process)
+
+    def _start(self) -> None:
         command = [sys.executable, __file__, "--worker"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._processes.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=WORKER_ENVIRONMENT)
+        )
 
     def run(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The rows of `measure_latency`, as they are measured.
+        """The rows of `measure_latency`, as they are measured; jobs come in the order in which they were given.
 
         Raises:
             subprocess.CalledProcessError: if the process failed.
         """
-        process = self._next
-        if self._left:
-            self._next = self._start()
-        assert process.stdin is not None
+        assert self._left.pop(0) is job
+        process = self._processes.pop(0)
+        if not self._together:
+            if self._left:
+                self._start()
+            _tell(process, json.dumps(job))
+            _read_until_started(process)
+        _tell(process, "measure")
         assert process.stdout is not None
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.close()
         for line in process.stdout:
             if line.startswith("ROW "):
                 yield json.loads(line[4:])
@@ -351,6 +385,29 @@ class LatencyWorkers:
                 print(line, end="", file=sys.stderr, flush=True)
         if process.wait():
             raise subprocess.CalledProcessError(process.returncode, process.args)
+
+    def close(self) -> None:
+        """Ends the processes that have measured nothing."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> None:
+    """Writes a line to a process, which may have ended."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+
+
+def _read_until_started(process: subprocess.Popen[str]) -> None:
+    """Reads on until an engine has started or its process has ended."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == STARTED:
+            return
+        print(line, end="", file=sys.stderr, flush=True)
 
 
 def cli_flags(job: dict[str, Any]) -> list[str]:
@@ -393,50 +450,91 @@ def custom_flags(job: dict[str, Any], work: Path, count: int) -> list[str]:
     return [*flags, "--skip-chat-template"]
 
 
-def run_throughput(job: dict[str, Any], work: Path) -> Iterator[dict[str, Any]]:
-    """`vllm bench throughput`."""
-    output = work / "throughput.json"
-    prompts = random_flags(job) if job["prompts"] == RANDOM else chat_flags(job, work)
-    command = [*CLI, "bench", "throughput", *cli_flags(job), *prompts]
-    command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
-    subprocess.run(command, check=True)
-    yield {"tool": "throughput", **json.loads(output.read_text(encoding="utf-8"))}
+class Throughput:
+    """`vllm bench throughput`, an engine after the other."""
+
+    def __init__(self, work: Path):
+        self._work = work
+
+    def run(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """One row.
+
+        Raises:
+            subprocess.CalledProcessError: if it failed.
+        """
+        output = self._work / "throughput.json"
+        prompts = random_flags(job) if job["prompts"] == RANDOM else chat_flags(job, self._work)
+        command = [*CLI, "bench", "throughput", *cli_flags(job), *prompts]
+        command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
+        subprocess.run(command, check=True, env=job_environment(job))
+        yield {"tool": "throughput", **json.loads(output.read_text(encoding="utf-8"))}
+
+    def close(self) -> None:
+        """Nothing is left running."""
 
 
-def run_serve(job: dict[str, Any], work: Path) -> Iterator[dict[str, Any]]:
-    """`vllm bench serve` against a server of this job, at each number of requests at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *cli_flags(job), "--port", port]
-    )
-    try:
-        _wait_for(server, port)
-        for batch in job["batches"]:
-            output, count = work / "serve.json", max(4 * batch, 8)
-            prompts = random_flags(job) if job["prompts"] == RANDOM else custom_flags(job, work, count)
-            command = [*CLI, "bench", "serve", "--model", job["folder"], "--port", port, "--ignore-eos", *prompts]
-            command += ["--max-concurrency", str(batch), "--num-prompts", str(count)]
-            command += ["--save-result", "--result-filename", str(output)]
-            subprocess.run(command, check=True)
-            found = json.loads(output.read_text(encoding="utf-8"))
-            kept = {key: value for key, value in found.items() if isinstance(value, int | float)}
-            yield {"tool": "serve", "batch": batch, **kept}
-    finally:
-        server.terminate()
-        server.wait(60)
+class Servers:
+    """`vllm bench serve` against a server of each job; with `together` all servers start at the beginning."""
+
+    def __init__(self, jobs: Sequence[dict[str, Any]], together: bool, work: Path):
+        self._work = work
+        self._running: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
+        for job in jobs if together else ():
+            self._start(job)
+        for process, port in list(self._running.values()):
+            _wait_for(process, port)
+
+    def _start(self, job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *cli_flags(job), "--port", port]
+        self._running[job["folder"]] = subprocess.Popen(command, env=job_environment(job)), port
+        return self._running[job["folder"]]
+
+    def run(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A row for each number of requests at once.
+
+        Raises:
+            ValueError: if the server did not start.
+            subprocess.CalledProcessError: if the requests failed.
+        """
+        server, port = self._running.get(job["folder"]) or self._start(job)
+        try:
+            if not _wait_for(server, port):
+                raise ValueError(f"the server must start, got exit status {server.returncode}")
+            for batch in job["batches"]:
+                output, count = self._work / "serve.json", max(4 * batch, 8)
+                prompts = random_flags(job) if job["prompts"] == RANDOM else custom_flags(job, self._work, count)
+                command = [*CLI, "bench", "serve", "--model", job["folder"], "--port", port, "--ignore-eos", *prompts]
+                command += ["--max-concurrency", str(batch), "--num-prompts", str(count)]
+                command += ["--save-result", "--result-filename", str(output)]
+                subprocess.run(command, check=True)
+                found = json.loads(output.read_text(encoding="utf-8"))
+                kept = {key: value for key, value in found.items() if isinstance(value, int | float)}
+                yield {"tool": "serve", "batch": batch, **kept}
+        finally:
+            server.terminate()
+            server.wait(60)
+
+    def close(self) -> None:
+        """Ends all servers."""
+        for server, _ in self._running.values():
+            server.terminate()
+        for server, _ in self._running.values():
+            server.wait(60)
 
 
-def _wait_for(server: subprocess.Popen[bytes], port: str) -> None:
+def _wait_for(server: subprocess.Popen[bytes], port: str) -> bool:
+    """Waits until a server answers; False where it ended."""
     while server.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
         except OSError:
             time.sleep(1)
         else:
-            return
-    raise SystemExit("the server did not start")
+            return True
+    return False
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -478,6 +576,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each model, dense and sparse")
+    parser.add_argument("--together", action="store_true", help="engines of a group start at the same time and stay")
     parser.add_argument("--eager", action="store_true", help="no graphs and no compilation, for a dry run")
     parser.add_argument("--work", type=Path, default=Path("vllm_bench"), help="folder for the models that it writes")
     parser.add_argument("--output", type=Path)
@@ -487,16 +586,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measurements(
-    job: dict[str, Any], arguments: argparse.Namespace, workers: LatencyWorkers | None
-) -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
-    """The tools that are asked for, and what measures the rows of a job by each."""
-    if workers is not None:
-        yield "latency", workers.run(job)
-    if "throughput" in arguments.tools:
-        yield "throughput", run_throughput(job, arguments.work)
-    if "serve" in arguments.tools:
-        yield "serve", run_serve(job, arguments.work)
+def measuring(
+    tool: str, jobs: Sequence[dict[str, Any]], arguments: argparse.Namespace
+) -> LatencyWorkers | Throughput | Servers:
+    """What measures the jobs of a group by a tool, one after the other."""
+    if tool == "latency":
+        return LatencyWorkers(jobs, arguments.together)
+    return Throughput(arguments.work) if tool == "throughput" else Servers(jobs, arguments.together, arguments.work)
 
 
 def main() -> None:
@@ -511,6 +607,7 @@ def main() -> None:
     common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time")}
     common["cuda"] = torch.cuda.is_available()
     common["traces"] = str((arguments.work / "traces").resolve())
+    common["caches"] = str((arguments.work / "caches").resolve())
     common["text"] = None if arguments.text is None else str(arguments.text)
     dtype = getattr(torch, arguments.dtype)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
@@ -522,29 +619,32 @@ def main() -> None:
         writers.append((str(folders[0]), functools.partial(write_densified, folders, work)))
     # All written first, as one process cannot give a GPU's memory back while it lives.
     jobs = [{**own, **common, "group": group} for group, write in writers for own in write()]
-    for job in jobs:
-        job["prompts"] = RANDOM if job["group"] in SHAPES else text_name(arguments.text)
+    groups = [list(own) for _, own in itertools.groupby(jobs, lambda job: job["group"])]
+    for group in groups:
+        for job in group:
+            job["prompts"] = RANDOM if job["group"] in SHAPES else text_name(arguments.text)
+            job["engines"] = len(group) if arguments.together else 1
     if arguments.write_only:
         return
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
-    workers = LatencyWorkers(len(jobs)) if "latency" in arguments.tools else None
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
-    for job in jobs:
-        kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel", "prompts")
-        own = {key: job[key] for key in kept}
-        for tool, measured in measurements(job, arguments, workers):
-            try:
-                for row in measured:
-                    rows.append({**own, **row})
-                    add_ratios(rows)
-                    print(json.dumps(rows[-1]), flush=True)
+    for group, tool in itertools.product(groups, arguments.tools):
+        with contextlib.closing(measuring(tool, group, arguments)) as tools:
+            for job in group:
+                kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel", "prompts")
+                own = {key: job[key] for key in kept}
+                try:
+                    for row in tools.run(job):
+                        rows.append({**own, **row})
+                        add_ratios(rows)
+                        print(json.dumps(rows[-1]), flush=True)
+                        write_record(arguments.output, rows, failed)
+                except (subprocess.SubprocessError, OSError, ValueError) as error:
+                    failed.append({**own, "tool": tool, "error": f"{type(error).__name__}: {error}"})
                     write_record(arguments.output, rows, failed)
-            except (subprocess.SubprocessError, OSError, ValueError, SystemExit) as error:
-                failed.append({**own, "tool": tool, "error": f"{type(error).__name__}: {error}"})
-                write_record(arguments.output, rows, failed)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(jobs) * len(arguments.tools)} measurements failed: {failed}")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import importlib
 import importlib.machinery
 import json
+import os
 import sys
+import textwrap
 import types
 from importlib.util import find_spec
 from pathlib import Path
@@ -679,26 +682,28 @@ class TestVllmBench:
     def test_a_tool_that_fails_leaves_the_others(
         self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        module, output = script("vllm_bench"), tmp_path / "rows.json"
+        module, output, closed = script("vllm_bench"), tmp_path / "rows.json", list[str]()
 
-        class Workers:
-            def __init__(self, jobs: int):
-                assert jobs == 2
+        class Tool:
+            def __init__(self, name: str, jobs: list[dict[str, Any]]):
+                assert [job["prompts"] for job in jobs] == ["Python's help topics"] * 2
+                self.name = name
 
             def run(self, job: dict[str, Any]) -> Any:
-                assert job["prompts"] == "Python's help topics"
+                if self.name == "throughput":
+                    raise ValueError("no throughput")
+                if self.name == "serve":
+                    yield {"tool": "serve", "batch": 1, "median_tpot_ms": 3}
+                    return
                 yield {"tool": "latency", "batch": 1, "ms_per_step": 1.0 if job["sparsity"] else 2.0}
                 raise module.subprocess.CalledProcessError(1, "latency")
 
-        def fail(*_: Any) -> Any:
-            raise ValueError("no throughput")
-            yield
+            def close(self) -> None:
+                closed.append(self.name)
 
         jobs = [{"model": name, "folder": name, "sparsity": of} for name, of in (("dense", None), ("sparse", 0.5))]
-        monkeypatch.setattr(module, "LatencyWorkers", Workers)
+        monkeypatch.setattr(module, "measuring", lambda tool, jobs, _: Tool(tool, jobs))
         monkeypatch.setattr(module, "write_densified", lambda *_: jobs)
-        monkeypatch.setattr(module, "run_throughput", fail)
-        monkeypatch.setattr(module, "run_serve", lambda *_: iter([{"tool": "serve", "batch": 1, "median_tpot_ms": 3}]))
         monkeypatch.setattr(module, "vllm_version", lambda: "0")
         flags = ["--folder", "some", "--tools", "latency", "throughput", "serve", "--work", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["vllm_bench.py", *flags, "--output", str(output)])
@@ -707,12 +712,56 @@ class TestVllmBench:
         found = read_json(output)
         rows = [(row["tool"], row["model"], row.get("over_dense")) for row in found["rows"]]
         assert rows == [
-            ("latency", "dense", None), ("serve", "dense", None), ("latency", "sparse", 0.5), ("serve", "sparse", 1.0)
+            ("latency", "dense", None), ("latency", "sparse", 0.5), ("serve", "dense", None), ("serve", "sparse", 1.0)
         ]  # fmt: skip
         assert [(failure["model"], failure["tool"]) for failure in found["failed"]] == [
-            (model, tool) for model in ("dense", "sparse") for tool in ("latency", "throughput")
+            (model, tool) for tool in ("latency", "throughput") for model in ("dense", "sparse")
         ]
-        assert found["failed"][1]["error"] == "ValueError: no throughput"
+        assert found["failed"][2]["error"] == "ValueError: no throughput"
+        assert closed == ["latency", "throughput", "serve"]
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_engines_start_together_or_one_by_one_and_a_failed_one_is_named(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+    ) -> None:
+        """A stand-in for the engines writes down who started before whom was measured."""
+        module, log = script("vllm_bench"), tmp_path / "log"
+        worker = f"""
+            import json, os, sys, time
+            log = open({str(log)!r}, "a")
+            job = json.loads(sys.stdin.readline())
+            if job["folder"] == "broken":
+                sys.exit(3)
+            print("start", job["folder"], file=log, flush=True)
+            print("words of the engine\\nENGINE STARTED", flush=True)
+            sys.stdin.readline()
+            print("measure", job["folder"], file=log, flush=True)
+            print("ROW " + json.dumps({{"folder": job["folder"]}}), flush=True)
+        """
+        (tmp_path / "worker.py").write_text(textwrap.dedent(worker))
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "worker.py"))
+        jobs = [{"folder": name} for name in ("a", "broken", "b")]
+        found = list[dict[str, Any]]()
+        with contextlib.closing(module.LatencyWorkers(jobs, together)) as workers:
+            for job in jobs:
+                try:
+                    found += workers.run(job)
+                except module.subprocess.CalledProcessError as error:
+                    found.append({"failed": error.returncode})
+        assert found == [{"folder": "a"}, {"failed": 3}, {"folder": "b"}]
+        order = log.read_text().splitlines()
+        if together:
+            assert {*order[:2]} == {"start a", "start b"}
+            assert order[2:] == ["measure a", "measure b"]
+        else:
+            assert order == ["start a", "measure a", "start b", "measure b"]
+
+    def test_engines_at_the_same_time_share_the_memory_and_compile_apart(self, script: Any, tmp_path: Path) -> None:
+        module = script("vllm_bench")
+        job = {"folder": "out/a", "caches": str(tmp_path), "cuda": False, "engines": 3}
+        assert module.memory_options(job)["gpu_memory_utilization"] == pytest.approx(0.2)
+        assert module.job_environment(job)["VLLM_CACHE_ROOT"] == str(tmp_path / "a")
+        assert module.job_environment({**job, "engines": 1}) == dict(os.environ)
 
 
 class TestVllmRanks:
