@@ -3,7 +3,7 @@
     python benchmarks/speculation.py out --drafts 0.8 0.9 --output speculation.json
 
 All go through `generate` of transformers. `plain` is the accelerated model as ever, by whole decoding steps where an
-engine computes it, as passes of up to 8 tokens that check drafts; `plain, by modules` the same without these. `lookup`
+engine computes it, as passes of up to 32 tokens that check drafts; `plain, by modules` the same without these. `lookup`
 proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_tokens); `draft` is the model itself at a
 higher threshold, beside its ceiling: how much faster it writes alone. With --assistant also another model proposes.
 Answers are greedy, and times are those after the prompt.

@@ -1,8 +1,8 @@
 """The passes of speculative decoding by whole decoding steps: several tokens of one sequence in one call of an engine.
 
 `generate` with an assistant or with prompt lookup reads, at each turn, the last token and some proposed ones, and then
-takes those back that it does not keep. A pass of up to 8 tokens, also of one, goes to the engine; longer ones, the
-prompt say, go module by module, and the cache is then what these left.
+takes those back that it does not keep. A pass of up to 8 tokens, also of one, goes to the engine, one of up to 32 in
+several calls; longer ones, the prompt say, go module by module, and the cache is then what these left.
 
 Shapes: L tokens in the cache, n tokens of a pass.
 """
@@ -20,7 +20,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lte.ops.step import engines
 from lte.ops.step.plan import DecoderPlan, DecodeStep, Engine, LayerCache
 
+# Of one call of the engine.
 MOST_TOKENS = 8
+# Of one pass. On a GPU, modules take as long for a pass of a 1.5B model as the engine for twenty calls.
+MOST_CALLS = 4
 # Room for further tokens that a cache gets at least: it then grows by doubling.
 ROOM = 1024
 # Of a call of the model, that a pass may have.
@@ -44,7 +47,7 @@ class CheckedModel:
     """Stands for a model in the loop of transformers that checks drafts: the model itself but for its calls.
 
     Attributes:
-        most: tokens of a pass that the engine takes.
+        most: tokens that the engine takes in one call.
     """
 
     model: Any
@@ -63,10 +66,10 @@ class CheckedModel:
         return self.model(**inputs) if starts is None else self._read(inputs, starts)
 
     def _starts(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Where the text begins in the cache, once for each token; `None` for what the engine does not do."""
+        """Where the text begins in the cache [1]; `None` for what the engine does not do."""
         ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         given = {name for name, value in inputs.items() if value is not None and value is not False}
-        if ids is None or not given <= _INPUTS or len(ids) > 1 or not 1 <= ids.shape[1] <= self.most:
+        if ids is None or not given <= _INPUTS or len(ids) > 1 or not 1 <= ids.shape[1] <= MOST_CALLS * self.most:
             return None
         kinds = (DynamicLayer, DynamicSlidingWindowLayer)
         if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(self.plan.layers):
@@ -82,18 +85,15 @@ class CheckedModel:
             kept is not None and (not isinstance(kept, int) or not 0 <= kept <= ids.shape[1])
         ):
             return None
-        starts = starts_of(ids, inputs.get("attention_mask"), inputs.get("position_ids"), length)
-        return None if starts is None else starts.expand(ids.shape[1]).contiguous()
+        return starts_of(ids, inputs.get("attention_mask"), inputs.get("position_ids"), length)
 
     def _read(self, inputs: dict[str, Any], starts: Tensor) -> CausalLMOutputWithPast:
-        ids, cache = inputs["input_ids"][0], inputs["past_key_values"]
+        ids, cache = inputs["input_ids"][0].long(), inputs["past_key_values"]
         tokens, length = len(ids), int(cache.get_seq_length())
         self._take(cache, length, tokens)
-        if tokens not in self._steps:
-            self._steps[tokens] = self.engine.bind(self._layers, tokens)
         positions = torch.arange(length, length + tokens, device=ids.device)
-        # The next pass writes their memory anew, and processors write into them.
-        logits = self._steps[tokens](ids.long().contiguous(), positions, starts).clone()
+        pieces = zip(ids.split(self.most), positions.split(self.most), strict=True)
+        logits = torch.cat([self._step(piece, at, starts) for piece, at in pieces])
         for layer, taken in zip(cache.layers, self._layers, strict=True):
             first, end = length - layer.keys.shape[2] + taken.shift, length + tokens + taken.shift
             layer.keys, layer.values = taken.keys[:, :, first:end], taken.values[:, :, first:end]
@@ -101,6 +101,13 @@ class CheckedModel:
                 layer.cumulative_length += tokens
         kept = inputs.get("logits_to_keep") or tokens
         return CausalLMOutputWithPast(logits=logits[None, -kept:], past_key_values=cache)
+
+    def _step(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+        """The logits [n, V] of one call of the engine, in memory of their own: processors write into them."""
+        tokens = len(ids)
+        if tokens not in self._steps:
+            self._steps[tokens] = self.engine.bind(self._layers, tokens)
+        return self._steps[tokens](ids.contiguous(), positions, starts.expand(tokens).contiguous()).clone()
 
     def _take(self, cache: Any, length: int, tokens: int) -> None:
         """Makes the cache's tokens lie in memory with room for more, where they do already unless modules wrote some.

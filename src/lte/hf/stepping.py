@@ -13,6 +13,9 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,10 +58,19 @@ class _Kept:
     engine: Engine
 
 
+@dataclass
+class _Drafting:
+    """An assistant, from the first to the last of its calls for one answer, and its engine once it has one."""
+
+    assistant: Any
+    kept: _Kept | None = None
+
+
 # Not on the models: there copies, pickles and saved folders would meet them.
 _KEPT: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
 _TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
 _LOCK = threading.RLock()
+_DRAFTING: ContextVar[_Drafting | None] = ContextVar("drafting", default=None)
 
 
 def forget_engine(model: Any) -> None:
@@ -70,6 +82,16 @@ def forget_engine(model: Any) -> None:
 def has_engine(model: Any) -> bool:
     """Whether the last call of `generate` that could take whole decoding steps took them."""
     return model in _KEPT
+
+
+@contextmanager
+def _drafting(assistant: Any) -> Iterator[None]:
+    """What an assistant computes is settled at its first call: anew it takes as long as ten tokens do."""
+    token = _DRAFTING.set(_Drafting(assistant))
+    try:
+        yield
+    finally:
+        _DRAFTING.reset(token)
 
 
 def engine_of(model: Any, plan: DecoderPlan) -> Engine:
@@ -124,7 +146,8 @@ class SteppingMixin:
         if not synced_gpus and _is_plain(self, generation_config, model_kwargs):
             checked = _checked(self, input_ids)
             if checked is not None:
-                return stock.__func__(checked, *call, **given)
+                with _drafting(given.get("assistant_model")):
+                    return stock.__func__(checked, *call, **given)
         return stock(*call, **given)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -163,7 +186,9 @@ def _begin(
     """What runs the call, `None` if that is left to transformers."""
     cache: Any = model_kwargs.get("past_key_values")
     mask = model_kwargs.get("attention_mask")
-    plan = _plan_of(model, input_ids.device)
+    drafting = _DRAFTING.get()
+    settled = drafting.kept if drafting is not None and drafting.assistant is model else None
+    plan = _plan_of(model, input_ids.device) if settled is None else settled.plan
     if plan is None or not _is_known(cache, plan):
         return None
     past, written = int(cache.get_seq_length()), input_ids.shape[1]
@@ -187,7 +212,10 @@ def _begin(
     if reason is not None:
         _tell(model, reason)
         return None
-    return _Generation(model, plan, engine_of(model, plan), cache, past, length, length + steps, starts)
+    engine = engine_of(model, plan) if settled is None else settled.engine
+    if drafting is not None and drafting.assistant is model:
+        drafting.kept = _Kept(plan, engine)
+    return _Generation(model, plan, engine, cache, past, length, length + steps, starts)
 
 
 def _checked(model: Any, input_ids: Tensor) -> CheckedModel | None:
