@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
@@ -383,3 +384,44 @@ def test_what_is_named_against_a_full_gpu_goes_together() -> None:
     assert "--weights-dtype bfloat16" in MEMORY_HINT
     assert any(OPTIMISERS[name].rounds for name in names)
     assert "adamw_bnb_8bit" not in MEMORY_HINT
+
+
+class Products(TorchDispatchMode):
+    """Writes down of which dtypes gradients and what they are multiplied by are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._foreach_mul_.Tensor:
+            self.found += [(each.dtype, args[1].dtype) for each in args[0]]
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_in_two_dtypes_are_clipped_by_one_norm_each_in_its_own(tmp_path: Path) -> None:
+    """PyTorch multiplies a gradient in bf16 by a norm in fp32 in a kernel for each tensor."""
+    trainer = trainer_of(tmp_path, max_grad_norm=0.5)
+    model = trainer.model
+    cast_weights_(model, torch.bfloat16)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    for each in parameters:
+        each.grad = torch.randn(each.shape, generator=generator).to(each.dtype)
+    before = [each.grad.float().clone() for each in parameters if each.grad is not None]
+    norm = torch.stack([each.square().sum() for each in before]).sum().sqrt()
+    with Products() as products:
+        found = trainer._clip_grad_norm(model)
+    assert found.item() == pytest.approx(norm.item(), rel=5e-3)
+    assert {*products.found} == {(dtype, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    assert len(products.found) == len(parameters)
+    for each, old in zip(parameters, before, strict=True):
+        assert each.grad is not None
+        torch.testing.assert_close(each.grad.float(), old * 0.5 / norm, rtol=2e-2, atol=1e-6)
+    # Small ones stay what they are.
+    for each in parameters:
+        assert each.grad is not None
+        each.grad.mul_(0.5)
+    before = [each.grad.clone() for each in parameters if each.grad is not None]
+    trainer._clip_grad_norm(model)
+    assert all(torch.equal(one.grad, other) for one, other in zip(parameters, before, strict=True))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lte.nn.shards import scale_and_shift_, whole
+from lte.nn.shards import is_sharded, scale_and_shift_, whole
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.wrapped_ffn import WrappedFfn
 from lte.train.arguments import RoutingArguments
@@ -253,10 +256,37 @@ class RoutingControl(AnyTrainer):
             self.skips_step = True
             self.optimizer.zero_grad()
 
-    def _clip_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._clip_grad_norm(*args, **kwargs)
+    def _clip_grad_norm(self, model: Any) -> Any:
+        by_dtype = self._whole_gradients(model)
+        if set(by_dtype) == {torch.bfloat16, torch.float32}:
+            norm = self._clip_each_dtype_(by_dtype)
+        else:
+            norm = super()._clip_grad_norm(model)
         if norm is not None and self.routing.on_nonfinite == "skip":
             self.is_nonfinite |= not math.isfinite(float(whole(torch.as_tensor(norm))))
+        return norm
+
+    def _whole_gradients(self, model: Any) -> dict[torch.dtype, list[nn.Parameter]]:
+        """The parameters with a gradient, by its dtype; none where gradients are spread over processes."""
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return {}
+        found = defaultdict[torch.dtype, list[nn.Parameter]](list)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                if is_sharded(parameter):
+                    return {}
+                found[parameter.grad.dtype].append(parameter)
+        return found
+
+    def _clip_each_dtype_(self, by_dtype: dict[torch.dtype, list[nn.Parameter]]) -> Tensor:
+        """Clips the gradients of weights in 16 bits and of routers in fp32 by their common norm, which it returns.
+
+        PyTorch has one norm for all, in fp32, and multiplies each gradient of another dtype by a kernel of its own.
+        """
+        self.accelerator.unscale_gradients()
+        norm = get_total_norm([each.grad for group in by_dtype.values() for each in group if each.grad is not None])
+        for dtype, group in by_dtype.items():
+            clip_grads_with_norm_(group, self.args.max_grad_norm, norm.to(dtype))
         return norm
 
     def _count_skipped(self) -> None:
