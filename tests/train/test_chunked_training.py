@@ -88,7 +88,7 @@ def test_training_ends_as_on_all_logits(
     for one, other in zip(steps_of(whole), steps_of(chunked), strict=True):
         assert ("distillation_loss" in one) == ("distillation_loss" in other)
         for term in ("loss", "task_loss", "distillation_loss", "grad_norm"):
-            assert one.get(term, 0) == pytest.approx(other.get(term, 0), rel=1e-3, abs=1e-5)
+            assert one.get(term, 0) == pytest.approx(other.get(term, 0), rel=1e-3, abs=5e-5)
     for one, other in zip(whole.model.parameters(), chunked.model.parameters(), strict=True):
         assert (one - other).norm() <= 2e-3 * one.norm()
 
