@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# What docs/kernels.md and docs/prefill.md report from a GPU, step by step:
+# What docs/kernels.md, docs/prefill.md, docs/serving.md and docs/company.md report from a GPU, step by step:
 #
 #     bash benchmarks/reproduce.sh OUTPUT STEP...
 #
 # Steps: tests, ffn, formats, decode, batches, few_tokens, small_ffn, many_tokens, tiles, trace, kernels, one_launch,
-# sanitize, whole_step, and two that need TRAIN and HELD_OUT (articles, two JSONL files) in the environment: trained,
-# which also needs MODEL (SmolLM2-135M-Instruct as a GGUF file), and step, which trains and times those models of experiments/step whose GGUF
-# files are in SMOLLM2_135M, QWEN_CODER_0_5B and QWEN_CODER_1_5B, at each of TARGETS (0.5 0.8). Every step writes its
-# result files as it goes on.
+# sanitize, whole_step, serve_shape, which needs vLLM, and those that need HELD_OUT (articles, a JSONL file) and models in
+# the environment:
+#   trained: MODEL (SmolLM2-135M-Instruct as a GGUF file) and TRAIN (articles).
+#   step: trains and times those models of experiments/step whose GGUF files are in SMOLLM2_135M, QWEN_CODER_0_5B and
+#     QWEN_CODER_1_5B, at each of TARGETS (0.5 0.8), on TRAIN.
+#   serve: trains the two Qwen models by experiments/train/qwen_coder.yaml, two runs at a time, on the texts below
+#     MIX_FOLDER, and times the folders in vLLM.
+#   speculate: times prompt lookup and self-drafting on the 1.5B folders of serve.
+# Every step writes its result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -140,6 +145,54 @@ step() {
       bench "${name}_${target#0.}0" "$folder" --text "$text" --dtype bfloat16 --benchmarks decode \
         --batches "${BATCHES:-1,4,8}" --tunings "${TUNINGS:-1}"
     done
+  done
+}
+
+vllm_bench() { # NAME FLAG...
+  # Dense and sparse by the same model runner.
+  VLLM_USE_V2_MODEL_RUNNER=0 python3 benchmarks/vllm_bench.py --together --work "$output/vllm" "${@:2}" \
+    --output "$output/vllm_$1.json"
+}
+
+serve_shape() {
+  vllm_bench 7b --shape 7b --sparsities 0.5 0.8 --batches 1 --prompt-lens 128 512 1024 2048 4000
+  vllm_bench 7b_graphs --shape 7b --sparsities 0.5 0.8 --batches 1 --prompt-lens 1024 2048 --most-captured 2048
+}
+
+serve() {
+  local name file target folder text
+  text=$(held_out_text)
+  for name in qwen_coder_1_5b qwen_coder_0_5b; do
+    file=${name^^}
+    file=${!file:-}
+    [ -n "$file" ] || continue
+    local folders=() runs=()
+    for target in ${TARGETS:-0.5 0.8}; do
+      folder=$output/served/${name}_${target#0.}0
+      folders+=(--folder "$folder")
+      [ -e "$folder/result.json" ] && continue
+      python3 -m lte train --config experiments/train/qwen_coder.yaml --model "$file" --mix-folder "$MIX_FOLDER" \
+        --target-sparsity "$target" --output "$folder" &
+      runs+=($!)
+    done
+    local run
+    for run in "${runs[@]}"; do wait "$run"; done
+    for target in ${TARGETS:-0.5 0.8}; do
+      cp "$output/served/${name}_${target#0.}0/result.json" "$output/${name}_${target#0.}0_served.json"
+    done
+    local common=("${folders[@]}" --one-baseline --text "$text")
+    vllm_bench "$name" "${common[@]}" --batches 1 4 16 64 --prompt-lens 128 512 1024 2048 8192 --gpu-time
+    vllm_bench "${name}_graphs" "${common[@]}" --batches 1 --prompt-lens 1024 2048 --most-captured 2048
+    vllm_bench "${name}_serve" "${common[@]}" --batches 1 16 64 --tools serve
+    vllm_bench "${name}_throughput" "${common[@]}" --batches 1 --tools throughput
+  done
+}
+
+speculate() {
+  local target
+  for target in ${TARGETS:-0.5 0.8}; do
+    python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 10 --drafts 0.9 \
+      --draft-tokens 3 --output "$output/speculation_${target#0.}0.json"
   done
 }
 

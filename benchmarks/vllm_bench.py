@@ -9,8 +9,8 @@ A shape is a random model of these widths whose routers are set so that each tok
 share of them on average; a folder is a trained model, beside which its densified copy is written, one for all folders
 with `--one-baseline`. `latency` times engines of `vllm.LLM` as `vllm bench latency` does, all batch sizes with one
 start: the time of a decoding step is that of answers of `--output-len` tokens less that of answers of one token. CUDA
-graphs are captured for these batch sizes alone, and for their prompts of up to 512 tokens. `throughput` and `serve` are
-`vllm bench` itself. A tool that fails is named in the record, and the others go on.
+graphs are captured for these batch sizes alone, and for their prompts of up to `--most-captured` tokens. `throughput`
+and `serve` are `vllm bench` itself. A tool that fails is named in the record, and the others go on.
 
 `--together` has the engines of a group start at the same time and stay, for `latency` and `serve`: each is measured
 while the others wait, and a GPU's memory must hold all of them.
@@ -73,8 +73,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 4096,
     },
 }  # fmt: skip
-MOST_CAPTURED = 512
-"""Tokens of a step up to which vLLM captures graphs by default."""
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 RANDOM = "random tokens"
 GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -179,7 +177,7 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
         options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": job["traces"], **own}
     if job["cuda"]:
         prompts = [*(batch * job["input_len"] for batch in job["batches"]), *job["prompt_lens"]]
-        sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= MOST_CAPTURED)}
+        sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= job["most_captured"])}
         graphs = {"cudagraph_capture_sizes": sorted(sizes)}
         return options if job["eager"] else {**options, "compilation_config": graphs}
     return options
@@ -330,7 +328,10 @@ def measure_latency() -> None:
         prompts = make_prompts(1, length)
         # The first two warm up.
         _, _, *times = (answer_ms(llm, prompts, 1) for _ in range(job["repeats"] + 2))
-        row = {"tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, **spread("ms_first_token", times)}
+        row = {
+            "tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, **spread("ms_first_token", times),
+            "graph": job["cuda"] and not job["eager"] and length <= job["most_captured"],
+        }  # fmt: skip
         print("ROW " + json.dumps(row), flush=True)
     for batch in job["batches"] if job["gpu_time"] else ():
         prompts = make_prompts(batch, job["input_len"])
@@ -571,6 +572,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=129)
     parser.add_argument("--prompt-lens", type=int, nargs="*", default=[], help="single prompts that latency times, too")
+    parser.add_argument(
+        "--most-captured",
+        type=int,
+        default=512,
+        help="tokens of a prompt up to which there are graphs; 512 in vLLM",
+    )
     parser.add_argument("--gpu-time", action="store_true", help="how long a GPU works in a step, beside latency")
     parser.add_argument("--num-prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
@@ -604,7 +611,7 @@ def main() -> None:
     if arguments.folder:
         read_text(arguments.text)  # says now, and not after hours, that there is none
     names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
-    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time")}
+    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time", "most_captured")}
     common["cuda"] = torch.cuda.is_available()
     common["traces"] = str((arguments.work / "traces").resolve())
     common["caches"] = str((arguments.work / "caches").resolve())

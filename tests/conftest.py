@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import sys
 import time
 
 # Read when the libraries are imported, so they come first.
@@ -14,6 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,3 +117,15 @@ def causal_type(request: pytest.FixtureRequest) -> str:
 def tokens() -> Tensor:
     """Token ids [2, 7] without special ones."""
     return torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of benchmarks/ by name."""
+    scripts, before = Path(__file__).parents[1] / "benchmarks", set(sys.modules)
+    monkeypatch.syspath_prepend(str(scripts))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and scripts in Path(file).parents:
+            del sys.modules[name]

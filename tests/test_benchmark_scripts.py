@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import importlib
 import importlib.machinery
 import json
 import os
@@ -47,17 +46,6 @@ from tests.hf.step_models import take_reference_engines
 from tests.tiny_models import randomise_routers_, tiny_dense_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a script by name."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and SCRIPTS in Path(sys.modules[name].__file__).parents:  # type: ignore[arg-type]
-            del sys.modules[name]
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)

@@ -52,8 +52,8 @@ def test_each_trains_a_folder(run: Callable[..., Any], config: Path, tmp_path: P
     assert record["config"]["train"]["distillation_weight"] == 1
 
 
-def test_the_script_trains_and_times_the_models_that_are_there(tmp_path: Path) -> None:
-    """Its commands are printed in place of running them."""
+def commands_of(tmp_path: Path, steps: list[str], **values: str) -> list[str]:
+    """What steps of the script run, which is printed in place of running it."""
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
     python.write_text(
@@ -63,12 +63,15 @@ def test_the_script_trains_and_times_the_models_that_are_there(tmp_path: Path) -
         encoding="utf-8",
     )
     python.chmod(0o755)
-    articles = write_articles(tmp_path / "articles.jsonl")
-    values = {"QWEN_CODER_0_5B": "coder.gguf", "TRAIN": "train.jsonl.xz", "HELD_OUT": str(articles)}
+    values |= {"HELD_OUT": str(write_articles(tmp_path / "articles.jsonl"))}
     path = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
-    command = ["bash", str(ROOT / "benchmarks" / "reproduce.sh"), str(tmp_path / "out"), "step", "whole_step"]
+    command = ["bash", str(ROOT / "benchmarks" / "reproduce.sh"), str(tmp_path / "out"), *steps]
     subprocess.run(command, env={**os.environ, **path, **values}, check=True, stdout=subprocess.PIPE)
-    lines = (tmp_path / "commands").read_text(encoding="utf-8").splitlines()
+    return (tmp_path / "commands").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_script_trains_and_times_the_models_that_are_there(tmp_path: Path) -> None:
+    lines = commands_of(tmp_path, ["step", "whole_step"], QWEN_CODER_0_5B="coder.gguf", TRAIN="train.jsonl.xz")
     for line in lines:
         name, *arguments = line.split()[2:]
         assert not load_command(name).make_context(name, arguments).args
@@ -81,3 +84,24 @@ def test_the_script_trains_and_times_the_models_that_are_there(tmp_path: Path) -
     text = tmp_path / "out" / "held_out.txt"
     assert text.read_text(encoding="utf-8").count("A cat sat") == 8 * 4
     assert f"--text {text}" in lines[1]
+
+
+def test_the_script_trains_and_serves_the_models_that_are_there(
+    tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = ["serve_shape", "serve", "speculate"]
+    lines = commands_of(tmp_path, steps, QWEN_CODER_1_5B="coder.gguf", MIX_FOLDER="texts")
+    trained = [line for line in lines if line.startswith("-m lte train")]
+    for line in trained:
+        assert not load_command("train").make_context("train", line.split()[3:]).args
+        assert "--mix-folder texts" in line
+    assert {line.partition("--target-sparsity ")[2].split()[0] for line in trained} == {"0.5", "0.8"}
+    served = [line.split()[1:] for line in lines if line.startswith("benchmarks/vllm_bench.py")]
+    assert len(served) == 2 + 4
+    for arguments in served:
+        monkeypatch.setattr(sys, "argv", ["vllm_bench.py", *arguments])
+        assert script("vllm_bench").parse().together
+    folders = [str(tmp_path / "out" / "served" / f"qwen_coder_1_5b_{target}0") for target in (5, 8)]
+    assert all(folder in served[2] for folder in folders)
+    assert [line.split()[1] for line in lines[-2:]] == folders
+    assert (tmp_path / "out" / "qwen_coder_1_5b_80_served.json").exists()
