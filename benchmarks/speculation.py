@@ -4,7 +4,8 @@
 
 All go through `generate` of transformers. `plain` is the accelerated model as ever, by whole decoding steps where an
 engine computes it, as passes of up to 32 tokens that check drafts; `plain, by modules` the same without these. `lookup`
-proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_tokens); `draft` is the model itself at a
+proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_tokens), for the first number also in the
+loop of transformers, where the host waits for each pass (`lookup of 5, told`); `draft` is the model itself at a
 higher threshold, beside its ceiling: how much faster it writes alone. With --assistant also another model proposes.
 Answers are greedy, and times are those after the prompt.
 """
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from ffn_rows import write_rows
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import lte
 from lte.bench.timing import Times
@@ -63,6 +65,14 @@ CHATS = [
     "Why is the sky blue at noon and red in the evening?",
     "Plan a weekend in a small town by the sea with two children.",
 ]
+
+
+class NeverStops(StoppingCriteria):
+    """A criterion of the caller's, for which the host must see each token."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Goes on."""
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def prompts_of(tokenizer: Any, args: argparse.Namespace) -> list[tuple[str, Tensor]]:
@@ -130,6 +140,11 @@ def providers_of(model: Any, drafts: dict[float, Any], args: argparse.Namespace)
     found = {PLAIN: plain, BY_MODULES: by_modules(model, plain)}
     for number in args.lookup:
         found[f"lookup of {number}"] = answering(model, args, prompt_lookup_num_tokens=number)
+    for number in args.lookup[:1]:
+        told = StoppingCriteriaList([NeverStops()])
+        found[f"lookup of {number}, told"] = answering(
+            model, args, prompt_lookup_num_tokens=number, stopping_criteria=told
+        )
     assistants = {f"draft at {sparsity:g}": draft for sparsity, draft in drafts.items()}
     if args.assistant is not None:
         assistants["assistant"] = lte.accelerate_(load_any_model(args.assistant, args.dtype))

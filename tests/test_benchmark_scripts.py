@@ -479,8 +479,8 @@ class TestSpeculation:
         flags += ["--rounds", "2", "--prompts", str(tmp_path / "prompts.json"), "--assistant", folder]
         module.main([folder, *flags, "--output", str(tmp_path / "rows.json")])
         found = read_json(tmp_path / "rows.json")
-        names = ["plain", "plain, by modules", "lookup of 3", "draft at 0.6, 2 tokens", "assistant, 2 tokens"]
-        names.append("the draft at 0.6 alone")
+        names = ["plain", "plain, by modules", "lookup of 3", "lookup of 3, told"]
+        names += ["draft at 0.6, 2 tokens", "assistant, 2 tokens", "the draft at 0.6 alone"]
         assert [(row["kind"], row["provider"]) for row in found["rows"]] == [
             (kind, name) for kind in ("edits", "chats") for name in names
         ]

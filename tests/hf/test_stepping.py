@@ -92,7 +92,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
 def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a step begins before it is known that the text goes on."""
     found = request.param == "as on a GPU"
-    monkeypatch.setattr(stepping, "_runs_ahead", lambda device: found)
+    monkeypatch.setattr(stepping, "runs_ahead", lambda device: found)
     return found
 
 

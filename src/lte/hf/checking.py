@@ -48,13 +48,14 @@ class CheckedModel:
 
     Attributes:
         most: tokens that the engine takes in one call.
+        layers: the memory that `take` made.
     """
 
     model: Any
     plan: DecoderPlan
     engine: Engine
     most: int
-    _layers: list[LayerCache] = field(default_factory=list)
+    layers: list[LayerCache] = field(default_factory=list)
     _steps: dict[int, DecodeStep] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -90,11 +91,9 @@ class CheckedModel:
     def _read(self, inputs: dict[str, Any], starts: Tensor) -> CausalLMOutputWithPast:
         ids, cache = inputs["input_ids"][0].long(), inputs["past_key_values"]
         tokens, length = len(ids), int(cache.get_seq_length())
-        self._take(cache, length, tokens)
-        positions = torch.arange(length, length + tokens, device=ids.device)
-        pieces = zip(ids.split(self.most), positions.split(self.most), strict=True)
-        logits = torch.cat([self._step(piece, at, starts) for piece, at in pieces])
-        for layer, taken in zip(cache.layers, self._layers, strict=True):
+        self.take(cache, length, tokens)
+        logits = self.logits_of(ids, torch.arange(length, length + tokens, device=ids.device), starts)
+        for layer, taken in zip(cache.layers, self.layers, strict=True):
             first, end = length - layer.keys.shape[2] + taken.shift, length + tokens + taken.shift
             layer.keys, layer.values = taken.keys[:, :, first:end], taken.values[:, :, first:end]
             if isinstance(layer, DynamicSlidingWindowLayer):
@@ -102,21 +101,34 @@ class CheckedModel:
         kept = inputs.get("logits_to_keep") or tokens
         return CausalLMOutputWithPast(logits=logits[None, -kept:], past_key_values=cache)
 
+    def logits_of(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+        """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory; starts [1]."""
+        pieces = zip(ids.split(self.most), positions.split(self.most), strict=True)
+        return torch.cat([self._step(piece, at, starts) for piece, at in pieces])
+
     def _step(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """The logits [n, V] of one call of the engine, in memory of their own: processors write into them."""
         tokens = len(ids)
         if tokens not in self._steps:
-            self._steps[tokens] = self.engine.bind(self._layers, tokens)
+            self._steps[tokens] = self.engine.bind(self.layers, tokens)
         return self._steps[tokens](ids.contiguous(), positions, starts.expand(tokens).contiguous()).clone()
 
-    def _take(self, cache: Any, length: int, tokens: int) -> None:
+    def take(self, cache: Any, length: int, tokens: int) -> int:
         """Makes the cache's tokens lie in memory with room for more, where they do already unless modules wrote some.
 
         No layer is a ring: what was taken back would be missed.
+
+        Args:
+            cache: of transformers.
+            length: L.
+            tokens: that there must be room for.
+
+        Returns:
+            How many tokens there is room for in all.
         """
         made = list[LayerCache]()
         for index, layer in enumerate(cache.layers):
-            old, held = self._layers[index] if self._layers else None, layer.keys.shape[2]
+            old, held = self.layers[index] if self.layers else None, layer.keys.shape[2]
             if old is not None and length - held + old.shift >= 0 and length + tokens + old.shift <= old.keys.shape[2]:
                 first, end = length - held + old.shift, length + old.shift
                 for tensor, there in ((layer.keys, old.keys), (layer.values, old.values)):
@@ -129,8 +141,9 @@ class CheckedModel:
             keys, values = (with_room(tensor, held, size) for tensor in (layer.keys, layer.values))
             # Slots that other tokens had before them hold nothing that is seen.
             made.append(LayerCache(keys=keys, values=values, shift=held - length))
-        if not self._layers or any(one is not other for one, other in zip(made, self._layers, strict=True)):
-            self._layers, self._steps = made, {}
+        if not self.layers or any(one is not other for one, other in zip(made, self.layers, strict=True)):
+            self.layers, self._steps = made, {}
+        return min(layer.keys.shape[2] - layer.shift for layer in made)
 
 
 def with_room(tensor: Tensor, held: int, size: int) -> Tensor:

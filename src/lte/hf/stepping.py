@@ -35,6 +35,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from lte.hf.checking import ROOM, CheckedModel, most_tokens, starts_of, with_room
 from lte.hf.decoder import NoPlanError, NotNowError, decoder_plan, same_memory, take_frequencies_
 from lte.hf.install import sparse_ffns
+from lte.hf.lookup import lookup_of
+from lte.hf.told import Told, runs_ahead
 from lte.nn.accelerated import AcceleratedFfn
 from lte.nn.quantized_ffn import QuantizedFfn
 from lte.ops.step import engines
@@ -139,14 +141,18 @@ class SteppingMixin:
         streamer: Any = None,
         **given: Any,
     ) -> Any:
-        """As the stock method, which prompt lookup and assistants call: short passes go by whole steps."""
+        """As the stock method, which prompt lookup and assistants call: lookup and short passes go by whole steps."""
         stock = super()._assisted_decoding  # type: ignore[misc]
         call = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
         model_kwargs = {name: value for name, value in given.items() if name not in _ASSISTED}
         if not synced_gpus and _is_plain(self, generation_config, model_kwargs):
             checked = _checked(self, input_ids)
             if checked is not None:
-                with _drafting(given.get("assistant_model")):
+                assistant = given.get("assistant_model")
+                lookup = None if assistant is not None else lookup_of(checked, *call[:4], model_kwargs)
+                if lookup is not None:
+                    return lookup.run(input_ids, generation_config, model_kwargs, streamer)
+                with _drafting(assistant):
                     return stock.__func__(checked, *call, **given)
         return stock(*call, **given)
 
@@ -277,34 +283,6 @@ def _room(layer: Any, plan: DecoderPlan, index: int, longest: int) -> int | None
     return None if sliding and layer.sliding_window != window else needed
 
 
-def _runs_ahead(device: torch.device) -> bool:
-    """Whether the next step begins before the host knows if there is one: GPUs would wait for it, CPUs compute it."""
-    return device.type == "cuda"
-
-
-class _Told:
-    """What the host gets to know of each token [B]: which it is, for streamers, and whether any sequence goes on.
-
-    A GPU copies it before the step that follows, so that the host does not wait for that step.
-    """
-
-    def __init__(self, like: Tensor):
-        self.stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
-        self.event = torch.cuda.Event() if like.is_cuda else None
-        self.memory = torch.empty(len(like) + 1, dtype=torch.int64, device="cpu", pin_memory=like.is_cuda)
-
-    def tell(self, tokens: Tensor, unfinished: Tensor) -> None:
-        self.memory.copy_(torch.cat([tokens, unfinished.any()[None]]), non_blocking=True)
-        if self.event is not None:
-            self.event.record(self.stream)
-
-    def wait(self) -> tuple[bool, Tensor]:
-        """Whether any sequence goes on, and the tokens in memory of their own."""
-        if self.event is not None:
-            self.event.synchronize()
-        return bool(self.memory[-1]), self.memory[:-1].clone()
-
-
 @dataclass
 class _Generation:
     """One call of `generate`.
@@ -340,7 +318,7 @@ class _Generation:
         pad: Any = generation_config._pad_token_tensor
         pad = None if pad is None else pad.to(input_ids.device)
         unfinished = input_ids.new_ones(len(input_ids))
-        told, ahead = _Told(input_ids), _runs_ahead(input_ids.device)
+        told, ahead = Told(len(input_ids) + 1, input_ids), runs_ahead(input_ids.device)
         try:
             while True:
                 # Processors write into them, and the next step, too.
@@ -360,11 +338,11 @@ class _Generation:
                 unfinished = unfinished & ~stopping_criteria(
                     input_ids, tuple(scores) if returned and generation_config.output_scores else None
                 )
-                told.tell(tokens, unfinished)
+                told.tell(torch.cat([tokens, unfinished.any()[None]]))
                 launched = ahead and input_ids.shape[1] < stopping_criteria.max_length
                 if launched:
                     logits = caches.step(tokens)
-                goes_on, on_host = told.wait()
+                on_host, goes_on = told.wait().tensor_split([len(input_ids)])
                 if streamer is not None:
                     streamer.put(on_host)
                 if not goes_on:

@@ -1,0 +1,203 @@
+"""Prompt lookup by whole decoding steps, where the device goes from pass to pass without asking the host.
+
+`generate(prompt_lookup_num_tokens=K)` proposes what followed the last tokens where they stood before, and keeps what
+the model writes itself. In the loop of transformers the host learns after each pass which tokens stay and looks for
+the next proposal, for which a GPU waits as long as a step of a small model takes. Here proposals and the count of what
+stays are tensors on the device, and the host hears of a pass while the next one runs. The proposals are those of
+transformers: what followed the first place with the longest match, of up to `max_matching_ngram_size` tokens.
+
+Greedy answers to one sequence alone; logits processors, sampling and scores are left to the loop of transformers.
+
+Shapes: K proposed tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from lte.hf.checking import MOST_CALLS, CheckedModel, starts_of
+from lte.hf.told import Told, runs_ahead
+
+# What `generate` may ask for that needs more than tokens.
+_ASKED = ("do_sample", "output_scores", "output_logits", "assistant_early_exit", "assistant_ensemble_weight")
+# Of the longest match that is looked for, where the caller does not say it: transformers' own.
+GRAM = 2
+
+
+def lookup_of(
+    checked: CheckedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+) -> Lookup | None:
+    """What runs a call of prompt lookup, `None` if that is left to transformers."""
+    proposed, gram = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size or GRAM
+    if proposed is None or any(getattr(generation_config, name, None) for name in _ASKED) or logits_processor:
+        return None
+    if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
+        return None
+    longest, length = stopping_criteria.max_length, input_ids.shape[1]
+    if longest is None or longest <= length or len(input_ids) > 1:
+        return None
+    if not 1 <= proposed < MOST_CALLS * checked.most or gram < 1:
+        return None
+    if not _is_new(model_kwargs.get("past_key_values"), checked):
+        return None
+    starts = starts_of(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), length)
+    if starts is None:
+        return None
+    ends = [each.eos_token_id for each in stopping_criteria if type(each) is EosTokenCriteria]
+    ends_of = torch.cat(ends).to(input_ids.device) if ends else None
+    return Lookup(checked, model_kwargs["past_key_values"], starts, proposed, gram, longest, ends_of)
+
+
+def _is_new(cache: Any, checked: CheckedModel) -> bool:
+    """Whether a cache is one that grows, of transformers' own kinds, and holds nothing yet."""
+    if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
+        return False
+    if len(cache.layers) not in (0, len(checked.plan.layers)):
+        return False
+    # A cache that was made without a config makes its layers when the prompt is read.
+    for layer, planned in zip(cache.layers, checked.plan.layers, strict=False):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(layer, "record_past", False):
+            return False
+        if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window != planned.window:
+            return False
+    return True
+
+
+@dataclass
+class Lookup:
+    """One call of `generate`.
+
+    Attributes:
+        checked: has the engine and the memory.
+        cache: of the caller.
+        starts: where the text begins in the cache [1].
+        proposed: K.
+        gram: tokens of the longest match.
+        longest: tokens of the text at most.
+        ends: tokens that end it.
+    """
+
+    checked: CheckedModel
+    cache: Any
+    starts: Tensor
+    proposed: int
+    gram: int
+    longest: int
+    ends: Tensor | None
+
+    def run(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], streamer: Any
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """As `_assisted_decoding` of transformers."""
+        found = self.checked.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        first = found.logits[:, -1].argmax(-1)
+        self._write(input_ids, first)
+        known, span = input_ids.shape[1] + 1, self.proposed + 1
+        ahead, told = runs_ahead(input_ids.device), Told(span + 2, input_ids)
+        goes_on = known < self.longest and not (self.ends is not None and bool(torch.isin(first, self.ends)))
+        if streamer is not None:
+            streamer.put(first.cpu()[None])
+        try:
+            if goes_on:
+                self._make_room(known)
+                told.tell(self._pass())
+            while goes_on:
+                # One pass may have brought all its tokens, and the one after it reads as many again.
+                launched = ahead and known - 1 + 2 * span <= self._room
+                if launched:
+                    following = self._pass()
+                *chosen, kept, ended = told.wait().tolist()
+                known += kept
+                if streamer is not None:
+                    streamer.put(torch.tensor([chosen[:kept]]))
+                if ended:
+                    break
+                if not launched:
+                    self._make_room(known)
+                    following = self._pass()
+                told.tell(following)
+        finally:
+            self._show(known - 1)
+        if streamer is not None:
+            streamer.end()
+        sequences = self._text[None, self.gram : self.gram + known].clone()
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=self.cache)  # type: ignore[arg-type]
+
+    def _write(self, input_ids: Tensor, first: Tensor) -> None:
+        """Begins the text on the device: the prompt, its first token, and places for what is to come."""
+        length, device = input_ids.shape[1], input_ids.device
+        # Before the text stand tokens that are none, so that all places have others before them.
+        places = self.longest + self.proposed + 1
+        self._text = input_ids.new_full((self.gram + places,), -1)
+        self._text[self.gram : self.gram + length] = input_ids[0]
+        self._text[self.gram + length] = first[0]
+        self._places = torch.arange(places, device=device)
+        self._offsets = torch.arange(self.proposed + 1, device=device)
+        self._known = torch.full((), length + 1, dtype=torch.int64, device=device)
+        self._ended = torch.zeros((), dtype=torch.bool, device=device)
+        self._room = 0
+
+    def _proposal(self, last: Tensor) -> Tensor:
+        """What followed the last tokens where they stood before, [K]; `last` is the place of the last one."""
+        count, alike = len(self._places), self._places < last
+        matched = torch.zeros_like(self._places)
+        for back in range(self.gram):
+            token = self._text[(last + self.gram - back)[None]]
+            alike = alike & (self._text[self.gram - back : self.gram - back + count] == token)
+            matched += alike
+        # Of the longest matches the first.
+        place = (matched * count - self._places).argmax()
+        return self._text[place + self.gram + 1 + self._offsets[:-1]]
+
+    def _pass(self) -> Tensor:
+        """Reads the last token and a proposal; the tokens that are written [K + 1], how many stay, whether that is all.
+
+        After the end nothing stays, so that a pass that began too early does no harm.
+        """
+        last, over = self._known - 1, self._ended
+        proposal = self._proposal(last)
+        tokens = torch.cat([self._text[(last + self.gram)[None]], proposal])
+        chosen = self.checked.logits_of(tokens, last + self._offsets, self.starts).argmax(-1)
+        kept = (chosen[:-1] == proposal).long().cumprod(0).sum() + 1
+        if self.ends is not None:
+            none = torch.full_like(self._offsets, self.proposed + 1)
+            end = torch.where(torch.isin(chosen, self.ends), self._offsets, none).min()
+            self._ended = self._ended | (end < kept)
+            kept = torch.minimum(kept, end + 1)
+        kept = torch.clamp(kept, max=self.longest - self._known).masked_fill(over, 0)
+        # What does not stay is written anew before it is read.
+        self._text[self._known + self.gram + self._offsets] = chosen
+        self._known = self._known + kept
+        self._ended = self._ended | (self._known >= self.longest)
+        return torch.cat([chosen, kept[None], self._ended[None]])
+
+    def _make_room(self, known: int) -> None:
+        """Has the cache in memory in which another pass has room."""
+        span = self.proposed + 1
+        if known - 1 + span > self._room:
+            self._show(known - 1)
+            self._room = self.checked.take(self.cache, known - 1, span)
+
+    def _show(self, length: int) -> None:
+        """Has the caller's cache hold so many tokens, as after the loop of transformers."""
+        if not self._room:
+            return  # it has what the prompt has written
+        for layer, taken, planned in zip(self.cache.layers, self.checked.layers, self.checked.plan.layers, strict=True):
+            held, end = length, length + taken.shift
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                held, layer.cumulative_length = min(length, planned.window - 1), length
+            layer.keys, layer.values = (tensor[:, :, end - held : end] for tensor in (taken.keys, taken.values))

@@ -1,0 +1,231 @@
+"""Prompt lookup whose proposals and accepted tokens stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from lte.eval.answers import generate_greedily
+from lte.hf import checking, lookup, stepping
+from lte.hf.checking import CheckedModel
+from lte.hf.lookup import Lookup
+from tests.hf.step_models import STEP_TYPES, accelerated, take_reference_engines
+from tests.tiny_models import PAD, VOCAB
+
+TOKENS = 40
+
+
+class Pieces(BaseStreamer):
+    """What a streamer was given, by length."""
+
+    def __init__(self) -> None:
+        self.tokens, self.lengths, self.ended = list[int](), list[int](), False
+
+    def put(self, value: Tensor) -> None:
+        assert value.device.type == "cpu"
+        self.tokens += value.flatten().tolist()
+        self.lengths.append(value.numel())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Tensor:
+    ids = torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
+    return torch.cat([ids, ids[:, :12]], 1)
+
+
+@pytest.fixture(params=[False, True], ids=["waits", "ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the next pass begins before the host has heard of the last one, as on a GPU."""
+    monkeypatch.setattr(lookup, "runs_ahead", lambda device: request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_reference_engines(monkeypatch)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass of lookups on the device reads."""
+    found, read = list[int](), CheckedModel.logits_of
+
+    def noted(self: CheckedModel, ids: Tensor, *given: Tensor) -> Tensor:
+        if any(self is each for each in looking):
+            found.append(len(ids))
+        return read(self, ids, *given)
+
+    looking, run = list[CheckedModel](), Lookup.run
+
+    def noted_run(self: Lookup, *given: Any) -> Any:
+        looking.append(self.checked)
+        return run(self, *given)
+
+    monkeypatch.setattr(CheckedModel, "logits_of", noted)
+    monkeypatch.setattr(Lookup, "run", noted_run)
+    return found
+
+
+def by_stock(model: Any, *args: Any, **settings: Any) -> Any:
+    """An answer by the loop of transformers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepping, "lookup_of", lambda *given: None)
+        return model.generate(*args, **settings)
+
+
+@pytest.mark.parametrize("model_type", STEP_TYPES)
+@pytest.mark.parametrize("proposed", [1, 3, 10])
+def test_answers_are_those_of_plain_decoding(
+    model_type: str, proposed: int, prompt: Tensor, ahead: bool, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The memory must grow now and then.
+    monkeypatch.setattr(checking, "ROOM", 16)
+    model, streamer = accelerated(model_type), Pieces()
+    plain = generate_greedily(model, prompt, TOKENS)
+    found = generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=proposed, streamer=streamer)
+    assert torch.equal(found, plain)
+    assert streamer.tokens == plain[0].tolist()
+    assert streamer.ended
+    # The prompt, its first token, and what each pass brings.
+    assert streamer.lengths[:2] == [prompt.shape[1], 1]
+    assert set(runs) == {proposed + 1}
+    assert len(runs) - (len(streamer.lengths) - 2) in ((0, 1) if ahead else (0,))
+    assert max(streamer.lengths[2:]) <= proposed + 1
+
+
+def test_a_text_that_repeats_itself_takes_few_passes(ahead: bool, runs: list[int], prompt: Tensor) -> None:
+    """A greedy answer of a model with so few tokens goes in circles, which lookup foresees."""
+    model = accelerated("llama")
+    plain = generate_greedily(model, prompt, 90)
+    period = next(n for n in range(1, 40) if torch.equal(plain[0, -n:], plain[0, -2 * n : -n]))
+    assert period < 20
+    assert torch.equal(generate_greedily(model, prompt, 90, prompt_lookup_num_tokens=7), plain)
+    assert len(runs) < 60
+    stock, call = list[int](), CheckedModel.__call__
+
+    def counted(self: CheckedModel, **inputs: Any) -> Any:
+        stock.append(inputs["input_ids"].shape[1])
+        return call(self, **inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckedModel, "__call__", counted)
+        patch.setattr(stepping, "lookup_of", lambda *given: None)
+        assert torch.equal(generate_greedily(model, prompt, 90, prompt_lookup_num_tokens=7), plain)
+    # It proposes what transformers proposes: its first pass is the prompt's, and ours may have begun one too many.
+    assert len(runs) - len(stock) in (-1, 0, 1)
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, 17])
+def test_an_answer_ends_with_an_end_token(place: int, prompt: Tensor, ahead: bool, runs: list[int]) -> None:
+    model, streamer = accelerated("qwen2"), Pieces()
+    plain = generate_greedily(model, prompt, TOKENS)[0, prompt.shape[1] :]
+    end = plain[place].item()
+    first = plain.tolist().index(end)
+    settings: dict[str, Any] = {
+        **{"attention_mask": torch.ones_like(prompt), "max_new_tokens": TOKENS, "do_sample": False},
+        **{"eos_token_id": [end, VOCAB + 5], "pad_token_id": PAD, "prompt_lookup_num_tokens": 6},
+    }
+    found = model.generate(prompt, streamer=streamer, **settings)
+    assert found[0, prompt.shape[1] :].tolist() == plain[: first + 1].tolist()
+    assert streamer.tokens == found[0].tolist()
+    assert bool(runs) == (first > 0)
+
+
+@pytest.mark.parametrize("more", [1, 2, 3, 8, 23])
+def test_an_answer_has_as_many_tokens_as_were_asked_for(more: int, prompt: Tensor, ahead: bool) -> None:
+    model = accelerated("mistral")
+    found = generate_greedily(model, prompt, more, prompt_lookup_num_tokens=5)
+    assert torch.equal(found, generate_greedily(model, prompt, more))
+    assert found.shape[1] == prompt.shape[1] + more
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
+def test_padding_and_the_cache_that_is_left(model_type: str, prompt: Tensor, ahead: bool, runs: list[int]) -> None:
+    model = accelerated(model_type)
+    mask = torch.ones_like(prompt)
+    mask[:, :3] = 0
+    settings: dict[str, Any] = {
+        **{"attention_mask": mask, "max_new_tokens": TOKENS, "do_sample": False, "prompt_lookup_num_tokens": 4},
+        **{"return_dict_in_generate": True, "pad_token_id": PAD, "eos_token_id": None},
+    }
+    ours = model.generate(prompt, **settings)
+    assert runs
+    theirs = by_stock(model, prompt, **settings)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for one, other in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+        assert one.get_seq_length() == other.get_seq_length() == ours.sequences.shape[1] - 1
+        # What padding left behind is nobody's.
+        length = min(one.keys.shape[2], other.keys.shape[2], ours.sequences.shape[1] - 1 - 3)
+        for name in ("keys", "values"):
+            pair = (getattr(layer, name)[:, :, -length:] for layer in (one, other))
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+    # Text goes on from it.
+    more = {**settings, "attention_mask": None, "past_key_values": ours.past_key_values, "max_new_tokens": 5}
+    mask = torch.cat([mask, torch.ones(1, TOKENS, dtype=mask.dtype)], 1)
+    del more["prompt_lookup_num_tokens"]
+    again = model.generate(ours.sequences, **{**more, "attention_mask": mask}).sequences
+    whole = {**settings, "max_new_tokens": TOKENS + 5}
+    assert torch.equal(again, model.generate(prompt, **whole).sequences)
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def settings_of_others() -> Iterator[Any]:
+    yield pytest.param({"repetition_penalty": 1.3}, id="processors")
+    yield pytest.param({"do_sample": True, "top_k": 1}, id="sampling")
+    yield pytest.param({"stopping_criteria": [Never()]}, id="criteria")
+    yield pytest.param({"prompt_lookup_num_tokens": 32}, id="many tokens")
+    yield pytest.param({"return_dict_in_generate": True, "output_scores": True}, id="scores")
+
+
+@pytest.mark.parametrize("others", settings_of_others())
+def test_what_is_not_greedy_goes_by_the_loop_of_transformers(
+    others: dict[str, Any], prompt: Tensor, runs: list[int]
+) -> None:
+    model = accelerated("llama")
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+    settings |= {"prompt_lookup_num_tokens": 5, "pad_token_id": PAD, "eos_token_id": None, **others}
+    model.generate(prompt, **settings)
+    assert runs == []
+
+
+def test_a_cache_that_holds_something_is_left_to_transformers(prompt: Tensor, runs: list[int]) -> None:
+    model, cache = accelerated("llama"), DynamicCache()
+    with torch.no_grad():
+        model.model(input_ids=prompt[:, :5], past_key_values=cache, use_cache=True)
+    # Whose answer is another one then, with stock models, too.
+    generate_greedily(model, prompt, 8, prompt_lookup_num_tokens=5, past_key_values=cache)
+    assert runs == []
+    plain = generate_greedily(model, prompt, 8)
+    new = DynamicCache()
+    assert torch.equal(generate_greedily(model, prompt, 8, prompt_lookup_num_tokens=5, past_key_values=new), plain)
+    assert runs
+    assert new.get_seq_length() == prompt.shape[1] + 7
+
+
+def test_a_streamer_that_fails_leaves_a_cache_that_is_right(prompt: Tensor, ahead: bool) -> None:
+    class Fails(Pieces):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.tokens) > 40:
+                raise RuntimeError("no more")
+
+    model, cache, streamer = accelerated("llama"), DynamicCache(), Fails()
+    with pytest.raises(RuntimeError, match="no more"):
+        generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=3, past_key_values=cache, streamer=streamer)
+    assert cache.get_seq_length() == len(streamer.tokens) - 1
+    text = torch.tensor([streamer.tokens])
+    assert torch.equal(generate_greedily(model, text, 9, past_key_values=cache), generate_greedily(model, text, 9))
