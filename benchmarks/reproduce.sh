@@ -9,8 +9,8 @@
 #   trained: MODEL (SmolLM2-135M-Instruct as a GGUF file) and TRAIN (articles).
 #   step: trains and times those models of experiments/step whose GGUF files are in SMOLLM2_135M, QWEN_CODER_0_5B and
 #     QWEN_CODER_1_5B, at each of TARGETS (0.5 0.8), on TRAIN.
-#   serve: trains the two Qwen models by experiments/train/qwen_coder.yaml, two runs at a time, on the texts below
-#     MIX_FOLDER, and times the folders in vLLM.
+#   serve: trains the two Qwen models by experiments/train/qwen_coder.yaml on the texts below MIX_FOLDER, all TARGETS of
+#     one at the same time, and times the folders in vLLM.
 #   speculate: times prompt lookup and self-drafting on the 1.5B folders of serve.
 # Every step writes its result files as it goes on.
 set -euo pipefail
@@ -175,8 +175,9 @@ serve() {
         --target-sparsity "$target" --output "$folder" &
       runs+=($!)
     done
-    local run
-    for run in "${runs[@]}"; do wait "$run"; done
+    local run status=0
+    for run in "${runs[@]}"; do wait "$run" || status=$?; done
+    [ $status = 0 ] || return $status
     for target in ${TARGETS:-0.5 0.8}; do
       cp "$output/served/${name}_${target#0.}0/result.json" "$output/${name}_${target#0.}0_served.json"
     done

@@ -174,8 +174,8 @@ def assisted(model: Any, assistant: Any, number: int, args: argparse.Namespace) 
     return answer
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Times what the command line asks for."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a saved LTE model")
     parser.add_argument("--assistant", help="a saved LTE model with the same tokens that proposes, too")
@@ -189,7 +189,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="after one that is not timed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Times what the command line asks for."""
+    args = parse(arguments)
     model = lte.accelerate_(load_any_model(args.folder, args.dtype))
     prompts = prompts_of(load_tokenizer(args.folder), args)
     with hard_inference(model):

@@ -38,6 +38,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -80,6 +81,8 @@ GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 PROFILED_STEPS = 32
 """Of each batch size, by `--gpu-time`."""
 STARTED = "ENGINE STARTED"
+ENDS_IN_S = 60
+"""For how long an engine may take to end."""
 WORKER_ENVIRONMENT = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 """Output carries rows alone, as the pipe of a process that nobody reads yet must not fill."""
 LONGEST_CHAT = (1024, 2048)
@@ -191,8 +194,10 @@ def memory_options(job: dict[str, Any]) -> dict[str, Any]:
 
 def job_environment(job: dict[str, Any]) -> dict[str, str]:
     """The environment of a job's engine: those that start at the same time compile into folders of their own."""
-    own = {"VLLM_CACHE_ROOT": str(Path(job["caches"]) / Path(job["folder"]).name)} if job["engines"] > 1 else {}
-    return {**os.environ, **own}
+    if job["engines"] == 1:
+        return dict(os.environ)
+    own = "-".join(Path(job["folder"]).resolve().parts[1:])
+    return {**os.environ, "VLLM_CACHE_ROOT": str(Path(job["caches"]) / own)}
 
 
 def sampled() -> dict[str, float]:
@@ -306,7 +311,8 @@ def measure_latency() -> None:
     llm: Any = LLM(job["folder"], **engine_options(job))
     start_s = time.perf_counter() - start
     print(STARTED, flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        return  # who asked has ended
     config = llm.llm_engine.vllm_config
     vocab, second = config.model_config.get_vocab_size(), getattr(config, "use_v2_model_runner", False)
     make_prompts = prompt_maker(job, vocab)
@@ -349,14 +355,15 @@ class LatencyWorkers:
     def __init__(self, jobs: Sequence[dict[str, Any]], together: bool):
         self._left = list(jobs)
         self._processes: list[subprocess.Popen[str]] = []
-        for _ in self._left if together else self._left[:1]:
-            self._start()
         self._together = together
-        if together:
-            for job, process in zip(self._left, self._processes, strict=True):
-                _tell(process, json.dumps(job))
-            for process in self._processes:
-                _read_until_started(process)
+        with _ended_by_errors(self):
+            for _ in self._left if together else self._left[:1]:
+                self._start()
+            if together:
+                for job, process in zip(self._left, self._processes, strict=True):
+                    _tell(process, json.dumps(job))
+                for process in self._processes:
+                    _read_until_started(process)
 
     def _start(self) -> None:
         command = [sys.executable, __file__, "--worker"]
@@ -370,28 +377,59 @@ class LatencyWorkers:
         Raises:
             subprocess.CalledProcessError: if the process failed.
         """
-        assert self._left.pop(0) is job
+        if self._left.pop(0) is not job:
+            raise ValueError(f"job must be the next of those that were given, got job={job['folder']}")
         process = self._processes.pop(0)
-        if not self._together:
-            if self._left:
-                self._start()
-            _tell(process, json.dumps(job))
-            _read_until_started(process)
-        _tell(process, "measure")
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ROW "):
-                yield json.loads(line[4:])
-            else:
-                print(line, end="", file=sys.stderr, flush=True)
-        if process.wait():
-            raise subprocess.CalledProcessError(process.returncode, process.args)
+        try:
+            if not self._together:
+                if self._left:
+                    self._start()
+                _tell(process, json.dumps(job))
+                _read_until_started(process)
+            _tell(process, "measure")
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("ROW "):
+                    yield json.loads(line[4:])
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+        finally:
+            _end(process, signal.SIGINT)
 
     def close(self) -> None:
         """Ends the processes that have measured nothing."""
         for process in self._processes:
-            process.kill()
-            process.wait()
+            _end(process, None)
+        self._processes.clear()
+
+
+def _end(process: subprocess.Popen[Any], ask_by: signal.Signals | None) -> None:
+    """Ends a process, if it goes on, in a way in which its engine ends with it: killed, it would leave that running.
+
+    A worker that waits is asked by the end of its input alone, which is `None`.
+    """
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    if ask_by is not None and process.poll() is None:
+        process.send_signal(ask_by)
+    try:
+        process.wait(ENDS_IN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _ended_by_errors(tool: LatencyWorkers | Servers) -> Iterator[None]:
+    """Ends what a tool has started where it is stopped before it is made."""
+    try:
+        yield
+    except BaseException:
+        tool.close()
+        raise
 
 
 def _tell(process: subprocess.Popen[str], line: str) -> None:
@@ -465,7 +503,7 @@ class Throughput:
         """
         output = self._work / "throughput.json"
         prompts = random_flags(job) if job["prompts"] == RANDOM else chat_flags(job, self._work)
-        command = [*CLI, "bench", "throughput", *cli_flags(job), *prompts]
+        command = [*CLI, "bench", "throughput", *cli_flags({**job, "engines": 1}), *prompts]
         command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
         subprocess.run(command, check=True, env=job_environment(job))
         yield {"tool": "throughput", **json.loads(output.read_text(encoding="utf-8"))}
@@ -480,10 +518,11 @@ class Servers:
     def __init__(self, jobs: Sequence[dict[str, Any]], together: bool, work: Path):
         self._work = work
         self._running: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
-        for job in jobs if together else ():
-            self._start(job)
-        for process, port in list(self._running.values()):
-            _wait_for(process, port)
+        with _ended_by_errors(self):
+            for job in jobs if together else ():
+                self._start(job)
+            for process, port in list(self._running.values()):
+                _wait_for(process, port)
 
     def _start(self, job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], str]:
         with socket.socket() as free:
@@ -515,15 +554,12 @@ class Servers:
                 kept = {key: value for key, value in found.items() if isinstance(value, int | float)}
                 yield {"tool": "serve", "batch": batch, **kept}
         finally:
-            server.terminate()
-            server.wait(60)
+            _end(server, signal.SIGTERM)
 
     def close(self) -> None:
         """Ends all servers."""
         for server, _ in self._running.values():
-            server.terminate()
-        for server, _ in self._running.values():
-            server.wait(60)
+            _end(server, signal.SIGTERM)
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: str) -> bool:
@@ -603,7 +639,10 @@ def measuring(
 
 
 def main() -> None:
-    """Measures group after group and writes the rows so far after each one; what fails is named in the record."""
+    """Measures group after group and writes the rows so far after each one; what fails is named in the record.
+
+    `engines` of a row is how many of them had started at the same time, and wait while one is measured.
+    """
     arguments = parse()
     if arguments.worker:
         measure_latency()
@@ -642,7 +681,7 @@ def main() -> None:
         with contextlib.closing(measuring(tool, group, arguments)) as tools:
             for job in group:
                 kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel", "prompts")
-                own = {key: job[key] for key in kept}
+                own = {key: job[key] for key in (*kept, "engines")}
                 try:
                     for row in tools.run(job):
                         rows.append({**own, **row})

@@ -8,6 +8,7 @@ import gzip
 import importlib.machinery
 import json
 import os
+import signal
 import sys
 import textwrap
 import types
@@ -744,11 +745,53 @@ class TestVllmBench:
         else:
             assert order == ["start a", "measure a", "start b", "measure b"]
 
+    def test_engines_that_are_left_in_the_middle_are_ended(
+        self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that measures, one that waits, and those of a start that is stopped."""
+        module = script("vllm_bench")
+        worker = """
+            import json, sys, time
+            job = json.loads(sys.stdin.readline())
+            print("ENGINE STARTED", flush=True)
+            if not sys.stdin.readline():
+                sys.exit(0)
+            print("ROW {}", flush=True)
+            time.sleep(100)
+        """
+        (tmp_path / "worker.py").write_text(textwrap.dedent(worker))
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "worker.py"))
+        started, popen = list[Any](), module.subprocess.Popen
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            started.append(popen(*args, **kwargs))
+            return started[-1]
+
+        monkeypatch.setattr(module.subprocess, "Popen", noted)
+        jobs = [{"folder": name} for name in "ab"]
+        with contextlib.closing(module.LatencyWorkers(jobs, True)) as workers:
+            rows = workers.run(jobs[0])
+            assert next(rows) == {}
+            with pytest.raises(ValueError, match="job must be the next of those that were given, got job=a"):
+                next(workers.run(jobs[0]))
+            assert [process.poll() for process in started] == [None, None]
+            rows.close()
+        assert [process.poll() for process in started] == [-signal.SIGINT, 0]
+        started.clear()
+        monkeypatch.setattr(module, "_read_until_started", lambda process: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.LatencyWorkers(jobs, True)
+        assert len(started) == 2
+        assert None not in [process.poll() for process in started]
+
     def test_engines_at_the_same_time_share_the_memory_and_compile_apart(self, script: Any, tmp_path: Path) -> None:
         module = script("vllm_bench")
         job = {"folder": "out/a", "caches": str(tmp_path), "cuda": False, "engines": 3}
         assert module.memory_options(job)["gpu_memory_utilization"] == pytest.approx(0.2)
-        assert module.job_environment(job)["VLLM_CACHE_ROOT"] == str(tmp_path / "a")
+        other = {**job, "folder": "other/a"}
+        caches = [Path(module.job_environment(each)["VLLM_CACHE_ROOT"]) for each in (job, other)]
+        assert len({*caches}) == 2
+        assert {cache.parent for cache in caches} == {tmp_path}
         assert module.job_environment({**job, "engines": 1}) == dict(os.environ)
 
 

@@ -83,6 +83,7 @@ def test_answers_are_those_of_plain_decoding(
 ) -> None:
     # Caches must grow now and then.
     monkeypatch.setattr(checking, "ROOM", 16)
+    monkeypatch.setattr(CheckedModel, "calls", 4)
     model = accelerated(model_type)
     plain = generate_greedily(model, prompt, TOKENS)
     assert same(model, prompt, plain, generate_greedily(step_model(model_type), prompt, TOKENS))
@@ -93,6 +94,7 @@ def test_answers_are_those_of_plain_decoding(
     settings: list[dict[str, Any]] = [
         {"prompt_lookup_num_tokens": 5},
         {"prompt_lookup_num_tokens": 10},
+        {"prompt_lookup_num_tokens": 31, "max_matching_ngram_size": 1},
         {"assistant_model": propose_(lte.accelerate_(other), 4)},
         {"assistant_model": propose_(lte.draft_of(model, 0.7), 4)},
     ]
@@ -104,10 +106,24 @@ def test_answers_are_those_of_plain_decoding(
         # By modules goes the prompt alone, with what is proposed after it; more than eight tokens are several calls.
         assert len(passes["modules"]) == 1
         assert passes["modules"][0] >= 32
-        assert max(passes["steps"]) in range(2, 12)
+        proposed = each.get("prompt_lookup_num_tokens", 4)
+        assert max(passes["steps"]) in range(2, proposed + 2)
+        assert proposed < 10 or max(passes["steps"]) > 8
         assert len(passes["steps"]) + len(passes["modules"]) == clock.passes
-        for each in passes.values():
-            each.clear()
+        for lengths in passes.values():
+            lengths.clear()
+
+
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.float32, 8), (torch.bfloat16, 32)])
+def test_on_a_cpu_passes_of_several_calls_are_for_narrow_weights(
+    dtype: torch.dtype, longest: int, prompt: Tensor, passes: dict[str, list[int]]
+) -> None:
+    model = lte.accelerate_(step_model("llama").to(dtype))
+    for proposed in (7, 15, 31, 40):
+        generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=proposed, max_matching_ngram_size=1)
+    assert max(passes["steps"]) in range(longest // 2, longest + 1)
+    assert [length for length in passes["modules"] if longest < length < 32] or longest == 32
+    assert min(passes["modules"]) > longest
 
 
 def by_modules(model: Any, *args: Any, **settings: Any) -> Any:
@@ -153,10 +169,11 @@ def test_an_engine_that_takes_fewer_tokens(
         return step(self, ids, *given)
 
     monkeypatch.setattr(CheckedModel, "_step", counted)
+    monkeypatch.setattr(CheckedModel, "calls", 4)
     assert torch.equal(generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=5), plain)
     assert (max(passes["steps"]), max(calls)) == (6, 3)
     assert sum(calls) == sum(passes["steps"])
-    monkeypatch.setattr(checking, "MOST_CALLS", 1)
+    monkeypatch.setattr(CheckedModel, "calls", 1)
     assert torch.equal(generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=5), plain)
     assert 6 in passes["modules"]
 
@@ -191,6 +208,12 @@ def test_what_an_assistant_computes_is_settled_once_for_an_answer(
         planned.clear()
         assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=draft), plain)
         assert [each is draft for each in planned].count(True) == 1
+    # Also where the model itself goes by modules.
+    planned.clear()
+    model.prepare_inputs_for_generation = model.prepare_inputs_for_generation
+    assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=draft), plain)
+    del model.prepare_inputs_for_generation
+    assert planned == [draft]
     planned.clear()
     generate_greedily(draft, prompt, 4)
     assert planned == [draft]

@@ -43,16 +43,12 @@ def prompt() -> Tensor:
     return torch.cat([ids, ids[:, :12]], 1)
 
 
-@pytest.fixture(params=[False, True], ids=["waits", "ahead"])
-def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the next pass begins before the host has heard of the last one, as on a GPU."""
-    monkeypatch.setattr(lookup, "runs_ahead", lambda device: request.param)
-    return request.param
-
-
 @pytest.fixture(autouse=True)
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next pass begins before the host has heard of the last one, and a pass is up to four calls of the engine."""
     take_reference_engines(monkeypatch)
+    monkeypatch.setattr(lookup, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(CheckedModel, "calls", 4)
 
 
 @pytest.fixture
@@ -84,26 +80,28 @@ def by_stock(model: Any, *args: Any, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("model_type", STEP_TYPES)
-@pytest.mark.parametrize("proposed", [1, 3, 10])
+@pytest.mark.parametrize("proposed", [1, 3, 10, 31])
 def test_answers_are_those_of_plain_decoding(
-    model_type: str, proposed: int, prompt: Tensor, ahead: bool, runs: list[int], monkeypatch: pytest.MonkeyPatch
+    model_type: str, proposed: int, prompt: Tensor, runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The memory must grow now and then.
     monkeypatch.setattr(checking, "ROOM", 16)
     model, streamer = accelerated(model_type), Pieces()
     plain = generate_greedily(model, prompt, TOKENS)
-    found = generate_greedily(model, prompt, TOKENS, prompt_lookup_num_tokens=proposed, streamer=streamer)
+    settings = {"prompt_lookup_num_tokens": proposed, "max_matching_ngram_size": 1 if proposed == 31 else None}
+    found = generate_greedily(model, prompt, TOKENS, streamer=streamer, **settings)
     assert torch.equal(found, plain)
     assert streamer.tokens == plain[0].tolist()
     assert streamer.ended
     # The prompt, its first token, and what each pass brings.
     assert streamer.lengths[:2] == [prompt.shape[1], 1]
     assert set(runs) == {proposed + 1}
-    assert len(runs) - (len(streamer.lengths) - 2) in ((0, 1) if ahead else (0,))
+    # One more pass may have begun than there was to read.
+    assert len(runs) - (len(streamer.lengths) - 2) in (0, 1)
     assert max(streamer.lengths[2:]) <= proposed + 1
 
 
-def test_a_text_that_repeats_itself_takes_few_passes(ahead: bool, runs: list[int], prompt: Tensor) -> None:
+def test_a_text_that_repeats_itself_takes_few_passes(runs: list[int], prompt: Tensor) -> None:
     """A greedy answer of a model with so few tokens goes in circles, which lookup foresees."""
     model = accelerated("llama")
     plain = generate_greedily(model, prompt, 90)
@@ -126,7 +124,7 @@ def test_a_text_that_repeats_itself_takes_few_passes(ahead: bool, runs: list[int
 
 
 @pytest.mark.parametrize("place", [0, 1, 5, 17])
-def test_an_answer_ends_with_an_end_token(place: int, prompt: Tensor, ahead: bool, runs: list[int]) -> None:
+def test_an_answer_ends_with_an_end_token(place: int, prompt: Tensor, runs: list[int]) -> None:
     model, streamer = accelerated("qwen2"), Pieces()
     plain = generate_greedily(model, prompt, TOKENS)[0, prompt.shape[1] :]
     end = plain[place].item()
@@ -142,7 +140,7 @@ def test_an_answer_ends_with_an_end_token(place: int, prompt: Tensor, ahead: boo
 
 
 @pytest.mark.parametrize("more", [1, 2, 3, 8, 23])
-def test_an_answer_has_as_many_tokens_as_were_asked_for(more: int, prompt: Tensor, ahead: bool) -> None:
+def test_an_answer_has_as_many_tokens_as_were_asked_for(more: int, prompt: Tensor) -> None:
     model = accelerated("mistral")
     found = generate_greedily(model, prompt, more, prompt_lookup_num_tokens=5)
     assert torch.equal(found, generate_greedily(model, prompt, more))
@@ -150,7 +148,7 @@ def test_an_answer_has_as_many_tokens_as_were_asked_for(more: int, prompt: Tenso
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
-def test_padding_and_the_cache_that_is_left(model_type: str, prompt: Tensor, ahead: bool, runs: list[int]) -> None:
+def test_padding_and_the_cache_that_is_left(model_type: str, prompt: Tensor, runs: list[int]) -> None:
     model = accelerated(model_type)
     mask = torch.ones_like(prompt)
     mask[:, :3] = 0
@@ -216,7 +214,7 @@ def test_a_cache_that_holds_something_is_left_to_transformers(prompt: Tensor, ru
     assert new.get_seq_length() == prompt.shape[1] + 7
 
 
-def test_a_streamer_that_fails_leaves_a_cache_that_is_right(prompt: Tensor, ahead: bool) -> None:
+def test_a_streamer_that_fails_leaves_a_cache_that_is_right(prompt: Tensor) -> None:
     class Fails(Pieces):
         def put(self, value: Tensor) -> None:
             super().put(value)
@@ -229,3 +227,13 @@ def test_a_streamer_that_fails_leaves_a_cache_that_is_right(prompt: Tensor, ahea
     assert cache.get_seq_length() == len(streamer.tokens) - 1
     text = torch.tensor([streamer.tokens])
     assert torch.equal(generate_greedily(model, text, 9, past_key_values=cache), generate_greedily(model, text, 9))
+
+
+def test_a_device_that_waits_for_the_host_anyway_reads_what_was_found_alone(
+    prompt: Tensor, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "runs_ahead", lambda device: False)
+    model = accelerated("llama")
+    plain = generate_greedily(model, prompt, 8)
+    assert torch.equal(generate_greedily(model, prompt, 8, prompt_lookup_num_tokens=5), plain)
+    assert runs == []

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from lte.hf.checking import MOST_CALLS, CheckedModel, starts_of
+from lte.hf.checking import CheckedModel, starts_of
 from lte.hf.told import Told, runs_ahead
 
 # What `generate` may ask for that needs more than tokens.
@@ -43,12 +43,14 @@ def lookup_of(
     proposed, gram = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size or GRAM
     if proposed is None or any(getattr(generation_config, name, None) for name in _ASKED) or logits_processor:
         return None
+    if not runs_ahead(input_ids.device):
+        return None  # then each pass may as well read what was found, and no more
     if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
         return None
     longest, length = stopping_criteria.max_length, input_ids.shape[1]
     if longest is None or longest <= length or len(input_ids) > 1:
         return None
-    if not 1 <= proposed < MOST_CALLS * checked.most or gram < 1:
+    if not 1 <= proposed < checked.calls * checked.most or gram < 1:
         return None
     if not _is_new(model_kwargs.get("past_key_values"), checked):
         return None
@@ -105,7 +107,7 @@ class Lookup:
         first = found.logits[:, -1].argmax(-1)
         self._write(input_ids, first)
         known, span = input_ids.shape[1] + 1, self.proposed + 1
-        ahead, told = runs_ahead(input_ids.device), Told(span + 2, input_ids)
+        told = Told(span + 2, input_ids)
         goes_on = known < self.longest and not (self.ends is not None and bool(torch.isin(first, self.ends)))
         if streamer is not None:
             streamer.put(first.cpu()[None])
@@ -115,7 +117,7 @@ class Lookup:
                 told.tell(self._pass())
             while goes_on:
                 # One pass may have brought all its tokens, and the one after it reads as many again.
-                launched = ahead and known - 1 + 2 * span <= self._room
+                launched = known - 1 + 2 * span <= self._room
                 if launched:
                     following = self._pass()
                 *chosen, kept, ended = told.wait().tolist()
@@ -142,7 +144,8 @@ class Lookup:
         length, device = input_ids.shape[1], input_ids.device
         # Before the text stand tokens that are none, so that all places have others before them.
         places = self.longest + self.proposed + 1
-        self._text = input_ids.new_full((self.gram + places,), -1)
+        self._text = input_ids.new_zeros(self.gram + places)
+        self._text[: self.gram] = -1
         self._text[self.gram : self.gram + length] = input_ids[0]
         self._text[self.gram + length] = first[0]
         self._places = torch.arange(places, device=device)

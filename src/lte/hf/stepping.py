@@ -88,7 +88,7 @@ def has_engine(model: Any) -> bool:
 
 @contextmanager
 def _drafting(assistant: Any) -> Iterator[None]:
-    """What an assistant computes is settled at its first call: anew it takes as long as ten tokens do."""
+    """Making a plan takes as long as ten tokens, so an assistant's is made once for an answer, at its first call."""
     token = _DRAFTING.set(_Drafting(assistant))
     try:
         yield
@@ -145,16 +145,15 @@ class SteppingMixin:
         stock = super()._assisted_decoding  # type: ignore[misc]
         call = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
         model_kwargs = {name: value for name, value in given.items() if name not in _ASSISTED}
+        assistant, checked = given.get("assistant_model"), None
         if not synced_gpus and _is_plain(self, generation_config, model_kwargs):
             checked = _checked(self, input_ids)
-            if checked is not None:
-                assistant = given.get("assistant_model")
-                lookup = None if assistant is not None else lookup_of(checked, *call[:4], model_kwargs)
-                if lookup is not None:
-                    return lookup.run(input_ids, generation_config, model_kwargs, streamer)
-                with _drafting(assistant):
-                    return stock.__func__(checked, *call, **given)
-        return stock(*call, **given)
+        if checked is not None and assistant is None:
+            lookup = lookup_of(checked, *call[:4], model_kwargs)
+            if lookup is not None:
+                return lookup.run(input_ids, generation_config, model_kwargs, streamer)
+        with _drafting(assistant):
+            return stock(*call, **given) if checked is None else stock.__func__(checked, *call, **given)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         forget_engine(self)
@@ -192,6 +191,9 @@ def _begin(
     """What runs the call, `None` if that is left to transformers."""
     cache: Any = model_kwargs.get("past_key_values")
     mask = model_kwargs.get("attention_mask")
+    steps = (stopping_criteria.max_length or 0) - input_ids.shape[1] - 1
+    if steps < 1:
+        return None
     drafting = _DRAFTING.get()
     settled = drafting.kept if drafting is not None and drafting.assistant is model else None
     plan = _plan_of(model, input_ids.device) if settled is None else settled.plan
@@ -201,8 +203,7 @@ def _begin(
     masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
     # As transformers takes it: the tokens of the cache may be among those that are given, or not.
     length = written if past and masked == written else past + written
-    steps = (stopping_criteria.max_length or 0) - written - 1
-    if steps < 1 or length <= past:
+    if length <= past:
         return None
     starts = starts_of(input_ids, mask, model_kwargs.get("position_ids"), length)
     if starts is None:

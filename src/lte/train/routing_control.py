@@ -34,6 +34,8 @@ from lte.train.sharding import widen_routers_, zero_moments_
 from lte.train.sparsity_controller import BIAS_RATE, EtaController, shift_router_biases_
 from lte.train.universal import discard_universal, settle_universal_
 
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+"""Of processes that each have whole gradients."""
 MOST_SKIPPED = 10
 """Steps in a row that may be left out."""
 
@@ -268,7 +270,7 @@ class RoutingControl(AnyTrainer):
 
     def _whole_gradients(self, model: Any) -> dict[torch.dtype, list[nn.Parameter]]:
         """The parameters with a gradient, by its dtype; none where gradients are spread over processes."""
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if self.accelerator.distributed_type not in _WHOLE:
             return {}
         found = defaultdict[torch.dtype, list[nn.Parameter]](list)
         for parameter in model.parameters():
