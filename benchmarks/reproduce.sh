@@ -38,7 +38,7 @@ tests() { # all, or those of TEST_GROUPS by number; a run that is cut off has ke
     "tests/hf/test_accelerated_generation.py"
     "tests/bench"
     "tests/ops/test_step_gpu.py"
-    "tests/hf/test_stepping.py -k cuda"
+    "tests/hf/test_stepping.py tests/hf/test_lookup.py -k cuda"
   )
   for index in ${TEST_GROUPS:-${!groups[*]}}; do
     python3 -m pytest ${groups[index]} -n 8 --dist worksteal -ra --junit-xml="$output/gpu_tests_$index.xml" || status=$?

@@ -12,11 +12,14 @@ from transformers import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from lte.eval.answers import generate_greedily
+import lte
+from lte.eval.answers import first_difference, generate_greedily
+from lte.eval.speculation import closest_call
 from lte.hf import checking, lookup, stepping
 from lte.hf.checking import CheckedModel
 from lte.hf.lookup import Lookup
-from tests.hf.step_models import STEP_TYPES, accelerated, take_reference_engines
+from tests.hf.step_models import STEP_TYPES, accelerated, step_model, take_reference_engines
+from tests.hf.test_stepping import DEVICES, leave_ffns_to_pytorch
 from tests.tiny_models import PAD, VOCAB
 
 TOKENS = 40
@@ -237,3 +240,31 @@ def test_a_device_that_waits_for_the_host_anyway_reads_what_was_found_alone(
     plain = generate_greedily(model, prompt, 8)
     assert torch.equal(generate_greedily(model, prompt, 8, prompt_lookup_num_tokens=5), plain)
     assert runs == []
+
+
+class TestOwnEngine:
+    """By the engine of the device in the place of the reference."""
+
+    @pytest.mark.parametrize("model_type", STEP_TYPES)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_lookup_and_drafts(
+        self, device: str, model_type: str, prompt: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.undo()
+        leave_ffns_to_pytorch(monkeypatch)
+        if device == "cpu":
+            monkeypatch.setattr(lookup, "runs_ahead", lambda device: True)
+            monkeypatch.setattr(CheckedModel, "calls", 4)
+        monkeypatch.setattr(checking, "ROOM", 24)
+        model = lte.accelerate_(step_model(model_type, head_dim=64).to(device))
+        ids = prompt.to(device)
+        plain = generate_greedily(model, ids, TOKENS)
+        draft = lte.draft_of(model, 0.7)
+        draft.generation_config.num_assistant_tokens = 3
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        for settings in ({"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 10}, {"assistant_model": draft}):
+            found = generate_greedily(model, ids, TOKENS, **settings)
+            place = first_difference(found[0], plain[0])
+            if place is not None:
+                close = closest_call(model, plain[0, :place])
+                assert close["logit_gap"] <= 1e-4 or close["score_distance"] <= 1e-5
