@@ -14,7 +14,7 @@ On several GPUs whole in each process, or in shards of FSDP2, which bitsandbytes
         --kinds full --optim adamw_torch_fused --output OUT
 
 `--profiled-steps 2` has a profiler watch the last steps of each stage, which are then not counted: a row says for how
-long a GPU, or a CPU where there is none, worked in a step, and in which kernels.
+long a GPU, or a CPU where there is none, worked in a step, and in which kernels, and before which kernels a GPU waited.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ PEAK_FLOPS = {"H200": 989.5e12, "H100 80GB HBM3": 989.5e12, "A100": 312e12, "B20
 
 KERNELS = 40
 """How many of the longest a row names."""
+SHORTEST_WAIT_US = 20
+"""A shorter one lies between any two kernels."""
 
 
 class StepClock(TrainerCallback):
@@ -125,7 +127,10 @@ class KernelProfile(TrainerCallback):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._profiler.stop()
-            self.stages.append(kernel_times(self._profiler.key_averages(), self.profiled))
+            found = kernel_times(self._profiler.key_averages(), self.profiled)
+            if torch.cuda.is_available():
+                found |= idle_times(self._profiler.events() or (), self.profiled)
+            self.stages.append(found)
 
 
 def kernel_times(events: Iterable[Any], steps: int) -> dict[str, Any]:
@@ -148,6 +153,29 @@ def kernel_times(events: Iterable[Any], steps: int) -> dict[str, Any]:
         "kernels": [
             {"name": each.key[:120], "ms": us / 1e3 / steps, "calls": each.count / steps} for us, each in longest
         ],
+    }
+
+
+def idle_times(events: Iterable[Any], steps: int) -> dict[str, Any]:
+    """Milliseconds of a step in which a GPU waited, `SHORTEST_WAIT_US` or more at a time, and before which kernels.
+
+    Of several profiled steps also the time between them counts. The profiler itself makes the host slower.
+    """
+    kernels = sorted(
+        (each.time_range.start, each.time_range.end, each.name)
+        for each in events
+        if each.device_type == DeviceType.CUDA and not each.is_user_annotation
+    )
+    waits: dict[str, list[float]] = {}
+    busy_until = kernels[0][0] if kernels else 0.0
+    for start, end, name in kernels:
+        if start - busy_until >= SHORTEST_WAIT_US:
+            waits.setdefault(name[:120], []).append(start - busy_until)
+        busy_until = max(busy_until, end)
+    longest = sorted(waits.items(), key=lambda item: -sum(item[1]))[:KERNELS]
+    return {
+        "idle_ms": sum(map(sum, waits.values())) / 1e3 / steps,
+        "idle": [{"before": name, "ms": sum(each) / 1e3 / steps, "waits": len(each) / steps} for name, each in longest],
     }
 
 

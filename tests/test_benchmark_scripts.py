@@ -291,6 +291,25 @@ class TestTrainingSpeed:
         assert [(each["name"], each["ms"], each["calls"]) for each in found[True]["kernels"]] == kernels
         assert found[False]["device_ms"] == 2.5
 
+    def test_a_gpu_waits_before_the_kernel_that_comes_late(self, script: Any) -> None:
+        """Kernels of two streams run at the same time, and the host's own work is none; a short wait does not count."""
+        module = script("training_speed")
+        gpu, cpu = module.DeviceType.CUDA, module.DeviceType.CPU
+        given = [("b", gpu, 130, 200), ("a", gpu, 0, 100), ("side", gpu, 50, 120), ("host", cpu, 200, 900)]
+        given += [("b", gpu, 500, 510), ("a", gpu, 520, 600), ("Optimizer.step#", gpu, 210, 490)]
+        events = [
+            SimpleNamespace(
+                name=name,
+                device_type=kind,
+                time_range=SimpleNamespace(start=start, end=end),
+                is_user_annotation=name.startswith("Optimizer.step"),
+            )
+            for name, kind, start, end in given
+        ]
+        found = module.idle_times(events, 2)
+        assert found == {"idle_ms": 0.15, "idle": [{"before": "b", "ms": 0.15, "waits": 0.5}]}
+        assert module.idle_times([], 2) == {"idle_ms": 0, "idle": []}
+
     def test_flops_are_those_of_all_products(self, script: Any) -> None:
         module = script("training_speed")
         config = shape_config("llama2-7b")
