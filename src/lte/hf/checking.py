@@ -120,7 +120,7 @@ class CheckedModel:
             self._steps[tokens] = self.engine.bind(self.layers, tokens)
         return self._steps[tokens](ids.contiguous(), positions, starts.expand(tokens).contiguous()).clone()
 
-    def take(self, cache: Any, length: int, tokens: int) -> int:
+    def take(self, cache: Any, length: int, tokens: int, further: int | None = None) -> int:
         """Makes the cache's tokens lie in memory with room for more, where they do already unless modules wrote some.
 
         No layer is a ring: what was taken back would be missed.
@@ -129,6 +129,7 @@ class CheckedModel:
             cache: of transformers.
             length: L.
             tokens: that there must be room for.
+            further: tokens that may follow at most, where that is known.
 
         Returns:
             How many tokens there is room for in all.
@@ -144,10 +145,13 @@ class CheckedModel:
                         there[:, :, first:end].copy_(tensor)
                 made.append(old)
                 continue
-            size = held + max(held, ROOM, tokens)
+            room = max(held, ROOM)
+            size = held + max(tokens, room if further is None else min(room, further))
             keys, values = (with_room(tensor, held, size) for tensor in (layer.keys, layer.values))
             # Slots that other tokens had before them hold nothing that is seen.
             made.append(LayerCache(keys=keys, values=values, shift=held - length))
+            # The copied ones are given free.
+            layer.keys, layer.values = keys[:, :, :held], values[:, :, :held]
         if not self.layers or any(one is not other for one, other in zip(made, self.layers, strict=True)):
             self.layers, self._steps = made, {}
         return min(layer.keys.shape[2] - layer.shift for layer in made)

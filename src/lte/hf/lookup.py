@@ -4,7 +4,8 @@
 the model writes itself. In the loop of transformers the host learns after each pass which tokens stay and looks for
 the next proposal, for which a GPU waits as long as a step of a small model takes. Here proposals and the count of what
 stays are tensors on the device, and the host hears of a pass while the next one runs. The proposals are those of
-transformers: what followed the first place with the longest match, of up to `max_matching_ngram_size` tokens.
+transformers: what followed the first place with the longest match, of up to `max_matching_ngram_size` tokens. Where
+nothing of them stayed for some passes, the passes after them read a single proposed token, until one stays.
 
 Greedy answers to one sequence alone; logits processors, sampling and scores are left to the loop of transformers.
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -27,6 +29,10 @@ from lte.hf.told import Told, runs_ahead
 
 # What `generate` may ask for that needs more than tokens.
 _ASKED = ("do_sample", "output_scores", "output_logits", "assistant_early_exit", "assistant_ensemble_weight")
+# After so many passes in a row of which no proposed token stayed, one is proposed: a pass of few tokens reads less.
+MISSES = 2
+# Tokens of a text for which there are places on the device from the start; each pass goes through all of them.
+LONGEST = 2**20
 # Of the longest match that is looked for, where the caller does not say it: transformers' own.
 GRAM = 2
 
@@ -47,8 +53,9 @@ def lookup_of(
         return None  # then each pass may as well read what was found, and no more
     if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
         return None
-    longest, length = stopping_criteria.max_length, input_ids.shape[1]
-    if longest is None or longest <= length or len(input_ids) > 1:
+    lengths = [each.max_length for each in stopping_criteria if type(each) is MaxLengthCriteria]
+    longest, length = min(lengths, default=0), input_ids.shape[1]
+    if not length < longest <= LONGEST or len(input_ids) > 1:
         return None
     if not 1 <= proposed < checked.calls * checked.most or gram < 1:
         return None
@@ -57,7 +64,7 @@ def lookup_of(
     starts = starts_of(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), length)
     if starts is None:
         return None
-    ends = [each.eos_token_id for each in stopping_criteria if type(each) is EosTokenCriteria]
+    ends = [each.eos_token_id.reshape(-1) for each in stopping_criteria if type(each) is EosTokenCriteria]
     ends_of = torch.cat(ends).to(input_ids.device) if ends else None
     return Lookup(checked, model_kwargs["past_key_values"], starts, proposed, gram, longest, ends_of)
 
@@ -114,21 +121,23 @@ class Lookup:
         try:
             if goes_on:
                 self._make_room(known)
-                told.tell(self._pass())
+                told.tell(self._pass(self.proposed))
+            misses = 0
             while goes_on:
                 # One pass may have brought all its tokens, and the one after it reads as many again.
                 launched = known - 1 + 2 * span <= self._room
+                proposed = self.proposed if misses < MISSES else 1
                 if launched:
-                    following = self._pass()
+                    following = self._pass(proposed)
                 *chosen, kept, ended = told.wait().tolist()
-                known += kept
+                known, misses = known + kept, 0 if kept > 1 else misses + 1
                 if streamer is not None:
-                    streamer.put(torch.tensor([chosen[:kept]]))
+                    streamer.put(torch.tensor([chosen[:kept]], device="cpu"))
                 if ended:
                     break
                 if not launched:
                     self._make_room(known)
-                    following = self._pass()
+                    following = self._pass(proposed)
                 told.tell(following)
         finally:
             self._show(known - 1)
@@ -144,7 +153,7 @@ class Lookup:
         length, device = input_ids.shape[1], input_ids.device
         # Before the text stand tokens that are none, so that all places have others before them.
         places = self.longest + self.proposed + 1
-        self._text = input_ids.new_zeros(self.gram + places)
+        self._text = torch.zeros(self.gram + places, dtype=torch.int64, device=device)
         self._text[: self.gram] = -1
         self._text[self.gram : self.gram + length] = input_ids[0]
         self._text[self.gram + length] = first[0]
@@ -154,8 +163,8 @@ class Lookup:
         self._ended = torch.zeros((), dtype=torch.bool, device=device)
         self._room = 0
 
-    def _proposal(self, last: Tensor) -> Tensor:
-        """What followed the last tokens where they stood before, [K]; `last` is the place of the last one."""
+    def _proposal(self, last: Tensor, proposed: int) -> Tensor:
+        """What followed the last tokens where they stood before, [n]; `last` is the place of the last one."""
         count, alike = len(self._places), self._places < last
         matched = torch.zeros_like(self._places)
         for back in range(self.gram):
@@ -164,28 +173,29 @@ class Lookup:
             matched += alike
         # Of the longest matches the first.
         place = (matched * count - self._places).argmax()
-        return self._text[place + self.gram + 1 + self._offsets[:-1]]
+        return self._text[place + self.gram + 1 + self._offsets[:proposed]]
 
-    def _pass(self) -> Tensor:
-        """Reads the last token and a proposal; the tokens that are written [K + 1], how many stay, whether that is all.
+    def _pass(self, proposed: int) -> Tensor:
+        """Reads the last token and n proposed ones; the tokens that are written [K + 1], how many stay, whether all do.
 
         After the end nothing stays, so that a pass that began too early does no harm.
         """
-        last, over = self._known - 1, self._ended
-        proposal = self._proposal(last)
+        last, over, offsets = self._known - 1, self._ended, self._offsets[: proposed + 1]
+        proposal = self._proposal(last, proposed)
         tokens = torch.cat([self._text[(last + self.gram)[None]], proposal])
-        chosen = self.checked.logits_of(tokens, last + self._offsets, self.starts).argmax(-1)
+        chosen = self.checked.logits_of(tokens, last + offsets, self.starts).argmax(-1)
         kept = (chosen[:-1] == proposal).long().cumprod(0).sum() + 1
         if self.ends is not None:
-            none = torch.full_like(self._offsets, self.proposed + 1)
-            end = torch.where(torch.isin(chosen, self.ends), self._offsets, none).min()
+            # For many tokens isin would wait for the device.
+            end = torch.where((chosen[:, None] == self.ends).any(1), offsets, proposed + 1).min()
             self._ended = self._ended | (end < kept)
             kept = torch.minimum(kept, end + 1)
         kept = torch.clamp(kept, max=self.longest - self._known).masked_fill(over, 0)
         # What does not stay is written anew before it is read.
-        self._text[self._known + self.gram + self._offsets] = chosen
+        self._text[self._known + self.gram + offsets] = chosen
         self._known = self._known + kept
         self._ended = self._ended | (self._known >= self.longest)
+        chosen = functional.pad(chosen, (0, self.proposed - proposed))
         return torch.cat([chosen, kept[None], self._ended[None]])
 
     def _make_room(self, known: int) -> None:
@@ -193,7 +203,8 @@ class Lookup:
         span = self.proposed + 1
         if known - 1 + span > self._room:
             self._show(known - 1)
-            self._room = self.checked.take(self.cache, known - 1, span)
+            # With what a pass reads in vain, and one that begins before that is known.
+            self._room = self.checked.take(self.cache, known - 1, span, self.longest - known + 2 * span)
 
     def _show(self, length: int) -> None:
         """Has the caller's cache hold so many tokens, as after the loop of transformers."""
