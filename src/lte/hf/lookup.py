@@ -176,9 +176,13 @@ class Lookup:
         return self._text[place + self.gram + 1 + self._offsets[:proposed]]
 
     def _pass(self, proposed: int) -> Tensor:
-        """Reads the last token and n proposed ones; the tokens that are written [K + 1], how many stay, whether all do.
+        """Reads the last token and n proposed ones.
 
-        After the end nothing stays, so that a pass that began too early does no harm.
+        After the end of the text nothing stays, so that a pass that began too early does no harm.
+
+        Returns:
+            The tokens that the model writes after each of them, filled up to K + 1, how many of these stay, and whether
+            the text has ended: [K + 3].
         """
         last, over, offsets = self._known - 1, self._ended, self._offsets[: proposed + 1]
         proposal = self._proposal(last, proposed)
