@@ -305,6 +305,8 @@ def measure_latency() -> None:
     """
     from vllm import LLM
 
+    # By an exit, at which vLLM ends its engine. Where a shell has started all in the background SIGINT is ignored.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     job = json.loads(sys.stdin.readline())
     os.environ.update(job_environment(job))
     start = time.perf_counter()
@@ -396,25 +398,25 @@ class LatencyWorkers:
             if process.wait():
                 raise subprocess.CalledProcessError(process.returncode, process.args)
         finally:
-            _end(process, signal.SIGINT)
+            _end(process)
 
     def close(self) -> None:
         """Ends the processes that have measured nothing."""
         for process in self._processes:
-            _end(process, None)
+            _end(process, waits=True)
         self._processes.clear()
 
 
-def _end(process: subprocess.Popen[Any], ask_by: signal.Signals | None) -> None:
+def _end(process: subprocess.Popen[Any], waits: bool = False) -> None:
     """Ends a process, if it goes on, in a way in which its engine ends with it: killed, it would leave that running.
 
-    A worker that waits is asked by the end of its input alone, which is `None`.
+    For a worker that waits the end of its input is enough.
     """
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-    if ask_by is not None and process.poll() is None:
-        process.send_signal(ask_by)
+    if not waits and process.poll() is None:
+        process.terminate()
     try:
         process.wait(ENDS_IN_S)
     except subprocess.TimeoutExpired:
@@ -554,12 +556,12 @@ class Servers:
                 kept = {key: value for key, value in found.items() if isinstance(value, int | float)}
                 yield {"tool": "serve", "batch": batch, **kept}
         finally:
-            _end(server, signal.SIGTERM)
+            _end(server)
 
     def close(self) -> None:
         """Ends all servers."""
         for server, _ in self._running.values():
-            _end(server, signal.SIGTERM)
+            _end(server)
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: str) -> bool:

@@ -795,7 +795,7 @@ class TestVllmBench:
                 next(workers.run(jobs[0]))
             assert [process.poll() for process in started] == [None, None]
             rows.close()
-        assert [process.poll() for process in started] == [-signal.SIGINT, 0]
+        assert [process.poll() for process in started] == [-signal.SIGTERM, 0]
         started.clear()
         monkeypatch.setattr(module, "_read_until_started", lambda process: 1 / 0)
         with pytest.raises(ZeroDivisionError):
