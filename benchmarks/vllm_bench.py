@@ -508,7 +508,7 @@ class Throughput:
         command = [*CLI, "bench", "throughput", *cli_flags({**job, "engines": 1}), *prompts]
         command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
         subprocess.run(command, check=True, env=job_environment(job))
-        yield {"tool": "throughput", **json.loads(output.read_text(encoding="utf-8"))}
+        yield {"tool": "throughput", "engines": 1, **json.loads(output.read_text(encoding="utf-8"))}
 
     def close(self) -> None:
         """Nothing is left running."""

@@ -75,18 +75,15 @@ class CheckedModel:
 
     def _starts(self, inputs: dict[str, Any]) -> Tensor | None:
         """Where the text begins in the cache [1]; `None` for what the engine does not do."""
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        ids = inputs.get("input_ids")
+        cache: Any = inputs.get("past_key_values")
         given = {name for name, value in inputs.items() if value is not None and value is not False}
         if ids is None or not given <= _INPUTS or len(ids) > 1 or not 1 <= ids.shape[1] <= self.calls * self.most:
             return None
-        kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(self.plan.layers):
+        if not grows(cache, self.plan) or len(cache.layers) != len(self.plan.layers):
             return None
-        if not all(type(layer) in kinds and getattr(layer, "is_initialized", False) for layer in cache.layers):
+        if not all(getattr(layer, "is_initialized", False) for layer in cache.layers):
             return None
-        for layer, planned in zip(cache.layers, self.plan.layers, strict=True):
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window != planned.window:
-                return None
         length = int(cache.get_seq_length()) + ids.shape[1]
         kept = inputs.get("logits_to_keep")
         if length == ids.shape[1] or (
@@ -155,6 +152,20 @@ class CheckedModel:
         if not self.layers or any(one is not other for one, other in zip(made, self.layers, strict=True)):
             self.layers, self._steps = made, {}
         return min(layer.keys.shape[2] - layer.shift for layer in made)
+
+
+def grows(cache: Any, plan: DecoderPlan) -> bool:
+    """Whether a cache is of transformers' own kinds that grow, with the windows of the plan.
+
+    One that was made without a config makes its layers when the prompt is read, and has none before.
+    """
+    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) not in (0, len(plan.layers)):
+        return False
+    return all(
+        type(layer) is DynamicLayer
+        or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == planned.window)
+        for layer, planned in zip(cache.layers, plan.layers, strict=False)
+    )
 
 
 def with_room(tensor: Tensor, held: int, size: int) -> Tensor:

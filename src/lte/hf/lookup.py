@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from lte.hf.checking import CheckedModel, starts_of
+from lte.hf.checking import CheckedModel, grows, starts_of
 from lte.hf.told import Told, runs_ahead
 
 # What `generate` may ask for that needs more than tokens.
@@ -59,29 +59,17 @@ def lookup_of(
         return None
     if not 1 <= proposed < checked.calls * checked.most or gram < 1:
         return None
-    if not _is_new(model_kwargs.get("past_key_values"), checked):
+    cache: Any = model_kwargs.get("past_key_values")
+    if not grows(cache, checked.plan) or cache.get_seq_length():
+        return None
+    if any(getattr(layer, "record_past", False) for layer in cache.layers):
         return None
     starts = starts_of(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), length)
     if starts is None:
         return None
     ends = [each.eos_token_id.reshape(-1) for each in stopping_criteria if type(each) is EosTokenCriteria]
     ends_of = torch.cat(ends).to(input_ids.device) if ends else None
-    return Lookup(checked, model_kwargs["past_key_values"], starts, proposed, gram, longest, ends_of)
-
-
-def _is_new(cache: Any, checked: CheckedModel) -> bool:
-    """Whether a cache is one that grows, of transformers' own kinds, and holds nothing yet."""
-    if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
-        return False
-    if len(cache.layers) not in (0, len(checked.plan.layers)):
-        return False
-    # A cache that was made without a config makes its layers when the prompt is read.
-    for layer, planned in zip(cache.layers, checked.plan.layers, strict=False):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(layer, "record_past", False):
-            return False
-        if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window != planned.window:
-            return False
-    return True
+    return Lookup(checked, cache, starts, proposed, gram, longest, ends_of)
 
 
 @dataclass
