@@ -150,12 +150,12 @@ step() {
 
 vllm_bench() { # NAME FLAG...
   # Dense and sparse by the same model runner.
-  VLLM_USE_V2_MODEL_RUNNER=0 python3 benchmarks/vllm_bench.py --together --work "$output/vllm" "${@:2}" \
+  VLLM_USE_V2_MODEL_RUNNER=0 python3 benchmarks/vllm_bench.py --together --cpus 4 --work "$output/vllm" "${@:2}" \
     --output "$output/vllm_$1.json"
 }
 
 serve_shape() {
-  vllm_bench 7b --shape 7b --sparsities 0.5 0.8 --batches 1 --prompt-lens 128 512 1024 2048 4000
+  vllm_bench 7b --shape 7b --sparsities 0.5 0.8 --batches 1 --prompt-lens 128 512 640 1024 2048 4000
   vllm_bench 7b_graphs --shape 7b --sparsities 0.5 0.8 --batches 1 --prompt-lens 1024 2048 --most-captured 2048
 }
 
@@ -182,7 +182,7 @@ serve() {
       cp "$output/served/${name}_${target#0.}0/result.json" "$output/${name}_${target#0.}0_served.json"
     done
     local common=("${folders[@]}" --one-baseline --text "$text")
-    vllm_bench "$name" "${common[@]}" --batches 1 4 16 64 --prompt-lens 128 512 1024 2048 8192 --gpu-time
+    vllm_bench "$name" "${common[@]}" --batches 1 4 16 64 --prompt-lens 128 512 640 1024 2048 4096 8192 --gpu-time
     vllm_bench "${name}_graphs" "${common[@]}" --batches 1 --prompt-lens 1024 2048 --most-captured 2048
     vllm_bench "${name}_serve" "${common[@]}" --batches 1 16 64 --tools serve
     vllm_bench "${name}_throughput" "${common[@]}" --batches 1 --tools throughput

@@ -9,8 +9,12 @@ A shape is a random model of these widths whose routers are set so that each tok
 share of them on average; a folder is a trained model, beside which its densified copy is written, one for all folders
 with `--one-baseline`. `latency` times engines of `vllm.LLM` as `vllm bench latency` does, all batch sizes with one
 start: the time of a decoding step is that of answers of `--output-len` tokens less that of answers of one token. CUDA
-graphs are captured for these batch sizes alone, and for their prompts of up to `--most-captured` tokens. `throughput`
-and `serve` are `vllm bench` itself. A tool that fails is named in the record, and the others go on.
+graphs are captured for these batch sizes alone, and for their prompts: of the dense model up to 512 tokens, of sparse
+ones up to as many as lte asks for, or up to `--most-captured` of both. `throughput` and `serve` are `vllm bench`
+itself. A tool that fails is named in the record, and the others go on.
+
+`--cpus 4` has each engine run on the same four CPUs while it is measured, those on which Python is fastest at first,
+each of another core: on a shared host some can be half as fast as others, and steps wait for Python.
 
 `--together` has the engines of a group start at the same time and stay, for `latency` and `serve`: each is measured
 while the others wait, and a GPU's memory must hold all of them.
@@ -61,6 +65,7 @@ from lte.bench.text import random_ids, read_text, text_name
 from lte.files import write_json_atomic
 from lte.nn.router import ALWAYS_ON_LOGIT
 from lte.records import environment
+from lte.vllm.graphs import MOST_TOKENS
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA_SHAPES["llama2-7b"],
@@ -85,6 +90,10 @@ ENDS_IN_S = 60
 """For how long an engine may take to end."""
 WORKER_ENVIRONMENT = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 """Output carries rows alone, as the pipe of a process that nobody reads yet must not fill."""
+DENSE_MOST_CAPTURED = 512
+"""Tokens of a step up to which vLLM captures graphs by itself."""
+PROBE_LOOPS, PROBES = 200_000, 5
+"""Of the loop that times a CPU."""
 LONGEST_CHAT = (1024, 2048)
 """Tokens of a prompt, and of it and its answer, beyond which `vllm bench throughput` leaves out texts of a file."""
 
@@ -290,6 +299,58 @@ def gpu_ms(llm: Any, prompts: list[Any], tokens: int, traces: Path) -> float:
     return total / 1000 / len(written)
 
 
+def fastest_cpus(count: int) -> list[int]:
+    """The CPUs, of those that this process may use, on which Python is fastest now, each of another core; 0 for none.
+
+    Raises:
+        ValueError: if there are fewer cores.
+    """
+    if not count:
+        return []
+    allowed, taken, found = os.sched_getaffinity(0), set[int](), list[int]()
+    times = {}
+    try:
+        for cpu in sorted(allowed):
+            os.sched_setaffinity(0, {cpu})
+            times[cpu] = min(_probe() for _ in range(PROBES))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    print("milliseconds of a loop by CPU:", {cpu: round(value, 1) for cpu, value in times.items()}, file=sys.stderr)
+    for cpu in sorted(times, key=lambda cpu: times[cpu]):
+        if cpu not in taken and len(found) < count:
+            found.append(cpu)
+            taken |= _siblings(cpu)
+    if len(found) < count:
+        raise ValueError(f"cpus must be at most the number of cores, {len(found)}, got cpus={count}")
+    return sorted(found)
+
+
+def _probe() -> float:
+    start = time.perf_counter()
+    for _ in range(PROBE_LOOPS):
+        pass
+    return 1000 * (time.perf_counter() - start)
+
+
+def _siblings(cpu: int) -> set[int]:
+    """The CPUs of the same core."""
+    file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        parts = [part.split("-") for part in file.read_text(encoding="ascii").strip().split(",")]
+    except OSError:
+        return {cpu}
+    return {cpu}.union(*(range(int(part[0]), int(part[-1]) + 1) for part in parts))
+
+
+def pin(process: int, cpus: Sequence[int]) -> None:
+    """Has a process, its threads and all that it has started run on these CPUs alone; none leaves them as they are."""
+    for task in Path(f"/proc/{process}/task").glob("*") if cpus else ():
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            os.sched_setaffinity(int(task.name), cpus)
+            for child in (task / "children").read_text(encoding="ascii").split():
+                pin(int(child), cpus)
+
+
 def spread(name: str, times: list[float]) -> dict[str, float]:
     """The median of times under a name, and between which of them three fifths lie."""
     times = sorted(times)
@@ -388,6 +449,7 @@ class LatencyWorkers:
                     self._start()
                 _tell(process, json.dumps(job))
                 _read_until_started(process)
+            pin(process.pid, job["pinned"])
             _tell(process, "measure")
             assert process.stdout is not None
             for line in process.stdout:
@@ -507,7 +569,9 @@ class Throughput:
         prompts = random_flags(job) if job["prompts"] == RANDOM else chat_flags(job, self._work)
         command = [*CLI, "bench", "throughput", *cli_flags({**job, "engines": 1}), *prompts]
         command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
-        subprocess.run(command, check=True, env=job_environment(job))
+        # On its CPUs from the start on.
+        wanted = functools.partial(os.sched_setaffinity, 0, job["pinned"]) if job["pinned"] else None
+        subprocess.run(command, check=True, env=job_environment(job), preexec_fn=wanted)
         yield {"tool": "throughput", "engines": 1, **json.loads(output.read_text(encoding="utf-8"))}
 
     def close(self) -> None:
@@ -545,6 +609,7 @@ class Servers:
         try:
             if not _wait_for(server, port):
                 raise ValueError(f"the server must start, got exit status {server.returncode}")
+            pin(server.pid, job["pinned"])
             for batch in job["batches"]:
                 output, count = self._work / "serve.json", max(4 * batch, 8)
                 prompts = random_flags(job) if job["prompts"] == RANDOM else custom_flags(job, self._work, count)
@@ -613,9 +678,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--most-captured",
         type=int,
-        default=512,
-        help="tokens of a prompt up to which there are graphs; 512 in vLLM",
+        help=f"tokens up to which all have graphs; unset: {DENSE_MOST_CAPTURED}, sparse {MOST_TOKENS}",
     )
+    parser.add_argument("--cpus", type=int, default=0, help="CPUs that an engine has while it is measured; 0: all")
     parser.add_argument("--gpu-time", action="store_true", help="how long a GPU works in a step, beside latency")
     parser.add_argument("--num-prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
@@ -652,12 +717,13 @@ def main() -> None:
     if arguments.folder:
         read_text(arguments.text)  # says now, and not after hours, that there is none
     names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
-    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time", "most_captured")}
+    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time")}
     common["cuda"] = torch.cuda.is_available()
     common["traces"] = str((arguments.work / "traces").resolve())
     common["caches"] = str((arguments.work / "caches").resolve())
     common["text"] = None if arguments.text is None else str(arguments.text)
     dtype = getattr(torch, arguments.dtype)
+    cpus = fastest_cpus(arguments.cpus)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
     work.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
@@ -672,6 +738,9 @@ def main() -> None:
         for job in group:
             job["prompts"] = RANDOM if job["group"] in SHAPES else text_name(arguments.text)
             job["engines"] = len(group) if arguments.together else 1
+            by_itself = DENSE_MOST_CAPTURED if job["model"].endswith(" dense") else MOST_TOKENS
+            job["most_captured"] = arguments.most_captured or by_itself
+            job["pinned"] = cpus
     if arguments.write_only:
         return
     if torch.cuda.is_available():
@@ -683,7 +752,7 @@ def main() -> None:
         with contextlib.closing(measuring(tool, group, arguments)) as tools:
             for job in group:
                 kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel", "prompts")
-                own = {key: job[key] for key in (*kept, "engines")}
+                own = {key: job[key] for key in (*kept, "engines", "pinned")}
                 try:
                     for row in tools.run(job):
                         rows.append({**own, **row})

@@ -9,6 +9,7 @@ import importlib.machinery
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import types
@@ -748,7 +749,7 @@ class TestVllmBench:
         """
         (tmp_path / "worker.py").write_text(textwrap.dedent(worker))
         monkeypatch.setattr(module, "__file__", str(tmp_path / "worker.py"))
-        jobs = [{"folder": name} for name in ("a", "broken", "b")]
+        jobs = [{"folder": name, "pinned": []} for name in ("a", "broken", "b")]
         found = list[dict[str, Any]]()
         with contextlib.closing(module.LatencyWorkers(jobs, together)) as workers:
             for job in jobs:
@@ -787,7 +788,7 @@ class TestVllmBench:
             return started[-1]
 
         monkeypatch.setattr(module.subprocess, "Popen", noted)
-        jobs = [{"folder": name} for name in "ab"]
+        jobs = [{"folder": name, "pinned": []} for name in "ab"]
         with contextlib.closing(module.LatencyWorkers(jobs, True)) as workers:
             rows = workers.run(jobs[0])
             assert next(rows) == {}
@@ -802,6 +803,47 @@ class TestVllmBench:
             module.LatencyWorkers(jobs, True)
         assert len(started) == 2
         assert None not in [process.poll() for process in started]
+
+    @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinities are Linux's")
+    def test_an_engine_is_measured_on_the_fastest_cpus(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With its threads and what it has started, which one that starts nothing more keeps."""
+        module, allowed = script("vllm_bench"), os.sched_getaffinity(0)
+        probed = list[set[int]]()
+
+        def probe() -> float:
+            probed.append(os.sched_getaffinity(0))
+            return -max(probed[-1])  # the last one is the fastest
+
+        monkeypatch.setattr(module, "_probe", probe)
+        monkeypatch.setattr(module, "_siblings", lambda cpu: {cpu})
+        assert module.fastest_cpus(1) == [max(allowed)]
+        assert sorted({*map(min, probed)}) == sorted(allowed)
+        assert os.sched_getaffinity(0) == allowed
+        assert module.fastest_cpus(0) == []
+        with pytest.raises(ValueError, match=f"cpus must be at most the number of cores, {len(allowed)}, got cpus=999"):
+            module.fastest_cpus(999)
+        monkeypatch.setattr(module, "_siblings", lambda cpu: allowed)
+        with pytest.raises(ValueError, match="number of cores, 1, got cpus=2"):
+            module.fastest_cpus(2)
+
+        parent = """
+            import subprocess, sys, threading, time
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            print(child.pid, threading.enumerate()[-1].native_id, flush=True)
+            sys.stdin.read()
+            child.kill()
+        """
+        command = [sys.executable, "-c", textwrap.dedent(parent)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            tasks = [process.pid, *map(int, process.stdout.readline().split())]
+            module.pin(process.pid, [])
+            assert [os.sched_getaffinity(task) for task in tasks] == [allowed] * 3
+            module.pin(process.pid, [max(allowed)])
+            assert [os.sched_getaffinity(task) for task in tasks] == [{max(allowed)}] * 3
+            process.communicate("")
+        module.pin(process.pid, [max(allowed)])  # it has ended
 
     def test_engines_at_the_same_time_share_the_memory_and_compile_apart(self, script: Any, tmp_path: Path) -> None:
         module = script("vllm_bench")

@@ -4,6 +4,7 @@ vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in 
 
 - `architectures`: which families are served, and by which class of vLLM.
 - `checks`: what a folder and a deployment must be, before an engine starts; the settings of a deployment.
+- `graphs`: up to how many tokens a step is a CUDA graph.
 - `models`: vLLM's own model class with every FFN replaced.
 - `ffn`: the FFN, one custom operation over the kernels of `lte.ops`.
 - `meter`: what the routing saves, as Prometheus metrics beside vLLM's own.

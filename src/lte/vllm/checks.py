@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from vllm.config import model as vllm_model_config
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lte.hf.checkpoints import damaged_files
@@ -22,8 +23,12 @@ from lte.hf.families import family_of
 from lte.ops.arguments import DTYPES
 from lte.ops.dispatch import HAS_TRITON
 from lte.vllm.architectures import served_names
+from lte.vllm.graphs import capture_prompts
 from lte.vllm.meter import publish
 from lte.vllm.settings import ServeSettings, serve_settings
+
+# A name below vllm's, whose loggers are the ones that its settings show.
+logger = init_logger("vllm.lte")
 
 OLDEST_GPU = 80
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -70,7 +75,7 @@ class LteChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Checks what the engine shall do with it, and begins its metrics.
+        """Checks what the engine shall do with it, begins its metrics, and has it capture graphs of prompts.
 
         Raises:
             ValueError: names what does not fit, and what to do.
@@ -93,6 +98,8 @@ class LteChecks(VerifyAndUpdateConfig):
         if not vllm_config.instance_id:
             vllm_config.instance_id = uuid.uuid4().hex
         publish(vllm_config.instance_id)
+        if on_gpu() and (most := capture_prompts(vllm_config)):
+            logger.info("CUDA graphs for up to %d tokens a step; --max-cudagraph-capture-size sets another limit", most)
 
 
 def check_ranks(settings: ServeSettings, ranks: int) -> None:
@@ -111,6 +118,13 @@ def check_dtype(model_config: Any) -> None:
         raise ValueError(f"dtype must be float32, bfloat16 or float16 for the kernels, got dtype={model_config.dtype}")
     # vLLM knows by the model type which families overflow in fp16, and ours has another.
     vllm_model_config._check_valid_dtype(family_of(model_config.hf_config).model_type, model_config.dtype)
+
+
+def on_gpu() -> bool:
+    """Whether vLLM runs on an NVIDIA GPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
 
 
 def check_device() -> None:

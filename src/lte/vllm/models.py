@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from vllm.logger import init_logger
 from vllm.model_executor.models.registry import ModelRegistry
 
 from lte.config import LteConfig
@@ -21,13 +20,10 @@ from lte.hf.families import family_of
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.dispatch import kernel_names
 from lte.vllm.architectures import SERVED, ServedFfn, stock_name
-from lte.vllm.checks import check_dtype, check_ranks
+from lte.vllm.checks import check_dtype, check_ranks, logger
 from lte.vllm.ffn import Place, SparseMlp
 from lte.vllm.meter import Meter
 from lte.vllm.settings import ServeSettings, serve_settings
-
-# A name below vllm's, whose loggers are the ones that its settings show.
-logger = init_logger("vllm.lte")
 
 
 class LteServing:
