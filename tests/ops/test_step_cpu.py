@@ -150,10 +150,12 @@ def test_several_tokens_of_one_sequence(
     plan, start = random_plan(seed), seed % 3
     layers = [dataclasses.replace(layer, window=layer.window and layer.window + tokens - 1) for layer in plan.layers]
     wide = dataclasses.replace(plan, layers=layers)
-    ours, theirs = (make_caches(wide, 1, start + 5 * tokens + 80, ring=True) for _ in range(2))
+    ours, theirs = (make_caches(wide, 1, start + 9 * tokens + 80, ring=True) for _ in range(2))
     engine, reference = CpuEngine(plan), ReferenceEngine(plan).bind(theirs)
     several, single, index = engine.bind(ours, tokens), engine.bind(ours), start
-    for singles, back in ((0, 0), (0, min(tokens - 1, 3)), (0, 0), (80, 0), (0, 1)):
+    # Of the last passes some tokens are none, in one all of them.
+    some = (0, 0, 1), (0, 0, tokens - 1), (0, 0, tokens), (0, 0, 0)
+    for singles, back, none in ((0, 0, 0), (0, min(tokens - 1, 3), 0), (0, 0, 0), (80, 0, 0), (0, 1, 0), *some):
         for _ in range(singles):
             given = torch.randint(VOCABULARY, (1,)), torch.tensor([index]), torch.tensor([start])
             assert relative_rms(single(*given), reference(*given)) <= 1e-5
@@ -164,11 +166,13 @@ def test_several_tokens_of_one_sequence(
             torch.arange(index, index + tokens),
             torch.full((tokens,), start),
         )
+        known = tokens - none
+        given[2][known:] = given[1][known:] + 1
         logits = several(*given)
-        for row in range(tokens):
+        for row in range(known):
             expected = reference(*(each[row : row + 1] for each in given))
             assert relative_rms(logits[row : row + 1], expected) <= 1e-5, (index, row)
-        index += tokens
+        index += known
     for mine, other in zip(ours, theirs, strict=True):
         for name in ("keys", "values"):
             known, found = getattr(other, name), getattr(mine, name)
@@ -201,6 +205,8 @@ def test_several_tokens_that_do_not_fit_are_refused() -> None:
         step(zeros, torch.tensor([4, 6, 7]), zeros)
     with pytest.raises(ValueError, match="positions must follow each other and starts be one"):
         step(zeros, torch.tensor([4, 5, 6]), torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="starts must be from 0 to positions"):
+        step(zeros, torch.tensor([4, 5, 6]), torch.tensor([0, 9, 0]))
     # A ring of 6 tokens has lost what the first of three sees.
     step = engine.bind(make_caches(plan, 1, 20, ring=True), 3)
     with pytest.raises(ValueError, match="positions must be below 6"):

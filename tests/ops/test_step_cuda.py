@@ -102,10 +102,10 @@ def assert_several_match(
 ) -> None:
     """Passes of several tokens of a text against the reference that reads them one after the other.
 
-    The first pass begins an empty cache, the next take up to three tokens back, and the last follow `alone` steps of
-    one token.
+    The first pass begins an empty cache, the next take up to three tokens back, and later ones follow `alone` steps of
+    one token. Of the last passes some tokens are none, in one all of them.
     """
-    start, length = int(torch.randint(0, 4, ())), 5 * tokens + alone
+    start, length = int(torch.randint(0, 4, ())), 7 * tokens + alone
     caches = several_caches(plan, tokens, start + length, int(torch.randint(0, 9, ())))
     exact = upcast(plan)
     expected = [upcast(cache) for cache in copied(caches)]
@@ -113,23 +113,28 @@ def assert_several_match(
     several, reference = engine.bind(caches, tokens, **extra), ReferenceEngine(exact).bind(expected)
     single = engine.bind(caches) if alone else None
     index = 0
-    for singles, back in ((0, 0), (0, min(tokens - 1, 3)), (0, 0), (alone, 0), (0, 1)):
+    some = (0, 0, 1), (0, 0, tokens - 1), (0, 0, tokens)
+    for singles, back, none in ((0, 0, 0), (0, min(tokens - 1, 3), 0), (0, 0, 0), (alone, 0, 0), (0, 1, 0), *some):
         for _ in range(singles):
             assert single is not None
             inputs = step_inputs(plan, 1, index, [start])
             assert relative_rms(single(*inputs), reference(*inputs)) <= bound
             index += 1
         index -= back
-        inputs = several_inputs(plan, tokens, index, start)
+        inputs, known = several_inputs(plan, tokens, index, start), tokens - none
+        inputs[2][known:] = inputs[1][known:] + 1
         several.logits.fill_(torch.nan)
         logits = several(*inputs)
         rows = list[Tensor]()
-        for row in range(tokens):
+        for row in range(known):
             rows.append(reference(*(each[row : row + 1] for each in inputs)))
             if plan.layers[-1].router is not None and bound < 1e-4:
                 assert torch.equal(several.active()[row], reference.active()[0])
-        assert relative_rms(logits, torch.cat(rows)) <= bound, index
-        index += tokens
+        if plan.layers[-1].router is not None:
+            assert not several.active()[known:].any()
+        if rows:
+            assert relative_rms(logits[:known], torch.cat(rows)) <= bound, index
+        index += known
     for cache, other in zip(caches, expected, strict=True):
         for mine, theirs in ((cache.keys, other.keys), (cache.values, other.values)):
             assert torch.equal(mine.isnan(), theirs.isnan())

@@ -106,16 +106,16 @@ class CheckedModel:
         return CausalLMOutputWithPast(logits=logits[None, -kept:], past_key_values=cache)
 
     def logits_of(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
-        """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory; starts [1]."""
-        pieces = zip(ids.split(self.most), positions.split(self.most), strict=True)
-        return torch.cat([self._step(piece, at, starts) for piece, at in pieces])
+        """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory; starts [1] or [n]."""
+        parts = (each.split(self.most) for each in (ids, positions, starts.expand(len(ids))))
+        return torch.cat([self._step(*part) for part in zip(*parts, strict=True)])
 
     def _step(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """The logits [n, V] of one call of the engine, in memory of their own: processors write into them."""
         tokens = len(ids)
         if tokens not in self._steps:
             self._steps[tokens] = self.engine.bind(self.layers, tokens)
-        return self._steps[tokens](ids.contiguous(), positions, starts.expand(tokens).contiguous()).clone()
+        return self._steps[tokens](ids.contiguous(), positions, starts.contiguous()).clone()
 
     def take(self, cache: Any, length: int, tokens: int, further: int | None = None) -> int:
         """Makes the cache's tokens lie in memory with room for more, where they do already unless modules wrote some.

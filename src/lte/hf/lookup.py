@@ -4,8 +4,9 @@
 the model writes itself. In the loop of transformers the host learns after each pass which tokens stay and looks for
 the next proposal, for which a GPU waits as long as a step of a small model takes. Here proposals and the count of what
 stays are tensors on the device, and the host hears of a pass while the next one runs. The proposals are those of
-transformers: what followed the first place with the longest match, of up to `max_matching_ngram_size` tokens. Where
-nothing of them stayed for some passes, the passes after them read a single proposed token, until one stays.
+transformers: what followed the first place with the longest match, of up to `max_matching_ngram_size` tokens. A pass
+always has room for as many, and those that there are not cost it little, as the engine is told so on the device. Where
+nothing of them stayed for some passes, the passes after them have room for a single one, until one stays.
 
 Greedy answers to one sequence alone; logits processors, sampling and scores are left to the loop of transformers.
 
@@ -102,7 +103,7 @@ class Lookup:
         first = found.logits[:, -1].argmax(-1)
         self._write(input_ids, first)
         known, span = input_ids.shape[1] + 1, self.proposed + 1
-        told = Told(span + 2, input_ids)
+        told = Told(span + 3, input_ids)
         goes_on = known < self.longest and not (self.ends is not None and bool(torch.isin(first, self.ends)))
         if streamer is not None:
             streamer.put(first.cpu()[None])
@@ -117,8 +118,8 @@ class Lookup:
                 proposed = self.proposed if misses < MISSES else 1
                 if launched:
                     following = self._pass(proposed)
-                *chosen, kept, ended = told.wait().tolist()
-                known, misses = known + kept, 0 if kept > 1 else misses + 1
+                *chosen, kept, offered, ended = told.wait().tolist()
+                known, misses = known + kept, 0 if kept > 1 else misses + (offered > 0)
                 if streamer is not None:
                     streamer.put(torch.tensor([chosen[:kept]], device="cpu"))
                 if ended:
@@ -151,8 +152,13 @@ class Lookup:
         self._ended = torch.zeros((), dtype=torch.bool, device=device)
         self._room = 0
 
-    def _proposal(self, last: Tensor, proposed: int) -> Tensor:
-        """What followed the last tokens where they stood before, [n]; `last` is the place of the last one."""
+    def _proposal(self, last: Tensor, proposed: int) -> tuple[Tensor, Tensor]:
+        """What followed the last tokens where they stood before, [n], and how many tokens that is.
+
+        Args:
+            last: the place of the last token.
+            proposed: n.
+        """
         count, alike = len(self._places), self._places < last
         matched = torch.zeros_like(self._places)
         for back in range(self.gram):
@@ -161,22 +167,25 @@ class Lookup:
             matched += alike
         # Of the longest matches the first.
         place = (matched * count - self._places).argmax()
-        return self._text[place + self.gram + 1 + self._offsets[:proposed]]
+        offered = (last - place).clamp(max=proposed) * (matched[place[None]][0] > 0)
+        return self._text[place + self.gram + 1 + self._offsets[:proposed]], offered
 
     def _pass(self, proposed: int) -> Tensor:
-        """Reads the last token and n proposed ones.
+        """Reads the last token and up to n proposed ones.
 
         After the end of the text nothing stays, so that a pass that began too early does no harm.
 
         Returns:
-            The tokens that the model writes after each of them, filled up to K + 1, how many of these stay, and whether
-            the text has ended: [K + 3].
+            The tokens that the model writes after each of them, filled up to K + 1, how many of these stay, how many were
+            proposed, and whether the text has ended: [K + 4].
         """
         last, over, offsets = self._known - 1, self._ended, self._offsets[: proposed + 1]
-        proposal = self._proposal(last, proposed)
-        tokens = torch.cat([self._text[(last + self.gram)[None]], proposal])
-        chosen = self.checked.logits_of(tokens, last + offsets, self.starts).argmax(-1)
-        kept = (chosen[:-1] == proposal).long().cumprod(0).sum() + 1
+        proposal, offered = self._proposal(last, proposed)
+        tokens, positions = torch.cat([self._text[(last + self.gram)[None]], proposal]), last + offsets
+        # A token that begins after its position is none.
+        starts = torch.where(offsets <= offered, self.starts, positions + 1)
+        chosen = self.checked.logits_of(tokens, positions, starts).argmax(-1)
+        kept = ((chosen[:-1] == proposal) & (offsets[1:] <= offered)).long().cumprod(0).sum() + 1
         if self.ends is not None:
             # For many tokens isin would wait for the device.
             end = torch.where((chosen[:, None] == self.ends).any(1), offsets, proposed + 1).min()
@@ -188,7 +197,7 @@ class Lookup:
         self._known = self._known + kept
         self._ended = self._ended | (self._known >= self.longest)
         chosen = functional.pad(chosen, (0, self.proposed - proposed))
-        return torch.cat([chosen, kept[None], self._ended[None]])
+        return torch.cat([chosen, kept[None], offered[None], self._ended[None]])
 
     def _make_room(self, known: int) -> None:
         """Has the cache in memory in which another pass has room."""

@@ -199,6 +199,11 @@ class CpuStep:
         Raises:
             ValueError: if a token is not in the vocabulary, or a position does not fit into the caches.
         """
+        if self._several and starts.shape == positions.shape:
+            none = starts > positions
+            if not (none[:-1] & ~none[1:]).any():
+                # Computed in vain, as if they were some.
+                starts = torch.where(none, torch.minimum(starts[0], positions[0]), starts)
         self._check(tokens, positions, starts)
         threads = torch.get_num_threads()
         if threads != self._threads:

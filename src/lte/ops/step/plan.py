@@ -233,7 +233,9 @@ class DecodeStep(Protocol):
     def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """Reads one token of each sequence: writes its keys and values into the caches, and returns its logits.
 
-        Of several tokens of one sequence each sees those before it, and their positions follow each other.
+        Of several tokens of one sequence each sees those before it, and their positions follow each other. The last of
+        them may begin after their positions: they are none. Their logits, their places in the caches and what `active`
+        says of them are of any content then, and an engine may leave out what they alone would need.
 
         Args:
             tokens: int64 [B].

@@ -17,7 +17,8 @@
 // whose routing is not known. Keys and values of earlier tokens come the same way.
 //
 // Of several tokens of one sequence each is a row as other sequences' tokens are. They share a cache, from which all take
-// the tokens before the first of them; what the pass itself adds, a row takes from where the projections left it.
+// the tokens before the first of them; what the pass itself adds, a row takes from where the projections left it. The last
+// of them may begin after their positions: they are none, and nothing is read or computed for them alone.
 //
 // A multiprocessor keeps little more than 100 kB of instructions at hand, and each layer runs through all of the code:
 // loops that are not rolled out where it does not pay are faster.
@@ -111,7 +112,7 @@ struct Layer {
 
 struct Args {
   const Layer* layers;
-  const long long *token, *position, *start;  // [T]; position in the cache; start: the first that is no padding
+  const long long *token, *position, *start;  // [T]; position in the cache; start: the first that is no padding, after it: none
   const elem *embedding, *final_norm, *head_bias;
   const void* head;
   const float* head_scales;   // [V], of 8 bits
@@ -150,6 +151,9 @@ struct Working {
   int counts[PER_THREAD][WARPS];
   int first, count;           // this block's share of the active neurons
   int position[T], start[T];
+#if LTE_SEVERAL
+  int rows;                   // tokens that are some
+#endif
 };
 
 constexpr int STAGES = (LTE_SHARED_BYTES - (int)sizeof(Working) - 128) / (ROWS * PITCH + 2 * (int)sizeof(Barrier));
@@ -183,6 +187,14 @@ DEVICE float warp_sum(float x) {
   return x;
 }
 
+DEVICE int rows_of(const Working& s) {
+#if LTE_SEVERAL
+  return s.rows;
+#else
+  return T;
+#endif
+}
+
 // A share of n things for this block.
 DEVICE int share_begin(int n) {
   const int b = blockIdx.x, more = n % P;
@@ -197,9 +209,10 @@ DEVICE int next_slab(int c) { return c + DOWN_SLAB < D ? c + DOWN_SLAB : 0; }
 // Keys [begin, end) that the token t sees of one head, and which of how many parts that is.
 struct Part { int t, head, split, splits, begin, end; };
 
-// False if there are fewer parts.
+// False if there are fewer parts, or no such token.
 DEVICE bool part_of(const Shared& s, const Layer& l, int unit, Part& p) {
   p.t = unit % T, p.head = unit / T % HKV, p.split = unit / (T * HKV);
+  if (p.t >= rows_of(s)) return false;
   const int start = s.start[p.t], end = s.position[p.t] + 1;
   const int low = l.window > 0 && end - l.window > start ? end - l.window : start, n = end - low;
   int splits = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
@@ -209,6 +222,15 @@ DEVICE bool part_of(const Shared& s, const Layer& l, int unit, Part& p) {
   p.begin = low + p.split * length;
   p.end = p.begin + length < end ? p.begin + length : end;
   return p.split < p.splits;
+}
+// This block's next unit that there is a part for, from `unit` on; of several tokens later ones may have none.
+DEVICE bool next_part(const Shared& s, const Layer& l, int& unit, Part& p) {
+#pragma unroll 1
+  for (; unit < UNITS; unit += P) {
+    if (part_of(s, l, unit, p)) return true;
+    if (!LTE_SEVERAL) break;
+  }
+  return false;
 }
 DEVICE int slot_of(const Layer& l, int position) {
   const int at = position + l.shift;
@@ -325,7 +347,7 @@ struct Producer {
   DEVICE void cache(const Layer& l) {
     Part p;
 #pragma unroll 1
-    for (int unit = blockIdx.x; unit < UNITS && part_of(s, l, unit, p); unit += P) {
+    for (int unit = blockIdx.x; next_part(s, l, unit, p); unit += P) {
       const int end = end_of_old(p, s.position[sequence_of(p.t)]);
       const size_t base = (size_t)(sequence_of(p.t) * HKV + p.head) * l.slots * HD;
 #pragma unroll 1
@@ -447,7 +469,7 @@ struct Step {
     constexpr int N = (D / 4 + THREADS - 1) / THREADS;   // fours of columns of a thread
     constexpr int AT_ONCE = 4 * N * T <= NORM_REGISTERS ? T : 8 * N <= NORM_REGISTERS ? NORM_REGISTERS / (4 * N) : 1;   // tokens
 #pragma unroll 1
-    for (int t0 = 0; t0 < T; t0 += AT_ONCE) {
+    for (int t0 = 0; t0 < rows_of(s); t0 += AT_ONCE) {
       float x[AT_ONCE][N][4], sums[AT_ONCE];
       Four<elem> w[N];
       // All loads at once, before anything waits for one.
@@ -573,7 +595,7 @@ struct Step {
     const int end = share_end(n), row = tid / T, t = tid % T;
 #pragma unroll 1
     for (int r = share_begin(n); r < end; r += ROWS) {
-      const bool mine = row < ROWS && r + row < end;
+      const bool mine = row < ROWS && r + row < end && t < rows_of(s);
       const float b = mine ? bias(r + row) : 0, scale = BITS == 8 && mine ? scales[r + row] : 1;
       Tile sum;
       tile_dot<BITS>(&s.xs[0][0], XS, columns, sum);
@@ -616,13 +638,13 @@ struct Step {
   DEVICE void attention(const Layer& l) {
     Part p;
     int unit = blockIdx.x;
-    bool any = unit < UNITS && part_of(s, l, unit, p);
+    bool any = next_part(s, l, unit, p);
     grid_sync();
 #pragma unroll 1
     while (any) {
       attend(l, p);
       unit += P;
-      any = unit < UNITS && part_of(s, l, unit, p);
+      any = next_part(s, l, unit, p);
     }
   }
 
@@ -793,15 +815,16 @@ struct Step {
 
   DEVICE void output(const Layer& l) {
     constexpr int AT_ONCE = 8;
+    const int n = rows_of(s) * OUT;
 #pragma unroll 1
-    for (int from = tid; from < T * OUT; from += AT_ONCE * THREADS) {
+    for (int from = tid; from < n; from += AT_ONCE * THREADS) {
       float x[AT_ONCE];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; k++) x[k] = load_fresh(a.attended + (from + k * THREADS < T * OUT ? from + k * THREADS : 0));
+      for (int k = 0; k < AT_ONCE; k++) x[k] = load_fresh(a.attended + (from + k * THREADS < n ? from + k * THREADS : 0));
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         const int i = from + k * THREADS;
-        if (i < T * OUT) s.xs[i / OUT][i % OUT] = from_float(x[k]);
+        if (i < n) s.xs[i / OUT][i % OUT] = from_float(x[k]);
       }
     }
     team_sync();
@@ -824,7 +847,7 @@ struct Step {
       share_tile(sum);
       if (mine) {
         u32 on = 0;
-        for (int t = 0; t < T; t++) on |= (u32)(to_float(from_float(total(tid, t))) + bias > l.threshold) << t;
+        for (int t = 0; t < rows_of(s); t++) on |= (u32)(to_float(from_float(total(tid, t))) + bias > l.threshold) << t;
         store_relaxed(a.masks + r + tid, mark | on);
       }
     }
@@ -938,6 +961,7 @@ struct Step {
       if (mine)
         each_column<SLICE, T, FFN_BITS>(sum, D - c - first, [&](int column, int t, float y) {
           const int i = c + first + column;
+          if (t >= rows_of(s)) return;
           if (FFN_BITS == 8) y *= down_scales[i];
           if (blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
           add_relaxed(to + t * D + i, fixed_of(y));
@@ -1036,6 +1060,12 @@ extern "C" KERNEL void decode_step(const Args a) {
     s.position[threadIdx.x] = (int)a.position[threadIdx.x];
     s.start[threadIdx.x] = (int)a.start[threadIdx.x];
   }
+#if LTE_SEVERAL
+  if (threadIdx.x == 0) {
+    s.rows = 0;
+    for (int t = 0; t < T; t++) s.rows += a.start[t] <= a.position[t];
+  }
+#endif
   block_sync();
   if (threadIdx.x < THREADS) {
     Step step(a, s);
