@@ -108,7 +108,8 @@ class CheckedModel:
     def logits_of(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory; starts [1] or [n]."""
         parts = (each.split(self.most) for each in (ids, positions, starts.expand(len(ids))))
-        return torch.cat([self._step(*part) for part in zip(*parts, strict=True)])
+        found = [self._step(*part) for part in zip(*parts, strict=True)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _step(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """The logits [n, V] of one call of the engine, in memory of their own: processors write into them."""

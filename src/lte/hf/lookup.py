@@ -16,17 +16,19 @@ Shapes: K proposed tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lte.hf.checking import CheckedModel, grows, starts_of
 from lte.hf.told import Told, runs_ahead
+
+if TYPE_CHECKING:
+    from lte.ops.lookup import LookupText
 
 # What `generate` may ask for that needs more than tokens.
 _ASKED = ("do_sample", "output_scores", "output_logits", "assistant_early_exit", "assistant_ensemble_weight")
@@ -94,6 +96,7 @@ class Lookup:
     gram: int
     longest: int
     ends: Tensor | None
+    _room: int = 0
 
     def run(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], streamer: Any
@@ -101,7 +104,7 @@ class Lookup:
         """As `_assisted_decoding` of transformers."""
         found = self.checked.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         first = found.logits[:, -1].argmax(-1)
-        self._write(input_ids, first)
+        text = self._text_of(input_ids, first)
         known, span = input_ids.shape[1] + 1, self.proposed + 1
         told = Told(span + 3, input_ids)
         goes_on = known < self.longest and not (self.ends is not None and bool(torch.isin(first, self.ends)))
@@ -110,14 +113,14 @@ class Lookup:
         try:
             if goes_on:
                 self._make_room(known)
-                told.tell(self._pass(self.proposed))
+                told.tell(self._pass(text, self.proposed))
             misses = 0
             while goes_on:
                 # One pass may have brought all its tokens, and the one after it reads as many again.
                 launched = known - 1 + 2 * span <= self._room
                 proposed = self.proposed if misses < MISSES else 1
                 if launched:
-                    following = self._pass(proposed)
+                    following = self._pass(text, proposed)
                 *chosen, kept, offered, ended = told.wait().tolist()
                 known, misses = known + kept, 0 if kept > 1 else misses + (offered > 0)
                 if streamer is not None:
@@ -126,78 +129,32 @@ class Lookup:
                     break
                 if not launched:
                     self._make_room(known)
-                    following = self._pass(proposed)
+                    following = self._pass(text, proposed)
                 told.tell(following)
         finally:
             self._show(known - 1)
         if streamer is not None:
             streamer.end()
-        sequences = self._text[None, self.gram : self.gram + known].clone()
+        sequences = text.known(known)[None]
         if not generation_config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=self.cache)  # type: ignore[arg-type]
 
-    def _write(self, input_ids: Tensor, first: Tensor) -> None:
-        """Begins the text on the device: the prompt, its first token, and places for what is to come."""
-        length, device = input_ids.shape[1], input_ids.device
-        # Before the text stand tokens that are none, so that all places have others before them.
-        places = self.longest + self.proposed + 1
-        self._text = torch.zeros(self.gram + places, dtype=torch.int64, device=device)
-        self._text[: self.gram] = -1
-        self._text[self.gram : self.gram + length] = input_ids[0]
-        self._text[self.gram + length] = first[0]
-        self._places = torch.arange(places, device=device)
-        self._offsets = torch.arange(self.proposed + 1, device=device)
-        self._known = torch.full((), length + 1, dtype=torch.int64, device=device)
-        self._ended = torch.zeros((), dtype=torch.bool, device=device)
-        self._room = 0
+    def _text_of(self, input_ids: Tensor, first: Tensor) -> LookupText:
+        """The prompt and its first token, where the device continues them."""
+        from lte.ops.lookup import LookupText  # this needs triton, which is not everywhere
 
-    def _proposal(self, last: Tensor, proposed: int) -> tuple[Tensor, Tensor]:
-        """What followed the last tokens where they stood before, [n], and how many tokens that is.
+        ids = torch.cat([input_ids[0].long(), first])
+        ends = ids.new_empty(0) if self.ends is None else self.ends.long()
+        return LookupText(ids, self.starts, self.proposed, self.gram, self.longest, ends)
 
-        Args:
-            last: the place of the last token.
-            proposed: n.
-        """
-        count, alike = len(self._places), self._places < last
-        matched = torch.zeros_like(self._places)
-        for back in range(self.gram):
-            token = self._text[(last + self.gram - back)[None]]
-            alike = alike & (self._text[self.gram - back : self.gram - back + count] == token)
-            matched += alike
-        # Of the longest matches the first.
-        place = (matched * count - self._places).argmax()
-        offered = (last - place).clamp(max=proposed) * (matched[place[None]][0] > 0)
-        return self._text[place + self.gram + 1 + self._offsets[:proposed]], offered
-
-    def _pass(self, proposed: int) -> Tensor:
-        """Reads the last token and up to n proposed ones.
+    def _pass(self, text: LookupText, proposed: int) -> Tensor:
+        """Reads the last token and up to n proposed ones; see `LookupText.keep`.
 
         After the end of the text nothing stays, so that a pass that began too early does no harm.
-
-        Returns:
-            The tokens that the model writes after each of them, filled up to K + 1, how many of these stay, how many were
-            proposed, and whether the text has ended: [K + 4].
         """
-        last, over, offsets = self._known - 1, self._ended, self._offsets[: proposed + 1]
-        proposal, offered = self._proposal(last, proposed)
-        tokens, positions = torch.cat([self._text[(last + self.gram)[None]], proposal]), last + offsets
-        # A token that begins after its position is none.
-        starts = torch.where(offsets <= offered, self.starts, positions + 1)
-        chosen = self.checked.logits_of(tokens, positions, starts).argmax(-1)
-        kept = ((chosen[:-1] == proposal) & (offsets[1:] <= offered)).long().cumprod(0).sum() + 1
-        if self.ends is not None:
-            # For many tokens isin would wait for the device.
-            end = torch.where((chosen[:, None] == self.ends).any(1), offsets, proposed + 1).min()
-            self._ended = self._ended | (end < kept)
-            kept = torch.minimum(kept, end + 1)
-        kept = torch.clamp(kept, max=self.longest - self._known).masked_fill(over, 0)
-        # What does not stay is written anew before it is read.
-        self._text[self._known + self.gram + offsets] = chosen
-        self._known = self._known + kept
-        self._ended = self._ended | (self._known >= self.longest)
-        chosen = functional.pad(chosen, (0, self.proposed - proposed))
-        return torch.cat([chosen, kept[None], offered[None], self._ended[None]])
+        chosen = self.checked.logits_of(*text.propose(proposed)).argmax(-1)
+        return text.keep(chosen, proposed)
 
     def _make_room(self, known: int) -> None:
         """Has the cache in memory in which another pass has room."""

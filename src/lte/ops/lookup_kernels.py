@@ -1,0 +1,99 @@
+"""Triton kernels of prompt lookup: what to propose, and what stays of it, one launch each.
+
+Both work on a few numbers in one program, where the time is that of the launches: plain PyTorch takes about sixty.
+
+Shapes: K tokens proposed at most, R rows for K + 1 of them. A text lies behind GRAM places that hold no tokens, so that
+the token of place p is `text[p + GRAM]`; `state` is how many of its tokens are known and whether it has ended.
+"""
+
+# Triton's own forms: a constexpr is upper case.
+import triton
+import triton.language as tl
+
+# Above the place of any token: 2 matched tokens weigh more than 1 anywhere.
+FAR = tl.constexpr(2**40)
+
+
+@triton.jit
+def propose_kernel(
+    text,
+    state,
+    first,
+    tokens,
+    positions,
+    starts,
+    offered,
+    GRAM: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What followed the last tokens where they stood before: of the longest matches, up to GRAM tokens, the first.
+
+    Writes `offered`, how many tokens these are, and tokens, positions and starts [K + 1] of a pass over the last known
+    token and them; what is beyond them begins after its position. `first` is where the text begins.
+    """
+    last = tl.load(state) - 1
+    best = tl.full([], 0, tl.int64)
+    for begin in tl.range(0, last, BLOCK):
+        places = begin + tl.arange(0, BLOCK).to(tl.int64)
+        alike = places < last
+        matched = tl.zeros([BLOCK], tl.int64)
+        for back in tl.static_range(GRAM):
+            token = tl.load(text + last + GRAM - back)
+            alike &= tl.load(text + places + GRAM - back, mask=places < last, other=-2) == token
+            matched += alike.to(tl.int64)
+        best = tl.maximum(best, tl.max(tl.where(matched > 0, matched * FAR - places, 0), 0))
+    place = (best + FAR - 1) // FAR * FAR - best
+    count = tl.where(best > 0, tl.minimum(last - place, K), 0)
+    rows = tl.arange(0, R).to(tl.int64)
+    found = tl.load(text + GRAM + tl.where(rows == 0, last, place + rows), mask=rows <= count, other=0)
+    tl.store(tokens + rows, found, mask=rows <= K)
+    tl.store(positions + rows, last + rows, mask=rows <= K)
+    tl.store(starts + rows, tl.where(rows <= count, tl.load(first), last + rows + 1), mask=rows <= K)
+    tl.store(offered, count)
+
+
+@triton.jit(do_not_specialize=["longest", "num_ends"])
+def keep_kernel(
+    chosen,
+    tokens,
+    offered,
+    text,
+    state,
+    ends,
+    message,
+    longest,
+    num_ends,
+    GRAM: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Keeps what the model chose [K + 1] after the last token and each proposed one, up to its first other choice.
+
+    Or up to a token of `ends`, or to a text of `longest` tokens; nothing after the text's end. Writes the text, its
+    state and `message` [WIDTH + 3]: the chosen tokens, how many stay, how many were proposed, whether the text has
+    ended.
+    """
+    rows = tl.arange(0, R)
+    choices = tl.load(chosen + rows, mask=rows <= K, other=-1)
+    following = tl.load(tokens + rows + 1, mask=rows < K, other=-1)
+    count, known, over = tl.load(offered), tl.load(state), tl.load(state + 1)
+    right = (choices == following) & (rows < count)
+    kept = tl.min(tl.where(right, R, rows), 0).to(tl.int64) + 1
+    ending = rows < 0
+    for index in tl.range(0, num_ends):
+        ending |= choices == tl.load(ends + index)
+    end = tl.min(tl.where(ending & (rows <= K), rows, R), 0).to(tl.int64)
+    ended = (over > 0) | (end < kept)
+    kept = tl.minimum(tl.minimum(kept, end + 1), longest - known)
+    kept = tl.where(over > 0, 0, kept)
+    tl.store(text + known + GRAM + rows, choices, mask=rows < kept)
+    ended |= known + kept >= longest
+    tl.store(state, known + kept)
+    tl.store(state + 1, ended.to(tl.int64))
+    tl.store(message + rows, choices, mask=rows <= K)
+    tl.store(message + WIDTH, kept)
+    tl.store(message + WIDTH + 1, count)
+    tl.store(message + WIDTH + 2, ended.to(tl.int64))
