@@ -13,11 +13,13 @@ graphs are captured for these batch sizes alone, and for their prompts: of the d
 ones up to as many as lte asks for, or up to `--most-captured` of both. `throughput` and `serve` are `vllm bench`
 itself. A tool that fails is named in the record, and the others go on.
 
-`--cpus 4` has each engine run on the same four CPUs while it is measured, those on which Python is fastest at first,
-each of another core: on a shared host some can be half as fast as others, and steps wait for Python.
+`--cpus 4` has an engine run on four CPUs while it is measured, those on which Python is fastest at that moment, each of
+another core: on a shared host some can be half as fast as others, which change, and steps wait for Python. Rows carry
+the time of a loop of Python there.
 
 `--together` has the engines of a group start at the same time and stay, for `latency` and `serve`: each is measured
-while the others wait, and a GPU's memory must hold all of them.
+while the others wait, and a GPU's memory must hold all of them. `latency` then takes turns, dense and sparse in each
+round, and ratios are of times of the same round.
 
 Shapes are given random tokens. Folders are given text, from another place of it for each request, since a trained
 router switches fewer experts on for random tokens: `--text FILE`, or Python's own help.
@@ -85,7 +87,7 @@ GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 """Categories of a profiler's events in which a GPU works."""
 PROFILED_STEPS = 32
 """Of each batch size, by `--gpu-time`."""
-STARTED = "ENGINE STARTED"
+STARTED, ROUND_ENDED, ROWS = "ENGINE STARTED", "ROUND ENDED", "rows"
 ENDS_IN_S = 60
 """For how long an engine may take to end."""
 WORKER_ENVIRONMENT = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -221,16 +223,21 @@ def sampled() -> dict[str, float]:
     return found
 
 
-def saving(before: dict[str, float]) -> dict[str, float]:
-    """Mean active fraction and union, and the steps by path, since an earlier `sampled`; empty for a dense model."""
-    now, found = sampled(), {}
+def since(before: dict[str, float]) -> dict[str, float]:
+    """What was sampled since an earlier `sampled`."""
+    return {name: value - before[name] for name, value in sampled().items()}
+
+
+def saving(counts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean active fraction and union, and the steps by path, of some `since`; empty for a dense model."""
+    found = dict[str, float]()
+    total = {name: sum(each[name] for each in counts) for name in counts[0]}
     for name in ("active_fraction", "union_fraction"):
-        count, total = (now[f"lte:{name}_{part}"] - before[f"lte:{name}_{part}"] for part in ("count", "sum"))
+        count = total.get(f"lte:{name}_count")
         if count:
-            found[name] = total / count
+            found[name] = total[f"lte:{name}_sum"] / count
             found["samples"] = count
-    steps = {name: now[name] - before[name] for name in now if name.startswith("steps_")}
-    return {**found, **{name: number for name, number in steps.items() if number}}
+    return {**found, **{name: number for name, number in total.items() if name.startswith("steps_") and number}}
 
 
 def pieces(ids: Sequence[int], count: int, length: int) -> list[Sequence[int]]:
@@ -299,14 +306,20 @@ def gpu_ms(llm: Any, prompts: list[Any], tokens: int, traces: Path) -> float:
     return total / 1000 / len(written)
 
 
-def fastest_cpus(count: int) -> list[int]:
-    """The CPUs, of those that this process may use, on which Python is fastest now, each of another core; 0 for none.
+def fastest_cpus(count: int) -> tuple[list[int], float]:
+    """The CPUs, of those that this process may use, on which Python is fastest now, each of another core.
+
+    Args:
+        count: how many; 0 for none, which `pin` takes for leaving all as it is.
+
+    Returns:
+        The CPUs, and how many milliseconds a loop of Python takes on the slowest of them, or wherever this runs.
 
     Raises:
         ValueError: if there are fewer cores.
     """
     if not count:
-        return []
+        return [], min(_probe() for _ in range(PROBES))
     allowed, taken, found = os.sched_getaffinity(0), set[int](), list[int]()
     times = {}
     try:
@@ -315,14 +328,13 @@ def fastest_cpus(count: int) -> list[int]:
             times[cpu] = min(_probe() for _ in range(PROBES))
     finally:
         os.sched_setaffinity(0, allowed)
-    print("milliseconds of a loop by CPU:", {cpu: round(value, 1) for cpu, value in times.items()}, file=sys.stderr)
     for cpu in sorted(times, key=lambda cpu: times[cpu]):
         if cpu not in taken and len(found) < count:
             found.append(cpu)
             taken |= _siblings(cpu)
     if len(found) < count:
         raise ValueError(f"cpus must be at most the number of cores, {len(found)}, got cpus={count}")
-    return sorted(found)
+    return sorted(found), max(times[cpu] for cpu in found)
 
 
 def _probe() -> float:
@@ -358,10 +370,42 @@ def spread(name: str, times: list[float]) -> dict[str, float]:
     return {name: statistics.median(times), **outer}
 
 
-def measure_latency() -> None:
-    """Waits for a job as a line of the input and starts its engine, then waits for another line and prints the rows.
+def one_round(llm: Any, job: dict[str, Any], make_prompts: Callable[[int, int], list[Any]]) -> list[dict[str, Any]]:
+    """The times of each batch size and each single prompt, once, and what was sampled of the routing meanwhile."""
+    found = list[dict[str, Any]]()
+    for batch in job["batches"]:
+        prompts = make_prompts(batch, job["input_len"])
+        for tokens in (1, job["output_len"]):
+            answer_ms(llm, prompts, tokens)
+        # After these steps: what was sampled of the batch size before arrives with the first sample of this one.
+        before = sampled()
+        short, long = (answer_ms(llm, prompts, tokens) for tokens in (1, job["output_len"]))
+        step = (long - short) / (job["output_len"] - 1)
+        own = {"tool": "latency", "batch": batch, "input_len": job["input_len"], "output_len": job["output_len"]}
+        found.append({**own, "ms_first_token": short, "ms_per_step": step, "since": since(before)})
+    for length in job["prompt_lens"]:
+        prompts = make_prompts(1, length)
+        answer_ms(llm, prompts, 1)  # warms up
+        captured = job["cuda"] and not job["eager"] and length <= job["most_captured"]
+        own = {"tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, "graph": captured}
+        found.append({**own, "ms_first_token": answer_ms(llm, prompts, 1)})
+    return found
 
-    A row for each batch size and each single prompt. It runs in a process of its own, and the engine in another one, as
+
+def joined(rounds: Sequence[Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """A row for each batch size and each single prompt: medians and spreads of all rounds, and the times themselves."""
+    for rows in zip(*rounds, strict=True):
+        row = {key: value for key, value in rows[0].items() if key not in ("since", "ms_per_step", "ms_first_token")}
+        for name in ("ms_first_token", "ms_per_step"):
+            if name in rows[0]:
+                row |= spread(name, [each[name] for each in rows]) | {f"{name}_rounds": [each[name] for each in rows]}
+        yield row | (saving([each["since"] for each in rows]) if "since" in rows[0] else {})
+
+
+def measure_latency() -> None:
+    """Waits for a job as a line of the input and starts its engine; then measures one round for each further line.
+
+    The line `ROWS` has it print the rows and end. It runs in a process of its own, and the engine in another one, as
     when it serves: scheduling and steps overlap.
     """
     from vllm import LLM
@@ -374,51 +418,36 @@ def measure_latency() -> None:
     llm: Any = LLM(job["folder"], **engine_options(job))
     start_s = time.perf_counter() - start
     print(STARTED, flush=True)
-    if not sys.stdin.readline():
-        return  # who asked has ended
     config = llm.llm_engine.vllm_config
     vocab, second = config.model_config.get_vocab_size(), getattr(config, "use_v2_model_runner", False)
-    make_prompts = prompt_maker(job, vocab)
-    for batch in job["batches"]:
-        prompts = make_prompts(batch, job["input_len"])
-        for tokens in (1, job["output_len"]):
-            answer_ms(llm, prompts, tokens)
-        # After these steps: what was sampled of the batch size before arrives with the first sample of this one.
-        before = sampled()
-        short = statistics.median(answer_ms(llm, prompts, 1) for _ in range(job["repeats"]))
-        long = [answer_ms(llm, prompts, job["output_len"]) for _ in range(job["repeats"])]
-        row = {
-            "tool": "latency", "batch": batch, "ms_first_token": short,
-            **spread("ms_per_step", [(value - short) / (job["output_len"] - 1) for value in long]), **saving(before),
-            "model_runner": 2 if second else 1, "start_s": start_s,
-        }  # fmt: skip
-        print("ROW " + json.dumps(row), flush=True)
-    for length in job["prompt_lens"]:
-        prompts = make_prompts(1, length)
-        # The first two warm up.
-        _, _, *times = (answer_ms(llm, prompts, 1) for _ in range(job["repeats"] + 2))
-        row = {
-            "tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, **spread("ms_first_token", times),
-            "graph": job["cuda"] and not job["eager"] and length <= job["most_captured"],
-        }  # fmt: skip
-        print("ROW " + json.dumps(row), flush=True)
+    make_prompts, rounds, speeds = prompt_maker(job, vocab), list[list[dict[str, Any]]](), list[float]()
+    while (line := sys.stdin.readline().strip()) != ROWS:
+        if not line:
+            return  # who asked has ended
+        speeds.append(float(line))
+        rounds.append(one_round(llm, job, make_prompts))
+        print(ROUND_ENDED, flush=True)
+    common = {"model_runner": 2 if second else 1, "start_s": start_s, **spread("cpu_loop_ms", speeds)}
+    for row in joined(rounds):
+        print("ROW " + json.dumps({**row, **common}), flush=True)
     for batch in job["batches"] if job["gpu_time"] else ():
         prompts = make_prompts(batch, job["input_len"])
         short, long = (gpu_ms(llm, prompts, tokens, Path(job["traces"])) for tokens in (1, 1 + PROFILED_STEPS))
-        row = {"tool": "gpu", "batch": batch, "gpu_ms_per_step": (long - short) / PROFILED_STEPS}
-        print("ROW " + json.dumps(row), flush=True)
+        gpu_row = {"tool": "gpu", "batch": batch, "gpu_ms_per_step": (long - short) / PROFILED_STEPS}
+        print("ROW " + json.dumps(gpu_row), flush=True)
 
 
 class LatencyWorkers:
     """Processes that measure one job each.
 
-    The next one imports vLLM while the engine of a job starts; with `together` all engines start at the beginning.
+    The next one imports vLLM while the engine of a job starts; with `together` all engines start at the beginning, and
+    take turns in each round.
     """
 
     def __init__(self, jobs: Sequence[dict[str, Any]], together: bool):
         self._left = list(jobs)
         self._processes: list[subprocess.Popen[str]] = []
-        self._together = together
+        self._together, self._measured = together, False
         with _ended_by_errors(self):
             for _ in self._left if together else self._left[:1]:
                 self._start()
@@ -426,7 +455,7 @@ class LatencyWorkers:
                 for job, process in zip(self._left, self._processes, strict=True):
                     _tell(process, json.dumps(job))
                 for process in self._processes:
-                    _read_until_started(process)
+                    _read_until(process, STARTED)
 
     def _start(self) -> None:
         command = [sys.executable, __file__, "--worker"]
@@ -434,23 +463,35 @@ class LatencyWorkers:
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=WORKER_ENVIRONMENT)
         )
 
+    def _rounds(self, jobs: Sequence[dict[str, Any]], processes: Sequence[subprocess.Popen[str]]) -> None:
+        for _ in range(jobs[0]["repeats"]):
+            for job, process in zip(jobs, processes, strict=True):
+                cpus, loop_ms = fastest_cpus(job["cpus"])
+                pin(process.pid, cpus)
+                _tell(process, str(loop_ms))
+                _read_until(process, ROUND_ENDED)
+
     def run(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The rows of `measure_latency`, as they are measured; jobs come in the order in which they were given.
+        """The rows of `measure_latency`; jobs come in the order in which they were given.
 
         Raises:
             subprocess.CalledProcessError: if the process failed.
         """
-        if self._left.pop(0) is not job:
+        if self._left[0] is not job:
             raise ValueError(f"job must be the next of those that were given, got job={job['folder']}")
+        if self._together and not self._measured:
+            self._measured = True
+            self._rounds(self._left, self._processes)
+        self._left.pop(0)
         process = self._processes.pop(0)
         try:
             if not self._together:
                 if self._left:
                     self._start()
                 _tell(process, json.dumps(job))
-                _read_until_started(process)
-            pin(process.pid, job["pinned"])
-            _tell(process, "measure")
+                _read_until(process, STARTED)
+                self._rounds([job], [process])
+            _tell(process, ROWS)
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("ROW "):
@@ -504,11 +545,11 @@ def _tell(process: subprocess.Popen[str], line: str) -> None:
         process.stdin.flush()
 
 
-def _read_until_started(process: subprocess.Popen[str]) -> None:
-    """Reads on until an engine has started or its process has ended."""
+def _read_until(process: subprocess.Popen[str], wanted: str) -> None:
+    """Reads on until a line, or until the process has ended."""
     assert process.stdout is not None
     for line in process.stdout:
-        if line.strip() == STARTED:
+        if line.strip() == wanted:
             return
         print(line, end="", file=sys.stderr, flush=True)
 
@@ -570,9 +611,15 @@ class Throughput:
         command = [*CLI, "bench", "throughput", *cli_flags({**job, "engines": 1}), *prompts]
         command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
         # On its CPUs from the start on.
-        wanted = functools.partial(os.sched_setaffinity, 0, job["pinned"]) if job["pinned"] else None
+        cpus, loop_ms = fastest_cpus(job["cpus"])
+        wanted = functools.partial(os.sched_setaffinity, 0, cpus) if cpus else None
         subprocess.run(command, check=True, env=job_environment(job), preexec_fn=wanted)
-        yield {"tool": "throughput", "engines": 1, **json.loads(output.read_text(encoding="utf-8"))}
+        yield {
+            "tool": "throughput",
+            "engines": 1,
+            "cpu_loop_ms": loop_ms,
+            **json.loads(output.read_text(encoding="utf-8")),
+        }
 
     def close(self) -> None:
         """Nothing is left running."""
@@ -609,8 +656,9 @@ class Servers:
         try:
             if not _wait_for(server, port):
                 raise ValueError(f"the server must start, got exit status {server.returncode}")
-            pin(server.pid, job["pinned"])
             for batch in job["batches"]:
+                cpus, loop_ms = fastest_cpus(job["cpus"])
+                pin(server.pid, cpus)
                 output, count = self._work / "serve.json", max(4 * batch, 8)
                 prompts = random_flags(job) if job["prompts"] == RANDOM else custom_flags(job, self._work, count)
                 command = [*CLI, "bench", "serve", "--model", job["folder"], "--port", port, "--ignore-eos", *prompts]
@@ -619,7 +667,7 @@ class Servers:
                 subprocess.run(command, check=True)
                 found = json.loads(output.read_text(encoding="utf-8"))
                 kept = {key: value for key, value in found.items() if isinstance(value, int | float)}
-                yield {"tool": "serve", "batch": batch, **kept}
+                yield {"tool": "serve", "batch": batch, "cpu_loop_ms": loop_ms, **kept}
         finally:
             _end(server)
 
@@ -642,7 +690,7 @@ def _wait_for(server: subprocess.Popen[bytes], port: str) -> bool:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row its time over that of the dense model of the same group, batch size and prompt."""
+    """Adds to each row its time over that of the dense model of the same group, batch size and prompt, by rounds."""
     keys = {
         "latency": "ms_per_step", "prompt": "ms_first_token", "gpu": "gpu_ms_per_step", "serve": "median_tpot_ms",
         "throughput": "elapsed_time",
@@ -654,8 +702,11 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     dense = {place(row): row for row in rows if row["sparsity"] is None}
     for row in rows:
         base, key = dense.get(place(row)), keys[row["tool"]]
-        if base is not None and row["sparsity"] is not None and base.get(key):
-            row["over_dense"] = row[key] / base[key]
+        if base is None or row["sparsity"] is None or not base.get(key):
+            continue
+        pairs = zip(row.get(f"{key}_rounds", ()), base.get(f"{key}_rounds", ()), strict=False)
+        ratios = [own / other for own, other in pairs]
+        row |= spread("over_dense", ratios) if ratios else {"over_dense": row[key] / base[key]}
 
 
 def parse() -> argparse.Namespace:
@@ -717,13 +768,12 @@ def main() -> None:
     if arguments.folder:
         read_text(arguments.text)  # says now, and not after hours, that there is none
     names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
-    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time")}
+    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time", "cpus")}
     common["cuda"] = torch.cuda.is_available()
     common["traces"] = str((arguments.work / "traces").resolve())
     common["caches"] = str((arguments.work / "caches").resolve())
     common["text"] = None if arguments.text is None else str(arguments.text)
     dtype = getattr(torch, arguments.dtype)
-    cpus = fastest_cpus(arguments.cpus)
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
     work.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
@@ -740,7 +790,6 @@ def main() -> None:
             job["engines"] = len(group) if arguments.together else 1
             by_itself = DENSE_MOST_CAPTURED if job["model"].endswith(" dense") else MOST_TOKENS
             job["most_captured"] = arguments.most_captured or by_itself
-            job["pinned"] = cpus
     if arguments.write_only:
         return
     if torch.cuda.is_available():
@@ -752,7 +801,7 @@ def main() -> None:
         with contextlib.closing(measuring(tool, group, arguments)) as tools:
             for job in group:
                 kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel", "prompts")
-                own = {key: job[key] for key in (*kept, "engines", "pinned")}
+                own = {key: job[key] for key in (*kept, "engines", "cpus")}
                 try:
                     for row in tools.run(job):
                         rows.append({**own, **row})

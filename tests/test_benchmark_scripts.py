@@ -743,13 +743,17 @@ class TestVllmBench:
                 sys.exit(3)
             print("start", job["folder"], file=log, flush=True)
             print("words of the engine\\nENGINE STARTED", flush=True)
-            sys.stdin.readline()
-            print("measure", job["folder"], file=log, flush=True)
+            while (line := sys.stdin.readline()) != "rows\\n":
+                assert float(line) > 0
+                print("round", job["folder"], file=log, flush=True)
+                if job["folder"] == "weak":
+                    sys.exit(4)
+                print("ROUND ENDED", flush=True)
             print("ROW " + json.dumps({{"folder": job["folder"]}}), flush=True)
         """
         (tmp_path / "worker.py").write_text(textwrap.dedent(worker))
         monkeypatch.setattr(module, "__file__", str(tmp_path / "worker.py"))
-        jobs = [{"folder": name, "pinned": []} for name in ("a", "broken", "b")]
+        jobs = [{"folder": name, "cpus": 0, "repeats": 2} for name in ("a", "broken", "b", "weak")]
         found = list[dict[str, Any]]()
         with contextlib.closing(module.LatencyWorkers(jobs, together)) as workers:
             for job in jobs:
@@ -757,13 +761,39 @@ class TestVllmBench:
                     found += workers.run(job)
                 except module.subprocess.CalledProcessError as error:
                     found.append({"failed": error.returncode})
-        assert found == [{"folder": "a"}, {"failed": 3}, {"folder": "b"}]
+        assert found == [{"folder": "a"}, {"failed": 3}, {"folder": "b"}, {"failed": 4}]
         order = log.read_text().splitlines()
         if together:
-            assert {*order[:2]} == {"start a", "start b"}
-            assert order[2:] == ["measure a", "measure b"]
+            assert {*order[:3]} == {"start a", "start b", "start weak"}
+            assert order[3:] == ["round a", "round b", "round weak", "round a", "round b"]
         else:
-            assert order == ["start a", "measure a", "start b", "measure b"]
+            alone = [["start " + name, *["round " + name] * 2] for name in "ab"]
+            assert order == [*alone[0], *alone[1], "start weak", "round weak"]
+
+    def test_rows_are_medians_of_rounds_and_ratios_those_of_the_same_round(self, script: Any) -> None:
+        """A host that slows down from round to round slows both models."""
+        module, slower = script("vllm_bench"), (1.0, 2.0, 4.0)
+        some = {"lte:active_fraction_count": 2.0, "lte:active_fraction_sum": 1.0, "steps_decode": 128.0}
+        counts = {**some, "lte:union_fraction_count": 0.0, "lte:union_fraction_sum": 0.0, "steps_masked": 0.0}
+
+        def rounds(step: float, since: dict[str, float]) -> list[list[dict[str, Any]]]:
+            first = {"tool": "latency", "batch": 4, "input_len": 8, "since": since}
+            second = {"tool": "prompt", "batch": 1, "input_len": 9}
+            return [
+                [{**first, "ms_first_token": 5.0, "ms_per_step": step * by}, {**second, "ms_first_token": step * by}]
+                for by in slower
+            ]
+
+        dense, sparse = (list(module.joined(rounds(step, since))) for step, since in ((2.0, {}), (1.0, counts)))
+        found = sparse[0]
+        assert (found["ms_per_step"], found["ms_per_step_rounds"]) == (2.0, [1.0, 2.0, 4.0])
+        assert (found["active_fraction"], found["samples"], found["steps_decode"]) == (0.5, 6.0, 384.0)
+        assert not {"since", "union_fraction", "steps_masked"} & {*found}
+        own = [{"group": "g", "sparsity": sparsity} for sparsity in (None, 0.5)]
+        rows = [{**each, **row} for each, rows in zip(own, (dense, sparse), strict=True) for row in rows]
+        module.add_ratios(rows)
+        ratios = [[row.get(f"over_dense{end}") for end in ("_p20", "", "_p80")] for row in rows]
+        assert ratios == [[None] * 3] * 2 + [[0.5] * 3] * 2
 
     def test_engines_that_are_left_in_the_middle_are_ended(
         self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -774,8 +804,10 @@ class TestVllmBench:
             import json, sys, time
             job = json.loads(sys.stdin.readline())
             print("ENGINE STARTED", flush=True)
-            if not sys.stdin.readline():
-                sys.exit(0)
+            for line in iter(sys.stdin.readline, "rows\\n"):
+                if not line:
+                    sys.exit(0)
+                print("ROUND ENDED", flush=True)
             print("ROW {}", flush=True)
             time.sleep(100)
         """
@@ -788,7 +820,7 @@ class TestVllmBench:
             return started[-1]
 
         monkeypatch.setattr(module.subprocess, "Popen", noted)
-        jobs = [{"folder": name, "pinned": []} for name in "ab"]
+        jobs = [{"folder": name, "cpus": 0, "repeats": 1} for name in "ab"]
         with contextlib.closing(module.LatencyWorkers(jobs, True)) as workers:
             rows = workers.run(jobs[0])
             assert next(rows) == {}
@@ -798,7 +830,7 @@ class TestVllmBench:
             rows.close()
         assert [process.poll() for process in started] == [-signal.SIGTERM, 0]
         started.clear()
-        monkeypatch.setattr(module, "_read_until_started", lambda process: 1 / 0)
+        monkeypatch.setattr(module, "_read_until", lambda process, line: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             module.LatencyWorkers(jobs, True)
         assert len(started) == 2
@@ -812,14 +844,14 @@ class TestVllmBench:
 
         def probe() -> float:
             probed.append(os.sched_getaffinity(0))
-            return -max(probed[-1])  # the last one is the fastest
+            return 99 - max(probed[-1])  # the last one is the fastest
 
         monkeypatch.setattr(module, "_probe", probe)
         monkeypatch.setattr(module, "_siblings", lambda cpu: {cpu})
-        assert module.fastest_cpus(1) == [max(allowed)]
+        assert module.fastest_cpus(1) == ([max(allowed)], 99 - max(allowed))
         assert sorted({*map(min, probed)}) == sorted(allowed)
         assert os.sched_getaffinity(0) == allowed
-        assert module.fastest_cpus(0) == []
+        assert module.fastest_cpus(0)[0] == []
         with pytest.raises(ValueError, match=f"cpus must be at most the number of cores, {len(allowed)}, got cpus=999"):
             module.fastest_cpus(999)
         monkeypatch.setattr(module, "_siblings", lambda cpu: allowed)
