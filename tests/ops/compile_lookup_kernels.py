@@ -18,7 +18,7 @@ NAMES = ("propose_kernel", "keep_kernel")
 def variants() -> Iterator[dict[str, Any]]:
     """Tokens proposed, and of the longest match."""
     for arch in (80, 90):
-        for proposed, gram in ((1, 2), (5, 2), (10, 1), (31, 5)):
+        for proposed, gram in ((1, 4), (5, 4), (7, 4), (7, 10)):
             yield {"arch": arch, "proposed": proposed, "gram": gram}
 
 
@@ -29,8 +29,8 @@ def launch_variant(v: dict[str, Any]) -> None:
         return torch.zeros(count, dtype=torch.int64, device="meta")
 
     text = LookupText(numbers(100), numbers(1), v["proposed"], v["gram"], 200, numbers(2))
-    text.propose(v["proposed"])
-    text.keep(numbers(v["proposed"] + 1), v["proposed"])
+    text.propose()
+    text.keep(numbers(v["proposed"] + 1))
 
 
 if __name__ == "__main__":

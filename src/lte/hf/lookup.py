@@ -3,10 +3,10 @@
 `generate(prompt_lookup_num_tokens=K)` proposes what followed the last tokens where they stood before, and keeps what
 the model writes itself. In the loop of transformers the host learns after each pass which tokens stay and looks for
 the next proposal, for which a GPU waits as long as a step of a small model takes. Here proposals and the count of what
-stays are tensors on the device, and the host hears of a pass while the next one runs. The proposals are those of
-transformers: what followed the first place with the longest match, of up to `max_matching_ngram_size` tokens. A pass
-always has room for as many, and those that there are not cost it little, as the engine is told so on the device. Where
-nothing of them stayed for some passes, the passes after them have room for a single one, until one stays.
+stays are tensors on the device, and the host hears of a pass while the next one runs. Proposals come from where
+transformers takes them, the first place with the longest match; the longer that is, the more tokens are proposed, up to
+K and what one call of the engine reads. A pass always has room for as many, and those that there are not cost it
+little, as the engine is told so on the device.
 
 Greedy answers to one sequence alone; logits processors, sampling and scores are left to the loop of transformers.
 
@@ -32,12 +32,10 @@ if TYPE_CHECKING:
 
 # What `generate` may ask for that needs more than tokens.
 _ASKED = ("do_sample", "output_scores", "output_logits", "assistant_early_exit", "assistant_ensemble_weight")
-# After so many passes in a row of which no proposed token stayed, one is proposed: a pass of few tokens reads less.
-MISSES = 2
 # Tokens of a text for which there are places on the device from the start; each pass goes through all of them.
 LONGEST = 2**20
-# Of the longest match that is looked for, where the caller does not say it: transformers' own.
-GRAM = 2
+# Of the longest match that is looked for: at least, and at most where a caller wants longer ones.
+GRAM, MOST_GRAM = 4, 16
 
 
 def lookup_of(
@@ -49,7 +47,7 @@ def lookup_of(
     model_kwargs: dict[str, Any],
 ) -> Lookup | None:
     """What runs a call of prompt lookup, `None` if that is left to transformers."""
-    proposed, gram = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size or GRAM
+    proposed, gram = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size
     if proposed is None or any(getattr(generation_config, name, None) for name in _ASKED) or logits_processor:
         return None
     if not runs_ahead(input_ids.device):
@@ -60,7 +58,7 @@ def lookup_of(
     longest, length = min(lengths, default=0), input_ids.shape[1]
     if not length < longest <= LONGEST or len(input_ids) > 1:
         return None
-    if not 1 <= proposed < checked.calls * checked.most or gram < 1:
+    if proposed < 1 or checked.most < 2:
         return None
     cache: Any = model_kwargs.get("past_key_values")
     if not grows(cache, checked.plan) or cache.get_seq_length():
@@ -72,7 +70,8 @@ def lookup_of(
         return None
     ends = [each.eos_token_id.reshape(-1) for each in stopping_criteria if type(each) is EosTokenCriteria]
     ends_of = torch.cat(ends).to(input_ids.device) if ends else None
-    return Lookup(checked, cache, starts, proposed, gram, longest, ends_of)
+    fits = min(proposed, checked.most - 1)
+    return Lookup(checked, cache, starts, fits, min(max(gram or 0, GRAM), MOST_GRAM), longest, ends_of)
 
 
 @dataclass
@@ -106,30 +105,28 @@ class Lookup:
         first = found.logits[:, -1].argmax(-1)
         text = self._text_of(input_ids, first)
         known, span = input_ids.shape[1] + 1, self.proposed + 1
-        told = Told(span + 3, input_ids)
+        told = Told(span + 2, input_ids)
         goes_on = known < self.longest and not (self.ends is not None and bool(torch.isin(first, self.ends)))
         if streamer is not None:
             streamer.put(first.cpu()[None])
         try:
             if goes_on:
                 self._make_room(known)
-                told.tell(self._pass(text, self.proposed))
-            misses = 0
+                told.tell(self._pass(text))
             while goes_on:
                 # One pass may have brought all its tokens, and the one after it reads as many again.
                 launched = known - 1 + 2 * span <= self._room
-                proposed = self.proposed if misses < MISSES else 1
                 if launched:
-                    following = self._pass(text, proposed)
-                *chosen, kept, offered, ended = told.wait().tolist()
-                known, misses = known + kept, 0 if kept > 1 else misses + (offered > 0)
+                    following = self._pass(text)
+                *chosen, kept, ended = told.wait().tolist()
+                known += kept
                 if streamer is not None:
                     streamer.put(torch.tensor([chosen[:kept]], device="cpu"))
                 if ended:
                     break
                 if not launched:
                     self._make_room(known)
-                    following = self._pass(text, proposed)
+                    following = self._pass(text)
                 told.tell(following)
         finally:
             self._show(known - 1)
@@ -148,13 +145,12 @@ class Lookup:
         ends = ids.new_empty(0) if self.ends is None else self.ends.long()
         return LookupText(ids, self.starts, self.proposed, self.gram, self.longest, ends)
 
-    def _pass(self, text: LookupText, proposed: int) -> Tensor:
-        """Reads the last token and up to n proposed ones; see `LookupText.keep`.
+    def _pass(self, text: LookupText) -> Tensor:
+        """Reads the last token and what is proposed; see `LookupText.keep`.
 
         After the end of the text nothing stays, so that a pass that began too early does no harm.
         """
-        chosen = self.checked.logits_of(*text.propose(proposed)).argmax(-1)
-        return text.keep(chosen, proposed)
+        return text.keep(self.checked.logits_of(*text.propose()).argmax(-1))
 
     def _make_room(self, known: int) -> None:
         """Has the cache in memory in which another pass has room."""

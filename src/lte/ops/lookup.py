@@ -1,6 +1,6 @@
 """The text of prompt lookup on the device: what to propose, and what stays of it.
 
-Shapes: L tokens of a prompt, K tokens proposed at most, n of a pass.
+Shapes: L tokens of a prompt, K tokens proposed at most.
 """
 
 from __future__ import annotations
@@ -29,53 +29,38 @@ class LookupText:
     def __init__(self, ids: Tensor, start: Tensor, proposed: int, gram: int, longest: int, ends: Tensor):
         self._gram, self._longest, self._start = gram, longest, start
         self._ends = ends if ends.numel() else ids.new_full((1,), -1)  # which is no token
-        self._width = proposed + 1
         # Before the text stand tokens that are none, so that all places have others before them.
         self._text = ids.new_full((gram + longest,), -1)
         self._text[gram : gram + len(ids)] = ids
         self._state = ids.new_full((2,), len(ids))
         self._state[1] = 0
-        self._offered = ids.new_zeros(1)
-        self._message = ids.new_zeros(self._width + 3)
-        self._passes: dict[int, tuple[list[Tensor], ReadyKernel, ReadyKernel]] = {}
-
-    def _pass(self, proposed: int) -> tuple[list[Tensor], ReadyKernel, ReadyKernel]:
-        """Memory for the tokens, positions and starts of a pass, and the kernels before and after it."""
-        if proposed in self._passes:
-            return self._passes[proposed]
-        shared = {"GRAM": self._gram, "K": proposed, "R": triton.next_power_of_2(proposed + 1)}
-        inputs = [self._text.new_empty(proposed + 1) for _ in range(3)]
-        before = ReadyKernel(kernels.propose_kernel, {**shared, "BLOCK": BLOCK, "num_warps": 4})
+        self._inputs = [ids.new_empty(proposed + 1) for _ in range(3)]
+        self._offered, self._message = ids.new_zeros(1), ids.new_zeros(proposed + 3)
+        shared = {"GRAM": gram, "K": proposed, "R": triton.next_power_of_2(proposed + 1)}
+        self._propose = ReadyKernel(kernels.propose_kernel, {**shared, "BLOCK": BLOCK, "num_warps": 4})
         # It writes what it has read: one warp, all of whose lanes have read by then.
-        after = ReadyKernel(kernels.keep_kernel, {**shared, "WIDTH": self._width, "num_warps": 1})
-        self._passes[proposed] = inputs, before, after
-        return self._passes[proposed]
+        self._keep = ReadyKernel(kernels.keep_kernel, {**shared, "num_warps": 1})
 
-    def propose(self, proposed: int) -> list[Tensor]:
-        """Tokens, positions and starts [n + 1] of a pass over the last token and n proposed ones.
+    def propose(self) -> list[Tensor]:
+        """Tokens, positions and starts [K + 1] of a pass over the last token and those proposed, in the same memory.
 
-        Those that there are none of begin after their positions. The next call with the same n writes them anew.
+        Those that there are none of begin after their positions.
         """
-        inputs, kernel, _ = self._pass(proposed)
-        kernel(1, True, self._text, self._state, self._start, *inputs, self._offered)
-        return inputs
+        self._propose(1, True, self._text, self._state, self._start, *self._inputs, self._offered)
+        return self._inputs
 
-    def keep(self, chosen: Tensor, proposed: int) -> Tensor:
-        """Continues the text by what stays of a pass, the one that `propose` began last.
+    def keep(self, chosen: Tensor) -> Tensor:
+        """Continues the text by what stays of the pass that `propose` has begun.
 
         Args:
-            chosen: the token that the model writes after each of them, int64 [n + 1].
-            proposed: n.
+            chosen: the token that the model writes after each of its tokens, int64 [K + 1].
 
         Returns:
-            The chosen tokens in the first of K + 1 places, how many of them stay, how many were proposed, and whether
-            the text has ended: [K + 4], which the next call writes anew. Nothing stays after the end.
+            The chosen tokens, how many of them stay, and whether the text has ended: [K + 3], which the next call
+            writes anew. Nothing stays after the end.
         """
-        (tokens, *_), _, kernel = self._pass(proposed)
-        numbers = self._longest, self._ends.numel()
-        kernel(
-            1, True, chosen, tokens, self._offered, self._text, self._state, self._ends, self._message, *numbers
-        )  # fmt: skip
+        tensors = chosen, self._inputs[0], self._offered, self._text, self._state, self._ends, self._message
+        self._keep(1, True, *tensors, self._longest, self._ends.numel())
         return self._message
 
     def known(self, length: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 Both work on a few numbers in one program, where the time is that of the launches: plain PyTorch takes about sixty.
 
-Shapes: K tokens proposed at most, R rows for K + 1 of them. A text lies behind GRAM places that hold no tokens, so that
-the token of place p is `text[p + GRAM]`; `state` is how many of its tokens are known and whether it has ended.
+Shapes: K tokens proposed at most, R rows for K + 1 of them, GRAM tokens of the longest match. A text lies behind GRAM
+places that hold no tokens, so that the token of place p is `text[p + GRAM]`; `state` is how many of its tokens are
+known and whether it has ended.
 """
 
 # Triton's own forms: a constexpr is upper case.
@@ -30,8 +31,9 @@ def propose_kernel(
 ):
     """What followed the last tokens where they stood before: of the longest matches, up to GRAM tokens, the first.
 
-    Writes `offered`, how many tokens these are, and tokens, positions and starts [K + 1] of a pass over the last known
-    token and them; what is beyond them begins after its position. `first` is where the text begins.
+    A match of 1, 2, 3, 4 tokens gives 1, 2, 4, 8 of them, and K at most: the longer it is, the more of them stay.
+    Writes `offered`, how many these are, and tokens, positions and starts [K + 1] of a pass over the last known token
+    and them; what is beyond them begins after its position. `first` is where the text begins.
     """
     last = tl.load(state) - 1
     best = tl.full([], 0, tl.int64)
@@ -44,8 +46,11 @@ def propose_kernel(
             alike &= tl.load(text + places + GRAM - back, mask=places < last, other=-2) == token
             matched += alike.to(tl.int64)
         best = tl.maximum(best, tl.max(tl.where(matched > 0, matched * FAR - places, 0), 0))
-    place = (best + FAR - 1) // FAR * FAR - best
-    count = tl.where(best > 0, tl.minimum(last - place, K), 0)
+    length = (best + FAR - 1) // FAR
+    place = length * FAR - best
+    # Beyond 2^30 tokens there are none.
+    trusted = tl.full([], 1, tl.int64) << tl.minimum(tl.maximum(length - 1, 0), 30)
+    count = tl.where(best > 0, tl.minimum(tl.minimum(last - place, trusted), K), 0)
     rows = tl.arange(0, R).to(tl.int64)
     found = tl.load(text + GRAM + tl.where(rows == 0, last, place + rows), mask=rows <= count, other=0)
     tl.store(tokens + rows, found, mask=rows <= K)
@@ -68,13 +73,11 @@ def keep_kernel(
     GRAM: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     """Keeps what the model chose [K + 1] after the last token and each proposed one, up to its first other choice.
 
     Or up to a token of `ends`, or to a text of `longest` tokens; nothing after the text's end. Writes the text, its
-    state and `message` [WIDTH + 3]: the chosen tokens, how many stay, how many were proposed, whether the text has
-    ended.
+    state and `message` [K + 3]: the chosen tokens, how many stay, and whether the text has ended.
     """
     rows = tl.arange(0, R)
     choices = tl.load(chosen + rows, mask=rows <= K, other=-1)
@@ -94,6 +97,5 @@ def keep_kernel(
     tl.store(state, known + kept)
     tl.store(state + 1, ended.to(tl.int64))
     tl.store(message + rows, choices, mask=rows <= K)
-    tl.store(message + WIDTH, kept)
-    tl.store(message + WIDTH + 1, count)
-    tl.store(message + WIDTH + 2, ended.to(tl.int64))
+    tl.store(message + K + 1, kept)
+    tl.store(message + K + 2, ended.to(tl.int64))
