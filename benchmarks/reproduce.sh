@@ -183,7 +183,7 @@ serve() {
     done
     local common=("${folders[@]}" --one-baseline --text "$text")
     vllm_bench "$name" "${common[@]}" --batches 1 4 16 64 --prompt-lens 128 512 640 1024 2048 4096 8192 --gpu-time
-    vllm_bench "${name}_graphs" "${common[@]}" --batches 1 --prompt-lens 1024 2048 --most-captured 2048
+    vllm_bench "${name}_graphs" "${common[@]}" --batches 1 --prompt-lens 640 1024 2048 --most-captured 2048 --gpu-time
     vllm_bench "${name}_serve" "${common[@]}" --batches 1 16 64 --tools serve
     vllm_bench "${name}_throughput" "${common[@]}" --batches 1 --tools throughput
   done

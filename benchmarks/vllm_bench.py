@@ -67,7 +67,7 @@ from lte.bench.text import random_ids, read_text, text_name
 from lte.files import write_json_atomic
 from lte.nn.router import ALWAYS_ON_LOGIT
 from lte.records import environment
-from lte.vllm.graphs import MOST_TOKENS
+from lte.vllm.graphs import longest_prompt
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA_SHAPES["llama2-7b"],
@@ -191,10 +191,21 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
         options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": job["traces"], **own}
     if job["cuda"]:
         prompts = [*(batch * job["input_len"] for batch in job["batches"]), *job["prompt_lens"]]
-        sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= job["most_captured"])}
+        sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= most_captured(job))}
         graphs = {"cudagraph_capture_sizes": sorted(sizes)}
         return options if job["eager"] else {**options, "compilation_config": graphs}
     return options
+
+
+def most_captured(job: dict[str, Any]) -> int:
+    """Tokens of a prompt up to which there are graphs: as asked for, or by vLLM itself for many sequences at once."""
+    if job["most_captured"] is not None:
+        return job["most_captured"]
+    if job["model"].endswith(" dense"):
+        return DENSE_MOST_CAPTURED
+    config = AutoConfig.from_pretrained(job["folder"])
+    neurons = config.intermediate_size // job["tensor_parallel"]
+    return max(DENSE_MOST_CAPTURED, longest_prompt(config.hidden_size, neurons))
 
 
 def memory_options(job: dict[str, Any]) -> dict[str, Any]:
@@ -386,7 +397,7 @@ def one_round(llm: Any, job: dict[str, Any], make_prompts: Callable[[int, int], 
     for length in job["prompt_lens"]:
         prompts = make_prompts(1, length)
         answer_ms(llm, prompts, 1)  # warms up
-        captured = job["cuda"] and not job["eager"] and length <= job["most_captured"]
+        captured = job["cuda"] and not job["eager"] and length <= most_captured(job)
         own = {"tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, "graph": captured}
         found.append({**own, "ms_first_token": answer_ms(llm, prompts, 1)})
     return found
@@ -417,7 +428,7 @@ def measure_latency() -> None:
     start = time.perf_counter()
     llm: Any = LLM(job["folder"], **engine_options(job))
     start_s = time.perf_counter() - start
-    print(STARTED, flush=True)
+    print(f"\n{STARTED}", flush=True)
     config = llm.llm_engine.vllm_config
     vocab, second = config.model_config.get_vocab_size(), getattr(config, "use_v2_model_runner", False)
     make_prompts, rounds, speeds = prompt_maker(job, vocab), list[list[dict[str, Any]]](), list[float]()
@@ -426,7 +437,7 @@ def measure_latency() -> None:
             return  # who asked has ended
         speeds.append(float(line))
         rounds.append(one_round(llm, job, make_prompts))
-        print(ROUND_ENDED, flush=True)
+        print(f"\n{ROUND_ENDED}", flush=True)  # something may stand in the line
     common = {"model_runner": 2 if second else 1, "start_s": start_s, **spread("cpu_loop_ms", speeds)}
     for row in joined(rounds):
         print("ROW " + json.dumps({**row, **common}), flush=True)
@@ -481,7 +492,7 @@ class LatencyWorkers:
             raise ValueError(f"job must be the next of those that were given, got job={job['folder']}")
         if self._together and not self._measured:
             self._measured = True
-            self._rounds(self._left, self._processes)
+            self._rounds(list(self._left), list(self._processes))
         self._left.pop(0)
         process = self._processes.pop(0)
         try:
@@ -729,7 +740,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--most-captured",
         type=int,
-        help=f"tokens up to which all have graphs; unset: {DENSE_MOST_CAPTURED}, sparse {MOST_TOKENS}",
+        help=f"tokens up to which all have graphs; unset: {DENSE_MOST_CAPTURED}, sparse more if they are small",
     )
     parser.add_argument("--cpus", type=int, default=0, help="CPUs that an engine has while it is measured; 0: all")
     parser.add_argument("--gpu-time", action="store_true", help="how long a GPU works in a step, beside latency")
@@ -768,12 +779,15 @@ def main() -> None:
     if arguments.folder:
         read_text(arguments.text)  # says now, and not after hours, that there is none
     names = ("batches", "input_len", "output_len", "prompt_lens", "num_prompts", "repeats", "dtype", "eager")
-    common = {name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time", "cpus")}
+    common = {
+        name: getattr(arguments, name) for name in (*names, "tensor_parallel", "gpu_time", "cpus", "most_captured")
+    }
     common["cuda"] = torch.cuda.is_available()
     common["traces"] = str((arguments.work / "traces").resolve())
     common["caches"] = str((arguments.work / "caches").resolve())
     common["text"] = None if arguments.text is None else str(arguments.text)
     dtype = getattr(torch, arguments.dtype)
+    fastest_cpus(arguments.cpus)  # says at once if there are fewer
     work, writers = arguments.work, list[tuple[str, Callable[[], list[dict[str, Any]]]]]()
     work.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
@@ -788,8 +802,6 @@ def main() -> None:
         for job in group:
             job["prompts"] = RANDOM if job["group"] in SHAPES else text_name(arguments.text)
             job["engines"] = len(group) if arguments.together else 1
-            by_itself = DENSE_MOST_CAPTURED if job["model"].endswith(" dense") else MOST_TOKENS
-            job["most_captured"] = arguments.most_captured or by_itself
     if arguments.write_only:
         return
     if torch.cuda.is_available():

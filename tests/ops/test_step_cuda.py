@@ -165,6 +165,23 @@ def test_several_tokens_in_16_bits(
     assert_several_match(emulator(), plan, 3, 1e-3, relative_rms)
 
 
+@pytest.mark.parametrize("blocks", [2, 24])
+def test_a_sequence_without_a_token_neither_stops_nor_changes_the_others(
+    blocks: int, emulator: Callable[..., Emulator]
+) -> None:
+    """One that begins after its position: no call means it, but a GPU must not wait for ever."""
+    plan = random_plan(Shape(layers=2), torch.float32)
+    caches = new_caches(plan, 2, 8)
+    step, before = CudaEngine(plan, emulator(blocks=blocks)).bind(caches), copied(caches)
+    tokens, positions = torch.tensor([3, 4]), torch.tensor([0, 5])
+    logits = step(tokens, positions, torch.tensor([0, 6]))[0].clone()
+    for cache, other in zip(caches, before, strict=True):
+        assert torch.equal(cache.keys[1].isnan(), other.keys[1].isnan())
+    assert torch.isfinite(logits).all()
+    again = step(tokens, torch.tensor([0, 5]), torch.tensor([0, 5]))
+    torch.testing.assert_close(again[0], logits, rtol=1e-5, atol=1e-5)
+
+
 def test_several_tokens_are_those_of_one_sequence(emulator: Callable[..., Emulator]) -> None:
     plan = random_plan(Shape(layers=1), torch.float32)
     for engine in (CudaEngine(plan, emulator()), ReferenceEngine(plan)):

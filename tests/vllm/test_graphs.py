@@ -1,37 +1,76 @@
-"""Up to how many tokens there are CUDA graphs; no vLLM needed."""
+"""Up to how many tokens there are CUDA graphs, by stand-ins for vLLM's config; `test_refusals` has vLLM's own."""
 
 from __future__ import annotations
 
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lte.vllm.graphs import MOST_TOKENS, capture_prompts
+from lte.vllm.graphs import capture_prompts
+
+SMALL, LARGE = (1536, 8960), (4096, 11008)
+Mode = Enum("Mode", ["NONE", "FULL"])
 
 
-def config(most_batched: int = 8192, *, eager: bool = False, **compilation: Any) -> Any:
-    return SimpleNamespace(
+def config(most_batched: int = 8192, own: int = 512, *, eager: bool = False, **compilation: Any) -> Any:
+    """One that settles its sizes as vLLM does: what was given, or some up to `own`."""
+    given = {"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None, "cudagraph_mode": None, **compilation}
+    made = SimpleNamespace(
         model_config=SimpleNamespace(enforce_eager=eager),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=most_batched),
-        compilation_config=SimpleNamespace(
-            **{"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None, **compilation}
-        ),
+        compilation_config=SimpleNamespace(**given),
     )
 
+    def settle() -> None:
+        sizes = made.compilation_config.cudagraph_capture_sizes or [1, 100, own]
+        made.compilation_config.cudagraph_capture_sizes = sizes
+        made.compilation_config.max_cudagraph_capture_size = sizes[-1]
 
-@pytest.mark.parametrize(("most_batched", "expected"), [(8192, MOST_TOKENS), (1000, 1000)])
-def test_prompts_are_captured_by_default(most_batched: int, expected: int) -> None:
-    made = config(most_batched)
-    assert capture_prompts(made) == expected
-    assert made.compilation_config.max_cudagraph_capture_size == expected
-    assert made.compilation_config.cudagraph_capture_sizes is None  # vLLM lists them
+    made._set_cudagraph_sizes = settle
+    return made
 
 
 @pytest.mark.parametrize(
-    "given", [{"max_cudagraph_capture_size": 512}, {"cudagraph_capture_sizes": [1, 8]}, {"eager": True}]
+    ("shape", "most_batched", "own", "expected"),
+    [
+        (SMALL, 8192, 512, [1, 100, 512, *range(544, 2049, 32)]),
+        (SMALL, 1000, 512, [1, 100, 512, *range(544, 993, 32)]),
+        (SMALL, 8192, 12, [1, 100, 12, *range(32, 2049, 32)]),
+        (LARGE, 8192, 512, [1, 100, 512, 544, 576, 608]),
+        ((8192, 28672), 8192, 512, [1, 100, 512]),
+    ],
+)
+def test_longer_prompts_are_added_the_more_the_smaller_an_ffn_is(
+    shape: tuple[int, int], most_batched: int, own: int, expected: list[int]
+) -> None:
+    made = config(most_batched, own)
+    capture_prompts(made, *shape)
+    assert made.compilation_config.cudagraph_capture_sizes == expected
+    assert made.compilation_config.max_cudagraph_capture_size is None
+    made._set_cudagraph_sizes()
+    assert made.compilation_config.cudagraph_capture_sizes == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_cudagraph_capture_size": 512},
+        {"cudagraph_capture_sizes": [1, 8]},
+        {"eager": True},
+        {"cudagraph_mode": Mode.NONE},
+    ],
 )
 def test_what_the_deployment_says_counts(given: dict[str, Any]) -> None:
-    made, before = config(**given), config(**given)
-    assert capture_prompts(made) is None
-    assert made == before
+    made = config(**given)
+    before = dict(vars(made.compilation_config))
+    capture_prompts(made, *SMALL)
+    assert vars(made.compilation_config) == before
+
+
+def test_a_vllm_that_settles_them_otherwise_is_left_alone() -> None:
+    made = config()
+    del made._set_cudagraph_sizes
+    capture_prompts(made, *SMALL)
+    assert made.compilation_config.cudagraph_capture_sizes is None

@@ -84,6 +84,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "settings": ({"hf_overrides": {"lte": {"threshold": 0.4}}}, "hf-overrides must not replace the field lte"),
 }
 DTYPES = {"auto": "torch.float32", "bfloat16": "torch.bfloat16"}
+# Of graphs: numbers of sequences that are not among the usual sizes, few, and many.
+SEQUENCES, BATCHED = (20, 6, 1000), {"max_num_batched_tokens": 2048}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     jobs.append({"name": "backend", "folder": str(good), "options": {"model_impl": "transformers"}})
     dense = tiny_dense_model("llama", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2)
     jobs.append({"name": "dense", "folder": save(dense, root / "dense")})
+    for seqs in SEQUENCES:
+        jobs.append({"name": seqs, "folder": str(good), "options": {"max_num_seqs": seqs, **BATCHED}, "on_gpu": True})
     return {result["name"]: result for result in run_program("configure.py", jobs)}
 
 
@@ -150,6 +154,15 @@ def test_without_the_plugin_vllm_refuses_the_folder(tmp_path: Path) -> None:
     assert "lte_llama" in stock["error"]
     assert "LteLlamaForCausalLM" in imported["error"]
     assert "not supported" in imported["error"]
+
+
+@pytest.mark.parametrize("seqs", SEQUENCES)
+def test_a_small_model_has_graphs_of_longer_prompts_beside_vllms_own(outcomes: Any, seqs: int) -> None:
+    own, settled = outcomes[seqs]["own"], outcomes[seqs]["settled"]
+    assert seqs in own or seqs > own[-1]
+    longer = [size for size in range(32, 2049, 32) if size > own[-1]]
+    assert len(longer) > 40
+    assert settled == [[*own, *longer], 2048]
 
 
 def test_every_family_of_the_table_is_served_or_refused() -> None:

@@ -106,7 +106,10 @@ class CheckedModel:
         return CausalLMOutputWithPast(logits=logits[None, -kept:], past_key_values=cache)
 
     def logits_of(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
-        """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory; starts [1] or [n]."""
+        """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory.
+
+        Starts are [1], or [n] for 2 to `most` tokens, of which the last may be none.
+        """
         parts = (each.split(self.most) for each in (ids, positions, starts.expand(len(ids))))
         found = [self._step(*part) for part in zip(*parts, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found)

@@ -5,6 +5,7 @@ Shapes: L tokens of a prompt, K tokens proposed at most.
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
@@ -46,7 +47,8 @@ class LookupText:
 
         Those that there are none of begin after their positions.
         """
-        self._propose(1, True, self._text, self._state, self._start, *self._inputs, self._offered)
+        with torch.cuda.device_of(self._text):  # Triton launches on the current GPU
+            self._propose(1, True, self._text, self._state, self._start, *self._inputs, self._offered)
         return self._inputs
 
     def keep(self, chosen: Tensor) -> Tensor:
@@ -60,7 +62,8 @@ class LookupText:
             writes anew. Nothing stays after the end.
         """
         tensors = chosen, self._inputs[0], self._offered, self._text, self._state, self._ends, self._message
-        self._keep(1, True, *tensors, self._longest, self._ends.numel())
+        with torch.cuda.device_of(self._text):
+            self._keep(1, True, *tensors, self._longest, self._ends.numel())
         return self._message
 
     def known(self, length: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Triton kernels of prompt lookup: what to propose, and what stays of it, one launch each.
 
-Both work on a few numbers in one program, where the time is that of the launches: plain PyTorch takes about sixty.
+Each is one program, since the time of a text of usual length is that of the launches: plain PyTorch takes about sixty.
 
 Shapes: K tokens proposed at most, R rows for K + 1 of them, GRAM tokens of the longest match. A text lies behind GRAM
 places that hold no tokens, so that the token of place p is `text[p + GRAM]`; `state` is how many of its tokens are
@@ -36,7 +36,7 @@ def propose_kernel(
     and them; what is beyond them begins after its position. `first` is where the text begins.
     """
     last = tl.load(state) - 1
-    best = tl.full([], 0, tl.int64)
+    bests = tl.zeros([BLOCK], tl.int64)
     for begin in tl.range(0, last, BLOCK):
         places = begin + tl.arange(0, BLOCK).to(tl.int64)
         alike = places < last
@@ -45,7 +45,8 @@ def propose_kernel(
             token = tl.load(text + last + GRAM - back)
             alike &= tl.load(text + places + GRAM - back, mask=places < last, other=-2) == token
             matched += alike.to(tl.int64)
-        best = tl.maximum(best, tl.max(tl.where(matched > 0, matched * FAR - places, 0), 0))
+        bests = tl.maximum(bests, tl.where(matched > 0, matched * FAR - places, 0))
+    best = tl.max(bests, 0)
     length = (best + FAR - 1) // FAR
     place = length * FAR - best
     # Beyond 2^30 tokens there are none.

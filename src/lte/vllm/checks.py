@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from vllm.config import model as vllm_model_config
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lte.hf.checkpoints import damaged_files
@@ -26,9 +25,6 @@ from lte.vllm.architectures import served_names
 from lte.vllm.graphs import capture_prompts
 from lte.vllm.meter import publish
 from lte.vllm.settings import ServeSettings, serve_settings
-
-# A name below vllm's, whose loggers are the ones that its settings show.
-logger = init_logger("vllm.lte")
 
 OLDEST_GPU = 80
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -98,8 +94,9 @@ class LteChecks(VerifyAndUpdateConfig):
         if not vllm_config.instance_id:
             vllm_config.instance_id = uuid.uuid4().hex
         publish(vllm_config.instance_id)
-        if on_gpu() and (most := capture_prompts(vllm_config)):
-            logger.info("CUDA graphs for up to %d tokens a step; --max-cudagraph-capture-size sets another limit", most)
+        if on_gpu():
+            ranks = vllm_config.parallel_config.tensor_parallel_size
+            capture_prompts(vllm_config, vllm_config.model_config.hf_config.hidden_size, settings.num_neurons // ranks)
 
 
 def check_ranks(settings: ServeSettings, ranks: int) -> None:

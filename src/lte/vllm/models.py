@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from vllm.logger import init_logger
 from vllm.model_executor.models.registry import ModelRegistry
 
 from lte.config import LteConfig
@@ -20,10 +21,13 @@ from lte.hf.families import family_of
 from lte.ops.arguments import MAX_TOKENS
 from lte.ops.dispatch import kernel_names
 from lte.vllm.architectures import SERVED, ServedFfn, stock_name
-from lte.vllm.checks import check_dtype, check_ranks, logger
+from lte.vllm.checks import check_dtype, check_ranks
 from lte.vllm.ffn import Place, SparseMlp
 from lte.vllm.meter import Meter
 from lte.vllm.settings import ServeSettings, serve_settings
+
+# A name below vllm's, whose loggers are the ones that its settings show.
+logger = init_logger("vllm.lte")
 
 
 class LteServing:
@@ -47,6 +51,7 @@ class LteServing:
             for ffn in self.sparse_ffns:
                 ffn.most_tokens, ffn.warmed_up = vllm_config.scheduler_config.max_num_batched_tokens, warmed_up
         self._settings, self._told = settings, False
+        self._captured = max(vllm_config.compilation_config.cudagraph_capture_sizes or (), default=0)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As the stock method.
@@ -64,6 +69,13 @@ class LteServing:
             )
         return loaded
 
+    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; it notes by which path, also of steps whose FFNs are parts of graphs."""
+        if self.sparse_ffns and self.sparse_ffns[0].runner is not None and self.sparse_ffns[0].tp_rank == 0:
+            ffn = self.sparse_ffns[0]
+            self.meter.took(ffn.path_of(positions.shape[-1], ffn.dtype))
+        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+
     def compute_logits(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; it ends every step, also of graphs, and so drives the meter."""
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -71,7 +83,7 @@ class LteServing:
         if ffn is not None and ffn.runner is not None and ffn.tp_rank == 0:
             if not self._told:
                 self._told = True
-                logger.info(start_line(type(self).__name__, self._settings, ffn, hidden.dtype))
+                logger.info(start_line(type(self).__name__, self._settings, ffn, hidden.dtype, self._captured))
             self.meter.step(len(hidden), lambda tokens: ffn.path_of(tokens, hidden.dtype))
         return super().compute_logits(*args, **kwargs)  # type: ignore[misc]
 
@@ -105,8 +117,8 @@ def install_(
     return found
 
 
-def start_line(name: str, settings: ServeSettings, ffn: SparseMlp, dtype: torch.dtype) -> str:
-    """What a deployment runs, in one line: method, sparsity, kernels, break-even batch."""
+def start_line(name: str, settings: ServeSettings, ffn: SparseMlp, dtype: torch.dtype, captured: int) -> str:
+    """What a deployment runs, in one line: method, sparsity, kernels, break-even batch, tokens of the largest graph."""
     kernels = kernel_names(ffn.router.bias.device, dtype)
     expected = f"{settings.sparsity:.0%} expected" if settings.sparsity is not None else "not measured"
     batch = max((t for t in range(1, MAX_TOKENS + 1) if ffn.path_of(t, dtype) == "decode"), default=0)
@@ -115,7 +127,7 @@ def start_line(name: str, settings: ServeSettings, ffn: SparseMlp, dtype: torch.
         f"{name}: method {LteConfig.name}, sparsity {settings.config.target_sparsity:.0%} asked for and {expected}, "
         f"threshold {settings.threshold:g}, {settings.num_experts} experts of {settings.config.expert_size} neurons a "
         f"layer, {settings.weights} weights; kernels {kernels['decode']} (few tokens) and {kernels['prefill']} "
-        f"(more); {pays}"
+        f"(more); {pays}; CUDA graphs of steps of up to {captured} tokens"
     )
 
 

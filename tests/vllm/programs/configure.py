@@ -1,11 +1,15 @@
 """Runs in vLLM's environment: asks vLLM for an engine's configuration, which is where folders are checked.
 
 The argument is a list of {"name", "folder", "options"}; a line `RESULT json` says for each what vLLM resolved, or the
-error. With `"import_lte": true` lte is imported first, as a program of its own might.
+error. With `"import_lte": true` lte is imported first, as a program of its own might. With `"on_gpu": true` the plug-in
+takes the machine for one with a GPU, and the result has the sizes of CUDA graphs that vLLM settles then.
 """
 
+import contextlib
 import json
 import sys
+import unittest.mock
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -15,8 +19,34 @@ def configure(job: dict[str, Any]) -> dict[str, Any]:
         import lte  # noqa: F401
     from vllm.engine.arg_utils import EngineArgs
 
-    config = EngineArgs(model=job["folder"], skip_tokenizer_init=True, **job.get("options", {})).create_engine_config()
-    return {"architecture": config.model_config.architecture, "dtype": str(config.model_config.dtype)}
+    found = dict[str, Any]()
+    with graphs_of_a_gpu(found) if job.get("on_gpu") else contextlib.nullcontext():
+        arguments = EngineArgs(model=job["folder"], skip_tokenizer_init=True, **job.get("options", {}))
+        config = arguments.create_engine_config()
+    return {"architecture": config.model_config.architecture, "dtype": str(config.model_config.dtype), **found}
+
+
+@contextlib.contextmanager
+def graphs_of_a_gpu(found: dict[str, Any]) -> Iterator[None]:
+    """Notes the sizes of graphs by vLLM itself, and those after the plug-in; later vLLM sees that there is no GPU."""
+    from vllm.config import VllmConfig
+
+    from lte.vllm import checks
+
+    settle, capture = VllmConfig._set_cudagraph_sizes, checks.capture_prompts
+
+    def noted(config: Any, *shape: int) -> None:
+        compilation = config.compilation_config
+        settle(config)
+        found["own"] = compilation.cudagraph_capture_sizes
+        compilation.cudagraph_capture_sizes = compilation.max_cudagraph_capture_size = None
+        capture(config, *shape)
+        found["asked"] = compilation.cudagraph_capture_sizes
+        settle(config)
+        found["settled"] = [compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size]
+
+    with unittest.mock.patch.multiple(checks, on_gpu=lambda: True, capture_prompts=noted):
+        yield
 
 
 def main() -> None:

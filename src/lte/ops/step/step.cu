@@ -215,6 +215,7 @@ DEVICE bool part_of(const Shared& s, const Layer& l, int unit, Part& p) {
   if (p.t >= rows_of(s)) return false;
   const int start = s.start[p.t], end = s.position[p.t] + 1;
   const int low = l.window > 0 && end - l.window > start ? end - l.window : start, n = end - low;
+  if (n <= 0) return false;   // no token: neither a division by zero nor a wait for parts that nobody has
   int splits = (n + SPLIT_KEYS - 1) / SPLIT_KEYS;
   if (splits > PARTS) splits = PARTS;
   const int length = (n + splits - 1) / splits;
