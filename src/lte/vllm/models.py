@@ -123,11 +123,12 @@ def start_line(name: str, settings: ServeSettings, ffn: SparseMlp, dtype: torch.
     expected = f"{settings.sparsity:.0%} expected" if settings.sparsity is not None else "not measured"
     batch = max((t for t in range(1, MAX_TOKENS + 1) if ffn.path_of(t, dtype) == "decode"), default=0)
     pays = f"skips experts for up to {batch} tokens a step" if batch else "skips no expert at any batch size"
+    graphs = f"; CUDA graphs of steps of up to {captured} tokens" if captured else ""
     return (
         f"{name}: method {LteConfig.name}, sparsity {settings.config.target_sparsity:.0%} asked for and {expected}, "
         f"threshold {settings.threshold:g}, {settings.num_experts} experts of {settings.config.expert_size} neurons a "
         f"layer, {settings.weights} weights; kernels {kernels['decode']} (few tokens) and {kernels['prefill']} "
-        f"(more); {pays}; CUDA graphs of steps of up to {captured} tokens"
+        f"(more); {pays}{graphs}"
     )
 
 
