@@ -192,7 +192,7 @@ serve() {
 speculate() {
   local target
   for target in ${TARGETS:-0.5 0.8}; do
-    python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 10 --drafts 0.9 \
+    python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 7 --drafts 0.9 \
       --draft-tokens 3 --output "$output/speculation_${target#0.}0.json"
   done
 }

@@ -179,7 +179,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a saved LTE model")
     parser.add_argument("--assistant", help="a saved LTE model with the same tokens that proposes, too")
-    parser.add_argument("--lookup", nargs="*", type=int, default=[5, 10])
+    parser.add_argument("--lookup", nargs="*", type=int, default=[5, 7])
     parser.add_argument("--drafts", nargs="*", type=float, default=[0.8, 0.9], help="sparsities of self-drafting")
     parser.add_argument("--draft-tokens", nargs="+", type=int, default=[3, 5])
     parser.add_argument("--prompts", type=Path, help="JSON: lists of prompts by kind; by default edits and chats")

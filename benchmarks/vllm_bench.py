@@ -68,6 +68,7 @@ from lte.files import write_json_atomic
 from lte.nn.router import ALWAYS_ON_LOGIT
 from lte.records import environment
 from lte.vllm.graphs import longest_prompt
+from lte.vllm.settings import serve_settings
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA_SHAPES["llama2-7b"],
@@ -191,20 +192,18 @@ def engine_options(job: dict[str, Any]) -> dict[str, Any]:
         options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": job["traces"], **own}
     if job["cuda"]:
         prompts = [*(batch * job["input_len"] for batch in job["batches"]), *job["prompt_lens"]]
-        sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= most_captured(job))}
+        sizes = {*job["batches"], *(tokens for tokens in prompts if tokens <= job["most_captured"])}
         graphs = {"cudagraph_capture_sizes": sorted(sizes)}
         return options if job["eager"] else {**options, "compilation_config": graphs}
     return options
 
 
-def most_captured(job: dict[str, Any]) -> int:
-    """Tokens of a prompt up to which there are graphs: as asked for, or by vLLM itself for many sequences at once."""
-    if job["most_captured"] is not None:
-        return job["most_captured"]
+def captured_by_itself(job: dict[str, Any]) -> int:
+    """Tokens of a prompt up to which vLLM captures graphs unless told otherwise, of many sequences at once."""
     if job["model"].endswith(" dense"):
         return DENSE_MOST_CAPTURED
     config = AutoConfig.from_pretrained(job["folder"])
-    neurons = config.intermediate_size // job["tensor_parallel"]
+    neurons = serve_settings(config).num_neurons // job["tensor_parallel"]
     return max(DENSE_MOST_CAPTURED, longest_prompt(config.hidden_size, neurons))
 
 
@@ -397,7 +396,7 @@ def one_round(llm: Any, job: dict[str, Any], make_prompts: Callable[[int, int], 
     for length in job["prompt_lens"]:
         prompts = make_prompts(1, length)
         answer_ms(llm, prompts, 1)  # warms up
-        captured = job["cuda"] and not job["eager"] and length <= most_captured(job)
+        captured = job["cuda"] and not job["eager"] and length <= job["most_captured"]
         own = {"tool": "prompt", "batch": 1, "input_len": length, "output_len": 1, "graph": captured}
         found.append({**own, "ms_first_token": answer_ms(llm, prompts, 1)})
     return found
@@ -425,6 +424,7 @@ def measure_latency() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     job = json.loads(sys.stdin.readline())
     os.environ.update(job_environment(job))
+    job["most_captured"] = job["most_captured"] or captured_by_itself(job)
     start = time.perf_counter()
     llm: Any = LLM(job["folder"], **engine_options(job))
     start_s = time.perf_counter() - start

@@ -51,20 +51,20 @@ def check_passes(seed: int, proposed: int) -> set[int]:
     text = LookupText(numbers(known), numbers([start]), proposed, gram, longest, numbers(ends))
     ended, sizes = False, set[int]()
     while not ended:
-        size, expected = proposed, proposal_of(known, proposed, gram)
+        expected = proposal_of(known, proposed, gram)
         tokens, positions, starts = (each.tolist() for each in text.propose())
         count = len(expected) + 1
         sizes.add(count)
         last = len(known) - 1
         assert tokens[:count] == [known[-1], *expected]
-        assert positions == [*range(last, last + size + 1)]
+        assert positions == [*range(last, last + proposed + 1)]
         assert starts == [start] * count + [position + 1 for position in positions[count:]]
-        choices = [chance.randrange(few) for _ in range(size + 1)]
+        choices = [chance.randrange(few) for _ in range(proposed + 1)]
         choices[: len(expected)] = expected
         if chance.random() < 0.5:
-            choices[chance.randrange(size + 1)] = chance.choice([*ends, few + 1])
+            choices[chance.randrange(proposed + 1)] = chance.choice([*ends, few + 1])
         kept = next((row for row in range(count) if choices[row : row + 1] != expected[row : row + 1]), count - 1) + 1
-        end = next((row for row in range(size + 1) if choices[row] in ends), size + 1)
+        end = next((row for row in range(proposed + 1) if choices[row] in ends), proposed + 1)
         ended = end < kept
         kept = min(kept, end + 1, longest - len(known))
         known += choices[:kept]

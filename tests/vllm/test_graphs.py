@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from lte.vllm.graphs import capture_prompts
+from lte.vllm.graphs import capture_prompts, largest_graph
 
 SMALL, LARGE = (1536, 8960), (4096, 11008)
-Mode = Enum("Mode", ["NONE", "FULL"])
+Mode = Enum("Mode", ["NONE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
 
 
 def config(most_batched: int = 8192, own: int = 512, *, eager: bool = False, **compilation: Any) -> Any:
     """One that settles its sizes as vLLM does: what was given, or some up to `own`."""
-    given = {"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None, "cudagraph_mode": None, **compilation}
+    given = {"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None, "cudagraph_mode": None}
+    given |= {"compile_sizes": ["cudagraph_capture_sizes"], **compilation}
     made = SimpleNamespace(
         model_config=SimpleNamespace(enforce_eager=eager),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=most_batched),
@@ -27,6 +28,7 @@ def config(most_batched: int = 8192, own: int = 512, *, eager: bool = False, **c
         sizes = made.compilation_config.cudagraph_capture_sizes or [1, 100, own]
         made.compilation_config.cudagraph_capture_sizes = sizes
         made.compilation_config.max_cudagraph_capture_size = sizes[-1]
+        made.compilation_config.compile_sizes = sizes
 
     made._set_cudagraph_sizes = settle
     return made
@@ -49,6 +51,7 @@ def test_longer_prompts_are_added_the_more_the_smaller_an_ffn_is(
     capture_prompts(made, *shape)
     assert made.compilation_config.cudagraph_capture_sizes == expected
     assert made.compilation_config.max_cudagraph_capture_size is None
+    assert made.compilation_config.compile_sizes == ["cudagraph_capture_sizes"]
     made._set_cudagraph_sizes()
     assert made.compilation_config.cudagraph_capture_sizes == expected
 
@@ -60,6 +63,7 @@ def test_longer_prompts_are_added_the_more_the_smaller_an_ffn_is(
         {"cudagraph_capture_sizes": [1, 8]},
         {"eager": True},
         {"cudagraph_mode": Mode.NONE},
+        {"cudagraph_mode": Mode.FULL_DECODE_ONLY},
     ],
 )
 def test_what_the_deployment_says_counts(given: dict[str, Any]) -> None:
@@ -74,3 +78,13 @@ def test_a_vllm_that_settles_them_otherwise_is_left_alone() -> None:
     del made._set_cudagraph_sizes
     capture_prompts(made, *SMALL)
     assert made.compilation_config.cudagraph_capture_sizes is None
+
+
+def test_the_largest_graph_of_prompts() -> None:
+    def compilation(mode: Any, mixed: str, sizes: list[int] | None) -> Any:
+        made = None if mode is None else SimpleNamespace(mixed_mode=lambda: SimpleNamespace(name=mixed))
+        return SimpleNamespace(cudagraph_mode=made, cudagraph_capture_sizes=sizes)
+
+    assert largest_graph(compilation("some", "PIECEWISE", [1, 2048, 512])) == 2048
+    assert largest_graph(compilation("some", "NONE", [1, 2048])) == 0
+    assert largest_graph(compilation("some", "PIECEWISE", [])) == largest_graph(compilation(None, "", [1])) == 0

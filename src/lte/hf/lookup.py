@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ASKED = ("do_sample", "output_scores", "output_logits", "assistant_early_exit", "assistant_ensemble_weight")
 # Tokens of a text for which there are places on the device from the start; each pass goes through those that are known.
 LONGEST = 2**20
-# Of the longest match that is looked for: at least, and at most where a caller wants longer ones.
+# Tokens of the longest match that is looked for: GRAM, or up to MOST_GRAM where a caller asks for more.
 GRAM, MOST_GRAM = 4, 16
 
 

@@ -23,6 +23,7 @@ from lte.ops.dispatch import kernel_names
 from lte.vllm.architectures import SERVED, ServedFfn, stock_name
 from lte.vllm.checks import check_dtype, check_ranks
 from lte.vllm.ffn import Place, SparseMlp
+from lte.vllm.graphs import largest_graph
 from lte.vllm.meter import Meter
 from lte.vllm.settings import ServeSettings, serve_settings
 
@@ -51,7 +52,7 @@ class LteServing:
             for ffn in self.sparse_ffns:
                 ffn.most_tokens, ffn.warmed_up = vllm_config.scheduler_config.max_num_batched_tokens, warmed_up
         self._settings, self._told = settings, False
-        self._captured = max(vllm_config.compilation_config.cudagraph_capture_sizes or (), default=0)
+        self._compilation = vllm_config.compilation_config
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As the stock method.
@@ -69,12 +70,16 @@ class LteServing:
             )
         return loaded
 
-    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method; it notes by which path, also of steps whose FFNs are parts of graphs."""
-        if self.sparse_ffns and self.sparse_ffns[0].runner is not None and self.sparse_ffns[0].tp_rank == 0:
-            ffn = self.sparse_ffns[0]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; it notes by which path, also of steps whose FFNs are parts of graphs.
+
+        Not in `forward`, which vLLM may have compiled.
+        """
+        ffn = self.sparse_ffns[0] if self.sparse_ffns else None
+        if ffn is not None and ffn.runner is not None and ffn.tp_rank == 0:
+            positions = args[1] if len(args) > 1 else kwargs["positions"]
             self.meter.took(ffn.path_of(positions.shape[-1], ffn.dtype))
-        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def compute_logits(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; it ends every step, also of graphs, and so drives the meter."""
@@ -83,7 +88,8 @@ class LteServing:
         if ffn is not None and ffn.runner is not None and ffn.tp_rank == 0:
             if not self._told:
                 self._told = True
-                logger.info(start_line(type(self).__name__, self._settings, ffn, hidden.dtype, self._captured))
+                captured = largest_graph(self._compilation)
+                logger.info(start_line(type(self).__name__, self._settings, ffn, hidden.dtype, captured))
             self.meter.step(len(hidden), lambda tokens: ffn.path_of(tokens, hidden.dtype))
         return super().compute_logits(*args, **kwargs)  # type: ignore[misc]
 
