@@ -130,7 +130,7 @@ def check_device() -> None:
 
     if current_platform.is_cpu():
         return
-    if not current_platform.is_cuda():
+    if not on_gpu():
         raise ValueError(
             f"device must be an NVIDIA GPU or a CPU to serve LTE folders, got {current_platform.device_name}; there "
             "are no kernels for others. `lte.densify_(model)` makes a dense model"

@@ -70,13 +70,17 @@ class LteServing:
             )
         return loaded
 
+    def _metered_ffn(self) -> SparseMlp | None:
+        """The FFN whose paths count as those of a step: the first one, on the rank that has the meter."""
+        ffn = self.sparse_ffns[0] if self.sparse_ffns else None
+        return ffn if ffn is not None and ffn.runner is not None and ffn.tp_rank == 0 else None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; it notes by which path, also of steps whose FFNs are parts of graphs.
 
         Not in `forward`, which vLLM may have compiled.
         """
-        ffn = self.sparse_ffns[0] if self.sparse_ffns else None
-        if ffn is not None and ffn.runner is not None and ffn.tp_rank == 0:
+        if (ffn := self._metered_ffn()) is not None:
             positions = args[1] if len(args) > 1 else kwargs["positions"]
             self.meter.took(ffn.path_of(positions.shape[-1], ffn.dtype))
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -84,8 +88,7 @@ class LteServing:
     def compute_logits(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; it ends every step, also of graphs, and so drives the meter."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        ffn = self.sparse_ffns[0] if self.sparse_ffns else None
-        if ffn is not None and ffn.runner is not None and ffn.tp_rank == 0:
+        if (ffn := self._metered_ffn()) is not None:
             if not self._told:
                 self._told = True
                 captured = largest_graph(self._compilation)

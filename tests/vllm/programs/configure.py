@@ -41,7 +41,6 @@ def graphs_of_a_gpu(found: dict[str, Any]) -> Iterator[None]:
         found["own"] = compilation.cudagraph_capture_sizes
         compilation.cudagraph_capture_sizes = compilation.max_cudagraph_capture_size = None
         capture(config, *shape)
-        found["asked"] = compilation.cudagraph_capture_sizes
         settle(config)
         found["settled"] = [compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size]
 
