@@ -7,13 +7,15 @@ engine computes it, as passes of up to 32 tokens that check drafts; `plain, by m
 proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_tokens), for the first number also in the
 loop of transformers, where the host waits for each pass (`lookup of 5, told`); `draft` is the model itself at a
 higher threshold, beside its ceiling: how much faster it writes alone. With --assistant also another model proposes.
-Answers are greedy, and times are those after the prompt.
+Answers are greedy, and times are those after the prompt. `passes` says what one pass of lookup takes by how many tokens
+are proposed, in plain decoding's answers: what the model computes, without the search for proposals.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import shlex
 import statistics
 import sys
@@ -26,23 +28,25 @@ from typing import Any
 import torch
 from ffn_rows import write_rows
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import lte
-from lte.bench.timing import Times
+from lte.bench.timing import Times, interleaved_times
 from lte.eval.answers import first_difference
 from lte.eval.inference import hard_inference
 from lte.eval.models import load_any_model
 from lte.eval.speculation import PassClock, closest_call
 from lte.hf.dense import load_tokenizer
 from lte.hf.sparsity_curve import threshold_of
-from lte.hf.stepping import has_engine
+from lte.hf.stepping import checked_model, has_engine
 from lte.hf.threshold import set_threshold_
 from lte.methods.lte import logit_quantile, logit_shares
 from lte.records import read_json
 
 PLAIN, BY_MODULES = "plain", "plain, by modules"
 Answer = Callable[[Tensor, PassClock], Tensor]
+# Of one pass that is timed alone, at so many places of an answer.
+PASS_REPEATS, PASS_PLACES = 60, 20
 
 CODE = [
     *(textwrap.TextWrapper._wrap_chunks, textwrap.TextWrapper._handle_long_word, textwrap.dedent),
@@ -201,15 +205,29 @@ def main(arguments: list[str] | None = None) -> None:
         drafts = drafts_of(model, prompts, args)
         runs = providers_of(model, drafts, args)
         measured = measure(runs, prompts, args.rounds)
-        rows = [row for kind in dict.fromkeys(kind for kind, _ in prompts) for row in rows_of(kind, measured, prompts)]
+        kinds = list(dict.fromkeys(kind for kind, _ in prompts))
+        rows = [row for kind in kinds for row in rows_of(kind, measured, prompts)]
         explain(model, rows, measured, prompts)
+        passes = [
+            each
+            for kind in dict.fromkeys(row["kind"] for row in rows)
+            for each in pass_times(model, kind, measured, prompts)
+        ]
         engines = {PLAIN: has_engine(model), **{f"{s:g}": has_engine(draft) for s, draft in drafts.items()}}
     common = {"benchmark": "speculation", "dtype": args.dtype, "batch": 1, "max_tokens": args.tokens}
     command = shlex.join(["python", "benchmarks/speculation.py", *(sys.argv[1:] if arguments is None else arguments)])
-    header = {"model": args.folder, "assistant": args.assistant, "whole_steps": engines, "command": command}
+    header = {
+        "model": args.folder,
+        "assistant": args.assistant,
+        "whole_steps": engines,
+        "passes": passes,
+        "command": command,
+    }
     write_rows(args.output, [{**common, **row} for row in rows], **header)
     for row in rows:
         print({name: value for name, value in row.items() if name != "differences"}, flush=True)
+    for each in passes:
+        print(each, flush=True)
 
 
 @torch.no_grad()
@@ -265,6 +283,44 @@ def rows_of(
             }
         )
     return found
+
+
+@torch.no_grad()
+def pass_times(
+    model: Any,
+    kind: str,
+    measured: dict[str, list[tuple[Tensor, list[PassClock]]]],
+    prompts: list[tuple[str, Tensor]],
+) -> list[dict[str, Any]]:
+    """What a pass over the last token and 0 to `most` - 1 proposed ones takes, at places all over a plain answer.
+
+    With room for as many, as lookup has it: those that are not proposed are no tokens. `proposed` of `None` is a step
+    of plain decoding. Nothing where no engine computes the model.
+    """
+    index = max((i for i, (each, _) in enumerate(prompts) if each == kind), key=lambda i: len(measured[PLAIN][i][0]))
+    text = torch.cat([prompts[index][1][0], measured[PLAIN][index][0]]).to(model.device)
+    checked = checked_model(model, text.device)
+    if checked is None:
+        return []
+    cache, span = DynamicCache(config=model.config), checked.most
+    model(text[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    checked.take(cache, len(text), span)
+    first = prompts[index][1].shape[1]
+    places = torch.linspace(first, max(len(text) - span, first), PASS_PLACES).long().tolist()
+    rows = torch.arange(span, device=text.device)
+
+    def run(proposed: int | None) -> Callable[[], Tensor]:
+        kept, given = rows[: 1 if proposed is None else span], list[tuple[Tensor, Tensor, Tensor]]()
+        for place in places:
+            ids = text[(place + kept).clamp(max=len(text) - 1)]
+            given.append((ids, place + kept, torch.where(kept <= (proposed or 0), 0, place + kept + 1)))
+        turns = itertools.cycle(given)
+        return lambda: checked.logits_of(*next(turns)).argmax(-1)
+
+    asked: list[int | None] = [None, *range(span)]
+    runs = {str(each): run(each) for each in asked}
+    times = interleaved_times(runs, text.device, PASS_REPEATS)
+    return [{"kind": kind, "proposed": each, **asdict(Times.of(times[str(each)]))} for each in asked]
 
 
 def place_of_difference(one: Tensor, other: Tensor) -> int:

@@ -519,6 +519,30 @@ class TestSpeculation:
             1.5 < row["tokens_per_pass"] <= 3 for row in found["rows"] if row["provider"].startswith("assistant")
         )
         assert found["rows"][0]["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+        # A step of plain decoding, and passes with room for as many tokens as an engine takes.
+        assert [(each["kind"], each["proposed"]) for each in found["passes"]] == [
+            (kind, proposed) for kind in ("edits", "chats") for proposed in (None, *range(8))
+        ]
+        assert all(0 < each["p20_ms"] <= each["median_ms"] <= each["p80_ms"] for each in found["passes"])
+
+    def test_passes_read_the_answer(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At each of the places: what a pass computes for its tokens is what the model computes for the whole text."""
+        module, found = script("speculation"), dict[str, torch.Tensor]()
+
+        def called(runs: Any, *given: Any) -> dict[str, list[float]]:
+            found.update({name: run() for name, run in runs.items()})
+            return {name: [1.0] for name in runs}
+
+        monkeypatch.setattr(module, "interleaved_times", called)
+        model = lte.accelerate_(load_any_model(save_sparse_model(tmp_path), "float32"))
+        text = torch.tensor([[3, 4, 5, 6, 3, 4, 7, 8, 9, 10, 3, 4, 5, 6, 3, 4, 7, 8]])
+        with module.hard_inference(model):
+            best = model(text).logits[0].argmax(-1)
+            module.pass_times(model, "chats", {"plain": [(text[0, 4:], [])]}, [("chats", text[:, :4])])
+        assert [*found] == ["None", *map(str, range(8))]
+        for name, chosen in found.items():
+            tokens = 1 if name == "None" else int(name) + 1
+            assert torch.equal(chosen[:tokens], best[4 : 4 + tokens])
 
     def test_kernels_expect_of_a_draft_what_it_leaves_off(self, script: Any) -> None:
         module = script("speculation")

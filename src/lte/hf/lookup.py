@@ -3,10 +3,12 @@
 `generate(prompt_lookup_num_tokens=K)` proposes what followed the last tokens where they stood before, and keeps what
 the model writes itself. In the loop of transformers the host learns after each pass which tokens stay and looks for
 the next proposal, for which a GPU waits as long as a step of a small model takes. Here proposals and the count of what
-stays are tensors on the device, and the host hears of a pass while the next one runs. Proposals come from where
-transformers takes them, the first place with the longest match; the longer that is, the more tokens are proposed, up to
-K and what one call of the engine reads. A pass always has room for as many, and those that there are not cost it
-little, as the engine is told so on the device.
+stays are tensors on the device, and the host hears of a pass while the next one runs. Proposals come from the longest
+match; the longer that is, the more tokens are proposed, up to K and what one call of the engine reads. A pass always
+has room for as many, and those that there are not cost it little, as the engine is told so on the device.
+
+Of several matches transformers takes the first. Here that holds for those of at least 4 tokens, which are mostly a text
+that is being copied; of shorter ones the last is taken, as a text repeats what it said lately.
 
 Greedy answers to one sequence alone; logits processors, sampling and scores are left to the loop of transformers.
 
@@ -35,7 +37,7 @@ _ASKED = ("do_sample", "output_scores", "output_logits", "assistant_early_exit",
 # Tokens of a text for which there are places on the device from the start; each pass goes through those that are known.
 LONGEST = 2**20
 # Tokens of the longest match that is looked for: GRAM, or up to MOST_GRAM where a caller asks for more.
-GRAM, MOST_GRAM = 4, 16
+GRAM, MOST_GRAM = 8, 16
 
 
 def lookup_of(

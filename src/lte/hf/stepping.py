@@ -147,7 +147,7 @@ class SteppingMixin:
         model_kwargs = {name: value for name, value in given.items() if name not in _ASSISTED}
         assistant, checked = given.get("assistant_model"), None
         if not synced_gpus and _is_plain(self, generation_config, model_kwargs):
-            checked = _checked(self, input_ids)
+            checked = checked_model(self, input_ids.device)
         if checked is not None and assistant is None:
             lookup = lookup_of(checked, *call[:4], model_kwargs)
             if lookup is not None:
@@ -225,9 +225,9 @@ def _begin(
     return _Generation(model, plan, engine, cache, past, length, length + steps, starts)
 
 
-def _checked(model: Any, input_ids: Tensor) -> CheckedModel | None:
+def checked_model(model: Any, device: torch.device) -> CheckedModel | None:
     """What stands for the model while drafts are checked, `None` if all is left to transformers."""
-    plan = _plan_of(model, input_ids.device)
+    plan = _plan_of(model, device)
     if plan is None:
         return None
     most, reason = most_tokens(plan)

@@ -13,6 +13,8 @@ import triton.language as tl
 
 # Above the place of any token: 2 matched tokens weigh more than 1 anywhere.
 FAR = tl.constexpr(2**40)
+# Tokens of a match that mostly comes from text that is being copied, and goes on as that does.
+COPIED = tl.constexpr(4)
 
 
 @triton.jit
@@ -29,9 +31,10 @@ def propose_kernel(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What followed the last tokens where they stood before: of the longest matches, up to GRAM tokens, the first.
+    """What followed the last tokens where they stood before, in the longest match of up to GRAM tokens.
 
-    A match of 1, 2, 3, 4 tokens gives 1, 2, 4, 8 of them, and K at most: the longer it is, the more of them stay.
+    Of several, the first if it has at least COPIED tokens, otherwise the last. A match of 1, 2, 3, 4 tokens gives 1, 2,
+    4, 8 of them, and K at most: the longer it is, the more of them stay.
     Writes `offered`, how many these are, and tokens, positions and starts [K + 1] of a pass over the last known token
     and them; what is beyond them begins after its position. `first` is where the text begins.
     """
@@ -45,10 +48,11 @@ def propose_kernel(
             token = tl.load(text + last + GRAM - back)
             alike &= tl.load(text + places + GRAM - back, mask=places < last, other=-2) == token
             matched += alike.to(tl.int64)
-        bests = tl.maximum(bests, tl.where(matched > 0, matched * FAR - places, 0))
+        ordered = tl.where(matched >= COPIED, FAR - 1 - places, places)
+        bests = tl.maximum(bests, tl.where(matched > 0, matched * FAR + ordered, 0))
     best = tl.max(bests, 0)
-    length = (best + FAR - 1) // FAR
-    place = length * FAR - best
+    length, ordered = best // FAR, best % FAR
+    place = tl.where(length >= COPIED, FAR - 1 - ordered, ordered)
     # Beyond 2^30 tokens there are none.
     trusted = tl.full([], 1, tl.int64) << tl.minimum(tl.maximum(length - 1, 0), 30)
     count = tl.where(best > 0, tl.minimum(tl.minimum(last - place, trusted), K), 0)
