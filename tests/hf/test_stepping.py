@@ -56,7 +56,7 @@ class _CountingEngine(ReferenceEngine):
         super().__init__(plan)
         object.__setattr__(self, "count", count)
 
-    def bind(self, caches: Any, tokens: int = 1) -> Any:
+    def bind(self, caches: Any, tokens: int = 1, *, fewer: bool = False) -> Any:
         step, count = ReferenceStep(self.plan, caches), self.count  # type: ignore[attr-defined]
         scratch = torch.empty(0)
 

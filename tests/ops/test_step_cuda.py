@@ -19,7 +19,7 @@ from torch import Tensor
 from lte.ops.step import compile as compiling
 from lte.ops.step import cuda
 from lte.ops.step.compile import cached_cubin, compile_cubin, missing
-from lte.ops.step.cuda import CudaEngine, Machine, macros, unfit_shapes
+from lte.ops.step.cuda import CudaEngine, FittingStep, Machine, macros, unfit_shapes
 from lte.ops.step.plan import DecoderPlan, Quantized
 from lte.ops.step.reference import ReferenceEngine, upcast
 from tests.ops.step_emulator import Emulator
@@ -98,22 +98,27 @@ def assert_several_match(
     bound: float,
     relative_rms: Callable[[Tensor, Tensor], float],
     alone: int = 0,
+    *,
+    fewer: bool = False,
     **extra: int,
 ) -> None:
     """Passes of several tokens of a text against the reference that reads them one after the other.
 
     The first pass begins an empty cache, the next take up to three tokens back, and later ones follow `alone` steps of
-    one token. Of the last passes some tokens are none, in one all of them.
+    one token. Of the last passes some tokens are none, in one all of them. With `fewer` one kernel computes a pass.
     """
-    start, length = int(torch.randint(0, 4, ())), 7 * tokens + alone
+    start, length = int(torch.randint(0, 4, ())), 8 * tokens + alone
     caches = several_caches(plan, tokens, start + length, int(torch.randint(0, 9, ())))
     exact = upcast(plan)
     expected = [upcast(cache) for cache in copied(caches)]
     engine = CudaEngine(plan, machine)
-    several, reference = engine.bind(caches, tokens, **extra), ReferenceEngine(exact).bind(expected)
+    several = engine.bind(caches, tokens, fewer=fewer, **extra)
+    kernels = several._steps if isinstance(several, FittingStep) else [several]
+    assert (len(kernels) > 1) == fewer
+    reference = ReferenceEngine(exact).bind(expected)
     single = engine.bind(caches) if alone else None
     index = 0
-    some = (0, 0, 1), (0, 0, tokens - 1), (0, 0, tokens)
+    some = (0, 0, 1), (0, 0, tokens - 1), (0, 0, tokens - 2), (0, 0, tokens)
     for singles, back, none in ((0, 0, 0), (0, min(tokens - 1, 3), 0), (0, 0, 0), (alone, 0, 0), (0, 1, 0), *some):
         for _ in range(singles):
             assert single is not None
@@ -124,6 +129,7 @@ def assert_several_match(
         inputs, known = several_inputs(plan, tokens, index, start), tokens - none
         inputs[2][known:] = inputs[1][known:] + 1
         several.logits.fill_(torch.nan)
+        before = [kernel._masks.clone() for kernel in kernels]
         logits = several(*inputs)
         rows = list[Tensor]()
         for row in range(known):
@@ -131,7 +137,10 @@ def assert_several_match(
             if plan.layers[-1].router is not None and bound < 1e-4:
                 assert torch.equal(several.active()[row], reference.active()[0])
         if plan.layers[-1].router is not None:
-            assert not several.active()[known:].any()
+            ran = [kernel.batch for kernel, old in zip(kernels, before, strict=True) if (kernel._masks != old).any()]
+            assert ran == [next(kernel.batch for kernel in kernels if kernel.batch >= known)]
+            assert several.active().shape[0] == tokens
+            assert not several.active()[max(known, 1) :].any()
         if rows:
             assert relative_rms(logits[:known], torch.cat(rows)) <= bound, index
         index += known
@@ -153,6 +162,31 @@ def test_several_tokens_of_one_sequence(
     machine = emulator(blocks=(24, 5)[index % 4 > 1], threads=64 if tokens < 5 else 128)
     alone = 12 * (family == "gemma3")
     assert_several_match(machine, plan, tokens, 1e-5, relative_rms, alone, **extra)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gemma3", "dense"])
+def test_passes_of_fewer_tokens_than_there_is_room_for(
+    family: str, emulator: Callable[..., Emulator], relative_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    index = list(FAMILIES).index(family)
+    torch.manual_seed(index)
+    plan, tokens = random_plan(FAMILIES[family], torch.float32), (3, 8, 2)[index % 3]
+    machine = emulator(blocks=(24, 5)[index % 4 > 1], threads=64 if tokens < 5 else 128)
+    assert_several_match(machine, plan, tokens, 1e-5, relative_rms, fewer=True, BULK=index % 2)
+
+
+def test_a_wrong_pass_launches_nothing(emulator: Callable[..., Emulator]) -> None:
+    plan = random_plan(Shape(layers=1), torch.float32)
+    caches = several_caches(plan, 4, 8)
+    step, inputs = CudaEngine(plan, emulator()).bind(caches, 4, fewer=True), several_inputs(plan, 4, 0, 0)
+    before = copied(caches)
+    with pytest.raises(ValueError, match=r"positions must be int64 \[4\] .* got positions=.* \[3\]"):
+        step(inputs[0], inputs[1][:3], inputs[2])
+    for cache, other in zip(caches, before, strict=True):
+        assert torch.equal(cache.keys.nan_to_num(), other.keys.nan_to_num())
+    # Neither do inputs with gaps between them.
+    gaps = [torch.stack((each, each + 1), 1)[:, 0] for each in inputs]
+    assert torch.equal(step(*gaps).clone(), step(*inputs))
 
 
 @pytest.mark.parametrize("bits", [0, 4])

@@ -89,6 +89,23 @@ def test_several_tokens_of_one_sequence(family: str, tokens: int, relative_rms: 
             assert relative_rms(logits[row : row + 1], expected) <= 1e-5, (index, row)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_passes_of_fewer_tokens_than_there_is_room_for(family: str, relative_rms: Rms, poisoned: None) -> None:
+    plan, tokens, index = random_plan(FAMILIES[family], torch.float32, "cuda"), 8, 0
+    caches = several_caches(plan, tokens, 64, 3)
+    reference = ReferenceEngine(plan).bind(copied(caches))
+    step = CudaEngine(plan).bind(caches, tokens, fewer=True)
+    for known in (8, 1, 2, 3, 1, 4, 5, 7, 6):
+        inputs = several_inputs(plan, tokens, index, 3)
+        inputs[2][known:] = inputs[1][known:] + 1
+        step.logits.fill_(torch.nan)
+        logits = step(*inputs)
+        for row in range(known):
+            expected = reference(*(each[row : row + 1] for each in inputs))
+            assert relative_rms(logits[row : row + 1], expected) <= 1e-5, (index, row)
+        index += known
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_every_lane_arrives(family: str, relative_rms: Rms, poisoned: None) -> None:
     # As it runs under racecheck.

@@ -57,7 +57,7 @@ class CheckedModel:
     engine: Engine
     most: int
     layers: list[LayerCache] = field(default_factory=list)
-    _steps: dict[int, DecodeStep] = field(default_factory=dict)
+    _steps: dict[tuple[int, bool], DecodeStep] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -103,23 +103,26 @@ class CheckedModel:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length += tokens
         kept = inputs.get("logits_to_keep") or tokens
-        return CausalLMOutputWithPast(logits=logits[None, -kept:], past_key_values=cache)
+        # Processors write into them.
+        return CausalLMOutputWithPast(logits=logits[None, -kept:].clone(), past_key_values=cache)
 
     def logits_of(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory.
 
-        Starts are [1], or [n] for 2 to `most` tokens, of which the last may be none.
+        Starts are [1], or [n] for 2 to `most` tokens, of which the last may be none. The next call may write the
+        logits anew.
         """
+        if len(ids) <= self.most:
+            return self._step(ids, positions, starts.expand(len(ids)), len(starts) > 1)
         parts = (each.split(self.most) for each in (ids, positions, starts.expand(len(ids))))
-        found = [self._step(*part) for part in zip(*parts, strict=True)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return torch.cat([self._step(*part).clone() for part in zip(*parts, strict=True)])
 
-    def _step(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
-        """The logits [n, V] of one call of the engine, in memory of their own: processors write into them."""
-        tokens = len(ids)
-        if tokens not in self._steps:
-            self._steps[tokens] = self.engine.bind(self.layers, tokens)
-        return self._steps[tokens](ids.contiguous(), positions, starts.contiguous()).clone()
+    def _step(self, ids: Tensor, positions: Tensor, starts: Tensor, fewer: bool = False) -> Tensor:
+        """The logits [n, V] of one call of the engine; `fewer`: the last tokens may be none."""
+        kind = len(ids), fewer
+        if kind not in self._steps:
+            self._steps[kind] = self.engine.bind(self.layers, len(ids), fewer=fewer)
+        return self._steps[kind](ids.contiguous(), positions, starts.contiguous())
 
     def take(self, cache: Any, length: int, tokens: int, further: int | None = None) -> int:
         """Makes the cache's tokens lie in memory with room for more, where they do already unless modules wrote some.

@@ -65,7 +65,7 @@ class CpuEngine:
         self.plan = plan
         self._step = _compiled(_DTYPES.index(plan.embedding.dtype))
 
-    def bind(self, caches: Sequence[LayerCache], tokens: int = 1) -> CpuStep:
+    def bind(self, caches: Sequence[LayerCache], tokens: int = 1, *, fewer: bool = False) -> CpuStep:
         """A step on these caches."""
         return CpuStep(self.plan, caches, self._step, tokens)
 

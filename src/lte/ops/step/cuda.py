@@ -154,6 +154,11 @@ def macros(plan: DecoderPlan, batch: int, machine: Machine, several: bool = Fals
         "ACTIVATION": list(ACTIVATIONS).index(plan.activation),
         "GATED": int(layer.gate is not None),
         "NORM_PLUS_ONE": int(plan.norm_plus_one),
+        "HEAD_NORMS": int(any(each.q_norm is not None or each.k_norm is not None for each in plan.layers)),
+        "POST_NORMS": int(any(each.post1 is not None or each.post2 is not None for each in plan.layers)),
+        "DOWN_BIAS": int(any(each.down_bias is not None for each in plan.layers)),
+        "CAPPED": int(plan.score_cap > 0),
+        "RINGS": int(any(each.window > 0 for each in plan.layers)),
         "ELEM": ELEMENTS[plan.embedding.dtype],
         "ATTENTION_BITS": _bits(layer.q),
         "FFN_BITS": _bits(layer.up),
@@ -304,16 +309,20 @@ class CudaEngine:
         self.packed = [packed_layer(layer) for layer in plan.layers]
         self.head = packed(plan.head)[0] if isinstance(plan.head, Quantized) else plan.head
 
-    def bind(self, caches: Sequence[LayerCache], tokens: int = 1, **extra: int) -> CudaStep:
+    def bind(
+        self, caches: Sequence[LayerCache], tokens: int = 1, *, fewer: bool = False, **extra: int
+    ) -> CudaStep | FittingStep:
         """A step on these caches; quick once a kernel for their batch, or for so many tokens, is compiled.
 
         Args:
             caches: of all layers.
             tokens: see `lte.ops.step.plan.Engine`.
+            fewer: likewise.
             extra: macros for checks: `TRACE` times that each block notes, `DELAY` ns at most of random delays,
                 `EVERY_LANE` 1 where all threads arrive at barriers of shared memory, not one for its warp.
         """
-        return CudaStep(self, caches, tokens, extra)
+        step = FittingStep if fewer and tokens > 1 else CudaStep
+        return step(self, caches, tokens, extra)
 
 
 class CudaStep:
@@ -328,23 +337,31 @@ class CudaStep:
     and the caches included, so no step meets counts that do not fit.
     """
 
-    def __init__(self, engine: CudaEngine, caches: Sequence[LayerCache], tokens: int, extra: Mapping[str, int]):
+    def __init__(
+        self,
+        engine: CudaEngine,
+        caches: Sequence[LayerCache],
+        tokens: int,
+        extra: Mapping[str, int],
+        larger: CudaStep | None = None,
+    ):
         plan, machine = engine.plan, engine.machine
         self.batch, self.device = rows_of(caches, tokens, MAX_BATCH), plan.embedding.device
-        constants = {**macros(plan, self.batch, machine, tokens > 1), "FETCHERS": _fetchers(plan, caches), **extra}
+        constants = {**macros(plan, self.batch, machine, tokens > 1), "FETCHERS": _fetchers(plan, caches)}
+        constants |= {"RINGS": int(constants["RINGS"] or any(cache.shift for cache in caches)), **extra}
         self._launch: Launch = machine.load(constants)
         self._engine, self._caches, self._inputs = engine, caches, list[Tensor]()
         scratch = self._scratch(constants, machine.blocks)
-        self.logits, self.trace, self._masks = scratch["logits"], scratch["trace"], scratch["masks"]
-        self._owned = list(scratch.values())
-        scratch["layers"] = self._layers(plan, caches)
-        scratch["ropes"] = self._ropes(plan)
+        if larger is not None:
+            scratch["logits"] = larger.logits[: self.batch]
+        self.logits: Tensor = scratch["logits"]
+        self.trace, self._masks = scratch["trace"], scratch["masks"]
+        # Of one plan and its caches alone.
+        self._copied: list[Tensor] = [] if larger is None else larger._copied
+        self._tables: dict[str, Tensor | None] = self._tables_of(plan, caches) if larger is None else larger._tables
+        self._owned = [*scratch.values(), *self._copied]
         read = {name: getattr(plan, name) for name in ("embedding", "final_norm", "head_bias")}
-        head_scales = None
-        if isinstance(plan.head, Quantized) and plan.head.bits == 8:
-            head_scales = plan.head.scales.float().flatten()
-            self._owned.append(head_scales)
-        read |= {"head": engine.head, "head_scales": head_scales}
+        read |= {"head": engine.head, **self._tables}
         self._args = structures()["Args"]()
         _fill(
             self._args,
@@ -381,25 +398,33 @@ class CudaStep:
             "trace": zeros(blocks, m.get("TRACE", 1), dtype=torch.int64),
         }
 
+    def _tables_of(self, plan: DecoderPlan, caches: Sequence[LayerCache]) -> dict[str, Tensor | None]:
+        """What is copied for the kernel, by the names of its arguments."""
+        head_scales = None
+        if isinstance(plan.head, Quantized) and plan.head.bits == 8:
+            head_scales = plan.head.scales.float().flatten()
+            self._copied.append(head_scales)
+        return {"layers": self._layers(plan, caches), "ropes": self._ropes(plan), "head_scales": head_scales}
+
     def _ropes(self, plan: DecoderPlan) -> Tensor:
         """The factor and the frequencies of each rotary embedding."""
         ropes = [torch.cat((rope.frequencies.new_tensor([rope.factor]), rope.frequencies)) for rope in plan.ropes]
         found = torch.stack(ropes) if ropes else torch.zeros(1, 2, device=self.device)
-        self._owned.append(found.to(self.device, torch.float32))
-        return self._owned[-1]
+        self._copied.append(found.to(self.device, torch.float32))
+        return self._copied[-1]
 
     def _layers(self, plan: DecoderPlan, caches: Sequence[LayerCache]) -> Tensor:
         """The array of `Layer` in the device's memory."""
         array = (structures()["Layer"] * len(plan.layers))()
         for to, layer, halves, cache in zip(array, plan.layers, self._engine.packed, caches, strict=True):
             scales = output_scales(layer)
-            self._owned += [] if scales is None else [scales]
+            self._copied += [] if scales is None else [scales]
             values = {name: _pointer(value) for name, value in {**vars(layer), **halves, "scales": scales}.items()}
             # The router counts as rounded to the other weights' dtype; its bias does not.
             for name, dtype in (("router", plan.embedding.dtype), ("router_bias", torch.float32)):
                 if values[name] is not None:
-                    self._owned.append(getattr(layer, name).detach().to(dtype).contiguous())
-                    values[name] = _pointer(self._owned[-1])
+                    self._copied.append(getattr(layer, name).detach().to(dtype).contiguous())
+                    values[name] = _pointer(self._copied[-1])
             for name in ("keys", "values"):
                 tensor = getattr(cache, name)
                 if tensor.device != self.device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
@@ -409,8 +434,8 @@ class CudaStep:
                     )
                 values[name] = _pointer(tensor)
             _fill(to, values | {"slots": cache.keys.shape[2], "shift": cache.shift})
-        self._owned.append(torch.frombuffer(bytearray(array), dtype=torch.uint8).to(self.device))
-        return self._owned[-1]
+        self._copied.append(torch.frombuffer(bytearray(array), dtype=torch.uint8).to(self.device))
+        return self._copied[-1]
 
     def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """See `lte.ops.step.plan.DecodeStep`.
@@ -419,6 +444,12 @@ class CudaStep:
             ValueError: an argument is no int64 [B] on the device of the weights.
             RuntimeError: the launch was refused; the caches are as they were.
         """
+        self.take(tokens, positions, starts)
+        self.launch()
+        return self.logits
+
+    def take(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> None:
+        """The first half of a call: checks what the next launch reads."""
         args, self._inputs = self._args, []
         for name, tensor in (("token", tokens), ("position", positions), ("start", starts)):
             if tensor.dtype != torch.int64 or tensor.shape != (self.batch,) or tensor.device != self.device:
@@ -428,10 +459,12 @@ class CudaStep:
                 )
             self._inputs.append(tensor.contiguous())
             setattr(args, name, self._inputs[-1].data_ptr())
+
+    def launch(self) -> None:
+        """The second half."""
         if self.device.type == "cuda":
             self._follow()
-        self._launch(args)
-        return self.logits
+        self._launch(self._args)
 
     def active(self) -> Tensor:
         """See `lte.ops.step.plan.DecodeStep`."""
@@ -447,6 +480,41 @@ class CudaStep:
             self._stream.wait_stream(last)
             for tensor in self._owned:
                 tensor.record_stream(self._stream)
+
+
+class FittingStep:
+    """Passes over several tokens of one sequence, whose last tokens are none in many; see `lte.ops.step.plan.Engine`.
+
+    All are launched as kernels of 1, 2, 4 and all tokens, of which one computes and the others end at once.
+    """
+
+    def __init__(self, engine: CudaEngine, caches: Sequence[LayerCache], tokens: int, extra: Mapping[str, int]):
+        sizes = [size for size in (1, 2, 4) if 2 * size <= tokens] + [tokens]
+        least = [1, *(size + 1 for size in sizes[:-1])]
+        self._steps = list[CudaStep]()
+        for size, fewest in reversed(list(zip(sizes, least, strict=True))):
+            larger = self._steps[0] if self._steps else None
+            found = {"LEAST": fewest, "LARGER": int(larger is not None), **extra}
+            self._steps.insert(0, CudaStep(engine, caches, size, found, larger))
+        self.logits = self._steps[-1].logits
+
+    def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+        """As that of `CudaStep`."""
+        # A kernel also looks at the token after its own.
+        self._starts, self._positions = starts.contiguous(), positions.contiguous()
+        for step in self._steps:
+            # The last one takes all, and refuses what are not as many.
+            most = step.batch if step is not self._steps[-1] else None
+            step.take(tokens[:most], self._positions[:most], self._starts[:most])
+        for step in self._steps:
+            step.launch()
+        return self.logits
+
+    def active(self) -> Tensor:
+        """See `lte.ops.step.plan.DecodeStep`."""
+        some = int((self._starts <= self._positions).sum())
+        found = next(step for step in self._steps if step.batch >= some).active()
+        return torch.cat((found, found.new_zeros(len(self.logits) - len(found), found.shape[1])))
 
 
 def _pointer(value: Any) -> Any:

@@ -270,12 +270,13 @@ class Engine(Protocol):
 
     def __init__(self, plan: DecoderPlan) -> None: ...
 
-    def bind(self, caches: Sequence[LayerCache], tokens: int = 1) -> DecodeStep:
+    def bind(self, caches: Sequence[LayerCache], tokens: int = 1, *, fewer: bool = False) -> DecodeStep:
         """A step on these caches, one for each layer; quick, as each generation has caches of its own.
 
         With `tokens` above 1 the caches are of one sequence, and a step reads so many tokens of it that follow each
         other, as a batch of so many: `unfit` says of caches of that batch whether the engine can. Where a text outgrows
-        the cache of a layer with a window, that cache holds C >= window + tokens - 1.
+        the cache of a layer with a window, that cache holds C >= window + tokens - 1. With `fewer` the last tokens are
+        none in many passes, for which it may pay to look first how many there are.
 
         Called anew at the start of each generation: what an engine copied from the weights, tables or a rounded router
         say, it copies anew here. Scratch belongs to the step, not to the engine: steps of one engine may run at the

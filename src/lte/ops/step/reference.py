@@ -27,7 +27,7 @@ class ReferenceEngine:
 
     plan: DecoderPlan
 
-    def bind(self, caches: Sequence[LayerCache], tokens: int = 1) -> ReferenceStep:
+    def bind(self, caches: Sequence[LayerCache], tokens: int = 1, *, fewer: bool = False) -> ReferenceStep:
         """A step on these caches."""
         rows_of(caches, tokens, tokens)
         return ReferenceStep(self.plan, caches)

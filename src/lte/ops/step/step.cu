@@ -18,7 +18,9 @@
 //
 // Of several tokens of one sequence each is a row as other sequences' tokens are. They share a cache, from which all take
 // the tokens before the first of them; what the pass itself adds, a row takes from where the projections left it. The last
-// of them may begin after their positions: they are none, and nothing is read or computed for them alone.
+// of them may begin after their positions: they are none, and nothing is read or computed for them alone. Room for tokens
+// that are none costs time all the same. So a pass may be launched as kernels of several sizes one after the other, of which
+// the smallest that has room does all, and the others end at once.
 //
 // A multiprocessor keeps little more than 100 kB of instructions at hand, and each layer runs through all of the code:
 // loops that are not rolled out where it does not pay are faster.
@@ -35,6 +37,10 @@ constexpr int T = LTE_T, D = LTE_D, HQ = LTE_HQ, HKV = LTE_HKV, HD = LTE_HD, F =
 constexpr int ROTARY = LTE_ROTARY, ACTIVATION = LTE_ACTIVATION, THREADS = LTE_THREADS;
 constexpr int SPLIT_KEYS = LTE_SPLIT_KEYS, MAX_SHARE = LTE_MAX_SHARE, FETCHERS = LTE_FETCHERS, P = LTE_BLOCKS;
 constexpr bool GATED = LTE_GATED, NORM_PLUS_ONE = LTE_NORM_PLUS_ONE;
+// What the plan has, so that there is no code for what it has not: norms of heads and behind a half layer, a bias of the
+// down projection, bounded scores, and caches that begin anew at their end.
+constexpr bool HEAD_NORMS = LTE_HEAD_NORMS, POST_NORMS = LTE_POST_NORMS, DOWN_BIAS = LTE_DOWN_BIAS, CAPPED = LTE_CAPPED;
+constexpr bool RINGS = LTE_RINGS;
 
 #ifdef LTE_ON_CPU
 #include "cuda_on_cpu.h"
@@ -53,6 +59,12 @@ constexpr int FFN_BITS = LTE_FFN_BITS > 0 ? LTE_FFN_BITS : NATIVE, HEAD_BITS = L
 constexpr int GROUP = LTE_GROUP;
 #ifndef LTE_EVERY_LANE                        // for racecheck, which sees no order by a thread that arrives for its warp
 #define LTE_EVERY_LANE 0
+#endif
+#ifndef LTE_LEAST                             // tokens of a pass that a smaller kernel has no room for
+#define LTE_LEAST 1
+#endif
+#ifndef LTE_LARGER                            // whether there is a larger kernel
+#define LTE_LARGER 0
 #endif
 constexpr int PITCH = 1024 + 16;              // bytes from row to row: eight rows lie in eight different banks
 DEVICE constexpr int slab_of(int bits) { return bits == NATIVE ? 1024 / SIZE : 1024; }   // columns of a stage
@@ -235,7 +247,7 @@ DEVICE bool next_part(const Shared& s, const Layer& l, int& unit, Part& p) {
 }
 DEVICE int slot_of(const Layer& l, int position) {
   const int at = position + l.shift;
-  return at < l.slots ? at : at % l.slots;
+  return at < l.slots ? at : RINGS ? at % l.slots : 0;
 }
 
 // Which of the caches is a token's, and where a part's keys end that were there before this launch.
@@ -500,7 +512,7 @@ struct Step {
           for (int j = 0; j < 4; j++)
             if (!mine) x[k][i][j] = old[k][i].x[j] = 0;
         }
-      if (post != nullptr) {
+      if (POST_NORMS && post != nullptr) {
         square_sums<AT_ONCE, N>(x, sums);
 #pragma unroll
         for (int i = 0; i < N; i++)
@@ -619,12 +631,12 @@ struct Step {
     }
 #pragma unroll
     for (int i = 0; i < N; i++) squares += x[i] * x[i];
-    const float r = norm == nullptr ? 1 : rsqrt_(warp_sum(squares) / HD + a.eps);
+    const float r = !HEAD_NORMS || norm == nullptr ? 1 : rsqrt_(warp_sum(squares) / HD + a.eps);
     warp_sync();
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const int d = i * 32 + lane;
-      if (norm != nullptr && d < HD) x[i] *= r * norm_weight(norm[d]);
+      if (HEAD_NORMS && norm != nullptr && d < HD) x[i] *= r * norm_weight(norm[d]);
       if (d < HD) staged[d] = x[i];
     }
     warp_sync();
@@ -639,13 +651,12 @@ struct Step {
   DEVICE void attention(const Layer& l) {
     Part p;
     int unit = blockIdx.x;
-    bool any = next_part(s, l, unit, p);
-    grid_sync();
 #pragma unroll 1
-    while (any) {
+    for (bool first = true;; first = false, unit += P) {
+      const bool any = next_part(s, l, unit, p);
+      if (first) grid_sync();
+      if (!any) break;
       attend(l, p);
-      unit += P;
-      any = next_part(s, l, unit, p);
     }
   }
 
@@ -742,7 +753,7 @@ struct Step {
     for (int i = 0; i < 4; i++) {
       float& y = scores.c[i];
       y *= a.scaling;
-      if (a.attention_cap > 0) y = a.attention_cap * tanh_(y / a.attention_cap);
+      if (CAPPED) y = a.attention_cap * tanh_(y / a.attention_cap);
       if (lane / 4 * 2 + i / 2 >= n) y = -INFINITY_;
     }
     float factor[2];
@@ -903,6 +914,7 @@ struct Step {
   DEVICE void neurons(const Layer& l, int layer) {
     const int n = s.count, padded = (n + 15) / 16 * 16;
     const float *scales = l.scales + NQKV + D, *down_scales = scales + (GATED ? 2 : 1) * F;
+#pragma unroll 1
     for (int i = tid; i < T * (padded - n); i += THREADS) s.h[i % T][n + i / T] = from_float(0);
 #pragma unroll 1
     for (int j = 0; j < n; j += PER_TILE) {
@@ -964,7 +976,7 @@ struct Step {
           const int i = c + first + column;
           if (t >= rows_of(s)) return;
           if (FFN_BITS == 8) y *= down_scales[i];
-          if (blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
+          if (DOWN_BIAS && blockIdx.x == 0 && l.down_bias != nullptr) y += to_float(l.down_bias[i]);
           add_relaxed(to + t * D + i, fixed_of(y));
         });
     }
@@ -974,6 +986,7 @@ struct Step {
   DEVICE void clear_sums(int layer) {
     long long* to = sums_of(layer);
     const int end = share_end(T * D);
+#pragma unroll 1
     for (int i = share_begin(T * D) + tid; i < end; i += THREADS) to[i] = 0;
   }
   DEVICE void fetch_layer(int layer) {
@@ -1046,7 +1059,14 @@ struct Step {
   }
 };
 
+// Whether this kernel is the one for the tokens of a pass; arguments hold all of them, also those beyond T.
+DEVICE bool fits(const Args& a) {
+  if (LTE_LEAST > 1 && a.start[LTE_LEAST - 1] > a.position[LTE_LEAST - 1]) return false;
+  return !LTE_LARGER || a.start[T] > a.position[T];
+}
+
 extern "C" KERNEL void decode_step(const Args a) {
+  if (!fits(a)) return;
   SHARED_MEMORY(Shared, s);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
