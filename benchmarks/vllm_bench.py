@@ -10,16 +10,17 @@ share of them on average; a folder is a trained model, beside which its densifie
 with `--one-baseline`. `latency` times engines of `vllm.LLM` as `vllm bench latency` does, all batch sizes with one
 start: the time of a decoding step is that of answers of `--output-len` tokens less that of answers of one token. CUDA
 graphs are captured for these batch sizes alone, and for their prompts: of the dense model up to 512 tokens, of sparse
-ones up to as many as lte asks for, or up to `--most-captured` of both. `throughput` and `serve` are `vllm bench`
-itself. A tool that fails is named in the record, and the others go on.
+ones up to as many as lte asks for, or up to `--most-captured` of both. `throughput` gives such an engine all of
+`--num-prompts` at once, as `vllm bench throughput` does, with the graphs that vLLM captures by itself. `serve` is `vllm
+bench serve`. A tool that fails is named in the record, and the others go on.
 
 `--cpus 4` has an engine run on four CPUs while it is measured, those on which Python is fastest at that moment, each of
 another core: on a shared host some can be half as fast as others, which change, and steps wait for Python. Rows carry
 the time of a loop of Python there.
 
-`--together` has the engines of a group start at the same time and stay, for `latency` and `serve`: each is measured
-while the others wait, and a GPU's memory must hold all of them. `latency` then takes turns, dense and sparse in each
-round, and ratios are of times of the same round.
+`--together` has the engines of a group start at the same time and stay: each is measured while the others wait, and a
+GPU's memory must hold all of them. `latency` and `throughput` then take turns, dense and sparse in each round, and
+ratios are of times of the same round.
 
 Shapes are given random tokens. Folders are given text, from another place of it for each request, since a trained
 router switches fewer experts on for random tokens: `--text FILE`, or Python's own help.
@@ -43,12 +44,14 @@ import gzip
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -97,8 +100,8 @@ DENSE_MOST_CAPTURED = 512
 """Tokens of a step up to which vLLM captures graphs by itself."""
 PROBE_LOOPS, PROBES = 200_000, 5
 """Of the loop that times a CPU."""
-LONGEST_CHAT = (1024, 2048)
-"""Tokens of a prompt, and of it and its answer, beyond which `vllm bench throughput` leaves out texts of a file."""
+GRAPHS = re.compile(r"Graph capturing finished in (\d+) secs, took (-?[\d.]+) GiB")
+"""What vLLM says of its CUDA graphs."""
 
 
 @torch.no_grad()
@@ -176,17 +179,18 @@ def write_densified(folders: Sequence[Path], work: Path) -> list[dict[str, Any]]
 
 def engine_options(job: dict[str, Any]) -> dict[str, Any]:
     """Of `vllm.LLM`, the same for dense and sparse."""
-    most = max(job["batches"])
     options = {
         "dtype": job["dtype"],
         "max_model_len": max(job["input_len"] + job["output_len"], *job["prompt_lens"], 0) + 16,
-        "max_num_seqs": max(most, 16),
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "enforce_eager": job["eager"],
         "tensor_parallel_size": job["tensor_parallel"],
     }
     options |= memory_options(job)
+    if job["tool"] == "throughput":
+        return options
+    options["max_num_seqs"] = max(*job["batches"], 16)
     if job["gpu_time"]:
         own = {"torch_profiler_with_stack": False, "torch_profiler_dump_cuda_time_total": False}
         options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": job["traces"], **own}
@@ -381,8 +385,19 @@ def spread(name: str, times: list[float]) -> dict[str, float]:
 
 
 def one_round(llm: Any, job: dict[str, Any], make_prompts: Callable[[int, int], list[Any]]) -> list[dict[str, Any]]:
-    """The times of each batch size and each single prompt, once, and what was sampled of the routing meanwhile."""
+    """The times of what a tool measures, once, and what was sampled of the routing meanwhile.
+
+    Of `latency` a row for each batch size and each single prompt, of `throughput` one.
+    """
     found = list[dict[str, Any]]()
+    lengths = {"input_len": job["input_len"], "output_len": job["output_len"]}
+    if job["tool"] == "throughput":
+        prompts = make_prompts(job["num_prompts"], job["input_len"])
+        answer_ms(llm, prompts, 2)  # warms up
+        before = sampled()
+        elapsed_s = answer_ms(llm, prompts, job["output_len"]) / 1000
+        own = {"tool": "throughput", **lengths, "num_prompts": job["num_prompts"]}
+        return [{**own, "elapsed_s": elapsed_s, "since": since(before)}]
     for batch in job["batches"]:
         prompts = make_prompts(batch, job["input_len"])
         for tokens in (1, job["output_len"]):
@@ -391,7 +406,7 @@ def one_round(llm: Any, job: dict[str, Any], make_prompts: Callable[[int, int], 
         before = sampled()
         short, long = (answer_ms(llm, prompts, tokens) for tokens in (1, job["output_len"]))
         step = (long - short) / (job["output_len"] - 1)
-        own = {"tool": "latency", "batch": batch, "input_len": job["input_len"], "output_len": job["output_len"]}
+        own = {"tool": "latency", "batch": batch, **lengths}
         found.append({**own, "ms_first_token": short, "ms_per_step": step, "since": since(before)})
     for length in job["prompt_lens"]:
         prompts = make_prompts(1, length)
@@ -403,16 +418,19 @@ def one_round(llm: Any, job: dict[str, Any], make_prompts: Callable[[int, int], 
 
 
 def joined(rounds: Sequence[Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """A row for each batch size and each single prompt: medians and spreads of all rounds, and the times themselves."""
+    """The rows of all rounds as one each: medians and spreads, and the times themselves."""
+    times = "ms_first_token", "ms_per_step", "elapsed_s"
     for rows in zip(*rounds, strict=True):
-        row = {key: value for key, value in rows[0].items() if key not in ("since", "ms_per_step", "ms_first_token")}
-        for name in ("ms_first_token", "ms_per_step"):
+        row = {key: value for key, value in rows[0].items() if key not in ("since", *times)}
+        for name in times:
             if name in rows[0]:
                 row |= spread(name, [each[name] for each in rows]) | {f"{name}_rounds": [each[name] for each in rows]}
+        if "elapsed_s" in row:
+            row["tokens_per_second"] = row["num_prompts"] * (row["input_len"] + row["output_len"]) / row["elapsed_s"]
         yield row | (saving([each["since"] for each in rows]) if "since" in rows[0] else {})
 
 
-def measure_latency() -> None:
+def measure_engine() -> None:
     """Waits for a job as a line of the input and starts its engine; then measures one round for each further line.
 
     The line `ROWS` has it print the rows and end. It runs in a process of its own, and the engine in another one, as
@@ -441,14 +459,29 @@ def measure_latency() -> None:
     common = {"model_runner": 2 if second else 1, "start_s": start_s, **spread("cpu_loop_ms", speeds)}
     for row in joined(rounds):
         print("ROW " + json.dumps({**row, **common}), flush=True)
-    for batch in job["batches"] if job["gpu_time"] else ():
+    for batch in job["batches"] if job["gpu_time"] and job["tool"] == "latency" else ():
         prompts = make_prompts(batch, job["input_len"])
         short, long = (gpu_ms(llm, prompts, tokens, Path(job["traces"])) for tokens in (1, 1 + PROFILED_STEPS))
         gpu_row = {"tool": "gpu", "batch": batch, "gpu_ms_per_step": (long - short) / PROFILED_STEPS}
         print("ROW " + json.dumps(gpu_row), flush=True)
 
 
-class LatencyWorkers:
+class Listener(threading.Thread):
+    """Hands on what a process says, and keeps what vLLM says of its graphs: seconds, and GiB of a GPU's memory."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        super().__init__(daemon=True)
+        self._process, self.graphs = process, dict[str, float]()
+
+    def run(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            if (found := GRAPHS.search(line)) is not None:
+                self.graphs = {"graphs_s": int(found[1]), "graphs_gib": float(found[2])}
+
+
+class EngineWorkers:
     """Processes that measure one job each.
 
     The next one imports vLLM while the engine of a job starts; with `together` all engines start at the beginning, and
@@ -458,6 +491,7 @@ class LatencyWorkers:
     def __init__(self, jobs: Sequence[dict[str, Any]], together: bool):
         self._left = list(jobs)
         self._processes: list[subprocess.Popen[str]] = []
+        self._listeners: dict[int, Listener] = {}
         self._together, self._measured = together, False
         with _ended_by_errors(self):
             for _ in self._left if together else self._left[:1]:
@@ -469,10 +503,12 @@ class LatencyWorkers:
                     _read_until(process, STARTED)
 
     def _start(self) -> None:
-        command = [sys.executable, __file__, "--worker"]
-        self._processes.append(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=WORKER_ENVIRONMENT)
-        )
+        command, pipe = [sys.executable, __file__, "--worker"], subprocess.PIPE
+        options: dict[str, Any] = {"text": True, "errors": "replace", "env": WORKER_ENVIRONMENT}
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, **options)
+        self._processes.append(process)
+        self._listeners[process.pid] = Listener(process)
+        self._listeners[process.pid].start()
 
     def _rounds(self, jobs: Sequence[dict[str, Any]], processes: Sequence[subprocess.Popen[str]]) -> None:
         for _ in range(jobs[0]["repeats"]):
@@ -483,12 +519,12 @@ class LatencyWorkers:
                 _read_until(process, ROUND_ENDED)
 
     def run(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The rows of `measure_latency`; jobs come in the order in which they were given.
+        """The rows of `measure_engine`; jobs come in the order in which they were given.
 
         Raises:
             subprocess.CalledProcessError: if the process failed.
         """
-        if self._left[0] is not job:
+        if self._left[0] != job:
             raise ValueError(f"job must be the next of those that were given, got job={job['folder']}")
         if self._together and not self._measured:
             self._measured = True
@@ -506,7 +542,7 @@ class LatencyWorkers:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("ROW "):
-                    yield json.loads(line[4:])
+                    yield {**json.loads(line[4:]), **self._listeners[process.pid].graphs}
                 else:
                     print(line, end="", file=sys.stderr, flush=True)
             if process.wait():
@@ -539,7 +575,7 @@ def _end(process: subprocess.Popen[Any], waits: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_errors(tool: LatencyWorkers | Servers) -> Iterator[None]:
+def _ended_by_errors(tool: EngineWorkers | Servers) -> Iterator[None]:
     """Ends what a tool has started where it is stopped before it is made."""
     try:
         yield
@@ -581,21 +617,6 @@ def random_flags(job: dict[str, Any]) -> list[str]:
     return ["--dataset-name", "random", *lengths]
 
 
-def chat_flags(job: dict[str, Any], work: Path) -> list[str]:
-    """Has `vllm bench throughput` read text: of the files that it takes, chats have no template around the prompt.
-
-    Raises:
-        ValueError: if it would leave out texts so long.
-    """
-    lengths = job["input_len"], job["input_len"] + job["output_len"]
-    if any(length > most for length, most in zip(lengths, LONGEST_CHAT, strict=True)):
-        raise ValueError(f"input_len and the sum with output_len must be at most {LONGEST_CHAT}, got {lengths}")
-    file = work / "prompts.json"
-    turns = [[{"value": prompt}, {"value": ""}] for prompt in text_prompts(job, job["num_prompts"])]
-    write_json_atomic(file, [{"conversations": pair} for pair in turns])
-    return ["--dataset-name", "sharegpt", "--dataset-path", str(file), "--output-len", str(job["output_len"])]
-
-
 def custom_flags(job: dict[str, Any], work: Path, count: int) -> list[str]:
     """Has `vllm bench serve` read text."""
     file = work / "prompts.jsonl"
@@ -603,37 +624,6 @@ def custom_flags(job: dict[str, Any], work: Path, count: int) -> list[str]:
     file.write_text("".join(lines), encoding="utf-8")
     flags = ["--dataset-name", "custom", "--dataset-path", str(file), "--custom-output-len", str(job["output_len"])]
     return [*flags, "--skip-chat-template"]
-
-
-class Throughput:
-    """`vllm bench throughput`, an engine after the other."""
-
-    def __init__(self, work: Path):
-        self._work = work
-
-    def run(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """One row.
-
-        Raises:
-            subprocess.CalledProcessError: if it failed.
-        """
-        output = self._work / "throughput.json"
-        prompts = random_flags(job) if job["prompts"] == RANDOM else chat_flags(job, self._work)
-        command = [*CLI, "bench", "throughput", *cli_flags({**job, "engines": 1}), *prompts]
-        command += ["--num-prompts", str(job["num_prompts"]), "--output-json", str(output)]
-        # On its CPUs from the start on.
-        cpus, loop_ms = fastest_cpus(job["cpus"])
-        wanted = functools.partial(os.sched_setaffinity, 0, cpus) if cpus else None
-        subprocess.run(command, check=True, env=job_environment(job), preexec_fn=wanted)
-        yield {
-            "tool": "throughput",
-            "engines": 1,
-            "cpu_loop_ms": loop_ms,
-            **json.loads(output.read_text(encoding="utf-8")),
-        }
-
-    def close(self) -> None:
-        """Nothing is left running."""
 
 
 class Servers:
@@ -704,7 +694,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     """Adds to each row its time over that of the dense model of the same group, batch size and prompt, by rounds."""
     keys = {
         "latency": "ms_per_step", "prompt": "ms_first_token", "gpu": "gpu_ms_per_step", "serve": "median_tpot_ms",
-        "throughput": "elapsed_time",
+        "throughput": "elapsed_s",
     }  # fmt: skip
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -744,7 +734,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--cpus", type=int, default=0, help="CPUs that an engine has while it is measured; 0: all")
     parser.add_argument("--gpu-time", action="store_true", help="how long a GPU works in a step, beside latency")
-    parser.add_argument("--num-prompts", type=int, default=256)
+    parser.add_argument("--num-prompts", type=int, default=1024, help="of throughput")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each model, dense and sparse")
@@ -758,13 +748,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measuring(
-    tool: str, jobs: Sequence[dict[str, Any]], arguments: argparse.Namespace
-) -> LatencyWorkers | Throughput | Servers:
+def measuring(tool: str, jobs: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> EngineWorkers | Servers:
     """What measures the jobs of a group by a tool, one after the other."""
-    if tool == "latency":
-        return LatencyWorkers(jobs, arguments.together)
-    return Throughput(arguments.work) if tool == "throughput" else Servers(jobs, arguments.together, arguments.work)
+    if tool == "serve":
+        return Servers(jobs, arguments.together, arguments.work)
+    return EngineWorkers([{**job, "tool": tool} for job in jobs], arguments.together)
 
 
 def main() -> None:
@@ -774,7 +762,7 @@ def main() -> None:
     """
     arguments = parse()
     if arguments.worker:
-        measure_latency()
+        measure_engine()
         return
     if arguments.folder:
         read_text(arguments.text)  # says now, and not after hours, that there is none
@@ -811,7 +799,7 @@ def main() -> None:
     failed: list[dict[str, Any]] = []
     for group, tool in itertools.product(groups, arguments.tools):
         with contextlib.closing(measuring(tool, group, arguments)) as tools:
-            for job in group:
+            for job in ({**each, "tool": tool} for each in group):
                 kept = ("group", "model", "sparsity", "dtype", "input_len", "output_len", "tensor_parallel", "prompts")
                 own = {key: job[key] for key in (*kept, "engines", "cpus")}
                 try:

@@ -230,7 +230,7 @@ def engines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     common = {
         "prompts": [row[: lengths[index % len(lengths)]].tolist() for index, row in enumerate(ids)],
         "batches": args.batches, "input_len": max(lengths), "output_len": args.tokens, "prompt_lens": [],
-        "eager": args.eager, "gpu_time": False, "engines": 1, "most_captured": 512,
+        "eager": args.eager, "gpu_time": False, "tool": "latency", "engines": 1, "most_captured": 512,
         "cuda": torch.cuda.is_available(),
     }  # fmt: skip
     for dtype in args.dtypes:

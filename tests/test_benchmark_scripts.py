@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from importlib.util import find_spec
 from pathlib import Path
@@ -671,17 +672,10 @@ class TestVllmBench:
         module, folder = script("vllm_bench"), save_tiny_model(tmp_path / "folder")
         (tmp_path / "text.txt").write_text("".join(f"Line {number} of a text.\n" for number in range(99)))
         job = {"folder": str(folder), "text": str(tmp_path / "text.txt"), "input_len": 8, "output_len": 3}
-        job |= {"num_prompts": 5}
-        flags = module.chat_flags(job, tmp_path)
-        chats = json.loads((tmp_path / "prompts.json").read_text())
-        assert flags == [*flags[:3], str(tmp_path / "prompts.json"), "--output-len", "3"]
-        assert [chat["conversations"][0]["value"] for chat in chats] == module.text_prompts(job, 5)
         flags = module.custom_flags(job, tmp_path, 4)
         lines = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
         assert flags[:4] == ["--dataset-name", "custom", "--dataset-path", str(tmp_path / "prompts.jsonl")]
         assert lines == module.text_prompts(job, 4)
-        with pytest.raises(ValueError, match=r"must be at most \(1024, 2048\), got \(2000, 2003\)"):
-            module.chat_flags({**job, "input_len": 2000}, tmp_path)
 
     def test_work_of_a_gpu_is_that_of_its_kernels_and_copies(
         self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -779,7 +773,7 @@ class TestVllmBench:
         monkeypatch.setattr(module, "__file__", str(tmp_path / "worker.py"))
         jobs = [{"folder": name, "cpus": 0, "repeats": 2} for name in ("a", "broken", "b", "weak")]
         found = list[dict[str, Any]]()
-        with contextlib.closing(module.LatencyWorkers(jobs, together)) as workers:
+        with contextlib.closing(module.EngineWorkers(jobs, together)) as workers:
             for job in jobs:
                 try:
                     found += workers.run(job)
@@ -819,6 +813,59 @@ class TestVllmBench:
         ratios = [[row.get(f"over_dense{end}") for end in ("_p20", "", "_p80")] for row in rows]
         assert ratios == [[None] * 3] * 2 + [[0.5] * 3] * 2
 
+    def test_throughput_is_that_of_all_prompts_at_once(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By engines that are as vLLM has them by itself, in rounds as latency is measured."""
+        module, asked = script("vllm_bench"), list[tuple[int, int]]()
+        monkeypatch.setattr(module, "sampled", dict)
+
+        def answer_ms(llm: Any, prompts: list[Any], tokens: int) -> float:
+            asked.append((len(prompts), tokens))
+            return 500.0 * tokens
+
+        monkeypatch.setattr(module, "answer_ms", answer_ms)
+        job = {"tool": "throughput", "num_prompts": 6, "input_len": 8, "output_len": 4, "batches": [1], "cuda": True}
+        job |= {"dtype": "bfloat16", "prompt_lens": [], "eager": False, "tensor_parallel": 1, "engines": 3}
+        options = module.engine_options({**job, "gpu_time": False})
+        assert not {"max_num_seqs", "compilation_config"} & {*options}
+        rounds = [module.one_round(None, job, lambda count, length: [length] * count) for _ in range(2)]
+        assert asked == [(6, 2), (6, 4)] * 2
+        (row,) = module.joined(rounds)
+        assert (row["elapsed_s"], row["elapsed_s_rounds"], row["tokens_per_second"]) == (2.0, [2.0, 2.0], 36.0)
+        rows = [{"group": "g", "sparsity": None, **row}]
+        rows.append({**rows[0], "sparsity": 0.5, "elapsed_s_rounds": [1.0, 1.0]})
+        module.add_ratios(rows)
+        assert rows[1]["over_dense"] == 0.5
+
+    @pytest.mark.parametrize("said", [True, False])
+    def test_what_an_engine_says_of_its_graphs_is_kept(
+        self,
+        script: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        said: bool,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        module, line = script("vllm_bench"), "INFO Graph capturing finished in 10 secs, took 0.82 GiB"
+        worker = f"""
+            import sys
+            print({line if said else "nothing"!r}, file=sys.stderr, flush=True)
+            print("ENGINE STARTED", flush=True)
+            for line in iter(sys.stdin.readline, "rows\\n"):
+                print("ROUND ENDED", flush=True)
+            print("ROW {{}}", flush=True)
+        """
+        (tmp_path / "worker.py").write_text(textwrap.dedent(worker))
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "worker.py"))
+        job = {"folder": "a", "cpus": 0, "repeats": 1}
+        with contextlib.closing(module.EngineWorkers([job], True)) as workers:
+            (listener,) = workers._listeners.values()
+            end = time.monotonic() + 60
+            while said and not listener.graphs and time.monotonic() < end:
+                time.sleep(0.01)
+            assert [*workers.run(job)] == [{"graphs_s": 10, "graphs_gib": 0.82} if said else {}]
+        listener.join()
+        assert (line in capfd.readouterr().err) == said
+
     def test_engines_that_are_left_in_the_middle_are_ended(
         self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -845,7 +892,7 @@ class TestVllmBench:
 
         monkeypatch.setattr(module.subprocess, "Popen", noted)
         jobs = [{"folder": name, "cpus": 0, "repeats": 1} for name in "ab"]
-        with contextlib.closing(module.LatencyWorkers(jobs, True)) as workers:
+        with contextlib.closing(module.EngineWorkers(jobs, True)) as workers:
             rows = workers.run(jobs[0])
             assert next(rows) == {}
             with pytest.raises(ValueError, match="job must be the next of those that were given, got job=a"):
@@ -856,7 +903,7 @@ class TestVllmBench:
         started.clear()
         monkeypatch.setattr(module, "_read_until", lambda process, line: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            module.LatencyWorkers(jobs, True)
+            module.EngineWorkers(jobs, True)
         assert len(started) == 2
         assert None not in [process.poll() for process in started]
 
