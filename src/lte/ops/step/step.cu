@@ -150,7 +150,7 @@ struct Working {
   alignas(16) elem xs[T][XS];
   alignas(16) elem h[T][HS];
   float red[2][WARPS][ROWS][T > 2 ? T : 2];
-  float sums[WARPS][T];
+  float sums[2][WARPS][T];
   Layer layers[2];            // this one and the next
   alignas(16) elem q[G][QS];
   alignas(16) elem weights[WARPS][8][WS];   // of keys, for each head of queries
@@ -420,7 +420,7 @@ struct Producer {
 struct Step {
   const Args& a;
   Shared& s;
-  int tid, lane, warp, stage = 0, buffer = 0, event = 0;
+  int tid, lane, warp, stage = 0, buffer = 0, sums_buffer = 0, event = 0;
   u32 parity = 0, goal, tag;
 
   DEVICE Step(const Args& a, Shared& s) : a(a), s(s), tid(threadIdx.x), lane(tid % 32), warp(tid / 32) {
@@ -460,20 +460,20 @@ struct Step {
     team_sync();
   }
 
-  // Sums over the block.
+  // Sums over the block. One barrier, as buffers alternate: who writes one anew has passed that of the other.
   template <int N> DEVICE void team_sums(float (&x)[N]) {
+    sums_buffer ^= 1;
 #pragma unroll
     for (int t = 0; t < N; t++) {
       x[t] = warp_sum(x[t]);
-      if (lane == 0) s.sums[warp][t] = x[t];
+      if (lane == 0) s.sums[sums_buffer][warp][t] = x[t];
     }
     team_sync();
 #pragma unroll
     for (int t = 0; t < N; t++) {
       x[t] = 0;
-      for (int i = 0; i < WARPS; i++) x[t] += s.sums[i][t];
+      for (int i = 0; i < WARPS; i++) x[t] += s.sums[sums_buffer][i][t];
     }
-    team_sync();
   }
 
   // residual = before + addend, before + norm(addend), or the token's embedding; then s.xs = norm(residual). The addend is
@@ -481,23 +481,27 @@ struct Step {
   DEVICE void add_and_norm(const float* before, const long long* sums_of_half, const elem* post, float* after, const elem* weight) {
     constexpr int N = (D / 4 + THREADS - 1) / THREADS;   // fours of columns of a thread
     constexpr int AT_ONCE = 4 * N * T <= NORM_REGISTERS ? T : 8 * N <= NORM_REGISTERS ? NORM_REGISTERS / (4 * N) : 1;   // tokens
-#pragma unroll 1
-    for (int t0 = 0; t0 < rows_of(s); t0 += AT_ONCE) {
-      float x[AT_ONCE][N][4], sums[AT_ONCE];
-      Four<elem> w[N];
-      // All loads at once, before anything waits for one.
-      Four<float> old[AT_ONCE][N];
-      Four<long long> fixed[AT_ONCE][N];
+    // All loads at once, before anything waits for one, and of the next tokens while the sums of these are shared.
+    Four<elem> w[N];
+    Four<float> old[AT_ONCE][N];
+    Four<long long> fixed[AT_ONCE][N];
+    const auto load = [&](int t0) {
 #pragma unroll
       for (int i = 0; i < N; i++) {
         const int c = column_of(i) < D ? column_of(i) : 0;
-        w[i] = load_four(weight + c);
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
           const int t = t0 + k < T ? t0 + k : 0;
           if (before != nullptr) old[k][i] = load_four(before + t * D + c), fixed[k][i] = load_four(sums_of_half + t * D + c);
         }
       }
+    };
+#pragma unroll
+    for (int i = 0; i < N; i++) w[i] = load_four(weight + (column_of(i) < D ? column_of(i) : 0));
+    load(0);
+#pragma unroll 1
+    for (int t0 = 0; t0 < rows_of(s); t0 += AT_ONCE) {
+      float x[AT_ONCE][N][4], sums[AT_ONCE];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
@@ -528,6 +532,7 @@ struct Step {
 #pragma unroll
         for (int i = 0; i < N; i++)
           for (int j = 0; j < 4; j++) x[k][i][j] += old[k][i].x[j];
+      if (AT_ONCE < T && t0 + AT_ONCE < rows_of(s)) load(t0 + AT_ONCE);
       square_sums<AT_ONCE, N>(x, sums);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
