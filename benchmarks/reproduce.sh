@@ -11,7 +11,7 @@
 #     QWEN_CODER_1_5B, at each of TARGETS (0.5 0.8), on TRAIN.
 #   serve: trains the two Qwen models by experiments/train/qwen_coder.yaml on the texts below MIX_FOLDER, all TARGETS of
 #     one at the same time, and times the folders in vLLM.
-#   speculate: times prompt lookup and self-drafting on the 1.5B folders of serve.
+#   speculate: times prompt lookup on the 1.5B folders of serve.
 # Every step writes its result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -192,8 +192,8 @@ serve() {
 speculate() {
   local target
   for target in ${TARGETS:-0.5 0.8}; do
-    python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 7 --drafts 0.9 \
-      --draft-tokens 3 --output "$output/speculation_${target#0.}0.json"
+    python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 7 \
+      --output "$output/speculation_${target#0.}0.json"
   done
 }
 

@@ -1,14 +1,13 @@
 """Speculative decoding of single requests over plain decoding, of one trained folder on edits of code and on chats.
 
-    python benchmarks/speculation.py out --drafts 0.8 0.9 --output speculation.json
+    python benchmarks/speculation.py out --output speculation.json
 
 All go through `generate` of transformers. `plain` is the accelerated model as ever, by whole decoding steps where an
 engine computes it, as passes of up to 32 tokens that check drafts; `plain, by modules` the same without these. `lookup`
 proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_tokens), for the first number also in the
-loop of transformers, where the host waits for each pass (`lookup of 5, told`); `draft` is the model itself at a
-higher threshold, beside its ceiling: how much faster it writes alone. With --assistant also another model proposes.
-Answers are greedy, and times are those after the prompt. `passes` says what one pass of lookup takes by how many tokens
-are proposed, in plain decoding's answers: what the model computes, without the search for proposals.
+loop of transformers, where the host waits for each pass (`lookup of 5, told`). With --assistant also another model
+proposes. Answers are greedy, and times are those after the prompt. `passes` says what one pass of lookup takes by how
+many tokens are proposed, in plain decoding's answers: what the model computes, without the search for proposals.
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ from lte.eval.inference import hard_inference
 from lte.eval.models import load_any_model
 from lte.eval.speculation import PassClock, closest_call
 from lte.hf.dense import load_tokenizer
-from lte.hf.sparsity_curve import threshold_of
 from lte.hf.stepping import checked_model, has_engine
-from lte.hf.threshold import set_threshold_
-from lte.methods.lte import logit_quantile, logit_shares
 from lte.records import read_json
 
 PLAIN, BY_MODULES = "plain", "plain, by modules"
@@ -124,21 +120,7 @@ def by_modules(model: Any, run: Answer) -> Answer:
     return answer
 
 
-def drafts_of(model: Any, prompts: list[tuple[str, Tensor]], args: argparse.Namespace) -> dict[float, Any]:
-    """The model at thresholds that leave off about so much of these prompts."""
-    found: dict[float, Any] = {}
-    if not args.drafts:
-        return found
-    shares, _ = logit_shares(model, lte.sparse_ffns(model), [{"input_ids": ids.to(model.device)} for _, ids in prompts])
-    ffns = list(lte.sparse_ffns(model).values())
-    for sparsity in args.drafts:
-        threshold = threshold_of(ffns[0].threshold_logit + logit_quantile(shares, sparsity))
-        # Kernels choose their paths by what is off, which for a threshold alone is as it was for the model's.
-        found[sparsity] = set_threshold_(lte.draft_of(model, threshold), threshold, [sparsity] * len(ffns))
-    return found
-
-
-def providers_of(model: Any, drafts: dict[float, Any], args: argparse.Namespace) -> dict[str, Answer]:
+def providers_of(model: Any, args: argparse.Namespace) -> dict[str, Answer]:
     """What is timed, by name."""
     plain = answering(model, args)
     found = {PLAIN: plain, BY_MODULES: by_modules(model, plain)}
@@ -149,20 +131,11 @@ def providers_of(model: Any, drafts: dict[float, Any], args: argparse.Namespace)
         found[f"lookup of {number}, told"] = answering(
             model, args, prompt_lookup_num_tokens=number, stopping_criteria=told
         )
-    assistants = {f"draft at {sparsity:g}": draft for sparsity, draft in drafts.items()}
     if args.assistant is not None:
-        assistants["assistant"] = lte.accelerate_(load_any_model(args.assistant, args.dtype))
-    for name, assistant in assistants.items():
+        assistant = lte.accelerate_(load_any_model(args.assistant, args.dtype))
         for number in args.draft_tokens:
-            found[f"{name}, {number} tokens"] = assisted(model, assistant, number, args)
-    for sparsity, draft in drafts.items():
-        found[ceiling_name(sparsity)] = answering(draft, args)
+            found[f"assistant, {number} tokens"] = assisted(model, assistant, number, args)
     return found
-
-
-def ceiling_name(sparsity: float) -> str:
-    """Of the draft alone, whose answers are its own."""
-    return f"the draft at {sparsity:g} alone"
 
 
 def assisted(model: Any, assistant: Any, number: int, args: argparse.Namespace) -> Answer:
@@ -184,8 +157,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", help="a saved LTE model")
     parser.add_argument("--assistant", help="a saved LTE model with the same tokens that proposes, too")
     parser.add_argument("--lookup", nargs="*", type=int, default=[5, 7])
-    parser.add_argument("--drafts", nargs="*", type=float, default=[0.8, 0.9], help="sparsities of self-drafting")
-    parser.add_argument("--draft-tokens", nargs="+", type=int, default=[3, 5])
+    parser.add_argument("--draft-tokens", nargs="+", type=int, default=[3, 5], help="that the assistant proposes")
     parser.add_argument("--prompts", type=Path, help="JSON: lists of prompts by kind; by default edits and chats")
     parser.add_argument("--count", type=int, default=8, help="prompts of each kind")
     parser.add_argument("--prompt-length", type=int, default=1024, help="tokens of a prompt that are kept, the last")
@@ -202,8 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = lte.accelerate_(load_any_model(args.folder, args.dtype))
     prompts = prompts_of(load_tokenizer(args.folder), args)
     with hard_inference(model):
-        drafts = drafts_of(model, prompts, args)
-        runs = providers_of(model, drafts, args)
+        runs = providers_of(model, args)
         measured = measure(runs, prompts, args.rounds)
         kinds = list(dict.fromkeys(kind for kind, _ in prompts))
         rows = [row for kind in kinds for row in rows_of(kind, measured, prompts)]
@@ -213,13 +184,12 @@ def main(arguments: list[str] | None = None) -> None:
             for kind in dict.fromkeys(row["kind"] for row in rows)
             for each in pass_times(model, kind, measured, prompts)
         ]
-        engines = {PLAIN: has_engine(model), **{f"{s:g}": has_engine(draft) for s, draft in drafts.items()}}
     common = {"benchmark": "speculation", "dtype": args.dtype, "batch": 1, "max_tokens": args.tokens}
     command = shlex.join(["python", "benchmarks/speculation.py", *(sys.argv[1:] if arguments is None else arguments)])
     header = {
         "model": args.folder,
         "assistant": args.assistant,
-        "whole_steps": engines,
+        "whole_steps": {PLAIN: has_engine(model)},
         "passes": passes,
         "command": command,
     }
@@ -338,8 +308,6 @@ def explain(
 ) -> None:
     """Adds to each difference from plain decoding how close the model was to it; see `closest_call`."""
     for row in rows:
-        if row["provider"].startswith("the draft"):
-            continue
         for each in row["differences"]:
             answer = measured[PLAIN][each["prompt"]][0]
             text = torch.cat([prompts[each["prompt"]][1][0], answer[: each["place"]]])

@@ -497,12 +497,11 @@ class TestSpeculation:
         (tmp_path / "prompts.json").write_text(
             json.dumps({"edits": ["a b c a b c a b"], "chats": ["Who?", "Why is it?"]})
         )
-        flags = ["--dtype", "float32", "--lookup", "3", "--drafts", "0.6", "--draft-tokens", "2", "--tokens", "24"]
+        flags = ["--dtype", "float32", "--lookup", "3", "--draft-tokens", "2", "--tokens", "24"]
         flags += ["--rounds", "2", "--prompts", str(tmp_path / "prompts.json"), "--assistant", folder]
         module.main([folder, *flags, "--output", str(tmp_path / "rows.json")])
         found = read_json(tmp_path / "rows.json")
-        names = ["plain", "plain, by modules", "lookup of 3", "lookup of 3, told"]
-        names += ["draft at 0.6, 2 tokens", "assistant, 2 tokens", "the draft at 0.6 alone"]
+        names = ["plain", "plain, by modules", "lookup of 3", "lookup of 3, told", "assistant, 2 tokens"]
         assert [(row["kind"], row["provider"]) for row in found["rows"]] == [
             (kind, name) for kind in ("edits", "chats") for name in names
         ]
@@ -510,15 +509,15 @@ class TestSpeculation:
             assert row["prompts"] == {"edits": 1, "chats": 2}[row["kind"]]
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
             assert row["git_commit"] == environment()["git_commit"]
-            if not row["provider"].startswith("the draft"):
-                assert row["equal_answers"] == row["prompts"]
-                assert row["differences"] == []
+            assert row["equal_answers"] == row["prompts"]
+            assert row["differences"] == []
             if row["provider"].startswith("plain"):
                 assert row["tokens_per_pass"] == 1
         # The assistant is the model itself: what it proposes stays, up to 3 tokens at a time.
         assert all(
             1.5 < row["tokens_per_pass"] <= 3 for row in found["rows"] if row["provider"].startswith("assistant")
         )
+        assert found["whole_steps"] == {"plain": True}
         assert found["rows"][0]["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
         # A step of plain decoding, and passes with room for as many tokens as an engine takes.
         assert [(each["kind"], each["proposed"]) for each in found["passes"]] == [
@@ -544,17 +543,6 @@ class TestSpeculation:
         for name, chosen in found.items():
             tokens = 1 if name == "None" else int(name) + 1
             assert torch.equal(chosen[:tokens], best[4 : 4 + tokens])
-
-    def test_kernels_expect_of_a_draft_what_it_leaves_off(self, script: Any) -> None:
-        module = script("speculation")
-        model = lte.accelerate_(randomise_routers_(lte.sparsify_(tiny_dense_model(), lte.LteConfig(expert_size=8))))
-        for ffn in lte.sparse_ffns(model).values():
-            ffn.expect_(0.9)  # type: ignore[attr-defined]
-        prompts = [("chats", torch.tensor([[3, 4, 5, 6]]))]
-        (draft,) = module.drafts_of(model, prompts, SimpleNamespace(drafts=[0.6])).values()
-        for each, share in ((draft, 0.4), (model, 0.9)):
-            found = [ffn.acceleration.active_fraction for ffn in lte.sparse_ffns(each).values()]
-            assert found == pytest.approx([share] * 2)
 
     def test_differences_are_explained(self, script: Any) -> None:
         module = script("speculation")

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lte.eval.sparsity import measure_sparsity
     from lte.eval.threshold_curve import calibrate_curve_
     from lte.hf.acceleration import accelerate_, decelerate_, is_accelerated
-    from lte.hf.drafting import draft_of
     from lte.hf.install import sparse_ffns
     from lte.hf.loading import sparse_class
     from lte.hf.sparsity_curve import SparsityCurve, SparsityGoal
@@ -42,7 +41,6 @@ _EXPORTS = {
     "lte.eval.sparsity": ["measure_sparsity"],
     "lte.eval.threshold_curve": ["calibrate_curve_"],
     "lte.hf.acceleration": ["accelerate_", "decelerate_", "is_accelerated"],
-    "lte.hf.drafting": ["draft_of"],
     "lte.hf.install": ["sparse_ffns"],
     "lte.hf.loading": ["sparse_class"],
     "lte.hf.sparsity_curve": ["SparsityCurve", "SparsityGoal"],
@@ -92,7 +90,6 @@ __all__ = [
     "calibrate_curve_",
     "decelerate_",
     "densify_",
-    "draft_of",
     "is_accelerated",
     "measure_sparsity",
     "methods",

@@ -86,7 +86,3 @@ def test_requests_that_are_answered_together_by_whole_steps(model_type: str) -> 
     for seed in (0, 2, 3):
         together = torch.cat([ids[:1], ids_of(seed)[1:]])
         assert torch.equal(generate_greedily(model, together, 20)[:1], alone)
-
-
-def test_a_draft_reads_no_later_token() -> None:
-    check(lte.draft_of(accelerated("llama"), 0.7), 1e-4)

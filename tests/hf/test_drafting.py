@@ -1,17 +1,14 @@
-"""Speculative decoding through `generate`: prompt lookup, assistants, and a model that drafts for itself."""
+"""Speculative decoding through `generate`: prompt lookup, assistants, and the passes that check drafts."""
 
 from __future__ import annotations
 
-import copy
 import functools
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import lte
 from lte.eval.answers import first_difference, generate_greedily
@@ -19,11 +16,10 @@ from lte.eval.speculation import PassClock, closest_call
 from lte.hf import checking, stepping
 from lte.hf.checking import CheckedModel
 from lte.hf.stepping import has_engine
-from lte.nn.accelerated import AcceleratedFfn
+from lte.hf.threshold import set_threshold_
 from lte.ops.step import engines
-from tests.hf.accelerated_models import weight_bytes
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model
-from tests.tiny_models import PAD, VOCAB, tiny_dense_model, tiny_sparse_model
+from tests.tiny_models import PAD, VOCAB
 
 TOKENS = 30
 # Transformers takes tokens of padding in what an assistant reads for padding, wherever they are.
@@ -52,6 +48,11 @@ def propose_(assistant: Any, tokens: int) -> Any:
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
     return assistant
+
+
+def assistant_of(model_type: str, **overrides: Any) -> Any:
+    """Another model that often writes what `accelerated` does: one of equal weights that leaves off more experts."""
+    return propose_(set_threshold_(accelerated(model_type, **overrides), 0.7), 4)
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_answers_are_those_of_plain_decoding(
         {"prompt_lookup_num_tokens": 10},
         {"prompt_lookup_num_tokens": 31, "max_matching_ngram_size": 1},
         {"assistant_model": propose_(lte.accelerate_(other), 4)},
-        {"assistant_model": propose_(lte.draft_of(model, 0.7), 4)},
+        {"assistant_model": assistant_of(model_type)},
     ]
     for each in settings:
         clock = PassClock()
@@ -196,7 +197,7 @@ def test_what_an_assistant_computes_is_settled_once_for_an_answer(
 ) -> None:
     """Making the plan anew took most of the time of a draft; another answer, and a call of its own, look again."""
     model, planned = accelerated(), list[Any]()
-    draft, make = propose_(lte.draft_of(model, 0.7), 4), stepping.decoder_plan
+    assistant, make = assistant_of("llama"), stepping.decoder_plan
 
     def counted(of: Any) -> Any:
         planned.append(of)
@@ -206,184 +207,64 @@ def test_what_an_assistant_computes_is_settled_once_for_an_answer(
     plain = generate_greedily(model, prompt, TOKENS)
     for _ in range(2):
         planned.clear()
-        assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=draft), plain)
-        assert [each is draft for each in planned].count(True) == 1
+        assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=assistant), plain)
+        assert [each is assistant for each in planned].count(True) == 1
     # Also where the model itself goes by modules.
     planned.clear()
     model.prepare_inputs_for_generation = model.prepare_inputs_for_generation
-    assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=draft), plain)
+    assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=assistant), plain)
     del model.prepare_inputs_for_generation
-    assert planned == [draft]
+    assert planned == [assistant]
     planned.clear()
-    generate_greedily(draft, prompt, 4)
-    assert planned == [draft]
+    generate_greedily(assistant, prompt, 4)
+    assert planned == [assistant]
 
 
 @pytest.mark.parametrize("make", [accelerated, step_model], ids=["kernels", "plain"])
-def test_a_draft_at_the_same_threshold_is_always_right(make: Any, prompt: Tensor) -> None:
-    model = make("qwen2", use_sliding_window=False)
-    draft, clock = propose_(lte.draft_of(model, 0.5), 4), PassClock()
-    found = generate_greedily(model, prompt, TOKENS, assistant_model=draft, streamer=clock, **NEVER)
+def test_an_assistant_that_is_a_copy_is_always_right(make: Any, prompt: Tensor) -> None:
+    model, copied = (make("qwen2", use_sliding_window=False) for _ in range(2))
+    assistant, clock = propose_(copied, 4), PassClock()
+    found = generate_greedily(model, prompt, TOKENS, assistant_model=assistant, streamer=clock, **NEVER)
     assert torch.equal(found, generate_greedily(model, prompt, TOKENS, **NEVER))
     assert (clock.passes, clock.tokens) == (TOKENS // 5, TOKENS)
-    # Where an engine computes the model, drafts are written by whole decoding steps, too.
-    assert has_engine(draft) == (make is accelerated)
+    # Where an engine computes the assistant, drafts are written by whole decoding steps, too.
+    assert has_engine(assistant) == (make is accelerated)
 
 
-def test_drafts_read_what_was_kept_by_steps_too(prompt: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assistants_read_what_was_kept_by_steps_too(prompt: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = accelerated("qwen2", use_sliding_window=False)
-    draft, read = propose_(lte.draft_of(model, 0.7), 4), list[int]()
-    prefill = type(draft)._prefill
+    assistant, read = assistant_of("qwen2", use_sliding_window=False), list[int]()
+    prefill = type(assistant)._prefill
 
     def counted(self: Any, input_ids: Tensor, config: Any, kwargs: Any, **settings: Any) -> Any:
-        if self is draft:
+        if self is assistant:
             read.append(input_ids.shape[1] - kwargs["past_key_values"].get_seq_length())
         return prefill(self, input_ids, config, kwargs, **settings)
 
-    monkeypatch.setattr(type(draft), "_prefill", functools.wraps(prefill)(counted))
+    monkeypatch.setattr(type(assistant), "_prefill", functools.wraps(prefill)(counted))
     plain = generate_greedily(model, prompt, TOKENS, **NEVER)
-    assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=draft, **NEVER), plain)
+    assert torch.equal(generate_greedily(model, prompt, TOKENS, assistant_model=assistant, **NEVER), plain)
     # The prompt; and before the last token, of which there is no step to be had.
     assert read in ([32], [32, 1], [32, 2])
     # A cache that is one token behind, and one that is three.
     for missing, by_modules in ((1, []), (3, [3])):
-        kept = DynamicCache(config=draft.config)
+        kept = DynamicCache(config=assistant.config)
         with torch.no_grad():
-            draft.model(input_ids=plain[:, : 40 - missing], past_key_values=kept, use_cache=True)
+            assistant.model(input_ids=plain[:, : 40 - missing], past_key_values=kept, use_cache=True)
         read.clear()
-        found = generate_greedily(draft, plain[:, :40], 6, past_key_values=kept)
+        found = generate_greedily(assistant, plain[:, :40], 6, past_key_values=kept)
         assert read == by_modules
-        assert torch.equal(found, generate_greedily(draft, plain[:, :40], 6))
+        assert torch.equal(found, generate_greedily(assistant, plain[:, :40], 6))
         assert kept.get_seq_length() == 45
 
 
-def test_a_draft_has_the_weights_of_its_model_and_a_threshold_of_its_own(prompt: Tensor) -> None:
-    model = accelerated()
-    before, logits = weight_bytes(model), model(prompt).logits
-    draft = lte.draft_of(model, 0.8)
-    assert [id(p) for p in draft.parameters()] == [id(p) for p in model.parameters()]
-    both = {t.untyped_storage().data_ptr() for m in (model, draft) for t in (*m.parameters(), *m.buffers())}
-    assert len(both) == len({t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())})
-    for ours, theirs in zip(lte.sparse_ffns(draft).values(), lte.sparse_ffns(model).values(), strict=True):
-        assert isinstance(ours, AcceleratedFfn)
-        assert isinstance(theirs, AcceleratedFfn)
-        assert ours.stacked is theirs.stacked
-        assert ours.threshold_logit > theirs.threshold_logit == 0
-    alone = step_model()
-    for ffn in lte.sparse_ffns(alone).values():
-        ffn.set_threshold(0.8)
-    with torch.no_grad():
-        torch.testing.assert_close(draft(prompt).logits, alone(prompt).logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model(prompt).logits, logits)
-    assert weight_bytes(model) == before
-    assert draft.generation_config is not model.generation_config
-
-
-def test_a_draft_follows_its_model(prompt: Tensor) -> None:
-    model = accelerated()
-    draft = lte.draft_of(model, 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-        torch.testing.assert_close(draft(prompt).logits, model(prompt).logits)
-    for move in (lambda: model.to(torch.bfloat16), lambda: draft.to(torch.float32), lambda: model.half().float()):
-        move()
-        with torch.no_grad():
-            assert torch.equal(draft(prompt).logits, model(prompt).logits)
-        for ours, theirs in zip(lte.sparse_ffns(draft).values(), lte.sparse_ffns(model).values(), strict=True):
-            assert ours.stacked is theirs.stacked  # type: ignore[attr-defined]
-    assert torch.equal(generate_greedily(model, prompt, 9, assistant_model=draft), generate_greedily(model, prompt, 9))
-
-
 def test_int8_weights_and_calls_by_turns(prompt: Tensor) -> None:
-    model = step_model()
-    draft = propose_(lte.draft_of(model, 0.7), 3)
-    with pytest.raises(ValueError, match=r"must not be a draft, got one of lte.draft_of, .* the draft goes along"):
-        lte.accelerate_(draft, weights="int8")
-    # Also on other kernels than it was.
-    for weights in ("native", "int8"):
-        lte.accelerate_(lte.decelerate_(model), weights=weights)
-        with torch.no_grad():
-            assert torch.equal(draft(prompt).logits, lte.draft_of(model, 0.7)(prompt).logits)
-            assert not torch.equal(draft(prompt).logits, model(prompt).logits)
-        assert all(isinstance(ffn, AcceleratedFfn) for ffn in lte.sparse_ffns(draft).values())
+    model = lte.accelerate_(step_model(), weights="int8")
+    assistant = assistant_of("llama")
     plain = generate_greedily(model, prompt, TOKENS)
     for _ in range(2):
-        assert same(model, prompt, plain, generate_greedily(model, prompt, TOKENS, assistant_model=draft))
+        assert same(model, prompt, plain, generate_greedily(model, prompt, TOKENS, assistant_model=assistant))
         assert torch.equal(plain, generate_greedily(model, prompt, TOKENS))
-
-
-def test_a_draft_from_the_curve_of_the_model(prompt: Tensor) -> None:
-    model = step_model()
-    lte.calibrate_curve_(model, {"text": [{"input_ids": prompt, "labels": prompt}]}, sparsities=(0.3, 0.5, 0.7))
-    remembered = copy.deepcopy(model.config.lte_curve)
-    draft = lte.draft_of(model, target_sparsity=0.6)
-    (ours, *_), (theirs, *_) = lte.sparse_ffns(draft).values(), lte.sparse_ffns(model).values()
-    assert ours.threshold_logit > theirs.threshold_logit
-    assert lte.measure_sparsity(draft, [{"input_ids": prompt}]).sparsity == pytest.approx(0.6, abs=0.06)
-    assert model.config.lte_curve == remembered
-    assert draft.config.lte_curve != remembered
-
-
-@pytest.mark.parametrize("make", [accelerated, step_model], ids=["kernels", "plain"])
-def test_a_saved_draft_skips_as_the_draft_does(make: Any, prompt: Tensor, tmp_path: Path) -> None:
-    model = make()
-    model.config.lte_measurement = {"sparsity": 0.1, "active_fraction": [0.9, 0.9]}
-    draft = lte.draft_of(model, 0.7)
-    draft.save_pretrained(tmp_path / "draft")
-    model.save_pretrained(tmp_path / "model")
-    for each, name, threshold in ((draft, "draft", 0.7), (model, "model", 0.5)):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert loaded.lte_config.threshold == threshold
-        assert (loaded.config.lte_measurement is None) == (name == "draft")
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(prompt).logits, each(prompt).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_train_and_eval_are_those_of_all() -> None:
-    model = step_model()
-    draft = lte.draft_of(model, 0.7)
-    others = [lte.draft_of(model, 0.8), lte.draft_of(draft, 0.9)]
-    everyone = [model, draft, *others]
-    for one, other in zip(everyone, everyone[1:] + everyone[:1], strict=True):
-        with warnings.catch_warnings():
-            # Of training in hard mode.
-            warnings.simplefilter("ignore")
-            one.train()
-        assert all(module.training for each in everyone for module in each.modules())
-        other.eval()
-        assert not any(module.training for each in everyone for module in each.modules())
-
-
-def test_what_cannot_draft_for_itself(prompt: Tensor) -> None:
-    with pytest.raises(ValueError, match="threshold or target_sparsity must be given, one of them"):
-        lte.draft_of(step_model())
-    with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\), got threshold=1.5"):
-        lte.draft_of(step_model(), 1.5)
-    with pytest.raises(ValueError, match="LTE model"):
-        lte.draft_of(tiny_dense_model(), 0.7)
-    with pytest.raises(ValueError, match="model must have FFNs in modules of their own to draft for itself"):
-        lte.draft_of(tiny_sparse_model("opt"), 0.7)
-    hooked = step_model()
-    hooked.model._hf_hook = object()
-    with pytest.raises(ValueError, match="model must lie on one device without accelerate's hooks"):
-        lte.draft_of(hooked, 0.7)
-    model = accelerated()
-    draft = lte.draft_of(model, 0.7)
-    with pytest.raises(ValueError, match="a draft must be left accelerated as its model is"):
-        lte.decelerate_(draft)
-    lte.decelerate_(model)
-    with pytest.raises(ValueError, match="the model of a draft must stay accelerated"), torch.no_grad():
-        draft(prompt)
-
-
-def test_a_copy_of_a_draft_and_the_model_without_it(prompt: Tensor) -> None:
-    model = accelerated()
-    plain = generate_greedily(model, prompt, 9)
-    draft = copy.deepcopy(lte.draft_of(model, 0.7))
-    assert torch.equal(generate_greedily(model, prompt, 9, assistant_model=draft), plain)
-    alone = lte.accelerate_(copy.deepcopy(lte.draft_of(step_model(), 0.7)))
-    assert torch.equal(generate_greedily(model, prompt, 9, assistant_model=alone), plain)
 
 
 def test_the_closest_call_by_hand(prompt: Tensor) -> None:

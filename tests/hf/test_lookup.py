@@ -26,6 +26,7 @@ from lte.eval.speculation import closest_call
 from lte.hf import checking, lookup, stepping
 from lte.hf.checking import CheckedModel
 from lte.hf.lookup import Lookup
+from lte.hf.threshold import set_threshold_
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model, take_reference_engines
 from tests.hf.test_stepping import DEVICES, leave_ffns_to_pytorch
 from tests.tiny_models import PAD, VOCAB
@@ -365,13 +366,14 @@ class TestOwnEngine:
             monkeypatch.setattr(lookup, "runs_ahead", lambda device: True)
             monkeypatch.setattr(CheckedModel, "calls", 4)
         monkeypatch.setattr(checking, "ROOM", 24)
-        model = lte.accelerate_(step_model(model_type, head_dim=64).to(device))
+        model, other = (lte.accelerate_(step_model(model_type, head_dim=64).to(device)) for _ in range(2))
         ids = prompt.to(device)
         plain = generate_greedily(model, ids, TOKENS)
-        draft = lte.draft_of(model, 0.7)
-        draft.generation_config.num_assistant_tokens = 3
-        draft.generation_config.num_assistant_tokens_schedule = "constant"
-        for settings in ({"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 10}, {"assistant_model": draft}):
+        assistant = set_threshold_(other, 0.7)
+        assistant.generation_config.num_assistant_tokens = 3
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        each: list[dict[str, Any]] = [{"prompt_lookup_num_tokens": proposed} for proposed in (3, 10)]
+        for settings in (*each, {"assistant_model": assistant}):
             if (
                 "assistant_model" in settings
                 and DRAFTS_FAIL_IN_WINDOWS

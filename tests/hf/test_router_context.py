@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import lte
 from lte.eval.answers import generate_greedily
+from lte.hf.threshold import set_threshold_
 from lte.nn.router_context import mean_before
 from lte.runs.conversion import convert_folder
 from lte.train.combinations import check_combination
@@ -168,7 +169,8 @@ def test_the_state_survives_whatever_generate_does_with_its_cache(model_type: st
     if SETTINGS[model_type].get("sliding_window") is None:
         assert torch.equal(generate_greedily(model, ids, 12, prefill_chunk_size=4), plain)
     assert torch.equal(generate_greedily(model, ids, 12, prompt_lookup_num_tokens=4), plain)
-    assert torch.equal(generate_greedily(model, ids, 12, assistant_model=lte.draft_of(model, 0.7)), plain)
+    assistant = set_threshold_(context_model(model_type), 0.7)
+    assert torch.equal(generate_greedily(model, ids, 12, assistant_model=assistant), plain)
 
 
 def test_a_prefix_that_is_kept_and_a_batch_of_beams() -> None:

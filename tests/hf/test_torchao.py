@@ -17,6 +17,7 @@ import lte
 from lte.hf.acceleration import describe_kernels, is_accelerated
 from lte.hf.decoder import NoPlanError, decoder_plan, same_memory
 from lte.hf.stepping import has_engine
+from lte.hf.threshold import set_threshold_
 from lte.nn.sparse_ffn import SparseFfn
 from lte.nn.torchao_weights import quantized_matrix
 from lte.ops.step import cuda
@@ -264,11 +265,10 @@ def test_int4_tiles_on_a_gpu(group: int) -> None:
     assert (x.float() @ dense.T - expected).square().mean().sqrt() <= 0.01 * expected.square().mean().sqrt()
 
 
-def test_a_draft_made_before_is_accelerated_by_itself(made: list[DecoderPlan]) -> None:
-    model = quantized_model(INT8)
-    draft = lte.draft_of(model, 0.7)
-    lte.accelerate_(model)
-    lte.accelerate_(draft)
-    plain = model.generate(**{name: rows[:1] for name, rows in prompt().items()}, **GREEDY)
-    drafted = model.generate(**{name: rows[:1] for name, rows in prompt().items()}, assistant_model=draft, **GREEDY)
-    assert torch.equal(drafted, plain)
+def test_an_assistant_that_is_quantised_too(made: list[DecoderPlan]) -> None:
+    model, other = (lte.accelerate_(quantized_model(INT8)) for _ in range(2))
+    assistant = set_threshold_(other, 0.7)
+    one = {name: rows[:1] for name, rows in prompt().items()}
+    assert torch.equal(model.generate(**one, assistant_model=assistant, **GREEDY), model.generate(**one, **GREEDY))
+    assert has_engine(model)
+    assert has_engine(assistant)

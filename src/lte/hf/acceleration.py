@@ -19,7 +19,6 @@ from lte.nn.all_or_nothing import all_or_nothing, keep_data, on_failure
 from lte.nn.expert_mesh import expert_mesh
 from lte.nn.quantized_ffn import QuantizedFfn
 from lte.nn.shards import local, place_
-from lte.nn.shared_ffn import accelerate_seconds_, is_second
 from lte.nn.sparse_ffn import FfnLayout, SparseFfn
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import DTYPES, EXPERT_SIZES
@@ -32,7 +31,7 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     The kernels then compute hard mode wherever no gradient is wanted, reading the weights of the active experts alone
     for 1 to 16 tokens at a time; all else is computed as before. Layer by layer the weights are laid out as the
     kernels read them, in the same parameters, never all of them twice: training, `state_dict`, `save_pretrained`,
-    `.to()` and LoRA go on working. An accelerated model is left as it is. Its drafts (`lte.draft_of`) go along.
+    `.to()` and LoRA go on working. An accelerated model is left as it is.
 
     Of a model that a tensor parallel plan of transformers spread over processes, each process runs its own experts, and
     the outputs are added up as the plan adds up those of the down projection. All processes must call this.
@@ -60,12 +59,6 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     for (name, ffn), fraction in zip(ffns.items(), fractions, strict=True):
         if isinstance(ffn, AcceleratedFfn | QuantizedFfn):
             _check_same(name, ffn, weights)
-        # What torchao has rounded stays where it is, so that a draft needs no other.
-        elif is_second(ffn) and not QuantizedFfn.fits(ffn):
-            raise ValueError(
-                f"model must not be a draft, got one of lte.draft_of, whose {name} has another model's parameters; "
-                "call lte.accelerate_ with the model that it drafts for, and the draft goes along"
-            )
         else:
             plans[name] = Acceleration(_check_ffn(name, ffn, weights), weights, fraction, name, told)
     rounded = {name for name in plans if QuantizedFfn.fits(ffns[name])}
@@ -79,9 +72,6 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
             _lay_back_on_failure(moved)
         for name, plan in plans.items():
             (QuantizedFfn if name in rounded else AcceleratedFfn).install_(ffns[name], plan)
-    for name in plans:
-        if isinstance(ffn := ffns[name], AcceleratedFfn):
-            accelerate_seconds_(ffn)
     return model
 
 

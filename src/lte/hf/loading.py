@@ -41,7 +41,6 @@ from lte.hf.install import sparse_ffns
 from lte.hf.sparsity_curve import curve_of
 from lte.hf.stepping import SteppingMixin
 from lte.hf.threshold import set_sparsity_
-from lte.nn.shared_ffn import train_twins_
 
 INSTALLERS: dict[str, Callable[[Any, Family, dict[str, Any]], None]] = {}
 """What builds the modules of each method around a model's FFNs, by the method's name.
@@ -170,10 +169,7 @@ class LteModelMixin(SteppingMixin):
         install(self, family_of(config))
 
     def train(self, mode: bool = True) -> Any:
-        """As the stock method, for drafts of the model, too, and for the model of a draft.
-
-        In hard mode, outside of `lte.LteTrainer`, it says once what such a training moves.
-        """
+        """As the stock method; in hard mode, outside of `lte.LteTrainer`, it says once what such a training moves."""
         if mode and not getattr(self, "_trains_routing", False) and self not in _warned:
             ffns = sparse_ffns(self)  # type: ignore[arg-type]
             if ffns and all(ffn.mode == "hard" for ffn in ffns.values()):
@@ -184,9 +180,7 @@ class LteModelMixin(SteppingMixin):
                     "to put the target back, or train with lte.LteTrainer (lte.RoutingMixin over another trainer)",
                     stacklevel=2,
                 )
-        found = super().train(mode)  # type: ignore[misc]
-        train_twins_(self, mode)  # type: ignore[arg-type]
-        return found
+        return super().train(mode)  # type: ignore[misc]
 
     @property
     def target_sparsity(self) -> float:
