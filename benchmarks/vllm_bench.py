@@ -11,8 +11,9 @@ with `--one-baseline`. `latency` times engines of `vllm.LLM` as `vllm bench late
 start: the time of a decoding step is that of answers of `--output-len` tokens less that of answers of one token. CUDA
 graphs are captured for these batch sizes alone, and for their prompts: of the dense model up to 512 tokens, of sparse
 ones up to as many as lte asks for, or up to `--most-captured` of both. `throughput` gives such an engine all of
-`--num-prompts` at once, as `vllm bench throughput` does, with the graphs that vLLM captures by itself. `serve` is `vllm
-bench serve`. A tool that fails is named in the record, and the others go on.
+`--num-prompts`, of which it answers as many at a time as 16 GiB of cache hold, as `vllm bench throughput` does, with
+the graphs that vLLM captures by itself. `serve` is `vllm bench serve`. A tool that fails is named in the record, and
+the others go on.
 
 `--cpus 4` has an engine run on four CPUs while it is measured, those on which Python is fastest at that moment, each of
 another core: on a shared host some can be half as fast as others, which change, and steps wait for Python. Rows carry

@@ -27,6 +27,7 @@ from lte.hf import checking, lookup, stepping
 from lte.hf.checking import CheckedModel
 from lte.hf.lookup import Lookup
 from lte.hf.threshold import set_threshold_
+from lte.ops.step.reference import ReferenceEngine
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model, take_reference_engines
 from tests.hf.test_stepping import DEVICES, leave_ffns_to_pytorch
 from tests.tiny_models import PAD, VOCAB
@@ -177,6 +178,23 @@ def test_proposals_of_long_matches_are_those_of_transformers(
     # One more pass may have begun than there was to read.
     assert found[: len(expected)] == expected
     assert len({len(each) for each in expected}) >= 3
+
+
+def test_engines_hear_that_tokens_of_a_pass_may_be_none(prompt: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which they may take a smaller kernel; passes that transformers asks for have all their tokens."""
+    bound, bind = list[tuple[int, bool]](), ReferenceEngine.bind
+
+    def noted(self: ReferenceEngine, caches: Any, tokens: int = 1, *, fewer: bool = False) -> Any:
+        bound.append((tokens, fewer))
+        return bind(self, caches, tokens, fewer=fewer)
+
+    monkeypatch.setattr(ReferenceEngine, "bind", noted)
+    model, settings = accelerated("llama"), {"prompt_lookup_num_tokens": 5, "max_new_tokens": 12, "do_sample": False}
+    model.generate(prompt, **settings)
+    assert {*bound} == {(6, True)}
+    bound.clear()
+    by_stock(model, prompt, **settings)
+    assert {fewer for _, fewer in bound} == {False}
 
 
 @pytest.mark.parametrize("place", [0, 1, 5, 17])

@@ -91,10 +91,21 @@ def test_several_tokens_of_one_sequence(family: str, tokens: int, relative_rms: 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
 def test_passes_of_fewer_tokens_than_there_is_room_for(family: str, relative_rms: Rms, poisoned: None) -> None:
+    assert_passes_match(family, relative_rms)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_every_lane_arrives_in_passes(family: str, relative_rms: Rms, poisoned: None) -> None:
+    # As they run under racecheck.
+    assert_passes_match(family, relative_rms, EVERY_LANE=1)
+
+
+def assert_passes_match(family: str, relative_rms: Rms, **extra: int) -> None:
+    """Passes of 1 to 8 tokens with room for 8, in caches that begin at their start."""
     plan, tokens, index = random_plan(FAMILIES[family], torch.float32, "cuda"), 8, 0
-    caches = several_caches(plan, tokens, 64, 3)
+    caches = several_caches(plan, tokens, 64)
     reference = ReferenceEngine(plan).bind(copied(caches))
-    step = CudaEngine(plan).bind(caches, tokens, fewer=True)
+    step = CudaEngine(plan).bind(caches, tokens, fewer=True, **extra)
     for known in (8, 1, 2, 3, 1, 4, 5, 7, 6):
         inputs = several_inputs(plan, tokens, index, 3)
         inputs[2][known:] = inputs[1][known:] + 1

@@ -103,8 +103,9 @@ class CheckedModel:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length += tokens
         kept = inputs.get("logits_to_keep") or tokens
-        # Processors write into them.
-        return CausalLMOutputWithPast(logits=logits[None, -kept:].clone(), past_key_values=cache)
+        if tokens <= self.most:
+            logits = logits.clone()  # processors write into them
+        return CausalLMOutputWithPast(logits=logits[None, -kept:], past_key_values=cache)
 
     def logits_of(self, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
         """The logits [n, V] of a pass of n tokens [n] at these positions [n] of the memory.

@@ -226,7 +226,7 @@ def _needed_bytes(m: Mapping[str, int], itemsize: int) -> int:
     """Shared memory with the two stages that the kernel needs at least, some kilobytes more than it is."""
     warps, group = m["THREADS"] // 32, m["HQ"] // m["HKV"]
     inputs = m["T"] * itemsize * (max(m["D"], m["HQ"] * m["HD"]) + m["MAX_SHARE"] + 32)
-    sums = 4 * warps * (33 * max(m["T"], 2) + (group + 1) * (m["HD"] + 2) + 128)
+    sums = 4 * warps * (34 * max(m["T"], 2) + (group + 1) * (m["HD"] + 2) + 128)
     heads = (group + 32) * (m["HD"] + 16) * itemsize
     return inputs + sums + heads + 4 * m["E"] + 2 * 16 * (1024 + 16) + 4096
 
@@ -344,6 +344,7 @@ class CudaStep:
         tokens: int,
         extra: Mapping[str, int],
         larger: CudaStep | None = None,
+        least: int = 1,
     ):
         plan, machine = engine.plan, engine.machine
         self.batch, self.device = rows_of(caches, tokens, MAX_BATCH), plan.embedding.device
@@ -368,6 +369,7 @@ class CudaStep:
             {name: _pointer(tensor) for name, tensor in {**read, **scratch}.items()}
             | dict.fromkeys(("token", "position", "start"))  # set by each call
             | {"num_layers": len(plan.layers), "num_ropes": len(plan.ropes), "eps": plan.eps}
+            | {"least": least, "larger": int(larger is not None)}
             | {"scaling": plan.score_scale, "attention_cap": plan.score_cap, "logit_cap": plan.logit_cap}
             | {"embedding_scale": plan.embedding_scale},
         )
@@ -494,12 +496,11 @@ class FittingStep:
         self._steps = list[CudaStep]()
         for size, fewest in reversed(list(zip(sizes, least, strict=True))):
             larger = self._steps[0] if self._steps else None
-            found = {"LEAST": fewest, "LARGER": int(larger is not None), **extra}
-            self._steps.insert(0, CudaStep(engine, caches, size, found, larger))
+            self._steps.insert(0, CudaStep(engine, caches, size, extra, larger, fewest))
         self.logits = self._steps[-1].logits
 
     def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
-        """As that of `CudaStep`."""
+        """As that of `CudaStep`, but for a launch that is refused after a smaller kernel's: what that wrote stays."""
         # A kernel also looks at the token after its own.
         self._starts, self._positions = starts.contiguous(), positions.contiguous()
         for step in self._steps:
@@ -511,7 +512,7 @@ class FittingStep:
         return self.logits
 
     def active(self) -> Tensor:
-        """See `lte.ops.step.plan.DecodeStep`."""
+        """See `lte.ops.step.plan.DecodeStep`; the last call's starts and positions must be as they were."""
         some = int((self._starts <= self._positions).sum())
         found = next(step for step in self._steps if step.batch >= some).active()
         return torch.cat((found, found.new_zeros(len(self.logits) - len(found), found.shape[1])))

@@ -60,12 +60,6 @@ constexpr int GROUP = LTE_GROUP;
 #ifndef LTE_EVERY_LANE                        // for racecheck, which sees no order by a thread that arrives for its warp
 #define LTE_EVERY_LANE 0
 #endif
-#ifndef LTE_LEAST                             // tokens of a pass that a smaller kernel has no room for
-#define LTE_LEAST 1
-#endif
-#ifndef LTE_LARGER                            // whether there is a larger kernel
-#define LTE_LARGER 0
-#endif
 constexpr int PITCH = 1024 + 16;              // bytes from row to row: eight rows lie in eight different banks
 DEVICE constexpr int slab_of(int bits) { return bits == NATIVE ? 1024 / SIZE : 1024; }   // columns of a stage
 // Of the first columns of a slab, and of a whole row.
@@ -142,6 +136,7 @@ struct Args {
   u32 *counters;              // [3]: barriers, launches, and arrivals at barriers of all blocks; zero at first
   long long* trace;           // [P, TRACE]
   int num_layers, num_ropes;
+  int least, larger;          // tokens of a pass that no smaller kernel has room for; whether there is a larger kernel
   float eps, scaling, embedding_scale, attention_cap, logit_cap;
 };
 
@@ -1066,8 +1061,8 @@ struct Step {
 
 // Whether this kernel is the one for the tokens of a pass; arguments hold all of them, also those beyond T.
 DEVICE bool fits(const Args& a) {
-  if (LTE_LEAST > 1 && a.start[LTE_LEAST - 1] > a.position[LTE_LEAST - 1]) return false;
-  return !LTE_LARGER || a.start[T] > a.position[T];
+  if (a.least > 1 && a.start[a.least - 1] > a.position[a.least - 1]) return false;
+  return !a.larger || a.start[T] > a.position[T];
 }
 
 extern "C" KERNEL void decode_step(const Args a) {
