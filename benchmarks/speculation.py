@@ -123,7 +123,7 @@ def by_modules(model: Any, run: Answer) -> Answer:
 def providers_of(model: Any, args: argparse.Namespace) -> dict[str, Answer]:
     """What is timed, by name."""
     plain = answering(model, args)
-    found = {PLAIN: plain, BY_MODULES: by_modules(model, plain)}
+    found = {PLAIN: plain} if args.no_modules else {PLAIN: plain, BY_MODULES: by_modules(model, plain)}
     for number in args.lookup:
         found[f"lookup of {number}"] = answering(model, args, prompt_lookup_num_tokens=number)
     for number in args.lookup[:1]:
@@ -158,6 +158,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--assistant", help="a saved LTE model with the same tokens that proposes, too")
     parser.add_argument("--lookup", nargs="*", type=int, default=[5, 7])
     parser.add_argument("--draft-tokens", nargs="+", type=int, default=[3, 5], help="that the assistant proposes")
+    parser.add_argument(
+        "--no-modules", action="store_true", help="without plain decoding by modules, the slowest of all"
+    )
     parser.add_argument("--prompts", type=Path, help="JSON: lists of prompts by kind; by default edits and chats")
     parser.add_argument("--count", type=int, default=8, help="prompts of each kind")
     parser.add_argument("--prompt-length", type=int, default=1024, help="tokens of a prompt that are kept, the last")

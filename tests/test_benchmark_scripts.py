@@ -524,6 +524,8 @@ class TestSpeculation:
             (kind, proposed) for kind in ("edits", "chats") for proposed in (None, *range(8))
         ]
         assert all(0 < each["p20_ms"] <= each["median_ms"] <= each["p80_ms"] for each in found["passes"])
+        args = module.parse([folder, "--lookup", "--no-modules", "--output", "rows.json"])
+        assert [*module.providers_of(None, args)] == ["plain"]
 
     def test_passes_read_the_answer(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """At each of the places: what a pass computes for its tokens is what the model computes for the whole text."""
