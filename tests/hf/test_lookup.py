@@ -390,8 +390,8 @@ class TestOwnEngine:
         assistant = set_threshold_(other, 0.7)
         assistant.generation_config.num_assistant_tokens = 3
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
-        each: list[dict[str, Any]] = [{"prompt_lookup_num_tokens": proposed} for proposed in (3, 10)]
-        for settings in (*each, {"assistant_model": assistant}):
+        lookups: list[dict[str, Any]] = [{"prompt_lookup_num_tokens": proposed} for proposed in (3, 10)]
+        for settings in (*lookups, {"assistant_model": assistant}):
             if (
                 "assistant_model" in settings
                 and DRAFTS_FAIL_IN_WINDOWS
