@@ -4,6 +4,7 @@
 // and memory starts as NaN, so a missing barrier or wait gives a wrong result. A kernel that hangs ends with an error.
 #undef _FORTIFY_SOURCE  // which takes a jump between stacks for an error
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <chrono>
@@ -56,7 +57,6 @@ struct Fiber {
   ucontext_t context;
   jmp_buf place;              // where it goes on; a jump, unlike a swap of contexts, asks nothing of the system
   bool started = false;
-  std::unique_ptr<char[]> stack;
   Block* block;
   int thread;
   bool done = false;
@@ -238,16 +238,19 @@ inline bool run_grid(int grid, int threads, int team, unsigned seed) {
   machine.grid = grid, machine.threads = threads, machine.team = team, machine.idle = 0, machine.hangs = false;
   machine.blocks.assign(grid, {});
   machine.fibers.clear();
+  // Gigabytes of addresses, of which little is touched; they are given back, as a process of many kernels could else start
+  // no other one.
+  const size_t size = 256 << 10, bytes = size * grid * threads;
+  char* stacks = (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) return false;
   for (int b = 0; b < grid; b++) {
     machine.blocks[b].index = b;
     machine.blocks[b].warps.resize(threads / 32);
     for (int t = 0; t < threads; t++) {
       auto fiber = std::make_unique<Fiber>();
       fiber->block = &machine.blocks[b], fiber->thread = t;
-      const size_t size = 256 << 10;
-      fiber->stack.reset(new char[size]);
       getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get(), fiber->context.uc_stack.ss_size = size;
+      fiber->context.uc_stack.ss_sp = stacks + size * machine.fibers.size(), fiber->context.uc_stack.ss_size = size;
       fiber->context.uc_link = nullptr;
       makecontext(&fiber->context, (void (*)())start_fiber, 0);
       machine.fibers.push_back(std::move(fiber));
@@ -272,7 +275,7 @@ inline bool run_grid(int grid, int threads, int team, unsigned seed) {
     deliver();
     if (++machine.idle > 1000) break;
   }
-  // Stacks of gigabytes, of each compiled kernel, would keep a process from starting others.
   machine.fibers.clear();
+  munmap(stacks, bytes);
   return left == 0;
 }
