@@ -182,11 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
         kinds = list(dict.fromkeys(kind for kind, _ in prompts))
         rows = [row for kind in kinds for row in rows_of(kind, measured, prompts)]
         explain(model, rows, measured, prompts)
-        passes = [
-            each
-            for kind in dict.fromkeys(row["kind"] for row in rows)
-            for each in pass_times(model, kind, measured, prompts)
-        ]
+        passes = [each for kind in kinds for each in pass_times(model, kind, measured, prompts)]
     common = {"benchmark": "speculation", "dtype": args.dtype, "batch": 1, "max_tokens": args.tokens}
     command = shlex.join(["python", "benchmarks/speculation.py", *(sys.argv[1:] if arguments is None else arguments)])
     header = {
