@@ -49,10 +49,10 @@ def paths(layers: Layers, tokens: int) -> dict[str, Callable[[int], Tensor]]:
     """The paths that take so many tokens, as functions of the layer."""
 
     def prefill(path: str, i: int) -> Tensor:
-        return sparse_ffn_prefill(layers.x, layers.ffns[i], layers.routings[i], "silu", path)
+        return sparse_ffn_prefill(layers.states[i], layers.ffns[i], layers.routings[i], "silu", path)
 
     def decode(i: int) -> Tensor:
-        return sparse_ffn_decode(layers.x, layers.ffns[i], layers.routings[i], "silu")
+        return sparse_ffn_decode(layers.states[i], layers.ffns[i], layers.routings[i], "silu")
 
     other = {"decode": decode} if tokens <= MAX_TOKENS else {"grouped": functools.partial(prefill, "grouped")}
     return {"masked": functools.partial(prefill, "masked"), **other}

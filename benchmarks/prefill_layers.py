@@ -1,8 +1,9 @@
-"""Random FFNs of a model's widths, in the layout of accelerated weights, with routing of a wanted sparsity."""
+"""Random FFNs of a model's widths, in the layout of accelerated weights, with routing by sparsity or by masks."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from lte.bench.shapes import SHAPES
 from lte.config import check_choice
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.layout import stack_inputs
+from lte.ops.reference import active_experts
 
 EXPERT_SIZE = 32
 # Several times the L2 cache, so that it holds nothing when a layer's turn comes again.
@@ -52,7 +54,8 @@ class Layers:
 
     Attributes:
         widths: D, F and the number of FFNs.
-        x: hidden states, by `take`.
+        x: hidden states of all layers, by `take`.
+        states: those of each layer: x, or by `follow` others for each.
         ffns: the weights.
         gate_up: gate over up of each layer, [2F, D], the same memory.
         stock_down: the down projections as a stock model stores them, [D, F].
@@ -87,6 +90,7 @@ class Layers:
     def take(self, tokens: int) -> None:
         """Other hidden states, of standard normal numbers: a random router's logits are then standard normal, too."""
         self.x = self._random(tokens, self.widths.hidden, 1.0)
+        self.states = [self.x] * self.widths.layers
 
     def route(self, sparsity: float, *, same: bool = False) -> None:
         """Skips a share of the experts: for all tokens the same ones, exactly, or for every token its own, about."""
@@ -104,6 +108,35 @@ class Layers:
                 threshold = statistics.NormalDist().inv_cdf(sparsity) if sparsity > 0 else -1e4
                 bias = torch.zeros(experts, device=router.device)
                 self.routings.append(Routing(weight=router, bias=bias, threshold=threshold))
+
+    def follow(self, masks: Sequence[Tensor]) -> None:
+        """Lets the tokens of the first layers choose by given masks, each layer by one of its own.
+
+        The E rows of a router are orthonormal. Hidden states are logits of 1 and -1 times the router, and noise that no
+        router sees.
+
+        Args:
+            masks: boolean [T, E'] of each such layer. Where E' is less than E, some columns are taken twice, spread
+                over all; where it is more, some are left out.
+
+        Raises:
+            RuntimeError: if a router decides otherwise, which rounding to bf16 does not explain.
+        """
+        widths, device = self.widths, self.generator.device
+        square = torch.randn(widths.hidden, widths.experts, device=device, generator=self.generator)
+        basis = torch.linalg.qr(square).Q
+        self.states, self.routings = [], []
+        for mask, router in zip(masks, self.routers, strict=False):
+            columns = torch.arange(widths.experts, device=mask.device) * mask.shape[1] // widths.experts
+            wanted = mask[:, columns].to(device)
+            noise = torch.randn(len(mask), widths.hidden, device=device, generator=self.generator)
+            seen = torch.where(wanted, 1.0, -1.0) - noise @ basis
+            router.copy_(basis.T)
+            self.states.append((noise + seen @ basis.T).bfloat16())
+            self.routings.append(Routing(weight=router, bias=torch.zeros(widths.experts, device=device)))
+            if not torch.equal(active_experts(self.states[-1], self.routings[-1]), wanted):
+                raise RuntimeError("a router must choose by the mask that it was given")
+        self.x = self.states[0]
 
     def decided(self, layer: int) -> Tensor:
         """Boolean [T]: tokens none of whose logits is so near the threshold that rounding alone decides.

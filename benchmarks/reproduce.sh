@@ -12,6 +12,7 @@
 #   serve: trains the two Qwen models by experiments/train/qwen_coder.yaml on the texts below MIX_FOLDER, all TARGETS of
 #     one at the same time, and times the folders in vLLM.
 #   speculate: times prompt lookup on the 1.5B folders of serve.
+#   recorded: times FFNs of 7B's widths with the routing of these folders.
 # Every step writes its result files as it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -194,6 +195,15 @@ speculate() {
   for target in ${TARGETS:-0.5 0.8}; do
     python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 7 \
       --output "$output/speculation_${target#0.}0.json"
+  done
+}
+
+recorded() {
+  local target text
+  text=$(held_out_text)
+  for target in ${TARGETS:-0.5 0.8}; do
+    python3 benchmarks/recorded_routing.py "$output/served/qwen_coder_1_5b_${target#0.}0" --text "$text" \
+      --output "$output/recorded_${target#0.}0.json"
   done
 }
 

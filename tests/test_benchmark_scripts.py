@@ -37,6 +37,7 @@ from lte.eval.token_routing import recorded_logits
 from lte.hf.dense import load_tokenizer
 from lte.hf.threshold import set_threshold_
 from lte.nn.wrapped_ffn import numbers_in_4_bits
+from lte.ops.reference import active_experts, sparse_ffn_reference
 from lte.ops.step import engines
 from lte.records import environment, read_json
 from lte.report.inputs import load_inputs
@@ -143,6 +144,53 @@ def save_sparse_model(place: Path, routed: bool = True) -> str:
     (randomise_routers_(model) if routed else model).save_pretrained(sparse)
     load_tokenizer(folder).save_pretrained(sparse)
     return str(sparse)
+
+
+class TestRecordedRouting:
+    def test_the_routers_of_other_widths_choose_by_the_masks(self, script: Any) -> None:
+        module = script("prefill_layers")
+        layers = module.Layers(module.Widths(hidden=256, neurons=32 * 20), "cpu")
+        masks = [torch.rand(5, 12) < share for share in (0.3, 0.8)]
+        layers.follow(masks)
+        assert len(layers.states) == len(layers.routings) == 2
+        for mask, x, routing in zip(masks, layers.states, layers.routings, strict=True):
+            active = active_experts(x, routing)
+            assert active.shape == (5, 20)
+            assert torch.equal(active[:, [0, 10]], mask[:, [0, 6]])
+        layers.follow([torch.rand(5, 40) < 0.5])
+        assert active_experts(layers.x, layers.routings[0]).shape == (5, 20)
+
+    def test_draws_take_tokens_in_a_row_of_all_layers(self, script: Any) -> None:
+        masks = [torch.arange(8)[:, None] + 100 * layer for layer in range(5)]
+        found = list(script("recorded_routing").draws(masks, 3, 2))
+        assert [int(mask[0]) // 100 for drawn in found for mask in drawn] == [0, 1, 2, 3, 4, 0]
+        assert all((mask.diff(dim=0) == 1).all() and len(mask) == 3 for drawn in found for mask in drawn)
+
+    def test_rows_of_a_trained_model(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, prefill = script("recorded_routing"), script("prefill")
+
+        def paths(layers: Any, tokens: int) -> dict[str, Any]:
+            def run(i: int) -> Any:
+                return sparse_ffn_reference(layers.states[i], layers.ffns[i], layers.routings[i], "silu")
+
+            return {name: run for name in prefill.paths(layers, tokens)}
+
+        monkeypatch.setattr(module, "paths", paths)
+        monkeypatch.setattr(module, "architecture", lambda device: 90)
+        monkeypatch.setattr(module, "graph_times", lambda run, repeats, count: [float(len(run(count - 1)))] * repeats)
+        monkeypatch.setattr(module, "dense_times", lambda x, *args, repeats, layers: {"dense eager": [4.0] * repeats})
+        monkeypatch.setattr(module, "Layers", functools.partial(script("prefill_layers").Layers, device="cpu"))
+        flags = ["--shapes", "tiny", "--tokens", "1", "4", "20", "--output", str(tmp_path / "rows.json")]
+        module.main([save_sparse_model(tmp_path), *flags])
+        rows = [each for each in read_json(tmp_path / "rows.json")["rows"] if each["provider"] != "dense eager"]
+        assert [(each["tokens"], each["provider"]) for each in rows] == [
+            (tokens, f"lte {name}")
+            for tokens, names in ((1, ("masked", "decode")), (4, ("masked", "decode")), (20, ("masked", "grouped")))
+            for name in names
+        ]
+        assert [each["ratio_to_dense"] for each in rows] == [0.25, 0.25, 1, 1, 5, 5]
+        assert all(0 < each["active_fraction"] <= each["union"] <= 1 for each in rows)
+        assert [sum(each["chosen"] for each in rows[i : i + 2]) for i in (0, 2, 4)] == [1, 1, 1]
 
 
 class TestStepTokens:
