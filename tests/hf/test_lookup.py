@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,15 +25,18 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 
 import lte
-from lte.eval.answers import first_difference, generate_greedily
+from lte.eval.answers import first_difference, generate_greedily, greedy_answers
 from lte.eval.speculation import closest_call
 from lte.hf import checking, lookup, stepping
 from lte.hf.checking import CheckedModel
 from lte.hf.lookup import Lookup
 from lte.hf.threshold import set_threshold_
+from lte.ops.step import engines
+from lte.ops.step.cuda import CudaEngine, Launch
 from lte.ops.step.reference import ReferenceEngine
 from tests.hf.step_models import STEP_TYPES, accelerated, step_model, take_reference_engines
 from tests.hf.test_stepping import DEVICES, leave_ffns_to_pytorch
+from tests.ops.step_emulator import Emulator
 from tests.tiny_models import PAD, VOCAB
 
 TOKENS = 40
@@ -368,6 +375,67 @@ def test_another_default_device(prompt: Tensor, runs: list[int]) -> None:
         found = model.generate(prompt, prompt_lookup_num_tokens=4, streamer=streamer, **settings)
     assert torch.equal(found, expected)
     assert runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noting(Emulator):
+    """Notes the size of each kernel that computes; one that ends at once counts no barriers."""
+
+    sizes: list[int] = field(default_factory=list)
+
+    def load(self, macros: Mapping[str, int]) -> Launch:
+        run = super().load(macros)
+
+        def launch(args: ctypes.Structure) -> None:
+            barriers = ctypes.c_int.from_address(args.counters)
+            before = barriers.value
+            run(args)
+            if barriers.value != before:
+                self.sizes.append(macros["T"])
+
+        return launch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return tmp_path_factory.mktemp("kernels")
+
+
+# Of the kernels for a pass, by the tokens that are proposed.
+SIZES = {1: (1, 2), 2: (1, 3), 4: (1, 2, 5), 7: (1, 2, 4, 8)}
+
+
+@pytest.mark.parametrize("proposed", SIZES)
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
+def test_answers_of_the_kernels_of_gpus_are_those_of_modules(
+    model_type: str, proposed: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the kernels that are launched for a pass the smallest one that has room for its tokens computes it."""
+    leave_ffns_to_pytorch(monkeypatch)
+    machine = Noting(blocks=2, threads=128, shared_bytes=80000, folder=folder)
+    monkeypatch.setattr(engines, "make_engine", lambda plan: CudaEngine(plan, machine))
+    lengths, read = list[int](), CheckedModel.logits_of
+
+    def noted(self: CheckedModel, ids: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+        lengths.append(int((starts <= positions).sum()))
+        return read(self, ids, positions, starts)
+
+    monkeypatch.setattr(CheckedModel, "logits_of", noted)
+    model, streamer = accelerated(model_type, head_dim=16), Pieces()
+    begin = torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(10))
+    whole = torch.cat([begin, greedy_answers(model, begin, 57)], 1)
+    # The model repeats itself, so after a prompt that ends with its own words there are proposals of all lengths.
+    found = generate_greedily(model, whole[:, :-18], 18, prompt_lookup_num_tokens=proposed, streamer=streamer)
+    assert torch.equal(found, whole)
+    assert machine.sizes == [next(size for size in SIZES[proposed] if size >= length) for length in lengths]
+    # The prompt and its first token come before the passes, of which one more may have begun than there was to read.
+    kept = streamer.lengths[2:]
+    assert {*machine.sizes[: len(kept)]} == {*SIZES[proposed]}
+    # Some proposals stay and others do not, also before the last pass, of which the end of the answer may leave less.
+    assert max(kept) > min(proposed, 2)
+    assert any(stay < length for stay, length in zip(kept[:-1], lengths, strict=False))
 
 
 class TestOwnEngine:
