@@ -6,7 +6,7 @@ from torch import Tensor
 
 import lte
 from lte.bench import acceleration
-from lte.bench.acceleration import expect_, expected_fraction, path_names
+from lte.bench.acceleration import expect_, path_names, use_of_layer
 from lte.bench.routing import (
     RouterValues,
     TokenPatterns,
@@ -17,6 +17,7 @@ from lte.bench.routing import (
     use_of,
 )
 from lte.nn.sparse_ffn import SparseFfn
+from lte.ops.paths import ExpectedUse
 from tests.bench.conftest import trained_pair
 from tests.tiny_models import HIDDEN, tiny_dense_model, tiny_sparse_model
 
@@ -104,13 +105,13 @@ def test_layers_expect_what_is_forced_where_it_matters(monkeypatch: pytest.Monke
     monkeypatch.setattr(acceleration, "HAS_NUMBA", True)
     assert path_names(pair.sparse_ffns, 1) == "masked"
     expect_(pair.sparse_ffns, 0.75, 1)  # the same path: nothing to compile anew
-    assert {expected_fraction(ffn) for ffn in pair.sparse_ffns} == {None}
+    assert {use_of_layer(ffn) for ffn in pair.sparse_ffns} == {None}
     expect_(pair.sparse_ffns, 0.25, 1)
-    assert {expected_fraction(ffn) for ffn in pair.sparse_ffns} == {0.25}
+    assert {use_of_layer(ffn) for ffn in pair.sparse_ffns} == {ExpectedUse(0.25)}
     assert path_names(pair.sparse_ffns, 1) == "numba"
     assert path_names(pair.sparse_ffns, 17) == "masked"
     own.restore_()
-    assert {expected_fraction(ffn) for ffn in pair.sparse_ffns} == {None}
+    assert {use_of_layer(ffn) for ffn in pair.sparse_ffns} == {None}
 
 
 def test_forcing_reaches_the_rows_that_the_kernels_read() -> None:

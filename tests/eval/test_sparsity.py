@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import lte
 from lte.data.rows import routing_masks
+from lte.eval.models import measurement_summary
 from lte.eval.sparsity import (
     HISTOGRAM_BINS,
     Measurement,
@@ -48,6 +51,27 @@ def test_counting_makes_the_logits_of_one_token_alone() -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     measure_sparsity(model, batches_of(7, 12))
     assert seen == [1, 1]
+
+
+def test_a_folder_remembers_how_many_experts_several_tokens_need(tmp_path: Path) -> None:
+    model = tiny_sparse_model("llama")
+    batches = batches_of(16, 33)
+    active = [(hard_logits(model, batch) > 0).unflatten(1, batch["input_ids"].shape) for batch in batches]
+    measured = measure_sparsity(model, batches)
+    summary = measurement_summary(measured, {"train_source": "x", "validation": {}})
+    for name, most in (("2", 2), ("4", 4), ("16", 16)):
+        chunks = [mask[:, :, : mask.shape[2] // most * most].unflatten(2, (-1, most)).any(3) for mask in active]
+        row = torch.cat([chunk.flatten(1, 2) for chunk in chunks], dim=1).double().mean((1, 2))
+        use = torch.cat([mask.flatten(1, 2) for mask in active], dim=1).double().mean(1)
+        texts = (1 - (1 - use) ** most).mean(1)
+        for kind, wanted in (("row", row), ("texts", texts)):
+            assert summary["union_fraction"][kind][name] == pytest.approx(wanted.tolist(), abs=1e-4)
+    model.config.lte_measurement = summary
+    model.save_pretrained(tmp_path)
+    loaded = lte.accelerate_(AutoModelForCausalLM.from_pretrained(tmp_path))
+    uses = [ffn.acceleration.use for ffn in lte.sparse_ffns(loaded).values()]  # type: ignore[attr-defined]
+    assert [use.union(16, in_a_row=True) for use in uses] == summary["union_fraction"]["row"]["16"]
+    assert [use.union(3) for use in uses] == summary["union_fraction"]["texts"]["4"]
 
 
 def test_every_statistic_matches_a_plain_count(model_type: str) -> None:

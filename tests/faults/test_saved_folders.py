@@ -198,6 +198,10 @@ def test_fields_of_other_methods(method: str, tmp_path: Path) -> None:
         *[("dtype", value) for value in ("float99",)],
         *[("quantization_config", value) for value in ("x", [])],
         *[("lte_measurement", value) for value in ("x", [1], {"sparsity": "x"}, {"active_fraction": [None]})],
+        *[
+            ("lte_measurement", {"union_fraction": value})
+            for value in (1, [1], {"texts": 1}, {"row": {"x": [1]}}, {"row": {"2": 0.5}}, {"row": {"2": ["x"]}})
+        ],
     ],
 )
 def test_fields_of_the_family(field: str, value: Any, copy: Path) -> None:

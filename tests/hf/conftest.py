@@ -16,9 +16,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     call = dispatch.FfnRunner.__call__
 
-    def record(self: Any, x: Tensor, given: Tensor | None = None) -> Tensor:
+    def record(self: Any, x: Tensor, *given: Any) -> Tensor:
         seen.append(len(x))
-        return call(self, x, given)
+        return call(self, x, *given)
 
     monkeypatch.setattr(dispatch.FfnRunner, "__call__", record)
     return seen

@@ -42,9 +42,9 @@ def counted() -> Iterator[list[int]]:
     found: list[int] = []
     call = FfnRunner.__call__
 
-    def count(runner: FfnRunner, x: Tensor, logits: Tensor | None = None) -> Tensor:
+    def count(runner: FfnRunner, x: Tensor, *given: Any) -> Tensor:
         found.append(len(x))
-        return call(runner, x, logits)
+        return call(runner, x, *given)
 
     with mock.patch.object(FfnRunner, "__call__", count):
         yield found

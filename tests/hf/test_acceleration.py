@@ -17,6 +17,8 @@ from lte.eval.sparsity import measure_sparsity
 from lte.hf.acceleration import describe_kernels
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops import dispatch
+from lte.ops.dispatch import FfnRunner
+from lte.ops.paths import ExpectedUse
 from tests.hf.accelerated_models import TOLERANCE, first_ffn, weight_bytes
 from tests.tiny_models import (
     EXPERT_SIZE,
@@ -177,10 +179,10 @@ def test_measured_sparsity_is_that_of_the_kernels(length: int, monkeypatch: pyte
     given: list[Tensor] = []
     call = dispatch.FfnRunner.__call__
 
-    def record(self: Any, x: Tensor, logits: Tensor | None = None) -> Tensor:
+    def record(self: Any, x: Tensor, logits: Tensor | None, in_a_row: bool) -> Tensor:
         assert logits is not None
         given.append((logits > self.routing.threshold).float().mean(1))
-        return call(self, x, logits)
+        return call(self, x, logits, in_a_row)
 
     monkeypatch.setattr(dispatch.FfnRunner, "__call__", record)
     batch = {"input_ids": torch.randint(3, 99, (1, length))}
@@ -198,11 +200,31 @@ def test_densified_models_are_stock(tokens: Tensor) -> None:
 
 def test_the_measured_share_reaches_the_kernels() -> None:
     model = tiny_sparse_model()
-    model.config.lte_measurement = {"active_fraction": [0.25, 0.75]}
+    unions = {"texts": {"2": [0.4, 0.9], "16": [0.9, 1.0]}, "row": {"2": [0.3, 0.8]}}
+    model.config.lte_measurement = {"active_fraction": [0.25, 0.75], "union_fraction": unions}
     lte.accelerate_(model)
-    assert [ffn._runner.active_fraction for ffn in lte.sparse_ffns(model).values()] == [0.25, 0.75]  # type: ignore[attr-defined]
+    uses = [ffn._runner.use for ffn in lte.sparse_ffns(model).values()]  # type: ignore[attr-defined]
+    assert uses == [
+        ExpectedUse(0.25, ((2, 0.4), (16, 0.9)), ((2, 0.3),)),
+        ExpectedUse(0.75, ((2, 0.9), (16, 1.0)), ((2, 0.8),)),
+    ]
     other = tiny_sparse_model()
-    assert first_ffn(lte.accelerate_(other))._runner.active_fraction is None
+    assert first_ffn(lte.accelerate_(other))._runner.use is None
+
+
+def test_the_kernels_hear_whether_tokens_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = lte.accelerate_(tiny_sparse_model()), []
+    original = FfnRunner.__call__
+
+    def noting(self: FfnRunner, x: Tensor, logits: Tensor | None = None, in_a_row: bool = False) -> Tensor:
+        told.append((len(x), in_a_row))
+        return original(self, x, logits, in_a_row)
+
+    monkeypatch.setattr(FfnRunner, "__call__", noting)
+    with torch.no_grad():
+        for shape in ((1, 3), (3, 1), (2, 3)):
+            model(input_ids=torch.ones(shape, dtype=torch.long))
+    assert told[:: len(lte.sparse_ffns(model))] == [(3, True), (3, False), (6, False)]
 
 
 def test_what_runs_is_told() -> None:

@@ -296,7 +296,7 @@ class TestModels:
             set_threshold_(model, 0.5)
             assert torch.equal(model(ids).logits, before)
         if accelerated:
-            fractions = [ffn.acceleration.active_fraction for ffn in lte.sparse_ffns(model).values()]
+            fractions = [ffn.acceleration.use.active for ffn in lte.sparse_ffns(model).values()]
             assert fractions == pytest.approx([0.5, 0.4])
 
     def test_whole_decoding_steps_take_the_moved_threshold(self) -> None:

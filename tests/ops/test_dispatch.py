@@ -14,7 +14,7 @@ from lte.ops import dispatch
 from lte.ops.arguments import FfnWeights, Routing
 from lte.ops.dispatch import FfnRunner, kernel_names, masked_ffn, warm_up_tokens
 from lte.ops.layout import stack_inputs
-from lte.ops.paths import BreakEven, FfnKind
+from lte.ops.paths import BreakEven, ExpectedUse, FfnKind
 from lte.ops.reference import sparse_ffn_reference
 from tests.ops.conftest import BOUNDS, DEVICE, masks, random_ffn, random_router
 
@@ -55,8 +55,10 @@ def set_table(monkeypatch: pytest.MonkeyPatch, *rows: BreakEven) -> None:
     monkeypatch.setattr(
         dispatch,
         "choose_path",
-        lambda *given: original(
-            *given, table={FfnKind(80, size, gated, 10**6): rows for size in (1, 4) for gated in (True, False)}
+        lambda *given, union: original(
+            *given,
+            table={FfnKind(80, size, gated, 10**6): rows for size in (1, 4) for gated in (True, False)},
+            union=union,
         ),
     )
 
@@ -73,7 +75,7 @@ class TestGpu:
     ) -> None:
         set_table(monkeypatch, BreakEven(tokens=99, decode=path == "decode", grouped=path == "grouped"))
         x = states(tokens)
-        run = replace(runner(x, **kinds), arch=90, active_fraction=1.0)
+        run = replace(runner(x, **kinds), arch=90, use=ExpectedUse(1.0))
         expected = sparse_ffn_reference(x, run.weights, run.routing, "silu")
         assert relative_rms(run.run_on_gpu(x, run.routing), expected) <= BOUNDS[x.dtype]
         assert taken == ["masked" if path == "decode" and tokens > 16 else path]
@@ -82,9 +84,31 @@ class TestGpu:
         set_table(monkeypatch, BreakEven(tokens=99, decode=0.4))
         x = states(2)
         for fraction in (0.1, 0.5, None):
-            run = replace(runner(x), arch=90, active_fraction=fraction)
+            run = replace(runner(x), arch=90, use=None if fraction is None else ExpectedUse(fraction))
             run.run_on_gpu(x, run.routing)
         assert taken == ["decode", "masked", "masked"]
+
+    def test_measured_unions_decide_by_whether_tokens_follow_each_other(
+        self, taken: list[str], monkeypatch: pytest.MonkeyPatch, relative_rms: Measure
+    ) -> None:
+        set_table(monkeypatch, BreakEven(tokens=99, decode=0.4))
+        use = ExpectedUse(0.3, texts=((2, 0.5), (4, 0.8)), row=((2, 0.3), (4, 0.39)))
+        for tokens, in_a_row in ((1, False), (2, False), (2, True), (3, True), (5, True), (20, True), (2, False)):
+            x = states(tokens)
+            run = replace(runner(x), arch=90, use=use)
+            expected = sparse_ffn_reference(x, run.weights, run.routing, "silu")
+            assert relative_rms(run.run_on_gpu(x, run.routing, in_a_row), expected) <= BOUNDS[x.dtype]
+        assert taken == ["decode", "masked", "decode", "decode", "masked", "masked", "masked"]
+
+    def test_a_runner_keeps_both_ways(self, taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        set_table(monkeypatch, BreakEven(tokens=99, decode=0.4))
+        x = states(2)
+        run = replace(runner(x), arch=90, use=ExpectedUse(0.3, texts=((2, 0.5),), row=((2, 0.3),)))
+        for in_a_row in (True, False, True, False):
+            run.run_on_gpu(x, run.routing, in_a_row)
+        assert taken == ["decode", "masked"] * 2
+        assert len(run._launches) == 2
+        assert run.path_of(2, x.dtype) == ("masked" if x.is_cuda else "decode")  # of texts
 
     def test_a_kept_launch_takes_other_logits(self, relative_rms: Measure) -> None:
         x = states(1)
@@ -137,7 +161,7 @@ class TestCpu:
         self, tokens: int, dtype: torch.dtype, fraction: float | None, int8: bool, kernel: bool, monkeypatch: Any
     ) -> None:
         x = states(tokens, dtype)
-        run = replace(runner(x, int8=int8), active_fraction=fraction)
+        run = replace(runner(x, int8=int8), use=None if fraction is None else ExpectedUse(fraction))
         marks = {"sparse_ffn_cpu": True, "masked_ffn": False}
         for name, mark in marks.items():
             monkeypatch.setattr(dispatch, name, lambda *_, mark=mark: mark)
@@ -206,7 +230,7 @@ def test_after_the_warm_up_no_number_of_tokens_launches_another_kernel(
     routing = Routing(weight=parts.router, bias=plain.routing.bias)
     logits = torch.zeros(len(x), EXPERTS, device=DEVICE) if given else None
     # The first layer, whose experts are nearly all active, takes no grouped product, and the second one does.
-    layers = [FfnRunner(weights, routing, "silu", fraction, 90) for fraction in (0.9, 0.5)]
+    layers = [FfnRunner(weights, routing, "silu", ExpectedUse(fraction), 90) for fraction in (0.9, 0.5)]
     done = set[Any]()
     for layer in layers:
         layer.warm_up(x[: warm_up_tokens(len(x))[-1]], logits, done)

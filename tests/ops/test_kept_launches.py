@@ -14,12 +14,13 @@ from lte.ops import dispatch, paths, prefill, prefill_kernels, prefill_launch
 from lte.ops.arguments import Routing
 from lte.ops.dispatch import FfnRunner
 from lte.ops.layout import stack_inputs
-from lte.ops.paths import BreakEven, FfnKind
+from lte.ops.paths import BreakEven, ExpectedUse, FfnKind
 from lte.ops.reference import sparse_ffn_reference
 from tests.ops.conftest import BOUNDS, DEVICE, masks, random_ffn, random_router
 
 HIDDEN, EXPERTS = 64, 6
 KERNELS = ("skinny_product_kernel", "masked_activation_kernel", "list_tokens_kernel", "grouped_kernel")
+ALL = ExpectedUse(1.0)
 Measure = Callable[[Tensor, Tensor], float]
 
 
@@ -74,7 +75,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The path of all numbers of tokens."""
     rows = (BreakEven(tokens=2**31, grouped=float(request.param == "grouped")),)
     table = {FfnKind(80, size, gated, 10**6): rows for size in (1, 2, 4) for gated in (True, False)}
-    monkeypatch.setattr(dispatch, "choose_path", lambda *given: paths.choose_path(*given, table=table))
+    monkeypatch.setattr(dispatch, "choose_path", lambda *given, union: paths.choose_path(*given, table=table))
     return request.param
 
 
@@ -94,7 +95,7 @@ def stacked_runner(*, gated: bool = True, biases: bool = False, with_router: boo
     routing = random_router(states(8), EXPERTS, 0.5, torch.float16)
     parts = stack_inputs(weights.up, weights.gate, routing.weight)
     weights = replace(weights, up=parts.up, gate=parts.gate, stacked=parts.stacked)
-    return FfnRunner(weights, replace(routing, weight=parts.router) if with_router else routing, "silu", 1.0, 90)
+    return FfnRunner(weights, replace(routing, weight=parts.router) if with_router else routing, "silu", ALL, 90)
 
 
 def plain_runner(**kinds: Any) -> FfnRunner:
@@ -102,7 +103,7 @@ def plain_runner(**kinds: Any) -> FfnRunner:
     routing = random_router(states(8), EXPERTS, 0.5, torch.float16)
     assert routing.weight is not None
     wide = replace(routing, weight=routing.weight.float(), rounded=torch.empty_like(routing.weight))
-    return FfnRunner(random_ffn(HIDDEN, EXPERTS, dtype=torch.float16, **kinds), wide, "silu", 1.0, 90)
+    return FfnRunner(random_ffn(HIDDEN, EXPERTS, dtype=torch.float16, **kinds), wide, "silu", ALL, 90)
 
 
 MADE: dict[str, Callable[[], FfnRunner]] = {
@@ -197,6 +198,8 @@ def test_the_numbers_of_a_range_take_one_path() -> None:
         side = round((kind.weight_bytes / kind.dtype_bytes / 3) ** 0.5)
         up = torch.empty(side, side, dtype=torch.bfloat16, device="meta")
         for fraction in (0.02, 0.3, 0.4, 0.45, 1.0):
-            run = FfnRunner(replace(stacked_runner().weights, up=up, gate=up), Routing(), "silu", fraction, kind.arch)
+            use = ExpectedUse(fraction, row=((16, min(2 * fraction, 1.0)),))
+            run = FfnRunner(replace(stacked_runner().weights, up=up, gate=up), Routing(), "silu", use, kind.arch)
             for tokens in (*range(1, 600), *range(600, 5000, 13), 2**20):
                 assert run._settled_path(tokens) == run._path(tokens)
+                assert tokens > 16 or run._settled_path(tokens, in_a_row=True) == run._path(tokens, in_a_row=True)

@@ -7,10 +7,12 @@ import pytest
 from lte.ops.paths import (
     MEASURED,
     BreakEven,
+    ExpectedUse,
     FfnKind,
     break_even,
     choose_path,
     expected_union,
+    expected_uses,
     explain_path,
     propose_rows,
 )
@@ -40,6 +42,33 @@ def test_decode_goes_by_the_union_of_the_tokens() -> None:
     assert choose(4, 0.21) == "masked"
     assert choose(16, 0.05) == "decode"
     assert choose(17, 0.001) == "masked"
+
+
+def test_a_measured_union_takes_the_place_of_independence() -> None:
+    kind = FfnKind(90, 2, True, LARGE)
+    assert choose_path(kind, 4, 0.3, TABLE) == choose_path(kind, 4, 0.1, TABLE, union=0.61) == "masked"
+    assert choose_path(kind, 4, 0.3, TABLE, union=0.6) == "decode"
+    assert choose_path(kind, 300, 0.25, TABLE, union=1.0) == "grouped"
+    assert "30% of the experts active per token, 60% for any of 4" in explain_path(kind, 4, 0.3, TABLE, union=0.6)
+
+
+def test_unions_of_numbers_between_those_that_were_measured() -> None:
+    use = ExpectedUse(0.2, texts=((2, 0.3), (8, 0.6)), row=((4, 0.25),))
+    assert [use.union(tokens) for tokens in (1, 2, 3, 8)] == [pytest.approx(0.2), 0.3, 0.6, 0.6]
+    assert use.union(9) == expected_union(9, 0.2)
+    assert [use.union(tokens, in_a_row=True) for tokens in (1, 2, 4)] == [pytest.approx(0.2), 0.25, 0.25]
+    assert use.union(5, in_a_row=True) == ExpectedUse(0.2).union(5) == expected_union(5, 0.2)
+
+
+def test_what_a_measurement_says_of_each_layer() -> None:
+    unions = {"texts": {"16": [0.9, 0.8], "2": [0.4, 0.3]}, "row": {"2": [0.35, 0.25], "4": [0.5]}}
+    measured = {"active_fraction": [0.25, 0.2], "union_fraction": unions}
+    assert expected_uses(measured, 2) == [
+        ExpectedUse(0.25, ((2, 0.4), (16, 0.9)), ((2, 0.35),)),
+        ExpectedUse(0.2, ((2, 0.3), (16, 0.8)), ((2, 0.25),)),
+    ]
+    assert expected_uses({"active_fraction": [0.25], "union_fraction": None}, 1) == [ExpectedUse(0.25)]
+    assert expected_uses(measured, 3) == expected_uses(None, 3) == [None] * 3
 
 
 def test_grouped_goes_by_the_fraction_of_one_token() -> None:

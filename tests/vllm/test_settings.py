@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
+from lte.ops.paths import ExpectedUse
 from lte.vllm.settings import serve_settings
 from tests.hf.test_sparsity_curve import curve
 from tests.vllm.folders import NEURONS, served_model
@@ -23,27 +24,27 @@ def test_the_folders_own_settings(config: Any) -> None:
     settings = serve_settings(config)
     assert (settings.num_neurons, settings.num_experts) == (NEURONS, NEURONS // 8)
     assert settings.threshold_logit == pytest.approx(math.log(0.3 / 0.7))
-    assert (settings.weights, settings.sparsity, settings.fraction_of(0)) == ("native", None, None)
+    assert (settings.weights, settings.sparsity, settings.use_of(0)) == ("native", None, None)
 
 
 def test_measured_fractions_choose_the_kernels(config: Any) -> None:
     config.lte_measurement = {"sparsity": 0.6, "tokens": 9, "active_fraction": [0.3, 0.5]}
     settings = serve_settings(config)
-    assert [settings.fraction_of(layer) for layer in range(3)] == [0.3, 0.5, None]
+    assert [settings.use_of(layer) for layer in range(3)] == [ExpectedUse(0.3), ExpectedUse(0.5), None]
     assert settings.sparsity == pytest.approx(0.6)
 
 
 def test_another_threshold_makes_the_measured_fractions_void(config: Any) -> None:
     config.lte_measurement = {"sparsity": 0.6, "tokens": 9, "active_fraction": [0.3, 0.5]}
     config.lte_threshold = 0.5  # as it is
-    assert serve_settings(config).fraction_of(0) == 0.3
+    assert serve_settings(config).use_of(0) == ExpectedUse(0.3)
     config.lte_threshold = 0.4
-    assert (serve_settings(config).threshold, serve_settings(config).fraction_of(0)) == (0.4, None)
+    assert (serve_settings(config).threshold, serve_settings(config).use_of(0)) == (0.4, None)
 
 
 def test_fractions_of_another_number_of_layers_are_not_taken(config: Any) -> None:
     config.lte_measurement = {"sparsity": 0.6, "tokens": 9, "active_fraction": [0.3]}
-    assert serve_settings(config).active_fraction == ()
+    assert serve_settings(config).uses == ()
 
 
 def test_a_point_of_the_curve(config: Any) -> None:

@@ -14,35 +14,36 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins
 from lte.ops.dispatch import HAS_NUMBA, ffn_kind, prepare
-from lte.ops.paths import choose_path
+from lte.ops.paths import ExpectedUse, choose_path
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest relative RMS error against `lte.ops.reference`."""
 
 
-def chosen_path(ffn: SparseFfn, tokens: int, active_fraction: float | None) -> str:
-    """What computes an accelerated layer for T tokens, if that share of its experts is expected to be active."""
+def chosen_path(ffn: SparseFfn, tokens: int, use: ExpectedUse | None) -> str:
+    """What computes an accelerated layer for T tokens of as many texts, if such a use of its experts is expected."""
     assert isinstance(ffn, AcceleratedFfn)
     weight = weight_of(ffn, "up")
     assert weight is not None
     if weight.is_cuda:
         kind = ffn_kind(weight, weight_of(ffn, "gate"), prepare(weight.device))
-        return choose_path(kind, tokens, active_fraction)
-    expected = 0.0 if ffn.acceleration.weights == "int8" else active_fraction
+        active, union = (None, None) if use is None else (use.active, use.union(tokens))
+        return choose_path(kind, tokens, active, union=union)
+    expected = 1.0 if use is None else use.active
     fits = tokens <= MAX_TOKENS and HAS_NUMBA
-    wins = fits and cpu_kernel_wins(ffn.dtype, tokens, 1.0 if expected is None else expected)
+    wins = fits and cpu_kernel_wins(ffn.dtype, tokens, 0.0 if ffn.acceleration.weights == "int8" else expected)
     return "numba" if wins else "masked"
 
 
 def path_names(ffns: Sequence[SparseFfn], tokens: int) -> str:
     """What computes some layers for T tokens as they are now."""
-    return ", ".join(sorted({chosen_path(ffn, tokens, expected_fraction(ffn)) for ffn in ffns}))
+    return ", ".join(sorted({chosen_path(ffn, tokens, use_of_layer(ffn)) for ffn in ffns}))
 
 
-def expected_fraction(ffn: SparseFfn) -> float | None:
-    """The share of active experts that an accelerated layer chooses its path by."""
+def use_of_layer(ffn: SparseFfn) -> ExpectedUse | None:
+    """The use of experts that an accelerated layer chooses its path by."""
     assert isinstance(ffn, AcceleratedFfn)
-    return ffn.acceleration.active_fraction
+    return ffn.acceleration.use
 
 
 def expect_(ffns: Sequence[SparseFfn], active_fraction: float, tokens: int) -> None:
@@ -52,9 +53,9 @@ def expect_(ffns: Sequence[SparseFfn], active_fraction: float, tokens: int) -> N
     """
     for ffn in ffns:
         assert isinstance(ffn, AcceleratedFfn)
-        now = chosen_path(ffn, tokens, expected_fraction(ffn))
-        if chosen_path(ffn, tokens, active_fraction) != now:
-            ffn.expect_(active_fraction)
+        use = ExpectedUse(active_fraction)
+        if chosen_path(ffn, tokens, use) != chosen_path(ffn, tokens, use_of_layer(ffn)):
+            ffn.expect_(use)
 
 
 def routing_of(ffn: SparseFfn, x: Tensor) -> Routing:

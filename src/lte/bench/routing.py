@@ -190,11 +190,11 @@ def _share_below(values: Tensor, share: float) -> Tensor:
 
 
 class RouterValues:
-    """What the routers of some layers hold now, and what share of active experts they expect, to be put back later."""
+    """What the routers of some layers hold now, and what use of experts the layers expect, to be put back later."""
 
     def __init__(self, ffns: Sequence[SparseFfn]):
         self.ffns = list(ffns)
-        self.fractions = [ffn.acceleration.active_fraction for ffn in ffns if isinstance(ffn, AcceleratedFfn)]
+        self.uses = [ffn.acceleration.use for ffn in ffns if isinstance(ffn, AcceleratedFfn)]
         self.parameters = [p for ffn in ffns for p in ffn.router.parameters()]
         self.values = [p.detach().clone() for p in self.parameters]
 
@@ -204,9 +204,9 @@ class RouterValues:
         for parameter, value in zip(self.parameters, self.values, strict=True):
             parameter.copy_(value)
         _refresh_(self.ffns)
-        for ffn, fraction in zip(self.ffns, self.fractions, strict=False):
-            if isinstance(ffn, AcceleratedFfn) and ffn.acceleration.active_fraction != fraction:
-                ffn.expect_(fraction)
+        for ffn, use in zip(self.ffns, self.uses, strict=False):
+            if isinstance(ffn, AcceleratedFfn) and ffn.acceleration.use != use:
+                ffn.expect_(use)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

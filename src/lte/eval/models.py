@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from lte.config import DTYPE_NAMES, KERNELS, check_choice
 from lte.data.rows import LmCollator, TokenRows
 from lte.eval.cost import record_fields
 from lte.eval.kernels import use_kernels_
-from lte.eval.sparsity import Measurement
+from lte.eval.sparsity import UNION_TOKENS, Measurement
 from lte.eval.tasks import TaskResult
 from lte.files import explained_write_errors, is_gguf
 from lte.hf.checkpoints import load_whole, reading, record_checksums
@@ -156,8 +157,21 @@ def measurement_summary(
         "split": data.get("split", "validation"),
         "data": {"source": data["train_source"], **data["validation"]},
         "active_fraction": measurement.active_fraction or [1 - share for share in measurement.layer_sparsity],
-        **(experts if measurement.has_routing else {}),
+        **({**experts, "union_fraction": _union_fractions(measurement)} if measurement.has_routing else {}),
     }
+
+
+def _union_fractions(measurement: Measurement) -> dict[str, dict[str, list[float]]]:
+    """The shares of experts that any of n tokens needs, by n and layer: of different texts, and in a row of one.
+
+    Tokens of different texts choose independently of each other, each expert as often as it is used at all.
+    """
+    texts = {
+        str(tokens): [round(1 - fmean((1 - use) ** tokens for use in layer), 4) for layer in measurement.expert_use]
+        for tokens in UNION_TOKENS
+    }
+    row = {name: [round(1 - off, 4) for off in layers] for name, layers in measurement.union_sparsity.items()}
+    return {"texts": texts, "row": row}
 
 
 def save_folder(

@@ -23,6 +23,7 @@ from lte.nn.sparse_ffn import FfnLayout, SparseFfn
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import DTYPES, EXPERT_SIZES
 from lte.ops.dispatch import HAS_TRITON, kernel_names
+from lte.ops.paths import expected_uses
 
 
 def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module:
@@ -53,14 +54,13 @@ def accelerate_(model: nn.Module, weights: WeightFormat = "native") -> nn.Module
     if reason is not None:
         raise ValueError(f"model must be an LTE model to run on the kernels, got one of the method {reason}")
     ffns = require_sparse_ffns(model)
-    measured = (getattr(model.config, "lte_measurement", None) or {}).get("active_fraction", [])
-    fractions = measured if len(measured) == len(ffns) else [None] * len(ffns)
+    uses = expected_uses(getattr(model.config, "lte_measurement", None), len(ffns))
     plans, told = {}, list[str]()
-    for (name, ffn), fraction in zip(ffns.items(), fractions, strict=True):
+    for (name, ffn), use in zip(ffns.items(), uses, strict=True):
         if isinstance(ffn, AcceleratedFfn | QuantizedFfn):
             _check_same(name, ffn, weights)
         else:
-            plans[name] = Acceleration(_check_ffn(name, ffn, weights), weights, fraction, name, told)
+            plans[name] = Acceleration(_check_ffn(name, ffn, weights), weights, use, name, told)
     rounded = {name for name in plans if QuantizedFfn.fits(ffns[name])}
     moved = [weight for name in plans if name not in rounded for weight in _weights(ffns[name])]
     if not plans:

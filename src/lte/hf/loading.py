@@ -97,7 +97,24 @@ def _checked_measurement(found: Any) -> dict[str, Any] | None:
         if value is not None and (several != isinstance(value, list) or not all(map(_is_number, numbers))):
             rule = "a list of numbers" if several else "a number"
             raise ValueError(f"lte_measurement.{name} must be {rule} or null, got {name}={value!r}")
+    unions = (found or {}).get("union_fraction")
+    if unions is not None and not _are_unions(unions):
+        rule = "numbers by layer, by numbers of tokens, of texts and row, or null"
+        raise ValueError(f"lte_measurement.union_fraction must be {rule}, got union_fraction={unions!r}")
     return found
+
+
+def _are_unions(found: Any) -> bool:
+    """Whether it is the field `union_fraction` of a measurement."""
+    kinds = list(found.values()) if isinstance(found, dict) else [None]
+    return all(
+        isinstance(kind, dict)
+        and all(
+            tokens.isdecimal() and isinstance(shares, list) and all(map(_is_number, shares))
+            for tokens, shares in kind.items()
+        )
+        for kind in kinds
+    )
 
 
 def _checked_curve(found: Any) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from lte.hf.inputs import unwrapped
 from lte.hf.install import require_sparse_ffns
 from lte.hf.sparsity_curve import Choice, Hold, SparsityCurve, chosen_settings, curve_of
 from lte.nn.laid_out import LaidOutFfn
+from lte.ops.paths import ExpectedUse
 
 
 def set_threshold_(model: nn.Module, threshold: float, layer_sparsity: list[float] | None = None) -> nn.Module:
@@ -30,7 +31,7 @@ def set_threshold_(model: nn.Module, threshold: float, layer_sparsity: list[floa
     for ffn, share in zip(ffns, shares, strict=True):
         ffn.set_threshold(threshold)
         if share is not None and isinstance(ffn, LaidOutFfn):
-            ffn.expect_(1 - share)
+            ffn.expect_(ExpectedUse(1 - share))
     return model
 
 

@@ -28,6 +28,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import EXPERT_SIZES, FfnWeights, Routing
 from lte.ops.dispatch import FfnRunner, prepare
 from lte.ops.layout import by_neuron, stack_inputs
+from lte.ops.paths import ExpectedUse
 
 WeightFormat = Literal["native", "int8"]
 SCALES = tuple(f"{role}_scale" for role in ROLES)
@@ -49,14 +50,14 @@ class Acceleration:
     Attributes:
         activation: a key of `lte.ops.activations.ACTIVATIONS`.
         weights: `native` keeps the weights, `int8` rounds them to 8 bits with a scale per row.
-        active_fraction: share of active experts that measurements let expect, `None` if unknown.
+        use: what measurements let expect of the experts, `None` if nothing.
         name: of the FFN in its model.
         told: what was said of the model's FFNs that the kernels leave to PyTorch; all FFNs of a model have one list.
     """
 
     activation: str
     weights: WeightFormat = "native"
-    active_fraction: float | None = None
+    use: ExpectedUse | None = None
     name: str = "an FFN"
     told: list[str] = field(default_factory=list, compare=False)
 
@@ -326,7 +327,7 @@ class LaidOutFfn(SparseFfn):
             parts["down_bias"] = None  # of the sum over processes it must be there once
         routing = Routing(weight=given[0], bias=given[1], threshold=self.threshold_logit, rounded=rounded)
         plan = self.acceleration
-        return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.active_fraction, self._arch)
+        return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.use, self._arch)
 
     # What follows keeps the layout true where compiled graphs, which cannot look, would not see that it is not.
 
@@ -341,9 +342,9 @@ class LaidOutFfn(SparseFfn):
         if self._runner is not None:
             self._runner = self._bind()
 
-    def expect_(self, active_fraction: float | None) -> None:
-        """Sets the share of active experts by which the path is chosen; graphs that were captured keep theirs."""
-        self.acceleration = replace(self.acceleration, active_fraction=active_fraction)
+    def expect_(self, use: ExpectedUse | None) -> None:
+        """Sets the use of experts by which the path is chosen; graphs that were captured keep theirs."""
+        self.acceleration = replace(self.acceleration, use=use)
         if self._runner is not None:
             self._runner = self._bind()
 

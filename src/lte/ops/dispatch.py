@@ -23,7 +23,7 @@ from torch.nn import functional
 from lte.ops.activations import ACTIVATIONS
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
 from lte.ops.cpu import cpu_kernel_wins, sparse_ffn_cpu
-from lte.ops.paths import FfnKind, Path, choose_path
+from lte.ops.paths import ExpectedUse, FfnKind, Path, choose_path
 from lte.ops.quantize import floating_weight
 from lte.ops.reference import active_experts
 
@@ -52,40 +52,44 @@ class FfnRunner:
         weights: laid out by `lte.ops.layout`.
         routing: what decides which experts are active, unless logits are given with a call.
         activation: a key of `ACTIVATIONS`.
-        active_fraction: share of active experts that measurements let expect, `None` if unknown.
+        use: what measurements let expect of its experts, `None` if nothing.
         arch: of the GPU, see `prepare`.
     """
 
     weights: FfnWeights
     routing: Routing
     activation: str
-    active_fraction: float | None = None
+    use: ExpectedUse | None = None
     arch: int = 0
     _launches: dict[Hashable, DecodeLaunch | PrefillLaunch] = field(default_factory=dict, init=False, repr=False)
-    _paths: dict[int, Path] = field(default_factory=dict, init=False, repr=False)
+    _paths: dict[tuple[int, bool], Path] = field(default_factory=dict, init=False, repr=False)
     _lasts: list[int] = field(default_factory=list, init=False, repr=False)
 
-    def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
-        """The output [T, D] for x [T, D]; logits [T, E] take the place of the routing's."""
+    def __call__(self, x: Tensor, logits: Tensor | None = None, in_a_row: bool = False) -> Tensor:
+        """The output [T, D] for x [T, D]; logits [T, E] take the place of the routing's.
+
+        Tokens that follow each other in one text may take another path (`in_a_row`), which computes the same.
+        """
         routing = self.routing if logits is None else self._given(logits)
         if x.is_cuda:
-            return self.run_on_gpu(x, routing)
+            return self.run_on_gpu(x, routing, in_a_row)
         if self._cpu_kernel_takes(len(x), x.dtype):
             return sparse_ffn_cpu(x, self.weights, routing, self.activation)
         return masked_ffn(x, self.weights, routing, self.activation)
 
-    def run_on_gpu(self, x: Tensor, routing: Routing) -> Tensor:
+    def run_on_gpu(self, x: Tensor, routing: Routing, in_a_row: bool = False) -> Tensor:
         """By the path that the table of measurements names."""
         if torch.compiler.is_compiling() or x.get_device() != _current_device(x):
             from lte.ops import decode, prefill  # these need triton, which is not everywhere
 
-            path = self._path(len(x))
+            path = self._path(len(x), in_a_row)
             if path == "decode":
                 return decode.sparse_ffn_decode(x, self.weights, routing, self.activation)
             return prefill.sparse_ffn_prefill(x, self.weights, routing, self.activation, path)
         # The operations check what is true here by construction, and cost several times more per call.
         x, logits = x.contiguous(), None if routing is self.routing else routing.logits
-        key: Hashable = (self._first_alike(x.size(0)), x.dtype)
+        in_a_row = in_a_row and 1 < x.size(0) <= MAX_TOKENS  # only there may it make a difference
+        key: Hashable = (self._first_alike(x.size(0)), in_a_row, x.dtype)
         if logits is not None:
             # They are those of one call alone, and what is compiled and settled depends on how they lie.
             key = (key, logits.dtype, logits.stride(0), logits.data_ptr() % 16 == 0)
@@ -93,7 +97,7 @@ class FfnRunner:
         if launch is None or not self._is_of(launch, routing, logits):
             if logits is not None:  # nothing of a call may be kept alive
                 routing = replace(routing, logits=logits.new_empty((0, routing.num_experts)))
-            launch = self._launches[key] = self._launch(x, routing)
+            launch = self._launches[key] = self._launch(x, routing, in_a_row)
         return launch(x, logits)
 
     def _is_of(self, launch: DecodeLaunch | PrefillLaunch, routing: Routing, logits: Tensor | None) -> bool:
@@ -125,8 +129,10 @@ class FfnRunner:
     def _given(self, logits: Tensor) -> Routing:
         return Routing(logits=logits, threshold=self.routing.threshold)
 
-    def _path(self, tokens: int) -> Path:
-        path = choose_path(ffn_kind(self.weights.up, self.weights.gate, self.arch), tokens, self.active_fraction)
+    def _path(self, tokens: int, in_a_row: bool = False) -> Path:
+        kind = ffn_kind(self.weights.up, self.weights.gate, self.arch)
+        active, union = (None, None) if self.use is None else (self.use.active, self.use.union(tokens, in_a_row))
+        path = choose_path(kind, tokens, active, union=union)
         return "masked" if path == "decode" and tokens > MAX_TOKENS else path
 
     def _first_alike(self, tokens: int) -> int:
@@ -137,21 +143,21 @@ class FfnRunner:
             self._lasts = _last_tokens()
         return self._lasts[bisect.bisect_left(self._lasts, tokens) - 1] + 1
 
-    def _launch(self, x: Tensor, routing: Routing) -> DecodeLaunch | PrefillLaunch:
+    def _launch(self, x: Tensor, routing: Routing, in_a_row: bool) -> DecodeLaunch | PrefillLaunch:
         """What computes as many tokens as x has."""
         from lte.ops import decode, prefill
 
-        path = self._settled_path(x.size(0))
+        path = self._settled_path(x.size(0), in_a_row)
         if path == "decode":
             return decode.DecodeLaunch(x, self.weights, routing, self.activation)
         kind = prefill.GroupedLaunch if path == "grouped" else prefill.MaskedLaunch
         return kind(x, self.weights, routing, self.activation)
 
-    def _settled_path(self, tokens: int) -> Path:
-        first = self._first_alike(tokens)
-        path = self._paths.get(first)
+    def _settled_path(self, tokens: int, in_a_row: bool = False) -> Path:
+        key = self._first_alike(tokens), in_a_row
+        path = self._paths.get(key)
         if path is None:
-            path = self._paths[first] = self._path(first)
+            path = self._paths[key] = self._path(*key)
         return path
 
     def path_of(self, tokens: int, dtype: torch.dtype) -> Path:
@@ -164,8 +170,8 @@ class FfnRunner:
         if tokens > MAX_TOKENS or not HAS_NUMBA:
             return False
         # Without the kernel int8 weights are expanded at every call.
-        expected = 0.0 if self.weights.up_scale is not None else self.active_fraction
-        return cpu_kernel_wins(dtype, tokens, 1.0 if expected is None else expected)
+        expected = 1.0 if self.use is None else self.use.active
+        return cpu_kernel_wins(dtype, tokens, 0.0 if self.weights.up_scale is not None else expected)
 
 
 def warm_up_tokens(most: int) -> list[int]:

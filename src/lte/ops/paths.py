@@ -4,8 +4,9 @@
 - masked: dense products of all experts, those that are off set to zero (`lte.ops.prefill`).
 - grouped: gate and up for the tokens of each expert alone, a dense down product (`lte.ops.prefill`).
 
-The time of decode follows the union: the share of experts that at least one of T tokens needs. Where tokens choose
-independently with an active fraction a it is 1 - (1 - a)^T. The time of grouped follows a itself.
+The time of decode follows the union: the share of experts that at least one of T tokens needs. That of a trained model
+is measured (`ExpectedUse`); otherwise tokens count as choosing independently, with an active fraction a it is then
+1 - (1 - a)^T. The time of grouped follows a itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lte.config import check_fraction
 from lte.ops.arguments import MAX_TOKENS
@@ -61,14 +62,16 @@ UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
 # Masked expands int8 weights at every call: it reads one byte, writes two and reads two where decode reads one at most.
 UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2**31))
 MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
-    # LLaMA2-7B's widths in bf16: one token results/prefill_few_tokens_again.json, up to 64 prefill_few_tokens.json,
-    # both on an H100; above 64 prefill.json on an H200.
+    # LLaMA2-7B's widths in bf16. One token on an H100: results/prefill_few_tokens_again.json. From 2 to 16 tokens on an
+    # H200: results/recorded_routing/h200_50.json and h200_80.json, on a line through the two. The memory of an H100 is
+    # slower, and decode is faster there up to 0.86, 0.89, 0.86 and 0.75 (prefill_few_tokens.json). Above 64 tokens on an
+    # H200: prefill.json.
     FfnKind(90, 2, True, 2 * 3 * 4096 * 11008): (
         BreakEven(tokens=1, decode=0.99),
-        BreakEven(tokens=3, decode=0.86),
-        BreakEven(tokens=4, decode=0.89),
-        BreakEven(tokens=8, decode=0.86),
-        BreakEven(tokens=16, decode=0.75),
+        BreakEven(tokens=3, decode=0.77),
+        BreakEven(tokens=4, decode=0.78),
+        BreakEven(tokens=8, decode=0.69),
+        BreakEven(tokens=16, decode=0.6),
         BreakEven(tokens=511),
         BreakEven(tokens=1023, grouped=0.37),
         BreakEven(tokens=2047, grouped=0.43),
@@ -99,6 +102,49 @@ MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
 def last_tokens(table: Table = MEASURED) -> set[int]:
     """Numbers of tokens after which the next number may take another path, beyond those that decode takes."""
     return {row.tokens for rows in table.values() for row in rows}
+
+
+@dataclass(frozen=True)
+class ExpectedUse:
+    """What measurements let expect of the use of an FFN's experts.
+
+    Attributes:
+        active: share of the experts that a token needs.
+        texts: by numbers of tokens, in order: the share that any of so many tokens needs, each of another text.
+        row: the same of tokens in a row of one text, which choose more alike.
+    """
+
+    active: float
+    texts: tuple[tuple[int, float], ...] = ()
+    row: tuple[tuple[int, float], ...] = ()
+
+    def union(self, tokens: int, in_a_row: bool = False) -> float:
+        """The share of experts that any of T tokens needs: that of the next larger number that was measured.
+
+        Beyond the last one, and where nothing was measured, that of tokens that choose independently.
+        """
+        measured = (self.row if in_a_row else self.texts) if tokens > 1 else ()
+        found = next((share for most, share in measured if tokens <= most), None)
+        return expected_union(tokens, self.active) if found is None else found
+
+
+def expected_uses(measurement: Mapping[str, Any] | None, layers: int) -> list[ExpectedUse | None]:
+    """What a model's measurement lets expect of each of its layers, `None` where it says nothing of them.
+
+    Args:
+        measurement: the field `lte_measurement` of its config, `lte.eval.models.measurement_summary`.
+        layers: how many FFNs it has.
+    """
+    measurement = measurement or {}
+    active, unions = measurement.get("active_fraction") or [], measurement.get("union_fraction") or {}
+    if len(active) != layers:
+        return [None] * layers
+
+    def of(kind: str, layer: int) -> tuple[tuple[int, float], ...]:
+        shares = unions.get(kind) or {}
+        return tuple(sorted((int(tokens), each[layer]) for tokens, each in shares.items() if len(each) == layers))
+
+    return [ExpectedUse(share, of("texts", layer), of("row", layer)) for layer, share in enumerate(active)]
 
 
 def expected_union(tokens: int, active_fraction: float) -> float:
@@ -178,7 +224,14 @@ def _distance(known: FfnKind, kind: FfnKind) -> tuple[int, float]:
     return kind.arch - known.arch, max(ratio, 1 / ratio)
 
 
-def choose_path(kind: FfnKind, tokens: int, active_fraction: float | None = None, table: Table = MEASURED) -> Path:
+def choose_path(
+    kind: FfnKind,
+    tokens: int,
+    active_fraction: float | None = None,
+    table: Table = MEASURED,
+    *,
+    union: float | None = None,
+) -> Path:
     """The fastest path by the table.
 
     Args:
@@ -187,6 +240,7 @@ def choose_path(kind: FfnKind, tokens: int, active_fraction: float | None = None
         active_fraction: expected share of experts that a token needs; `None` if unknown, which counts as all for
             more than one token, and is decode for one.
         table: break-even points.
+        union: expected share of experts that any of the tokens needs; `None` for tokens that choose independently.
 
     Raises:
         ValueError: for tokens below 1 or a fraction outside [0, 1].
@@ -198,7 +252,7 @@ def choose_path(kind: FfnKind, tokens: int, active_fraction: float | None = None
     fraction = 1.0 if active_fraction is None else active_fraction
     check_fraction("active_fraction", fraction, upper_closed=True)
     row, _ = _find(kind, tokens, table)
-    if row.decode and expected_union(tokens, fraction) <= row.decode:
+    if row.decode and (expected_union(tokens, fraction) if union is None else union) <= row.decode:
         return "decode"
     return "grouped" if row.grouped and fraction <= row.grouped else "masked"
 
@@ -210,14 +264,21 @@ _WORDS: dict[Path, str] = {
 }
 
 
-def explain_path(kind: FfnKind, tokens: int, active_fraction: float | None = None, table: Table = MEASURED) -> str:
+def explain_path(
+    kind: FfnKind,
+    tokens: int,
+    active_fraction: float | None = None,
+    table: Table = MEASURED,
+    *,
+    union: float | None = None,
+) -> str:
     """What `choose_path` takes for the same arguments and why, in words."""
-    path = choose_path(kind, tokens, active_fraction, table)
+    path = choose_path(kind, tokens, active_fraction, table, union=union)
     row, source = _find(kind, tokens, table)
     if active_fraction is None:
         expected = "The share of active experts is unknown" + (" and counts as 100%" if tokens > 1 else "")
     else:
-        union = expected_union(tokens, active_fraction)
+        union = expected_union(tokens, active_fraction) if union is None else union
         expected = f"{active_fraction:.0%} of the experts active per token, {union:.0%} for any of {tokens}"
     limits = [f"decode {_wins(row.decode, 'needed by any token')}", f"grouped {_wins(row.grouped, 'active per token')}"]
     where = "no measurement for this kind"

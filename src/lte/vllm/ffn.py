@@ -175,7 +175,7 @@ class SparseMlp(nn.Module):
             weights,
             routing,
             self.place.activation,
-            self.settings.fraction_of(self.place.layer),
+            self.settings.use_of(self.place.layer),
             prepare(router.bias.device),
         )
         if self.tp_rank == 0:

@@ -15,6 +15,7 @@ from lte.hf.families import family_of
 from lte.hf.loading import method_settings
 from lte.hf.sparsity_curve import curve_of
 from lte.ops.arguments import EXPERT_SIZES
+from lte.ops.paths import ExpectedUse, expected_uses
 
 WEIGHTS = ("native", "int8")
 
@@ -29,7 +30,7 @@ class ServeSettings:
         num_neurons: F of an FFN.
         num_experts: E of an FFN.
         weights: one of `WEIGHTS`.
-        active_fraction: expected share of active experts by layer, empty if unknown; kernels are chosen by it.
+        uses: expected use of the experts by layer, empty if unknown; kernels are chosen by it.
         sparsity: expected share of neurons off, `None` if unknown.
     """
 
@@ -38,7 +39,7 @@ class ServeSettings:
     num_neurons: int
     num_experts: int
     weights: str
-    active_fraction: tuple[float, ...]
+    uses: tuple[ExpectedUse, ...]
     sparsity: float | None
 
     @property
@@ -46,9 +47,9 @@ class ServeSettings:
         """The logit that a score must exceed."""
         return math.log(self.threshold / (1 - self.threshold))
 
-    def fraction_of(self, layer: int) -> float | None:
-        """The expected share of active experts of a layer."""
-        return self.active_fraction[layer] if layer < len(self.active_fraction) else None
+    def use_of(self, layer: int) -> ExpectedUse | None:
+        """The expected use of a layer's experts."""
+        return self.uses[layer] if layer < len(self.uses) else None
 
 
 def serve_settings(hf_config: Any) -> ServeSettings:
@@ -89,21 +90,21 @@ def serve_settings(hf_config: Any) -> ServeSettings:
             "decoding steps, which vLLM takes itself: transformers decodes by them what torchao has rounded"
         )
     check_choice("lte_weights", weights, WEIGHTS)
-    threshold, fractions = _operating_point(hf_config, config)
-    sparsity = 1 - sum(fractions) / len(fractions) if fractions else None
+    threshold, uses = _operating_point(hf_config, config)
+    sparsity = 1 - sum(use.active for use in uses) / len(uses) if uses else None
     return ServeSettings(
         config=config,
         threshold=threshold,
         num_neurons=neurons,
         num_experts=experts,
         weights=weights,
-        active_fraction=fractions,
+        uses=uses,
         sparsity=sparsity,
     )
 
 
-def _operating_point(hf_config: Any, config: LteConfig) -> tuple[float, tuple[float, ...]]:
-    """The threshold, and the active fractions by layer that are expected at it, none if nothing is known."""
+def _operating_point(hf_config: Any, config: LteConfig) -> tuple[float, tuple[ExpectedUse, ...]]:
+    """The threshold, and the use of experts by layer that is expected at it, none if nothing is known."""
     threshold = getattr(hf_config, "lte_threshold", None)
     target = getattr(hf_config, "lte_target_sparsity", None)
     if threshold is not None and target is not None:
@@ -113,11 +114,11 @@ def _operating_point(hf_config: Any, config: LteConfig) -> tuple[float, tuple[fl
         )
     if target is not None:
         point = curve_of(hf_config).at_target(target).point
-        return point.threshold, tuple(1 - share for share in point.layer_sparsity)
+        return point.threshold, tuple(ExpectedUse(1 - share) for share in point.layer_sparsity)
     if threshold is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold < 1:
             raise ValueError(f"lte_threshold must lie in (0, 1), got lte_threshold={threshold!r}")
         if threshold != config.threshold:
             return float(threshold), ()
-    measured = (getattr(hf_config, "lte_measurement", None) or {}).get("active_fraction") or ()
-    return config.threshold, tuple(measured) if len(measured) == hf_config.num_hidden_layers else ()
+    measured = expected_uses(getattr(hf_config, "lte_measurement", None), hf_config.num_hidden_layers)
+    return config.threshold, tuple(use for use in measured if use is not None)
