@@ -64,7 +64,7 @@ UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2*
 MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
     # LLaMA2-7B's widths in bf16. One token on an H100: results/prefill_few_tokens_again.json. From 2 to 16 tokens on an
     # H200: results/recorded_routing/h200_50.json and h200_80.json, on a line through the two. The memory of an H100 is
-    # slower, and decode is faster there up to 0.86, 0.89, 0.86 and 0.75 (prefill_few_tokens.json). Above 64 tokens on an
+    # slower: decode is faster there up to 0.86, 0.89, 0.86 and 0.75 (prefill_few_tokens.json). Above 64 tokens on an
     # H200: prefill.json.
     FfnKind(90, 2, True, 2 * 3 * 4096 * 11008): (
         BreakEven(tokens=1, decode=0.99),
