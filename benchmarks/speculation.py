@@ -8,6 +8,7 @@ proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_t
 loop of transformers, where the host waits for each pass (`lookup of 5, told`). With --assistant also another model
 proposes. Answers are greedy, and times are those after the prompt. `passes` says what one pass of lookup takes by how
 many tokens are proposed, in plain decoding's answers: what the model computes, without the search for proposals.
+`matches` counts, in these answers, by tokens of the longest match, how often the first 0, 1, 2, ... after it were right.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lte.bench.timing import Times, interleaved_times
 from lte.eval.answers import first_difference
 from lte.eval.inference import hard_inference
 from lte.eval.models import load_any_model
-from lte.eval.speculation import PassClock, closest_call
+from lte.eval.speculation import PassClock, closest_call, match_counts
 from lte.hf.dense import load_tokenizer
 from lte.hf.stepping import checked_model, has_engine
 from lte.records import read_json
@@ -190,6 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         "assistant": args.assistant,
         "whole_steps": {PLAIN: has_engine(model)},
         "passes": passes,
+        "matches": [matches_of(kind, measured[PLAIN], prompts) for kind in dict.fromkeys(kind for kind, _ in prompts)],
         "command": command,
     }
     write_rows(args.output, [{**common, **row} for row in rows], **header)
@@ -252,6 +254,19 @@ def rows_of(
             }
         )
     return found
+
+
+def matches_of(
+    kind: str, plain: list[tuple[Tensor, list[PassClock]]], prompts: list[tuple[str, Tensor]]
+) -> dict[str, Any]:
+    """What lookup could have proposed in plain decoding's answers, by tokens of the match, and how much was right."""
+    counts: dict[int, list[int]] = {}
+    for (each, ids), (answer, _) in zip(prompts, plain, strict=True):
+        if each == kind:
+            for length, found in match_counts([*ids[0].tolist(), *answer.tolist()], ids.shape[1]).items():
+                before = counts.get(length, [0] * len(found))
+                counts[length] = [one + other for one, other in zip(before, found, strict=True)]
+    return {"kind": kind, "counts": {str(length): found for length, found in sorted(counts.items())}}
 
 
 @torch.no_grad()

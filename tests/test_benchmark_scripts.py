@@ -8,6 +8,7 @@ import gzip
 import importlib.machinery
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ from lte.train.config import TrainConfig
 from tests.cli.conftest import save_tiny_model
 from tests.hf.gguf_files import tiny_llama, train_tokenizer, write_gguf
 from tests.hf.step_models import take_reference_engines
+from tests.ops.test_lookup_kernels import match_of
 from tests.tiny_models import randomise_routers_, tiny_dense_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -566,6 +568,7 @@ class TestSpeculation:
             1.5 < row["tokens_per_pass"] <= 3 for row in found["rows"] if row["provider"].startswith("assistant")
         )
         assert found["whole_steps"] == {"plain": True}
+        assert [each["kind"] for each in found["matches"]] == ["edits", "chats"]
         assert found["rows"][0]["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
         # A step of plain decoding, and passes with room for as many tokens as an engine takes.
         assert [(each["kind"], each["proposed"]) for each in found["passes"]] == [
@@ -593,6 +596,28 @@ class TestSpeculation:
         for name, chosen in found.items():
             tokens = 1 if name == "None" else int(name) + 1
             assert torch.equal(chosen[:tokens], best[4 : 4 + tokens])
+
+    def test_matches_are_those_that_lookup_finds(self, script: Any) -> None:
+        chance, wanted = random.Random(0), dict[int, list[int]]()
+        texts = [[chance.randrange(few) for _ in range(40)] for few in (2, 3, 8, 30)]
+        for text in texts:
+            for place in range(10, 40):
+                length, end = match_of(text[:place], 8)
+                if length:
+                    counts = wanted.setdefault(length, [0] * 8)
+                    following = text[end : min(end + 7, place)]
+                    for kept in range(8):
+                        counts[kept] += len(following) >= kept and following[:kept] == text[place : place + kept]
+        prompts = [(kind, torch.tensor([text[:10]])) for kind, text in zip("aaab", texts, strict=True)]
+        plain = [(torch.tensor(text[10:]), []) for text in texts]
+        found = [script("speculation").matches_of(kind, plain, prompts) for kind in "ab"]
+        assert [each["kind"] for each in found] == ["a", "b"]
+        total: dict[str, list[int]] = {}
+        for each in found:
+            for length, counts in each["counts"].items():
+                total[length] = [one + other for one, other in zip(total.get(length, [0] * 8), counts, strict=True)]
+        assert {int(length): counts for length, counts in total.items()} == wanted
+        assert len(wanted) > 4
 
     def test_differences_are_explained(self, script: Any) -> None:
         module = script("speculation")

@@ -6,6 +6,7 @@ Shapes: T tokens.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,39 @@ class PassClock(BaseStreamer):
         """From the first pass, which reads the prompt, to the last; NaN where there is no other."""
         later = sum(self._counts[2:])
         return 1e3 * (self._times[-1] - self._times[1]) / later if later else float("nan")
+
+
+def match_counts(text: Sequence[int], start: int, gram: int = 8, most: int = 7) -> dict[int, list[int]]:
+    """How often what followed the longest match of a text's last tokens was right, for each token from `start` on.
+
+    As prompt lookup looks for it (`lte.hf.lookup`), at all places of an answer.
+
+    Args:
+        text: a prompt and its answer.
+        start: where the answer begins.
+        gram: tokens of the longest match.
+        most: tokens after it that are looked at.
+
+    Returns:
+        By tokens of the match: how many there were, and for how many of these at least 1, 2, ... `most` tokens that
+        followed are those of the text.
+    """
+    found: dict[int, list[int]] = {}
+    for place in range(max(start, 2), len(text)):
+        longest = (0, 0, 0)
+        for end in range(1, place):
+            longer = min(gram, end)
+            length = next((n for n in range(longer) if text[end - 1 - n] != text[place - 1 - n]), longer)
+            # Of matches of 4 tokens and more the first is taken, of others the last.
+            longest = max(longest, (length, -end if length >= 4 else end, end))
+        length, _, end = longest
+        if length:
+            counts = found.setdefault(length, [0] * (most + 1))
+            known = min(most, place - end, len(text) - place)
+            right = next((n for n in range(known) if text[end + n] != text[place + n]), known)
+            for kept in range(right + 1):
+                counts[kept] += 1
+    return dict(sorted(found.items()))
 
 
 @torch.no_grad()
