@@ -8,7 +8,7 @@ proposes what follows the last tokens elsewhere in the text (prompt_lookup_num_t
 loop of transformers, where the host waits for each pass (`lookup of 5, told`). With --assistant also another model
 proposes. Answers are greedy, and times are those after the prompt. `passes` says what one pass of lookup takes by how
 many tokens are proposed, in plain decoding's answers: what the model computes, without the search for proposals.
-`matches` counts, in these answers, by tokens of the longest match, how often the first 0, 1, 2, ... after it were right.
+`matches` counts in them, by tokens of the longest match, how often the first 0, 1, 2, ... after it were right.
 """
 
 from __future__ import annotations
