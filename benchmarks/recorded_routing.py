@@ -13,7 +13,9 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,12 +97,12 @@ def measure(layers: Layers, masks: Sequence[Tensor], tokens: int, places: int) -
 
 
 def path_row(widths: Widths, name: str, tokens: int, use: Use, times: list[float]) -> dict[str, Any]:
-    """A path's row; `chosen` says whether `lte.ops` takes it for a model with so many experts in use."""
+    """A path's row; `chosen` says whether `lte.ops` takes it for a model of which just this was measured."""
     size, flops = count_work(widths, name, tokens, use.active, use.union)
     kind = FfnKind(architecture(torch.device("cuda")), 2, True, widths.weight_bytes)
     entry = row("prefill", f"lte {name}", tokens, use.sparsity, times, size) | {"flops": flops}
     entry |= {"routing": "recorded", "active_fraction": use.active, "union": use.union}
-    return entry | {"chosen": choose_path(kind, tokens, use.active) == name}
+    return entry | {"chosen": choose_path(kind, tokens, use.active, union=use.union) == name}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args(arguments)
     masks, rows = masks_of(args.model, args.text, max(args.tokens)), []
+    command = shlex.join(
+        ["python", "benchmarks/recorded_routing.py", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     for shape in args.shapes:
         layers = Layers(Widths.of(shape))
         for tokens in args.tokens:
@@ -126,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             shares = f"{sparse[0]['sparsity']:.1%} off, {1 - sparse[0]['union']:.1%} together"
             print(f"{shape}, {tokens} tokens: {shares}; {', '.join(cells)}", flush=True)
-            write_rows(args.output, rows, model=Path(args.model).name, places=args.places)
+            write_rows(args.output, rows, model=Path(args.model).name, command=command, places=args.places)
         del layers
 
 

@@ -95,6 +95,8 @@ one_launch() { # the kernel of a whole step by itself, at forced sparsities
   python3 benchmarks/step.py --trace --contexts 100 --output "$output/step.json"
   python3 benchmarks/step.py --contexts 4000 --sparsities 0.5 --output "$output/step_4000.json"
   python3 benchmarks/step.py --batches 4 8 --contexts 100 --sparsities 0.5 0.9 --output "$output/step_batches.json"
+  python3 benchmarks/step.py --shapes llama2-7b qwen2.5-1.5b --batches 1 4 8 --contexts 100 --sparsities 0 0.5 0.8 0.9 \
+    --output "$output/step_less_code.json"
   python3 benchmarks/step.py --shapes llama2-7b --bits 8 4 --contexts 100 --sparsities 0.5 0.9 --output "$output/step_bits.json"
 }
 
@@ -193,8 +195,8 @@ serve() {
 speculate() {
   local target
   for target in ${TARGETS:-0.5 0.8}; do
-    python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 7 \
-      --output "$output/speculation_${target#0.}0.json"
+    python3 benchmarks/speculation.py "$output/served/qwen_coder_1_5b_${target#0.}0" --lookup 5 7 --no-modules \
+      --rounds 2 --tokens 128 --output "$output/speculation_${target#0.}0.json"
   done
 }
 

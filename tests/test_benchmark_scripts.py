@@ -28,7 +28,7 @@ from lte.bench import timing
 from lte.bench.bytes import router_bytes
 from lte.bench.gate import GateError
 from lte.bench.models import model_pair
-from lte.bench.routing import active_count
+from lte.bench.routing import Use, active_count
 from lte.bench.rows import REQUIRED_FIELDS
 from lte.bench.shapes import shape_config
 from lte.eval.flops import meta_model
@@ -193,6 +193,14 @@ class TestRecordedRouting:
         assert [each["ratio_to_dense"] for each in rows] == [0.25, 0.25, 1, 1, 5, 5]
         assert all(0 < each["active_fraction"] <= each["union"] <= 1 for each in rows)
         assert [sum(each["chosen"] for each in rows[i : i + 2]) for i in (0, 2, 4)] == [1, 1, 1]
+
+    def test_the_chosen_path_is_that_of_the_measured_union(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, widths = script("recorded_routing"), script("prefill_layers").Widths.of("llama2-7b")
+        monkeypatch.setattr(module, "architecture", lambda device: 90)
+        for union, chosen in ((0.6, "decode"), (0.83, "masked")):
+            for name in ("decode", "masked"):
+                row = module.path_row(widths, name, 8, Use(active=0.2, union=union), [1.0])
+                assert row["chosen"] == (name == chosen)
 
 
 class TestStepTokens:

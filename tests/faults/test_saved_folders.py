@@ -200,7 +200,10 @@ def test_fields_of_other_methods(method: str, tmp_path: Path) -> None:
         *[("lte_measurement", value) for value in ("x", [1], {"sparsity": "x"}, {"active_fraction": [None]})],
         *[
             ("lte_measurement", {"union_fraction": value})
-            for value in (1, [1], {"texts": 1}, {"row": {"x": [1]}}, {"row": {"2": 0.5}}, {"row": {"2": ["x"]}})
+            for value in (
+                *(1, [1], {"texts": 1}, {"others": {}}, {"row": {"x": [1]}}, {"row": {"1": [1]}}, {"row": {"2": 0.5}}),
+                *({"row": {"2": [each]}} for each in ("x", -0.1, 1.1, float("nan"))),
+            )
         ],
     ],
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 import lte
 from lte.eval.sparsity import measure_sparsity
 from lte.hf.acceleration import describe_kernels
+from lte.hf.threshold import set_threshold_
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops import dispatch
 from lte.ops.dispatch import FfnRunner
@@ -210,10 +211,18 @@ def test_the_measured_share_reaches_the_kernels() -> None:
     ]
     other = tiny_sparse_model()
     assert first_ffn(lte.accelerate_(other))._runner.use is None
+    # Unions are those of one threshold.
+    set_threshold_(model, 0.5)
+    assert first_ffn(model)._runner.use == uses[0]
+    set_threshold_(model, 0.6)
+    assert first_ffn(model)._runner.use == ExpectedUse(0.25)
 
 
-def test_the_kernels_hear_whether_tokens_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, told = lte.accelerate_(tiny_sparse_model()), []
+@pytest.mark.parametrize(("model_type", "heard"), [("llama", True), ("gpt2", True), ("opt", False)])
+def test_the_kernels_hear_whether_tokens_follow_each_other(
+    model_type: str, heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = lte.accelerate_(tiny_sparse_model(model_type)), []
     original = FfnRunner.__call__
 
     def noting(self: FfnRunner, x: Tensor, logits: Tensor | None = None, in_a_row: bool = False) -> Tensor:
@@ -224,7 +233,7 @@ def test_the_kernels_hear_whether_tokens_follow_each_other(monkeypatch: pytest.M
     with torch.no_grad():
         for shape in ((1, 3), (3, 1), (2, 3)):
             model(input_ids=torch.ones(shape, dtype=torch.long))
-    assert told[:: len(lte.sparse_ffns(model))] == [(3, True), (3, False), (6, False)]
+    assert told[:: len(lte.sparse_ffns(model))] == [(3, heard), (3, False), (6, False)]
 
 
 def test_what_runs_is_told() -> None:

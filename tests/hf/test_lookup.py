@@ -143,7 +143,7 @@ def test_a_text_that_repeats_itself_takes_few_passes(runs: list[int], prompt: Te
         patch.setattr(CheckedModel, "__call__", counted)
         patch.setattr(stepping, "lookup_of", lambda *given: None)
         assert torch.equal(generate_greedily(model, prompt, 90, prompt_lookup_num_tokens=7), plain)
-    # It looks for shorter matches, and proposes more for one of two tokens; ours may have begun one pass too many.
+    # Transformers proposes after each match of two tokens, and ours may have begun one pass too many.
     assert len(runs) <= len(stock) + 2
 
 

@@ -32,6 +32,8 @@ def test_measured_fractions_choose_the_kernels(config: Any) -> None:
     settings = serve_settings(config)
     assert [settings.use_of(layer) for layer in range(3)] == [ExpectedUse(0.3), ExpectedUse(0.5), None]
     assert settings.sparsity == pytest.approx(0.6)
+    config.lte_measurement["union_fraction"] = {"texts": {"4": [0.7, 0.9]}, "row": {"4": [0.6, 0.8]}}
+    assert serve_settings(config).use_of(1) == ExpectedUse(0.5, ((4, 0.9),), ((4, 0.8),))
 
 
 def test_another_threshold_makes_the_measured_fractions_void(config: Any) -> None:

@@ -20,14 +20,14 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest relative RMS error against `lte.ops.reference`."""
 
 
-def chosen_path(ffn: SparseFfn, tokens: int, use: ExpectedUse | None) -> str:
-    """What computes an accelerated layer for T tokens of as many texts, if such a use of its experts is expected."""
+def chosen_path(ffn: SparseFfn, tokens: int, use: ExpectedUse | None, in_a_row: bool = False) -> str:
+    """What computes an accelerated layer for T tokens, of as many texts or in a row, if such a use is expected."""
     assert isinstance(ffn, AcceleratedFfn)
     weight = weight_of(ffn, "up")
     assert weight is not None
     if weight.is_cuda:
         kind = ffn_kind(weight, weight_of(ffn, "gate"), prepare(weight.device))
-        active, union = (None, None) if use is None else (use.active, use.union(tokens))
+        active, union = (None, None) if use is None else (use.active, use.union(tokens, in_a_row))
         return choose_path(kind, tokens, active, union=union)
     expected = 1.0 if use is None else use.active
     fits = tokens <= MAX_TOKENS and HAS_NUMBA
@@ -35,9 +35,9 @@ def chosen_path(ffn: SparseFfn, tokens: int, use: ExpectedUse | None) -> str:
     return "numba" if wins else "masked"
 
 
-def path_names(ffns: Sequence[SparseFfn], tokens: int) -> str:
+def path_names(ffns: Sequence[SparseFfn], tokens: int, in_a_row: bool = False) -> str:
     """What computes some layers for T tokens as they are now."""
-    return ", ".join(sorted({chosen_path(ffn, tokens, use_of_layer(ffn)) for ffn in ffns}))
+    return ", ".join(sorted({chosen_path(ffn, tokens, use_of_layer(ffn), in_a_row) for ffn in ffns}))
 
 
 def use_of_layer(ffn: SparseFfn) -> ExpectedUse | None:
@@ -53,8 +53,8 @@ def expect_(ffns: Sequence[SparseFfn], active_fraction: float, tokens: int) -> N
     """
     for ffn in ffns:
         assert isinstance(ffn, AcceleratedFfn)
-        use = ExpectedUse(active_fraction)
-        if chosen_path(ffn, tokens, use) != chosen_path(ffn, tokens, use_of_layer(ffn)):
+        use, now = ExpectedUse(active_fraction), use_of_layer(ffn)
+        if any(chosen_path(ffn, tokens, use, row) != chosen_path(ffn, tokens, now, row) for row in (False, True)):
             ffn.expect_(use)
 
 

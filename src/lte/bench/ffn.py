@@ -146,7 +146,7 @@ class _FfnGroup(Group):
         if ours:
             extra = {
                 "relative_rms": self.error,
-                "path": path_names(self.ffns, self.tokens),
+                "path": path_names(self.ffns, self.tokens, self.benchmark == "prefill"),
                 "phase_ms": self._phases() or None,
             }
         return session.row(

@@ -74,7 +74,7 @@ def match_counts(text: Sequence[int], start: int, gram: int = 8, most: int = 7) 
         for end in range(1, place):
             longer = min(gram, end)
             length = next((n for n in range(longer) if text[end - 1 - n] != text[place - 1 - n]), longer)
-            # Of matches of 4 tokens and more the first is taken, of others the last.
+            # As `lte.ops.lookup_kernels`, which needs Triton, has it (COPIED).
             longest = max(longest, (length, -end if length >= 4 else end, end))
         length, _, end = longest
         if length:

@@ -99,21 +99,26 @@ def _checked_measurement(found: Any) -> dict[str, Any] | None:
             raise ValueError(f"lte_measurement.{name} must be {rule} or null, got {name}={value!r}")
     unions = (found or {}).get("union_fraction")
     if unions is not None and not _are_unions(unions):
-        rule = "numbers by layer, by numbers of tokens, of texts and row, or null"
-        raise ValueError(f"lte_measurement.union_fraction must be {rule}, got union_fraction={unions!r}")
+        raise ValueError(
+            "lte_measurement.union_fraction must be null or hold texts and row, in each of them lists of shares by "
+            f"numbers of tokens, got union_fraction={unions!r}"
+        )
     return found
 
 
 def _are_unions(found: Any) -> bool:
-    """Whether it is the field `union_fraction` of a measurement."""
-    kinds = list(found.values()) if isinstance(found, dict) else [None]
+    """Whether it is the field `union_fraction` of a measurement: shares in [0, 1] of each layer, by tokens, by kind."""
+    if not isinstance(found, dict) or not set(found) <= {"texts", "row"}:
+        return False
+    if not all(isinstance(kind, dict) for kind in found.values()):
+        return False
+    by_tokens = [pair for kind in found.values() for pair in kind.items()]
     return all(
-        isinstance(kind, dict)
-        and all(
-            tokens.isdecimal() and isinstance(shares, list) and all(map(_is_number, shares))
-            for tokens, shares in kind.items()
-        )
-        for kind in kinds
+        tokens.isdecimal()
+        and int(tokens) > 1
+        and isinstance(shares, list)
+        and all(_is_number(share) and 0 <= share <= 1 for share in shares)
+        for tokens, shares in by_tokens
     )
 
 

@@ -4,9 +4,9 @@
 the model writes itself. In the loop of transformers the host learns after each pass which tokens stay and looks for
 the next proposal, for which a GPU waits as long as a step of a small model takes. Here proposals and the count of what
 stays are tensors on the device, and the host hears of a pass while the next one runs. Proposals come from the longest
-match; the longer that is, the more tokens are proposed, up to K and what one call of the engine reads; none where such
-matches were mostly wrong so far in this text. A pass always
-has room for as many, and those that there are not cost it little, as the engine is told so on the device.
+match; a long one proposes up to K tokens and what one call of the engine reads, a short one fewer, and none while such
+matches are right too rarely in this answer. A pass always has room for as many, and those that there are not cost it
+little, as the engine is told so on the device.
 
 Of several matches transformers takes the first. Here that holds for those of at least 4 tokens, which are mostly a text
 that is being copied; of shorter ones the last is taken, as a text repeats what it said lately.

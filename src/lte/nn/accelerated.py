@@ -102,7 +102,7 @@ class AcceleratedFfn(LaidOutFfn):
             logits = router_logits(flat, runner.routing if self._mesh is None else self._whole_routing())
         if self.record_logits and logits is not None:
             self.logits = logits.view(*x.shape[:-1], -1)
-        in_a_row = x.dim() == 3 and x.shape[0] == 1
+        in_a_row = x.dim() == 3 and x.shape[0] == 1  # OPT's [T, D] does not say
         if self._mesh is None:
             return runner(flat, logits, in_a_row).view(x.shape)
         own = logits if logits is None else own_experts(logits, self._mesh, -1).contiguous()

@@ -337,8 +337,14 @@ class LaidOutFfn(SparseFfn):
         self.refresh_()
 
     def set_threshold(self, threshold: float) -> None:
-        """As `SparseFfn.set_threshold`; the weights stay where they are, and graphs that were captured keep theirs."""
+        """As `SparseFfn.set_threshold`; the weights stay where they are, and graphs that were captured keep theirs.
+
+        What several tokens need together was measured at the threshold before, and is forgotten.
+        """
+        before, use = self.threshold_logit, self.acceleration.use
         super().set_threshold(threshold)
+        if use is not None and self.threshold_logit != before:
+            self.acceleration = replace(self.acceleration, use=ExpectedUse(use.active))
         if self._runner is not None:
             self._runner = self._bind()
 

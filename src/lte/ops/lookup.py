@@ -13,8 +13,8 @@ from lte.ops import lookup_kernels as kernels
 from lte.ops.ready_kernel import ReadyKernel
 
 BLOCK = 1024
-# At the beginning of an answer, by `lte.ops.lookup_kernels`: 15, 33, 60 and 80 of 100. Such shares are counted by
-# `benchmarks/speculation.py` (`matches`).
+# At the beginning of an answer, by `lte.ops.lookup_kernels`: a guess of 15, 33, 60 and 80 of 100. What they are for a
+# model and some prompts is counted by `benchmarks/speculation.py` (`matches`).
 TRUST = (614, 1352, 2458, 3277)
 
 
@@ -40,7 +40,9 @@ class LookupText:
         self._state[1] = 0
         self._inputs = [ids.new_empty(proposed + 1) for _ in range(3)]
         self._offered, self._message = ids.new_zeros(1), ids.new_zeros(proposed + 3)
-        self._trust = ids.new_tensor([*TRUST, -1, -1])
+        self._trust = ids.new_full((len(TRUST) + 2,), -1)
+        for kind, share in enumerate(TRUST):
+            self._trust[kind] = share
         shared = {"GRAM": gram, "K": proposed, "R": triton.next_power_of_2(proposed + 1)}
         self._propose = ReadyKernel(kernels.propose_kernel, {**shared, "BLOCK": BLOCK, "num_warps": 4})
         # It writes what it has read: one warp, all of whose lanes have read by then.

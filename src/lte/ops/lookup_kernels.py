@@ -20,7 +20,7 @@ FAR = tl.constexpr(2**40)
 # Tokens of a match that mostly comes from text that is being copied, and goes on as that does.
 COPIED = tl.constexpr(4)
 SURE = tl.constexpr(4096)
-# Three in ten: a pass over two tokens takes 1.25 to 1.3 times as long as one over one (results/speculation).
+# Three in ten: a pass over two tokens takes 1.22 to 1.27 times as long as one over one (results/speculation).
 TRUSTED = tl.constexpr(1229)
 
 
@@ -43,7 +43,7 @@ def propose_kernel(
 
     Of several, the first if it has at least COPIED tokens, otherwise the last. A match of 1, 2, 3, COPIED tokens gives
     1, 1, 3, K of them, and K at most: the longer it is, the more of them stay, and passes of 2, 4 and 8 tokens have
-    kernels. It gives none while such matches are not to be trusted.
+    kernels. It gives none while less than TRUSTED of such matches were right.
     Writes `offered`, how many these are, and tokens, positions and starts [K + 1] of a pass over the last known token
     and them; what is beyond them begins after its position; and of `trust` what the match was. `first` is where the
     text begins.

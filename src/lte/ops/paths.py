@@ -4,9 +4,9 @@
 - masked: dense products of all experts, those that are off set to zero (`lte.ops.prefill`).
 - grouped: gate and up for the tokens of each expert alone, a dense down product (`lte.ops.prefill`).
 
-The time of decode follows the union: the share of experts that at least one of T tokens needs. That of a trained model
-is measured (`ExpectedUse`); otherwise tokens count as choosing independently, with an active fraction a it is then
-1 - (1 - a)^T. The time of grouped follows a itself.
+The time of decode follows the union: the share of experts that at least one of T tokens needs. Of a trained model it is
+known (`ExpectedUse`); otherwise tokens count as choosing independently, all experts alike: with an active fraction a it
+is then 1 - (1 - a)^T. The time of grouped follows a itself.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ UNMEASURED = (BreakEven(tokens=1, decode=1.0), BreakEven(tokens=2**31))
 UNMEASURED_INT8 = (BreakEven(tokens=MAX_TOKENS, decode=1.0), BreakEven(tokens=2**31))
 MEASURED: dict[FfnKind, tuple[BreakEven, ...]] = {
     # LLaMA2-7B's widths in bf16. One token on an H100: results/prefill_few_tokens_again.json. From 2 to 16 tokens on an
-    # H200: results/recorded_routing/h200_50.json and h200_80.json, on a line through the two. The memory of an H100 is
-    # slower: decode is faster there up to 0.86, 0.89, 0.86 and 0.75 (prefill_few_tokens.json). Above 64 tokens on an
-    # H200: prefill.json.
+    # H200: results/recorded_routing/h200_50.json and h200_80.json, on a line through the two. On an H100, whose memory
+    # is slower, decode is faster up to 0.86, 0.89, 0.86 and 0.75 (prefill_few_tokens.json); the lower limits are right
+    # for both. Above 64 tokens on an H200: prefill.json.
     FfnKind(90, 2, True, 2 * 3 * 4096 * 11008): (
         BreakEven(tokens=1, decode=0.99),
         BreakEven(tokens=3, decode=0.77),
@@ -119,12 +119,13 @@ class ExpectedUse:
     row: tuple[tuple[int, float], ...] = ()
 
     def union(self, tokens: int, in_a_row: bool = False) -> float:
-        """The share of experts that any of T tokens needs: that of the next larger number that was measured.
+        """The share of experts that any of T tokens needs: that of the next larger number that is known.
 
-        Beyond the last one, and where nothing was measured, that of tokens that choose independently.
+        Where there is none for tokens in a row it is that of different texts; and where there is none, that of tokens
+        which choose independently, all experts alike.
         """
-        measured = (self.row if in_a_row else self.texts) if tokens > 1 else ()
-        found = next((share for most, share in measured if tokens <= most), None)
+        known = (*(self.row if in_a_row else ()), *self.texts) if tokens > 1 else ()
+        found = next((share for most, share in known if tokens <= most), None)
         return expected_union(tokens, self.active) if found is None else found
 
 
@@ -243,7 +244,7 @@ def choose_path(
         union: expected share of experts that any of the tokens needs; `None` for tokens that choose independently.
 
     Raises:
-        ValueError: for tokens below 1 or a fraction outside [0, 1].
+        ValueError: for tokens below 1 or an active fraction outside [0, 1].
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got tokens={tokens}")
