@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -95,6 +97,11 @@ def row(benchmark: str, provider: str, tokens: int, sparsity: float, times: list
         "benchmark": benchmark, "provider": provider, "dtype": "bfloat16", "batch": tokens, "tokens": tokens,
         "sparsity": sparsity, **asdict(found), "bytes": size, "gb_per_s": size / found.median_ms / 1e6,
     }  # fmt: skip
+
+
+def command_of(script: str, arguments: Sequence[str] | None) -> str:
+    """The command line that runs a script of this folder with some arguments, by default those of this process."""
+    return shlex.join(["python", f"benchmarks/{script}.py", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def write_rows(path: Path | None, rows: Sequence[dict[str, Any]], **header: Any) -> None:

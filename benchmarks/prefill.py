@@ -77,6 +77,14 @@ def effort(widths: Widths, tokens: int) -> tuple[int, int]:
     return (4, 12) if tokens <= 1024 else (2, 8)
 
 
+def dense_rows(layers: Layers, tokens: int, autotune: bool = False) -> list[dict[str, Any]]:
+    """A row for each dense FFN, for the T hidden states that the layers have taken."""
+    count, repeats = effort(layers.widths, tokens)
+    size, flops = count_work(layers.widths, "masked", tokens, 1, 1)
+    found = dense_times(layers.x, layers.gate_up, layers.stock_down, repeats=repeats, layers=count, autotune=autotune)
+    return [row("prefill", name, tokens, 0.0, times, size) | {"flops": flops} for name, times in found.items()]
+
+
 def measure(layers: Layers, tokens: int, best: float) -> Iterator[dict[str, Any]]:
     """A row for every path, routing and sparsity; a `RuntimeError` where an output is wrong."""
     count, repeats = effort(layers.widths, tokens)
@@ -167,18 +175,12 @@ def main() -> None:
     for tokens in args.tokens or TOKENS:
         layers.take(tokens)
         count, repeats = effort(layers.widths, tokens)
-        size, flops = count_work(layers.widths, "masked", tokens, 1, 1)
-        dense = {
-            name: row("prefill", name, tokens, 0.0, times, size) | {"flops": flops}
-            for name, times in dense_times(
-                layers.x, layers.gate_up, layers.stock_down, repeats=repeats, layers=count, autotune=args.autotune_dense
-            ).items()
-        }
-        medians = {name: entry["median_ms"] for name, entry in dense.items()}
+        dense = dense_rows(layers, tokens, args.autotune_dense)
+        medians = {entry["provider"]: entry["median_ms"] for entry in dense}
         found = list(measure(layers, tokens, min(medians.values())))
         points.append(find_break_even(tokens, found))
         print_point(tokens, medians, found)
-        rows += [*dense.values(), *found]
+        rows += [*dense, *found]
         if args.activation:
             rows += activation_rows(layers, count, repeats)
         # A run that is cut off has kept what it measured.

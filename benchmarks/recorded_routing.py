@@ -13,26 +13,25 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from ffn_rows import dense_times, row, write_rows
-from prefill import TOLERANCE, count_work, effort, paths
+from ffn_rows import command_of, row, write_rows
+from prefill import TOLERANCE, count_work, dense_rows, effort, paths
 from prefill_layers import Layers, Widths
 from torch import Tensor
 
 from lte.bench.gate import relative_rms, require
 from lte.bench.routing import Use, recorded_masks, use_of
+from lte.bench.shapes import SHAPES
 from lte.bench.text import read_text, text_ids
 from lte.bench.timing import graph_times
 from lte.eval.models import load_any_model
 from lte.hf.dense import load_tokenizer
-from lte.hf.install import sparse_ffns
+from lte.hf.install import require_sparse_ffns
 from lte.ops.launch import architecture
 from lte.ops.paths import FfnKind, choose_path
 from lte.ops.reference import sparse_ffn_reference
@@ -45,7 +44,7 @@ def masks_of(folder: str, text: Path | None, length: int) -> list[Tensor]:
     """What each layer of a trained model decides [T, E] for the first T tokens of a text, read at once."""
     model = load_any_model(folder, "bfloat16" if torch.cuda.is_available() else "float32")
     ids = text_ids(load_tokenizer(folder), read_text(text), 1, length).to(model.device)
-    with recorded_masks(list(sparse_ffns(model).values())) as calls:
+    with recorded_masks(list(require_sparse_ffns(model).values())) as calls:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return [torch.cat(layer) for layer in calls]
 
@@ -66,13 +65,7 @@ def measure(layers: Layers, masks: Sequence[Tensor], tokens: int, places: int) -
     """Rows of the dense FFNs and of every path for T tokens; a `RuntimeError` where an output is wrong."""
     count, repeats = effort(layers.widths, tokens)
     layers.take(tokens)
-    size, flops = count_work(layers.widths, "masked", tokens, 1, 1)
-    rows = [
-        row("prefill", name, tokens, 0.0, times, size) | {"flops": flops}
-        for name, times in dense_times(
-            layers.x, layers.gate_up, layers.stock_down, repeats=repeats, layers=count
-        ).items()
-    ]
+    rows = dense_rows(layers, tokens)
     best = min(each["median_ms"] for each in rows)
     samples: dict[str, list[list[float]]] = {}
     errors: dict[str, float] = {}
@@ -89,10 +82,9 @@ def measure(layers: Layers, masks: Sequence[Tensor], tokens: int, places: int) -
     use = use_of(used)
     for name, runs in samples.items():
         times = [statistics.fmean(repeat) for repeat in zip(*runs, strict=True)]
-        rows.append(
-            path_row(layers.widths, name, tokens, use, times) | {"relative_rms": errors[name], "draws": len(runs)}
-        )
-        rows[-1] |= {"ratio_to_dense": rows[-1]["median_ms"] / best}
+        entry = path_row(layers.widths, name, tokens, use, times)
+        checked = {"relative_rms": errors[name], "draws": len(runs)}
+        rows.append(entry | checked | {"ratio_to_dense": entry["median_ms"] / best})
     return rows
 
 
@@ -109,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a trained LTE model")
     parser.add_argument("--text", type=Path, help="unset: Python's own help")
-    parser.add_argument("--shapes", nargs="+", default=["llama2-7b"], help="whose widths, shapes of lte bench")
+    parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=["llama2-7b"], help="whose widths")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument(
         "--places", type=int, default=3, help="of 256 tokens or fewer, from how many places of each layer"
@@ -117,9 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args(arguments)
     masks, rows = masks_of(args.model, args.text, max(args.tokens)), []
-    command = shlex.join(
-        ["python", "benchmarks/recorded_routing.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = command_of("recorded_routing", arguments)
     for shape in args.shapes:
         layers = Layers(Widths.of(shape))
         for tokens in args.tokens:

@@ -18,7 +18,6 @@ import inspect
 import itertools
 import shlex
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ffn_rows import write_rows
+from ffn_rows import command_of, write_rows
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
@@ -185,14 +184,13 @@ def main(arguments: list[str] | None = None) -> None:
         explain(model, rows, measured, prompts)
         passes = [each for kind in kinds for each in pass_times(model, kind, measured, prompts)]
     common = {"benchmark": "speculation", "dtype": args.dtype, "batch": 1, "max_tokens": args.tokens}
-    command = shlex.join(["python", "benchmarks/speculation.py", *(sys.argv[1:] if arguments is None else arguments)])
     header = {
         "model": args.folder,
         "assistant": args.assistant,
         "whole_steps": {PLAIN: has_engine(model)},
         "passes": passes,
         "matches": [matches_of(kind, measured[PLAIN], prompts) for kind in dict.fromkeys(kind for kind, _ in prompts)],
-        "command": command,
+        "command": command_of("speculation", arguments),
     }
     write_rows(args.output, [{**common, **row} for row in rows], **header)
     for row in rows:

@@ -180,7 +180,7 @@ class TestRecordedRouting:
         monkeypatch.setattr(module, "paths", paths)
         monkeypatch.setattr(module, "architecture", lambda device: 90)
         monkeypatch.setattr(module, "graph_times", lambda run, repeats, count: [float(len(run(count - 1)))] * repeats)
-        monkeypatch.setattr(module, "dense_times", lambda x, *args, repeats, layers: {"dense eager": [4.0] * repeats})
+        monkeypatch.setattr(prefill, "dense_times", lambda *args, repeats, **kinds: {"dense eager": [4.0] * repeats})
         monkeypatch.setattr(module, "Layers", functools.partial(script("prefill_layers").Layers, device="cpu"))
         flags = ["--shapes", "tiny", "--tokens", "1", "4", "20", "--output", str(tmp_path / "rows.json")]
         module.main([save_sparse_model(tmp_path), *flags])

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 import lte
-from lte.bench import acceleration
 from lte.bench.acceleration import expect_, path_names, use_of_layer
 from lte.bench.routing import (
     RouterValues,
@@ -17,6 +16,7 @@ from lte.bench.routing import (
     use_of,
 )
 from lte.nn.sparse_ffn import SparseFfn
+from lte.ops import dispatch
 from lte.ops.paths import ExpectedUse
 from tests.bench.conftest import trained_pair
 from tests.tiny_models import HIDDEN, tiny_dense_model, tiny_sparse_model
@@ -101,8 +101,8 @@ def test_random_routers_keep_the_share_of_the_steps_that_count() -> None:
 def test_layers_expect_what_is_forced_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = trained_pair()
     own = RouterValues(pair.sparse_ffns)
-    monkeypatch.setattr(acceleration, "cpu_kernel_wins", lambda dtype, tokens, fraction: fraction < 0.5)
-    monkeypatch.setattr(acceleration, "HAS_NUMBA", True)
+    monkeypatch.setattr(dispatch, "cpu_kernel_wins", lambda dtype, tokens, fraction: fraction < 0.5)
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", True)
     assert path_names(pair.sparse_ffns, 1) == "masked"
     expect_(pair.sparse_ffns, 0.75, 1)  # the same path: nothing to compile anew
     assert {use_of_layer(ffn) for ffn in pair.sparse_ffns} == {None}

@@ -144,7 +144,7 @@ def test_a_text_that_repeats_itself_takes_few_passes(runs: list[int], prompt: Te
         patch.setattr(stepping, "lookup_of", lambda *given: None)
         assert torch.equal(generate_greedily(model, prompt, 90, prompt_lookup_num_tokens=7), plain)
     # Transformers proposes after each match of two tokens, and ours may have begun one pass too many.
-    assert len(runs) <= len(stock) + 2
+    assert len(runs) <= len(stock) + 1
 
 
 @pytest.mark.parametrize("gram", [None, 12])

@@ -12,9 +12,7 @@ from lte.nn.accelerated import AcceleratedFfn
 from lte.nn.ffn_parts import bias_of, weight_of
 from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import MAX_TOKENS, FfnWeights, Routing
-from lte.ops.cpu import cpu_kernel_wins
-from lte.ops.dispatch import HAS_NUMBA, ffn_kind, prepare
-from lte.ops.paths import ExpectedUse, choose_path
+from lte.ops.paths import ExpectedUse
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest relative RMS error against `lte.ops.reference`."""
@@ -23,16 +21,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 def chosen_path(ffn: SparseFfn, tokens: int, use: ExpectedUse | None, in_a_row: bool = False) -> str:
     """What computes an accelerated layer for T tokens, of as many texts or in a row, if such a use is expected."""
     assert isinstance(ffn, AcceleratedFfn)
-    weight = weight_of(ffn, "up")
-    assert weight is not None
-    if weight.is_cuda:
-        kind = ffn_kind(weight, weight_of(ffn, "gate"), prepare(weight.device))
-        active, union = (None, None) if use is None else (use.active, use.union(tokens, in_a_row))
-        return choose_path(kind, tokens, active, union=union)
-    expected = 1.0 if use is None else use.active
-    fits = tokens <= MAX_TOKENS and HAS_NUMBA
-    wins = fits and cpu_kernel_wins(ffn.dtype, tokens, 0.0 if ffn.acceleration.weights == "int8" else expected)
-    return "numba" if wins else "masked"
+    path = ffn.expected_path(tokens, use, in_a_row)
+    return "numba" if path == "decode" and ffn.router.weight.device.type == "cpu" else path
 
 
 def path_names(ffns: Sequence[SparseFfn], tokens: int, in_a_row: bool = False) -> str:

@@ -28,7 +28,7 @@ from lte.nn.sparse_ffn import SparseFfn
 from lte.ops.arguments import EXPERT_SIZES, FfnWeights, Routing
 from lte.ops.dispatch import FfnRunner, prepare
 from lte.ops.layout import by_neuron, stack_inputs
-from lte.ops.paths import ExpectedUse
+from lte.ops.paths import ExpectedUse, Path
 
 WeightFormat = Literal["native", "int8"]
 SCALES = tuple(f"{role}_scale" for role in ROLES)
@@ -328,6 +328,10 @@ class LaidOutFfn(SparseFfn):
         routing = Routing(weight=given[0], bias=given[1], threshold=self.threshold_logit, rounded=rounded)
         plan = self.acceleration
         return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.use, self._arch)
+
+    def expected_path(self, tokens: int, use: ExpectedUse | None, in_a_row: bool = False) -> Path:
+        """How the kernels would compute T tokens, of as many texts or in a row, if such a use is expected."""
+        return replace(self._bind(), use=use).path_of(tokens, self.dtype, in_a_row)
 
     # What follows keeps the layout true where compiled graphs, which cannot look, would not see that it is not.
 

@@ -160,10 +160,10 @@ class FfnRunner:
             path = self._paths[key] = self._path(*key)
         return path
 
-    def path_of(self, tokens: int, dtype: torch.dtype) -> Path:
+    def path_of(self, tokens: int, dtype: torch.dtype, in_a_row: bool = False) -> Path:
         """How a call for T tokens of a dtype is computed, on the device of the weights."""
         if self.weights.up.is_cuda:
-            return self._settled_path(tokens)
+            return self._settled_path(tokens, in_a_row)
         return "decode" if self._cpu_kernel_takes(tokens, dtype) else "masked"
 
     def _cpu_kernel_takes(self, tokens: int, dtype: torch.dtype) -> bool:
