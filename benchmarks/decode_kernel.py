@@ -15,7 +15,7 @@ import functools
 import itertools
 import json
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def phase_times(layers: Layers, tiles: Tiles) -> dict[str, list[float]]:
     return {name: graph_times(functools.partial(phase, index), repeats=10) for index, name in enumerate(PHASES)}
 
 
-def candidates(one_token: bool) -> list[Tiles]:
-    """Tiles to try; first those of the table, step by step with what makes launches overlap."""
+def candidates(one_token: bool) -> tuple[list[Tiles], int]:
+    """Tiles to try, and how many come first: those of the table, step by step, and what may take their place."""
     if one_token:
         steps = [OneTokenTiles(), OneTokenTiles(dependent=True)]
         others = [
@@ -124,32 +124,38 @@ def candidates(one_token: bool) -> list[Tiles]:
             # Bytes in flight per multiprocessor, and shared memory.
             if 48_000 <= n * HIDDEN * 6 * (stages - 1) * per_sm <= 200_000 and warps * per_sm <= 16
         ]
-        return [*steps, *(tiles for tiles in others if tiles not in steps)]
-    many = [ManyTokenTiles(share=32), ManyTokenTiles(share=16), ManyTokenTiles(share=16, dependent=True)]
+        return [*steps, *(tiles for tiles in others if tiles not in steps)], len(steps)
+    table = ManyTokenTiles(dependent=True)
+    span = replace(table, share=1, span=True)
+    many = [ManyTokenTiles(), table, span, replace(table, prefetch=True), replace(span, prefetch=True)]
+    many += [replace(span, block_n=16, stages=6), replace(span, warps=8), ManyTokenTiles(share=32)]
+    first = len(many)
     for n, k, share, warps, stages in itertools.product((16, 32), (128, 256), (4, 8, 16, 32), (4, 8), (3, 4, 6)):
         if share <= n and n * k * 4 * (stages - 1) >= 48_000 and (n * 4 + 32) * k * stages <= 220_000:
             many.append(ManyTokenTiles(block_n=n, block_k=k, share=share, warps=warps, stages=stages, dependent=True))
-    return many
+    return many, first
 
 
 def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
-    """The best of the candidates at 50% and 90% sparsity, as far as the time allows; prints all that were tried."""
-    tried = candidates(layers.x.shape[0] == 1)
+    """The best of the candidates at 50, 80 and 90% sparsity, as far as the time allows; prints all that were tried."""
+    tried, first = candidates(layers.x.shape[0] == 1)
 
     def measure(tiles: Tiles) -> list[float]:
         times = []
-        for sparsity in (0.5, 0.9):
+        for sparsity in (0.5, 0.8, 0.9):
             layers.route(sparsity)
             check(layers, tiles)
             times.append(statistics.median(sparse_times(layers, tiles, repeats=10)))
         return times
 
-    # Weighed by the bytes, so that both sparsities count alike; those of the table first.
-    found = try_tiles(tried, budget_s, measure, lambda times: times[0] / 0.5 + times[1] / 0.2, first=2)
+    def weigh(times: list[float]) -> float:  # by about what each reads, so that all three count alike
+        return times[0] / 0.5 + times[1] / 0.3 + times[2] / 0.2
+
+    found = try_tiles(tried, budget_s, measure, weigh, first=first)
     print(f"{len(found)} of {len(tried)} candidates")
     for _, tiles, times in found:
         values = " ".join(f"{name}={value}" for name, value in asdict(tiles).items())
-        print(f"   {' '.join(f'{1e3 * time:.1f}' for time in times)} us at 50, 90%: {values}", flush=True)
+        print(f"   {' '.join(f'{1e3 * time:.1f}' for time in times)} us at 50, 80, 90%: {values}", flush=True)
     return found[0][1] if found else start
 
 

@@ -94,7 +94,7 @@ class Recorder:
 
 
 def variants(full: bool) -> Any:
-    """(arch, dtype, int8, gated, biases, activation, tokens, router, S): all axes, not all combinations."""
+    """(arch, dtype, int8, gated, biases, activation, tokens, router, S, tiles): all axes, not all combinations."""
     base = {"dtype": torch.bfloat16, "int8": False, "gated": True, "bias": False, "activation": "silu"}
     base |= {"tokens": 1, "router": "own", "size": SIZE, "hidden": HIDDEN, "experts": EXPERTS}
     for arch, tokens in itertools.product((80, 90), (1, 16)):
@@ -108,6 +108,8 @@ def variants(full: bool) -> Any:
         changes += [{"dtype": torch.float16, "activation": "relu2"}]
         if full or (arch, tokens) == (80, 1):
             changes += [{"size": 8, "activation": "relu"}, {"size": 64}, {"size": 16}, {"hidden": 100}]
+        if tokens == 16:
+            changes += [{"tiles": {"span": True, "share": 1, "prefetch": True}}]
         if (arch, tokens) == (90, 1):
             changes += [{"experts": experts} for experts in (FEW, MORE, MANY)]
         for change in changes:
@@ -135,7 +137,10 @@ def launch_variant(v: dict[str, Any]) -> None:
     if v["router"] == "given":
         routing = Routing(logits=empty(v["tokens"], experts, dtype=torch.float32))
     weights = FfnWeights(**named)
-    decode.run_decode(empty(v["tokens"], hidden), weights, routing, v["activation"])
+    tiles = None
+    if "tiles" in v:
+        tiles = replace(launch.many_token_tiles(weights.up, v["tokens"], v["size"]), **v["tiles"])
+    decode.run_decode(empty(v["tokens"], hidden), weights, routing, v["activation"], tiles)
 
 
 def compile_variants(

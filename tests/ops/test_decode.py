@@ -154,6 +154,20 @@ def test_more_and_fewer_programs_than_work(
         torch.testing.assert_close(output, sparse_ffn_reference(x, weights, routing, "silu"))
 
 
+@pytest.mark.parametrize(("programs", "share", "size"), [(1, 1, 8), (3, 8, 16), (6, 1, 32), (6, 4, 64), (13, 1, 16)])
+def test_blocks_that_span_experts(
+    programs: int, share: int, size: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: programs)
+    x = states(5, 100)
+    tiles = ManyTokenTiles(block_d=32, block_n=min(32, size), block_k=64, share=share, span=True)
+    for gated, experts in ((True, 11), (False, 1)):
+        weights = random_ffn(100, experts, size, gated=gated, biases=True)
+        for routing in map(Routing.forced, masks(5, experts).values()):
+            output = decode.run_decode(x, weights, routing, "silu", tiles)
+            torch.testing.assert_close(output, sparse_ffn_reference(x, weights, routing, "silu"))
+
+
 class CompilingKernel:
     """Stands in for a kernel: like Triton's, it gives back what it compiled, which takes all arguments by position."""
 

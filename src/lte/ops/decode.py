@@ -221,7 +221,8 @@ class DecodeLaunch:
             block_r = 64 if wide else 512
         return {
             **common, "T_PAD": MAX_TOKENS, "T_ROUTE": padded, "BLOCK_R": block_r, "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k, "BLOCK_D": tiles.block_d, "SHARE": tiles.share, "SPLITS": self.splits,
+            "BLOCK_K": tiles.block_k, "BLOCK_D": tiles.block_d, "SHARE": tiles.share, "SPAN": tiles.span,
+            "PREFETCH": tiles.prefetch, "SPLITS": self.splits,
             "LOCAL_DOWN": min(triton.next_power_of_2(triton.cdiv(self.experts, self.splits)), 64),
             "DOWN_STAGES": tiles.down_stages, "DOT_DTYPE": _dot_dtype(x),
             "ROUTER_DTYPE": tl.float32 if wide else _dot_dtype(x),

@@ -64,6 +64,12 @@ _PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 @triton.jit
+def prefetch(addresses):
+    """Asks for the lines of memory at `addresses` in the L2 cache, without waiting for them."""
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l", [addresses.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def await_inputs(router, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
     """Waits for the kernel before this one, which still runs where this is a programmatic dependent launch.
 
@@ -75,23 +81,34 @@ def await_inputs(router, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, R: t
         lines = tl.arange(0, triton.next_power_of_2((D + LINE - 1) // LINE))
         experts = tl.minimum(tl.program_id(0) + P * tl.arange(0, R), E - 1)
         columns = tl.minimum(lines * LINE, D - 1)
-        address = router + experts.to(tl.int64)[:, None] * D + columns[None, :]
-        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [address.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+        prefetch(router + experts.to(tl.int64)[:, None] * D + columns[None, :])
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def grid_sync(counters, P: tl.constexpr):
-    """Waits until all P programs are here, which must all run at once; what they stored before is seen afterwards.
+def grid_arrive(counters):
+    """Says that this program is here; what it stored before is seen by those that `grid_wait` lets go on.
 
     counters[0] starts at zero; `grid_finish` makes it zero again.
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     tl.atomic_add(counters, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def grid_wait(counters, P: tl.constexpr):
+    """Waits until all P programs have come to `grid_arrive`; all must run at once."""
     # One thread reads for its program: more of them would be in the way of those that have yet to arrive.
     tl.inline_asm_elementwise(_WAIT_FOR_ALL, "=r,l,r", [counters.to(tl.int64), P], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+
+
+@triton.jit
+def grid_sync(counters, P: tl.constexpr):
+    """Waits until all P programs are here, which must all run at once; what they stored before is seen afterwards."""
+    grid_arrive(counters)
+    grid_wait(counters, P)
 
 
 @triton.jit

@@ -42,10 +42,12 @@ class ManyTokenTiles:
     """Tile sizes of `decode_many_kernel`.
 
     Attributes:
-        block_n: neurons of one expert that a program takes at a time in gate and up.
+        block_n: neurons that a program takes at a time in gate and up, at most those of an expert.
         block_k: columns of D that it takes at a time there.
         block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
         share: neurons of which a program takes a multiple in gate and up.
+        span: whether those that it takes at a time may be of two experts; without, they are of one.
+        prefetch: whether it asks for its part of the down projection while it waits for the others' gate and up.
         warps: warps of a program.
         stages: depth of the asynchronous copies in gate and up; 1 loads to registers.
         down_stages: the same in the down projection.
@@ -57,6 +59,8 @@ class ManyTokenTiles:
     block_k: int = 256
     block_d: int = 128
     share: int = 16
+    span: bool = False
+    prefetch: bool = False
     warps: int = 4
     stages: int = 4
     down_stages: int = 8

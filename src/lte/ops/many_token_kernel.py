@@ -3,6 +3,8 @@
 One launch per FFN, as that of `one_token_kernel`; its phases are: (0) routing; (1) gate and up of the experts that any
 token needs; (2) down, whose partial sums the program of a tile adds up that arrives last, always in the same order.
 
+Of its settings, SPAN and PREFETCH are in no table yet: they have not been timed.
+
 Shapes: T tokens padded to T_PAD = 16, D hidden size, F = E S neurons, E experts of S neurons, P programs. All weights
 are row-major [rows, D], so every tile is [rows, columns of D] with 16-byte loads along D.
 """
@@ -15,9 +17,11 @@ from lte.ops.activation_kernel import activate
 from lte.ops.grid_kernels import (
     await_inputs,
     experts_of_ranks,
+    grid_arrive,
     grid_finish,
-    grid_sync,
+    grid_wait,
     pick,
+    prefetch,
     route_few,
     route_given,
     route_many,
@@ -46,12 +50,15 @@ def _gate_up(
     T_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h [T, F] of the neurons first..last of those of `experts`, in blocks of BLOCK_N neurons of one expert.
+    """h [T, F] of the neurons first..last of those of `experts`, in blocks of up to BLOCK_N neurons, at most S.
 
+    A block holds neurons of one expert, so that there can be one more of them than the neurons fill. With SPAN it holds
+    those of two that follow each other in `experts`, and all blocks are as large.
     One loop over blocks and columns, so that its copies never run dry between blocks.
     """
     STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
@@ -60,16 +67,33 @@ def _gate_up(
     ts = tl.arange(0, T_PAD)
     a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
-    end = tl.where(first < last, tl.cdiv(last, BLOCK_N), first // BLOCK_N)
-    for step in tl.range(first // BLOCK_N * STEPS, end * STEPS, num_stages=STAGES):
-        start = step // STEPS * BLOCK_N
-        expert = pick(experts, start // S - first // S)
+    if SPAN:
+        origin = first
+        blocks = tl.cdiv(last - first, BLOCK_N)
+        width = tl.cdiv(last - first, tl.maximum(blocks, 1))
+    else:
+        origin = first // BLOCK_N * BLOCK_N
+        blocks = tl.where(first < last, tl.cdiv(last - origin, BLOCK_N), 0)
+        width = BLOCK_N
+    for step in tl.range(0, blocks * STEPS, num_stages=STAGES):
+        start = origin + step // STEPS * width
+        found = pick(experts, start // S - first // S)
         k = (step % STEPS) * BLOCK_K
-        base = expert * S + start % S
         offsets = rows[:, None] * D + (k + ks)[None, :]
+        if SPAN:
+            expert = tl.where(start % S + rows < S, found & 0xFFFF, found >> 16)[:, None]
+            # What lies between the two experts, in neurons.
+            jump = tl.where(start % S + rows < S, 0, ((found >> 16) - (found & 0xFFFF) - 1) * S)
+            base = (found & 0xFFFF) * S + start % S
+            neurons = base + rows + jump
+            mine = (rows < width) & (start + rows < last)
+            offsets += jump[:, None] * D
+        else:
+            expert = found
+            base = expert * S + start % S
+            neurons = base + rows
+            mine = (start + rows >= first) & (start + rows < last)
         begin = base.to(tl.int64) * D
-        # Blocks do not span experts, so those at the ends of a share hold fewer neurons.
-        mine = (start + rows >= first) & (start + rows < last)
         mask = mine[:, None] & (k + ks < D)[None, :]
         u = tl.load(up + begin + offsets, mask=mask, other=0)
         if gate is not None:
@@ -80,14 +104,13 @@ def _gate_up(
         if gate is not None:
             b = tl.dot(g.to(DOT_DTYPE), values, b, input_precision="ieee")
         if step % STEPS == STEPS - 1:
-            neurons = base + rows
             value = _affine_rows(a, up_scale, up_bias, neurons)
             if gate is None:
                 value = activate(value, ACTIVATION)
             else:
                 value *= activate(_affine_rows(b, gate_scale, gate_bias, neurons), ACTIVATION)
-            active = (tl.load(masks + expert, cache_modifier=".cg").to(tl.int32) >> ts) & 1
-            value = tl.where((active != 0)[None, :], value, 0.0)
+            active = (tl.load(masks + expert, cache_modifier=".cg").to(tl.int32) >> ts[None, :]) & 1
+            value = tl.where(active != 0, value, 0.0)
             target = h + ts[None, :] * (E * S) + neurons[:, None]
             tl.store(target, value.to(h.dtype.element_ty), mask=(ts < T)[None, :] & mine[:, None])
             a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
@@ -138,6 +161,18 @@ def _down(
     return total
 
 
+@triton.jit
+def _prefetch_down(down, experts, count, column, D: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Asks for what `_down` will read of the first `count` of `experts`, in the columns from `column` on."""
+    LINE: tl.constexpr = 1024 // down.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, (BLOCK_D + LINE - 1) // LINE)
+    rows = tl.arange(0, S)
+    columns = tl.minimum(column + lines * LINE, D - 1)
+    for index in tl.range(0, count, num_stages=1):
+        neurons = pick(experts, index).to(tl.int64) * S + rows
+        prefetch(down + neurons[:, None] * D + columns[None, :])
+
+
 @triton.jit(do_not_specialize=["T"])
 def decode_many_kernel(
     x,
@@ -176,6 +211,8 @@ def decode_many_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SHARE: tl.constexpr,
+    SPAN: tl.constexpr,
+    PREFETCH: tl.constexpr,
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -226,15 +263,27 @@ def decode_many_kernel(
         shares = count * (S // SHARE)
         first = program * shares // P * SHARE
         experts = experts_of_ranks(needed, first // S, LOCAL)
+        if SPAN:
+            experts |= experts_of_ranks(needed, first // S + 1, LOCAL) << 16
         _gate_up(
             x, up, gate, up_bias, gate_bias, up_scale, gate_scale, masks, experts, h,
             first, (program + 1) * shares // P * SHARE, T,
-            D, E, S, T_PAD, BLOCK_N, BLOCK_K, ACTIVATION, DOT_DTYPE, STAGES,
+            D, E, S, T_PAD, BLOCK_N, BLOCK_K, SPAN, ACTIVATION, DOT_DTYPE, STAGES,
         )  # fmt: skip
+    TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     if FIRST < 2 and LAST == 2:
-        grid_sync(counters, P)
+        grid_arrive(counters)
+        if PREFETCH:
+            for item in tl.range(program, TILES * SPLITS, P, num_stages=1):
+                begin = item // TILES * count // SPLITS
+                end = (item // TILES + 1) * count // SPLITS
+                for rank in tl.range(begin, end, LOCAL_DOWN, num_stages=1):
+                    some = experts_of_ranks(needed, rank, LOCAL_DOWN)
+                    _prefetch_down(
+                        down, some, tl.minimum(end - rank, LOCAL_DOWN), item % TILES * BLOCK_D, D, S, BLOCK_D
+                    )
+        grid_wait(counters, P)
     if LAST == 2:
-        TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
         ts = tl.arange(0, T_PAD)
         for item in tl.range(program, TILES * SPLITS, P, num_stages=1):
             tile = item % TILES
