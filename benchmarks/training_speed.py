@@ -64,6 +64,8 @@ SHORTEST_WAIT_US = 20
 class StepClock(TrainerCallback):
     """Notes when each step begins, and the peak of memory until then; the first steps of a stage are not counted.
 
+    On a GPU a step begins when it has done what was asked of it before: nobody waits for it, as in any training.
+
     Args:
         steps: of each stage.
         warm_up: of these, those that are left out, with the last one, which nothing follows.
@@ -73,21 +75,23 @@ class StepClock(TrainerCallback):
     def __init__(self, steps: int, warm_up: int, profiled: int = 0):
         self.steps, self.warm_up = steps, warm_up
         self._after = max(0, profiled - 1)
-        self.begins: list[float] = []
+        self.begins: list[Any] = []
         self.peaks: list[int] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            self.peaks.append(torch.cuda.max_memory_allocated())
-            if state.global_step % self.steps in (0, self.warm_up):
-                torch.cuda.reset_peak_memory_stats()
-        self.begins.append(time.perf_counter())
+        if not torch.cuda.is_available():
+            self.begins.append(time.perf_counter())
+            return
+        self.peaks.append(torch.cuda.max_memory_allocated())
+        if state.global_step % self.steps in (0, self.warm_up):
+            torch.cuda.reset_peak_memory_stats()
+        self.begins.append(torch.cuda.Event(enable_timing=True))
+        self.begins[-1].record()
 
     def samples_ms(self, stage: int) -> list[float]:
         """Milliseconds of each counted step of a stage."""
         end = stage * self.steps - self._after
-        return [1e3 * (after - before) for before, after in itertools.pairwise(self.begins[:end][-self._counted :])]
+        return [_milliseconds(*pair) for pair in itertools.pairwise(self.begins[:end][-self._counted :])]
 
     def peak_bytes(self, stage: int) -> int | None:
         """The peak of memory in the counted steps of a stage, on the process's GPU; `None` on a CPU."""
@@ -100,6 +104,14 @@ class StepClock(TrainerCallback):
     @property
     def _counted(self) -> int:
         return self.steps - self.warm_up - self._after
+
+
+def _milliseconds(before: Any, after: Any) -> float:
+    """Between two events of a GPU, or two times in seconds."""
+    if isinstance(before, float):
+        return 1e3 * (after - before)
+    after.synchronize()
+    return before.elapsed_time(after)
 
 
 class KernelProfile(TrainerCallback):

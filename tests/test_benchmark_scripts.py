@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gzip
 import importlib.machinery
+import itertools
 import json
 import os
 import random
@@ -328,6 +329,32 @@ class TestTrainingSpeed:
             # The steps of a stage take 0, 1, 2, 3 and 4 seconds.
             clock.begins = [0.0, 0.0, 1.0, 3.0, 6.0, 10.0, 10.0, 11.0, 13.0, 16.0]
             assert clock.samples_ms(1) == clock.samples_ms(2) == expected
+
+    def test_on_a_gpu_nobody_waits_between_steps(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, now = script("training_speed"), itertools.count(10, 3)
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                self.ms, self.waits = 0, 0
+
+            def record(self) -> None:
+                self.ms = next(now)
+
+            def synchronize(self) -> None:
+                self.waits += 1
+
+            def elapsed_time(self, end: Any) -> float:
+                return end.ms - self.ms
+
+        cuda = {"is_available": lambda: True, "Event": Event, "max_memory_allocated": lambda: 7, "synchronize": None}
+        for name, value in {**cuda, "reset_peak_memory_stats": lambda: None}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        clock = module.StepClock(5, 2)
+        for step in range(10):
+            clock.on_step_begin(None, SimpleNamespace(global_step=step), None)
+        assert not any(event.waits for event in clock.begins)
+        assert clock.samples_ms(1) == clock.samples_ms(2) == [3, 3]
+        assert clock.peak_bytes(1) == 7
 
     def test_kernels_are_those_of_a_step(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         module = script("training_speed")
