@@ -246,12 +246,12 @@ def require_whole(
             f"{source} must hold weights that fit its config.json, got {len(shapes)} mismatched: {_first(shapes)}; "
             f"correct config.json, or {_AGAIN}"
         )
-    integers = sorted(_integers(Path(str(source)).expanduser(), model))
-    if integers:
+    scaled = sorted(_scaled(Path(str(source)).expanduser(), model))
+    if scaled:
         raise UnreadableModelError(
-            f"{source} must hold weights as floating-point numbers, got {len(integers)} as integers without the "
-            f"quantization_config in config.json that says what they stand for: {_first(integers)}; take the model "
-            "that they were made from, or the config.json that belongs to them"
+            f"{source} must hold weights as floating-point numbers, got {len(scaled)} as integers or beside a scale, "
+            f"without the quantization_config in config.json that says what they stand for: {_first(scaled)}; take the "
+            "model that they were made from, or the config.json that belongs to them"
         )
     if info.get("error_msgs"):
         raise UnreadableModelError(f"{source} must hold weights that load, got {_first(info['error_msgs'])}; {_AGAIN}")
@@ -270,25 +270,32 @@ def require_whole(
         )
 
 
-def _integers(folder: Path, model: nn.Module) -> list[str]:
-    """Of the weights in a folder's files, those in integers that the model takes for its floating-point numbers.
+def _scaled(folder: Path, model: nn.Module) -> list[str]:
+    """Of a folder's weights that the model takes for its numbers, those in integers, and in 8 bits beside a scale.
 
-    transformers casts them and passes by the scales beside them, which the model has no place for.
+    transformers casts them and passes by the scales, which the model has no place for.
     """
     config = getattr(model, "config", None)
     if not folder.is_dir() or getattr(config, "quantization_config", None):
         return []
     base = f"{getattr(model, 'base_model_prefix', '')}."
     wanted = {name.removeprefix(base) for name, p in model.named_parameters() if p.is_floating_point()}
-    found = []
+    dtypes: dict[str, str] = {}
     # Not those of a variant beside them.
     for path in safetensors_files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.removeprefix(base) in wanted:
-                    dtype = file.get_slice(name).get_dtype()
-                    found += [f"{name} in {dtype}"] if dtype[0] in "IUB" and dtype != "BF16" else []
-    return found
+            dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+    def is_scaled(name: str, dtype: str) -> bool:
+        if dtype.startswith("F8"):
+            return any(f"{name}{scale}" in dtypes for scale in ("_scale", "_scale_inv"))
+        return dtype[0] in "IUB" and dtype != "BF16"
+
+    return [
+        f"{name} in {dtype}"
+        for name, dtype in dtypes.items()
+        if name.removeprefix(base) in wanted and is_scaled(name, dtype)
+    ]
 
 
 def _wrong_token_ids(config: Any) -> list[str]:
