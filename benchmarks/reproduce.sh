@@ -67,6 +67,8 @@ few_tokens() { python3 benchmarks/prefill.py --tokens 1 2 4 8 16 24 32 48 64 --o
 
 small_ffn() {
   python3 benchmarks/prefill.py --shape smollm2-135m --tokens 1 2 4 16 64 512 2048 --output "$output/prefill_smollm2.json"
+  python3 benchmarks/prefill.py --shape qwen2.5-0.5b --tokens 1 2 4 8 16 64 512 2048 \
+    --output "$output/prefill_qwen_0_5b.json"
 }
 
 many_tokens() { python3 benchmarks/prefill.py --tokens 128 256 512 1024 2048 8192 --output "$output/prefill.json"; }

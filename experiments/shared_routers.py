@@ -1,0 +1,330 @@
+"""How far routers alone make neighbouring tokens share experts: single FFNs of a dense model, their weights frozen.
+
+    python experiments/shared_routers.py qwen2.5-coder-0.5b.gguf --train train.jsonl --held-out valid.jsonl \\
+        --output results/unions/shared_routers_0_5b.json
+
+A router is trained for one FFN at a time. Its loss is the error of the FFN's output, ||y - y_sparse||^2 / ||y||^2 for
+each token, with decisions straight through as in stage 2, plus the price that holds the target and what the setting
+under test adds. The error is a quadratic form in which experts are off, so tokens are computed once and thousands of
+steps take minutes on a CPU. Error and unions are those of other documents, at the threshold which has the target off
+there: settings are compared at equal sparsity. What a model makes up for by training its other weights is not in it: it
+says what settings do to routers, and which are worth a training.
+
+Shapes: N documents, T tokens, D hidden size, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lte import LteConfig
+from lte.files import write_json_atomic
+from lte.hf.convert import collectors, down_norms, neuron_order
+from lte.hf.dense import load_dense_model, load_tokenizer
+from lte.hf.families import dense_ffns, family_of
+from lte.nn.losses import active_fraction, efficiency_loss
+from lte.nn.router import INITIAL_LOGIT
+from lte.nn.router_context import RANK, mean_before
+from lte.records import environment
+from lte.train.added_terms import AddedTerms, added_terms, weighted_sum
+from lte.train.sparsity_controller import EtaController
+
+UNIONS = (2, 4, 8, 16)
+RAMP = 0.4  # share of the steps in which the target rises
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tried, named as in `experiments/recipe/company.yaml`.
+
+    Attributes:
+        name: of the row.
+        grouping: of neurons into experts.
+        context: tokens before that the router sees.
+        always_on: share of experts that are on for every token, those of the neurons that are used most.
+        terms: added to the loss.
+    """
+
+    name: str
+    grouping: str = "contribution"
+    context: int = 0
+    always_on: float = 0.0
+    terms: AddedTerms = field(default_factory=AddedTerms)
+
+
+SETTINGS = (
+    Setting("default"),
+    *(Setting(f"union-{w:g}", terms=AddedTerms(union=w)) for w in (0.1, 0.3, 1.0)),
+    *(Setting(f"predecessor-{w:g}", terms=AddedTerms(predecessor=w)) for w in (0.1, 0.3, 1.0)),
+    Setting("price-union", terms=AddedTerms(priced_chunks=True)),
+    Setting("core-10", always_on=0.1),
+    *(Setting(f"context-{n}", context=n) for n in (4, 16)),
+    Setting("context-16-and-price", context=16, terms=AddedTerms(priced_chunks=True)),
+    Setting("chunks", grouping="chunks"),
+    Setting("chunks-and-price", grouping="chunks", terms=AddedTerms(priced_chunks=True)),
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an FFN does to some tokens.
+
+    Attributes:
+        x: its input [N, T, D].
+        products: <y_e, y_f> / ||y||^2 of the outputs y_e of its experts, [N, T, E, E].
+    """
+
+    x: Tensor
+    products: Tensor
+
+
+def documents(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
+    """The first tokens of the first documents that have as many, [count, length]."""
+    rows: list[list[int]] = []
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            ids = tokenizer(json.loads(line)["text"])["input_ids"]
+            if len(ids) >= length:
+                rows.append(ids[:length])
+            if len(rows) == count:
+                return torch.tensor(rows)
+    raise SystemExit(f"{path} must have {count} documents of {length} tokens, got {len(rows)}")
+
+
+class _Seen(Exception):
+    """All that is wanted of a pass is there."""
+
+
+@torch.no_grad()
+def inputs_of(model: Any, names: list[str], ids: Tensor) -> dict[str, Tensor]:
+    """The inputs [N, T, D] of the named FFNs."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(ffn: nn.Module, args: tuple[Tensor]) -> None:
+        found[of_ffn[ffn]].append(args[0])
+        if of_ffn[ffn] == names[-1]:
+            raise _Seen
+
+    of_ffn = {model.get_submodule(name): name for name in names}
+    hooks = [ffn.register_forward_pre_hook(keep) for ffn in of_ffn]
+    for rows in ids.split(8):
+        with suppress(_Seen):
+            model.model(input_ids=rows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def hidden(ffn: Any, x: Tensor) -> Tensor:
+    """Activations [..., F] of a gated FFN."""
+    return ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)
+
+
+@torch.no_grad()
+def order_of(ffn: Any, x: Tensor, config: LteConfig) -> Tensor:
+    """The neurons [F] in the order of their experts, by what they did on x."""
+    seen = collectors(config, down_norms(ffn.down_proj.weight))
+    for rows in x.split(4):
+        seen.update(hidden(ffn, rows), torch.ones(rows.shape[:2], dtype=torch.bool))
+    return neuron_order(ffn.gate_proj.weight, config, 0, seen)
+
+
+@torch.no_grad()
+def tokens_of(ffn: Any, x: Tensor, order: Tensor, size: int) -> Tokens:
+    """The tokens with experts of `size` neurons in this order."""
+    experts = len(order) // size
+    down = ffn.down_proj.weight[:, order].T.unflatten(0, (experts, size))
+    products = torch.empty(*x.shape[:2], experts, experts)
+    for index, row in enumerate(x):
+        h = hidden(ffn, row)[:, order].unflatten(1, (experts, size))
+        outputs = torch.einsum("tes,esd->etd", h, down).transpose(0, 1)
+        whole = outputs.sum(1).square().sum(-1)
+        torch.matmul(outputs / whole[:, None, None].clamp_min(1e-12), outputs.mT, out=products[index])
+    return Tokens(x, products)
+
+
+class TrainedRouter(nn.Module):
+    """Logits W x + b, and C m with a context, as `lte.nn.router.Router`; the first experts may be always on."""
+
+    def __init__(self, tokens: Tokens, context: int, always_on: int):
+        super().__init__()
+        self.context, self.always_on = context, always_on
+        weight, bias = _fitted(tokens)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        width = tokens.x.shape[-1]
+        self.context_down = nn.Parameter(torch.randn(RANK, width) / math.sqrt(width)) if context else None
+        self.context_weight = nn.Parameter(torch.zeros(len(bias), RANK)) if context else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, E] of x [N, T, D]; those of experts that are always on are left out."""
+        logits = F.linear(x, self.weight, self.bias)
+        if self.context_down is not None and self.context_weight is not None:
+            positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+            means = mean_before(F.linear(x, self.context_down), positions, self.context)
+            logits = logits + F.linear(means, self.context_weight)
+        return logits[..., self.always_on :]
+
+
+def _fitted(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Weight [E, D] and bias [E] as `lte.train.router_init.fit_routers_` sets them, from relative norms."""
+    norms = tokens.products.diagonal(dim1=-2, dim2=-1).clamp_min(1e-8).log().flatten(0, 1).double() / 2
+    x = F.pad(tokens.x, (0, 1), value=1.0).flatten(0, 1).double()
+    xx = x.T @ x
+    solution = torch.linalg.solve(xx + 1e-2 * xx.diagonal().mean() * torch.eye(len(xx)), x.T @ norms)
+    mean, deviation = norms.mean(), norms.std()
+    return (solution[:-1].T / deviation).float(), ((solution[-1] - mean) / deviation + INITIAL_LOGIT).float()
+
+
+def errors(products: Tensor, off: Tensor) -> Tensor:
+    """||y - y_sparse||^2 / ||y||^2 of each token [N, T], for how far each expert is off, [N, T, E]."""
+    # Products are symmetric: their gradient needs no second look at them.
+    with torch.no_grad():
+        half = torch.matmul(products, off.unsqueeze(-1)).squeeze(-1)
+    return (half * (2 * off - off.detach())).sum(-1)
+
+
+def train(tokens: Tokens, setting: Setting, target: float, steps: int, rate: float) -> TrainedRouter:
+    """A router with this target."""
+    torch.manual_seed(0)
+    experts = tokens.products.shape[-1]
+    core = math.ceil(setting.always_on * experts)
+    routed_target = target * experts / (experts - core)
+    router, controller = TrainedRouter(tokens, setting.context, core), EtaController()
+    optimiser = torch.optim.AdamW(router.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    eta, batch = controller.eta, 4
+    picks = torch.cat([torch.randperm(len(tokens.x)) for _ in range(math.ceil(steps * batch / len(tokens.x)))])
+    for step in range(steps):
+        rows = picks[step * batch : (step + 1) * batch]
+        logits = router(tokens.x[rows])
+        scores = torch.sigmoid(logits)
+        gate = (logits > 0).float() + (scores - scores.detach())
+        loss = errors(tokens.products[rows], F.pad(1 - gate, (core, 0))).mean()
+        follows = (torch.arange(logits.shape[1]) > 0).expand(logits.shape[:2])
+        price = efficiency_loss(scores)
+        if setting.terms:
+            found = added_terms([logits[None]], [None], follows, 0.0, setting.terms)
+            found.pop("chunk_efficiency_by_layer", None)
+            price = found.pop("chunk_efficiency", price)
+            loss = loss + (weighted_sum(found, setting.terms) if found else 0.0)
+        (loss + eta * price).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+        wanted = routed_target * min(1.0, (step + 1) / (RAMP * steps))
+        eta = controller.update(wanted, 1 - active_fraction(logits.detach()).item())
+    return router
+
+
+@torch.no_grad()
+def measure(tokens: Tokens, scores: Tensor, target: float, core: int = 0) -> dict[str, Any]:
+    """Error, sparsity and union sparsity where the experts with the highest scores are on.
+
+    Args:
+        tokens: that are measured.
+        scores: [N, T, E - core] of the experts behind the first `core`, which are on; T may be a few fewer.
+        target: share of all experts that is off.
+        core: experts.
+    """
+    share = target * (core + scores.shape[-1]) / scores.shape[-1]
+    threshold = scores.flatten().kthvalue(max(1, round(share * scores.numel()))).values
+    on = F.pad(scores > threshold, (core, 0), value=True)
+    error = errors(tokens.products[:, : on.shape[1]], (~on).float())
+    return {"error": error.mean().item(), "sparsity": 1 - on.float().mean().item(), "unions": unions(on)}
+
+
+def with_hindsight(tokens: Tokens, target: float) -> Iterator[dict[str, Any]]:
+    """The same where each token, or each chunk of 8, has those experts that contribute most; no router knows them."""
+    squares = tokens.products.diagonal(dim1=-2, dim2=-1)
+    for chunk in (1, 8):
+        whole = squares[:, : squares.shape[1] // chunk * chunk]
+        means = whole.unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)
+        name = f"hindsight, chunks of {chunk}" if chunk > 1 else "hindsight"
+        yield {"setting": name, **measure(tokens, means, target)}
+
+
+def unions(on: Tensor) -> dict[str, float]:
+    """By number of tokens in a row, what share of experts none of them has on; [N, T, E]."""
+    return {
+        str(n): 1 - on[:, : on.shape[1] // n * n].unflatten(1, (-1, n)).any(2).float().mean().item() for n in UNIONS
+    }
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each layer, target and setting."""
+    model, tokenizer = load_dense_model(args.model), load_tokenizer(args.model)
+    ffns = dense_ffns(model, family_of(model.config))
+    layers = sorted(args.layers)
+    names = [list(ffns)[layer] for layer in layers]
+    ids = [
+        documents(path, tokenizer, count, args.length)
+        for path, count in ((args.train, args.documents), (args.held_out, args.documents // 4))
+    ]
+    seen, held_out = (inputs_of(model, names, each) for each in ids)
+    wanted = [each for each in SETTINGS if not args.settings or each.name in args.settings]
+    for name, layer in zip(names, layers, strict=True):
+        ffn = ffns[name]
+        kinds = sorted({(each.grouping, each.always_on) for each in wanted})
+        for grouping, always_on in kinds:
+            config = LteConfig(expert_size=args.expert_size, grouping=grouping, always_on=always_on)
+            order = order_of(ffn, seen[name], config)
+            tokens, others = (tokens_of(ffn, x[name], order, args.expert_size) for x in (seen, held_out))
+            of_kind = [each for each in wanted if (each.grouping, each.always_on) == (grouping, always_on)]
+            for target in args.targets:
+                common = {"layer": layer, "grouping": grouping, "target": target}
+                yield from ({**common, **found} for found in with_hindsight(others, target))
+                for setting in of_kind:
+                    router = train(tokens, setting, target, args.steps, args.rate)
+                    with torch.no_grad():
+                        found = measure(others, router(others.x), target, router.always_on)
+                    yield {**common, "setting": setting.name, **found}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="a dense model with gated FFNs: a folder, or a GGUF file")
+    parser.add_argument("--train", type=Path, required=True, help="documents, a JSONL file with text, .xz or not")
+    parser.add_argument("--held-out", type=Path, required=True, help="as --train, others")
+    parser.add_argument("--documents", type=int, default=160, help="of --train; a quarter as many of --held-out")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a document")
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 11, 19])
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--settings", nargs="+", choices=[each.name for each in SETTINGS], help="default: all")
+    parser.add_argument("--expert-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=400, help="of 4 documents")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the routers")
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Trains all routers and writes one file, which holds those until now while it goes on."""
+    args = parse()
+    config = {key: value for key, value in vars(args).items() if key not in ("model", "train", "held_out", "output")}
+    found = []
+    for row in rows(args):
+        found.append(row)
+        numbers = " ".join(f"{n}: {share:.1%}" for n, share in row["unions"].items())
+        print(
+            f"layer {row['layer']} {row['grouping']} {row['target']:.0%} {row['setting']}: error {row['error']:.4f}, "
+            f"off {row['sparsity']:.1%}, together {numbers}",
+            flush=True,
+        )
+        record = {"experiment": "shared_routers", "model": Path(args.model).name, "config": config, "rows": found}
+        write_json_atomic(args.output, {**record, **environment()})
+
+
+if __name__ == "__main__":
+    main()
