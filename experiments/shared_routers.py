@@ -66,12 +66,13 @@ class Setting:
 
 SETTINGS = (
     Setting("default"),
-    *(Setting(f"union-{w:g}", terms=AddedTerms(union=w)) for w in (0.1, 0.3, 1.0)),
+    *(Setting(f"union-{w:g}", terms=AddedTerms(union=w)) for w in (0.03, 0.1, 0.3, 1.0)),
     *(Setting(f"predecessor-{w:g}", terms=AddedTerms(predecessor=w)) for w in (0.1, 0.3, 1.0)),
     Setting("price-union", terms=AddedTerms(priced_chunks=True)),
     Setting("core-10", always_on=0.1),
     *(Setting(f"context-{n}", context=n) for n in (4, 16)),
     Setting("context-16-and-price", context=16, terms=AddedTerms(priced_chunks=True)),
+    Setting("context-16-and-union-0.3", context=16, terms=AddedTerms(union=0.3)),
     Setting("chunks", grouping="chunks"),
     Setting("chunks-and-price", grouping="chunks", terms=AddedTerms(priced_chunks=True)),
 )
@@ -195,8 +196,8 @@ def errors(products: Tensor, off: Tensor) -> Tensor:
     return (half * (2 * off - off.detach())).sum(-1)
 
 
-def train(tokens: Tokens, setting: Setting, target: float, steps: int, rate: float) -> TrainedRouter:
-    """A router with this target."""
+def train(tokens: Tokens, setting: Setting, target: float, steps: int, rate: float) -> tuple[TrainedRouter, float]:
+    """A router with this target, and the weight of the price on which the controller had settled."""
     torch.manual_seed(0)
     experts = tokens.products.shape[-1]
     core = math.ceil(setting.always_on * experts)
@@ -225,7 +226,7 @@ def train(tokens: Tokens, setting: Setting, target: float, steps: int, rate: flo
         schedule.step()
         wanted = routed_target * min(1.0, (step + 1) / (RAMP * steps))
         eta = controller.update(wanted, 1 - active_fraction(logits.detach()).item())
-    return router
+    return router, controller.settled
 
 
 @torch.no_grad()
@@ -286,10 +287,10 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 common = {"layer": layer, "grouping": grouping, "target": target}
                 yield from ({**common, **found} for found in with_hindsight(others, target))
                 for setting in of_kind:
-                    router = train(tokens, setting, target, args.steps, args.rate)
+                    router, eta = train(tokens, setting, target, args.steps, args.rate)
                     with torch.no_grad():
                         found = measure(others, router(others.x), target, router.always_on)
-                    yield {**common, "setting": setting.name, **found}
+                    yield {**common, "setting": setting.name, "eta": eta, **found}
 
 
 def parse() -> argparse.Namespace:

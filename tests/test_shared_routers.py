@@ -82,7 +82,8 @@ def test_training_helps_and_shared_experts_are_wanted(script: dict[str, Any], ff
     tokens = script["tokens_of"](ffn, x, torch.arange(64), SIZE)
     found = {}
     for setting in (script["Setting"]("default"), script["Setting"]("union", terms=AddedTerms(union=3.0))):
-        router = script["train"](tokens, setting, 0.5, 300, 1e-2)
+        router, eta = script["train"](tokens, setting, 0.5, 300, 1e-2)
+        assert eta > 0
         with torch.no_grad():
             found[setting.name] = script["measure"](tokens, router(tokens.x), 0.5)
     random = script["measure"](tokens, torch.randn(16, 64, 8), 0.5)
