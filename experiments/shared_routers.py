@@ -70,6 +70,7 @@ SETTINGS = (
     *(Setting(f"predecessor-{w:g}", terms=AddedTerms(predecessor=w)) for w in (0.1, 0.3, 1.0)),
     Setting("price-union", terms=AddedTerms(priced_chunks=True)),
     Setting("core-10", always_on=0.1),
+    *(Setting(f"core-10-and-union-{w:g}", always_on=0.1, terms=AddedTerms(union=w)) for w in (0.1, 0.3)),
     *(Setting(f"context-{n}", context=n) for n in (4, 16)),
     Setting("context-16-and-price", context=16, terms=AddedTerms(priced_chunks=True)),
     Setting("context-16-and-union-0.3", context=16, terms=AddedTerms(union=0.3)),
