@@ -58,19 +58,35 @@ def test_the_gradient_of_errors(script: dict[str, Any], ffn: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_unions(script: dict[str, Any]) -> None:
-    on = torch.zeros(1, 18, 4, dtype=torch.bool)
-    on[0, ::2, 0] = on[0, 0, 1] = on[0, 17, 2] = True
-    # Of 4 experts the first is on in every pair, the second in the first one, the third behind the last chunk of 4.
-    assert script["unions"](on) == pytest.approx({"2": 25 / 36, "4": 11 / 16, "8": 5 / 8, "16": 2 / 4})
+def test_unions(script: dict[str, Any], ffn: Any) -> None:
+    scores = torch.zeros(1, 18, 8)
+    scores[0, ::2, :2] = scores[0, 0, 2:4] = scores[0, 17, 4:6] = 1
+    # Of 4 pairs of experts one is on in every 2 tokens, one at first alone, one behind the last chunk of 4.
+    tokens = script["tokens_of"](ffn, states(1, 18), torch.arange(64), SIZE)
+    found = script["measure"](tokens, scores, 0.5)
+    assert found["unions"] == pytest.approx({"2": 25 / 36, "4": 11 / 16, "8": 5 / 8, "16": 2 / 4})
+
+
+def test_the_core_is_that_of_the_library(script: dict[str, Any]) -> None:
+    """Of 8 experts a third are 3, as `neuron_order` has them, not 2."""
+    torch.manual_seed(0)
+    ffn = tiny_dense_model().model.layers[0].mlp
+    tokens = script["tokens_of"](ffn, states(4, 32), torch.arange(64), SIZE)
+    core = LteConfig(always_on=0.33).num_always_on(8)
+    router, _ = script["train"](tokens, script["Setting"]("core", always_on=0.33), core, 0.5, 20, 1e-2)
+    with torch.no_grad():
+        logits = script["logits_of"](router, tokens.x)
+    on = logits > logits.flatten().kthvalue(logits.numel() // 2).values
+    assert on[..., :core].all()
+    assert not on[..., core:].all((0, 1)).any()
+    assert script["measure"](tokens, logits, 0.5)["sparsity"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_what_is_measured_is_off_as_wanted(script: dict[str, Any], ffn: Any) -> None:
     x = states(8, 64)
     tokens = script["tokens_of"](ffn, x, torch.arange(64), SIZE)
-    for core in (0, 2):
-        found = script["measure"](tokens, torch.randn(8, 64, 8 - core), 0.5, core)
-        assert found["sparsity"] == pytest.approx(0.5, abs=0.02)
+    found = script["measure"](tokens, torch.randn(8, 64, 8), 0.5)
+    assert found["sparsity"] == pytest.approx(0.5, abs=0.02)
     best, chunks = script["with_hindsight"](tokens, 0.5)
     assert best["error"] < found["error"]
     assert chunks["unions"]["8"] == pytest.approx(0.5, abs=0.03)
@@ -82,10 +98,10 @@ def test_training_helps_and_shared_experts_are_wanted(script: dict[str, Any], ff
     tokens = script["tokens_of"](ffn, x, torch.arange(64), SIZE)
     found = {}
     for setting in (script["Setting"]("default"), script["Setting"]("union", terms=AddedTerms(union=3.0))):
-        router, eta = script["train"](tokens, setting, 0.5, 300, 1e-2)
+        router, eta = script["train"](tokens, setting, 0, 0.5, 300, 1e-2)
         assert eta > 0
         with torch.no_grad():
-            found[setting.name] = script["measure"](tokens, router(tokens.x), 0.5)
+            found[setting.name] = script["measure"](tokens, script["logits_of"](router, tokens.x), 0.5)
     random = script["measure"](tokens, torch.randn(16, 64, 8), 0.5)
     assert found["default"]["error"] < random["error"]
     assert found["union"]["unions"]["8"] > found["default"]["unions"]["8"] + 0.02
@@ -108,11 +124,16 @@ def test_a_record_of_all_settings(script: dict[str, Any], tmp_path: Path, monkey
     rows = list(script["rows"](args))
     names = [each.name for each in script["SETTINGS"]]
     assert sorted(row["setting"] for row in rows if "hindsight" not in row["setting"]) == sorted(names)
+    assert len({(row["grouping"], row["setting"]) for row in rows}) == len(rows)
     for row in rows:
         assert row["layer"] == 1
+        assert row["always_on"] == ("core" in row["setting"])
         assert row["sparsity"] == pytest.approx(0.5, abs=0.15)
         assert 0 < row["error"] < 4
         assert list(row["unions"]) == ["2", "4", "8", "16"]
-    args.documents = 6
+    args.targets = [0.9]
+    with pytest.raises(ValueError, match=r"target_sparsity must be at most 0\.875"):
+        list(script["rows"](args))
+    args.targets, args.documents = [0.5], 6
     with pytest.raises(SystemExit, match="must have 6 documents of 32 tokens, got 4"):
         list(script["rows"](args))
