@@ -127,13 +127,13 @@ def candidates(one_token: bool) -> tuple[list[Tiles], int]:
         return [*steps, *(tiles for tiles in others if tiles not in steps)], len(steps)
     table = ManyTokenTiles(dependent=True)
     span = replace(table, share=1, span=True)
-    many = [ManyTokenTiles(), table, span, replace(table, prefetch=True), replace(span, prefetch=True)]
-    many += [replace(span, block_n=16, stages=6), replace(span, warps=8), ManyTokenTiles(share=32)]
+    many = [ManyTokenTiles(), table, span, replace(table, prefetch=16), replace(span, prefetch=16)]
     first = len(many)
+    many += [replace(span, block_n=16, stages=6), replace(span, warps=8), replace(span, prefetch=4)]
     for n, k, share, warps, stages in itertools.product((16, 32), (128, 256), (4, 8, 16, 32), (4, 8), (3, 4, 6)):
         if share <= n and n * k * 4 * (stages - 1) >= 48_000 and (n * 4 + 32) * k * stages <= 220_000:
             many.append(ManyTokenTiles(block_n=n, block_k=k, share=share, warps=warps, stages=stages, dependent=True))
-    return many, first
+    return list(dict.fromkeys(many)), first
 
 
 def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
@@ -148,7 +148,7 @@ def tune(layers: Layers, start: Tiles, budget_s: float) -> Tiles:
             times.append(statistics.median(sparse_times(layers, tiles, repeats=10)))
         return times
 
-    def weigh(times: list[float]) -> float:  # by about what each reads, so that all three count alike
+    def weigh(times: list[float]) -> float:  # by about what each takes, so that all three count alike
         return times[0] / 0.5 + times[1] / 0.3 + times[2] / 0.2
 
     found = try_tiles(tried, budget_s, measure, weigh, first=first)

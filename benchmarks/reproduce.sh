@@ -73,7 +73,10 @@ small_ffn() {
 
 many_tokens() { python3 benchmarks/prefill.py --tokens 128 256 512 1024 2048 8192 --output "$output/prefill.json"; }
 
-tiles() { python3 benchmarks/decode_kernel.py --tokens 1 4 --tune "$output/tiles.json" --output "$output/tiles_rows.json"; }
+tiles() {
+  python3 benchmarks/decode_kernel.py --tokens 1 4 --budget-s 150 --tune "$output/tiles.json" \
+    --output "$output/tiles_rows.json"
+}
 
 trace() { python3 benchmarks/decode_trace.py --output "$output/trace.json"; }
 

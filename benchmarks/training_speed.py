@@ -64,7 +64,8 @@ SHORTEST_WAIT_US = 20
 class StepClock(TrainerCallback):
     """Notes when each step begins, and the peak of memory until then; the first steps of a stage are not counted.
 
-    On a GPU a step begins when it has done what was asked of it before: nobody waits for it, as in any training.
+    On a GPU a step begins when the GPU has done what was asked of it before. The host waits for that as little as in
+    other trainings.
 
     Args:
         steps: of each stage.

@@ -101,14 +101,14 @@ class TestDense:
             with pytest.raises(ValueError, match=rf"got 1 as integers .*quantization_config.*: {UP} in I8; take"):
                 load(dense)
 
-    @pytest.mark.parametrize("scale", ["_scale", "_scale_inv"])
-    def test_8_bits_beside_a_scale(self, scale: str, dense: Path) -> None:
+    @pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale", "scale_weight", "weight_scales"])
+    def test_fp8_beside_a_scale(self, scale: str, dense: Path) -> None:
         more = {UP: torch.ones(64, 32).to(torch.float8_e4m3fn)}
         edit_weights(dense, lambda weights: weights.update(more))
         load_dense_model(dense)
-        edit_weights(dense, lambda weights: weights.update({f"{UP}{scale}": torch.ones(1, 1)}))
+        edit_weights(dense, lambda weights: weights.update({UP.replace("weight", scale): torch.ones(1, 1)}))
         for load in (load_dense_model, open_checkpoint):
-            with pytest.raises(ValueError, match=rf"beside a scale, .*quantization_config.*: {UP} in F8_E4M3; take"):
+            with pytest.raises(ValueError, match=rf"in fp8 beside a scale, .*quantization_config.*: {UP} in F8_E4M3;"):
                 load(dense)
 
     def test_tied_weights_need_not_be_there(self, tmp_path: Path) -> None:

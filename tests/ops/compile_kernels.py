@@ -87,6 +87,7 @@ class Recorder:
         row["warp_group"] = "wgmma.mma" in ptx
         row["barriers"] = len(re.findall(r"ld\.acquire\.gpu", ptx))
         row["waits"] = len(re.findall(r"ld\.relaxed\.gpu", ptx))
+        row["prefetches"] = ptx.count("prefetch.global.L2")
         row["dependent"] = "griddepcontrol.wait" in ptx
         row["ptx_bytes"] = len(ptx)
         self.rows.append(row)
@@ -109,7 +110,7 @@ def variants(full: bool) -> Any:
         if full or (arch, tokens) == (80, 1):
             changes += [{"size": 8, "activation": "relu"}, {"size": 64}, {"size": 16}, {"hidden": 100}]
         if tokens == 16:
-            changes += [{"tiles": {"span": True, "share": 1, "prefetch": True}}]
+            changes += [{"tiles": {"span": True, "share": 1, "prefetch": 16}}]
         if (arch, tokens) == (90, 1):
             changes += [{"experts": experts} for experts in (FEW, MORE, MANY)]
         for change in changes:

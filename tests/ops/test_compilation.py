@@ -63,3 +63,11 @@ def test_a_thread_asks_for_all_its_routing_words_at_once(kernels: list[dict[str,
 def test_launches_overlap_with_the_kernel_before_where_the_gpu_can(kernels: list[dict[str, Any]]) -> None:
     for row in kernels:
         assert row["dependent"] == (row["arch"] >= 90), row
+
+
+def test_the_down_projection_is_asked_for_early_where_that_is_wanted(kernels: list[dict[str, Any]]) -> None:
+    found = {(row["arch"], row["variant"]): row["prefetches"] for row in kernels}
+    wanted = [key for key in found if " tiles=" in key[1]]
+    assert [arch for arch, _ in wanted] == [80, 90]
+    for arch, variant in wanted:
+        assert found[arch, variant] > found[arch, variant.partition(" tiles=")[0]]

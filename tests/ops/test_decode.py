@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from lte.ops import decode, launch
@@ -154,18 +156,47 @@ def test_more_and_fewer_programs_than_work(
         torch.testing.assert_close(output, sparse_ffn_reference(x, weights, routing, "silu"))
 
 
+@pytest.fixture
+def in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter every address that a launch reads lies in a tensor that it was given."""
+    if not launch.interpreted():
+        return
+    builder, run = triton.runtime.interpreter.InterpreterBuilder, decode.DecodeLaunch.run
+    load, ranges = builder.create_masked_load, list[tuple[int, int]]()
+
+    def checked_run(self: Any, x: Tensor, buffers: Any, *args: Any, **kwargs: Any) -> None:
+        space = buffers.workspace
+        given = [*self._given, x, buffers.out, buffers.partial, buffers.h, space.counters, space.masks]
+        ranges[:] = [(each.data_ptr(), each.data_ptr() + each.nbytes) for each in given if each is not None]
+        run(self, x, buffers, *args, **kwargs)
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        addresses = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, dtype=bool), pointers.data.shape)]
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for begin, end in ranges:
+            inside |= (addresses >= begin) & (addresses < end)
+        assert inside.all()
+        return load(self, pointers, mask, *args)
+
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(decode.DecodeLaunch, "run", checked_run)
+
+
+@pytest.mark.parametrize("kind", ["gated", "plain", "int8", "bfloat16"])
 @pytest.mark.parametrize(("programs", "share", "size"), [(1, 1, 8), (3, 8, 16), (6, 1, 32), (6, 4, 64), (13, 1, 16)])
 def test_blocks_that_span_experts(
-    programs: int, share: int, size: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    programs: int, share: int, size: int, kind: str, poisoned: None, in_bounds: None, monkeypatch: pytest.MonkeyPatch,
+    relative_rms: Callable[[Tensor, Tensor], float],
+) -> None:  # fmt: skip
     monkeypatch.setattr(decode, "multiprocessors", lambda device: programs)
-    x = states(5, 100)
+    dtype = torch.float32 if kind in ("gated", "plain") else torch.bfloat16
+    x = states(5, 100, dtype)
     tiles = ManyTokenTiles(block_d=32, block_n=min(32, size), block_k=64, share=share, span=True)
-    for gated, experts in ((True, 11), (False, 1)):
-        weights = random_ffn(100, experts, size, gated=gated, biases=True)
-        for routing in map(Routing.forced, masks(5, experts).values()):
-            output = decode.run_decode(x, weights, routing, "silu", tiles)
-            torch.testing.assert_close(output, sparse_ffn_reference(x, weights, routing, "silu"))
+    weights = random_ffn(100, 11, size, dtype=dtype, gated=kind != "plain", biases=True, int8=kind == "int8")
+    for routing in map(Routing.forced, masks(5, 11).values()):
+        output = decode.run_decode(x, weights, routing, "silu", tiles)
+        expected = sparse_ffn_reference(x, weights, routing, "silu")
+        assert relative_rms(output, expected) <= (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 class CompilingKernel:

@@ -249,7 +249,7 @@ def require_whole(
     scaled = sorted(_scaled(Path(str(source)).expanduser(), model))
     if scaled:
         raise UnreadableModelError(
-            f"{source} must hold weights as floating-point numbers, got {len(scaled)} as integers or beside a scale, "
+            f"{source} must hold weights that need no scale, got {len(scaled)} as integers or in fp8 beside a scale, "
             f"without the quantization_config in config.json that says what they stand for: {_first(scaled)}; take the "
             "model that they were made from, or the config.json that belongs to them"
         )
@@ -271,9 +271,10 @@ def require_whole(
 
 
 def _scaled(folder: Path, model: nn.Module) -> list[str]:
-    """Of a folder's weights that the model takes for its numbers, those in integers, and in 8 bits beside a scale.
+    """Of a folder's weights that the model takes as they are, those in integers, and in fp8 beside a scale.
 
-    transformers casts them and passes by the scales, which the model has no place for.
+    transformers casts them and passes by the scales, which the model has no place for: any other tensor of the same
+    module that is called a scale.
     """
     config = getattr(model, "config", None)
     if not folder.is_dir() or getattr(config, "quantization_config", None):
@@ -286,16 +287,15 @@ def _scaled(folder: Path, model: nn.Module) -> list[str]:
         with safe_open(path, framework="pt") as file:
             dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
-    def is_scaled(name: str, dtype: str) -> bool:
-        if dtype.startswith("F8"):
-            return any(f"{name}{scale}" in dtypes for scale in ("_scale", "_scale_inv"))
-        return dtype[0] in "IUB" and dtype != "BF16"
+    taken = {name for name in dtypes if name.removeprefix(base) in wanted}
+    scaled = {module for module, _, own in (name.rpartition(".") for name in dtypes.keys() - taken) if "scale" in own}
 
-    return [
-        f"{name} in {dtype}"
-        for name, dtype in dtypes.items()
-        if name.removeprefix(base) in wanted and is_scaled(name, dtype)
-    ]
+    def needs_scale(name: str) -> bool:
+        if dtypes[name].startswith("F8"):
+            return name.rpartition(".")[0] in scaled
+        return dtypes[name][0] in "IUB" and dtypes[name] != "BF16"
+
+    return [f"{name} in {dtypes[name]}" for name in taken if needs_scale(name)]
 
 
 def _wrong_token_ids(config: Any) -> list[str]:

@@ -47,7 +47,8 @@ class ManyTokenTiles:
         block_d: columns of D of a tile of the down projection, for experts of 32 neurons.
         share: neurons of which a program takes a multiple in gate and up.
         span: whether those that it takes at a time may be of two experts; without, they are of one.
-        prefetch: whether it asks for its part of the down projection while it waits for the others' gate and up.
+        prefetch: of how many experts, a power of two or 0, it asks for its part of the down projection while it waits
+            for the others' gate and up.
         warps: warps of a program.
         stages: depth of the asynchronous copies in gate and up; 1 loads to registers.
         down_stages: the same in the down projection.
@@ -60,7 +61,7 @@ class ManyTokenTiles:
     block_d: int = 128
     share: int = 16
     span: bool = False
-    prefetch: bool = False
+    prefetch: int = 0
     warps: int = 4
     stages: int = 4
     down_stages: int = 8

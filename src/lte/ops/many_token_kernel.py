@@ -57,8 +57,8 @@ def _gate_up(
 ):
     """h [T, F] of the neurons first..last of those of `experts`, in blocks of up to BLOCK_N neurons, at most S.
 
-    A block holds neurons of one expert, so that there can be one more of them than the neurons fill. With SPAN it holds
-    those of two that follow each other in `experts`, and all blocks are as large.
+    A block holds neurons of one expert, so that a share can have one block more than its neurons would fill. With SPAN
+    a block may go on in the expert that follows in `experts`, and all but the last of a share hold as many neurons.
     One loop over blocks and columns, so that its copies never run dry between blocks.
     """
     STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
@@ -68,26 +68,27 @@ def _gate_up(
     a = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     b = tl.zeros([BLOCK_N, T_PAD], tl.float32)
     if SPAN:
-        origin = first
         blocks = tl.cdiv(last - first, BLOCK_N)
         width = tl.cdiv(last - first, tl.maximum(blocks, 1))
+        begin_step = 0
+        end_step = blocks * STEPS
     else:
-        origin = first // BLOCK_N * BLOCK_N
-        blocks = tl.where(first < last, tl.cdiv(last - origin, BLOCK_N), 0)
-        width = BLOCK_N
-    for step in tl.range(0, blocks * STEPS, num_stages=STAGES):
-        start = origin + step // STEPS * width
+        begin_step = first // BLOCK_N * STEPS
+        end_step = tl.where(first < last, tl.cdiv(last, BLOCK_N), first // BLOCK_N) * STEPS
+    for step in tl.range(begin_step, end_step, num_stages=STAGES):
+        start = first + step // STEPS * width if SPAN else step // STEPS * BLOCK_N
         found = pick(experts, start // S - first // S)
         k = (step % STEPS) * BLOCK_K
         offsets = rows[:, None] * D + (k + ks)[None, :]
         if SPAN:
-            expert = tl.where(start % S + rows < S, found & 0xFFFF, found >> 16)[:, None]
+            is_first = start % S + rows < S
+            expert = tl.where(is_first, found & 0xFFFF, found >> 16)[:, None]
             # What lies between the two experts, in neurons.
-            jump = tl.where(start % S + rows < S, 0, ((found >> 16) - (found & 0xFFFF) - 1) * S)
+            jump = tl.where(is_first, 0, ((found >> 16) - (found & 0xFFFF) - 1) * S)
             base = (found & 0xFFFF) * S + start % S
             neurons = base + rows + jump
             mine = (rows < width) & (start + rows < last)
-            offsets += jump[:, None] * D
+            offsets += jump.to(tl.int64)[:, None] * D
         else:
             expert = found
             base = expert * S + start % S
@@ -162,15 +163,28 @@ def _down(
 
 
 @triton.jit
-def _prefetch_down(down, experts, count, column, D: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Asks for what `_down` will read of the first `count` of `experts`, in the columns from `column` on."""
+def _prefetch_down(
+    down,
+    needed,
+    count,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Asks for what this program will read first of the down projection, by whole lines: of up to N experts."""
     LINE: tl.constexpr = 1024 // down.dtype.element_ty.primitive_bitwidth
+    item = tl.minimum(tl.program_id(0), TILES * SPLITS - 1)
+    begin = item // TILES * count // SPLITS
+    end = (item // TILES + 1) * count // SPLITS
+    wanted = tl.arange(0, N) < end - begin
+    experts = tl.where(wanted, experts_of_ranks(needed, begin, N), 0).to(tl.int64)
+    neurons = experts[:, None] * S + tl.arange(0, S)[None, :]
     lines = tl.arange(0, (BLOCK_D + LINE - 1) // LINE)
-    rows = tl.arange(0, S)
-    columns = tl.minimum(column + lines * LINE, D - 1)
-    for index in tl.range(0, count, num_stages=1):
-        neurons = pick(experts, index).to(tl.int64) * S + rows
-        prefetch(down + neurons[:, None] * D + columns[None, :])
+    columns = tl.minimum(item % TILES * BLOCK_D + lines * LINE, D - 1)
+    prefetch(down + neurons[:, :, None] * D + columns[None, None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -264,7 +278,8 @@ def decode_many_kernel(
         first = program * shares // P * SHARE
         experts = experts_of_ranks(needed, first // S, LOCAL)
         if SPAN:
-            experts |= experts_of_ranks(needed, first // S + 1, LOCAL) << 16
+            # Behind the last expert there is none; its neurons are nobody's, but biases and scales are read for them.
+            experts |= tl.minimum(experts_of_ranks(needed, first // S + 1, LOCAL), E - 1) << 16
         _gate_up(
             x, up, gate, up_bias, gate_bias, up_scale, gate_scale, masks, experts, h,
             first, (program + 1) * shares // P * SHARE, T,
@@ -274,14 +289,7 @@ def decode_many_kernel(
     if FIRST < 2 and LAST == 2:
         grid_arrive(counters)
         if PREFETCH:
-            for item in tl.range(program, TILES * SPLITS, P, num_stages=1):
-                begin = item // TILES * count // SPLITS
-                end = (item // TILES + 1) * count // SPLITS
-                for rank in tl.range(begin, end, LOCAL_DOWN, num_stages=1):
-                    some = experts_of_ranks(needed, rank, LOCAL_DOWN)
-                    _prefetch_down(
-                        down, some, tl.minimum(end - rank, LOCAL_DOWN), item % TILES * BLOCK_D, D, S, BLOCK_D
-                    )
+            _prefetch_down(down, needed, count, D, S, BLOCK_D, TILES, SPLITS, PREFETCH)
         grid_wait(counters, P)
     if LAST == 2:
         ts = tl.arange(0, T_PAD)
