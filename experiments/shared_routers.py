@@ -260,7 +260,11 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model, tokenizer = load_dense_model(args.model), load_tokenizer(args.model)
     ffns = dense_ffns(model, family_of(model.config))
     layers = sorted(args.layers)
+    if not 0 <= layers[0] <= layers[-1] < len(ffns):
+        raise SystemExit(f"--layers must lie in [0, {len(ffns)}), got {args.layers}")
     names = [list(ffns)[layer] for layer in layers]
+    if not hasattr(ffns[names[0]], "gate_proj"):
+        raise SystemExit(f"model must have FFNs with gate_proj, up_proj and down_proj, got {type(model).__name__}")
     experts = ffns[names[0]].gate_proj.out_features // args.expert_size
     for config in configs.values():
         check_reachable(config, experts)

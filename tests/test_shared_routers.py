@@ -134,6 +134,12 @@ def test_a_record_of_all_settings(script: dict[str, Any], tmp_path: Path, monkey
     args.targets = [0.9]
     with pytest.raises(ValueError, match=r"target_sparsity must be at most 0\.875"):
         list(script["rows"](args))
-    args.targets, args.documents = [0.5], 6
+    args.targets, args.layers = [0.5], [2]
+    with pytest.raises(SystemExit, match=r"--layers must lie in \[0, 2\), got \[2\]"):
+        list(script["rows"](args))
+    args.layers, args.documents = [1], 6
     with pytest.raises(SystemExit, match="must have 6 documents of 32 tokens, got 4"):
+        list(script["rows"](args))
+    monkeypatch.setitem(given, "load_dense_model", lambda path: tiny_dense_model("gpt2").eval())
+    with pytest.raises(SystemExit, match="must have FFNs with gate_proj, up_proj and down_proj, got GPT2LMHeadModel"):
         list(script["rows"](args))
