@@ -125,11 +125,11 @@ def candidates(one_token: bool) -> tuple[list[Tiles], int]:
             if 48_000 <= n * HIDDEN * 6 * (stages - 1) * per_sm <= 200_000 and warps * per_sm <= 16
         ]
         return [*steps, *(tiles for tiles in others if tiles not in steps)], len(steps)
-    table = ManyTokenTiles(dependent=True)
-    span = replace(table, share=1, span=True)
-    many = [ManyTokenTiles(), table, span, replace(table, prefetch=16), replace(span, prefetch=16)]
+    shares = ManyTokenTiles(dependent=True)
+    span = replace(shares, share=1, span=True)
+    many = [ManyTokenTiles(), shares, span, *(replace(span, prefetch=experts) for experts in (4, 8, 16))]
     first = len(many)
-    many += [replace(span, block_n=16, stages=6), replace(span, warps=8), replace(span, prefetch=4)]
+    many += [replace(span, block_n=16, stages=6, prefetch=4), replace(span, warps=8, prefetch=4)]
     for n, k, share, warps, stages in itertools.product((16, 32), (128, 256), (4, 8, 16, 32), (4, 8), (3, 4, 6)):
         if share <= n and n * k * 4 * (stages - 1) >= 48_000 and (n * 4 + 32) * k * stages <= 220_000:
             many.append(ManyTokenTiles(block_n=n, block_k=k, share=share, warps=warps, stages=stages, dependent=True))

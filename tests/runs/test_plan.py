@@ -28,7 +28,7 @@ EXAMPLES = {
     "compare/wikitext2": 56,
     "compare/wikipedia_books": 9,
     "compare/qwen_coder_0_5b": 32,
-    "compare/qwen_coder_1_5b": 28,
+    "compare/qwen_coder_1_5b": 30,
     "compare/qwen_coder_1_5b_instruct": 8,
     "compare/instruct": 19,
     "ablations/chat_questions": 5,

@@ -72,6 +72,8 @@ class ManyTokenTiles:
 _ONE = OneTokenTiles()
 _MANY = ManyTokenTiles()
 _MANY_FP32 = replace(_MANY, block_n=16, block_k=64, block_d=32, stages=2, down_stages=3)
+# results/decode_kernel/equal_shares_4_and_8_tokens.txt, on an H200.
+_MANY_EQUAL = replace(_MANY, share=1, span=True, prefetch=4)
 
 # (architecture, bytes per weight); an architecture without rows takes those of the next older.
 _ONE_TOKEN: dict[tuple[int, int], OneTokenTiles] = {
@@ -81,7 +83,7 @@ _MANY_TOKENS: dict[tuple[int, int], ManyTokenTiles] = {
     (arch, size): replace(_MANY_FP32 if size == 4 else _MANY, dependent=arch >= 90)
     for arch in (80, 90)
     for size in (1, 2, 4)
-}
+} | {(90, 2): replace(_MANY_EQUAL, dependent=True)}
 
 
 def interpreted() -> bool:
