@@ -109,7 +109,7 @@ class Layers:
                 bias = torch.zeros(experts, device=router.device)
                 self.routings.append(Routing(weight=router, bias=bias, threshold=threshold))
 
-    def follow(self, masks: Sequence[Tensor]) -> None:
+    def follow(self, masks: Sequence[Tensor], core: int = 0) -> None:
         """Lets the tokens of the first layers choose by given masks, each layer by one of its own.
 
         The E rows of a router are orthonormal. Hidden states are logits of 1 and -1 times the router, and noise that no
@@ -118,6 +118,7 @@ class Layers:
         Args:
             masks: boolean [T, E'] of each such layer. Where E' is less than E, some columns are taken twice, spread
                 over all; where it is more, some are left out.
+            core: how many of the columns, the first ones, are those of experts that are always on.
 
         Raises:
             RuntimeError: if a router decides otherwise, which rounding to bf16 does not explain.
@@ -133,7 +134,8 @@ class Layers:
             seen = torch.where(wanted, 1.0, -1.0) - noise @ basis
             router.copy_(basis.T)
             self.states.append((noise + seen @ basis.T).bfloat16())
-            self.routings.append(Routing(weight=router, bias=torch.zeros(widths.experts, device=device)))
+            bias = torch.zeros(widths.experts, device=device)
+            self.routings.append(Routing(weight=router, bias=bias, core=int((columns < core).sum())))
             if not torch.equal(active_experts(self.states[-1], self.routings[-1]), wanted):
                 raise RuntimeError("a router must choose by the mask that it was given")
         self.x = self.states[0]

@@ -93,7 +93,8 @@ def tune_grouped(layers: Layers, count: int, budget_s: float, sparsities: tuple[
 
             def run(i: int, per_layer: list[tuple[Tensor, Tensor]] = per_layer) -> Tensor:
                 launch = GroupedLaunch(layers.x, layers.ffns[i], layers.routings[i], "silu", tiles)
-                return launch.group(layers.x, *per_layer[i], launch.zeros(layers.x)[0])
+                gate, up = launch.inputs(layers.x.dtype)
+                return launch.group(layers.x, gate, up, *per_layer[i], launch.zeros(layers.x)[0])
 
             require(relative_rms(run(0)[sure], right[sure]), TOLERANCE, "the activations")
             times.append(statistics.median(graph_times(run, 5, count)))
@@ -108,7 +109,7 @@ def tune_grouped(layers: Layers, count: int, budget_s: float, sparsities: tuple[
 def _list_tokens(layers: Layers, i: int) -> tuple[Tensor, Tensor]:
     launch = GroupedLaunch(layers.x, layers.ffns[i], layers.routings[i], "silu")
     _, counts = launch.zeros(layers.x)
-    return counts, launch.list_tokens(layers.x, counts)
+    return counts, launch.list_tokens(counts, launch.router_products(layers.x))
 
 
 def tune_activation(layers: Layers, count: int, budget_s: float, sparsities: tuple[float, ...] = (0.0, 0.8)) -> None:

@@ -40,13 +40,18 @@ TOKENS = (1, 2, 4, 8, 16, 512, 2048, 8192)
 
 
 @torch.no_grad()
-def masks_of(folder: str, text: Path | None, length: int) -> list[Tensor]:
-    """What each layer of a trained model decides [T, E] for the first T tokens of a text, read at once."""
+def masks_of(folder: str, text: Path | None, length: int) -> tuple[list[Tensor], int]:
+    """What each layer of a trained model decides for the first T tokens of a text, read at once.
+
+    Returns:
+        The decisions [T, E] of each layer, and how many experts, the first ones, are always on.
+    """
     model = load_any_model(folder, "bfloat16" if torch.cuda.is_available() else "float32")
     ids = text_ids(load_tokenizer(folder), read_text(text), 1, length).to(model.device)
-    with recorded_masks(list(require_sparse_ffns(model).values())) as calls:
+    ffns = list(require_sparse_ffns(model).values())
+    with recorded_masks(ffns) as calls:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return [torch.cat(layer) for layer in calls]
+    return [torch.cat(layer) for layer in calls], ffns[0].router.always_on
 
 
 def draws(masks: Sequence[Tensor], tokens: int, layers: int, seed: int = 0) -> Iterator[list[Tensor]]:
@@ -61,8 +66,11 @@ def draws(masks: Sequence[Tensor], tokens: int, layers: int, seed: int = 0) -> I
         yield [mask[start : start + tokens] for mask, start in zip(chosen, starts, strict=True)]
 
 
-def measure(layers: Layers, masks: Sequence[Tensor], tokens: int, places: int) -> list[dict[str, Any]]:
-    """Rows of the dense FFNs and of every path for T tokens; a `RuntimeError` where an output is wrong."""
+def measure(layers: Layers, masks: Sequence[Tensor], core: int, tokens: int, places: int) -> list[dict[str, Any]]:
+    """Rows of the dense FFNs and of every path for T tokens; a `RuntimeError` where an output is wrong.
+
+    The first `core` experts of the masks are always on.
+    """
     count, repeats = effort(layers.widths, tokens)
     layers.take(tokens)
     rows = dense_rows(layers, tokens)
@@ -72,7 +80,7 @@ def measure(layers: Layers, masks: Sequence[Tensor], tokens: int, places: int) -
     used: list[Tensor] = []
     for seed in range(places if tokens <= 256 else 1):
         for drawn in draws(masks, tokens, count, seed):
-            layers.follow(drawn)
+            layers.follow(drawn, core)
             used += drawn
             wanted = sparse_ffn_reference(layers.x, layers.ffns[0], layers.routings[0], "silu")
             for name, run in paths(layers, tokens).items():
@@ -82,19 +90,19 @@ def measure(layers: Layers, masks: Sequence[Tensor], tokens: int, places: int) -
     use = use_of(used)
     for name, runs in samples.items():
         times = [statistics.fmean(repeat) for repeat in zip(*runs, strict=True)]
-        entry = path_row(layers.widths, name, tokens, use, times)
+        entry = path_row(layers.widths, name, tokens, use, times, layers.routings[0].core / layers.widths.experts)
         checked = {"relative_rms": errors[name], "draws": len(runs)}
         rows.append(entry | checked | {"ratio_to_dense": entry["median_ms"] / best})
     return rows
 
 
-def path_row(widths: Widths, name: str, tokens: int, use: Use, times: list[float]) -> dict[str, Any]:
+def path_row(widths: Widths, name: str, tokens: int, use: Use, times: list[float], core: float) -> dict[str, Any]:
     """A path's row; `chosen` says whether `lte.ops` takes it for a model of which just this was measured."""
     size, flops = count_work(widths, name, tokens, use.active, use.union)
     kind = FfnKind(architecture(torch.device("cuda")), 2, True, widths.weight_bytes)
     entry = row("prefill", f"lte {name}", tokens, use.sparsity, times, size) | {"flops": flops}
-    entry |= {"routing": "recorded", "active_fraction": use.active, "union": use.union}
-    return entry | {"chosen": choose_path(kind, tokens, use.active, union=use.union) == name}
+    entry |= {"routing": "recorded", "active_fraction": use.active, "union": use.union, "core": core}
+    return entry | {"chosen": choose_path(kind, tokens, use.active, union=use.union, core=core) == name}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,12 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args(arguments)
-    masks, rows = masks_of(args.model, args.text, max(args.tokens)), []
+    (masks, core), rows = masks_of(args.model, args.text, max(args.tokens)), []
     command = command_of("recorded_routing", arguments)
     for shape in args.shapes:
         layers = Layers(Widths.of(shape))
         for tokens in args.tokens:
-            found = [each | {"shape": shape} for each in measure(layers, masks, tokens, args.places)]
+            found = [each | {"shape": shape} for each in measure(layers, masks, core, tokens, args.places)]
             rows += found
             sparse = [each for each in found if "union" in each]
             cells = (

@@ -160,6 +160,9 @@ class TestRecordedRouting:
             active = active_experts(x, routing)
             assert active.shape == (5, 20)
             assert torch.equal(active[:, [0, 10]], mask[:, [0, 6]])
+        # Columns 0, 0, 1, 1, 2 of the masks.
+        layers.follow(masks, core=3)
+        assert [routing.core for routing in layers.routings] == [5, 5]
         layers.follow([torch.rand(5, 40) < 0.5])
         assert active_experts(layers.x, layers.routings[0]).shape == (5, 20)
 
@@ -200,7 +203,7 @@ class TestRecordedRouting:
         monkeypatch.setattr(module, "architecture", lambda device: 90)
         for union, chosen in ((0.6, "decode"), (0.83, "masked")):
             for name in ("decode", "masked"):
-                row = module.path_row(widths, name, 8, Use(active=0.2, union=union), [1.0])
+                row = module.path_row(widths, name, 8, Use(active=0.2, union=union), [1.0], 0.1)
                 assert row["chosen"] == (name == chosen)
 
 

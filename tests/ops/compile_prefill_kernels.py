@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,12 +32,12 @@ SKINNY: tuple[dict[str, Any], ...] = (
 def variants() -> Iterator[dict[str, Any]]:
     """All axes, not all combinations."""
     base = {"dtype": torch.bfloat16, "gated": True, "bias": False, "activation": "silu", "size": 32, "stacked": True}
-    base |= {"hidden": HIDDEN, "tokens": 2048, "given": False}
+    base |= {"hidden": HIDDEN, "tokens": 2048, "given": False, "core": 0}
     for arch in (80, 90):
         changes: list[dict[str, Any]] = [{}, {"gated": False, "bias": True, "activation": "gelu"}, {"tokens": 300}]
         changes += [{"stacked": False}, {"dtype": torch.float16, "activation": "relu2"}, {"size": 8, "gated": False}]
         changes += [{"dtype": torch.float32, "activation": "gelu_tanh"}, {"given": True, "tokens": 1}]
-        changes += [{"hidden": 100, "activation": "relu"}]
+        changes += [{"hidden": 100, "activation": "relu"}, {"core": 34}]
         for change, path in itertools.product(changes, ("masked", "grouped")):
             yield {**base, "arch": arch, "path": path, **change}
         for change in (*SKINNY, {"tokens": 32, "tiles": SkinnyTiles(), "hidden": 1000}):
@@ -70,6 +71,7 @@ def launch_variant(v: dict[str, Any]) -> None:
     routing = Routing(weight=weight, bias=empty(EXPERTS, dtype=torch.float32))
     if v["given"]:
         routing = Routing(logits=empty(v["tokens"], EXPERTS, dtype=torch.float32))
+    routing = replace(routing, core=v["core"])
     run = prefill.run_grouped if v["path"] == "grouped" else prefill.run_masked
     run(empty(v["tokens"], v["hidden"]), FfnWeights(**named), routing, v["activation"])
 

@@ -55,7 +55,7 @@ def set_table(monkeypatch: pytest.MonkeyPatch, *rows: BreakEven) -> None:
     monkeypatch.setattr(
         dispatch,
         "choose_path",
-        lambda *given, union: original(
+        lambda *given, union, core: original(
             *given,
             table={FfnKind(80, size, gated, 10**6): rows for size in (1, 4) for gated in (True, False)},
             union=union,

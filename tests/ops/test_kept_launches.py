@@ -75,7 +75,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The path of all numbers of tokens."""
     rows = (BreakEven(tokens=2**31, grouped=float(request.param == "grouped")),)
     table = {FfnKind(80, size, gated, 10**6): rows for size in (1, 2, 4) for gated in (True, False)}
-    monkeypatch.setattr(dispatch, "choose_path", lambda *given, union: paths.choose_path(*given, table=table))
+    monkeypatch.setattr(dispatch, "choose_path", lambda *given, union, core: paths.choose_path(*given, table=table))
     return request.param
 
 
@@ -106,12 +106,18 @@ def plain_runner(**kinds: Any) -> FfnRunner:
     return FfnRunner(random_ffn(HIDDEN, EXPERTS, dtype=torch.float16, **kinds), wide, "silu", ALL, 90)
 
 
+def with_core(run: FfnRunner) -> FfnRunner:
+    return replace(run, routing=replace(run.routing, core=2))
+
+
 MADE: dict[str, Callable[[], FfnRunner]] = {
     "stacked": stacked_runner,
     "stacked without its router": lambda: stacked_runner(with_router=False, biases=True),
     "no gate": lambda: stacked_runner(gated=False, biases=True),
     "plain": plain_runner,
     "int8": lambda: plain_runner(int8=True, biases=True),
+    "stacked, with a core": lambda: with_core(stacked_runner(biases=True)),
+    "plain, with a core": lambda: with_core(plain_runner()),
 }
 
 

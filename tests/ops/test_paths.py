@@ -52,6 +52,16 @@ def test_a_measured_union_takes_the_place_of_independence() -> None:
     assert "30% of the experts active per token, 60% for any of 4" in explain_path(kind, 4, 0.3, TABLE, union=0.6)
 
 
+def test_experts_that_are_always_on_count_half_for_grouped() -> None:
+    kind = FfnKind(90, 2, True, LARGE)
+    limit = next(row.grouped for row in TABLE[kind] if row.tokens >= 300)
+    assert choose_path(kind, 300, limit, TABLE) == "grouped"
+    assert choose_path(kind, 300, limit + 0.09, TABLE) == "masked"
+    assert choose_path(kind, 300, limit + 0.09, TABLE, core=0.2) == "grouped"
+    assert choose_path(kind, 300, limit + 0.11, TABLE, core=0.2) == "masked"
+    assert "20% always on, which count 0.5 for grouped" in explain_path(kind, 300, 0.3, TABLE, core=0.2)
+
+
 def test_unions_of_numbers_between_those_that_were_measured() -> None:
     use = ExpectedUse(0.2, texts=((2, 0.3), (8, 0.6)), row=((4, 0.25),))
     assert [use.union(tokens) for tokens in (1, 2, 3, 8)] == [pytest.approx(0.2), 0.3, 0.6, 0.6]

@@ -284,6 +284,36 @@ def test_lists_of_more_tokens_than_one_program_writes(tokens: int, assert_equal:
     assert_equal(states(tokens, 32), random_ffn(32, 18, 8), Routing.forced(mask))
 
 
+@pytest.mark.parametrize("core", [1, 3, 5])
+@pytest.mark.parametrize("activity", ["none", "all", "different"])
+@pytest.mark.parametrize("given", [True, False])
+def test_the_core_is_as_logits_say(given: bool, activity: str, core: int, assert_equal: Check) -> None:
+    x, weights = states(40, 64), random_ffn(64, 5, biases=True)
+    routing = Routing.forced(masks(40, 5)[activity]) if given else random_router(x, 5, 0.4)
+    output = assert_equal(x, weights, replace(routing, core=core))
+    torch.testing.assert_close(output, assert_equal(x, weights, routing))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("gated", "int8"), [(True, False), (False, False), (True, True)])
+def test_the_core_in_other_dtypes(gated: bool, int8: bool, dtype: torch.dtype, assert_equal: Check) -> None:
+    x = states(33, 96, dtype)
+    weights = random_ffn(96, 7, 16, dtype=dtype, gated=gated, int8=int8)
+    routing = replace(random_router(x, 7, 0.6, dtype), core=3)
+    assert_equal(x, weights, routing)
+    if not int8:
+        assert_equal(x, *stack(weights, routing))
+
+
+def test_experts_of_the_core_are_in_no_list() -> None:
+    x, weights = states(40, 64), random_ffn(64, 5)
+    routing = replace(Routing.forced(masks(40, 5)["all"]), core=2)
+    launch = prefill.GroupedLaunch(x, weights, routing, "silu")
+    _, counts = launch.zeros(x)
+    launch.list_tokens(counts, launch.router_products(x))
+    assert counts.flatten()[:5].tolist() == [0, 0, 40, 40, 40]
+
+
 @pytest.mark.parametrize("case", range(12))
 def test_random_shapes(case: int, assert_equal: Check) -> None:
     seed = random.SystemRandom().randrange(2**31)
@@ -300,7 +330,8 @@ def test_random_shapes(case: int, assert_equal: Check) -> None:
         routing = random_router(x, experts, draw.random(), dtype)
         if not int8 and draw.random() < 0.5:
             weights, routing = stack(weights, routing)
-    note = f"seed={seed} {tokens=} {hidden=} {experts=} {size=} {dtype=} {gated=} {biases=} {int8=}"
+    routing = replace(routing, core=draw.choice([0, draw.randint(0, experts)]))
+    note = f"seed={seed} {tokens=} {hidden=} {experts=} {size=} {dtype=} {gated=} {biases=} {int8=} {routing.core=}"
     assert_equal(x, weights, routing, draw.choice(list(ACTIVATIONS)), note)
 
 
@@ -308,8 +339,9 @@ def test_the_operation_is_well_formed(path: str) -> None:
     x = states(20, 64)
     for weights in (random_ffn(64, 4), random_ffn(64, 4, gated=False, biases=True)):
         weights, routing = stack(weights, random_router(x, 4, 0.5))
-        args = (x, weights.flat(), routing.flat(), routing.threshold, "silu", path)
-        torch.library.opcheck(prefill._prefill_op, args)
+        for core in (0, 2):
+            args = (x, weights.flat(), routing.flat(), routing.threshold, "silu", path, core)
+            torch.library.opcheck(prefill._prefill_op, args)
 
 
 def test_compiles_without_a_graph_break(path: str) -> None:
@@ -336,6 +368,13 @@ def test_wrong_arguments_are_named() -> None:
     wrong(r"with 1 or more tokens, got x=\[0, 64\]", x[:0], weights, routing)
     wrong("x must be float32, float16 or bfloat16, got x=torch.float64", x.double(), weights, routing)
     wrong(r"down must have shape \[128, 64\]", x, replace(weights, down=weights.down.T), routing)
+    for core in (-1, 5):
+        wrong(
+            rf"core must lie in \[0, 4\], the number of experts, got core={core}",
+            x,
+            weights,
+            replace(routing, core=core),
+        )
 
 
 @pytest.mark.gpu
@@ -343,7 +382,7 @@ def test_wrong_arguments_are_named() -> None:
 def test_a_captured_graph_follows_its_inputs(path: str, relative_rms: Callable[[Tensor, Tensor], float]) -> None:
     x = states(300, 256, torch.bfloat16)
     mask = masks(300, 12)["different"]
-    weights, routing = random_ffn(256, 12, dtype=torch.bfloat16), Routing.forced(mask)
+    weights, routing = random_ffn(256, 12, dtype=torch.bfloat16), replace(Routing.forced(mask), core=3)
     assert routing.logits is not None
     sparse_ffn_prefill(x, weights, routing, "silu", path)  # type: ignore[arg-type]
     graph = torch.cuda.CUDAGraph()

@@ -325,7 +325,9 @@ class LaidOutFfn(SparseFfn):
             given = own_experts(router.weight, self._mesh), own_experts(router.bias, self._mesh)
         if self._mesh is not None and self._mesh.get_local_rank():
             parts["down_bias"] = None  # of the sum over processes it must be there once
-        routing = Routing(weight=given[0], bias=given[1], threshold=self.threshold_logit, rounded=rounded)
+        # Where processes share the experts, the core is that of some of them.
+        core = router.always_on if router.down is None and self._mesh is None else 0
+        routing = Routing(weight=given[0], bias=given[1], threshold=self.threshold_logit, rounded=rounded, core=core)
         plan = self.acceleration
         return FfnRunner(FfnWeights(**parts), routing, plan.activation, plan.use, self._arch)
 

@@ -76,6 +76,8 @@ class Routing:
         rounded: [E, D], where W counts as rounded to this dtype: memory that a path which needs it so writes it into,
             anew at each call, so that no edit of W is missed. Other paths round what they read; for them it may be
             empty.
+        core: how many experts, the first ones, nearly all tokens are expected to need, as they are always on. Logits
+            decide on these, too: times depend on it, results do not.
     """
 
     weight: Tensor | None = None
@@ -83,6 +85,7 @@ class Routing:
     logits: Tensor | None = None
     threshold: float = 0.0
     rounded: Tensor | None = None
+    core: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,10 +105,10 @@ class Routing:
         return [self.weight, self.bias, self.logits, self.rounded]
 
     @staticmethod
-    def from_flat(tensors: Sequence[Tensor | None], threshold: float) -> Routing:
+    def from_flat(tensors: Sequence[Tensor | None], threshold: float, core: int = 0) -> Routing:
         """The inverse of `flat`."""
         weight, bias, logits, rounded = tensors
-        return Routing(weight=weight, bias=bias, logits=logits, threshold=threshold, rounded=rounded)
+        return Routing(weight=weight, bias=bias, logits=logits, threshold=threshold, rounded=rounded, core=core)
 
     @staticmethod
     def forced(mask: Tensor) -> Routing:
@@ -153,6 +156,8 @@ def check_arguments(
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got x={x.dtype}")
     neurons, (tokens, hidden), experts = weights.up.shape[0], x.shape, routing.num_experts
+    if not 0 <= routing.core <= experts:
+        raise ValueError(f"core must lie in [0, {experts}], the number of experts, got core={routing.core}")
     if experts * (neurons // max(experts, 1)) != neurons or neurons // max(experts, 1) not in EXPERT_SIZES:
         raise ValueError(
             f"neurons / experts must be one of {', '.join(map(str, EXPERT_SIZES))}, got {neurons} / {experts}"

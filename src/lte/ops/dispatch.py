@@ -127,12 +127,13 @@ class FfnRunner:
                 self.run_on_gpu(part, routing)
 
     def _given(self, logits: Tensor) -> Routing:
-        return Routing(logits=logits, threshold=self.routing.threshold)
+        return Routing(logits=logits, threshold=self.routing.threshold, core=self.routing.core)
 
     def _path(self, tokens: int, in_a_row: bool = False) -> Path:
         kind = ffn_kind(self.weights.up, self.weights.gate, self.arch)
         active, union = (None, None) if self.use is None else (self.use.active, self.use.union(tokens, in_a_row))
-        path = choose_path(kind, tokens, active, union=union)
+        core = self.routing.core / self.routing.num_experts if self.routing.core else 0.0
+        path = choose_path(kind, tokens, active, union=union, core=core)
         return "masked" if path == "decode" and tokens > MAX_TOKENS else path
 
     def _first_alike(self, tokens: int) -> int:

@@ -2,7 +2,8 @@
 
 - decode: the kernel of few tokens, which reads the weights of the experts that any token needs (`lte.ops.decode`).
 - masked: dense products of all experts, those that are off set to zero (`lte.ops.prefill`).
-- grouped: gate and up for the tokens of each expert alone, a dense down product (`lte.ops.prefill`).
+- grouped: gate and up for the tokens of each expert alone, and a dense down product; all are dense for experts that are
+  always on (`lte.ops.prefill`).
 
 The time of decode follows the union: the share of experts that at least one of T tokens needs. Of a trained model it is
 known (`ExpectedUse`); otherwise tokens count as choosing independently, all experts alike: with an active fraction a it
@@ -29,7 +30,7 @@ class BreakEven:
     Attributes:
         tokens: the last number of tokens of the range, which begins after the previous row's.
         decode: decode is faster up to this union, 1 for always, 0 for never.
-        grouped: grouped is faster up to this active fraction, 0 for never.
+        grouped: grouped is faster up to this active fraction, 0 for never; what is always on counts `CORE_COST`.
     """
 
     tokens: int
@@ -52,6 +53,10 @@ class FfnKind(NamedTuple):
     gated: bool
     weight_bytes: int
 
+
+# A share of the experts takes about 1.3 times as long in the grouped path as in a dense FFN, whose gate and up take two
+# thirds of that (results/recorded_routing/h200_50.json, h200_80.json, 2,048 tokens). The core itself is not measured.
+CORE_COST = 0.5
 
 # Rows by tokens; beyond the last row its limits hold on. An architecture without rows takes those of the next older, an
 # FFN those of the measured one of the nearest size. What was never measured is decode for one token (int8: for as many
@@ -232,6 +237,7 @@ def choose_path(
     table: Table = MEASURED,
     *,
     union: float | None = None,
+    core: float = 0.0,
 ) -> Path:
     """The fastest path by the table.
 
@@ -242,6 +248,7 @@ def choose_path(
             more than one token, and is decode for one.
         table: break-even points.
         union: expected share of experts that any of the tokens needs; `None` for tokens that choose independently.
+        core: share of experts that are always on, which the active fraction includes.
 
     Raises:
         ValueError: for tokens below 1 or an active fraction outside [0, 1].
@@ -255,7 +262,7 @@ def choose_path(
     row, _ = _find(kind, tokens, table)
     if row.decode and (expected_union(tokens, fraction) if union is None else union) <= row.decode:
         return "decode"
-    return "grouped" if row.grouped and fraction <= row.grouped else "masked"
+    return "grouped" if row.grouped and fraction - (1 - CORE_COST) * core <= row.grouped else "masked"
 
 
 _WORDS: dict[Path, str] = {
@@ -272,15 +279,18 @@ def explain_path(
     table: Table = MEASURED,
     *,
     union: float | None = None,
+    core: float = 0.0,
 ) -> str:
     """What `choose_path` takes for the same arguments and why, in words."""
-    path = choose_path(kind, tokens, active_fraction, table, union=union)
+    path = choose_path(kind, tokens, active_fraction, table, union=union, core=core)
     row, source = _find(kind, tokens, table)
     if active_fraction is None:
         expected = "The share of active experts is unknown" + (" and counts as 100%" if tokens > 1 else "")
     else:
         union = expected_union(tokens, active_fraction) if union is None else union
         expected = f"{active_fraction:.0%} of the experts active per token, {union:.0%} for any of {tokens}"
+        if core:
+            expected += f", {core:.0%} always on, which count {CORE_COST:g} for grouped"
     limits = [f"decode {_wins(row.decode, 'needed by any token')}", f"grouped {_wins(row.grouped, 'active per token')}"]
     where = "no measurement for this kind"
     if source is not None:

@@ -3,7 +3,8 @@
 Two paths give the same result; `lte.ops.paths.choose_path` says which is faster.
 
 - masked: all experts are computed by dense products; one kernel between them sets those that are off to zero.
-- grouped: gate and up are computed for the tokens of each expert alone; the down projection is a dense product.
+- grouped: gate and up are computed for the tokens of each expert alone; the down projection is a dense product. So are
+  gate and up of the core (`Routing.core`), which nearly all tokens need.
 
 Shapes: T tokens, D hidden size, F neurons, E experts of S = F / E neurons each.
 """
@@ -65,7 +66,7 @@ def sparse_ffn_prefill(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit, or the path is unknown.
     """
-    return _prefill_op(x, weights.flat(), routing.flat(), routing.threshold, activation, path)
+    return _prefill_op(x, weights.flat(), routing.flat(), routing.threshold, activation, path, routing.core)
 
 
 # Lists, since the operation's schema cannot hold a dataclass.
@@ -77,11 +78,12 @@ def _prefill_op(
     threshold: float,
     activation: str,
     path: str,
+    core: int = 0,
 ) -> Tensor:
     check_choice("path", path, get_args(PrefillPath))
     check_device(x)
     ffn = FfnWeights.from_flat(list(weights))
-    route = Routing.from_flat(routing, threshold)
+    route = Routing.from_flat(routing, threshold, core)
     check_arguments(x, ffn, route, activation, max_tokens=None)
     run = run_grouped if path == "grouped" else run_masked
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
@@ -96,16 +98,19 @@ def _(
     threshold: float,
     activation: str,
     path: str,
+    core: int = 0,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def variant(x: Tensor, weights: FfnWeights, routing: Routing, path: PrefillPath) -> Hashable:
     """What of the kernels a path takes for x [T, D]: Triton compiles once for all x with the same, at the first one."""
-    if path == "grouped":
-        return fit_grouped(grouped_tiles(x), x.shape[1])
     tokens, experts = len(x), routing.num_experts
-    masking = fit_activation(activation_tiles(tokens), tokens, experts, len(weights.up) // experts)
+    size = len(weights.up) // experts
+    if path == "grouped":
+        masking = _core_tiles(tokens, routing.core, size)
+        return fit_grouped(grouped_tiles(x), x.shape[1]), masking
+    masking = fit_activation(activation_tiles(tokens), tokens, experts, size)
     rows = _rows_at_once(weights, routing) if _is_stacked(weights) else None
     tiles = None if rows is None else skinny_tiles(x, rows)
     return masking, tiles, None if tiles is None else _skinny_block(tokens)
@@ -174,7 +179,7 @@ class PrefillLaunch:
         """The intermediate activations [T, F], zero where an expert is off."""
         raise NotImplementedError
 
-    def _logits(self, x: Tensor, given: Tensor | None) -> Tensor:
+    def router_products(self, x: Tensor, given: Tensor | None = None) -> Tensor:
         """Given logits, or the products of x and the router in its dtype, [T, E]."""
         routing = self.routing
         if routing.logits is not None:
@@ -185,13 +190,24 @@ class PrefillLaunch:
         dtype = torch.promote_types(x.dtype, routing.dtype)
         return functional.linear(x.to(dtype), routing.weight.to(routing.dtype).to(dtype)).to(routing.dtype)
 
-    def _inputs(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-        """The weights of gate and up [F, D] in the dtype of x."""
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """The weights of gate and up [F, D] in the dtype of x; int8 ones are expanded."""
         weights = self.weights
         if self._native:
             return weights.gate, weights.up
         gate = None if weights.gate is None else floating_weight(weights, "gate", dtype)
         return gate, floating_weight(weights, "up", dtype)
+
+    def _masking_kernel(
+        self, tiles: ActivationTiles, experts: int, up: Tensor, logits: Tensor, h: Tensor
+    ) -> ReadyKernel:
+        """What sets the first so many experts to zero where they are off; rows of all tensors lie as in these."""
+        constants = {
+            "E": experts, "S": self.size, "STRIDE": up.stride(0), "LOGIT_STRIDE": logits.stride(0),
+            "H_STRIDE": h.stride(0), "BLOCK_T": tiles.block_t, "BLOCK_E": tiles.block_f // self.size,
+            "ACTIVATION": self.activation, "SKIP": tiles.skip, "num_warps": tiles.warps,
+        }  # fmt: skip
+        return ReadyKernel(kernels.masked_activation_kernel, constants)
 
     def project_down(self, h: Tensor) -> Tensor:
         """The output [T, D] of intermediate activations [T, F]."""
@@ -234,16 +250,16 @@ class MaskedLaunch(PrefillLaunch):
     def project(self, x: Tensor, logits: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Products of x with gate and up, [T, F] with one row stride, and logits [T, E] without the router's bias."""
         if self._at_once is None:
-            gate, up = self._inputs(x.dtype)
+            gate, up = self.inputs(x.dtype)
             products = None if gate is None else functional.linear(x, gate)
-            return products, functional.linear(x, up), self._logits(x, logits)
+            return products, functional.linear(x, up), self.router_products(x, logits)
         if self._with_router:
             self.routing.rounded_weight()
         # By cuBLAS except where `skinny_product_kernel` is faster.
         skinny = self._skinny
         both = functional.linear(x, self._at_once) if skinny is None else skinny(x, self._at_once)
         gated, parts = self.weights.gate is not None, both.split_with_sizes(self._parts, 1)
-        own = parts[1 + gated] if self._with_router else self._logits(x, logits)
+        own = parts[1 + gated] if self._with_router else self.router_products(x, logits)
         return parts[0] if gated else None, parts[gated], own
 
     def mask(self, gate: Tensor | None, up: Tensor, logits: Tensor) -> Tensor:
@@ -251,20 +267,12 @@ class MaskedLaunch(PrefillLaunch):
         tokens, tiles, weights = up.size(0), self.tiles, self.weights
         h = up.new_empty((tokens, self.neurons))
         if self._masking is None:
-            self._masking = ReadyKernel(kernels.masked_activation_kernel, self._constants(up, logits))
+            self._masking = self._masking_kernel(tiles, self.experts, up, logits, h)
         self._masking(
             -(-tokens // tiles.block_t) * self._columns, True, gate, up, weights.gate_bias, weights.up_bias, logits,
             self._router_bias, h, self.routing.threshold, tokens,
         )  # fmt: skip
         return h
-
-    def _constants(self, up: Tensor, logits: Tensor) -> dict[str, Any]:
-        tiles = self.tiles
-        return {
-            "E": self.experts, "S": self.size, "STRIDE": up.stride(0), "LOGIT_STRIDE": logits.stride(0),
-            "BLOCK_T": tiles.block_t, "BLOCK_E": tiles.block_f // self.size, "ACTIVATION": self.activation,
-            "SKIP": tiles.skip, "num_warps": tiles.warps,
-        }  # fmt: skip
 
 
 class GroupedLaunch(PrefillLaunch):
@@ -274,6 +282,8 @@ class GroupedLaunch(PrefillLaunch):
         tiles = fit_grouped(tiles or grouped_tiles(x), x.size(1))
         self.programs = multiprocessors(x.device) * tiles.per_sm
         columns = self.size if self.weights.gate is None else 2 * self.size
+        self.core = self.routing.core
+        self._core_tiles = _core_tiles(x.size(0), self.core, self.size)
         self._constants = {
             "D": x.size(1), "E": self.experts, "S": self.size, "P": self.programs,
             "E_PAD": triton.next_power_of_2(self.experts), "N": max(columns, 16), "BLOCK_T": tiles.block_t,
@@ -285,11 +295,18 @@ class GroupedLaunch(PrefillLaunch):
         super()._settle(x)
         self._listing: ReadyKernel | None = None
         self._grouping: ReadyKernel | None = None
+        self._masking: ReadyKernel | None = None
 
     def activations(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The intermediate activations [T, F], zero where an expert is off."""
         h, counts = self.zeros(x)
-        return self.group(x, counts, self.list_tokens(x, counts, logits), h)
+        gate, up = self.inputs(x.dtype)
+        logits = self.router_products(x, logits)
+        if self.core < self.experts:
+            self.group(x, gate, up, counts, self.list_tokens(counts, logits), h)
+        if self.core:
+            self.compute_core(x, gate, up, logits, h)
+        return h
 
     def zeros(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Zeros for the activations [T, F] and, as int32 of E numbers or more, for the number of tokens of experts."""
@@ -298,21 +315,23 @@ class GroupedLaunch(PrefillLaunch):
         h, row = x.new_zeros((tokens + 1, self.neurons)).split_with_sizes((tokens, 1))
         return h, row.view(torch.int32)
 
-    def list_tokens(self, x: Tensor, counts: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Writes into `counts` how many tokens each expert has; which, in the first places of [E, T] int32."""
-        tokens, logits = x.size(0), self._logits(x, logits)
-        lists = torch.empty((self.experts, tokens), dtype=torch.int32, device=x.device)
+    def list_tokens(self, counts: Tensor, logits: Tensor) -> Tensor:
+        """Writes into `counts` how many tokens each expert has; which, in the first places of [E, T] int32.
+
+        Experts of the core keep their count, 0. Logits [T, E] are without the router's bias.
+        """
+        tokens = logits.size(0)
+        lists = torch.empty((self.experts, tokens), dtype=torch.int32, device=logits.device)
         if self._listing is None:
-            constants = {"E": self.experts, "LOGIT_STRIDE": logits.stride(0), "BLOCK_T": LIST_TOKENS}
-            constants |= {"BLOCK_E": LIST_EXPERTS, "num_warps": 4}
+            constants = {"E": self.experts, "FIRST": self.core, "LOGIT_STRIDE": logits.stride(0)}
+            constants |= {"BLOCK_T": LIST_TOKENS, "BLOCK_E": LIST_EXPERTS, "num_warps": 4}
             self._listing = ReadyKernel(kernels.list_tokens_kernel, constants)
-        programs = -(-tokens // LIST_TOKENS) * -(-self.experts // LIST_EXPERTS)
+        programs = -(-tokens // LIST_TOKENS) * -(-(self.experts - self.core) // LIST_EXPERTS)
         self._listing(programs, True, logits, self._router_bias, counts, lists, self.routing.threshold, tokens)
         return lists
 
-    def group(self, x: Tensor, counts: Tensor, lists: Tensor, h: Tensor) -> Tensor:
+    def group(self, x: Tensor, gate: Tensor | None, up: Tensor, counts: Tensor, lists: Tensor, h: Tensor) -> Tensor:
         """Writes the activations of the pairs of token and expert in `lists` into h [T, F], and gives it back."""
-        gate, up = self._inputs(x.dtype)
         weights, aligned = self.weights, x.data_ptr() % 16 == 0
         if self._grouping is None:
             self._grouping = ReadyKernel(kernels.grouped_kernel, self._constants)
@@ -320,6 +339,22 @@ class GroupedLaunch(PrefillLaunch):
             self.programs, aligned, x, gate, up, weights.gate_bias, weights.up_bias, counts, lists, h, x.size(0)
         )
         return h
+
+    def compute_core(self, x: Tensor, gate: Tensor | None, up: Tensor, logits: Tensor, h: Tensor) -> None:
+        """Writes the activations of the core into h [T, F], by dense products; zeros for tokens that leave it.
+
+        Logits [T, E] are without the router's bias.
+        """
+        tokens, rows, tiles, weights = x.size(0), self.core * self.size, self._core_tiles, self.weights
+        assert tiles is not None
+        products = None if gate is None else functional.linear(x, gate[:rows])
+        values = functional.linear(x, up[:rows])
+        if self._masking is None:
+            self._masking = self._masking_kernel(tiles, self.core, values, logits, h)
+        self._masking(
+            -(-tokens // tiles.block_t) * triton.cdiv(self.core, tiles.block_f // self.size), True, products, values,
+            weights.gate_bias, weights.up_bias, logits, self._router_bias, h, self.routing.threshold, tokens,
+        )  # fmt: skip
 
 
 class SkinnyProduct:
@@ -344,6 +379,11 @@ class SkinnyProduct:
         out = x.new_empty((x.size(0), self.rows))
         self._kernel(self.programs, x.data_ptr() % 16 == 0, x, weight, out, x.size(0))
         return out
+
+
+def _core_tiles(tokens: int, core: int, size: int) -> ActivationTiles | None:
+    """How the first `core` experts of so many neurons are set to zero where they are off; `None` without a core."""
+    return fit_activation(activation_tiles(tokens), tokens, core, size) if core else None
 
 
 def _rows_at_once(weights: FfnWeights, routing: Routing) -> Tensor:

@@ -96,12 +96,13 @@ def masked_activation_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     LOGIT_STRIDE: tl.constexpr,
+    H_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SKIP: tl.constexpr,
 ):
-    """h [T, F] = act(gate + b) * (up + b) where active, else 0; gate and up have row stride STRIDE.
+    """h [T, F] = act(gate + b) * (up + b) where active, else 0; gate and up have row stride STRIDE, h has H_STRIDE.
 
     A program takes BLOCK_T tokens and BLOCK_E experts: BLOCK_E S neurons are contiguous in every tensor, and one logit
     decides on S of them. With SKIP the products of inactive experts are not read, but the reads of the others wait for
@@ -124,7 +125,7 @@ def masked_activation_kernel(
         value *= activate(_load_bias(factor, gate_bias, neurons, neurons < E * S), ACTIVATION)
     # Not a product: what an inactive expert would compute must not matter, even if it is not finite.
     value = tl.where(active, value, 0.0)
-    tl.store(h + (rows * (E * S) + neurons[None]), value.to(h.dtype.element_ty), mask=inside)
+    tl.store(h + (rows * H_STRIDE + neurons[None]), value.to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -136,18 +137,19 @@ def list_tokens_kernel(
     threshold,
     T,
     E: tl.constexpr,
+    FIRST: tl.constexpr,
     LOGIT_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """lists [E, T]: the tokens of each expert, counts [E] of them; counts is zero before.
+    """lists [E, T]: the tokens of each expert from FIRST on, counts [E] of them; counts is zero before.
 
     Programs append in the order in which they come: it may differ from run to run. No result depends on it, as every
     token is a row of its own in `grouped_kernel`.
     """
-    COLUMNS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    COLUMNS: tl.constexpr = (E - FIRST + BLOCK_E - 1) // BLOCK_E
     tokens = tl.program_id(0) // COLUMNS * BLOCK_T + tl.arange(0, BLOCK_T)
-    experts = tl.program_id(0) % COLUMNS * BLOCK_E + tl.arange(0, BLOCK_E)
+    experts = FIRST + tl.program_id(0) % COLUMNS * BLOCK_E + tl.arange(0, BLOCK_E)
     active = _active(logits, router_bias, threshold, tokens, experts, T, E, LOGIT_STRIDE)
     ones = active.to(tl.int32)
     begin = tl.atomic_add(counts + experts, tl.sum(ones, 0), mask=experts < E, sem="relaxed")

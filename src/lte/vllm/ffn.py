@@ -169,7 +169,11 @@ class SparseMlp(nn.Module):
             first = len(weights.up) * (2 if self.names.gated else 1)
             rows = weights.stacked[first : first + len(rows)]
         routing = Routing(
-            weight=rows, bias=router.bias.data if full_rank else None, threshold=self.settings.threshold_logit
+            weight=rows,
+            bias=router.bias.data if full_rank else None,
+            threshold=self.settings.threshold_logit,
+            # Where ranks share the experts, the core is that of some of them.
+            core=self.settings.config.num_always_on(len(router.bias)) if full_rank and self.tp_size == 1 else 0,
         )
         self.runner = FfnRunner(
             weights,
