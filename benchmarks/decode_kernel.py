@@ -126,10 +126,14 @@ def candidates(one_token: bool) -> tuple[list[Tiles], int]:
         ]
         return [*steps, *(tiles for tiles in others if tiles not in steps)], len(steps)
     shares = ManyTokenTiles(dependent=True)
-    span = replace(shares, share=1, span=True)
-    many = [ManyTokenTiles(), shares, span, *(replace(span, prefetch=experts) for experts in (4, 8, 16))]
+    equal = replace(shares, share=1, span=True, prefetch=4)
+    many = [shares, equal]
+    # Fewer and longer steps along D, more of them under way, and other shapes of the down projection.
+    many += [replace(equal, block_n=16, block_k=512), replace(equal, block_k=512, stages=2)]
+    many += [replace(equal, stages=5), replace(equal, block_k=128, stages=8), replace(equal, block_n=16, stages=8)]
+    many += [replace(equal, block_d=64, down_stages=12), replace(equal, block_d=64), replace(equal, block_d=256)]
+    many += [replace(equal, down_stages=4), replace(equal, warps=8), replace(equal, prefetch=2)]
     first = len(many)
-    many += [replace(span, block_n=16, stages=6, prefetch=4), replace(span, warps=8, prefetch=4)]
     for n, k, share, warps, stages in itertools.product((16, 32), (128, 256), (4, 8, 16, 32), (4, 8), (3, 4, 6)):
         if share <= n and n * k * 4 * (stages - 1) >= 48_000 and (n * 4 + 32) * k * stages <= 220_000:
             many.append(ManyTokenTiles(block_n=n, block_k=k, share=share, warps=warps, stages=stages, dependent=True))

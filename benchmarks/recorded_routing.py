@@ -1,11 +1,13 @@
 """The sparse FFN with the routing of a trained model: tokens in a row of a text, a few of them and prompts.
 
     python benchmarks/recorded_routing.py MODEL --text articles.txt --output recorded.json
+    python benchmarks/recorded_routing.py MODEL --text articles.txt --apart --tokens 2 4 8 16 --output batches.json
 
 The model reads the text once, in hard mode, and what its routers decide is kept. Then FFNs of given widths, by default
 LLaMA2-7B's, are timed whose routers decide the same, beside the best dense FFN: every path, with weights of its own for
 each layer and other tokens in each, so that a time is the mean over all layers of the model. Weights are random, which
 times do not depend on. Where the widths have more experts than the model some columns of its masks are taken twice.
+With `--apart` the tokens of a batch come from places all over the text, as those of different requests do.
 
 Shapes: T tokens, E experts.
 """
@@ -54,22 +56,30 @@ def masks_of(folder: str, text: Path | None, length: int) -> tuple[list[Tensor],
     return [torch.cat(layer) for layer in calls], ffns[0].router.always_on
 
 
-def draws(masks: Sequence[Tensor], tokens: int, layers: int, seed: int = 0) -> Iterator[list[Tensor]]:
+def draws(
+    masks: Sequence[Tensor], tokens: int, layers: int, seed: int = 0, apart: bool = False
+) -> Iterator[list[Tensor]]:
     """Masks [T, E] of so many layers of the model at a time, all layers in turn, each of T tokens from a random place.
 
-    The last draw begins again with the first layers where the number of layers is no multiple.
+    With `apart` each token has a place of its own. The last draw begins again with the first layers where the number of
+    layers is no multiple.
     """
     generator = torch.Generator().manual_seed(seed)
     for first in range(0, len(masks), layers):
         chosen = [masks[(first + index) % len(masks)] for index in range(layers)]
+        if apart:
+            yield [mask[torch.randperm(len(mask), generator=generator)[:tokens].to(mask.device)] for mask in chosen]
+            continue
         starts = [int(torch.randint(len(mask) - tokens + 1, (), generator=generator)) for mask in chosen]
         yield [mask[start : start + tokens] for mask, start in zip(chosen, starts, strict=True)]
 
 
-def measure(layers: Layers, masks: Sequence[Tensor], core: int, tokens: int, places: int) -> list[dict[str, Any]]:
+def measure(
+    layers: Layers, masks: Sequence[Tensor], core: int, tokens: int, places: int, apart: bool = False
+) -> list[dict[str, Any]]:
     """Rows of the dense FFNs and of every path for T tokens; a `RuntimeError` where an output is wrong.
 
-    The first `core` experts of the masks are always on.
+    The first `core` experts of the masks are always on; `apart` is that of `draws`.
     """
     count, repeats = effort(layers.widths, tokens)
     layers.take(tokens)
@@ -79,7 +89,7 @@ def measure(layers: Layers, masks: Sequence[Tensor], core: int, tokens: int, pla
     errors: dict[str, float] = {}
     used: list[Tensor] = []
     for seed in range(places if tokens <= 256 else 1):
-        for drawn in draws(masks, tokens, count, seed):
+        for drawn in draws(masks, tokens, count, seed, apart):
             layers.follow(drawn, core)
             used += drawn
             wanted = sparse_ffn_reference(layers.x, layers.ffns[0], layers.routings[0], "silu")
@@ -114,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--places", type=int, default=3, help="of 256 tokens or fewer, from how many places of each layer"
     )
+    parser.add_argument("--apart", action="store_true", help="tokens from places all over the text, not in a row")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args(arguments)
     (masks, core), rows = masks_of(args.model, args.text, max(args.tokens)), []
@@ -121,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in args.shapes:
         layers = Layers(Widths.of(shape))
         for tokens in args.tokens:
-            found = [each | {"shape": shape} for each in measure(layers, masks, core, tokens, args.places)]
+            measured = measure(layers, masks, core, tokens, args.places, args.apart)
+            found = [each | {"shape": shape} for each in measured]
             rows += found
             sparse = [each for each in found if "union" in each]
             cells = (
@@ -129,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             shares = f"{sparse[0]['sparsity']:.1%} off, {1 - sparse[0]['union']:.1%} together"
             print(f"{shape}, {tokens} tokens: {shares}; {', '.join(cells)}", flush=True)
-            write_rows(args.output, rows, model=Path(args.model).name, command=command, places=args.places)
+            write_rows(
+                args.output, rows, model=Path(args.model).name, command=command, places=args.places, apart=args.apart
+            )
         del layers
 
 

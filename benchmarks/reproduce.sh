@@ -211,6 +211,8 @@ recorded() {
   for target in ${TARGETS:-0.5 0.8}; do
     python3 benchmarks/recorded_routing.py "$output/served/qwen_coder_1_5b_${target#0.}0" --text "$text" \
       --output "$output/recorded_${target#0.}0.json"
+    python3 benchmarks/recorded_routing.py "$output/served/qwen_coder_1_5b_${target#0.}0" --text "$text" \
+      --apart --tokens 2 4 8 16 --output "$output/recorded_${target#0.}0_apart.json"
   done
 }
 

@@ -172,6 +172,12 @@ class TestRecordedRouting:
         assert [int(mask[0]) // 100 for drawn in found for mask in drawn] == [0, 1, 2, 3, 4, 0]
         assert all((mask.diff(dim=0) == 1).all() and len(mask) == 3 for drawn in found for mask in drawn)
 
+    def test_or_tokens_apart(self, script: Any) -> None:
+        masks = [torch.arange(500)[:, None] + 1000 * layer for layer in range(3)]
+        (drawn,) = script("recorded_routing").draws(masks, 4, 3, apart=True)
+        assert [(mask // 1000).flatten().tolist() for mask in drawn] == [[layer] * 4 for layer in range(3)]
+        assert all((mask.diff(dim=0) != 1).any() and len(mask.unique()) == 4 for mask in drawn)
+
     def test_rows_of_a_trained_model(self, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         module, prefill = script("recorded_routing"), script("prefill")
 
@@ -197,6 +203,8 @@ class TestRecordedRouting:
         assert [each["ratio_to_dense"] for each in rows] == [0.25, 0.25, 1, 1, 5, 5]
         assert all(0 < each["active_fraction"] <= each["union"] <= 1 for each in rows)
         assert [sum(each["chosen"] for each in rows[i : i + 2]) for i in (0, 2, 4)] == [1, 1, 1]
+        module.main([save_sparse_model(tmp_path), *flags, "--apart"])
+        assert read_json(tmp_path / "rows.json")["apart"] is True
 
     def test_the_chosen_path_is_that_of_the_measured_union(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         module, widths = script("recorded_routing"), script("prefill_layers").Widths.of("llama2-7b")

@@ -3,8 +3,6 @@
 One launch per FFN, as that of `one_token_kernel`; its phases are: (0) routing; (1) gate and up of the experts that any
 token needs; (2) down, whose partial sums the program of a tile adds up that arrives last, always in the same order.
 
-Of its settings, SPAN and PREFETCH are in no table yet: they have not been timed.
-
 Shapes: T tokens padded to T_PAD = 16, D hidden size, F = E S neurons, E experts of S neurons, P programs. All weights
 are row-major [rows, D], so every tile is [rows, columns of D] with 16-byte loads along D.
 """
