@@ -50,7 +50,7 @@ EXAMPLES = {
     "recipe/ideas": 20,
     "recipe/ideas_low_rate": 26,
     "recipe/steady": 6,
-    "recipe/company": 44,
+    "recipe/company": 45,
     "recipe/teacher": 3,
     "recipe/tokens": 7,
 }
