@@ -127,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--apart", action="store_true", help="tokens from places all over the text, not in a row")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args(arguments)
-    (masks, core), rows = masks_of(args.model, args.text, max(args.tokens)), []
+    # Tokens apart need a text to lie apart in.
+    length = max(*TOKENS, *args.tokens) if args.apart else max(args.tokens)
+    (masks, core), rows = masks_of(args.model, args.text, length), []
     command = command_of("recorded_routing", arguments)
     for shape in args.shapes:
         layers = Layers(Widths.of(shape))

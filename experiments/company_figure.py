@@ -9,6 +9,7 @@ the label `original`, measured on the same text.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import statistics
 from collections import defaultdict
@@ -44,7 +45,7 @@ def number(record: ResultRecord) -> float:
 
 def draw_tokens(axis: Axes, groups: Groups, colours: dict[str, str]) -> None:
     """Union sparsity over tokens, a line for each run."""
-    for (label, found), marker in zip(groups.items(), MARKERS, strict=False):
+    for (label, found), marker in zip(groups.items(), itertools.cycle(MARKERS), strict=False):
         for record in found:
             shares = [shared(record, tokens) for tokens in TOKENS]
             name = label if record is found[0] else None
@@ -59,7 +60,7 @@ def draw_tokens(axis: Axes, groups: Groups, colours: dict[str, str]) -> None:
 
 def draw_costs(axis: Axes, groups: Groups, colours: dict[str, str], original: float) -> None:
     """Perplexity over that of the original against the union sparsity of 8 tokens, a point for each run."""
-    for (label, found), marker in zip(groups.items(), MARKERS, strict=False):
+    for (label, found), marker in zip(groups.items(), itertools.cycle(MARKERS), strict=False):
         points = [(shared(record, 8), number(record) / original) for record in found]
         axis.scatter(*zip(*points, strict=True), color=light(colours[label]), marker=marker, s=60)
     runs = [record for found in groups.values() for record in found]

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -213,6 +214,22 @@ class TestRecordedRouting:
             for name in ("decode", "masked"):
                 row = module.path_row(widths, name, 8, Use(active=0.2, union=union), [1.0], 0.1)
                 assert row["chosen"] == (name == chosen)
+
+
+class TestCompanyFigure:
+    def test_the_figure_of_the_committed_records(self, tmp_path: Path) -> None:
+        root = Path(__file__).parents[1]
+        script = runpy.run_path(str(root / "experiments" / "company_figure.py"))
+        records = script["load_records"](root / "results" / "recipe" / "company")
+        best = next(each for each in records if each.label == "core-10-and-union-0.3" and each.target_sparsity == 0.8)
+        assert script["shared"](best, 8) == pytest.approx(0.609, abs=5e-4)
+        assert script["shared"](best, 1) == pytest.approx(0.81, abs=0.01)
+        figure, axis = script["new_figure"](4, 4)
+        many = {str(index): [best] for index in range(12)}
+        script["draw_tokens"](axis, many, script["colour_names"](many))
+        assert len(axis.lines) == 12
+        script["save_figure"](figure, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size
 
 
 class TestStepTokens:

@@ -127,7 +127,8 @@ def test_a_record_of_all_settings(script: dict[str, Any], tmp_path: Path, monkey
     assert len({(row["grouping"], row["setting"]) for row in rows}) == len(rows)
     for row in rows:
         assert row["layer"] == 1
-        assert row["always_on"] == ("core" in row["setting"])
+        share = next((each.always_on for each in script["SETTINGS"] if each.name == row["setting"]), 0.0)
+        assert row["always_on"] == LteConfig(always_on=share).num_always_on(8)
         assert row["sparsity"] == pytest.approx(0.5, abs=0.15)
         assert 0 < row["error"] < 4
         assert list(row["unions"]) == ["2", "4", "8", "16"]

@@ -59,6 +59,7 @@ def set_table(monkeypatch: pytest.MonkeyPatch, *rows: BreakEven) -> None:
             *given,
             table={FfnKind(80, size, gated, 10**6): rows for size in (1, 4) for gated in (True, False)},
             union=union,
+            core=core,
         ),
     )
 
@@ -87,6 +88,21 @@ class TestGpu:
             run = replace(runner(x), arch=90, use=None if fraction is None else ExpectedUse(fraction))
             run.run_on_gpu(x, run.routing)
         assert taken == ["decode", "masked", "masked"]
+
+    def test_the_core_counts_half_and_reaches_the_kernels(
+        self, taken: list[str], monkeypatch: pytest.MonkeyPatch, relative_rms: Measure
+    ) -> None:
+        set_table(monkeypatch, BreakEven(tokens=99, grouped=0.4))
+        x = states(20)
+        plain = replace(runner(x), arch=90, use=ExpectedUse(0.5))
+        run = replace(plain, routing=replace(plain.routing, core=2))  # of 6: 0.5 - 0.33 / 2
+        expected = sparse_ffn_reference(x, run.weights, run.routing, "silu")
+        for each in (plain, run):
+            assert relative_rms(each.run_on_gpu(x, each.routing), expected) <= BOUNDS[x.dtype]
+        given = torch.randn(20, EXPERTS, device=DEVICE)
+        run.run_on_gpu(x, run._given(given))
+        assert taken == ["masked", "grouped", "grouped"]
+        assert [launch.core for launch in run._launches.values()] == [2, 2]
 
     def test_measured_unions_decide_by_whether_tokens_follow_each_other(
         self, taken: list[str], monkeypatch: pytest.MonkeyPatch, relative_rms: Measure

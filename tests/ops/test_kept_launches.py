@@ -75,7 +75,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The path of all numbers of tokens."""
     rows = (BreakEven(tokens=2**31, grouped=float(request.param == "grouped")),)
     table = {FfnKind(80, size, gated, 10**6): rows for size in (1, 2, 4) for gated in (True, False)}
-    monkeypatch.setattr(dispatch, "choose_path", lambda *given, union, core: paths.choose_path(*given, table=table))
+    monkeypatch.setattr(
+        dispatch, "choose_path", lambda *given, union, core: paths.choose_path(*given, table=table, core=core)
+    )
     return request.param
 
 
