@@ -75,11 +75,11 @@ SETTINGS = (
     *(Setting(f"union-{w:g}", terms=AddedTerms(union=w)) for w in (0.03, 0.1, 0.3, 1.0)),
     *(Setting(f"predecessor-{w:g}", terms=AddedTerms(predecessor=w)) for w in (0.1, 0.3, 1.0)),
     Setting("price-union", terms=AddedTerms(priced_chunks=True)),
-    *(Setting(f"core-{percent}", always_on=percent / 100) for percent in (10, 20, 30)),
+    *(Setting(f"core-{percent}", always_on=percent / 100) for percent in (10, 30)),
     Setting("core-10-and-union-0.1", always_on=0.1, terms=AddedTerms(union=0.1)),
     *(
         Setting(f"core-{percent}-and-union-0.3", always_on=percent / 100, terms=AddedTerms(union=0.3))
-        for percent in (10, 20, 30)
+        for percent in (10, 30)
     ),
     *(Setting(f"context-{n}", context=n) for n in (4, 16)),
     Setting("context-16-and-price", context=16, terms=AddedTerms(priced_chunks=True)),

@@ -158,6 +158,7 @@ class PrefillLaunch:
 
     def _settle(self, x: Tensor) -> None:
         weights, routing = self.weights, self.routing
+        self._masking: ReadyKernel | None = None
         self._router = None
         if routing.weight is not None and x.dtype == routing.dtype == routing.weight.dtype:
             self._router = routing.weight
@@ -198,16 +199,25 @@ class PrefillLaunch:
         gate = None if weights.gate is None else floating_weight(weights, "gate", dtype)
         return gate, floating_weight(weights, "up", dtype)
 
-    def _masking_kernel(
-        self, tiles: ActivationTiles, experts: int, up: Tensor, logits: Tensor, h: Tensor
-    ) -> ReadyKernel:
-        """What sets the first so many experts to zero where they are off; rows of all tensors lie as in these."""
-        constants = {
-            "E": experts, "S": self.size, "STRIDE": up.stride(0), "LOGIT_STRIDE": logits.stride(0),
-            "H_STRIDE": h.stride(0), "BLOCK_T": tiles.block_t, "BLOCK_E": tiles.block_f // self.size,
-            "ACTIVATION": self.activation, "SKIP": tiles.skip, "num_warps": tiles.warps,
-        }  # fmt: skip
-        return ReadyKernel(kernels.masked_activation_kernel, constants)
+    def _mask(
+        self, tiles: ActivationTiles, experts: int, gate: Tensor | None, up: Tensor, logits: Tensor, h: Tensor
+    ) -> None:
+        """Writes the activations of the first so many experts into h [T, F], zero where they are off.
+
+        Products of x with gate and up [T, experts S] have one row stride; all calls agree in tiles and experts.
+        """
+        tokens, weights, at_once = up.size(0), self.weights, tiles.block_f // self.size
+        if self._masking is None:
+            constants = {
+                "E": experts, "S": self.size, "STRIDE": up.stride(0), "LOGIT_STRIDE": logits.stride(0),
+                "H_STRIDE": h.stride(0), "BLOCK_T": tiles.block_t, "BLOCK_E": at_once,
+                "ACTIVATION": self.activation, "SKIP": tiles.skip, "num_warps": tiles.warps,
+            }  # fmt: skip
+            self._masking = ReadyKernel(kernels.masked_activation_kernel, constants)
+        self._masking(
+            -(-tokens // tiles.block_t) * -(-experts // at_once), True, gate, up, weights.gate_bias, weights.up_bias,
+            logits, self._router_bias, h, self.routing.threshold, tokens,
+        )  # fmt: skip
 
     def project_down(self, h: Tensor) -> Tensor:
         """The output [T, D] of intermediate activations [T, F]."""
@@ -224,11 +234,9 @@ class MaskedLaunch(PrefillLaunch):
     def _tile(self, x: Tensor, tiles: ActivationTiles | None) -> None:
         tokens = x.size(0)
         self.tiles = fit_activation(tiles or activation_tiles(tokens), tokens, self.experts, self.size)
-        self._columns = triton.cdiv(self.experts, self.tiles.block_f // self.size)
 
     def _settle(self, x: Tensor) -> None:
         super()._settle(x)
-        self._masking: ReadyKernel | None = None
         self._at_once = _rows_at_once(self.weights, self.routing) if _is_stacked(self.weights) else None
         self._skinny: SkinnyProduct | None = None
         if self._at_once is None:
@@ -264,14 +272,8 @@ class MaskedLaunch(PrefillLaunch):
 
     def mask(self, gate: Tensor | None, up: Tensor, logits: Tensor) -> Tensor:
         """The intermediate activations [T, F] from the products of `project`."""
-        tokens, tiles, weights = up.size(0), self.tiles, self.weights
-        h = up.new_empty((tokens, self.neurons))
-        if self._masking is None:
-            self._masking = self._masking_kernel(tiles, self.experts, up, logits, h)
-        self._masking(
-            -(-tokens // tiles.block_t) * self._columns, True, gate, up, weights.gate_bias, weights.up_bias, logits,
-            self._router_bias, h, self.routing.threshold, tokens,
-        )  # fmt: skip
+        h = up.new_empty((up.size(0), self.neurons))
+        self._mask(self.tiles, self.experts, gate, up, logits, h)
         return h
 
 
@@ -295,7 +297,6 @@ class GroupedLaunch(PrefillLaunch):
         super()._settle(x)
         self._listing: ReadyKernel | None = None
         self._grouping: ReadyKernel | None = None
-        self._masking: ReadyKernel | None = None
 
     def activations(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """The intermediate activations [T, F], zero where an expert is off."""
@@ -345,16 +346,10 @@ class GroupedLaunch(PrefillLaunch):
 
         Logits [T, E] are without the router's bias.
         """
-        tokens, rows, tiles, weights = x.size(0), self.core * self.size, self._core_tiles, self.weights
-        assert tiles is not None
+        assert self._core_tiles is not None
+        rows = self.core * self.size
         products = None if gate is None else functional.linear(x, gate[:rows])
-        values = functional.linear(x, up[:rows])
-        if self._masking is None:
-            self._masking = self._masking_kernel(tiles, self.core, values, logits, h)
-        self._masking(
-            -(-tokens // tiles.block_t) * triton.cdiv(self.core, tiles.block_f // self.size), True, products, values,
-            weights.gate_bias, weights.up_bias, logits, self._router_bias, h, self.routing.threshold, tokens,
-        )  # fmt: skip
+        self._mask(self._core_tiles, self.core, products, functional.linear(x, up[:rows]), logits, h)
 
 
 class SkinnyProduct:
